@@ -1,0 +1,56 @@
+PYTHON ?= python3
+JOBS ?= 2
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-all bench lint format clean
+
+help:  ## list these commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+
+demo: .venv/.demo  ## a tour on the digits data; pictures go to demo-output/
+	$(PY) -m restrain.demo
+
+test: lint  ## lint, types, doctests and tests
+	$(PYTEST) -m "not slow"
+
+test-all: lint  ## the same, with the slow tests
+	$(PYTEST)
+
+bench: .venv/.test  ## every script of benchmarks/
+	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+
+lint: .venv/.test  ## ruff and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: .venv/.test  ## rewrite the files as ruff wants them
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+clean:  ## remove caches and build outputs (.venv stays)
+	rm -rf build dist demo-output src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+# The demo needs fewer packages than the tests, so each has its own stamp.
+
+.venv/.demo: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing restrain and what the demo needs into .venv (once) ..."
+	@$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/.test: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing restrain and what the tests need into .venv (once) ..."
+	@$(PIP) -e '.[test]'
+	@touch $@ .venv/.demo
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "restrain needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv

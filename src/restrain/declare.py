@@ -1,0 +1,158 @@
+"""Rules declared where layers are built, the Keras and TensorFlow habit: at a layer, or once for a scope.
+
+A declaration is one plain attribute on the module, so it is copied and pickled with it. `attach` collects what the
+layers of a model declare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from restrain.errors import PlanError, SelectionError
+from restrain.places import Place
+from restrain.rules import How, Rule, What
+from restrain.select import Names, Role
+from restrain.sites import Layer, layers
+
+ATTRIBUTE = "restrain_declared"
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass
+class Declared:
+    """What a layer declares: at the layer itself, and by the scopes that it was built in, outermost first."""
+
+    own: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
+    scope: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
+
+    def merged(self) -> dict[str, tuple[tuple[What, How | None], ...]]:
+        """The layer's own declarations before those of its scope."""
+        return {**self.scope, **self.own}
+
+
+_scope: ContextVar[dict[str, tuple[tuple[What, How | None], ...]] | None] = ContextVar("scope", default=None)
+
+
+def regularized(layer: M, *, how: How | None = None, **what: What | Sequence[What] | None) -> M:
+    """Declare at a layer what acts on its parameters, on its `output` and on its `input`; returns the same layer.
+
+    Args:
+        layer: any module; it isn't wrapped or changed, but for one attribute.
+        how: the moment at which penalties on its parameters act; "loss" by default.
+        what: keywords are names of the layer's parameters, `weight` and `bias` (for all of that role in a layer that
+            has none so called), `output` or `input`; values are penalties or transforms, or lists of them. None
+            takes back what a scope has declared.
+
+    Raises:
+        SelectionError: the layer has no such parameter.
+
+    >>> layer = rs.regularized(nn.Linear(128, 32), weight=1e-4 * rs.L2(), output=1e-2 * rs.L1())
+    >>> len(rs.attach(layer).plan)
+    2
+    """
+    for key in what:
+        if key not in ("input", "output") and not _parameter_names(Layer("", (), layer, (layer,)), key):
+            have = ", ".join(name for name, _ in layer.named_parameters(recurse=False)) or "none of its own"
+            raise SelectionError(
+                f"{type(layer).__name__} has no parameter {key!r} (its own: {have}); write one of these, input or output"
+            )
+    _declared(layer).own.update(_checked(what, how))
+    return layer
+
+
+@contextmanager
+def scope(*, how: How | None = None, **what: What | Sequence[What] | None) -> Iterator[None]:
+    """Declare for every layer with parameters that is built inside; an inner scope overrides its keyword.
+
+    Keywords as those of `regularized`; `weight` and `bias` mean the roles: a normalisation layer's scale is no weight.
+
+    >>> with rs.scope(weight=1e-4 * rs.L2()):
+    ...     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    >>> rs.attach(net).plan.rules[0].where
+    ['0.weight', '2.weight']
+    """
+    token = _scope.set({**(_scope.get() or {}), **_checked(what, how)})
+    handle = register_module_parameter_registration_hook(_mark)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _scope.reset(token)
+
+
+def _mark(module: nn.Module, name: str, parameter: Any) -> None:
+    declared = _scope.get()
+    if declared and parameter is not None:
+        _declared(module).scope.update(declared)
+
+
+def _declared(module: nn.Module) -> Declared:
+    return module.__dict__.setdefault(ATTRIBUTE, Declared())  # type: ignore[no-any-return]
+
+
+def _checked(what: dict[str, Any], how: How | None) -> dict[str, tuple[tuple[What, How | None], ...]]:
+    checked = {}
+    for key, given in what.items():
+        members = () if given is None else (given,) if isinstance(given, What) else tuple(given)
+        for member in members:
+            if not isinstance(member, What):
+                raise PlanError(f"{key}= takes penalties or transforms such as 1e-4 * rs.L2(); got {member!r}")
+            if key in ("input", "output"):
+                member.moments(at_places=True)
+            elif how is not None and how not in member.moments(at_places=False):
+                raise PlanError(f"{key}={member!r} can't act by how={how!r}; it can by {member.moments(at_places=False)}")
+        checked[key] = tuple((member, None if key in ("input", "output") else how) for member in members)
+    return checked
+
+
+def _parameter_names(layer: Layer, key: str) -> list[str]:
+    """The layer's own parameters that a keyword means: the one of that name, else those of that role."""
+    own = [k for k, p in layer.module._parameters.items() if p is not None]
+    own += list(getattr(layer.module, "parametrizations", {}))
+    role = {"weight": "weights", "bias": "biases"}.get(key)
+    if key in own:
+        return [key]
+    return [k for k in own if role is not None and k in layer.module._parameters and Role(role).takes(layer, k)]
+
+
+def declared_rules(model: nn.Module, skip: Any = ()) -> tuple[list[Rule], list[nn.Module]]:
+    """The rules that the layers of a model declare, like ones joined; and the modules that declare them."""
+    found: list[tuple[What, How | None, str, list[str]]] = []
+    modules: dict[int, nn.Module] = {}
+    for layer in layers(model):
+        declared = layer.module.__dict__.get(ATTRIBUTE)
+        if declared is None or layer.module in skip or id(layer.module) in modules:
+            continue
+        modules[id(layer.module)] = layer.module
+        for key, members in declared.merged().items():
+            names = [layer.name] if key in ("input", "output") else _names(layer, key, key in declared.own)
+            for what, how in members:
+                same = next((f for f in found if f[:3] == (what, how, key)), None)
+                if same is None and names:
+                    found.append((what, how, key, names))
+                elif same is not None:
+                    same[3].extend(names)
+    return [_rule(*entry) for entry in found], list(modules.values())
+
+
+def _names(layer: Layer, key: str, own: bool) -> list[str]:
+    names = _parameter_names(layer, key)
+    if not own and key in ("weight", "bias"):  # of a scope: the role, not the name
+        role = Role({"weight": "weights", "bias": "biases"}[key])
+        names = [k for k in layer.module._parameters if layer.module._parameters[k] is not None and role.takes(layer, k)]
+    return [f"{layer.name}.{name}" if layer.name else name for name in names]
+
+
+def _rule(what: What, how: How | None, key: str, names: list[str]) -> Rule:
+    name = f"{what!r} declared as {key}"
+    if key in ("input", "output"):
+        kind = "outputs" if key == "output" else "inputs"
+        return what.on(Place(kind, Names(tuple(names)) if names != [""] else None), name=name)
+    return what.on(Names(tuple(names)), how=how, name=name)

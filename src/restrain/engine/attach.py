@@ -1,0 +1,325 @@
+"""Attaching a plan to a model: the object that a person holds while training."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.declare import declared_rules
+from restrain.engine import ranks, report
+from restrain.engine.bind import Bound, bind, check_optimizers
+from restrain.engine.capture import InputHook, LayerHook
+from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
+from restrain.engine.injection import Root
+from restrain.engine.steps import Stepper, Work
+from restrain.engine.terms import network_value, parameter_value
+from restrain.engine.tripwire import Tripwire
+from restrain.errors import DetachedError, PenaltyError, PlanError, RestrainWarning
+from restrain.penalties import NetworkPenalty, Penalty
+from restrain.places import Target
+from restrain.plans import Plan
+from restrain.sites import unwrap
+from restrain.transforms.base import Noise
+
+# Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
+_claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
+
+
+def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Attachment:
+    """Bind a plan, and what the model's layers declare, to a model and its optimizer.
+
+    Args:
+        model: any module; wrappers (compiled, DDP) are seen through. It is neither wrapped nor changed.
+        plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
+        optimizer: the one that trains it, a list of them, or None if no rule acts at the optimizer's step.
+
+    Returns:
+        The attachment; also a context manager that detaches at the end.
+
+    Raises:
+        SelectionError: a rule matches nothing.
+        HowError, OptimizerError, NoProxError: a rule that can't be carried out as said.
+        PlanError: there is nothing to attach.
+
+    >>> model = nn.Linear(3, 2)
+    >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
+    ...     loss = reg.loss(model(torch.randn(4, 3)).square().mean())
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
+    declared, modules = declared_rules(model, skip=_claimed)
+    rules = Plan.of(plan) + Plan(tuple(declared))
+    if not len(rules):
+        raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
+    return Attachment(unwrap(model), rules, _optimizers(optimizer), modules)
+
+
+def _optimizers(given: Any) -> list[Optimizer]:
+    members = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    inner = [getattr(o, _WRAPPED_OPTIMIZERS.get(type(o).__name__, ""), o) for o in members]
+    for optimizer in inner:
+        if not isinstance(optimizer, Optimizer):
+            raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(optimizer).__name__}")
+    return inner
+
+
+class Attachment:
+    """A plan bound to a model. Made by `attach`; holds the model weakly."""
+
+    def __init__(self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module]) -> None:
+        self._model = weakref.ref(model)
+        self._bounds = bind(plan, model)
+        check_optimizers(self._bounds, model, optimizers)
+        self._forwards = Forwards()
+        self._handles: list[Any] = []
+        self._steppers: list[Stepper] = []
+        self._declaring = [weakref.ref(module) for module in declaring]
+        self._plan = report.bound_plan(self._bounds)
+        self._attach_hooks(model)
+        self._attach_steps(model, optimizers)
+        self._loss_rules = [bound for bound in self._bounds if bound.rule.how == "loss"]
+        self._tripwire = Tripwire(self._loss_rules, self._forwards, self._model) if self._loss_rules else None
+        _claimed.update(declaring)
+        if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
+            ranks.warn_of_shared_random_state()
+
+    def _attach_hooks(self, model: nn.Module) -> None:
+        """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
+        if any(bound.rule.how == "loss" for bound in self._bounds):
+            self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
+        hooks: dict[tuple[int, str], LayerHook] = {}
+        for bound in self._bounds:
+            self._forwards.taps += bound.taps
+            self._forwards.raws += bound.raws
+            taps = {id(tap.target): tap for tap in bound.taps}
+            for target in bound.targets:
+                hook = self._hook_at(hooks, target)
+                hook.taps += [taps[id(target)]] if id(target) in taps else []
+                hook.noises += [(bound.rule.what, target)] if isinstance(bound.rule.what, Noise) else []
+            for raw in bound.raws:
+                self._hook_at(hooks, raw.target).raws.append(raw)
+        if any(bound.rule.how == "loss" for bound in self._bounds):
+            self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
+        if hooks:
+            _forget_compiled_code(model)
+
+    def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], target: Target) -> LayerHook:
+        module, kind = target.layer.module, target.place.kind
+        key = (id(module), kind)
+        if key not in hooks and kind == "outputs":
+            hooks[key] = LayerHook(self._forwards)
+            self._handles.append(module.register_forward_hook(hooks[key]))
+        elif key not in hooks:
+            hooks[key] = InputHook(self._forwards)
+            self._handles.append(module.register_forward_pre_hook(hooks[key], with_kwargs=True))
+        return hooks[key]
+
+    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        """The work at the optimizers' steps; constraints hold from now on."""
+        works: dict[str, Work] = {}
+        for bound in self._bounds:
+            if bound.rule.how in ("gradient", "proximal", "project"):
+                for handle, what in bound.parameters:
+                    work = works.setdefault(handle.name, Work(handle))
+                    getattr(work, bound.rule.how).append((bound.rule.every, what))
+        if works:
+            self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
+        for bound in self._bounds:
+            if bound.rule.how == "project":
+                with torch.no_grad():
+                    for p, constraint in bound.tensors(model):
+                        p.copy_(constraint.project(p))
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, below its wrappers.
+
+        Raises:
+            DetachedError: it doesn't exist any more.
+        """
+        model = self._model()
+        if model is None:
+            raise DetachedError("the model of this attachment doesn't exist any more; attach the plan to the new one")
+        return model
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as bound: every selection by the names that it resolved to."""
+        return self._plan
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
+
+        Scale the result by your accumulation: `reg.loss(l) / 4`. In evaluation (`eval()`, `no_grad()`) penalties on
+        parameters are added, those on activations are not measured.
+
+        Raises:
+            NeverFiredError: a place was never reached by the forward.
+            PenaltyError: the loss isn't a scalar.
+        """
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PenaltyError(f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()")
+        direct, hidden = self._terms()
+        for term in direct:
+            loss = loss + term.to(loss.device)
+        if not hidden:
+            return loss
+        value, write = self._hidden(hidden)
+        return Root.apply(loss, value.to(loss.device, loss.dtype), write)  # type: ignore[no-any-return]
+
+    def penalty(self) -> Tensor:
+        """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
+
+        In compiled models and inside reentrant checkpoints, the gradient of penalties on activations travels with the
+        backward of the data loss: there use it in one sum with that loss, by `backward()`; `reg.loss` always works.
+        """
+        direct, hidden = self._terms()
+        total = torch.zeros((), dtype=torch.float32)
+        if direct:
+            total = direct[0]
+            for term in direct[1:]:
+                total = total + term.to(total.device)
+        if not hidden:
+            return total
+        value, write = self._hidden(hidden)
+        anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
+        return Root.apply(anchor, value.to(total.device, total.dtype), write)  # type: ignore[no-any-return]
+
+    def _terms(self) -> tuple[list[Tensor], list[Any]]:
+        """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
+        model, tripwire = self.model, self._tripwire
+        if tripwire is None:
+            return [], []
+        training = model.training and torch.is_grad_enabled()
+        due = [bound for bound in self._loss_rules if tripwire.steps % bound.rule.every == 0]
+        terms = [parameter_value(bound, model) for bound in due if bound.parameters and isinstance(bound.rule.what, Penalty)]
+        if not training:
+            return terms, []
+        tripwire.collected = True
+        collected = self._forwards.collect() if self._forwards.taps or self._forwards.raws else []
+        keys = {bound.key for bound in due}
+        collected = [one for one in collected if one.tap.rule in keys]
+        terms += [one.direct for one in collected if one.direct is not None]
+        terms += [
+            network_value(bound, model, self._forwards.outputs.get(bound.key, {}))
+            for bound in due
+            if isinstance(bound.rule.what, NetworkPenalty)
+        ]
+        return terms, [one for one in collected if one.hidden is not None]
+
+    @staticmethod
+    def _hidden(hidden: list[Any]) -> tuple[Tensor, Any]:
+        value = torch.stack([one.hidden for one in hidden]).sum()
+        return value, lambda gradient: set_cells(hidden, gradient)
+
+    def values(self) -> dict[str, float]:
+        """{rule: strength × value} of every penalty, computed now; one key a rule.
+
+        Of a penalty on activations the value that was last collected; nan before the first.
+        """
+        return report.values(self._bounds, self.model, self._forwards)
+
+    def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
+        """Each penalty's value, the norm of its gradient over the model's parameters, and its share.
+
+        Args:
+            data_loss: if given, its gradient's norm takes part in the shares, under the key "data"; call it before
+                backward(), whose graph is kept.
+        """
+        self._terms()
+        return report.measure(self._bounds, self.model, self._forwards, data_loss)
+
+    def table(self, values: bool = False) -> str:
+        """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
+        return report.table(self._bounds, self.model, self.values() if values else None)
+
+    def detach(self) -> None:
+        """Take every hook away; nothing of ours stays behind. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for stepper in self._steppers:
+            stepper.remove()
+        if self._tripwire is not None:
+            self._tripwire.remove()
+        for module in self._declaring:
+            _claimed.discard(module())  # type: ignore[arg-type]
+        self._handles, self._steppers = [], []
+        self._forwards.stepped()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rules have counted: plain data for a checkpoint."""
+        return {
+            "version": 1,
+            "rules": [bound.key for bound in self._bounds],
+            "steps": self._tripwire.steps if self._tripwire is not None else 0,
+            "optimizer_steps": [stepper.steps for stepper in self._steppers],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting where `state_dict` left off.
+
+        Raises:
+            PlanError: it belongs to other rules.
+        """
+        mine = self.state_dict()
+        if state.get("version") != 1 or state.get("rules") != mine["rules"] or len(state["optimizer_steps"]) != len(self._steppers):
+            raise PlanError(f"this state belongs to other rules: expected {mine['rules']}, got {state.get('rules')}")
+        if self._tripwire is not None:
+            self._tripwire.resume(state["steps"])
+        for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
+            stepper.steps = steps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        return f"<Attachment of {len(self._bounds)} rules to {type(model).__name__ if model is not None else 'a model that is gone'}>"
+
+    def __reduce__(self) -> Any:
+        return (_copied, (self._plan,))
+
+
+class DetachedAttachment:
+    """What an attachment becomes in a copy or a pickle: it knows its plan, and that it is attached to nothing."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise DetachedError(f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}")
+
+
+def _copied(plan: Plan) -> DetachedAttachment:
+    return DetachedAttachment(plan)
+
+
+def _forget_compiled_code(model: nn.Module) -> None:
+    """Compiled code that was made before our hooks came would silently pass them by: have it made anew."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not len(dynamo.convert_frame.output_codes.seen):
+        return  # nothing has been compiled in this process
+    torch.compiler.reset()
+    warnings.warn(
+        "something was compiled before these rules were attached; torch.compiler.reset() was called, so that compiled "
+        "models notice the new hooks, and they compile anew at their next call. Attach before the first call to spare it",
+        RestrainWarning,
+        stacklevel=5,
+    )

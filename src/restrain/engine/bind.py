@@ -1,0 +1,189 @@
+"""Binds the rules of a plan to a model's tensors and layers, and refuses at once what can't work."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from restrain.engine.capture import RawTap, Tap
+from restrain.engine.metric import diagonal
+from restrain.engine.steps import total
+from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
+from restrain.penalties import NetworkPenalty, Penalty
+from restrain.places import Places, Target, select_places
+from restrain.rules import Rule, What
+from restrain.select import Where, select_parameters
+from restrain.sites import Handle, Layer, Slot, layers, parameters
+from restrain.transforms.base import Noise
+
+
+@dataclass
+class Bound:
+    """A rule bound to a model: the parameters or places that it acts on."""
+
+    rule: Rule
+    key: str
+    parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
+    targets: list[Target] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
+    raws: list[RawTap] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what it acts on."""
+        return [handle.name for handle, _ in self.parameters] + [target.name for target in self.targets]
+
+    def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
+        """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
+        found = [(handle.find(root), what) for handle, what in self.parameters]
+        return [(p, what) for p, what in found if (frozen or p.requires_grad) and not is_lazy(p)]
+
+
+def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
+    """The rules bound to the model's tensors, each under a key of its own.
+
+    Raises:
+        SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
+        HowError: a moment that a tensor can't have.
+    """
+    sites, slots = list(layers(model)), parameters(model)
+    bounds: list[Bound] = []
+    for rule in rules:
+        key, number = rule.label, 2
+        while any(bound.key == key for bound in bounds):
+            key, number = f"{rule.label} #{number}", number + 1
+        bounds.append(_bind(Bound(rule, key), sites, slots))
+    return bounds
+
+
+def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
+    rule = bound.rule
+    if isinstance(rule.where, Places):
+        bound.targets = _places(rule, rule.where, sites)
+        if isinstance(rule.what, Penalty):
+            weight = 1 / len(bound.targets) if rule.reduce == "mean" and bound.targets else 1.0
+            bound.taps = [
+                Tap(bound.key, rule.what, t, mean=rule.reduce == "mean", weight=weight, optional=rule.optional)
+                for t in bound.targets
+            ]
+        return bound
+    assert isinstance(rule.where, Where)
+    try:
+        chosen = select_parameters(rule.where, slots)
+    except SelectionError:
+        if not rule.optional:
+            raise
+        chosen = []
+    bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    if rule.outputs is not None:
+        bound.raws = [RawTap(bound.key, t, rule.optional) for t in _places(rule, rule.outputs, sites)]
+    return bound
+
+
+def _places(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Target]:
+    try:
+        targets = select_places(where, sites)
+    except SelectionError:
+        if not rule.optional:
+            raise
+        return []
+    for target in targets:
+        chain = target.layer.chain
+        if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
+            raise SelectionError(
+                f"{target.name!r} is used by nn.MultiheadAttention past its hooks, so nothing can be caught there; "
+                f"select the attention itself: rs.{target.place.kind}({target.name.rpartition('.')[0]!r})"
+            )
+        if isinstance(rule.what, Noise) and target.place.via is not None:
+            raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
+    return targets
+
+
+def _resolve(rule: Rule, slot: Slot) -> What:
+    """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
+    if slot.parametrized and rule.how != "loss":
+        raise HowError(
+            f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "
+            "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
+        )
+    if rule.how in ("gradient", "proximal") and getattr(slot.owner, "sparse", False) is True:
+        raise HowError(f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'")
+    if not isinstance(rule.what, Penalty) and rule.how != "project":
+        return rule.what
+    tensor = slot.tensor()
+    if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
+        raise HowError(f"{slot.name!r} is a sharded DTensor (FSDP2), which this version doesn't support: attach before sharding "
+                       "isn't enough either; use DDP")
+    if is_lazy(tensor):
+        if rule.how == "loss" and rule.what.entrywise:
+            return rule.what
+        raise HowError(f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}")
+    chain = slot.sites[0][0].chain
+    heads = next((m.num_heads for m in reversed(chain) if isinstance(m, nn.MultiheadAttention)), None)
+    return rule.what.bound_to(tuple(tensor.shape), slot.owner, slot.attribute, heads)  # type: ignore[attr-defined, no-any-return]
+
+
+def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse rules that the optimizers can't carry out, and warn of what is likely not meant.
+
+    Raises:
+        OptimizerError: no given optimizer holds a parameter, or the one that does can't do it.
+        NoProxError: proximal rules on one tensor whose sum has no known prox.
+        HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
+    """
+    proximal: dict[str, tuple[list[Penalty], Optimizer]] = {}
+    for bound in bounds:
+        for handle, what in bound.parameters:
+            p = handle.find(root)
+            holder, group = _holder(p, optimizers)
+            if bound.rule.how == "proximal" and holder is not None:
+                proximal.setdefault(handle.name, ([], holder))[0].append(what)
+            if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
+                _check_held(bound, handle, p, holder, group)
+            if group is not None and group.get("weight_decay") and "L2" in repr(what) and isinstance(what, Penalty):
+                _warn(f"{handle.name!r} is decayed twice: by {bound.key!r} and by the optimizer's weight_decay={group['weight_decay']}")
+                break
+    for name, (penalties, optimizer) in proximal.items():
+        _check_prox(name, total(penalties), optimizer)
+
+
+def _holder(p: Tensor, optimizers: Sequence[Optimizer]) -> tuple[Optimizer | None, dict[str, Any] | None]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if any(p is held for held in group["params"]):
+                return optimizer, group
+    return None, None
+
+
+def _check_held(bound: Bound, handle: Handle, p: Tensor, holder: Optimizer | None, group: dict[str, Any] | None) -> None:
+    if holder is None or group is None:
+        raise OptimizerError(
+            f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
+            f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
+        )
+    if group.get("maximize") and bound.rule.how != "project":
+        raise OptimizerError(f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead")
+    if p.dtype in (torch.bfloat16, torch.float16) and bound.rule.how != "project":
+        _warn(f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights in float32")
+
+
+def _check_prox(name: str, penalty: Penalty, optimizer: Optimizer) -> None:
+    by_entry = diagonal(optimizer)  # raises for an optimizer of unknown metric
+    if not penalty.has_prox:
+        raise NoProxError(f"how='proximal' on {name!r}: {penalty!r} has no known prox; use how='gradient' for one of them")
+    if by_entry and not (penalty.entrywise or penalty.groupwise):
+        raise HowError(
+            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves each entry by a step of its own, for which "
+            f"{penalty!r} has no prox (it is neither entrywise nor by group). Use SGD, or how='gradient'"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RestrainWarning, stacklevel=5)

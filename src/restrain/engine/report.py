@@ -1,0 +1,120 @@
+"""What an attachment tells: who gets what, each rule's value, and its share of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine.bind import Bound
+from restrain.engine.collect import Forwards
+from restrain.engine.terms import network_value, parameter_value
+from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.places import Place
+from restrain.plans import Plan
+from restrain.select import Names
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A term's value, the Euclidean norm of its gradient over the parameters, and that norm's part of their sum."""
+
+    value: float
+    gradient: float
+    share: float
+
+
+def bound_plan(bounds: Sequence[Bound]) -> Plan:
+    """The plan with every selection replaced by the names that it resolved to."""
+    rules = []
+    for bound in bounds:
+        where = bound.rule.where
+        if bound.targets:
+            place = bound.targets[0].place
+            names = tuple(target.name for target in bound.targets)
+            where = replace(place, which=Names(names) if names != ("",) else None)
+        elif bound.parameters and not isinstance(where, Place):
+            where = Names(tuple(handle.name for handle, _ in bound.parameters))
+        rules.append(replace(bound.rule, where=where, name=bound.key))
+    return Plan(tuple(rules))
+
+
+def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:
+    """The rule's value with what graph there is; None where nothing was collected yet."""
+    if isinstance(bound.rule.what, NetworkPenalty):
+        outputs = forwards.outputs.get(bound.key)
+        return None if bound.raws and not outputs else network_value(bound, root, outputs or {})
+    if not bound.taps:
+        return parameter_value(bound, root)
+    parts = [one.direct for one in forwards.current if one.tap.rule == bound.key and one.direct is not None]
+    return torch.stack(parts).sum() if parts else None
+
+
+def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict[str, float]:
+    """{rule: strength × value} of every penalty."""
+    found: dict[str, float] = {}
+    with torch.no_grad():
+        for bound in bounds:
+            if bound.taps:
+                found[bound.key] = forwards.last(bound.key)
+            elif isinstance(bound.rule.what, (Penalty, NetworkPenalty)):
+                term = _term(bound, root, forwards)
+                found[bound.key] = float("nan") if term is None else float(term)
+    return found
+
+
+def measure(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards, data_loss: Tensor | None) -> dict[str, Measure]:
+    """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
+    trained = [p for p in root.parameters() if p.requires_grad]
+    terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
+    if data_loss is not None:
+        terms["data"] = data_loss
+    norms, numbers = {}, values(bounds, root, forwards)
+    for key, term in terms.items():
+        norms[key] = float("nan") if term is None else _gradient_norm(term, trained)
+    whole = sum(norm for norm in norms.values() if norm == norm)
+    number = {**numbers, "data": float(data_loss.detach()) if data_loss is not None else 0.0}
+    return {key: Measure(number[key], norm, norm / whole if whole else float("nan")) for key, norm in norms.items()}
+
+
+def _gradient_norm(term: Tensor, trained: Sequence[Tensor]) -> float:
+    if not term.requires_grad:
+        return 0.0
+    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+    return float(torch.stack([g.abs().double().square().sum() for g in gradients if g is not None]).sum().sqrt())
+
+
+def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None) -> str:
+    """Who gets what, a line a rule."""
+    head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
+    rows = [head]
+    for bound in bounds:
+        what = bound.rule.what
+        elements = sum(p.numel() for p, _ in bound.tensors(root)) if bound.parameters else "-"
+        row = [
+            bound.key,
+            bound.rule.how,
+            f"{what.strength:g}" if isinstance(what, Scaled) else "-" if not isinstance(what, Penalty) else "1",
+            str(len(bound.names)),
+            f"{elements:,}" if isinstance(elements, int) else elements,
+            _short([name or "(the model)" for name in bound.names]),
+        ]
+        if numbers is not None:
+            row.append(f"{numbers[bound.key]:.6g}" if bound.key in numbers else "-")
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    right = {2, 3, 4, 6}
+    lines = ["  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    frozen = [name for bound in bounds for name in _frozen(bound, root)]
+    note = [f"left out while frozen: {_short(frozen)}"] if frozen else []
+    return "\n".join([*(line.rstrip() for line in lines), *note])
+
+
+def _frozen(bound: Bound, root: nn.Module) -> list[str]:
+    return [handle.name for handle, _ in bound.parameters if not handle.find(root).requires_grad]
+
+
+def _short(names: Sequence[str], shown: int = 4) -> str:
+    return ", ".join(names[:shown]) + (f", … {len(names) - shown} more" if len(names) > shown else "")

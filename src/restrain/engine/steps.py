@@ -1,0 +1,124 @@
+"""What rules do around an optimizer's step: add gradients before it; prox, then projection after it.
+
+All by the optimizer's own hooks, so that every trainer, schedule and loss scaler is served. Nothing is done in a step
+that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter without gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.engine.kernels import add_gradient, apply_prox
+from restrain.engine.metric import metric_of
+from restrain.penalties import Penalty
+from restrain.sites import Handle
+from restrain.transforms.base import Constraint
+
+
+@dataclass
+class Work:
+    """All that is done to one parameter around a step."""
+
+    handle: Handle
+    gradient: list[tuple[int, Penalty]] = field(default_factory=list)
+    proximal: list[tuple[int, Penalty]] = field(default_factory=list)
+    project: list[tuple[int, Constraint]] = field(default_factory=list)
+
+
+def due(timed: list[tuple[int, Any]], step: int) -> list[Any]:
+    """Those whose turn it is at a step (steps are counted from zero)."""
+    return [what for every, what in timed if step % every == 0]
+
+
+def total(penalties: list[Penalty]) -> Penalty:
+    """The sum of penalties as one."""
+    return functools.reduce(lambda a, b: a + b, penalties)
+
+
+def real_step(optimizer: Optimizer) -> bool:
+    """Whether the step that was just taken moved anything: not skipped by a scaler, not of learning rate zero."""
+    found = getattr(optimizer, "found_inf", None)  # set by GradScaler on fused optimizers, which skip by themselves
+    if found is not None and float(found) > 0:
+        return False
+    return any(float(g["lr"]) != 0 and any(p.grad is not None for p in g["params"]) for g in optimizer.param_groups)
+
+
+class Stepper:
+    """The work of all rules on the parameters of one optimizer."""
+
+    def __init__(self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module]) -> None:
+        self.works, self.root, self.steps = works, root, 0
+        self._summed: dict[tuple[int, ...], Penalty] = {}
+        self._handles = []
+        if any(work.gradient for work in works):
+            self._handles.append(optimizer.register_step_pre_hook(self.before))
+        self._handles.append(optimizer.register_step_post_hook(self.after))
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Add the gradients; with a closure, wrap it so that each of its calls gives gradient and value."""
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._add_gradients(optimizer)
+            return None
+
+        def with_penalties() -> Any:
+            loss = closure()
+            added = self._add_gradients(optimizer, with_value=True)
+            return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
+
+        return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    @torch.no_grad()
+    def _add_gradients(self, optimizer: Optimizer, with_value: bool = False) -> Tensor:
+        scale, value = getattr(optimizer, "grad_scale", None), torch.zeros(())
+        for work, p, _ in self._held(optimizer):
+            penalties = due(work.gradient, self.steps)
+            if not penalties or p.grad is None:
+                continue
+            penalty = self._sum(penalties)
+            add_gradient(p.grad, p, penalty, scale)
+            if with_value:
+                value = value + penalty(p).to(value.device)
+        return value
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Prox, then projection, of every parameter that the step moved."""
+        if not real_step(optimizer):
+            return
+        for work, p, group in self._held(optimizer):
+            penalties = due(work.proximal, self.steps)
+            if penalties and p.grad is not None and group["lr"] != 0:
+                apply_prox(p, self._sum(penalties), metric_of(optimizer)(group, optimizer.state[p]))
+            for constraint in due(work.project, self.steps):
+                p.copy_(constraint.project(p))
+        self.steps += 1
+
+    def _held(self, optimizer: Optimizer) -> Iterator[tuple[Work, Tensor, dict[str, Any]]]:
+        """The parameters with work that the optimizer holds now and that aren't frozen, each with its group."""
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        root = self.root()
+        for work in self.works:
+            p = work.handle.find(root)
+            group = groups.get(id(p))
+            if group is not None and p.requires_grad:
+                yield work, p, group
+
+    def _sum(self, penalties: list[Penalty]) -> Penalty:
+        """Their sum; kept, as composing it costs more than a small tensor's prox."""
+        key = tuple(map(id, penalties))
+        if key not in self._summed:
+            self._summed[key] = total(penalties)
+        return self._summed[key]

@@ -1,0 +1,93 @@
+"""Which tensor of an output or input is meant, and putting another in its place.
+
+Outputs may be tensors, packed sequences, and tuples, lists, dicts or dataclasses of these.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+Step = int | str
+Way = tuple[Step, ...]  # how to get from a structure to a tensor in it
+
+
+def find(structure: Any, index: Step | None) -> Way | None:
+    """The way to the tensor that is meant: the first floating-point one, of the member `index` if that is given.
+
+    Returns None where there is none.
+    """
+    if index is None:
+        return _first(structure)
+    members = dict(_members(structure))
+    if index not in members:
+        return None
+    way = _first(members[index])
+    return None if way is None else (index, *way)
+
+
+def _first(structure: Any) -> Way | None:
+    if isinstance(structure, PackedSequence):
+        return ("data",)
+    if isinstance(structure, Tensor):
+        return () if structure.is_floating_point() or structure.is_complex() else None
+    for step, member in _members(structure):
+        way = _first(member)
+        if way is not None:
+            return (step, *way)
+    return None
+
+
+def _members(structure: Any) -> list[tuple[Step, Any]]:
+    if isinstance(structure, Mapping):
+        return list(structure.items())
+    if isinstance(structure, (tuple, list)) and not isinstance(structure, PackedSequence):
+        return list(enumerate(structure))
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        return [(field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure)]
+    return []
+
+
+def get(structure: Any, way: Way) -> Any:
+    """What stands at the end of the way."""
+    for step in way:
+        structure = _step(structure, step)
+    return structure
+
+
+def _step(structure: Any, step: Step) -> Any:
+    return getattr(structure, str(step)) if _by_attribute(structure) else structure[step]
+
+
+def _by_attribute(structure: Any) -> bool:
+    return isinstance(structure, PackedSequence) or not isinstance(structure, (tuple, list, Mapping))
+
+
+def put(structure: Any, way: Way, new: Tensor) -> Any:
+    """A structure with `new` at the end of the way; the given one is not changed."""
+    if not way:
+        return new
+    step, rest = way[0], way[1:]
+    member = put(_step(structure, step), rest, new)
+    if isinstance(structure, PackedSequence):
+        return structure._replace(data=member)
+    if isinstance(structure, tuple):
+        members = [member if i == step else m for i, m in enumerate(structure)]
+        return type(structure)(*members) if hasattr(structure, "_fields") else type(structure)(members)
+    if isinstance(structure, list):
+        return [member if i == step else m for i, m in enumerate(structure)]
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        return dataclasses.replace(structure, **{str(step): member})
+    return type(structure)({key: member if key == step else m for key, m in structure.items()})  # type: ignore[call-arg]
+
+
+def sequences(structure: Any, way: Way) -> int | None:
+    """The number of sequences of the packed sequence whose data the way leads to; None elsewhere."""
+    if not way or way[-1] != "data":
+        return None
+    packed = get(structure, way[:-1])
+    return int(packed.batch_sizes[0]) if isinstance(packed, PackedSequence) else None

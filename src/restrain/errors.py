@@ -1,0 +1,53 @@
+"""What the library raises and warns with. Each error is also the fitting built-in one."""
+
+
+class RestrainError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class SelectionError(RestrainError, ValueError):
+    """A selection matches nothing, or nothing that the rule can act on."""
+
+
+class PlanError(RestrainError, ValueError):
+    """A rule or plan can't be made of what was given: an unknown name, option or value."""
+
+
+class PenaltyError(RestrainError, ValueError):
+    """A penalty can't take this: a setting, a tensor's type or shape, or an axis named by `per=`."""
+
+
+class TransformError(RestrainError, ValueError):
+    """A transform can't take this: a setting, or a tensor's type."""
+
+
+class NoProxError(RestrainError, TypeError):
+    """No proximal operator is known for this penalty."""
+
+
+class HowError(RestrainError, ValueError):
+    """A rule was asked to act at a moment that it can't have."""
+
+
+class OptimizerError(RestrainError, ValueError):
+    """An optimizer is missing, or can't carry out a rule."""
+
+
+class NotCollectedError(RestrainError, RuntimeError):
+    """Penalties never joined the loss, although a training step was taken."""
+
+
+class NeverFiredError(RestrainError, RuntimeError):
+    """A layer that a rule acts at was never called."""
+
+
+class CaptureError(RestrainError, RuntimeError):
+    """A layer's output or input can't be caught as it is."""
+
+
+class DetachedError(RestrainError, RuntimeError):
+    """The attachment, or the model that it was bound to, is gone."""
+
+
+class RestrainWarning(UserWarning):
+    """Something is likely not what was meant."""

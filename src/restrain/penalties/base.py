@@ -1,0 +1,367 @@
+"""The base of penalties (tensor → number), and their algebra: `c * p` and `p + q` are penalties again."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from restrain import registry
+from restrain.errors import NoProxError, PenaltyError
+from restrain.penalties.checks import batch_size, checked_strength
+from restrain.penalties.network import NetworkPenalty as NetworkPenalty
+from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
+from restrain.rules import How, What
+
+Tensors: TypeAlias = Any
+"""What a penalty is called with: a tensor, or an iterable or mapping of them (a formula: one tensor)."""
+
+
+def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """formula(w), computed at least in float32 and outside autocast.
+
+    Raises:
+        PenaltyError: `w` isn't of a floating-point or complex type.
+    """
+    if not (w.is_floating_point() or w.is_complex()):
+        raise PenaltyError(
+            f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()"
+        )
+    device = w.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return formula(at_least_float32(w))
+    return formula(at_least_float32(w))
+
+
+def _of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensors], Tensor]:
+    """A `__call__` for one tensor, made to take also an iterable or mapping of them, over which it sums.
+
+    `Penalty.__init_subclass__` puts it around the `__call__` of every subclass, so that whoever writes a
+    penalty writes its formula and nothing else. It is plain tensor code, which torch.compile traces with
+    fullgraph=True.
+    """
+
+    @functools.wraps(formula)
+    def call(self: Any, w: Tensors) -> Tensor:
+        if isinstance(w, Tensor):
+            return _scalar(self, in_float32(functools.partial(formula, self), w))
+        if isinstance(w, nn.Module) or not isinstance(w, Iterable):
+            hint = ": pass model.parameters()" if isinstance(w, nn.Module) else ""
+            raise PenaltyError(
+                f"{self!r} takes a tensor, or an iterable or mapping of them, got {type(w).__name__}{hint}"
+            )
+        members = list(w.values() if isinstance(w, Mapping) else w)
+        for member in members:
+            if not isinstance(member, Tensor):
+                raise PenaltyError(
+                    f"{self!r} got an iterable with {type(member).__name__} in it; it takes tensors"
+                )
+        if not members:
+            raise PenaltyError(f"{self!r} got an empty iterable of tensors: one that was already used up?")
+        values = [_scalar(self, in_float32(functools.partial(formula, self), member)) for member in members]
+        return functools.reduce(operator.add, [value.to(values[0].device) for value in values])
+
+    return call
+
+
+def _scalar(penalty: Penalty, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value
+    came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise PenaltyError(
+        f"the __call__ of {type(penalty).__name__} must return a 0-d tensor, got {came}: sum it"
+    )
+
+
+class Penalty(What, ABC, register=False):
+    """Base of penalties: functions of one tensor whose value is a number.
+
+    A subclass needs only `__call__(self, w)`, the formula for one tensor `w` (which is float32 or wider);
+    then it can be called with many tensors, scaled, added, and put to a model by `on`. Its name in lower
+    case, and those in `keywords`, are what plans on file and keywords of models call it by.
+
+    >>> class WeightInverse(rs.Penalty):
+    ...     def __call__(self, w):
+    ...         return (1 / w.square().sum(1)).sum()
+    >>> (0.5 * WeightInverse())([torch.ones(3, 2), torch.ones(1, 4)])
+    tensor(0.8750)
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
+
+    entrywise: bool = False
+    """The value is a sum over entries of a function of each; gradient and prox act on any part of it."""
+
+    groupwise: bool = False
+    """Its prox also takes a step for each entry: it is then exact in that diagonal metric."""
+
+    elastic: tuple[float, float] | None = None
+    """(a, c) where the value is a Σ|x| + c Σ|x|²."""
+
+    shrinks: bool = False
+    """Its prox scales each entry by a number from 0 to 1. Then a Σ|x| can be added: see `Sum.prox`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        formula = vars(cls).get("__call__")
+        if formula is not None:
+            cls.__call__ = _of_tensors(formula)  # type: ignore[method-assign, assignment]
+
+    @abstractmethod
+    def __call__(self, w: Tensors) -> Tensor:
+        """The value at a tensor, differentiable; summed over the tensors of an iterable or mapping.
+
+        Raises:
+            PenaltyError: an empty iterable, or something in it that isn't a floating-point or complex tensor.
+        """
+
+    @property
+    def has_prox(self) -> bool:
+        """Whether `prox` is known."""
+        return type(self).prox is not Penalty.prox
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        """The proximal operator: argmin_z ½‖z - w‖² + step · value(z).
+
+        Args:
+            w: a tensor.
+            step: a number or 0-d tensor. Where the penalty is entrywise or groupwise also a tensor of the
+            shape
+                of `w`; then the result is argmin_z Σ |z - w|² / (2 step) + value(z).
+
+        Raises:
+            NoProxError: none is known; the message names those that have one.
+        """
+        raise NoProxError(
+            f"{self!r} has no known prox; these have one: {', '.join(_with_prox())}. "
+            "Use how='loss' or how='gradient', or define prox(self, w, step) in its class"
+        )
+
+    def gradient(self, w: Tensor) -> Tensor:
+        """The gradient of the value at `w`, as autograd gives it (of complex entries too), in its dtype."""
+        with torch.enable_grad():
+            point = w.detach().requires_grad_()
+            value = self(point)
+            if not value.requires_grad:
+                return torch.zeros_like(point)
+            return torch.autograd.grad(value, point, materialize_grads=True)[0]
+
+    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+        """The value for outputs of a layer: summed over features, averaged over the batch axis `dim`.
+
+        Without a batch axis (`dim` None) the plain value; zero for an empty batch.
+
+        Raises:
+            PenaltyError: `h` has no such axis.
+        """
+        if dim is None:
+            return self(h)
+        size = batch_size(h, dim)
+        return self(h) / size if size else in_float32(lambda x: x.abs().sum(), h)
+
+    def mean(self, w: Tensor) -> Tensor:
+        """Value / number of entries, for entrywise penalties; zero for an empty tensor.
+
+        Raises:
+            PenaltyError: the penalty isn't entrywise.
+        """
+        if not self.entrywise:
+            raise PenaltyError(
+                f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {self!r}"
+            )
+        return self(w) / max(w.numel(), 1)
+
+    def bound_to(
+        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
+    ) -> Penalty:
+        """The penalty with axes that it names by meaning resolved for a parameter: `attribute` of `owner`.
+
+        Raises:
+            PenaltyError: the parameter has no such axis.
+        """
+        return self
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        return ("loss",) if at_places else ("loss", "gradient", "proximal")
+
+    def leaves(self) -> list[tuple[float, Penalty]]:
+        """The penalties that it is a sum of, each with its strength."""
+        return [(1.0, self)]
+
+    def __mul__(self, strength: Any) -> Penalty:
+        return NotImplemented if not isinstance(strength, Real) else _scaled(strength, self)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Penalty:
+        return NotImplemented if not isinstance(other, Penalty) else Sum((*_terms(self), *_terms(other)))
+
+    def __radd__(self, other: Any) -> Penalty:
+        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([p, q]) begins with 0
+
+
+def _scaled(strength: Any, penalty: Penalty) -> Penalty:
+    strength = checked_strength(strength)
+    if isinstance(penalty, Scaled):
+        return Scaled(strength * penalty.strength, penalty.penalty)
+    return Scaled(strength, penalty)
+
+
+def _terms(penalty: Penalty) -> tuple[Penalty, ...]:
+    return penalty.terms if isinstance(penalty, Sum) else (penalty,)
+
+
+def _with_prox() -> list[str]:
+    classes = {registry.lookup(name) for name in registry.names()}
+    return sorted(c.__name__ for c in classes if issubclass(c, Penalty) and c.prox is not Penalty.prox)
+
+
+def times(strength: float, step: float | Tensor) -> float | Tensor:
+    """strength · step, at least in float32."""
+    return strength * (at_least_float32(step) if isinstance(step, Tensor) else step)
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(Penalty, register=False):
+    """strength · penalty; made by `strength * penalty`."""
+
+    strength: float
+    penalty: Penalty
+
+    def __post_init__(self) -> None:
+        checked_strength(self.strength)
+
+    def __repr__(self) -> str:
+        inner = f"({self.penalty!r})" if isinstance(self.penalty, Sum) else repr(self.penalty)
+        return f"{self.strength!r} * {inner}"
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.penalty.entrywise
+
+    @property
+    def groupwise(self) -> bool:  # type: ignore[override]
+        return self.penalty.groupwise
+
+    @property
+    def has_prox(self) -> bool:
+        return self.penalty.has_prox
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.strength * self.penalty(w)
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        return self.penalty.prox(w, times(self.strength, step))
+
+    def gradient(self, w: Tensor) -> Tensor:
+        return (self.strength * self.penalty.gradient(at_least_float32(w))).to(w.dtype)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+        return self.strength * self.penalty.over_batch(h, dim)
+
+    def bound_to(
+        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
+    ) -> Penalty:
+        return Scaled(self.strength, self.penalty.bound_to(shape, owner, attribute, heads))
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        return self.penalty.moments(at_places)
+
+    def leaves(self) -> list[tuple[float, Penalty]]:
+        return [(self.strength * strength, leaf) for strength, leaf in self.penalty.leaves()]
+
+
+@dataclass(frozen=True, repr=False)
+class Sum(Penalty, register=False):
+    """The sum of penalties of the same tensor; made by `p + q`."""
+
+    terms: tuple[Penalty, ...]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return all(term.entrywise for term in self.terms)
+
+    @property
+    def groupwise(self) -> bool:  # type: ignore[override]
+        return self.has_prox and all(leaf.entrywise or leaf.groupwise for _, leaf in self.leaves())
+
+    @property
+    def has_prox(self) -> bool:
+        leaves = [leaf for _, leaf in self.leaves()]
+        others = [leaf for _, leaf in self._split()[2]]
+        soft = any(leaf.elastic is not None and leaf.elastic[0] for leaf in leaves)
+        return len(others) <= 1 and all(leaf.has_prox and (leaf.shrinks or not soft) for leaf in others)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return functools.reduce(operator.add, [term(w) for term in self.terms])
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        """The prox of a Σ|x| + c Σ|x|² + f, where a and c add up, and at most one other f remains.
+
+        The square scales w and step by 1 / (1 + 2 c step). The absolute value is a soft threshold before the
+        prox of f, which is exact where that keeps signs and zeros (Yu 2013, "On decomposing the proximal
+        map"). Both hold entry by entry, so also with a step for each.
+
+        Raises:
+            NoProxError: more remains, or the prox of f isn't known or doesn't shrink.
+        """
+        l1, l2, others = self._split()
+        if not self.has_prox:
+            members = ", ".join(repr(leaf) for _, leaf in self.leaves())
+            raise NoProxError(
+                f"no prox is known for the sum of {members}: it is for L1, L2 and ElasticNet, joined by one "
+                "that has a "
+                "prox (which must shrink every entry if there is an L1). Use how='loss' or how='gradient' "
+                "for one of them"
+            )
+        x = at_least_float32(w)
+        step = as_step(step, x)
+        x = shrink_entries(x, step, l1, l2)
+        for strength, leaf in others:
+            x = leaf.prox(x, strength * step / (1 + 2 * l2 * step))
+        return x.to(w.dtype)
+
+    def _split(self) -> tuple[float, float, list[tuple[float, Penalty]]]:
+        """a, c and the others, equal ones joined, each with its strength."""
+        l1, l2 = 0.0, 0.0
+        others: list[tuple[float, Penalty]] = []
+        for strength, leaf in self.leaves():
+            if leaf.elastic is not None:
+                l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
+                continue
+            same = next((i for i, (_, other) in enumerate(others) if other == leaf), None)
+            if same is None:
+                others.append((strength, leaf))
+            else:
+                others[same] = (others[same][0] + strength, leaf)
+        return l1, l2, others
+
+    def gradient(self, w: Tensor) -> Tensor:
+        x = at_least_float32(w)
+        return functools.reduce(operator.add, [term.gradient(x) for term in self.terms]).to(w.dtype)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+        return functools.reduce(operator.add, [term.over_batch(h, dim) for term in self.terms])
+
+    def bound_to(
+        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
+    ) -> Penalty:
+        return Sum(tuple(term.bound_to(shape, owner, attribute, heads) for term in self.terms))
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        first, *others = [term.moments(at_places) for term in self.terms]
+        return tuple(how for how in first if all(how in other for other in others))
+
+    def leaves(self) -> list[tuple[float, Penalty]]:
+        return [pair for term in self.terms for pair in term.leaves()]

@@ -1,0 +1,108 @@
+"""Penalties on the whole network: functions of named parameters and outputs together, and their algebra."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from restrain.errors import PenaltyError, SelectionError
+from restrain.penalties.checks import checked_strength
+from restrain.rules import How, What
+
+
+class NetworkPenalty(What, ABC, register=False):
+    """Base of penalties that see the whole network. It acts in the loss only.
+
+    A subclass needs only `__call__(self, parameters, outputs)`; then it can be scaled and added to others of
+    its kind. `.on(where, outputs=rs.outputs(...))` says which parameters and outputs it is given.
+
+    >>> class Energy(rs.NetworkPenalty):
+    ...     def __call__(self, parameters, outputs):
+    ...         return sum(h.square().mean() for h in outputs.values())
+    >>> (0.5 * Energy())({}, {"relu": torch.tensor([1.0, 3.0])})
+    tensor(2.5000)
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
+    takes_outputs = True
+
+    @abstractmethod
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        """The value, a differentiable 0-d tensor.
+
+        Args:
+            parameters: the selected parameters by name, without frozen ones.
+            outputs: the selected layers' outputs by the layers' names; of a second call of "relu" by
+            "relu#2".
+        """
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} sees the whole network: .on(...) takes its parameters, and its outputs go into "
+                "outputs=, "
+                "as in .on(rs.weights, outputs=rs.outputs('relu*'))"
+            )
+        return ("loss",)
+
+    def __mul__(self, strength: Any) -> NetworkPenalty:
+        if not isinstance(strength, Real):
+            return NotImplemented
+        if isinstance(self, ScaledNetwork):
+            return ScaledNetwork(checked_strength(strength) * self.strength, self.penalty)
+        return ScaledNetwork(checked_strength(strength), self)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> NetworkPenalty:
+        if isinstance(other, NetworkPenalty):
+            return NetworkSum((*_terms(self), *_terms(other)))
+        if isinstance(other, What):
+            raise PenaltyError(
+                f"{self!r} is a function of the whole network, {other!r} isn't: they can't be added; write a "
+                "rule for each"
+            )
+        return NotImplemented
+
+    def __radd__(self, other: Any) -> NetworkPenalty:
+        return self if isinstance(other, int) and other == 0 else self + other  # sum([p, q]) begins with 0
+
+
+def _terms(penalty: NetworkPenalty) -> tuple[NetworkPenalty, ...]:
+    return penalty.terms if isinstance(penalty, NetworkSum) else (penalty,)
+
+
+@dataclass(frozen=True, repr=False)
+class ScaledNetwork(NetworkPenalty, register=False):
+    """strength · penalty; made by `strength * penalty`."""
+
+    strength: float
+    penalty: NetworkPenalty
+
+    def __repr__(self) -> str:
+        inner = f"({self.penalty!r})" if isinstance(self.penalty, NetworkSum) else repr(self.penalty)
+        return f"{self.strength!r} * {inner}"
+
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        return self.strength * self.penalty(parameters, outputs)
+
+
+@dataclass(frozen=True, repr=False)
+class NetworkSum(NetworkPenalty, register=False):
+    """The sum of penalties on the same network; made by `p + q`."""
+
+    terms: tuple[NetworkPenalty, ...]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        value, *others = [term(parameters, outputs) for term in self.terms]
+        for other in others:
+            value = value + other.to(value.device)
+        return value

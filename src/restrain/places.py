@@ -1,0 +1,159 @@
+"""Where a rule on activations acts: the outputs and inputs of layers, and the algebra of such places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from restrain.errors import SelectionError
+from restrain.select import Glob, Object, Regex, Where, as_where, chosen
+from restrain.sites import Layer, near
+
+Calls = Literal["mean", "sum"]
+
+
+class Places:
+    """Base of the selections of places; joins with other selections of places by `&`, `|` and `-`."""
+
+    def __and__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("and", self, _as_places(other))
+
+    def __or__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("or", self, _as_places(other))
+
+    def __sub__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("minus", self, _as_places(other))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedPlaces(Places):
+    """Two selections of places joined by `&`, `|` or `-`."""
+
+    operation: Literal["and", "or", "minus"]
+    left: Places
+    right: Places
+
+
+@dataclass(frozen=True)
+class Place(Places):
+    """The outputs or inputs of the layers that `which` selects; see `outputs`."""
+
+    kind: Literal["outputs", "inputs"]
+    which: Where | None = None
+    via: Callable[[Tensor], Tensor] | None = None
+    index: int | str | None = None
+    batch_dim: int | None = None
+    calls: Calls = "mean"
+
+    def __repr__(self) -> str:
+        via = "" if self.via is None else f"via={getattr(self.via, '__name__', self.via)}"
+        which = "" if self.which is None else repr(self.which)
+        return f"rs.{self.kind}({', '.join(t for t in (which, via) if t)})"
+
+
+def outputs(
+    which: Any = None,
+    *,
+    via: Callable[[Tensor], Tensor] | None = None,
+    index: int | str | None = None,
+    batch_dim: int | None = None,
+    calls: Calls = "mean",
+) -> Place:
+    """The outputs of layers; of the whole model without an argument.
+
+    A glob takes the outermost layers that match, below the root; a type or a predicate takes all.
+
+    Args:
+        which: a glob over layer names, a list of them, a regex, a module, a type or a predicate f(name, module).
+        via: a function that the model itself calls on this output without a module (`torch.relu`); penalties see
+            `via(output)`.
+        index: which member of a tuple or dict output; by default the first floating-point tensor in it.
+        batch_dim: the batch axis; by default 0, or 1 where the layer says `batch_first=False`.
+        calls: a layer that is called several times in a forward counts by the "mean" or the "sum" of its calls.
+
+    >>> rs.outputs("relu*", calls="sum")
+    rs.outputs('relu*')
+    """
+    return _place("outputs", which, via, index, batch_dim, calls)
+
+
+def inputs(
+    which: Any = None,
+    *,
+    via: Callable[[Tensor], Tensor] | None = None,
+    index: int | str | None = None,
+    batch_dim: int | None = None,
+    calls: Calls = "mean",
+) -> Place:
+    """The inputs of layers; of the whole model without an argument. Arguments as those of `outputs`.
+
+    >>> rs.inputs()
+    rs.inputs()
+    """
+    return _place("inputs", which, via, index, batch_dim, calls)
+
+
+def _place(kind: Any, which: Any, via: Any, index: Any, batch_dim: Any, calls: Any) -> Place:
+    if calls not in ("mean", "sum"):
+        raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {calls!r}")
+    if via is not None and not callable(via):
+        raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {via!r}")
+    return Place(kind, None if which is None else as_where(which), via, index, batch_dim, calls)
+
+
+def _as_places(given: Any) -> Places:
+    if isinstance(given, Places):
+        return given
+    raise SelectionError(f"places join with places only, got {given!r}; write rs.outputs({given!r})")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place in a model: a layer, and what is caught there."""
+
+    layer: Layer
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """The layer's name; the model itself is ''."""
+        return self.layer.name
+
+
+def select_places(where: Places, layers: Sequence[Layer]) -> list[Target]:
+    """The places that `where` selects, in the model's order, each layer once.
+
+    Raises:
+        SelectionError: it matches nothing, or only layers that are never called (a ModuleList).
+    """
+    if isinstance(where, Place):
+        return _place_targets(where, layers)
+    assert isinstance(where, JoinedPlaces)
+    left, right = select_places(where.left, layers), select_places(where.right, layers)
+    keys = {(t.place.kind, id(t.layer.module)) for t in right}
+    inside = [t for t in left if (t.place.kind, id(t.layer.module)) in keys]
+    outside = [t for t in left if t not in inside]
+    return {"and": inside, "or": outside + right, "minus": outside}[where.operation]
+
+
+def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:
+    if place.which is None:
+        return [Target(layers[0], place)]
+    which, below = place.which, layers[1:]
+    names = [layer.name for layer in below if layer.callable]
+    taken = chosen(which, lambda leaf: [i for i, layer in enumerate(below) if leaf.takes(layer, None)], names)
+    hits = [below[i] for i in sorted(taken) if below[i].callable]
+    if isinstance(which, Object) and which.target is layers[0].module:
+        hits = [layers[0]]
+    if isinstance(which, (Glob, Regex)):
+        seen = {id(hit.module) for hit in hits}
+        hits = [hit for hit in hits if not any(id(outer) in seen for outer in hit.chain[:-1])]
+    targets = {id(hit.module): Target(hit, place) for hit in reversed(hits)}
+    if not targets:
+        pattern = which.pattern if isinstance(which, (Glob, Regex)) else ""
+        why = " that is ever called (a ModuleList is not)" if taken else ""
+        raise SelectionError(f"{place!r} matches no layer{why}{near(pattern, names)}")
+    return list(reversed(targets.values()))

@@ -1,0 +1,97 @@
+"""Pictures: learned features, zeros by layer, curves of the data loss and of every rule. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'restrain[demo]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _written(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110)
+    _pyplot().close(figure)
+    return path
+
+
+def features(weights: Mapping[str, Tensor], shape: tuple[int, int], path: Path, shown: int = 40) -> Path:
+    """Rows of each matrix as images, one panel a matrix; red is positive, blue negative, white exactly zero.
+
+    Args:
+        weights: title -> matrix of shape (features, height × width).
+        shape: height and width of an image.
+        path: the file to write.
+        shown: how many rows; the first ones.
+    """
+    plt = _pyplot()
+    columns = 20
+    rows = {title: -(-min(len(w), shown) // columns) for title, w in weights.items()}
+    height = sum(0.62 * n + 0.45 for n in rows.values())
+    figure = plt.figure(figsize=(12, height + 0.2), layout="constrained")
+    panels = figure.subfigures(len(weights), 1, height_ratios=[0.62 * n + 0.45 for n in rows.values()], squeeze=False)
+    for panel, (title, w) in zip(panels[:, 0], weights.items(), strict=True):
+        panel.suptitle(title, fontsize=10, x=0.01, ha="left")
+        axes = panel.subplots(rows[title], columns, squeeze=False).ravel()
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, row in zip(axes, w.detach().cpu()[:shown], strict=False):
+            bound = max(float(row.abs().max()), 1e-12)
+            axis.imshow(row.reshape(shape), cmap="RdBu_r", vmin=-bound, vmax=bound)
+    return _written(figure, path)
+
+
+def zeros_by_layer(counts: Mapping[str, Sequence[tuple[str, int, int]]], path: Path) -> Path:
+    """Bars of the share of exact zeros of each weight, a group of bars a weight, a color a run.
+
+    Args:
+        counts: run -> (weight name, zeros, entries) of each weight.
+        path: the file to write.
+    """
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    width = 0.8 / len(counts)
+    for number, (title, rows) in enumerate(counts.items()):
+        at = [i + (number - (len(counts) - 1) / 2) * width for i in range(len(rows))]
+        bars = axis.bar(at, [100 * zero / size for _, zero, size in rows], width, label=title)
+        axis.bar_label(bars, [f"{zero:,}" for _, zero, _ in rows], fontsize=8)
+    names = [f"{name}\n{size:,} entries" for name, _, size in next(iter(counts.values()))]
+    axis.set_xticks(range(len(names)), names)
+    axis.set(ylabel="exact zeros (%)", ylim=(0, 109))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, 1.16), ncols=len(counts), frameon=False, fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    return _written(figure, path)
+
+
+def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
+    """The data loss and every rule's value over the epochs, each apart, a panel a run, on a logarithmic axis.
+
+    Args:
+        runs: run -> curve name -> value after each epoch.
+        path: the file to write.
+    """
+    plt = _pyplot()
+    columns = 2
+    rows = -(-len(runs) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 3.3 * rows), layout="constrained", squeeze=False)
+    for axis in axes.ravel()[len(runs) :]:
+        axis.set_axis_off()
+    for axis, (title, lines) in zip(axes.ravel(), runs.items(), strict=False):
+        for name, values in lines.items():
+            axis.plot(range(1, len(values) + 1), values, label=name, lw=2 if name == "data loss" else 1.3)
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.set(yscale="log", xlabel="epoch")
+        axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    return _written(figure, path)

@@ -1,0 +1,71 @@
+"""The names of penalties and transforms, by which plans on file and keywords of models find their classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from restrain.errors import PenaltyError, PlanError
+
+_classes: dict[str, type] = {}
+
+
+def register(cls: type, names: Sequence[str]) -> None:
+    """Let `names` mean `cls`; the first is the one that it is written by.
+
+    A class takes over a name of a user's earlier class (a notebook cell that runs twice), and leaves to its
+    bases the further names that it inherits from them.
+
+    Raises:
+        PenaltyError: a user's class would take a name of the library's own.
+    """
+    for number, name in enumerate(names):
+        owner = _classes.get(name)
+        if number and owner is not cls and owner in cls.__mro__:
+            continue
+        if owner is not None and _is_ours(owner) and not _is_ours(cls):
+            raise PenaltyError(
+                f"the name {name!r} belongs to {owner.__module__}.{owner.__qualname__}: give the class "
+                f"{cls.__qualname__} another name, or keep it out of the registry: "
+                f"class {cls.__qualname__}(..., register=False)"
+            )
+        _classes[name] = cls
+
+
+def lookup(name: str) -> type:
+    """The class of that name; upper and lower case are the same.
+
+    Raises:
+        PlanError: there is none; the message lists near names, and all.
+    """
+    found = _classes.get(name.lower())
+    if found is not None:
+        return found
+    near = get_close_matches(name.lower(), _classes)
+    hint = f" (near it: {', '.join(near)})" if near else ""
+    raise PlanError(f"no penalty or transform is called {name!r}{hint}; there are: {', '.join(names())}")
+
+
+def name_of(cls: type) -> str:
+    """The name that a class is written by.
+
+    Raises:
+        PlanError: it has none, or another class has it now.
+    """
+    name = cls.__name__.lower()
+    if _classes.get(name) is cls:
+        return name
+    raise PlanError(
+        f"{cls.__qualname__} has no name of its own in the registry (it was made with register=False, or a "
+        "later "
+        f"class of the same name has taken {name!r}), so it can't be written by name"
+    )
+
+
+def names() -> tuple[str, ...]:
+    """All names, sorted."""
+    return tuple(sorted(_classes))
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("restrain.")

@@ -1,0 +1,130 @@
+"""A rule is what × where × how. `What` is the base of everything that a rule can do: penalties and transforms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from restrain import registry
+from restrain.errors import HowError, PlanError
+from restrain.places import Places
+from restrain.select import Where, as_where, weights
+
+How = Literal["loss", "gradient", "proximal", "project", "forward"]
+
+
+class What:
+    """Base of penalties and transforms: what a rule does. It has a registered name and makes rules by `on`."""
+
+    keywords: ClassVar[tuple[str, ...]] = ()  # further names, beside the class name in lower case
+    entrywise: bool = False  # a sum of a function of each entry alone
+    takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
+
+    def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
+        super().__init_subclass__(**others)
+        if register:
+            registry.register(cls, (cls.__name__.lower(), *cls.keywords))
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        """The moments at which it may act on parameters or at places, the default first.
+
+        Raises:
+            SelectionError: it can't act there at all.
+        """
+        raise NotImplementedError
+
+    def on(
+        self,
+        where: Any = None,
+        *,
+        how: How | None = None,
+        reduce: Literal["sum", "mean"] = "sum",
+        name: str | None = None,
+        every: int = 1,
+        optional: bool = False,
+        outputs: Places | None = None,
+    ) -> Rule:
+        """The rule that does this there.
+
+        Args:
+            where: what it acts on: a glob over parameter names, a list of them, a compiled regex, a module, a
+                parameter, a module type, a predicate f(name, tensor), a role (`rs.weights`, the default), any of
+                these joined by `& | -`, or places: `rs.outputs(...)`, `rs.inputs(...)`.
+            how: the moment: "loss", "gradient" or "proximal" for penalties, "project" for constraints, "forward"
+                for noise.
+            reduce: "mean" for value / number of entries of each tensor, then the mean over tensors.
+            name: its key in `values()`.
+            every: act on every so-manieth optimizer step only.
+            optional: matching nothing, or never being reached, is no error.
+            outputs: for a penalty on the whole network, the places whose outputs it is given.
+
+        Raises:
+            HowError: a moment that it can't have there.
+            SelectionError: a selection of the wrong kind.
+            PlanError: an option with a value that it can't have.
+        """
+        selection = where if isinstance(where, Places) else as_where(weights if where is None else where)
+        moments = self.moments(isinstance(selection, Places))
+        if how is not None and how not in moments:
+            raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
+        rule = Rule(self, selection, how or moments[0], reduce, name, every, optional, outputs)
+        _check(rule)
+        return rule
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done, where, and at what moment. Made by `.on(...)` of a penalty or transform; fields as there."""
+
+    what: What
+    where: Where | Places
+    how: How
+    reduce: Literal["sum", "mean"] = "sum"
+    name: str | None = None
+    every: int = 1
+    optional: bool = False
+    outputs: Places | None = None
+
+    @property
+    def at_places(self) -> bool:
+        """Whether it acts on activations, not on parameters."""
+        return isinstance(self.where, Places)
+
+    @property
+    def label(self) -> str:
+        """Its name, or one made of what and where."""
+        return self.name or f"{self.what!r} on {self.where!r}"
+
+    def __mul__(self, strength: float) -> Rule:
+        return replace(self, what=strength * self.what)  # type: ignore[operator]
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: object) -> Rule:
+        raise PlanError(
+            "a rule can't be added to: add penalties before .on(...), as in (1e-3 * rs.L1() + 1e-4 * rs.L2()).on(...), "
+            "or put the rules into one list"
+        )
+
+    __radd__ = __add__
+
+    def __repr__(self) -> str:
+        given = [repr(self.where), f"how={self.how!r}"]
+        given += [f"reduce={self.reduce!r}"] * (self.reduce != "sum") + [f"name={self.name!r}"] * (self.name is not None)
+        given += [f"every={self.every}"] * (self.every != 1) + ["optional=True"] * self.optional
+        what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
+        return f"{what}.on({', '.join(given)})"
+
+
+def _check(rule: Rule) -> None:
+    what = rule.what
+    if rule.reduce not in ("sum", "mean"):
+        raise PlanError(f"reduce= is 'sum' or 'mean', got {rule.reduce!r}")
+    if rule.reduce == "mean" and not what.entrywise:
+        raise PlanError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {what!r}")
+    if not isinstance(rule.every, int) or isinstance(rule.every, bool) or rule.every < 1:
+        raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {rule.every!r}")
+    if rule.every != 1 and rule.how == "forward":
+        raise PlanError("noise acts at each forward; every= is for penalties and constraints")
+    if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
+        raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

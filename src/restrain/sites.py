@@ -1,0 +1,162 @@
+"""The named tensors and layers of a model, as a person names them.
+
+Wrappers (`torch.compile`, DDP, FSDP, checkpoint wrappers, averaged models) are seen through: a layer that the
+user calls `encoder.fc1` has that name whichever of them stand around it. A parametrised weight is `fc.weight`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from restrain.errors import DetachedError
+
+# Wrapper class (by name, so that nothing heavy is imported) -> the attribute that holds the wrapped module.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def _wrapped_as(module: nn.Module) -> str | None:
+    cls = type(module)
+    return WRAPPERS.get(cls.__name__) if cls.__module__.startswith("torch.") else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module below every wrapper."""
+    while (attribute := _wrapped_as(model)) is not None:
+        model = getattr(model, attribute)
+    return model
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of the model at one of its names: `path` are the attributes that lead to it from the root."""
+
+    name: str
+    path: tuple[str, ...]
+    module: nn.Module
+    chain: tuple[nn.Module, ...]  # the modules from the root to this one, both included
+
+    @property
+    def callable(self) -> bool:
+        """Whether it has a forward of its own; a ModuleList has none, so nothing can be caught there."""
+        return type(self.module).forward is not nn.Module.forward
+
+
+def layers(model: nn.Module) -> Iterator[Layer]:
+    """Every layer of the model, parents first, at each of its names; the root's name is ''."""
+    yield from _walk(unwrap(model), "", (), ())
+
+
+def _walk(module: nn.Module, name: str, path: tuple[str, ...], chain: tuple[nn.Module, ...]) -> Iterator[Layer]:
+    while (attribute := _wrapped_as(module)) is not None:
+        module, path = getattr(module, attribute), (*path, attribute)
+    chain = (*chain, module)
+    yield Layer(name, path, module, chain)
+    for key, child in module._modules.items():
+        if child is None or (key == "parametrizations" and parametrize.is_parametrized(module)):
+            continue
+        yield from _walk(child, f"{name}.{key}" if name else key, (*path, key), chain)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter of the model: one tensor, whatever the number of its names (tied weights have several)."""
+
+    sites: list[tuple[Layer, str]] = field(default_factory=list)  # (owner, attribute), the first gives the name
+    parametrized: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def names(self) -> list[str]:
+        """All its names."""
+        return [f"{layer.name}.{key}" if layer.name else key for layer, key in self.sites]
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds it, at its first name."""
+        return self.sites[0][0].module
+
+    @property
+    def attribute(self) -> str:
+        """Its attribute on the owner."""
+        return self.sites[0][1]
+
+    @property
+    def handle(self) -> Handle:
+        """Where to look it up at each step."""
+        layer, key = self.sites[0]
+        return Handle(self.name, layer.path, key, self.parametrized)
+
+    def tensor(self) -> Tensor:
+        """The tensor; of a parametrised weight the effective one, computed anew."""
+        return self.handle.look_up(self.owner, ())
+
+
+@dataclass(frozen=True)
+class Handle:
+    """A parameter's address. Tensors are looked up at each use: `assign=True`, FSDP2 and others replace them."""
+
+    name: str
+    path: tuple[str, ...]
+    attribute: str
+    parametrized: bool = False
+
+    def find(self, root: nn.Module) -> Tensor:
+        """The tensor that stands there now.
+
+        Raises:
+            DetachedError: the model has lost that layer or parameter since the rules were attached.
+        """
+        return self.look_up(root, self.path)
+
+    def look_up(self, module: nn.Module, path: tuple[str, ...]) -> Tensor:
+        """The tensor at the end of `path` from `module`."""
+        found: nn.Module | Tensor | None = module
+        for key in path:
+            found = found._modules.get(key) if isinstance(found, nn.Module) else None
+        if isinstance(found, nn.Module):
+            found = getattr(found, self.attribute, None) if self.parametrized else found._parameters.get(self.attribute)
+        if not isinstance(found, Tensor):
+            raise DetachedError(
+                f"the parameter {self.name!r} is gone from the model since the rules were attached; after changing "
+                "the model's layers, detach() and attach the rules again"
+            )
+        return found
+
+
+def parameters(model: nn.Module) -> list[Slot]:
+    """The parameters of the model, each tensor once, in the order of `named_parameters()`."""
+    slots: dict[int, Slot] = {}
+    for layer in layers(model):
+        own = {key: p for key, p in layer.module._parameters.items() if p is not None}
+        for key, p in own.items():
+            slots.setdefault(id(p), Slot()).sites.append((layer, key))
+        if parametrize.is_parametrized(layer.module):
+            for key, stored in layer.module.parametrizations.items():  # type: ignore[union-attr, operator]
+                identity = id(next(iter(stored.parameters()), stored))
+                slots.setdefault(identity, Slot(parametrized=True)).sites.append((layer, key))
+    return list(slots.values())
+
+
+def near(name: str, names: Sequence[str], limit: int = 40) -> str:
+    """A sentence for an error: the names that are close to the one that matched nothing, and what there is."""
+    core = name.strip("*")
+    close = [n for n in names if core and core in n] or difflib.get_close_matches(name, names, 5, 0.5)
+    hint = f"; near it: {', '.join(map(repr, close[:8]))}" if close else ""
+    shown = ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return f"{hint}; there are: {shown or 'none'}"

@@ -1,0 +1,104 @@
+"""The bases of transforms (tensor → tensor of the same shape): constraints and noise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from math import isfinite
+from numbers import Real
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from restrain.errors import SelectionError, TransformError
+from restrain.rules import How, What
+
+
+class Transform(What, ABC, register=False):
+    """Base of constraints and noise. A transform has no strength: its settings say how much."""
+
+    __array_ufunc__ = None  # NumPy's numbers leave `c * transform` to us
+
+    def __mul__(self, strength: Any) -> NoReturn:
+        raise TransformError(
+            f"a transform has no strength, so {self!r} can't be scaled: write the amount into it, as in "
+            "GaussianNoise(0.2)"
+        )
+
+    __rmul__ = __mul__
+
+
+class Constraint(Transform, register=False):
+    """Base of constraints on parameters, which hold after every step of the optimizer.
+
+    A subclass needs only `project(self, w)`.
+
+    >>> class Symmetric(rs.Constraint):
+    ...     def project(self, w):
+    ...         return (w + w.T) / 2
+    >>> Symmetric().project(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[1., 1.],
+            [1., 1.]])
+    """
+
+    @abstractmethod
+    def project(self, w: Tensor) -> Tensor:
+        """The nearest tensor (in the Euclidean sense) that satisfies the constraint, of the same dtype.
+
+        The identity inside. NaN and infinite entries are not looked for; a result may be NaN where they are.
+        """
+
+    def bound_to(
+        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
+    ) -> Constraint:
+        """The constraint with axes that it names by meaning resolved for a parameter: `attribute` of `owner`.
+
+        Raises:
+            PenaltyError: the parameter has no such axis.
+        """
+        return self
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} holds for parameters after a step, not for outputs or inputs: select parameters "
+                "by a glob, "
+                "a role such as rs.weights, a module or a type"
+            )
+        return ("project",)
+
+
+class Noise(Transform, register=False):
+    """Base of noise on outputs and inputs of layers, in training only.
+
+    A subclass needs only `__call__(self, x)`. Draw from torch's global generator (checkpointing and
+    torch.compile need that), and keep no counters.
+
+    >>> class Signs(rs.Noise):
+    ...     def __call__(self, x):
+    ...         return x * torch.randint_like(x, 2).mul(2).sub(1)
+    >>> Signs()(torch.ones(4)).abs()
+    tensor([1., 1., 1., 1.])
+    """
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """A disturbed tensor of the shape and dtype of `x`, which stays as it is."""
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places:
+            raise SelectionError(
+                f"{self!r} acts on outputs or inputs of layers, not on parameters: "
+                "write .on(rs.outputs('fc*')), or .on(rs.inputs()) for the model's own input"
+            )
+        return ("forward",)
+
+
+def checked_number(name: str, number: Any, meaning: str, low: float, high: float, *, closed: bool) -> None:
+    """Refuse a setting that isn't a finite number between `low` and `high` (`low` only where `closed`).
+
+    Raises:
+        TransformError: so it is.
+    """
+    inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
+    if not inside or not (low < number < high or (closed and number == low)):
+        raise TransformError(f"{name} must be {meaning}; got {number!r}")

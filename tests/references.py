@@ -1,0 +1,140 @@
+"""Slow and obvious references in NumPy float64, and oracles that judge a result by the definition alone.
+
+Values take a matrix, or a stack of matrices along leading axes.
+"""
+
+import itertools
+from math import inf
+
+import numpy as np
+
+# Values
+
+
+def l1(x):
+    return np.abs(x).sum((-2, -1))
+
+
+def l2(x):
+    return (np.abs(x) ** 2).sum((-2, -1))
+
+
+def norm(p):
+    def value(x):
+        return np.abs(x).max((-2, -1)) if p == inf else (np.abs(x) ** p).sum((-2, -1)) ** (1 / p)
+
+    return value
+
+
+def group_lasso(axis):
+    """Groups are the rows (axis 0) or the columns (axis 1)."""
+
+    def value(x):
+        within = {0: -1, 1: -2}[axis]
+        return np.sqrt(x.shape[within]) * np.sqrt((np.abs(x) ** 2).sum(within)).sum(-1)
+
+    return value
+
+
+def weighted(*pairs):
+    """Σ strength · value over pairs of them."""
+    return lambda x: sum(strength * value(x) for strength, value in pairs)
+
+
+# Proximal operators
+
+
+def prox_objective(value, w, step):
+    """z ↦ Σ |z - w|² / (2 step) + value(z), for a stack of z."""
+    return lambda z: (np.abs(z - w) ** 2 / (2 * step)).sum((-2, -1)) + value(z)
+
+
+def brute_prox(value, w, step, points=9, cells=2.0, accuracy=1e-9):
+    """The minimiser of the objective over a grid around the best point so far, ever finer."""
+    objective = prox_objective(value, w, step)
+    center, width = np.zeros_like(w), 2 * np.abs(w).max() + 1e-3
+    offsets = np.array(list(itertools.product(np.linspace(-1, 1, points), repeat=w.size)))
+    offsets = offsets.reshape(-1, *w.shape)
+    while width > accuracy:
+        grid = center + width * offsets
+        best = int(objective(grid).argmin())
+        center = grid[best]
+        if np.abs(offsets[best]).max() < 1:  # on the border: move there, but look no closer yet
+            width *= cells / (points - 1) * 2
+    return center
+
+
+def directions(shape, count=400, seed=0, complex_=False):
+    """Ways to leave a point: along all entries, one, a row, a column or some, by lengths over seven decades."""
+    rng = np.random.default_rng(seed)
+    found = rng.normal(size=(count, *shape))
+    if complex_:
+        found = found + 1j * rng.normal(size=found.shape)
+    masks = np.ones(found.shape)
+    for i in range(count):
+        kind = i % 5
+        if kind == 1:
+            masks[i] = 0
+            masks[(i, *[rng.integers(n) for n in shape])] = 1
+        elif kind == 2:
+            masks[i] = np.arange(shape[0])[:, None] == rng.integers(shape[0])
+        elif kind == 3:
+            masks[i] = np.arange(shape[1])[None, :] == rng.integers(shape[1])
+        elif kind == 4:
+            masks[i] = rng.random(shape) < 0.5
+    return found * masks * 10.0 ** rng.uniform(-6, 1, size=(count, 1, 1))
+
+
+def prox_excess(value, w, step, z, seed=0):
+    """By how much z fails to be the prox of a convex value, relative to the objective; about 1e-16 if it is.
+
+    The objective grows from its minimiser by Σ |d|² / (2 step) at least, in every direction d.
+    """
+    objective = prox_objective(value, w, step)
+    away = directions(w.shape, seed=seed, complex_=np.iscomplexobj(w))
+    home = np.stack([-z * mask for mask in (np.ones_like(w.real), *np.eye(w.size).reshape(-1, *w.shape))])
+    d = np.concatenate([away, home * 0.5, home])
+    growth = objective(z + d) - objective(z)
+    missing = (np.abs(d) ** 2 / (2 * step)).sum((-2, -1)) - growth
+    return float((missing / (np.abs(objective(z)) + np.abs(objective(z + d)) + 1e-300)).max())
+
+
+# Projections
+
+
+def project_nonnegative(w):
+    return np.where(w > 0, w, 0.0)
+
+
+def project_groups(rule, axis):
+    """Each row (axis 0) or column (axis 1) through `rule`."""
+
+    def project(w):
+        w = np.array(w, copy=True)
+        for i in range(w.shape[axis]):
+            index = (i, slice(None)) if axis == 0 else (slice(None), i)
+            w[index] = rule(w[index])
+        return w
+
+    return project
+
+
+def shorten(radius):
+    def rule(v):
+        length = np.sqrt((np.abs(v) ** 2).sum())
+        return v if length <= radius else v * (radius / length)
+
+    return rule
+
+
+def normalize(v):
+    length = np.sqrt((np.abs(v) ** 2).sum())
+    return v / length if length else np.full_like(v, v.size**-0.5)
+
+
+# Derivatives
+
+
+def slope(value, x, d, h=1e-6):
+    """The derivative of a value at x along d, by central differences."""
+    return (value(x + h * d) - value(x - h * d)) / (2 * h)

@@ -1,0 +1,403 @@
+"""Everything public in penalties and transforms, against references and by definition; see design.md §7.5.
+
+To add a penalty or transform, give it a case below: the tests here find it by that.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import references as ref
+import torch
+
+import restrain as rs
+from restrain import penalties, transforms
+from restrain.errors import NoProxError
+
+BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise"}
+HALF = [torch.float16, torch.bfloat16]
+REAL = [torch.float32, torch.float64]
+COMPLEX = [torch.complex64, torch.complex128]
+
+
+@dataclass
+class Case:
+    """A member, what it should compute for a matrix, and whether it takes tensors of any rank."""
+
+    member: object
+    reference: Callable
+    any_rank: bool = True
+    complex: bool = True
+
+    def __repr__(self):
+        return repr(self.member)
+
+
+def norm_case(p):
+    return Case(rs.Norm(p), ref.norm(p))
+
+
+PENALTIES = {
+    "L1": [Case(rs.L1(), ref.l1)],
+    "L2": [Case(rs.L2(), ref.l2)],
+    "ElasticNet": [Case(rs.ElasticNet(0.3, 0.2), ref.weighted((0.3, ref.l1), (0.2, ref.l2)))],
+    "Norm": [norm_case(p) for p in (1, 1.5, 2, 3, inf)],
+    "GroupLasso": [
+        Case(rs.GroupLasso(), ref.group_lasso(0), any_rank=False),
+        Case(rs.GroupLasso("in"), ref.group_lasso(1), any_rank=False),
+        Case(rs.GroupLasso(-1), ref.group_lasso(1), any_rank=False),
+    ],
+    "Scaled": [Case(0.4 * rs.L1(), ref.weighted((0.4, ref.l1)))],
+    "Sum": [
+        Case(rs.L1() + 0.5 * rs.L2(), ref.weighted((1, ref.l1), (0.5, ref.l2))),
+        Case(
+            0.2 * (0.5 * rs.L1() + rs.GroupLasso("in")) + 0.3 * rs.L2(),
+            ref.weighted((0.1, ref.l1), (0.2, ref.group_lasso(1)), (0.3, ref.l2)),
+            any_rank=False,
+        ),
+        Case(0.3 * rs.Norm(inf) + 0.2 * rs.L1(), ref.weighted((0.3, ref.norm(inf)), (0.2, ref.l1))),
+    ],
+}
+CONSTRAINTS = {
+    "NonNegative": [Case(rs.NonNegative(), ref.project_nonnegative, complex=False)],
+    "MaxNorm": [
+        Case(rs.MaxNorm(1.5), ref.project_groups(ref.shorten(1.5), 0), any_rank=False),
+        Case(rs.MaxNorm(1e-3, per="in"), ref.project_groups(ref.shorten(1e-3), 1), any_rank=False),
+    ],
+    "UnitNorm": [
+        Case(rs.UnitNorm(), ref.project_groups(ref.normalize, 0), any_rank=False),
+        Case(rs.UnitNorm("column"), ref.project_groups(ref.normalize, 1), any_rank=False),
+    ],
+}
+NOISES = {
+    "GaussianNoise": [Case(rs.GaussianNoise(0.3), lambda x: (x, np.full(x.shape, 0.3)))],  # mean and deviation
+    "Dropout": [Case(rs.Dropout(0.2), lambda x: (x, np.abs(x) * 0.5), complex=False)],
+}
+TRANSFORMS = CONSTRAINTS | NOISES
+
+
+def flat(cases):
+    return [pytest.param(case, id=repr(case)) for group in cases.values() for case in group]
+
+
+def with_prox(case):
+    return case.values[0].member.has_prox
+
+
+each_penalty = pytest.mark.parametrize("case", flat(PENALTIES))
+each_prox = pytest.mark.parametrize("case", [case for case in flat(PENALTIES) if with_prox(case)])
+each_constraint = pytest.mark.parametrize("case", flat(CONSTRAINTS))
+each_noise = pytest.mark.parametrize("case", flat(NOISES))
+each_member = pytest.mark.parametrize("case", flat(PENALTIES | TRANSFORMS))
+
+
+def missing(package, cases):
+    """Public members of a package without a case."""
+    return set(package.__all__) - BASES - set(cases)
+
+
+def test_every_public_member_has_a_case():
+    assert missing(penalties, PENALTIES) == set()
+    assert missing(transforms, TRANSFORMS) == set()
+    assert missing(SimpleNamespace(__all__=["L1", "New", "Penalty"]), PENALTIES) == {"New"}
+
+
+def matrices(dtype=torch.float64, shape=(4, 3), count=3):
+    return [(torch.randn(shape, dtype=dtype) * 2).requires_grad_() for _ in range(count)]
+
+
+def supported(case, dtype):
+    if dtype.is_complex and not case.complex:
+        pytest.skip("real tensors only")
+
+
+# Penalties
+
+
+def value_fault(case, w):
+    return abs(case.member(w).item() - case.reference(w.detach().numpy()).item())
+
+
+@each_penalty
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_value(case, dtype):
+    for w in matrices(dtype):
+        assert value_fault(case, w) < 1e-13 * case.member(w).item()
+
+
+def test_value_oracle():
+    assert value_fault(Case(rs.L2(), ref.l1), torch.ones(2, 2) * 3) > 1
+
+
+@each_penalty
+@pytest.mark.parametrize("dtype", HALF + REAL + COMPLEX)
+def test_gradient_is_autograds(case, dtype):
+    supported(case, dtype)
+    for w in matrices(dtype):
+        (expected,) = torch.autograd.grad(case.member(w), w)
+        found = case.member.gradient(w)
+        assert found.dtype == dtype
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected)
+        assert case.member(w).dtype in (torch.float32, torch.float64)
+
+
+def slope_fault(case, w, d):
+    expected = ref.slope(case.reference, w.detach().numpy(), d.numpy())
+    found = (case.member.gradient(w).conj() * d).real.sum()
+    return abs(float(found) - expected) / (1 + abs(expected))
+
+
+@each_penalty
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_gradient_is_the_references_slope(case, dtype):
+    for w in matrices(dtype):
+        assert slope_fault(case, w, torch.randn_like(w)) < 1e-8
+        assert torch.autograd.gradcheck(lambda x: case.member(x), w, fast_mode=dtype.is_complex)
+
+
+def test_slope_oracle():
+    w = torch.ones(2, 2, dtype=torch.float64)
+    assert slope_fault(Case(0.5 * rs.L2(), ref.l2), w, torch.ones_like(w)) > 0.1
+
+
+STEPS = [0.05, 0.4, 3.0]
+
+
+@each_prox
+@pytest.mark.parametrize("step", [0.3, torch.tensor([[0.05, 0.4], [1.0, 0.0002]])])
+def test_prox_is_the_brute_minimizer(case, step):
+    if isinstance(step, torch.Tensor) and not (case.member.entrywise or case.member.groupwise):
+        pytest.skip("the same step for all")
+    w = torch.tensor([[1.4, -0.2], [0.3, 0.9]], dtype=torch.float64)
+    found = case.member.prox(w, step)
+    expected = ref.brute_prox(case.reference, w.numpy(), np.asarray(step))
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+
+
+@each_prox
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_prox_is_the_minimizer_in_every_direction(case, step, dtype):
+    for w in matrices(dtype, (5, 4)):
+        z = case.member.prox(w, step).detach()
+        assert ref.prox_excess(case.reference, w.detach().numpy(), step, z.numpy()) < 1e-14
+
+
+@each_prox
+@pytest.mark.parametrize("spread", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_prox_in_a_diagonal_metric(case, spread, dtype):
+    if not (case.member.entrywise or case.member.groupwise):
+        with pytest.raises(NoProxError):
+            case.member.prox(torch.ones(2, 2), torch.ones(2, 2))
+        return
+    for w in matrices(dtype, (5, 4)):
+        step = 2 * 10 ** (-spread * torch.rand(w.shape, dtype=torch.float64))
+        z = case.member.prox(w, step).detach()
+        assert ref.prox_excess(case.reference, w.detach().numpy(), step.numpy(), z.numpy()) < 1e-14
+
+
+def test_prox_oracles():
+    w = np.array([[1.4, -0.2], [0.3, 0.9]])
+    for strength in (0.98, 1.02):  # the prox of almost the same penalty
+        z = (strength * rs.L1() + strength * rs.GroupLasso()).prox(torch.tensor(w), 0.3).numpy()
+        value = ref.weighted((1, ref.l1), (1, ref.group_lasso(0)))
+        assert np.abs(z - ref.brute_prox(value, w, 0.3)).max() > 1e-3
+        assert ref.prox_excess(value, w, 0.3, z) > 1e-6
+
+
+@each_prox
+def test_prox_at_zero_and_at_no_step(case):
+    zero = torch.zeros(3, 4)
+    for z in (case.member.prox(zero, 0.5), case.member.prox(-zero, torch.tensor(0.5))):
+        assert z.eq(0).all()
+    w = torch.randn(3, 4)
+    z = case.member.prox(w, 0.0)
+    assert torch.equal(z, w)
+    assert z.data_ptr() != w.data_ptr()
+    dead = case.member.prox(w.clamp(-0.01, 0.01), 1e3)
+    if case.member.leaves()[0][1] != rs.L2():
+        assert dead.eq(0).all()
+        assert not dead.signbit().any()
+
+
+@each_prox
+@pytest.mark.parametrize("dtype", HALF + REAL)
+def test_prox_computes_wide_and_keeps_the_dtype(case, dtype):
+    w, wide = torch.randn(6, 5, dtype=dtype), torch.float64 if dtype == torch.float64 else torch.float32
+    steps = [0.3] + [torch.rand(6, 5)] * (case.member.entrywise or case.member.groupwise)
+    for step in steps:
+        z = case.member.prox(w, step)
+        assert z.dtype == dtype
+        assert torch.equal(z, case.member.prox(w.to(wide), step).to(dtype))
+
+
+@each_penalty
+def test_at_zero(case):
+    w = torch.zeros(3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(case.member(w), w)
+    assert case.member(w) == 0
+    assert expected.eq(0).all()
+    assert case.member.gradient(w).eq(0).all()
+    with torch.no_grad():
+        w[0, 0] = 1.0
+    assert case.member.gradient(w).isfinite().all()
+
+
+@each_penalty
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), ()])
+def test_empty_and_0d(case, shape):
+    if len(shape) < 2 and not case.any_rank:
+        pytest.skip("matrices only")
+    w = torch.full(shape, -2.0, requires_grad=True)
+    assert case.member(w).shape == ()
+    assert case.member.gradient(w).shape == shape
+    if w.numel() == 0:
+        assert case.member(w) == 0
+    if case.member.has_prox:
+        assert case.member.prox(w, 0.1).shape == shape
+
+
+@each_penalty
+def test_nan_is_not_hidden(case):
+    w = torch.ones(2, 2)
+    w[0, 0] = torch.nan
+    assert case.member(w).isnan()
+    if case.member.has_prox:
+        assert case.member.prox(w, 0.1)[0, 0].isnan()
+
+
+@each_penalty
+def test_any_memory_layout(case):
+    w = torch.randn(3, 4)
+    for other in (w.T.contiguous().T, torch.randn(6, 8)[::2, ::2].copy_(w)):
+        torch.testing.assert_close(case.member(other), case.member(w))
+        torch.testing.assert_close(case.member.gradient(other), case.member.gradient(w))
+        if case.member.has_prox:
+            torch.testing.assert_close(case.member.prox(other, 0.3), case.member.prox(w, 0.3))
+
+
+# Constraints
+
+
+@each_constraint
+@pytest.mark.parametrize("dtype", HALF + REAL + COMPLEX)
+def test_projection(case, dtype):
+    supported(case, dtype)
+    for w in matrices(dtype, (6, 5)):
+        w = w.detach()
+        before, z = w.clone(), case.member.project(w)
+        wide = w.to(torch.complex128 if dtype.is_complex else torch.float64)
+        expected = torch.from_numpy(case.reference(wide.numpy()))
+        torch.testing.assert_close(z, expected.to(dtype))
+        assert torch.equal(case.member.project(z), z)  # idempotent, hence also the identity inside
+        assert torch.equal(w, before)
+        assert z.dtype == dtype
+
+
+@each_constraint
+def test_projection_is_the_nearest_feasible_point(case):
+    w = torch.randn(4, 3, dtype=torch.float64)
+    z = case.member.project(w).numpy()
+    near = np.linalg.norm(w.numpy() - z)
+    others = [case.reference(z + d) for d in ref.directions(z.shape)]
+    assert min(np.linalg.norm(w.numpy() - other) for other in others) > near * (1 - 1e-14)
+
+
+@each_constraint
+@pytest.mark.parametrize("shape", [(3, 4), (0, 3), (3, 0), (0,), ()])
+def test_projection_at_zero_and_empty(case, shape):
+    if len(shape) < 2 and not case.any_rank:
+        pytest.skip("matrices only")
+    z = case.member.project(torch.full(shape, -0.0))
+    assert z.shape == shape
+    assert z.isfinite().all()
+    assert torch.equal(case.member.project(z), z)
+
+
+def test_projection_oracle():
+    case = Case(rs.MaxNorm(1.0), ref.project_groups(ref.shorten(1.1), 0))
+    with pytest.raises(AssertionError):
+        test_projection(case, torch.float64)
+
+
+# Noise
+
+
+def noise_fault(case, x, n=4000):
+    """The greatest deviation of the mean and of the standard deviation over n draws, in standard errors."""
+    draws = torch.stack([case.member(x) for _ in range(n)])
+    mean, deviation = (torch.as_tensor(expected) for expected in case.reference(x.numpy()))
+    of_mean = (draws.mean(0) - mean).abs() / (deviation / n**0.5 + 1e-12)
+    square = (draws - mean).abs().square()
+    of_square = (square.mean(0) - deviation**2).abs() / (square.std(0) / n**0.5 + 1e-12)
+    return float(torch.maximum(of_mean, of_square).max())
+
+
+@each_noise
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_noise_has_the_mean_and_deviation(case, dtype):
+    supported(case, dtype)
+    x = torch.randn(3, 4, dtype=dtype)
+    before = x.clone()
+    assert noise_fault(case, x) < 4.5  # 24 numbers, each beyond 4.5 with a probability of 7e-6
+    assert torch.equal(x, before)
+
+
+def test_noise_oracle():
+    wrong = Case(rs.GaussianNoise(0.33), NOISES["GaussianNoise"][0].reference)
+    assert noise_fault(wrong, torch.randn(3, 4, dtype=torch.float64)) > 4.5
+
+
+@each_noise
+@pytest.mark.parametrize("dtype", HALF + REAL)
+@pytest.mark.parametrize("shape", [(3, 4), (0, 3), ()])
+def test_noise_keeps_shape_and_dtype(case, dtype, shape):
+    x = torch.ones(shape, dtype=dtype, requires_grad=True)
+    y = case.member(x)
+    assert (y.shape, y.dtype, y.requires_grad) == (x.shape, dtype, True)
+
+
+# All
+
+
+def everything(member, w, step):
+    """What a member computes, in one function to compile."""
+    if isinstance(member, rs.Constraint):
+        return [member.project(w)]
+    if isinstance(member, rs.Noise):
+        return [member(w)]
+    results = [member(w)]
+    if member.has_prox:
+        results.append(member.prox(w, 0.3))
+        if member.entrywise or member.groupwise:
+            results.append(member.prox(w, step))
+    return results
+
+
+@each_member
+def test_compiled(case):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda w, step: everything(case.member, w, step), fullgraph=True, backend="aot_eager")
+    w, step = torch.randn(4, 3, requires_grad=True), torch.rand(4, 3)
+    torch.manual_seed(1)
+    found = compiled(w, step)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, everything(case.member, w, step))
+    torch.testing.assert_close(
+        torch.autograd.grad(found[0].sum(), w), torch.autograd.grad(everything(case.member, w, step)[0].sum(), w)
+    ) if not isinstance(case.member, rs.Noise) else found[0].sum().backward()
+
+
+@each_member
+def test_copied_pickled_and_printed(case):
+    for twin in (copy.copy(case.member), copy.deepcopy(case.member), pickle.loads(pickle.dumps(case.member))):
+        assert twin == case.member
+        assert hash(twin) == hash(case.member)
+    assert eval(repr(case.member), {**vars(rs), "inf": inf}) == case.member
