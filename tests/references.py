@@ -96,7 +96,8 @@ def prox_excess(value, w, step, z, seed=0):
     d = np.concatenate([away, home * 0.5, home])
     growth = objective(z + d) - objective(z)
     missing = (np.abs(d) ** 2 / (2 * step)).sum((-2, -1)) - growth
-    return float((missing / (np.abs(objective(z)) + np.abs(objective(z + d)) + 1e-300)).max())
+    rounded = objective(z) + objective(z + d) + (np.abs(z) * np.abs(d) / step).sum((-2, -1))
+    return float((missing / (rounded + 1e-300)).max())
 
 
 # Projections

@@ -232,7 +232,7 @@ OPTIMIZERS = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.5, weight_decay=0),
     "AMSGrad": lambda p: torch.optim.Adam(p, lr=0.5, amsgrad=True),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.05),
-    "RMSprop with momentum": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
+    "RMSprop with momentum": lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=20.0),
 }
 

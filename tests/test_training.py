@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import restrain as rs
+from restrain.engine.tripwire import _watchers
 
 
 def make(dtype=torch.float64):
@@ -57,7 +59,7 @@ OPTIMIZERS = {
     "SGD": sgd,
     "momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
     "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.1),
-    "AdamW foreach": lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, foreach=True),
+    "AdamW foreach": lambda m: torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0, foreach=True),
     "Adam fused": lambda m: torch.optim.Adam(m.parameters(), lr=0.1, fused=True),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.1),
     "Adagrad": lambda m: torch.optim.Adagrad(m.parameters(), lr=0.1),
@@ -346,8 +348,10 @@ def test_attach_and_detach_leave_no_trace():
     def hooks():
         places = [d for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
         steps = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
-        return sum(map(len, places + steps + [torch.optim.optimizer._global_optimizer_post_hooks]))
+        return sum(map(len, places + steps + [_global_optimizer_post_hooks]))
 
+    for tripwire in list(_watchers.tripwires):  # of attachments in other tests
+        tripwire.remove()
     rules = [*plan(), *plan("proximal"), rs.Dropout(0.5).on(rs.inputs()), rs.MaxNorm(1e6).on("*.weight")]
     for _ in range(1000):
         with rs.attach(model, rules, optimizer):

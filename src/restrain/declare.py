@@ -100,7 +100,7 @@ def _declared(module: nn.Module) -> Declared:
 def _checked(what: dict[str, Any], how: How | None) -> dict[str, tuple[tuple[What, How | None], ...]]:
     checked = {}
     for key, given in what.items():
-        members = () if given is None else (given,) if isinstance(given, What) else tuple(given)
+        members = () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
         for member in members:
             if not isinstance(member, What):
                 raise PlanError(f"{key}= takes penalties or transforms such as 1e-4 * rs.L2(); got {member!r}")

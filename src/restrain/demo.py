@@ -109,7 +109,7 @@ def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-            total += float(data_loss) * len(rows)
+            total += data_loss.item() * len(rows)
         run.curves.setdefault("data loss", []).append(total / len(data.x))
         for name, value in (reg.values() if reg is not None else {}).items():
             run.curves.setdefault(name, []).append(value)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from restrain.declare import declared_rules
 from restrain.engine import ranks, report
 from restrain.engine.bind import Bound, bind, check_optimizers
-from restrain.engine.capture import InputHook, LayerHook
+from restrain.engine.capture import InputHook, LayerHook, Spot
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
@@ -23,7 +23,6 @@ from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
 from restrain.errors import DetachedError, PenaltyError, PlanError, RestrainWarning
 from restrain.penalties import NetworkPenalty, Penalty
-from restrain.places import Target
 from restrain.plans import Plan
 from restrain.sites import unwrap
 from restrain.transforms.base import Noise
@@ -82,7 +81,6 @@ class Attachment:
         self._handles: list[Any] = []
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
-        self._plan = report.bound_plan(self._bounds)
         self._attach_hooks(model)
         self._attach_steps(model, optimizers)
         self._loss_rules = [bound for bound in self._bounds if bound.rule.how == "loss"]
@@ -99,20 +97,20 @@ class Attachment:
         for bound in self._bounds:
             self._forwards.taps += bound.taps
             self._forwards.raws += bound.raws
-            taps = {id(tap.target): tap for tap in bound.taps}
-            for target in bound.targets:
-                hook = self._hook_at(hooks, target)
-                hook.taps += [taps[id(target)]] if id(target) in taps else []
-                hook.noises += [(bound.rule.what, target)] if isinstance(bound.rule.what, Noise) else []
+            for tap in bound.taps:
+                self._hook_at(hooks, model, tap.spot).taps.append(tap)
             for raw in bound.raws:
-                self._hook_at(hooks, raw.target).raws.append(raw)
+                self._hook_at(hooks, model, raw.spot).raws.append(raw)
+            if isinstance(bound.rule.what, Noise):
+                for spot in bound.spots:
+                    self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
         if any(bound.rule.how == "loss" for bound in self._bounds):
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
         if hooks:
             _forget_compiled_code(model)
 
-    def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], target: Target) -> LayerHook:
-        module, kind = target.layer.module, target.place.kind
+    def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
+        module, kind = spot.find(model), spot.place.kind
         key = (id(module), kind)
         if key not in hooks and kind == "outputs":
             hooks[key] = LayerHook(self._forwards)
@@ -153,7 +151,7 @@ class Attachment:
     @property
     def plan(self) -> Plan:
         """The plan as bound: every selection by the names that it resolved to."""
-        return self._plan
+        return Plan(tuple(bound.rule for bound in self._bounds))
 
     def loss(self, loss: Tensor) -> Tensor:
         """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
@@ -168,7 +166,7 @@ class Attachment:
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PenaltyError(f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()")
-        direct, hidden = self._terms()
+        direct, hidden = self._terms(loss)
         for term in direct:
             loss = loss + term.to(loss.device)
         if not hidden:
@@ -194,7 +192,7 @@ class Attachment:
         anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
         return Root.apply(anchor, value.to(total.device, total.dtype), write)  # type: ignore[no-any-return]
 
-    def _terms(self) -> tuple[list[Tensor], list[Any]]:
+    def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model, tripwire = self.model, self._tripwire
         if tripwire is None:
@@ -205,7 +203,7 @@ class Attachment:
         if not training:
             return terms, []
         tripwire.collected = True
-        collected = self._forwards.collect() if self._forwards.taps or self._forwards.raws else []
+        collected = self._forwards.collect(loss) if self._forwards.taps or self._forwards.raws else []
         keys = {bound.key for bound in due}
         collected = [one for one in collected if one.tap.rule in keys]
         terms += [one.direct for one in collected if one.direct is not None]
@@ -292,7 +290,7 @@ class Attachment:
         return f"<Attachment of {len(self._bounds)} rules to {type(model).__name__ if model is not None else 'a model that is gone'}>"
 
     def __reduce__(self) -> Any:
-        return (_copied, (self._plan,))
+        return (DetachedAttachment, (self.plan,))
 
 
 class DetachedAttachment:
@@ -305,10 +303,6 @@ class DetachedAttachment:
         if name.startswith("__"):
             raise AttributeError(name)
         raise DetachedError(f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}")
-
-
-def _copied(plan: Plan) -> DetachedAttachment:
-    return DetachedAttachment(plan)
 
 
 def _forget_compiled_code(model: nn.Module) -> None:

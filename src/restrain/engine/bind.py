@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,33 +14,36 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restrain.engine.capture import RawTap, Tap
+from restrain.engine.capture import RawTap, Spot, Tap
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import NetworkPenalty, Penalty
-from restrain.places import Places, Target, select_places
+from restrain.places import Places, select_places
 from restrain.rules import Rule, What
-from restrain.select import Where, select_parameters
+from restrain.select import Names, select_parameters
 from restrain.sites import Handle, Layer, Slot, layers, parameters
 from restrain.transforms.base import Noise
 
 
 @dataclass
 class Bound:
-    """A rule bound to a model: the parameters or places that it acts on."""
+    """A rule bound to a model: the parameters or places that it acts on, by name.
+
+    Its rule selects by names too; nothing here holds a module or tensor of the model.
+    """
 
     rule: Rule
     key: str
     parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
-    targets: list[Target] = field(default_factory=list)
+    spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     raws: list[RawTap] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
         """The names of what it acts on."""
-        return [handle.name for handle, _ in self.parameters] + [target.name for target in self.targets]
+        return [handle.name for handle, _ in self.parameters] + [spot.name for spot in self.spots]
 
     def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
         """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
@@ -64,17 +69,18 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
 
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
-    rule = bound.rule
+    rule, mean = bound.rule, bound.rule.reduce == "mean"
     if isinstance(rule.where, Places):
-        bound.targets = _places(rule, rule.where, sites)
+        bound.spots = _spots(rule, rule.where, sites)
         if isinstance(rule.what, Penalty):
-            weight = 1 / len(bound.targets) if rule.reduce == "mean" and bound.targets else 1.0
+            weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
+            device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             bound.taps = [
-                Tap(bound.key, rule.what, t, mean=rule.reduce == "mean", weight=weight, optional=rule.optional)
-                for t in bound.targets
+                Tap(bound.key, rule.what, s, device, mean=mean, weight=weight, optional=rule.optional)
+                for s in bound.spots
             ]
+        bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
-    assert isinstance(rule.where, Where)
     try:
         chosen = select_parameters(rule.where, slots)
     except SelectionError:
@@ -82,12 +88,23 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             raise
         chosen = []
     bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
-    if rule.outputs is not None:
-        bound.raws = [RawTap(bound.key, t, rule.optional) for t in _places(rule, rule.outputs, sites)]
+    outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
+    bound.raws = [RawTap(bound.key, spot, rule.optional) for spot in outputs]
+    where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
+    bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
 
 
-def _places(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Target]:
+def _places_by_name(spots: Sequence[Spot]) -> Places | None:
+    """The selection of these places by their names."""
+    places: list[Places] = []
+    for place in dict.fromkeys(spot.place for spot in spots):
+        names = tuple(spot.name for spot in spots if spot.place == place)
+        places.append(replace(place, which=None if names == ("",) else Names(names)))
+    return functools.reduce(operator.or_, places) if places else None
+
+
+def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
     try:
         targets = select_places(where, sites)
     except SelectionError:
@@ -103,7 +120,7 @@ def _places(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Target]:
             )
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
-    return targets
+    return [Spot(target.name, target.layer.path, target.place) for target in targets]
 
 
 def _resolve(rule: Rule, slot: Slot) -> What:
@@ -177,7 +194,10 @@ def _check_held(bound: Bound, handle: Handle, p: Tensor, holder: Optimizer | Non
 def _check_prox(name: str, penalty: Penalty, optimizer: Optimizer) -> None:
     by_entry = diagonal(optimizer)  # raises for an optimizer of unknown metric
     if not penalty.has_prox:
-        raise NoProxError(f"how='proximal' on {name!r}: {penalty!r} has no known prox; use how='gradient' for one of them")
+        try:
+            penalty.prox(torch.zeros(1))
+        except NoProxError as error:
+            raise NoProxError(f"how='proximal' on {name!r}: {error}") from None
     if by_entry and not (penalty.entrywise or penalty.groupwise):
         raise HowError(
             f"how='proximal' on {name!r}: {type(optimizer).__name__} moves each entry by a step of its own, for which "

@@ -12,7 +12,8 @@ Nothing is kept outside a training forward, in a recomputation, or after a forwa
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,28 @@ from restrain.engine import structures
 from restrain.engine.injection import Inject, recomputing_saved_tensors
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
-from restrain.places import Target
+from restrain.places import Place
 from restrain.transforms.base import Noise
+
+Record: TypeAlias = tuple[int, Tensor]  # the number of the forward, and what it gave
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in a model: a layer's name and the way to it, and what is caught there."""
+
+    name: str
+    path: tuple[str, ...]
+    place: Place
+
+    def find(self, root: nn.Module) -> nn.Module:
+        """The layer."""
+        for key in self.path:
+            root = root._modules[key]  # type: ignore[assignment]
+        return root
+
+    def __str__(self) -> str:
+        return f"{self.place.kind} of {self.name!r}" if self.name else f"{self.place.kind} of the model"
 
 
 class Tap:
@@ -31,26 +52,22 @@ class Tap:
     `weight` scales its value (1 / number of places under `reduce="mean"`).
     """
 
-    def __init__(self, rule: str, penalty: Penalty, target: Target, *, mean: bool, weight: float, optional: bool) -> None:
-        self.rule, self.penalty, self.target = rule, penalty, target
+    def __init__(
+        self, rule: str, penalty: Penalty, spot: Spot, device: torch.device, *, mean: bool, weight: float, optional: bool
+    ) -> None:
+        self.rule, self.penalty, self.spot = rule, penalty, spot
         self.mean, self.weight, self.optional = mean, weight, optional
-        self.records: list[Tensor] = []  # values with their graphs
-        self.hidden: list[Tensor] = []  # values from inside a reentrant checkpoint, without
+        self.records: list[Record] = []  # values with their graphs
+        self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without
         self.probes: list[tuple[Tensor, int]] = []
         self.last: list[Tensor] = []  # what was last collected, without a graph
         self.copies: bool | None = None  # whether the place is overwritten by a later op; unknown before the first forward
         self.rooted = False  # whether some of the values since the last collection were hidden
         self.fired = False
-        device = next((p.device for p in target.layer.chain[0].parameters()), torch.device("cpu"))
         dtype = torch.float32 if device.type == "mps" else torch.float64
         # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
         self.total, self.count, self.cell = (torch.zeros(1, dtype=dtype, device=device) for _ in range(3))
         self.seen = self.count._version  # compiled code adds to `count` in place: no other sign, and no synchronisation
-
-    @property
-    def name(self) -> str:
-        """How messages call the place."""
-        return f"{self.target.place.kind} of {self.target.name!r}" if self.target.name else f"the model's {self.target.place.kind}"
 
     def evaluate(self, structure: Any, way: structures.Way, module: nn.Module) -> Tensor:
         """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean."""
@@ -59,7 +76,7 @@ class Tap:
             if self.copies is None:
                 self.probes.append((h, h._version))
             h = h.clone()
-        place = self.target.place
+        place = self.spot.place
         h = h if place.via is None else place.via(h)
         if self.mean:
             return self.penalty.mean(h)
@@ -68,12 +85,12 @@ class Tap:
             return self.penalty.over_batch(h, 0) * (h.shape[0] / sequences)
         return self.penalty.over_batch(h, _batch_dim(place.batch_dim, module, h))
 
-    def record(self, value: Tensor) -> None:
-        """Keep a value of this forward."""
+    def record(self, forward: int, value: Tensor) -> None:
+        """Keep a value that a forward gave."""
         if torch.is_grad_enabled():
-            self.records.append(value)
+            self.records.append((forward, value))
         else:
-            self.hidden.append(value)
+            self.hidden.append((forward, value))
             self.rooted = True
 
     def settle(self) -> None:
@@ -82,7 +99,7 @@ class Tap:
             self.copies = any(h._version != version for h, version in self.probes)
             if self.copies:
                 warnings.warn(
-                    f"{self.rule}: the {self.name} is overwritten by a later in-place op; the penalty acts on a copy "
+                    f"{self.rule}: the {self.spot} are overwritten by a later in-place op; the penalty acts on a copy "
                     "of it, at the price of one copy a forward (inplace=False there would spare it)",
                     RestrainWarning,
                     stacklevel=2,
@@ -115,14 +132,17 @@ def _batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
 class RawTap:
     """The tensors themselves, for a penalty on the whole network."""
 
-    def __init__(self, rule: str, target: Target, optional: bool) -> None:
-        self.rule, self.target, self.optional = rule, target, optional
-        self.records: list[Tensor] = []
+    def __init__(self, rule: str, spot: Spot, optional: bool) -> None:
+        self.rule, self.spot, self.optional = rule, spot, optional
+        self.records: list[Record] = []
         self.fired = False
 
 
 class Gate(Protocol):
     """What a hook asks before it records; the attachment's `Capture`."""
+
+    number: int
+    """Which forward it is."""
 
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
@@ -138,7 +158,7 @@ class LayerHook:
         self.gate = gate
         self.taps: list[Tap] = []
         self.raws: list[RawTap] = []
-        self.noises: list[tuple[Noise, Target]] = []
+        self.noises: list[tuple[Noise, Spot]] = []
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())
@@ -153,13 +173,38 @@ class LayerHook:
             mode = self.gate.mode()
             if mode != "off":
                 for tap in self.taps:
-                    result = _penalize(tap, mode, module, structure, result)
+                    result = self._penalize(tap, mode, module, structure, result)
                 for raw in self.raws:
-                    _watch(raw, mode, structure)
-        for noise, target in self.noises:
-            way = _way(structure, target)
+                    self._watch(raw, mode, structure)
+        for noise, spot in self.noises:
+            way = _way(structure, spot)
             result = structures.put(result, way, noise(structures.get(result, way)))
         return result
+
+    def _penalize(self, tap: Tap, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
+        way = _way(structure, tap.spot)
+        if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
+            return result  # inside torch.func, a value can't leave
+        value = tap.evaluate(structure, way, module)
+        if mode == "record":
+            tap.record(self.gate.number, value)
+            return result
+        if mode == "compiled":
+            tap.total.add_(value.detach())
+            tap.count.add_(1)
+        elif not tap.rooted or recomputing_saved_tensors():
+            return result
+        return structures.put(result, way, Inject.apply(structures.get(result, way), value, tap.cell, tap.copies is not False))
+
+    def _watch(self, raw: RawTap, mode: str, structure: Any) -> None:
+        if mode == "recompute":
+            return
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                f"{raw.rule}: the {raw.spot} are inside a reentrant checkpoint, where they have no graph; "
+                "use checkpoint(..., use_reentrant=False)"
+            )
+        raw.records.append((self.gate.number, structures.get(structure, _way(structure, raw.spot))))
 
 
 class InputHook(LayerHook):
@@ -182,40 +227,12 @@ class DeadHook:
         return None
 
 
-def _way(structure: Any, target: Target) -> structures.Way:
-    way = structures.find(structure, target.place.index)
+def _way(structure: Any, spot: Spot) -> structures.Way:
+    way = structures.find(structure, spot.place.index)
     if way is None:
-        what = "no floating-point tensor" if target.place.index is None else f"no tensor at index={target.place.index!r}"
+        what = "no floating-point tensor" if spot.place.index is None else f"no tensor at index={spot.place.index!r}"
         raise CaptureError(
-            f"the {target.place.kind} of {target.name or 'the model'!r} have {what}; they are of type "
-            f"{type(structure).__name__}. Say which member is meant by index=, or select another layer (of token ids, "
-            "the embedding's outputs)"
+            f"the {spot} have {what}; they are of type {type(structure).__name__}. Say which member is meant by "
+            "index=, or select another layer (of token ids, the embedding's outputs)"
         )
     return way
-
-
-def _penalize(tap: Tap, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
-    way = _way(structure, tap.target)
-    if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
-        return result  # inside torch.func, a value can't leave
-    value = tap.evaluate(structure, way, module)
-    if mode == "record":
-        tap.record(value)
-        return result
-    if mode == "compiled":
-        tap.total.add_(value.detach())
-        tap.count.add_(1)
-    elif not tap.rooted or recomputing_saved_tensors():
-        return result
-    return structures.put(result, way, Inject.apply(structures.get(result, way), value, tap.cell, tap.copies is not False))
-
-
-def _watch(raw: RawTap, mode: str, structure: Any) -> None:
-    if mode == "recompute":
-        return
-    if not torch.is_grad_enabled():
-        raise CaptureError(
-            f"{raw.rule}: the outputs of {raw.target.name!r} are inside a reentrant checkpoint, where they have no graph; "
-            "use checkpoint(..., use_reentrant=False)"
-        )
-    raw.records.append(structures.get(structure, _way(structure, raw.target)))

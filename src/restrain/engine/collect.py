@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from restrain.engine import structures
 from restrain.engine.capture import DeadHook, RawTap, Tap
 from restrain.engine.injection import in_backward
 from restrain.errors import NeverFiredError
@@ -47,6 +48,8 @@ class Forwards:
         self.ran = False  # a training forward ran since the last real optimizer step
         self.current: list[Collected] = []
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
+        self.number = 0  # of the forward that runs or ran last
+        self._ends: dict[int, list[Any]] = {}  # the nodes of the graph that each forward ended in
         self._depth = 0
         self._training = False  # inside a forward that began in training and with gradients on
 
@@ -69,13 +72,16 @@ class Forwards:
         self._depth += 1
         if self._depth == 1 and model.training and torch.is_grad_enabled() and not _paused and not in_backward():
             self.ran = self._training = True
+            self.number += 1
 
-    def end(self, failed: bool) -> None:
-        """The forward ended; what a failed one left is dropped."""
+    def end(self, output: Any) -> None:
+        """The forward ended, with None for an output if it failed; what a failed one left is dropped."""
         self._depth -= 1
         if self._depth == 0:
+            if self._training:
+                self._ends[self.number] = [t.grad_fn for t in structures.tensors(output) if t.grad_fn is not None]
             self._training = False
-        if failed:
+        if output is None:
             self.clear()
 
     def clear(self) -> None:
@@ -84,6 +90,7 @@ class Forwards:
             tap.clear()
         for raw in self.raws:
             raw.records.clear()
+        self._ends.clear()
 
     def stepped(self) -> None:
         """An optimizer took a step: what was not collected by then belongs to no loss to come."""
@@ -95,19 +102,35 @@ class Forwards:
         parts = [part for tap in self.taps if tap.rule == rule for part in tap.last]
         return sum(float(part) for part in parts) if parts else float("nan")
 
-    def collect(self) -> list[Collected]:
+    def collect(self, loss: Tensor | None = None) -> list[Collected]:
         """What the forwards since the last collection gave; the same again if there was none since.
+
+        Given the loss, forwards that it does not depend on are left out: a look at a batch before training, say.
 
         Raises:
             NeverFiredError: a place was never reached.
         """
-        fresh = any(tap.records or tap.hidden or tap.fired_compiled() for tap in self.taps)
-        if fresh or not self.current:
+        taps = (*self.taps, *self.raws)
+        if any(tap.records for tap in taps) or any(tap.hidden or tap.fired_compiled() for tap in self.taps):
             self._check_fired()
-            self.current = [_drain(tap) for tap in self.taps]
-        if any(raw.records for raw in self.raws) or not self.outputs:
-            self.outputs = _outputs(self.raws)
+            stray = self._stray(loss)
+            self.current = [_drain(tap, stray) for tap in self.taps]
+            self.outputs = _outputs(self.raws, stray)
+            self._ends.clear()
+        elif not self.current and not self.outputs:
+            self._check_fired()
         return self.current
+
+    def _stray(self, loss: Tensor | None) -> set[int]:
+        """Of several forwards, those that the loss does not depend on."""
+        if loss is None or loss.grad_fn is None or len(self._ends) < 2:
+            return set()
+        waiting, seen = [loss.grad_fn], {loss.grad_fn}
+        while waiting:
+            following = {node for node, _ in waiting.pop().next_functions if node is not None} - seen
+            seen |= following
+            waiting += following
+        return {number for number, ends in self._ends.items() if ends and not seen.intersection(ends)}
 
     def _check_fired(self) -> None:
         for tap in (*self.taps, *self.raws):
@@ -119,7 +142,7 @@ class Forwards:
                 "penalise: call reg.loss(...) after the model's forward, in train() mode and with gradients on"
             )
         if never:
-            names = ", ".join(sorted({f"{tap.target.name!r} ({tap.rule})" for tap in never}))
+            names = ", ".join(sorted({f"{tap.spot.name!r} ({tap.rule})" for tap in never}))
             raise NeverFiredError(
                 f"a training forward ran, but these places were never reached: {names}. The layer may be unused, in "
                 "eval() mode, called past its hooks (F.linear(x, layer.weight), layer.forward(x)) or compiled before "
@@ -127,28 +150,29 @@ class Forwards:
             )
 
 
-def _drain(tap: Tap) -> Collected:
+def _drain(tap: Tap, stray: set[int]) -> Collected:
     tap.settle()
-    calls: Tensor | int = len(tap.records) + len(tap.hidden)
-    hidden = torch.stack(tap.hidden).sum() if tap.hidden else None
+    direct, hidden = ([value for number, value in records if number not in stray] for records in (tap.records, tap.hidden))
+    calls: Tensor | int = len(direct) + len(hidden)
+    unseen = torch.stack(hidden).sum() if hidden else None
     if tap.fired_compiled():
-        hidden = tap.total[0].clone() if hidden is None else tap.total[0] + hidden
+        unseen = tap.total[0].clone() if unseen is None else tap.total[0] + unseen
         calls = tap.count[0].clone() + calls
-    share = tap.weight / (calls if tap.target.place.calls == "mean" else 1) if tap.records or hidden is not None else 0.0
-    direct = torch.stack(tap.records).sum() * share if tap.records else None
-    hidden = None if hidden is None else hidden * share
-    tap.rooted = bool(tap.hidden)
-    tap.last = [part.detach() for part in (direct, hidden) if part is not None]
+    share = tap.weight / (calls if tap.spot.place.calls == "mean" else 1) if direct or unseen is not None else 0.0
+    seen = torch.stack(direct).sum() * share if direct else None
+    unseen = None if unseen is None else unseen * share
+    tap.rooted = bool(hidden)
+    tap.last = [part.detach() for part in (seen, unseen) if part is not None]
     tap.clear()
-    return Collected(tap, direct, hidden, share)
+    return Collected(tap, seen, unseen, share)
 
 
-def _outputs(raws: Sequence[RawTap]) -> dict[str, dict[str, Tensor]]:
+def _outputs(raws: Sequence[RawTap], stray: set[int]) -> dict[str, dict[str, Tensor]]:
     outputs: dict[str, dict[str, Tensor]] = {}
     for raw in raws:
         named = outputs.setdefault(raw.rule, {})
-        for number, tensor in enumerate(raw.records):
-            named[raw.target.name + (f"#{number + 1}" if number else "")] = tensor
+        for call, tensor in enumerate(tensor for number, tensor in raw.records if number not in stray):
+            named[raw.spot.name + (f"#{call + 1}" if call else "")] = tensor
         raw.records = []
     return outputs
 
@@ -179,4 +203,4 @@ class RootEnds(RootBegins):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
         if not torch.compiler.is_compiling():  # where even a look at the output would be traced
-            self.forwards.end(failed=output is None)
+            self.forwards.end(output)

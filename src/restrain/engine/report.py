@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from restrain.engine.bind import Bound
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
-from restrain.places import Place
-from restrain.plans import Plan
-from restrain.select import Names
 
 
 @dataclass(frozen=True)
@@ -24,21 +21,6 @@ class Measure:
     value: float
     gradient: float
     share: float
-
-
-def bound_plan(bounds: Sequence[Bound]) -> Plan:
-    """The plan with every selection replaced by the names that it resolved to."""
-    rules = []
-    for bound in bounds:
-        where = bound.rule.where
-        if bound.targets:
-            place = bound.targets[0].place
-            names = tuple(target.name for target in bound.targets)
-            where = replace(place, which=Names(names) if names != ("",) else None)
-        elif bound.parameters and not isinstance(where, Place):
-            where = Names(tuple(handle.name for handle, _ in bound.parameters))
-        rules.append(replace(bound.rule, where=where, name=bound.key))
-    return Plan(tuple(rules))
 
 
 def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:

@@ -7,6 +7,7 @@ that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from restrain.engine.kernels import add_gradient, apply_prox
 from restrain.engine.metric import metric_of
+from restrain.errors import RestrainWarning
 from restrain.penalties import Penalty
 from restrain.sites import Handle
 from restrain.transforms.base import Constraint
@@ -55,6 +57,7 @@ class Stepper:
 
     def __init__(self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module]) -> None:
         self.works, self.root, self.steps = works, root, 0
+        self._empty: dict[Handle, int] = {}
         self._summed: dict[tuple[int, ...], Penalty] = {}
         self._handles = []
         if any(work.gradient for work in works):
@@ -105,6 +108,24 @@ class Stepper:
             for constraint in due(work.project, self.steps):
                 p.copy_(constraint.project(p))
         self.steps += 1
+        if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
+            self._warn_of_empty()
+
+    def _warn_of_empty(self) -> None:
+        """Warn once of each weight that proximal rules and constraints have emptied."""
+        root = self.root()
+        for work in self.works:
+            p = work.handle.find(root)
+            acts = work.proximal + work.project
+            empty = self._empty.get(work.handle, 0) + 1 if acts and p.dim() > 1 and not p.any() else 0
+            self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
+            if empty == 2:  # at two looks running: weights may begin at zero
+                warnings.warn(
+                    f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in acts]}: "
+                    "the layer gives nothing but its bias; a smaller strength would keep some of it",
+                    RestrainWarning,
+                    stacklevel=2,
+                )
 
     def _held(self, optimizer: Optimizer) -> Iterator[tuple[Work, Tensor, dict[str, Any]]]:
         """The parameters with work that the optimizer holds now and that aren't frozen, each with its group."""

@@ -6,7 +6,7 @@ Outputs may be tensors, packed sequences, and tuples, lists, dicts or dataclasse
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,6 +50,17 @@ def _members(structure: Any) -> list[tuple[Step, Any]]:
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
         return [(field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure)]
     return []
+
+
+def tensors(structure: Any) -> Iterator[Tensor]:
+    """All tensors in a structure."""
+    if isinstance(structure, Tensor):
+        yield structure
+    elif isinstance(structure, PackedSequence):
+        yield structure.data
+    else:
+        for _, member in _members(structure):
+            yield from tensors(member)
 
 
 def get(structure: Any, way: Way) -> Any:

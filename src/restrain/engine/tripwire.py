@@ -28,19 +28,16 @@ class Tripwire:
         self.collected, self.steps, self._from = False, 0, 0
         self._relevant: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._counts: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
-        self._hook = register_optimizer_step_post_hook(self.after)
+        _watchers.add(self)
 
     def remove(self) -> None:
         """Stop watching."""
-        self._hook.remove()
+        _watchers.remove(self)
 
-    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called by torch after the step of every optimizer in the process."""
-        root = self.model()
-        if root is None or not real_step(optimizer):
-            return
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a step of any optimizer in the process."""
         self.forwards.stepped()
-        if not self._trains(optimizer, root):
+        if not real_step(optimizer) or not self._trains(optimizer, root):
             return
         forgotten = self.forwards.ran and not self.collected
         missed = [b for b in self.bounds if self._due(b) and self._concerns(b, optimizer, root)] if forgotten else []
@@ -74,7 +71,34 @@ class Tripwire:
 
     def _concerns(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
         """Whether the optimizer holds a parameter that the rule acts on, or (for activations) any of the model."""
-        if bound.targets or bound.raws:
+        if bound.spots or bound.raws:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(p) in held for p, _ in bound.tensors(root))
+
+
+class _Watchers:
+    """The living tripwires, behind one hook that torch calls after the step of every optimizer in the process."""
+
+    def __init__(self) -> None:
+        self.tripwires: list[Tripwire] = []
+        self.hook: Any = None
+
+    def add(self, tripwire: Tripwire) -> None:
+        self.tripwires.append(tripwire)
+        self.hook = self.hook or register_optimizer_step_post_hook(self.after)
+
+    def remove(self, tripwire: Tripwire) -> None:
+        self.tripwires = [t for t in self.tripwires if t is not tripwire and t.model() is not None]
+        if not self.tripwires and self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = [(tripwire, root) for tripwire in self.tripwires if (root := tripwire.model()) is not None]
+        self.tripwires = [tripwire for tripwire, _ in alive]
+        for tripwire, root in alive:
+            tripwire.after(optimizer, root)
+
+
+_watchers = _Watchers()

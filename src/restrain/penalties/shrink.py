@@ -92,7 +92,7 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float, step: float | Te
 
 
 def _shrink_in_blocks(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    """`_shrink_by_metric`, on a processor some groups after the other, so that temporaries stay in its cache."""
+    """`_shrink_by_metric`; on a CPU some groups after the other, so that temporaries stay in its cache."""
     if (
         x.numel() <= _BLOCK
         or len(groups.keep) != 1

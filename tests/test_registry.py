@@ -1,0 +1,55 @@
+"""Names of penalties and transforms."""
+
+import pytest
+import torch
+
+import restrain as rs
+from restrain import registry
+from restrain.errors import PenaltyError, PlanError
+from restrain.penalties import Scaled
+
+
+def test_registry():
+    class Mine(rs.Penalty):
+        keywords = ("my_own",)
+
+        def __call__(self, w):
+            return w.sum()
+
+    first = Mine
+
+    class Mine(rs.Penalty):  # a notebook cell that runs again
+        def __call__(self, w):
+            return w.sum()
+
+    class Heir(first):
+        pass
+
+    assert registry.lookup("MINE") is Mine
+    assert registry.lookup("my_own") is first
+    assert registry.lookup("heir") is Heir
+    assert registry.lookup("group_lasso") is registry.lookup("grouplasso") is rs.GroupLasso
+    assert registry.name_of(rs.GroupLasso) == "grouplasso"
+    assert registry.name_of(Mine) == "mine"
+    assert {"l1", "dropout", "noise", "max_norm"} <= set(registry.names())
+    assert not {"penalty", "scaled", "sum", "networkpenalty", "transform", "constraint"} & set(
+        registry.names()
+    )
+    for stranger in (first, Scaled, int):
+        with pytest.raises(PlanError, match="name of its own"):
+            registry.name_of(stranger)
+    with pytest.raises(PlanError, match=r"near it: grouplasso.*there are: .*l1"):
+        registry.lookup("gruplasso")
+
+
+def test_names_of_ours_cannot_be_taken():
+    for name, keywords in (("L2", ()), ("Other", ("noise",)), ("Dropout", ())):
+        with pytest.raises(PenaltyError, match="another name"):
+            type(name, (rs.Penalty,), {"__call__": lambda self, w: w.sum(), "keywords": keywords})
+    assert registry.lookup("l2") is rs.L2
+
+    class L2(rs.L2, register=False):
+        pass
+
+    assert registry.lookup("l2") is rs.L2
+    assert L2()(torch.ones(2)) == 2
