@@ -65,7 +65,7 @@ def brute_prox(value, w, step, points=9, cells=2.0, accuracy=1e-9):
 
 
 def directions(shape, count=400, seed=0, complex_=False):
-    """Ways to leave a point: along all entries, one, a row, a column or some, by lengths over seven decades."""
+    """Ways to leave a point: along all entries, one, a row, a column or some, by 1e-6 to 10."""
     rng = np.random.default_rng(seed)
     found = rng.normal(size=(count, *shape))
     if complex_:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
@@ -47,7 +47,7 @@ def train(plan, reentrant, rank=0, ranks=1, **wrap):
     x, y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
     x.requires_grad_(reentrant is True)
     x, y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
-    run = DDP(model, **wrap) if ranks > 1 else model
+    run = DistributedDataParallel(model, **wrap) if ranks > 1 else model
     optimizer = torch.optim.Adam(run.parameters(), lr=0.05)
     reg = rs.attach(run, plan, optimizer)
     for _ in range(STEPS):

@@ -177,9 +177,7 @@ def test_mean():
 def test_entrywise_over_a_batch():
     h = torch.randn(5, 3, 2)
     torch.testing.assert_close(rs.L1().over_batch(h, 0), h.abs().sum() / 5)
-    torch.testing.assert_close(
-        (2 * rs.L1() + rs.L2()).over_batch(h, -1), (2 * h.abs().sum() + h.square().sum()) / 2
-    )
+    torch.testing.assert_close((2 * rs.L1() + rs.L2()).over_batch(h, -1), (2 * h.abs().sum() + h.square().sum()) / 2)
     torch.testing.assert_close(rs.L1().over_batch(h, None), h.abs().sum())
 
 
@@ -198,17 +196,13 @@ def test_entrywise_over_a_batch():
 def test_lengths_over_a_batch_are_means_over_samples(penalty, dim):
     h = torch.randn(4, 3, 4, dtype=torch.float64)
     if "GroupLasso(per=-3)" in repr(penalty) and dim == 0:
-        expected = torch.stack(
-            [rs.Norm(2)(x) + rs.Norm(2)(x) * 12**0.5 for x in h]
-        ).mean()  # one group a sample
+        expected = torch.stack([rs.Norm(2)(x) + rs.Norm(2)(x) * 12**0.5 for x in h]).mean()  # one group a sample
     else:
         expected = torch.stack([penalty(x.unsqueeze(dim)) for x in h.unbind(dim)]).mean()
     torch.testing.assert_close(penalty.over_batch(h, dim), expected)
 
 
-@pytest.mark.parametrize(
-    "penalty", [rs.L1(), rs.L1() + rs.Norm(3), rs.Norm(2), rs.Norm(inf), rs.GroupLasso(1)]
-)
+@pytest.mark.parametrize("penalty", [rs.L1(), rs.L1() + rs.Norm(3), rs.Norm(2), rs.Norm(inf), rs.GroupLasso(1)])
 def test_an_empty_batch_is_zero_with_a_graph(penalty):
     h = torch.randn(0, 3, dtype=torch.float16, requires_grad=True)
     value = penalty.over_batch(h, 0)

@@ -1,4 +1,4 @@
-"""Proximal operators beyond the matrix: of sums, in hard metrics, through gradients, and against scikit-learn."""
+"""Proximal operators beyond the matrix: of sums, in hard metrics, differentiated, as a solver."""
 
 from math import inf
 
@@ -63,9 +63,7 @@ def test_prox_of_sums_is_refused_where_none_is_known():
             return w - step
 
     w = torch.tensor([[1.0, -2.0]])
-    expected = (
-        torch.tensor([[0.8, -2.2]]) / 1.4
-    )  # of Σx + Σx² / 2 with a step of 0.2: (w - 0.2) / (1 + 2 · 0.1) here
+    expected = torch.tensor([[0.8, -2.2]]) / 1.4  # (w - step) / (1 + 2 step)
     torch.testing.assert_close((Slanted() + rs.L2()).prox(w, 0.2), expected)
     for penalty in (Slanted() + rs.L1(), rs.GroupLasso() + rs.GroupLasso("in"), rs.Norm(3) + rs.L2()):
         assert not penalty.has_prox

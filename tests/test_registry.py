@@ -32,9 +32,7 @@ def test_registry():
     assert registry.name_of(rs.GroupLasso) == "grouplasso"
     assert registry.name_of(Mine) == "mine"
     assert {"l1", "dropout", "noise", "max_norm"} <= set(registry.names())
-    assert not {"penalty", "scaled", "sum", "networkpenalty", "transform", "constraint"} & set(
-        registry.names()
-    )
+    assert not {"penalty", "scaled", "sum", "networkpenalty", "transform", "constraint"} & set(registry.names())
     for stranger in (first, Scaled, int):
         with pytest.raises(PlanError, match="name of its own"):
             registry.name_of(stranger)
@@ -47,6 +45,7 @@ def test_names_of_ours_cannot_be_taken():
         with pytest.raises(PenaltyError, match="another name"):
             type(name, (rs.Penalty,), {"__call__": lambda self, w: w.sum(), "keywords": keywords})
     assert registry.lookup("l2") is rs.L2
+    assert "other" not in registry.names()
 
     class L2(rs.L2, register=False):
         pass

@@ -172,7 +172,10 @@ def test_what_places_are_taken(where, expected):
         (lambda: rs.outputs("fc1", via=3), "via= is a function"),
         (lambda: rs.weights & rs.outputs("fc1"), "don't join with parameters"),
         (lambda: rs.outputs("fc1") & "fc2", "places join with places"),
-        (lambda: rs.attach(Model(), rs.L1().on(rs.outputs("attention.out_proj"))), r"rs.outputs\('attention'\)"),
+        (
+            lambda: rs.attach(Model(), rs.L1().on(rs.outputs("attention.out_proj"))),
+            r"rs.outputs\('attention'\)",
+        ),
     ],
 )
 def test_places_that_cannot_be(make, message):

@@ -245,7 +245,9 @@ def fit_diabetes(make, plan, steps=6000):
     nn.init.constant_(model.bias, float(y.mean()))
     optimizer = make(model.parameters())
     rs.attach(model, plan, optimizer)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if "Adam" in type(optimizer).__name__ else None
+    schedule = (
+        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if "Adam" in type(optimizer).__name__ else None
+    )
     for _ in range(steps):
         optimizer.zero_grad()
         ((model(x)[:, 0] - y).square().mean() / 2).backward()

@@ -103,9 +103,7 @@ def test_projections_neither_overflow_nor_vanish(scale):
 
 def test_max_norm_is_the_identity_inside():
     w = torch.randn(5, 4)
-    w = torch.cat(
-        [w / w.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True) * 0.3]
-    )  # on the ball, and in it
+    w = torch.cat([w / w.norm(dim=1, keepdim=True), w / w.norm(dim=1, keepdim=True) * 0.3])  # on the ball, and in it
     assert torch.equal(rs.MaxNorm(1.0).project(w), w)
 
 

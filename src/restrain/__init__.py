@@ -16,7 +16,16 @@ from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.select import biases, embeddings, glob, norms, weights
-from restrain.transforms import Constraint, Dropout, GaussianNoise, MaxNorm, Noise, NonNegative, Transform, UnitNorm
+from restrain.transforms import (
+    Constraint,
+    Dropout,
+    GaussianNoise,
+    MaxNorm,
+    Noise,
+    NonNegative,
+    Transform,
+    UnitNorm,
+)
 
 __version__ = "0.1.0"
 

@@ -76,11 +76,7 @@ def checked(per: Per) -> Per:
     Raises:
         PenaltyError: it is neither a known name, nor an integer, nor a grouping.
     """
-    known = (
-        per in NAMES
-        if isinstance(per, str)
-        else isinstance(per, int | Grouping) and not isinstance(per, bool)
-    )
+    known = per in NAMES if isinstance(per, str) else isinstance(per, int | Grouping) and not isinstance(per, bool)
     if not known:
         raise PenaltyError(f"per= is one of {', '.join(map(repr, NAMES))}, or a dim such as 0; got {per!r}")
     return per
@@ -131,15 +127,11 @@ def grouping(
     return _by_meaning(per in ("out", "filter"), per, shape, owner, attribute)
 
 
-def _by_meaning(
-    out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str
-) -> Grouping:
+def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:
     """Groups by output, or else by input, in the layout of the owner's weight."""
     weight = attribute == "weight"
     if weight and isinstance(owner, nn.Bilinear) and not out:
-        raise PenaltyError(
-            f"per={per!r}: nn.Bilinear has two inputs; write per=1 for the first, per=2 for the second"
-        )
+        raise PenaltyError(f"per={per!r}: nn.Bilinear has two inputs; write per=1 for the first, per=2 for the second")
     if weight and isinstance(owner, _CONVOLUTIONS) and owner.groups > 1 and not out:
         # dim 1 counts the inputs within each group; with the groups told apart, inputs are single axes again
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))

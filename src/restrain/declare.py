@@ -61,7 +61,7 @@ def regularized(layer: M, *, how: How | None = None, **what: What | Sequence[Wha
         if key not in ("input", "output") and not _parameter_names(Layer("", (), layer, (layer,)), key):
             have = ", ".join(name for name, _ in layer.named_parameters(recurse=False)) or "none of its own"
             raise SelectionError(
-                f"{type(layer).__name__} has no parameter {key!r} (its own: {have}); write one of these, input or output"
+                f"{type(layer).__name__} has no parameter {key!r} (its own: {have}): write one of these, or output"
             )
     _declared(layer).own.update(_checked(what, how))
     return layer
@@ -107,7 +107,9 @@ def _checked(what: dict[str, Any], how: How | None) -> dict[str, tuple[tuple[Wha
             if key in ("input", "output"):
                 member.moments(at_places=True)
             elif how is not None and how not in member.moments(at_places=False):
-                raise PlanError(f"{key}={member!r} can't act by how={how!r}; it can by {member.moments(at_places=False)}")
+                raise PlanError(
+                    f"{key}={member!r} can't act by how={how!r}; it can by {member.moments(at_places=False)}"
+                )
         checked[key] = tuple((member, None if key in ("input", "output") else how) for member in members)
     return checked
 
@@ -146,13 +148,15 @@ def _names(layer: Layer, key: str, own: bool) -> list[str]:
     names = _parameter_names(layer, key)
     if not own and key in ("weight", "bias"):  # of a scope: the role, not the name
         role = Role({"weight": "weights", "bias": "biases"}[key])
-        names = [k for k in layer.module._parameters if layer.module._parameters[k] is not None and role.takes(layer, k)]
+        names = [
+            k for k in layer.module._parameters if layer.module._parameters[k] is not None and role.takes(layer, k)
+        ]
     return [f"{layer.name}.{name}" if layer.name else name for name in names]
 
 
 def _rule(what: What, how: How | None, key: str, names: list[str]) -> Rule:
     name = f"{what!r} declared as {key}"
     if key in ("input", "output"):
-        kind = "outputs" if key == "output" else "inputs"
-        return what.on(Place(kind, Names(tuple(names)) if names != [""] else None), name=name)
+        which = Names(tuple(names)) if names != [""] else None
+        return what.on(Place("outputs" if key == "output" else "inputs", which), name=name)
     return what.on(Names(tuple(names)), how=how, name=name)

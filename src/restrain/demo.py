@@ -132,7 +132,7 @@ def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Squared error, summed over pixels."""
-    return (model(x) - x).square().sum(1).mean()
+    return (model(x) - x).square().sum(1).mean()  # type: ignore[no-any-return]
 
 
 def zeros(model: nn.Module) -> Iterator[tuple[str, int, int]]:
@@ -178,8 +178,10 @@ def main(arguments: list[str] | None = None) -> None:
                 run.accuracy = float((run.model(data.x_test).argmax(1) == data.y_test).float().mean())
         print(report(run))
     code = rs.activations(runs[-1].model, data.x_test)["relu"]
-    print(f"code: {(code == 0).float().mean():.1%} of its entries are exactly zero, {(code > 0).float().sum(1).mean():.1f} "
-          f"of {code.shape[1]} features at work in an image")
+    print(
+        f"code: {(code == 0).float().mean():.1%} of its entries are zero, {(code > 0).float().sum(1).mean():.1f} "
+        f"of {code.shape[1]} features at work in an image"
+    )
     print(f"\n{time.perf_counter() - started:.1f} s in all; pictures:")
     for path in draw(runs, data, out):
         print(f"  {path}")
@@ -190,9 +192,11 @@ def draw(runs: list[Run], data: Digits, out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     plain, in_loss, proximal, sparse = runs
     features = {run.title: run.model[0].weight for run in (plain, in_loss, proximal)}  # type: ignore[index]
-    features["sparse autoencoder (decoder)"] = sparse.model.decoder.weight.T  # type: ignore[union-attr, operator]
+    features["sparse autoencoder (decoder)"] = sparse.model.decoder.weight.T  # type: ignore[union-attr]
     yield plots.features(features, (8, 8), out / "features.png")
-    yield plots.zeros_by_layer({run.title: list(zeros(run.model)) for run in (plain, in_loss, proximal)}, out / "zeros.png")
+    yield plots.zeros_by_layer(
+        {run.title: list(zeros(run.model)) for run in (plain, in_loss, proximal)}, out / "zeros.png"
+    )
     yield plots.curves({run.title: run.curves for run in runs}, out / "curves.png")
     with torch.no_grad():
         rebuilt = sparse.model(data.x_test[:20])

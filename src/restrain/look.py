@@ -17,7 +17,7 @@ from restrain.sites import layers, unwrap
 
 
 class _Recorder:
-    """A hook that keeps a layer's output under its name; of a further call under name#2, name#3, …"""
+    """A hook that keeps a layer's output under its name; of a further call under name#2, name#3, and so on."""
 
     def __init__(self, seen: dict[str, Tensor], name: str, place: Place, copy: bool) -> None:
         self.seen, self.name, self.place, self.copy = seen, name, place, copy

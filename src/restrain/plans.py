@@ -23,7 +23,7 @@ import torch
 
 from restrain import registry
 from restrain.errors import PlanError
-from restrain.penalties import NetworkPenalty, Penalty, Scaled, Sum
+from restrain.penalties import Scaled, Sum
 from restrain.places import JoinedPlaces, Place, Places
 from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
@@ -58,7 +58,9 @@ class Plan:
         if isinstance(given, Rule):
             return cls((given,))
         if isinstance(given, (str, Mapping)):
-            return cls.from_dict(given) if isinstance(given, Mapping) and "rules" in given else cls((_read_rule(given),))
+            return (
+                cls.from_dict(given) if isinstance(given, Mapping) and "rules" in given else cls((_read_rule(given),))
+            )
         if isinstance(given, What):
             raise PlanError(f"{given!r} says what, but not where: write .on(...) after it")
         if isinstance(given, Iterable):
@@ -115,8 +117,10 @@ def _read_rule(data: Any) -> Rule:
         raise PlanError(f"a rule is a text such as 'l1:0.01' or a dict with the key 'what', got {data!r}")
     unknown = set(data) - {"what", "strength", "on", "outputs", *_OPTIONS}
     if unknown:
-        raise PlanError(f"a rule has no {', '.join(sorted(map(str, unknown)))}; it has what, strength, on, outputs, "
-                        f"{', '.join(_OPTIONS)}")
+        raise PlanError(
+            f"a rule has no {', '.join(sorted(map(str, unknown)))}; it has what, strength, on, outputs, "
+            f"{', '.join(_OPTIONS)}"
+        )
     options: dict[str, Any] = {key: data[key] for key in _OPTIONS if key in data}
     if "outputs" in data:
         options["outputs"] = _read_where(data["outputs"])
@@ -131,7 +135,7 @@ def _read_scaled(data: Any) -> What:
     strength = _number(data["strength"])
     if not isinstance(strength, float) or isinstance(what, Transform):
         raise PlanError(f"a strength is a number, for penalties only; got strength={data['strength']!r} of {what!r}")
-    return strength * what  # type: ignore[operator, no-any-return]
+    return strength * what  # type: ignore[operator, return-value]
 
 
 def _read_what(data: Any) -> What:
@@ -188,10 +192,12 @@ def _read_where(data: Any) -> Where | Places:
 def _join(operation: Any, members: Any) -> Where | Places:
     selections = [_read_where(member) for member in members]
     if len(selections) < 2 or len({isinstance(s, Places) for s in selections}) != 1:
-        raise PlanError(f"{operation!r} joins two or more selections, all of parameters or all of places; got {members!r}")
+        raise PlanError(
+            f"{operation!r} joins two or more selections, all of parameters or all of places; got {members!r}"
+        )
     joined: Any = selections[0]
     for selection in selections[1:]:
-        joined = (JoinedPlaces if isinstance(joined, Places) else Joined)(operation, joined, selection)
+        joined = (JoinedPlaces if isinstance(joined, Places) else Joined)(operation, joined, selection)  # type: ignore[arg-type]
     return joined  # type: ignore[no-any-return]
 
 
@@ -211,7 +217,9 @@ def _function(name: str | None) -> Any:
         return None
     found = getattr(torch, name, None) or getattr(torch.nn.functional, name, None)
     if not callable(found) or name.startswith("_"):
-        raise PlanError(f"via= in a file names a function of torch or torch.nn.functional, such as 'relu'; got {name!r}")
+        raise PlanError(
+            f"via= in a file names a function of torch or torch.nn.functional, such as 'relu'; got {name!r}"
+        )
     return found
 
 
@@ -239,7 +247,9 @@ def _write_what(what: Any) -> dict[str, Any]:
     if dataclasses.is_dataclass(what):
         fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
     elif vars(what):
-        raise PlanError(f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again")
+        raise PlanError(
+            f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
+        )
     else:
         fields = {}
     return {"what": {"name": name, **fields} if fields else name}
@@ -263,11 +273,15 @@ def _write_where(where: Any) -> Any:
         if where.via is not None:
             name = getattr(where.via, "__name__", "")
             if where.via not in (getattr(torch, name, None), getattr(torch.nn.functional, name, None)):
-                raise PlanError(f"via={where.via!r} can't be written: only functions of torch or torch.nn.functional can")
+                raise PlanError(
+                    f"via={where.via!r} can't be written: only functions of torch or torch.nn.functional can"
+                )
             data["via"] = name
         options = {"index": where.index, "batch_dim": where.batch_dim, "calls": where.calls}
         return {**data, **{k: v for k, v in options.items() if v is not None and v != "mean"}}
-    raise PlanError(f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead")
+    raise PlanError(
+        f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"
+    )
 
 
 # ---------------------------------------------------------------- files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -19,17 +20,16 @@ def register(cls: type, names: Sequence[str]) -> None:
     Raises:
         PenaltyError: a user's class would take a name of the library's own.
     """
-    for number, name in enumerate(names):
+    taken = [n for i, n in enumerate(names) if not (i and _classes.get(n) in cls.__mro__[1:])]
+    for name in taken:
         owner = _classes.get(name)
-        if number and owner is not cls and owner in cls.__mro__:
-            continue
-        if owner is not None and _is_ours(owner) and not _is_ours(cls):
+        if owner is not None and _is_ours(owner) and not _from_ours(cls):
             raise PenaltyError(
                 f"the name {name!r} belongs to {owner.__module__}.{owner.__qualname__}: give the class "
                 f"{cls.__qualname__} another name, or keep it out of the registry: "
                 f"class {cls.__qualname__}(..., register=False)"
             )
-        _classes[name] = cls
+    _classes.update(dict.fromkeys(taken, cls))
 
 
 def lookup(name: str) -> type:
@@ -67,5 +67,10 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_classes))
 
 
-def _is_ours(cls: type) -> bool:
+def _from_ours(cls: type) -> bool:
     return cls.__module__.startswith("restrain.")
+
+
+def _is_ours(cls: type) -> bool:
+    """Whether a module of ours holds the class: one that a doctest defines only says that it is from there."""
+    return _from_ours(cls) and vars(sys.modules[cls.__module__]).get(cls.__qualname__) is cls

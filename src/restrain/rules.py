@@ -96,7 +96,7 @@ class Rule:
         return self.name or f"{self.what!r} on {self.where!r}"
 
     def __mul__(self, strength: float) -> Rule:
-        return replace(self, what=strength * self.what)  # type: ignore[operator]
+        return replace(self, what=strength * self.what)  # type: ignore[operator, arg-type]
 
     __rmul__ = __mul__
 
@@ -110,7 +110,9 @@ class Rule:
 
     def __repr__(self) -> str:
         given = [repr(self.where), f"how={self.how!r}"]
-        given += [f"reduce={self.reduce!r}"] * (self.reduce != "sum") + [f"name={self.name!r}"] * (self.name is not None)
+        given += [f"reduce={self.reduce!r}"] * (self.reduce != "sum") + [f"name={self.name!r}"] * (
+            self.name is not None
+        )
         given += [f"every={self.every}"] * (self.every != 1) + ["optional=True"] * self.optional
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"

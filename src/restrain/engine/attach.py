@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
 from restrain.engine import ranks, report
-from restrain.engine.bind import Bound, bind, check_optimizers
-from restrain.engine.capture import InputHook, LayerHook, Spot
+from restrain.engine.bind import bind, check_optimizers
+from restrain.engine.capture import InputHook, LayerHook
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
+from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
 from restrain.errors import DetachedError, PenaltyError, PlanError, RestrainWarning
@@ -81,9 +82,9 @@ class Attachment:
         self._handles: list[Any] = []
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
+        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
         self._attach_hooks(model)
         self._attach_steps(model, optimizers)
-        self._loss_rules = [bound for bound in self._bounds if bound.rule.how == "loss"]
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._model) if self._loss_rules else None
         _claimed.update(declaring)
         if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
@@ -91,7 +92,7 @@ class Attachment:
 
     def _attach_hooks(self, model: nn.Module) -> None:
         """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
-        if any(bound.rule.how == "loss" for bound in self._bounds):
+        if self._loss_rules:
             self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
         hooks: dict[tuple[int, str], LayerHook] = {}
         for bound in self._bounds:
@@ -104,7 +105,7 @@ class Attachment:
             if isinstance(bound.rule.what, Noise):
                 for spot in bound.spots:
                     self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
-        if any(bound.rule.how == "loss" for bound in self._bounds):
+        if self._loss_rules:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
         if hooks:
             _forget_compiled_code(model)
@@ -165,14 +166,17 @@ class Attachment:
         """
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise PenaltyError(f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()")
+            raise PenaltyError(
+                f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()"
+            )
         direct, hidden = self._terms(loss)
         for term in direct:
             loss = loss + term.to(loss.device)
         if not hidden:
             return loss
         value, write = self._hidden(hidden)
-        return Root.apply(loss, value.to(loss.device, loss.dtype), write)  # type: ignore[no-any-return]
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return Root.apply(loss, value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
 
     def penalty(self) -> Tensor:
         """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
@@ -190,7 +194,7 @@ class Attachment:
             return total
         value, write = self._hidden(hidden)
         anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
-        return Root.apply(anchor, value.to(total.device, total.dtype), write)  # type: ignore[no-any-return]
+        return Root.apply(anchor, value.to(total.device, total.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
 
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
@@ -199,7 +203,9 @@ class Attachment:
             return [], []
         training = model.training and torch.is_grad_enabled()
         due = [bound for bound in self._loss_rules if tripwire.steps % bound.rule.every == 0]
-        terms = [parameter_value(bound, model) for bound in due if bound.parameters and isinstance(bound.rule.what, Penalty)]
+        terms = [
+            parameter_value(bound, model) for bound in due if bound.parameters and isinstance(bound.rule.what, Penalty)
+        ]
         if not training:
             return terms, []
         tripwire.collected = True
@@ -214,10 +220,17 @@ class Attachment:
         ]
         return terms, [one for one in collected if one.hidden is not None]
 
-    @staticmethod
-    def _hidden(hidden: list[Any]) -> tuple[Tensor, Any]:
-        value = torch.stack([one.hidden for one in hidden]).sum()
-        return value, lambda gradient: set_cells(hidden, gradient)
+    def _hidden(self, hidden: list[Any]) -> tuple[Tensor, Any]:
+        """The value of penalties whose gradient is injected, and what sets it off in backward."""
+
+        def write(gradient: Tensor | None) -> None:
+            if not self._handles and any(one.tap.rooted for one in hidden):
+                raise DetachedError(
+                    "the rules were detached before backward(), which recomputes a checkpoint without them"
+                )
+            set_cells(hidden, gradient)
+
+        return torch.stack([one.hidden for one in hidden]).sum(), write
 
     def values(self) -> dict[str, float]:
         """{rule: strength × value} of every penalty, computed now; one key a rule.
@@ -269,7 +282,11 @@ class Attachment:
             PlanError: it belongs to other rules.
         """
         mine = self.state_dict()
-        if state.get("version") != 1 or state.get("rules") != mine["rules"] or len(state["optimizer_steps"]) != len(self._steppers):
+        if (
+            state.get("version") != 1
+            or state.get("rules") != mine["rules"]
+            or len(state["optimizer_steps"]) != len(self._steppers)
+        ):
             raise PlanError(f"this state belongs to other rules: expected {mine['rules']}, got {state.get('rules')}")
         if self._tripwire is not None:
             self._tripwire.resume(state["steps"])
@@ -287,7 +304,8 @@ class Attachment:
 
     def __repr__(self) -> str:
         model = self._model()
-        return f"<Attachment of {len(self._bounds)} rules to {type(model).__name__ if model is not None else 'a model that is gone'}>"
+        whose = "a model that is gone" if model is None else type(model).__name__
+        return f"<Attachment of {len(self._bounds)} rules to {whose}>"
 
     def __reduce__(self) -> Any:
         return (DetachedAttachment, (self.plan,))
@@ -302,7 +320,9 @@ class DetachedAttachment:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise DetachedError(f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}")
+        raise DetachedError(
+            f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}"
+        )
 
 
 def _forget_compiled_code(model: nn.Module) -> None:
@@ -312,8 +332,9 @@ def _forget_compiled_code(model: nn.Module) -> None:
         return  # nothing has been compiled in this process
     torch.compiler.reset()
     warnings.warn(
-        "something was compiled before these rules were attached; torch.compiler.reset() was called, so that compiled "
-        "models notice the new hooks, and they compile anew at their next call. Attach before the first call to spare it",
+        "something was compiled before these rules were attached; torch.compiler.reset() was called, so that "
+        "compiled models notice the new hooks, and they compile anew at their next call; attaching before the first "
+        "call spares that",
         RestrainWarning,
         stacklevel=5,
     )

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restrain.engine.capture import RawTap, Spot, Tap
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
+from restrain.engine.taps import Spot, Tap, Watch
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
-from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties import Penalty
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
@@ -38,7 +38,7 @@ class Bound:
     parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
     spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
-    raws: list[RawTap] = field(default_factory=list)
+    raws: list[Watch] = field(default_factory=list)
 
     @property
     def names(self) -> list[str]:
@@ -75,10 +75,8 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if isinstance(rule.what, Penalty):
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
             device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
-            bound.taps = [
-                Tap(bound.key, rule.what, s, device, mean=mean, weight=weight, optional=rule.optional)
-                for s in bound.spots
-            ]
+            watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
+            bound.taps = [Tap(watch, rule.what, device, mean=mean, weight=weight) for watch in watches]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
     try:
@@ -89,7 +87,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         chosen = []
     bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
     outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
-    bound.raws = [RawTap(bound.key, spot, rule.optional) for spot in outputs]
+    bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs]
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
     bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
@@ -131,17 +129,23 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
         )
     if rule.how in ("gradient", "proximal") and getattr(slot.owner, "sparse", False) is True:
-        raise HowError(f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'")
+        raise HowError(
+            f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
+        )
     if not isinstance(rule.what, Penalty) and rule.how != "project":
         return rule.what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
-        raise HowError(f"{slot.name!r} is a sharded DTensor (FSDP2), which this version doesn't support: attach before sharding "
-                       "isn't enough either; use DDP")
+        raise HowError(
+            f"{slot.name!r} is a sharded DTensor (FSDP2), which this version doesn't support: attach before sharding "
+            "isn't enough either; use DDP"
+        )
     if is_lazy(tensor):
         if rule.how == "loss" and rule.what.entrywise:
             return rule.what
-        raise HowError(f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}")
+        raise HowError(
+            f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
+        )
     chain = slot.sites[0][0].chain
     heads = next((m.num_heads for m in reversed(chain) if isinstance(m, nn.MultiheadAttention)), None)
     return rule.what.bound_to(tuple(tensor.shape), slot.owner, slot.attribute, heads)  # type: ignore[attr-defined, no-any-return]
@@ -165,7 +169,10 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
             if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
                 _check_held(bound, handle, p, holder, group)
             if group is not None and group.get("weight_decay") and "L2" in repr(what) and isinstance(what, Penalty):
-                _warn(f"{handle.name!r} is decayed twice: by {bound.key!r} and by the optimizer's weight_decay={group['weight_decay']}")
+                _warn(
+                    f"{handle.name!r} is decayed twice: by {bound.key!r} and by the optimizer's "
+                    f"weight_decay={group['weight_decay']}"
+                )
                 break
     for name, (penalties, optimizer) in proximal.items():
         _check_prox(name, total(penalties), optimizer)
@@ -179,16 +186,23 @@ def _holder(p: Tensor, optimizers: Sequence[Optimizer]) -> tuple[Optimizer | Non
     return None, None
 
 
-def _check_held(bound: Bound, handle: Handle, p: Tensor, holder: Optimizer | None, group: dict[str, Any] | None) -> None:
+def _check_held(
+    bound: Bound, handle: Handle, p: Tensor, holder: Optimizer | None, group: dict[str, Any] | None
+) -> None:
     if holder is None or group is None:
         raise OptimizerError(
             f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
             f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
         )
     if group.get("maximize") and bound.rule.how != "project":
-        raise OptimizerError(f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead")
+        raise OptimizerError(
+            f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
+        )
     if p.dtype in (torch.bfloat16, torch.float16) and bound.rule.how != "project":
-        _warn(f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights in float32")
+        _warn(
+            f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights "
+            "in float32"
+        )
 
 
 def _check_prox(name: str, penalty: Penalty, optimizer: Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook, RawTap, Tap
+from restrain.engine.capture import DeadHook
 from restrain.engine.injection import in_backward
+from restrain.engine.taps import Tap, Watch
 from restrain.errors import NeverFiredError
 
 _paused = 0
@@ -39,17 +41,21 @@ class Collected:
     share: Tensor | float  # the tap's gradient for a loss gradient of one, in its cell
 
 
+class _End:
+    """Hangs on the node of the autograd graph that a forward ended in."""
+
+
 class Forwards:
     """The training forwards of one model since its rules' values were last collected."""
 
     def __init__(self) -> None:
         self.taps: list[Tap] = []
-        self.raws: list[RawTap] = []
+        self.raws: list[Watch] = []
         self.ran = False  # a training forward ran since the last real optimizer step
         self.current: list[Collected] = []
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
         self.number = 0  # of the forward that runs or ran last
-        self._ends: dict[int, list[Any]] = {}  # the nodes of the graph that each forward ended in
+        self._ends: dict[int, list[weakref.ref[_End]]] = {}  # what lives as long as the ends of a forward's graph
         self._depth = 0
         self._training = False  # inside a forward that began in training and with gradients on
 
@@ -73,23 +79,39 @@ class Forwards:
         if self._depth == 1 and model.training and torch.is_grad_enabled() and not _paused and not in_backward():
             self.ran = self._training = True
             self.number += 1
+            self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
 
     def end(self, output: Any) -> None:
         """The forward ended, with None for an output if it failed; what a failed one left is dropped."""
         self._depth -= 1
         if self._depth == 0:
-            if self._training:
-                self._ends[self.number] = [t.grad_fn for t in structures.tensors(output) if t.grad_fn is not None]
+            if self._training and self._watches:
+                nodes = [t.grad_fn for t in structures.tensors(output) if t.grad_fn is not None]
+                self._ends[self.number] = [self._mark(node) for node in nodes]
             self._training = False
         if output is None:
             self.clear()
 
+    def _mark(self, node: Any) -> weakref.ref[_End]:
+        """Let something live as long as a node of the autograd graph, without keeping the node alive."""
+        end = node.metadata[f"restrain {id(self)}"] = _End()
+        return weakref.ref(end)
+
+    def _drop(self, forwards: set[int]) -> None:
+        """Forget forwards whose outputs nothing depends on any more."""
+        for number in forwards:
+            del self._ends[number]
+        for watch in self._watches if forwards else ():
+            watch.drop(forwards)
+
+    @property
+    def _watches(self) -> list[Watch]:
+        return [*self.taps, *self.raws]
+
     def clear(self) -> None:
         """Forget what was recorded but not collected."""
-        for tap in self.taps:
-            tap.clear()
-        for raw in self.raws:
-            raw.records.clear()
+        for watch in self._watches:
+            watch.clear()
         self._ends.clear()
 
     def stepped(self) -> None:
@@ -110,8 +132,7 @@ class Forwards:
         Raises:
             NeverFiredError: a place was never reached.
         """
-        taps = (*self.taps, *self.raws)
-        if any(tap.records for tap in taps) or any(tap.hidden or tap.fired_compiled() for tap in self.taps):
+        if any(watch.has_fired() for watch in self._watches):
             self._check_fired()
             stray = self._stray(loss)
             self.current = [_drain(tap, stray) for tap in self.taps]
@@ -125,24 +146,26 @@ class Forwards:
         """Of several forwards, those that the loss does not depend on."""
         if loss is None or loss.grad_fn is None or len(self._ends) < 2:
             return set()
-        waiting, seen = [loss.grad_fn], {loss.grad_fn}
+        waiting, seen, reached = [loss.grad_fn], {loss.grad_fn}, set()
         while waiting:
-            following = {node for node, _ in waiting.pop().next_functions if node is not None} - seen
+            node = waiting.pop()
+            reached.add(node.metadata.get(f"restrain {id(self)}"))  # type: ignore[attr-defined]
+            following = {node for node, _ in node.next_functions if node is not None} - seen
             seen |= following
             waiting += following
-        return {number for number, ends in self._ends.items() if ends and not seen.intersection(ends)}
+        return {n for n, ends in self._ends.items() if ends and not any(end() in reached for end in ends if end())}
 
     def _check_fired(self) -> None:
-        for tap in (*self.taps, *self.raws):
-            tap.fired = tap.fired or bool(tap.records) or (isinstance(tap, Tap) and (bool(tap.hidden) or tap.fired_compiled()))
-        never = [tap for tap in (*self.taps, *self.raws) if not tap.fired and not tap.optional]
-        if never and not self.ran and len(never) == len(self.taps) + len(self.raws):
+        for watch in self._watches:
+            watch.fired = watch.fired or watch.has_fired()
+        never = [watch for watch in self._watches if not watch.fired and not watch.optional]
+        if never and not self.ran and len(never) == len(self._watches):
             raise NeverFiredError(
                 "the model has run no training forward since the rules were attached, so there are no outputs to "
                 "penalise: call reg.loss(...) after the model's forward, in train() mode and with gradients on"
             )
         if never:
-            names = ", ".join(sorted({f"{tap.spot.name!r} ({tap.rule})" for tap in never}))
+            names = ", ".join(sorted({f"{watch.spot.name!r} ({watch.rule})" for watch in never}))
             raise NeverFiredError(
                 f"a training forward ran, but these places were never reached: {names}. The layer may be unused, in "
                 "eval() mode, called past its hooks (F.linear(x, layer.weight), layer.forward(x)) or compiled before "
@@ -152,7 +175,9 @@ class Forwards:
 
 def _drain(tap: Tap, stray: set[int]) -> Collected:
     tap.settle()
-    direct, hidden = ([value for number, value in records if number not in stray] for records in (tap.records, tap.hidden))
+    direct, hidden = (
+        [value for number, value in records if number not in stray] for records in (tap.records, tap.hidden)
+    )
     calls: Tensor | int = len(direct) + len(hidden)
     unseen = torch.stack(hidden).sum() if hidden else None
     if tap.fired_compiled():
@@ -167,13 +192,14 @@ def _drain(tap: Tap, stray: set[int]) -> Collected:
     return Collected(tap, seen, unseen, share)
 
 
-def _outputs(raws: Sequence[RawTap], stray: set[int]) -> dict[str, dict[str, Tensor]]:
+def _outputs(raws: Sequence[Watch], stray: set[int]) -> dict[str, dict[str, Tensor]]:
     outputs: dict[str, dict[str, Tensor]] = {}
     for raw in raws:
         named = outputs.setdefault(raw.rule, {})
+        raw.settle()
         for call, tensor in enumerate(tensor for number, tensor in raw.records if number not in stray):
             named[raw.spot.name + (f"#{call + 1}" if call else "")] = tensor
-        raw.records = []
+        raw.clear()
     return outputs
 
 

@@ -25,15 +25,18 @@ class Inject(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(h: Tensor, penalty: Tensor, cell: Tensor, copy: bool) -> Tensor:  # type: ignore[override]
+    def forward(h: Tensor, penalty: Tensor, cell: Tensor, copy: bool) -> Tensor:
         return h.clone() if copy else h.view_as(h)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.cell, ctx.dtype = inputs[2], inputs[1].dtype  # not saved: the root writes into it before it is read
+        ctx.cell, ctx.dtype = (
+            inputs[2],
+            inputs[1].dtype,
+        )  # not saved: the root writes into it before it is read
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         # The sum of nothing ties the reading of the cell to the backward: a compiler may compute what depends on the
         # forward alone in the forward, when the cell is still empty.
         nothing = gradient.flatten()[:0].abs().sum()
@@ -44,14 +47,14 @@ class Root(torch.autograd.Function):
     """`Root.apply(loss, value, write)` is loss + value; in backward, `write(g)` sets the cells, g the upstream."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, value: Tensor, write: Callable[[Tensor | None], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, loss: Tensor, value: Tensor, write: Callable[[Tensor | None], None]) -> Tensor:
         ctx.write = write
         return loss + value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.write(gradient.detach())
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.write(None))  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.write(None))
         return gradient, None, None
 
 

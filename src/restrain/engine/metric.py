@@ -7,7 +7,6 @@ the long run; the adaptive ones divide each entry by the root of a second moment
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +98,6 @@ def diagonal(optimizer: Optimizer) -> bool:
     return metric_of(optimizer) is not _sgd
 
 
-@functools.cache
 def _known(cls: type[Optimizer]) -> Callable[[Group, State], Metric] | None:
     """The metric of the first of its bases that has one and whose step it has not overridden."""
     return next((METRICS[base] for base in cls.__mro__ if base in METRICS and _step_of(cls) is _step_of(base)), None)

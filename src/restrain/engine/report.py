@@ -47,7 +47,9 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
     return found
 
 
-def measure(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards, data_loss: Tensor | None) -> dict[str, Measure]:
+def measure(
+    bounds: Sequence[Bound], root: nn.Module, forwards: Forwards, data_loss: Tensor | None
+) -> dict[str, Measure]:
     """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
     trained = [p for p in root.parameters() if p.requires_grad]
     terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
@@ -88,7 +90,10 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     right = {2, 3, 4, 6}
-    lines = ["  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
     note = [f"left out while frozen: {_short(frozen)}"] if frozen else []
     return "\n".join([*(line.rstrip() for line in lines), *note])

@@ -93,7 +93,7 @@ def put(structure: Any, way: Way, new: Tensor) -> Any:
         return [member if i == step else m for i, m in enumerate(structure)]
     if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
         return dataclasses.replace(structure, **{str(step): member})
-    return type(structure)({key: member if key == step else m for key, m in structure.items()})  # type: ignore[call-arg]
+    return type(structure)({key: member if key == step else m for key, m in structure.items()})
 
 
 def sequences(structure: Any, way: Way) -> int | None:

@@ -17,7 +17,7 @@ from restrain.errors import NotCollectedError
 
 
 class Tripwire:
-    """After each real step of an optimizer that trains the model: were the loss-mode rules collected?
+    """After each real step of an optimizer that trains the model: whether the loss-mode rules were collected.
 
     `steps` counts these steps. `collected` is set by the attachment whenever the penalties are asked for.
     """

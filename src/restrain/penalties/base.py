@@ -31,9 +31,7 @@ def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
         PenaltyError: `w` isn't of a floating-point or complex type.
     """
     if not (w.is_floating_point() or w.is_complex()):
-        raise PenaltyError(
-            f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()"
-        )
+        raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
     device = w.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -61,9 +59,7 @@ def _of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tens
         members = list(w.values() if isinstance(w, Mapping) else w)
         for member in members:
             if not isinstance(member, Tensor):
-                raise PenaltyError(
-                    f"{self!r} got an iterable with {type(member).__name__} in it; it takes tensors"
-                )
+                raise PenaltyError(f"{self!r} got an iterable with {type(member).__name__} in it; it takes tensors")
         if not members:
             raise PenaltyError(f"{self!r} got an empty iterable of tensors: one that was already used up?")
         values = [_scalar(self, in_float32(functools.partial(formula, self), member)) for member in members]
@@ -76,9 +72,7 @@ def _scalar(penalty: Penalty, value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.dim() == 0:
         return value
     came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise PenaltyError(
-        f"the __call__ of {type(penalty).__name__} must return a 0-d tensor, got {came}: sum it"
-    )
+    raise PenaltyError(f"the __call__ of {type(penalty).__name__} must return a 0-d tensor, got {came}: sum it")
 
 
 class Penalty(What, ABC, register=False):
@@ -174,9 +168,7 @@ class Penalty(What, ABC, register=False):
             PenaltyError: the penalty isn't entrywise.
         """
         if not self.entrywise:
-            raise PenaltyError(
-                f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {self!r}"
-            )
+            raise PenaltyError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {self!r}")
         return self(w) / max(w.numel(), 1)
 
     def bound_to(

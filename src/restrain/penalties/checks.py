@@ -30,7 +30,5 @@ def batch_size(h: Tensor, dim: int) -> int:
         PenaltyError: `h` has no such axis.
     """
     if not -h.dim() <= dim < h.dim():
-        raise PenaltyError(
-            f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim="
-        )
+        raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
     return h.shape[dim]

@@ -94,6 +94,7 @@ class ElasticNet(Penalty):
 
     @property
     def elastic(self) -> tuple[float, float]:  # type: ignore[override]
+        """The two strengths."""
         return (self.l1, self.l2)
 
     def __call__(self, w: Tensors) -> Tensor:

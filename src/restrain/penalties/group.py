@@ -44,10 +44,12 @@ class Norm(Penalty):
 
     @property
     def elastic(self) -> tuple[float, float] | None:  # type: ignore[override]
+        """That of `L1` for p = 1."""
         return (1.0, 0.0) if self.p == 1 else None
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
+        """Whether its prox takes a step for each entry: for p = 1 and 2."""
         return self.p in (1, 2)
 
     @property

@@ -50,9 +50,7 @@ def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
         NoProxError: a step for each entry, for a penalty that only has a prox with the same step for all.
     """
     if isinstance(step, Tensor) and step.dim():
-        raise NoProxError(
-            f"{penalty!r} has no known prox with a step for each entry: give one number for all"
-        )
+        raise NoProxError(f"{penalty!r} has no known prox with a step for each entry: give one number for all")
     return step
 
 
@@ -93,12 +91,7 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float, step: float | Te
 
 def _shrink_in_blocks(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
     """`_shrink_by_metric`; on a CPU some groups after the other, so that temporaries stay in its cache."""
-    if (
-        x.numel() <= _BLOCK
-        or len(groups.keep) != 1
-        or x.device.type != "cpu"
-        or torch.compiler.is_compiling()
-    ):
+    if x.numel() <= _BLOCK or len(groups.keep) != 1 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return _shrink_by_metric(x, groups, t)
     dim = groups.keep[0]
     count = max(_BLOCK * x.shape[dim] // x.numel(), 1)

@@ -36,9 +36,7 @@ class GaussianNoise(Noise):
     keywords = ("noise", "gaussian_noise")
 
     def __post_init__(self) -> None:
-        checked_number(
-            "std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True
-        )
+        checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
 
     def __call__(self, x: Tensor) -> Tensor:
         _check_type(self, x)

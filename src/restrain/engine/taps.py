@@ -1,0 +1,158 @@
+"""Places that rules look at, and what the forwards since the last collection gave there."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine import structures
+from restrain.errors import CaptureError, RestrainWarning
+from restrain.penalties import Penalty
+from restrain.places import Place
+
+Record: TypeAlias = tuple[int, Tensor]  # the number of the forward, and what it gave
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A place in a model: a layer's name and the way to it, and what is caught there."""
+
+    name: str
+    path: tuple[str, ...]
+    place: Place
+
+    def find(self, root: nn.Module) -> nn.Module:
+        """The layer."""
+        for key in self.path:
+            root = root._modules[key]  # type: ignore[assignment]
+        return root
+
+    def __str__(self) -> str:
+        return f"{self.place.kind} of {self.name!r}" if self.name else f"{self.place.kind} of the model"
+
+
+class Watch:
+    """A place that a rule looks at, and what the forwards since the last collection gave there.
+
+    For a penalty on the whole network these are the tensors themselves.
+    """
+
+    def __init__(self, rule: str, spot: Spot, optional: bool) -> None:
+        self.rule, self.spot, self.optional = rule, spot, optional
+        self.records: list[Record] = []  # with their graphs
+        self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
+        self.fired = False  # ever
+
+    def has_fired(self) -> bool:
+        """Whether it gave anything since the last collection."""
+        return bool(self.records)
+
+    def drop(self, forwards: set[int]) -> None:
+        """Forget what some forwards gave."""
+        self.records = [record for record in self.records if record[0] not in forwards]
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self.records, self.versions = [], []
+
+    def settle(self) -> None:
+        """Before the records are used.
+
+        Raises:
+            CaptureError: a later op has overwritten one of them in place.
+        """
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise CaptureError(
+                f"{self.rule}: the {self.spot} are overwritten by a later in-place op, so they can't be given to the "
+                "penalty as they were; make that op out of place (inplace=False)"
+            )
+
+
+class Tap(Watch):
+    """A penalty at one place; its records are the penalty's values.
+
+    `weight` scales its value (1 / number of places under `reduce="mean"`).
+    """
+
+    def __init__(self, watch: Watch, penalty: Penalty, device: torch.device, *, mean: bool, weight: float) -> None:
+        super().__init__(watch.rule, watch.spot, watch.optional)
+        self.penalty, self.mean, self.weight = penalty, mean, weight
+        self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
+        self.rooted = False  # whether there were such since the last collection
+        self.last: list[Tensor] = []  # what was last collected, without a graph
+        self.probes: list[tuple[Tensor, int]] = []
+        self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
+        self.total, self.count, self.cell = (torch.zeros(1, dtype=dtype, device=device) for _ in range(3))
+        self._version = self.count._version  # compiled code adds in place, of which this is the only cheap sign
+
+    def has_fired(self) -> bool:
+        return bool(self.records or self.hidden) or self.fired_compiled()
+
+    def evaluate(self, structure: Any, way: structures.Way, module: nn.Module) -> Tensor:
+        """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean."""
+        h = structures.get(structure, way)
+        if not torch.compiler.is_compiling() and self.copies is not False:
+            if self.copies is None:
+                self.probes.append((h, h._version))
+            h = h.clone()
+        place = self.spot.place
+        h = h if place.via is None else place.via(h)
+        if self.mean:
+            return self.penalty.mean(h)
+        sequences = structures.sequences(structure, way)
+        if sequences is not None:
+            return self.penalty.over_batch(h, 0) * (h.shape[0] / sequences)
+        return self.penalty.over_batch(h, _batch_dim(place.batch_dim, module, h))
+
+    def record(self, forward: int, value: Tensor) -> None:
+        """Keep a value that a forward gave."""
+        if torch.is_grad_enabled():
+            self.records.append((forward, value))
+        else:
+            self.hidden.append((forward, value))
+            self.rooted = True
+
+    def drop(self, forwards: set[int]) -> None:
+        super().drop(forwards)
+        self.hidden = [record for record in self.hidden if record[0] not in forwards]
+
+    def settle(self) -> None:
+        """After the first forward: whether a later op overwrote the tensor in place."""
+        if self.probes and self.copies is None:
+            self.copies = any(h._version != version for h, version in self.probes)
+            if self.copies:
+                warnings.warn(
+                    f"{self.rule}: the {self.spot} are overwritten by a later in-place op; the penalty acts on a copy "
+                    "of it, at the price of one copy a forward (inplace=False there would spare it)",
+                    RestrainWarning,
+                    stacklevel=2,
+                )
+        self.probes.clear()
+
+    def fired_compiled(self) -> bool:
+        """Whether compiled code has added to the totals since they were last read."""
+        return self.count._version != self._version
+
+    def clear(self) -> None:
+        super().clear()
+        self.hidden, self.probes = [], []
+        if self.fired_compiled():
+            self.total.zero_()
+            self.count.zero_()
+            self._version = self.count._version
+
+
+def _batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
+    if given is not None:
+        return given
+    if h.dim() == 0:
+        return None
+    if getattr(module, "batch_first", True) is False:
+        return 1 if h.dim() > 2 else None  # (time, batch, features), or (time, features) of a single sequence
+    return 0
