@@ -57,7 +57,7 @@ def show(title, seconds, base):
         ratio = statistics.median(b / t for b, t in zip(seconds[base], times, strict=True))
         low, high = min(times) * 1e3, max(times) * 1e3
         print(
-            f"  {name:42} {statistics.median(times) * 1e3:8.2f} ms ({low:.2f} - {high:.2f})   {base} / this {ratio:5.2f}"
+            f"  {name:42} {statistics.median(times) * 1e3:8.2f} ms ({low:.2f} - {high:.2f})  {base} / this {ratio:5.2f}"
         )
 
 

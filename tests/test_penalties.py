@@ -117,6 +117,13 @@ def test_gradient_changes_nothing():
         assert not penalty.gradient(w.detach()).requires_grad
 
 
+def test_half_precision_rounds_a_gradient_once():
+    w = torch.randn(50, 20, dtype=torch.float16, requires_grad=True)
+    for penalty in (0.3 * rs.GroupLasso(), rs.ElasticNet(0.3, 0.1), 0.7 * rs.Norm(3)):
+        differs = penalty.gradient(w) != torch.autograd.grad(penalty(w), w)[0]
+        assert differs.float().mean() < 0.01  # a third, if rounded twice
+
+
 # Algebra
 
 

@@ -71,6 +71,14 @@ def test_prox_of_sums_is_refused_where_none_is_known():
             penalty.prox(w)
 
 
+def test_a_prox_is_a_new_tensor():
+    w = torch.randn(3, 4)
+    for penalty in (rs.ElasticNet(0, 0), 0 * rs.GroupLasso(), 0 * rs.L2() + 0 * rs.L1()):
+        z = penalty.prox(w)
+        assert torch.equal(z, w)
+        assert z.data_ptr() != w.data_ptr()
+
+
 def test_equal_penalties_join_in_a_prox():
     w, group = torch.randn(3, 4), rs.GroupLasso()
     torch.testing.assert_close((group + 0.5 * group).prox(w, 0.1), (1.5 * group).prox(w, 0.1))

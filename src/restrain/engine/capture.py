@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from restrain.engine import structures
 from restrain.engine.injection import Inject, recomputing_saved_tensors
@@ -26,8 +26,8 @@ from restrain.transforms.base import Noise
 class Gate(Protocol):
     """What a hook asks before it records; the attachment's `Capture`."""
 
-    number: int
-    """Which forward it is."""
+    def forward_of(self, tensor: Tensor) -> int:
+        """The number of the forward that gave the tensor."""
 
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
@@ -72,7 +72,7 @@ class LayerHook:
             return result  # inside torch.func, a value can't leave
         value = tap.evaluate(structure, way, module)
         if mode == "record":
-            tap.record(self.gate.number, value)
+            tap.record(self.gate.forward_of(structures.get(structure, way)), value)
             return result
         if mode == "compiled":
             if tap.total.device != value.device:
@@ -96,7 +96,7 @@ class LayerHook:
                 "use checkpoint(..., use_reentrant=False)"
             )
         tensor = structures.get(structure, _way(structure, raw.spot))
-        raw.records.append((self.gate.number, tensor))
+        raw.records.append((self.gate.forward_of(tensor), tensor))
         if mode != "compiled":
             raw.versions.append((tensor, tensor._version))
 

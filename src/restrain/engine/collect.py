@@ -44,6 +44,9 @@ class Collected:
 class _End:
     """Hangs on the node of the autograd graph that a forward ended in."""
 
+    def __init__(self, number: int) -> None:
+        self.number = number
+
 
 class Forwards:
     """The training forwards of one model since its rules' values were last collected."""
@@ -56,6 +59,8 @@ class Forwards:
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
         self.number = 0  # of the forward that runs or ran last
         self._ends: dict[int, list[weakref.ref[_End]]] = {}  # what lives as long as the ends of a forward's graph
+        self._alone = 0  # the number of the last layer that was called outside a forward of the model; negative
+        self._key = f"restrain {id(self)}"
         self._depth = 0
         self._training = False  # inside a forward that began in training and with gradients on
 
@@ -87,14 +92,14 @@ class Forwards:
         if self._depth == 0:
             if self._training and self._watches:
                 nodes = [t.grad_fn for t in structures.tensors(output) if t.grad_fn is not None]
-                self._ends[self.number] = [self._mark(node) for node in nodes]
+                self._ends[self.number] = [self._mark(node, self.number) for node in nodes]
             self._training = False
         if output is None:
             self.clear()
 
-    def _mark(self, node: Any) -> weakref.ref[_End]:
+    def _mark(self, node: Any, number: int) -> weakref.ref[_End]:
         """Let something live as long as a node of the autograd graph, without keeping the node alive."""
-        end = node.metadata[f"restrain {id(self)}"] = _End()
+        end = node.metadata[self._key] = _End(number)
         return weakref.ref(end)
 
     def _drop(self, forwards: set[int]) -> None:
@@ -107,6 +112,17 @@ class Forwards:
     @property
     def _watches(self) -> list[Watch]:
         return [*self.taps, *self.raws]
+
+    def forward_of(self, tensor: Tensor) -> int:
+        """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
+        if self._training or tensor.grad_fn is None:
+            return self.number
+        known = tensor.grad_fn.metadata.get(self._key)  # type: ignore[attr-defined]  # of another rule at this place
+        if isinstance(known, _End):
+            return known.number
+        self._alone -= 1
+        self._ends[self._alone] = [self._mark(tensor.grad_fn, self._alone)]
+        return self._alone
 
     def clear(self) -> None:
         """Forget what was recorded but not collected."""
@@ -143,13 +159,16 @@ class Forwards:
         return self.current
 
     def _stray(self, loss: Tensor | None) -> set[int]:
-        """Of several forwards, those that the loss does not depend on."""
-        if loss is None or loss.grad_fn is None or len(self._ends) < 2:
+        """Of several forwards, those that the loss does not depend on.
+
+        Layers that were called alone are such too, unless the model is only ever used by its layers.
+        """
+        if loss is None or loss.grad_fn is None or len(self._ends) < 2 or max(self._ends) < 0:
             return set()
         waiting, seen, reached = [loss.grad_fn], {loss.grad_fn}, set()
         while waiting:
             node = waiting.pop()
-            reached.add(node.metadata.get(f"restrain {id(self)}"))  # type: ignore[attr-defined]
+            reached.add(node.metadata.get(self._key))  # type: ignore[attr-defined]
             following = {node for node, _ in node.next_functions if node is not None} - seen
             seen |= following
             waiting += following

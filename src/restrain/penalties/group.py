@@ -28,7 +28,7 @@ class Norm(Penalty):
     Raises:
         PenaltyError: p below one, which is no norm.
 
-    Source of the proxes: Parikh and Boyd (2014), sections 6.5.1 and 6.5.2.
+    Source of the proxes: Parikh and Boyd (2014), section 6.5.
 
     >>> rs.Norm(2)(torch.tensor([3.0, -4.0])), rs.Norm(float("inf"))(torch.tensor([3.0, -4.0]))
     (tensor(5.), tensor(4.))

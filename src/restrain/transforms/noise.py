@@ -53,7 +53,7 @@ class Dropout(Noise):
     Raises:
         TransformError: a `rate` outside of that; integer or complex x.
 
-    Source: Srivastava and others (2014); scaled in training ("inverted"), section 10.
+    Source: Srivastava and others (2014), with the scaling done in training ("inverted" dropout).
 
     >>> rs.Dropout(0.5)(torch.ones(1000)).unique()
     tensor([0., 2.])
