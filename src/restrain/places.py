@@ -77,7 +77,7 @@ def outputs(
     >>> rs.outputs("relu*", calls="sum")
     rs.outputs('relu*')
     """
-    return _place("outputs", which, via, index, batch_dim, calls)
+    return make_place("outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls)
 
 
 def inputs(
@@ -93,10 +93,23 @@ def inputs(
     >>> rs.inputs()
     rs.inputs()
     """
-    return _place("inputs", which, via, index, batch_dim, calls)
+    return make_place("inputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls)
 
 
-def _place(kind: Any, which: Any, via: Any, index: Any, batch_dim: Any, calls: Any) -> Place:
+def make_place(
+    kind: Literal["outputs", "inputs"],
+    which: Any,
+    *,
+    via: Any = None,
+    index: Any = None,
+    batch_dim: Any = None,
+    calls: Any = "mean",
+) -> Place:
+    """The place that arguments of `outputs` or `inputs` stand for.
+
+    Raises:
+        SelectionError: an argument has a value that it can't have.
+    """
     if calls not in ("mean", "sum"):
         raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {calls!r}")
     if via is not None and not callable(via):

@@ -25,6 +25,9 @@ class What:
         if register:
             registry.register(cls, (cls.__name__.lower(), *cls.keywords))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         """The moments at which it may act on parameters or at places, the default first.
 

@@ -201,24 +201,25 @@ class Attachment:
         model, tripwire = self.model, self._tripwire
         if tripwire is None:
             return [], []
-        training = model.training and torch.is_grad_enabled()
-        due = [bound for bound in self._loss_rules if tripwire.steps % bound.rule.every == 0]
-        terms = [
-            parameter_value(bound, model) for bound in due if bound.parameters and isinstance(bound.rule.what, Penalty)
-        ]
-        if not training:
-            return terms, []
-        tripwire.collected = True
-        collected = self._forwards.collect(loss) if self._forwards.taps or self._forwards.raws else []
-        keys = {bound.key for bound in due}
-        collected = [one for one in collected if one.tap.rule in keys]
+        tripwire.collected = tripwire.collected or torch.is_grad_enabled()
+        due = {bound.key: bound for bound in self._loss_rules if tripwire.steps % bound.rule.every == 0}
+        on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
+        terms = [parameter_value(bound, model) for bound in on_parameters]
+        recorded = self._collect(loss)
+        for bound in due.values():
+            if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):
+                terms.append(network_value(bound, model, self._forwards))
+        collected = [one for one in self._forwards.current if recorded and one.tap.rule in due]
         terms += [one.direct for one in collected if one.direct is not None]
-        terms += [
-            network_value(bound, model, self._forwards.outputs.get(bound.key, {}))
-            for bound in due
-            if isinstance(bound.rule.what, NetworkPenalty)
-        ]
         return terms, [one for one in collected if one.hidden is not None]
+
+    def _collect(self, loss: Tensor | None) -> bool:
+        """Collect what the forwards recorded; false in evaluation, where they record nothing."""
+        watching = bool(self._forwards.taps or self._forwards.raws)
+        if watching and self.model.training and torch.is_grad_enabled():
+            self._forwards.collect(loss)
+            return True
+        return False
 
     def _hidden(self, hidden: list[Any]) -> tuple[Tensor, Any]:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""
@@ -246,7 +247,7 @@ class Attachment:
             data_loss: if given, its gradient's norm takes part in the shares, under the key "data"; call it before
                 backward(), whose graph is kept.
         """
-        self._terms()
+        self._collect(data_loss)
         return report.measure(self._bounds, self.model, self._forwards, data_loss)
 
     def table(self, values: bool = False) -> str:

@@ -137,11 +137,11 @@ class Forwards:
 
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
-        parts = [part for tap in self.taps if tap.rule == rule for part in tap.last]
+        parts = [part for watch in self._watches if watch.rule == rule for part in watch.last]
         return sum(float(part) for part in parts) if parts else float("nan")
 
-    def collect(self, loss: Tensor | None = None) -> list[Collected]:
-        """What the forwards since the last collection gave; the same again if there was none since.
+    def collect(self, loss: Tensor | None = None) -> None:
+        """Put what the forwards since the last collection gave into `current`; the same stays if there was none since.
 
         Given the loss, forwards that it does not depend on are left out: a look at a batch before training, say.
 
@@ -156,7 +156,6 @@ class Forwards:
             self._ends.clear()
         elif not self.current and not self.outputs:
             self._check_fired()
-        return self.current
 
     def _stray(self, loss: Tensor | None) -> set[int]:
         """Of several forwards, those that the loss does not depend on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from restrain.engine.bind import Bound
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.network import ScaledNetwork
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,7 @@ class Measure:
 def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:
     """The rule's value with what graph there is; None where nothing was collected yet."""
     if isinstance(bound.rule.what, NetworkPenalty):
-        outputs = forwards.outputs.get(bound.key)
-        return None if bound.raws and not outputs else network_value(bound, root, outputs or {})
+        return None if bound.raws and not forwards.outputs.get(bound.key) else network_value(bound, root, forwards)
     if not bound.taps:
         return parameter_value(bound, root)
     parts = [one.direct for one in forwards.current if one.tap.rule == bound.key and one.direct is not None]
@@ -39,7 +40,7 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
     found: dict[str, float] = {}
     with torch.no_grad():
         for bound in bounds:
-            if bound.taps:
+            if bound.taps or bound.raws:
                 found[bound.key] = forwards.last(bound.key)
             elif isinstance(bound.rule.what, (Penalty, NetworkPenalty)):
                 term = _term(bound, root, forwards)
@@ -53,21 +54,22 @@ def measure(
     """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
     trained = [p for p in root.parameters() if p.requires_grad]
     terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
+    numbers = values(bounds, root, forwards)
     if data_loss is not None:
-        terms["data"] = data_loss
-    norms, numbers = {}, values(bounds, root, forwards)
-    for key, term in terms.items():
-        norms[key] = float("nan") if term is None else _gradient_norm(term, trained)
+        key = "data"
+        while key in terms:
+            key += " loss"
+        terms[key], numbers[key] = data_loss, float(data_loss.detach())
+    norms = {key: math.nan if term is None else _gradient_norm(term, trained) for key, term in terms.items()}
     whole = sum(norm for norm in norms.values() if norm == norm)
-    number = {**numbers, "data": float(data_loss.detach()) if data_loss is not None else 0.0}
-    return {key: Measure(number[key], norm, norm / whole if whole else float("nan")) for key, norm in norms.items()}
+    return {key: Measure(numbers[key], norm, norm / whole if whole else math.nan) for key, norm in norms.items()}
 
 
 def _gradient_norm(term: Tensor, trained: Sequence[Tensor]) -> float:
     if not term.requires_grad:
         return 0.0
-    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.abs().double().square().sum() for g in gradients if g is not None]).sum().sqrt())
+    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if trained else ()
+    return math.sqrt(sum(float(g.abs().double().square().sum()) for g in gradients if g is not None))
 
 
 def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None) -> str:
@@ -80,7 +82,11 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         row = [
             bound.key,
             bound.rule.how,
-            f"{what.strength:g}" if isinstance(what, Scaled) else "-" if not isinstance(what, Penalty) else "1",
+            f"{what.strength:g}"
+            if isinstance(what, (Scaled, ScaledNetwork))
+            else "1"
+            if isinstance(what, (Penalty, NetworkPenalty))
+            else "-",
             str(len(bound.names)),
             f"{elements:,}" if isinstance(elements, int) else elements,
             _short([name or "(the model)" for name in bound.names]),

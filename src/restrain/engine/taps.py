@@ -45,6 +45,7 @@ class Watch:
         self.rule, self.spot, self.optional = rule, spot, optional
         self.records: list[Record] = []  # with their graphs
         self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
+        self.last: list[Tensor] = []  # the value that was last collected, in parts without a graph
         self.fired = False  # ever
 
     def has_fired(self) -> bool:
@@ -83,7 +84,6 @@ class Tap(Watch):
         self.penalty, self.mean, self.weight = penalty, mean, weight
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
-        self.last: list[Tensor] = []  # what was last collected, without a graph
         self.probes: list[tuple[Tensor, int]] = []
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
         dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,247 @@
+"""Rules as plain data (text and dicts, as YAML, TOML and JSON hold them).
+
+what: l1                       # a registered name; {name: grouplasso, per: in}; {sum: [...]} of such
+strength: 1e-3
+on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
+                               # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
+how: proximal                  # and reduce, name, every, optional as in .on(...)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from restrain import registry
+from restrain.errors import PlanError
+from restrain.penalties import Penalty, Scaled, Sum
+from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
+from restrain.places import JoinedPlaces, Place, Places, make_place
+from restrain.rules import Rule, What
+from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
+
+_Scalable = (Penalty, NetworkPenalty)
+_OPTIONS = ("how", "reduce", "name", "every", "optional")
+
+
+def read_rule(data: Any) -> Rule:
+    """The rule that a text such as "l1:0.01" or a dict stands for.
+
+    Raises:
+        PlanError: an unknown name or key, or a value that it can't have.
+    """
+    if isinstance(data, str):
+        name, colon, strength = data.partition(":")
+        data = {"what": name.strip(), **({"strength": strength.strip()} if colon else {})}
+    if not isinstance(data, Mapping) or "what" not in data:
+        raise PlanError(f"a rule is a text such as 'l1:0.01' or a dict with the key 'what', got {data!r}")
+    data = {"on" if key is True else key: value for key, value in data.items()}  # as YAML reads the bare word on
+    unknown = set(data) - {"what", "strength", "on", "outputs", *_OPTIONS}
+    if unknown:
+        raise PlanError(
+            f"a rule has no {', '.join(sorted(map(str, unknown)))}; it has what, strength, on, outputs, "
+            f"{', '.join(_OPTIONS)}"
+        )
+    options: dict[str, Any] = {key: data[key] for key in _OPTIONS if key in data}
+    if not isinstance(options.get("optional", False), bool):
+        raise PlanError(f"optional is true or false, got {options['optional']!r}")
+    if "outputs" in data:
+        options["outputs"] = _read_where(data["outputs"])
+    on = _read_where(data["on"]) if "on" in data else None
+    return _read_scaled(data).on(on, **options)
+
+
+def _read_scaled(data: Any) -> What:
+    what = _read_what(data["what"]) if isinstance(data, Mapping) and "what" in data else _read_what(data)
+    if not isinstance(data, Mapping) or "strength" not in data:
+        return what
+    strength = _number(data["strength"])
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not isinstance(what, _Scalable):
+        raise PlanError(f"a strength is a number, for penalties only; got strength={data['strength']!r} of {what!r}")
+    return strength * what
+
+
+def _read_what(data: Any) -> What:
+    if isinstance(data, str):
+        data = {"name": data}
+    if not isinstance(data, Mapping):
+        raise PlanError(f"what is a registered name or a dict with one under 'name', got {data!r}")
+    if "sum" in data:
+        return _read_sum(data)
+    if "name" not in data:
+        raise PlanError(f"what needs a 'name' (of a penalty or transform), got {dict(data)!r}")
+    cls = registry.lookup(str(data["name"]))
+    fields = {key: _number(value) for key, value in data.items() if key != "name"}
+    try:
+        return cls(**fields)  # type: ignore[no-any-return]
+    except TypeError as error:
+        raise PlanError(f"{data['name']}: {error}") from error
+
+
+def _read_sum(data: Mapping[str, Any]) -> What:
+    terms = data["sum"]
+    if set(data) != {"sum"} or not isinstance(terms, (list, tuple)) or not terms:
+        raise PlanError(
+            f"a sum is {{'sum': [...]}}, a list of penalties, each with its own strength; got {dict(data)!r}"
+        )
+    for term in terms:
+        if isinstance(term, Mapping) and not set(term) <= {"what", "strength"} and "name" not in term:
+            raise PlanError(f"a term of a sum has what and strength, got {', '.join(map(str, term))}")
+    members = [_read_scaled(term) for term in terms]
+    for member in members:
+        if not isinstance(member, _Scalable):
+            raise PlanError(f"a sum is of penalties, and {member!r} is none: write a rule of its own for it")
+    total: Any = members[0]
+    for member in members[1:]:
+        total = total + member
+    return total  # type: ignore[no-any-return]
+
+
+def _number(value: Any) -> Any:
+    """A number that a file gives as text (YAML reads `1e-4` so) is a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _read_where(data: Any) -> Where | Places:
+    if isinstance(data, str):
+        return Glob(data)
+    if isinstance(data, (list, tuple)) and data:
+        return Names(tuple(data)) if all(isinstance(name, str) for name in data) else _join("or", data)
+    if isinstance(data, Mapping) and len(set(data) & {"outputs", "inputs"}) == 1:
+        return _read_place("outputs" if "outputs" in data else "inputs", data)
+    if isinstance(data, Mapping) and len(data) == 1:
+        ((key, value),) = data.items()
+        if key == "role" and value in ROLES:
+            return Role(value)
+        types = [value] if isinstance(value, str) else value
+        if key == "type" and isinstance(types, (list, tuple)) and all(isinstance(t, str) for t in types):
+            return OfType(tuple(types))
+        if key == "regex" and isinstance(value, str):
+            return _read_regex(value)
+        if key in ("and", "or", "minus"):
+            return _join(key, value)
+    raise PlanError(
+        f"can't read the selection {data!r}; write a glob, a list of names, {{role: weights}}, {{type: Conv2d}}, "
+        "{regex: ...}, {outputs: glob}, {inputs: glob}, or {and: [...]}, {or: [...]}, {minus: [...]}"
+    )
+
+
+def _read_regex(pattern: str) -> Regex:
+    try:
+        return Regex(re.compile(pattern).pattern)
+    except re.error as error:
+        raise PlanError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _join(operation: Any, members: Any) -> Where | Places:
+    if not isinstance(members, (list, tuple)):
+        raise PlanError(f"{operation!r} joins a list of two or more selections; got {members!r}")
+    selections = [_read_where(member) for member in members]
+    if len(selections) < 2 or len({isinstance(s, Places) for s in selections}) != 1:
+        raise PlanError(
+            f"{operation!r} joins two or more selections, all of parameters or all of places; got {members!r}"
+        )
+    joined: Any = selections[0]
+    for selection in selections[1:]:
+        joined = (JoinedPlaces if isinstance(joined, Places) else Joined)(operation, joined, selection)  # type: ignore[arg-type]
+    return joined  # type: ignore[no-any-return]
+
+
+def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
+    which = None if data[kind] in ("", None) else data[kind]  # "" is the model itself: TOML has no null
+    if isinstance(which, int) and not isinstance(which, bool):
+        which = str(which)  # a layer called 0, which YAML reads as a number
+    unknown = set(data) - {kind, "via", "index", "batch_dim", "calls"}
+    if unknown:
+        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, index, batch_dim, calls")
+    options = {key: data[key] for key in ("index", "batch_dim", "calls") if key in data}
+    chosen = None if which is None else as_where(_read_where(which))
+    return make_place(kind, chosen, via=_function(data.get("via")), **options)
+
+
+def _function(name: Any) -> Any:
+    """The function of torch or torch.nn.functional that a text names; nothing else is ever looked up."""
+    if name is None:
+        return None
+    known = isinstance(name, str) and not name.startswith("_")
+    found = (getattr(torch, name, None) or getattr(torch.nn.functional, name, None)) if known else None
+    if not callable(found) or isinstance(found, type):
+        raise PlanError(
+            f"via= in a file names a function of torch or torch.nn.functional, such as 'relu'; got {name!r}"
+        )
+    return found
+
+
+# Writing
+
+
+def write_rule(rule: Rule) -> dict[str, Any]:
+    """The rule as plain data, which `read_rule` reads.
+
+    Raises:
+        PlanError: it selects by an object or a function, which has no text form.
+    """
+    data = _write_what(rule.what)
+    data["on"] = _write_where(rule.where)
+    if rule.outputs is not None:
+        data["outputs"] = _write_where(rule.outputs)
+    defaults = {field.name: field.default for field in dataclasses.fields(Rule)}
+    data["how"] = rule.how
+    data.update({key: getattr(rule, key) for key in _OPTIONS[1:] if getattr(rule, key) != defaults[key]})
+    return data
+
+
+def _write_what(what: Any) -> dict[str, Any]:
+    """What as a dict with 'what' and, where it isn't one, 'strength'."""
+    if isinstance(what, (Scaled, ScaledNetwork)):
+        return {**_write_what(what.penalty), "strength": what.strength}
+    if isinstance(what, (Sum, NetworkSum)):
+        return {"what": {"sum": [_write_what(term) for term in what.terms]}}
+    name = registry.name_of(type(what))
+    if dataclasses.is_dataclass(what):
+        fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+    elif vars(what):
+        raise PlanError(
+            f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
+        )
+    else:
+        fields = {}
+    return {"what": {"name": name, **fields} if fields else name}
+
+
+def _write_where(where: Any) -> Any:
+    if isinstance(where, Glob):
+        return where.pattern
+    if isinstance(where, Names):
+        return list(where.names)
+    if isinstance(where, Role):
+        return {"role": where.role}
+    if isinstance(where, OfType):
+        return {"type": [t if isinstance(t, str) else t.__name__ for t in where.types]}
+    if isinstance(where, Regex) and where.flags == Regex("").flags:
+        return {"regex": where.pattern}
+    if isinstance(where, (Joined, JoinedPlaces)):
+        return {where.operation: [_write_where(where.left), _write_where(where.right)]}
+    if isinstance(where, Place):
+        data: dict[str, Any] = {where.kind: "" if where.which is None else _write_where(where.which)}
+        if where.via is not None:
+            name = getattr(where.via, "__name__", "")
+            if where.via not in (getattr(torch, name, None), getattr(torch.nn.functional, name, None)):
+                raise PlanError(
+                    f"via={where.via!r} can't be written: only functions of torch or torch.nn.functional can"
+                )
+            data["via"] = name
+        options = {"index": where.index, "batch_dim": where.batch_dim, "calls": where.calls}
+        return {**data, **{k: v for k, v in options.items() if v is not None and v != "mean"}}
+    raise PlanError(
+        f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"
+    )
