@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import restrain as rs
 from restrain import plots
 
-EPOCHS, BATCH = 60, 64
+BATCH = 64
 
 
 @dataclass
@@ -86,21 +86,21 @@ IN_LOSS = [
     rs.Dropout(0.2).on(rs.outputs("1"), name="dropout"),
 ]
 PROXIMAL = [
-    2e-4 * rs.L1().on(rs.weights - "0.*", how="proximal", name="l1"),
-    5e-4 * rs.GroupLasso(per="in").on("0.weight", how="proximal", name="group lasso per pixel"),
+    1e-4 * rs.L1().on(rs.weights - "0.*", how="proximal", name="l1"),
+    3e-4 * rs.GroupLasso(per="in").on("0.weight", how="proximal", name="group lasso per pixel"),
 ]
 SPARSE = [
-    2e-2 * rs.L1().on(rs.outputs("relu"), name="l1 of the code"),
+    2e-1 * rs.L1().on(rs.outputs("relu"), name="l1 of the code"),
     rs.UnitNorm(per="in").on("decoder.weight", name="unit features"),
 ]
 
 
-def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_of: Any, bar: Any) -> Run:
+def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_of: Any, bar: Any, epochs: int) -> Run:
     """The loop that anybody writes, with two lines for the rules: `attach` and `reg.loss`."""
     run, started = Run(title, model), time.perf_counter()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     reg = rs.attach(model, plan, optimizer) if plan else None
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         model.train()
         total = 0.0
         for rows in torch.randperm(len(data.x)).split(BATCH):
@@ -156,7 +156,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the demo; see `--help`."""
     parser = argparse.ArgumentParser(prog="restrain.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
-    out: Path = parser.parse_args(arguments).out
+    parser.add_argument("--epochs", type=int, default=200, help="passes over the data of each training")
+    given = parser.parse_args(arguments)
+    out, epochs = given.out, given.epochs
     from tqdm import tqdm
 
     data, started = Digits.load(), time.perf_counter()
@@ -166,12 +168,12 @@ def main(arguments: list[str] | None = None) -> None:
         ("proximal rules", network(), PROXIMAL, classify),
         ("sparse autoencoder", SparseAutoencoder(), SPARSE, reconstruct),
     ]
-    print(f"{len(data.x)} digits to train on, {len(data.x_test)} to test with; {EPOCHS} epochs each")
+    print(f"{len(data.x)} digits to train on, {len(data.x_test)} to test with; {epochs} epochs each")
     runs = []
-    with tqdm(total=len(jobs) * EPOCHS, unit=" epochs", file=sys.stderr) as bar:
+    with tqdm(total=len(jobs) * epochs, unit=" epochs", file=sys.stderr) as bar:
         for title, model, plan, loss_of in jobs:
             bar.set_description(title)
-            runs.append(train(title, model, plan, data, loss_of, bar))
+            runs.append(train(title, model, plan, data, loss_of, bar, epochs))
     for run in runs:
         if not isinstance(run.model, SparseAutoencoder):
             with torch.no_grad():
@@ -192,7 +194,9 @@ def draw(runs: list[Run], data: Digits, out: Path) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     plain, in_loss, proximal, sparse = runs
     features = {run.title: run.model[0].weight for run in (plain, in_loss, proximal)}  # type: ignore[index]
-    features["sparse autoencoder (decoder)"] = sparse.model.decoder.weight.T  # type: ignore[union-attr]
+    usage = rs.activations(sparse.model, data.x)["relu"].mean(0)
+    decoder = sparse.model.get_parameter("decoder.weight").T
+    features["sparse autoencoder (decoder), its most used features"] = decoder[usage.argsort(descending=True)]
     yield plots.features(features, (8, 8), out / "features.png")
     yield plots.zeros_by_layer(
         {run.title: list(zeros(run.model)) for run in (plain, in_loss, proximal)}, out / "zeros.png"

@@ -48,7 +48,7 @@ def features(weights: Mapping[str, Tensor], shape: tuple[int, int], path: Path, 
             axis.set_axis_off()
         for axis, row in zip(axes, w.detach().cpu()[:shown], strict=False):
             bound = max(float(row.abs().max()), 1e-12)
-            axis.imshow(row.reshape(shape), cmap="RdBu_r", vmin=-bound, vmax=bound)
+            axis.imshow(row.reshape(shape).numpy(), cmap="RdBu_r", vmin=-bound, vmax=bound)
     return _written(figure, path)
 
 

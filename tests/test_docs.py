@@ -1,0 +1,58 @@
+"""What README and docs show runs as printed, and the demo does what README says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import restrain as rs
+from restrain import demo
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/guide.md"]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.filterwarnings("ignore:.*compiled before these rules:restrain.errors.RestrainWarning")
+def test_examples_run_as_printed(page, capsys):
+    namespace = {"__name__": "example"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page, "exec"), namespace)
+    assert "strength" in capsys.readouterr().out
+
+
+def test_the_plan_in_the_guide_is_one():
+    yaml = pytest.importorskip("yaml")
+    (text,) = blocks("docs/guide.md", "yaml")
+    plan = rs.Plan.from_dict(yaml.safe_load(text))
+    assert plan.rules[0] == 1e-4 * rs.L1().on(plan.rules[0].where, how="proximal")
+    assert plan.rules[1].what == rs.Dropout(0.2)
+
+
+def test_public_names_are_in_the_docs():
+    text = "".join((ROOT / page).read_text() for page in [*PAGES, "DESIGN.md"])
+    missing = [name for name in rs.__all__ if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, "docs/environments.md", "DESIGN.md", "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
+            assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_the_demo_prints_and_draws(tmp_path, capsys):
+    demo.main(["--out", str(tmp_path), "--epochs", "2"])
+    out = capsys.readouterr().out
+    for title in ("without rules", "rules in the loss", "proximal rules", "sparse autoencoder"):
+        assert title in out
+    assert len(re.findall(r"test accuracy \d\d\.\d\d%", out)) == 3
+    for name in ("features.png", "zeros.png", "curves.png", "digits.png"):
+        path = tmp_path / name
+        assert str(path) in out
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5000
