@@ -279,3 +279,17 @@ def test_a_forward_that_no_loss_depends_on_does_not_count():
     activations = 0.2 * (h.square().sum() + k.square().sum()) / len(x) / 2
     weights = hand_written(model, x, y) - F.cross_entropy(model[2](h), y) - 0.2 * h.square().sum() / len(x)
     torch.testing.assert_close(both, F.cross_entropy(model[2](h), y) + model[2](k).sum() + activations + weights)
+
+
+def test_an_attachment_that_fails_leaves_no_trace():
+    class Fails(rs.Constraint, register=False):
+        def project(self, w):
+            raise KeyError("by the user")
+
+    model = make()
+    optimizer = sgd(model)
+    with pytest.raises(KeyError):
+        rs.attach(model, [*plan(), Fails().on("0.weight")], optimizer)
+    places = [d for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
+    assert sum(map(len, [*places, optimizer._optimizer_step_post_hooks, optimizer._optimizer_step_pre_hooks])) == 0
+    assert all(tripwire.model() is not model for tripwire in _watchers.tripwires)

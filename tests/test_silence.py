@@ -206,7 +206,9 @@ def test_sparse_embedding_gradients_are_refused_at_the_step():
 
 def test_double_decay_is_warned_of():
     model = make()
-    with pytest.warns(rs.errors.RestrainWarning, match=r"decayed twice.*weight_decay=0\.01"):
+    with pytest.warns(
+        rs.errors.RestrainWarning, match=r"L2.*decays what the optimizer's weight_decay decays, too: 0.weight, 2.weight"
+    ):
         rs.attach(model, rs.L2().on("*.weight"), sgd(model, weight_decay=0.01))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -299,3 +301,10 @@ def test_a_layer_that_was_taken_out_of_the_model_is_missed():
     del model[2]
     with pytest.raises(rs.errors.DetachedError, match=r"'2.weight' is gone"):
         reg.penalty()
+
+
+def test_the_table_says_that_a_projection_is_euclidean_where_the_optimizers_metric_is_not():
+    model = make()
+    for optimizer, said in ((torch.optim.Adam(model.parameters()), True), (sgd(model), False)):
+        with rs.attach(model, rs.MaxNorm(1.0).on("0.weight"), optimizer) as reg:
+            assert ("Euclidean projection, while Adam moves" in str(reg)) == said

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -31,10 +31,6 @@ class Declared:
 
     own: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
     scope: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
-
-    def merged(self) -> dict[str, tuple[tuple[What, How | None], ...]]:
-        """The layer's own declarations before those of its scope."""
-        return {**self.scope, **self.own}
 
 
 _scope: ContextVar[dict[str, tuple[tuple[What, How | None], ...]] | None] = ContextVar("scope", default=None)
@@ -104,59 +100,76 @@ def _checked(what: dict[str, Any], how: How | None) -> dict[str, tuple[tuple[Wha
         for member in members:
             if not isinstance(member, What):
                 raise PlanError(f"{key}= takes penalties or transforms such as 1e-4 * rs.L2(); got {member!r}")
-            if key in ("input", "output"):
-                member.moments(at_places=True)
-            elif how is not None and how not in member.moments(at_places=False):
+            moments = member.moments(at_places=key in ("input", "output"))
+            if how is not None and key not in ("input", "output") and how not in moments:
                 raise PlanError(
-                    f"{key}={member!r} can't act by how={how!r}; it can by {member.moments(at_places=False)}"
+                    f"{key}={member!r} can't act by how={how!r}; it can by {' or '.join(map(repr, moments))}"
                 )
         checked[key] = tuple((member, None if key in ("input", "output") else how) for member in members)
     return checked
 
 
-def _parameter_names(layer: Layer, key: str) -> list[str]:
+def _parameter_names(layer: Layer, key: str, by_role: bool = False) -> list[str]:
     """The layer's own parameters that a keyword means: the one of that name, else those of that role."""
-    own = [k for k, p in layer.module._parameters.items() if p is not None]
-    own += list(getattr(layer.module, "parametrizations", {}))
-    role = {"weight": "weights", "bias": "biases"}.get(key)
-    if key in own:
+    stored = {k for k, p in layer.module._parameters.items() if p is not None}
+    own = [*layer.module._parameters, *getattr(layer.module, "parametrizations", {})]
+    own = [k for k in own if k in stored or k not in layer.module._parameters]
+    if key in own and not by_role:
         return [key]
-    return [k for k in own if role is not None and k in layer.module._parameters and Role(role).takes(layer, k)]
+    role = {"weight": "weights", "bias": "biases"}.get(key)
+    return [k for k in own if role is not None and Role(role).takes(layer, k)]
+
+
+def _resolved(layer: Layer, declared: Declared) -> dict[str, tuple[str, tuple[tuple[What, How | None], ...]]]:
+    """{parameter, "input" or "output": (keyword, what acts there)}; the layer's own word comes last."""
+    found = {}
+    for keywords, by_scope in ((declared.scope, True), (declared.own, False)):
+        for key, members in keywords.items():
+            by_role = by_scope and key in ("weight", "bias")  # a normalisation layer's scale is called weight, too
+            names = [key] if key in ("input", "output") else _parameter_names(layer, key, by_role)
+            found.update(dict.fromkeys(names, (key, members)))
+    return found
 
 
 def declared_rules(model: nn.Module, skip: Any = ()) -> tuple[list[Rule], list[nn.Module]]:
-    """The rules that the layers of a model declare, like ones joined; and the modules that declare them."""
+    """The rules that the layers of a model declare, like ones joined; and the modules that declare them.
+
+    Raises:
+        SelectionError: a keyword of a scope that no layer built in it has a parameter for.
+    """
     found: list[tuple[What, How | None, str, list[str]]] = []
     modules: dict[int, nn.Module] = {}
+    unused: set[str] = set()
+    used = {"weight", "bias"}  # all of a scope's layers may be without a bias
     for layer in layers(model):
         declared = layer.module.__dict__.get(ATTRIBUTE)
         if declared is None or layer.module in skip or id(layer.module) in modules:
             continue
         modules[id(layer.module)] = layer.module
-        for key, members in declared.merged().items():
-            names = [layer.name] if key in ("input", "output") else _names(layer, key, key in declared.own)
+        unused.update(declared.scope)
+        for name, (key, members) in _resolved(layer, declared).items():
+            used.add(key)
+            at = layer.name if name in ("input", "output") else f"{layer.name}.{name}" if layer.name else name
             for what, how in members:
                 same = next((f for f in found if f[:3] == (what, how, key)), None)
-                if same is None and names:
-                    found.append((what, how, key, names))
-                elif same is not None:
-                    same[3].extend(names)
+                if same is None:
+                    found.append((what, how, key, [at]))
+                else:
+                    same[3].append(at)
+    if unused - used:
+        raise SelectionError(
+            f"rs.scope declared {', '.join(sorted(unused - used))}, but no layer built in it has a parameter of that "
+            "name; write weight, bias, output, input, or a parameter's own name"
+        )
     return [_rule(*entry) for entry in found], list(modules.values())
 
 
-def _names(layer: Layer, key: str, own: bool) -> list[str]:
-    names = _parameter_names(layer, key)
-    if not own and key in ("weight", "bias"):  # of a scope: the role, not the name
-        role = Role({"weight": "weights", "bias": "biases"}[key])
-        names = [
-            k for k in layer.module._parameters if layer.module._parameters[k] is not None and role.takes(layer, k)
-        ]
-    return [f"{layer.name}.{name}" if layer.name else name for name in names]
-
-
 def _rule(what: What, how: How | None, key: str, names: list[str]) -> Rule:
-    name = f"{what!r} declared as {key}"
-    if key in ("input", "output"):
-        which = Names(tuple(names)) if names != [""] else None
-        return what.on(Place("outputs" if key == "output" else "inputs", which), name=name)
-    return what.on(Names(tuple(names)), how=how, name=name)
+    title = f"{what!r} declared as {key}"
+    if key not in ("input", "output"):
+        return what.on(Names(tuple(names)), how=how, name=title)
+    place = Place("outputs" if key == "output" else "inputs")
+    below = replace(place, which=Names(tuple(names)))
+    if "" not in names:
+        return what.on(below, name=title)
+    return what.on(place | below if len(names) > 1 else place, name=title)

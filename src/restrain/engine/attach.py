@@ -83,12 +83,16 @@ class Attachment:
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
-        self._attach_hooks(model)
-        self._attach_steps(model, optimizers)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._model) if self._loss_rules else None
         _claimed.update(declaring)
-        if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
-            ranks.warn_of_shared_random_state()
+        try:
+            self._attach_hooks(model)
+            self._attach_steps(model, optimizers)
+            if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
+                ranks.warn_of_shared_random_state()
+        except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
+            self.detach()
+            raise
 
     def _attach_hooks(self, model: nn.Module) -> None:
         """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""

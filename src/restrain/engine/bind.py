@@ -39,6 +39,7 @@ class Bound:
     spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what the table says of it
 
     @property
     def names(self) -> list[str]:
@@ -98,7 +99,8 @@ def _places_by_name(spots: Sequence[Spot]) -> Places | None:
     places: list[Places] = []
     for place in dict.fromkeys(spot.place for spot in spots):
         names = tuple(spot.name for spot in spots if spot.place == place)
-        places.append(replace(place, which=None if names == ("",) else Names(names)))
+        places += [replace(place, which=None)] * ("" in names)
+        places += [replace(place, which=Names(names))] * (names != ("",))
     return functools.reduce(operator.or_, places) if places else None
 
 
@@ -159,31 +161,33 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         NoProxError: proximal rules on one tensor whose sum has no known prox.
         HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
     """
+    holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
     proximal: dict[str, tuple[list[Penalty], Optimizer]] = {}
     for bound in bounds:
+        decayed = []
         for handle, what in bound.parameters:
             p = handle.find(root)
-            holder, group = _holder(p, optimizers)
-            if bound.rule.how == "proximal" and holder is not None:
-                proximal.setdefault(handle.name, ([], holder))[0].append(what)
+            holder, group = holders.get(id(p), (None, None))
             if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
                 _check_held(bound, handle, p, holder, group)
-            if group is not None and group.get("weight_decay") and "L2" in repr(what) and isinstance(what, Penalty):
-                _warn(
-                    f"{handle.name!r} is decayed twice: by {bound.key!r} and by the optimizer's "
-                    f"weight_decay={group['weight_decay']}"
-                )
-                break
+            if holder is None or group is None:
+                continue
+            if bound.rule.how == "proximal":
+                proximal.setdefault(handle.name, ([], holder))[0].append(what)
+            if group.get("weight_decay") and _decays(what):
+                decayed.append(handle.name)
+            if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
+                metric = f"while {type(holder).__name__} moves each entry by a step of its own"
+                bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
+        if decayed:
+            _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
     for name, (penalties, optimizer) in proximal.items():
         _check_prox(name, total(penalties), optimizer)
 
 
-def _holder(p: Tensor, optimizers: Sequence[Optimizer]) -> tuple[Optimizer | None, dict[str, Any] | None]:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(p is held for held in group["params"]):
-                return optimizer, group
-    return None, None
+def _decays(what: Any) -> bool:
+    """Whether it is a penalty with a sum of squares in it."""
+    return isinstance(what, Penalty) and any(leaf.elastic is not None and leaf.elastic[1] for _, leaf in what.leaves())
 
 
 def _check_held(

@@ -101,8 +101,9 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         for row in rows
     ]
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
-    note = [f"left out while frozen: {_short(frozen)}"] if frozen else []
-    return "\n".join([*(line.rstrip() for line in lines), *note])
+    notes = [note for bound in bounds for note in bound.notes]
+    notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
+    return "\n".join([*(line.rstrip() for line in lines), *notes])
 
 
 def _frozen(bound: Bound, root: nn.Module) -> list[str]:
