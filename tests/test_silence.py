@@ -308,3 +308,19 @@ def test_the_table_says_that_a_projection_is_euclidean_where_the_optimizers_metr
     for optimizer, said in ((torch.optim.Adam(model.parameters()), True), (sgd(model), False)):
         with rs.attach(model, rs.MaxNorm(1.0).on("0.weight"), optimizer) as reg:
             assert ("Euclidean projection, while Adam moves" in str(reg)) == said
+
+
+def test_detached_rules_say_so():
+    model = make()
+    with rs.attach(model, RULES["parameters"]) as reg:
+        pass
+    for use in (lambda: reg.loss(torch.zeros(())), reg.penalty):
+        with pytest.raises(rs.errors.DetachedError, match="attach the plan again"):
+            use()
+    assert list(reg.values()) == ["0.1 * L2() on '0.weight'"]
+    rs.attach(model, reg.plan).penalty()
+
+
+def test_a_type_without_parameters_is_told_of_outputs():
+    with pytest.raises(rs.errors.SelectionError, match=r"ReLU selects no parameter; .*rs.outputs\(ReLU\)"):
+        rs.attach(make(), rs.L1().on(nn.ReLU))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from restrain.errors import SelectionError
-from restrain.select import Glob, Object, Regex, Where, as_where, chosen
+from restrain.select import SYMBOLS, Glob, Object, Regex, Where, as_where, chosen
 from restrain.sites import Layer, near
 
 Calls = Literal["mean", "sum"]
@@ -35,6 +35,9 @@ class JoinedPlaces(Places):
     operation: Literal["and", "or", "minus"]
     left: Places
     right: Places
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {SYMBOLS[self.operation]} {self.right!r})"
 
 
 @dataclass(frozen=True)

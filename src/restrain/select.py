@@ -20,6 +20,9 @@ from restrain.errors import SelectionError
 from restrain.sites import Layer, Slot, near
 
 
+SYMBOLS = {"and": "&", "or": "|", "minus": "-"}
+
+
 class Where:
     """Base of the selections of parameters and modules; joins with others by `&`, `|` and `-`."""
 
@@ -55,7 +58,7 @@ class Joined(Where):
     right: Where
 
     def __repr__(self) -> str:
-        return f"({self.left!r} {dict(zip(('and', 'or', 'minus'), '&|-', strict=True))[self.operation]} {self.right!r})"
+        return f"({self.left!r} {SYMBOLS[self.operation]} {self.right!r})"
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,8 @@ def select_parameters(where: Where, slots: Sequence[Slot]) -> list[Slot]:
     names = [slot.name for slot in slots]
     taken = chosen(where, lambda leaf: [i for i, s in enumerate(slots) if any(leaf.takes(*x) for x in s.sites)], names)
     if not taken:
-        raise SelectionError(f"{where!r} selects no parameter{near(_pattern(where), names)}")
+        places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
+        raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), names)}")
     return [slots[i] for i in sorted(taken)]
 
 

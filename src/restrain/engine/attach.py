@@ -80,6 +80,7 @@ class Attachment:
         check_optimizers(self._bounds, model, optimizers)
         self._forwards = Forwards()
         self._handles: list[Any] = []
+        self._detached = False
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
@@ -167,6 +168,7 @@ class Attachment:
         Raises:
             NeverFiredError: a place was never reached by the forward.
             PenaltyError: the loss isn't a scalar.
+            DetachedError: the rules were detached.
         """
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -203,6 +205,10 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model, tripwire = self.model, self._tripwire
+        if self._detached:
+            raise DetachedError(
+                "these rules were detached: attach the plan again, rs.attach(model, reg.plan, optimizer)"
+            )
         if tripwire is None:
             return [], []
         tripwire.collected = tripwire.collected or torch.is_grad_enabled()
@@ -229,7 +235,7 @@ class Attachment:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""
 
         def write(gradient: Tensor | None) -> None:
-            if not self._handles and any(one.tap.rooted for one in hidden):
+            if self._detached and any(one.tap.rooted for one in hidden):
                 raise DetachedError(
                     "the rules were detached before backward(), which recomputes a checkpoint without them"
                 )
@@ -266,9 +272,9 @@ class Attachment:
             stepper.remove()
         if self._tripwire is not None:
             self._tripwire.remove()
-        for module in self._declaring:
-            _claimed.discard(module())  # type: ignore[arg-type]
-        self._handles, self._steppers = [], []
+        for module in filter(None, (reference() for reference in self._declaring)):
+            _claimed.discard(module)
+        self._handles, self._steppers, self._detached = [], [], True
         self._forwards.stepped()
 
     def state_dict(self) -> dict[str, Any]:
