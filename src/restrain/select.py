@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from restrain.errors import SelectionError
 from restrain.sites import Layer, Slot, near
 
-
 SYMBOLS = {"and": "&", "or": "|", "minus": "-"}
 
 
