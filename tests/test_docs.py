@@ -17,7 +17,7 @@ def blocks(page, language):
 
 
 @pytest.mark.parametrize("page", PAGES)
-@pytest.mark.filterwarnings("ignore:.*compiled before these rules:restrain.errors.RestrainWarning")
+@pytest.mark.filterwarnings("ignore:.*compiled before these hooks:restrain.errors.RestrainWarning")
 def test_examples_run_as_printed(page, capsys):
     namespace = {"__name__": "example"}
     for block in blocks(page, "python"):

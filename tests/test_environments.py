@@ -123,7 +123,7 @@ def test_rules_attach_to_a_compiled_model_before_and_after_its_first_call(proble
             reg.loss(F.cross_entropy(run(x), y)).backward()
             torch.testing.assert_close(gradients(other), expected)
         torch.testing.assert_close(F.cross_entropy(run(x), y), F.cross_entropy(net(x), y))
-        with pytest.warns(rs.errors.RestrainWarning, match="compiled before these rules were attached"):
+        with pytest.warns(rs.errors.RestrainWarning, match="compiled before these hooks came"):
             reg = rs.attach(run, plan())
         for _ in range(2):
             other.zero_grad()

@@ -158,7 +158,7 @@ def test_an_exception_leaves_no_hook_and_no_pause():
         (lambda name, module: name == "head", ["head"]),
         (rs.outputs("inner") | rs.outputs("head"), ["inner", "head"]),
     ],
-    ids=str,
+    ids=["name", "names", "type", "outermost of a glob", "inner ones", "predicate", "joined"],
 )
 def test_recording_a_part(where, names):
     model = make()
@@ -337,3 +337,13 @@ def test_a_penalty_on_the_network_is_given_each_place_or_refuses(places, tensors
     except (SelectionError, PlanError):
         return
     torch.testing.assert_close(got, sum(t.square().mean() for t in tensors(by_hand(model, X))))
+
+
+def test_a_layer_may_be_selected_by_several_members_and_functions():
+    model = make()
+    places = rs.outputs("lstm") | rs.outputs("lstm", index=1, batch_dim=1) | rs.outputs("lstm", via=torch.relu)
+    reg = rs.attach(model, rs.L2().on(places | rs.outputs("ls*")))
+    model(X)
+    y, (h, _) = model.lstm(by_hand(model, X)["relu#2"][:, None])
+    expected = (y.square().sum() + h.square().sum() + y.relu().square().sum()) / 5
+    torch.testing.assert_close(reg.penalty(), expected)

@@ -9,30 +9,46 @@ from typing import Any
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook
+from restrain.engine.capture import DeadHook, forget_compiled_code
 from restrain.engine.collect import paused
-from restrain.places import Place, Places, outputs, select_places
+from restrain.engine.taps import Spot
+from restrain.places import Places, outputs, select_places
 from restrain.select import as_where
 from restrain.sites import layers, unwrap
 
 
-class _Recorder:
-    """A hook that keeps a layer's output under its name; of a further call under name#2, name#3, and so on."""
-
-    def __init__(self, seen: dict[str, Tensor], name: str, place: Place, copy: bool) -> None:
-        self.seen, self.name, self.place, self.copy = seen, name, place, copy
+class _Dying:
+    """A hook that is dead in a copy or a pickle of its model."""
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        way = structures.find(output, self.place.index)
+
+class _Begins(_Dying):
+    """At the model's own input: a new forward begins."""
+
+    def __init__(self, seen: dict[str, Tensor]) -> None:
+        self.seen = seen
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.seen.clear()
+
+
+class _Records(_Dying):
+    """Keeps a layer's tensor under its name; of a further call under name#2, name#3, and so on."""
+
+    def __init__(self, seen: dict[str, Tensor], spot: Spot, copy: bool) -> None:
+        self.seen, self.spot, self.copy = seen, spot, copy
+
+    def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
+        structure = structures.arguments(args, last) if self.spot.place.kind == "inputs" else last
+        way = structures.find(structure, self.spot.place.index)
         if way is None:
             return
-        tensor = structures.get(output, way)
-        number, key = 2, self.name
+        number, key = 2, self.spot.key
         while key in self.seen:
-            key, number = f"{self.name}#{number}", number + 1
+            key, number = f"{self.spot.key}#{number}", number + 1
+        tensor = self.spot.seen(structures.get(structure, way))
         self.seen[key] = tensor.clone() if self.copy else tensor
 
 
@@ -58,7 +74,8 @@ def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[di
 
     Args:
         model: the model, which runs as it does without.
-        where: a glob over layer names, a type, a predicate, or `rs.outputs(...)`.
+        where: a glob over layer names, a type, a predicate, or `rs.outputs(...)`, `rs.inputs(...)`, whose tensors are
+            called `fc1:inputs`, and after `via=torch.tanh` `fc1:tanh`.
         copy: keep copies; with False the very tensors, through which gradients flow, but which a later in-place op
             overwrites.
 
@@ -74,9 +91,12 @@ def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[di
     seen: dict[str, Tensor] = {}
     places = where if isinstance(where, Places) else outputs(as_where(where))
     with ExitStack() as stack:
-        begin = root.register_forward_pre_hook(lambda module, args: seen.clear(), prepend=True)
-        stack.callback(begin.remove)
+        stack.callback(root.register_forward_pre_hook(_Begins(seen), prepend=True).remove)
         for target in select_places(places, list(layers(root))):
-            hook = _Recorder(seen, target.name, target.place, copy)
-            stack.callback(target.layer.module.register_forward_hook(hook).remove)
+            hook, module = _Records(seen, Spot.of(target), copy), target.layer.module
+            if target.place.kind == "inputs":
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(hook).remove)
+        forget_compiled_code()
         yield seen

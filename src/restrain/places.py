@@ -149,10 +149,17 @@ def select_places(where: Places, layers: Sequence[Layer]) -> list[Target]:
         return _place_targets(where, layers)
     assert isinstance(where, JoinedPlaces)
     left, right = select_places(where.left, layers), select_places(where.right, layers)
+    if where.operation == "or":
+        taken = {_tensor(target) for target in left}
+        return left + [target for target in right if _tensor(target) not in taken]
     keys = {(t.place.kind, id(t.layer.module)) for t in right}
-    inside = [t for t in left if (t.place.kind, id(t.layer.module)) in keys]
-    outside = [t for t in left if t not in inside]
-    return {"and": inside, "or": outside + right, "minus": outside}[where.operation]
+    return [t for t in left if ((t.place.kind, id(t.layer.module)) in keys) == (where.operation == "and")]
+
+
+def _tensor(target: Target) -> tuple[Any, ...]:
+    """What tells the tensors at two places apart."""
+    place = target.place
+    return id(target.layer.module), place.kind, place.via, place.index
 
 
 def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Self
@@ -15,14 +13,14 @@ from torch.optim import Optimizer
 from restrain.declare import declared_rules
 from restrain.engine import ranks, report
 from restrain.engine.bind import bind, check_optimizers
-from restrain.engine.capture import InputHook, LayerHook
+from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
-from restrain.errors import DetachedError, PenaltyError, PlanError, RestrainWarning
+from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
 from restrain.sites import unwrap
@@ -113,7 +111,7 @@ class Attachment:
         if self._loss_rules:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
         if hooks:
-            _forget_compiled_code(model)
+            forget_compiled_code()
 
     def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
         module, kind = spot.find(model), spot.place.kind
@@ -334,18 +332,3 @@ class DetachedAttachment:
         raise DetachedError(
             f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}"
         )
-
-
-def _forget_compiled_code(model: nn.Module) -> None:
-    """Compiled code that was made before our hooks came would silently pass them by: have it made anew."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not len(dynamo.convert_frame.output_codes.seen):
-        return  # nothing has been compiled in this process
-    torch.compiler.reset()
-    warnings.warn(
-        "something was compiled before these rules were attached; torch.compiler.reset() was called, so that "
-        "compiled models notice the new hooks, and they compile anew at their next call; attaching before the first "
-        "call spares that",
-        RestrainWarning,
-        stacklevel=5,
-    )

@@ -120,7 +120,7 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
             )
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
-    return [Spot(target.name, target.layer.path, target.place) for target in targets]
+    return [Spot.of(target) for target in targets]
 
 
 def _resolve(rule: Rule, slot: Slot) -> What:
@@ -162,7 +162,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
-    proximal: dict[str, tuple[list[Penalty], Optimizer]] = {}
+    proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
@@ -173,7 +173,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
             if holder is None or group is None:
                 continue
             if bound.rule.how == "proximal":
-                proximal.setdefault(handle.name, ([], holder))[0].append(what)
+                proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
             if group.get("weight_decay") and _decays(what):
                 decayed.append(handle.name)
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
@@ -181,8 +181,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
         if decayed:
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
-    for name, (penalties, optimizer) in proximal.items():
-        _check_prox(name, total(penalties), optimizer)
+    for name, (p, penalties, optimizer) in proximal.items():
+        _check_prox(name, p, total(penalties), optimizer)
 
 
 def _decays(what: Any) -> bool:
@@ -209,8 +209,13 @@ def _check_held(
         )
 
 
-def _check_prox(name: str, penalty: Penalty, optimizer: Optimizer) -> None:
+def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) -> None:
     by_entry = diagonal(optimizer)  # raises for an optimizer of unknown metric
+    if by_entry and p.is_complex():
+        raise HowError(
+            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves the real and the imaginary part of "
+            "a complex entry by steps of their own, for which no prox is known. Use SGD, or how='gradient'"
+        )
     if not penalty.has_prox:
         try:
             penalty.prox(torch.zeros(1))

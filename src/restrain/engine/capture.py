@@ -11,6 +11,8 @@ Nothing is kept outside a training forward, in a recomputation, or after a forwa
 
 from __future__ import annotations
 
+import sys
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from restrain.engine import structures
 from restrain.engine.injection import Inject, recomputing_saved_tensors
 from restrain.engine.taps import Spot, Tap, Watch
-from restrain.errors import CaptureError
+from restrain.errors import CaptureError, RestrainWarning
 from restrain.transforms.base import Noise
 
 
@@ -62,12 +64,12 @@ class LayerHook:
                 for raw in self.raws:
                     self._watch(raw, mode, structure)
         for noise, spot in self.noises:
-            way = _way(structure, spot)
+            way = way_to(structure, spot)
             result = structures.put(result, way, noise(structures.get(result, way)))
         return result
 
     def _penalize(self, tap: Tap, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
-        way = _way(structure, tap.spot)
+        way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
         value = tap.evaluate(structure, way, module)
@@ -95,7 +97,7 @@ class LayerHook:
                 f"{raw.rule}: the {raw.spot} are inside a reentrant checkpoint, where they have no graph; "
                 "use checkpoint(..., use_reentrant=False)"
             )
-        tensor = structures.get(structure, _way(structure, raw.spot))
+        tensor = raw.spot.seen(structures.get(structure, way_to(structure, raw.spot)))
         raw.records.append((self.gate.forward_of(tensor), tensor))
         if mode != "compiled":
             raw.versions.append((tensor, tensor._version))
@@ -107,7 +109,7 @@ class InputHook(LayerHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         if not module.training:
             return None
-        given = {**dict(enumerate(args)), **kwargs}
+        given = structures.arguments(args, kwargs)
         result = self.act(module, given)
         if result is given:
             return None
@@ -121,7 +123,12 @@ class DeadHook:
         return None
 
 
-def _way(structure: Any, spot: Spot) -> structures.Way:
+def way_to(structure: Any, spot: Spot) -> structures.Way:
+    """The way to the tensor that is meant at a place.
+
+    Raises:
+        CaptureError: there is none.
+    """
     way = structures.find(structure, spot.place.index)
     if way is None:
         what = "no floating-point tensor" if spot.place.index is None else f"no tensor at index={spot.place.index!r}"
@@ -130,3 +137,18 @@ def _way(structure: Any, spot: Spot) -> structures.Way:
             "index=, or select another layer (of token ids, the embedding's outputs)"
         )
     return way
+
+
+def forget_compiled_code() -> None:
+    """Compiled code that was made before our hooks came would silently pass them by: have it made anew."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None or not len(dynamo.convert_frame.output_codes.seen):
+        return  # nothing has been compiled in this process
+    torch.compiler.reset()
+    warnings.warn(
+        "something was compiled before these hooks came; torch.compiler.reset() was called, so that "
+        "compiled models notice the new hooks, and they compile anew at their next call; coming before the first "
+        "call spares that",
+        RestrainWarning,
+        stacklevel=5,
+    )

@@ -216,7 +216,7 @@ def _outputs(raws: Sequence[Watch], stray: set[int]) -> dict[str, dict[str, Tens
         named = outputs.setdefault(raw.rule, {})
         raw.settle()
         for call, tensor in enumerate(tensor for number, tensor in raw.records if number not in stray):
-            named[raw.spot.name + (f"#{call + 1}" if call else "")] = tensor
+            named[raw.spot.key + (f"#{call + 1}" if call else "")] = tensor
         raw.clear()
     return outputs
 

@@ -63,6 +63,11 @@ def tensors(structure: Any) -> Iterator[Tensor]:
             yield from tensors(member)
 
 
+def arguments(args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> dict[Step, Any]:
+    """The inputs of a layer as one structure: positional ones by number, keyword ones by name."""
+    return {**dict(enumerate(args)), **kwargs}
+
+
 def get(structure: Any, way: Way) -> Any:
     """What stands at the end of the way."""
     for step in way:

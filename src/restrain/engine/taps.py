@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from restrain.engine import structures
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
-from restrain.places import Place
+from restrain.places import Place, Target
 
 Record: TypeAlias = tuple[int, Tensor]  # the number of the forward, and what it gave
 
@@ -25,11 +25,26 @@ class Spot:
     path: tuple[str, ...]
     place: Place
 
+    @classmethod
+    def of(cls, target: Target) -> Spot:
+        """The place of a target, without its module."""
+        return cls(target.name, target.layer.path, target.place)
+
     def find(self, root: nn.Module) -> nn.Module:
         """The layer."""
         for key in self.path:
             root = root._modules[key]  # type: ignore[assignment]
         return root
+
+    @property
+    def key(self) -> str:
+        """What its tensor is called in a dict: the layer's name; `relu:inputs` for inputs, `fc3:tanh` after `via`."""
+        via = "" if self.place.via is None else f":{getattr(self.place.via, '__name__', 'via')}"
+        return self.name + (":inputs" if self.place.kind == "inputs" else "") + via
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """What a penalty sees of the layer's tensor."""
+        return tensor if self.place.via is None else self.place.via(tensor)
 
     def __str__(self) -> str:
         return f"{self.place.kind} of {self.name!r}" if self.name else f"{self.place.kind} of the model"
@@ -101,14 +116,13 @@ class Tap(Watch):
             if self.copies is None:
                 self.probes.append((h, h._version))
             h = h.clone()
-        place = self.spot.place
-        h = h if place.via is None else place.via(h)
+        h = self.spot.seen(h)
         if self.mean:
             return self.penalty.mean(h)
         sequences = structures.sequences(structure, way)
         if sequences is not None:
             return self.penalty.over_batch(h, 0) * (h.shape[0] / sequences)
-        return self.penalty.over_batch(h, _batch_dim(place.batch_dim, module, h))
+        return self.penalty.over_batch(h, _batch_dim(self.spot.place.batch_dim, module, h))
 
     def record(self, forward: int, value: Tensor) -> None:
         """Keep a value that a forward gave."""
