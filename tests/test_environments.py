@@ -85,6 +85,8 @@ def twin(net, **options):
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 def compiled(net, backend):

@@ -154,6 +154,8 @@ def test_two_attachments_add_up_and_declared_rules_count_once():
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch.compiler.reset()
+    yield
+    torch.compiler.reset()
 
 
 class Checkpointed(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,18 +18,24 @@ from restrain.engine.injection import in_backward
 from restrain.engine.taps import Tap, Watch
 from restrain.errors import NeverFiredError
 
-_paused = 0
+
+class _Pause(threading.local):
+    """How many pauses this thread is in."""
+
+    depth = 0
+
+
+_pause = _Pause()
 
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Within it, no attachment records: for forwards that only look (`rs.activations`)."""
-    global _paused
-    _paused += 1
+    """Within it, no attachment records in this thread: for forwards that only look (`rs.activations`)."""
+    _pause.depth += 1
     try:
         yield
     finally:
-        _paused -= 1
+        _pause.depth -= 1
 
 
 @dataclass
@@ -68,7 +75,7 @@ class Forwards:
         """What a layer that is called now should do with its penalties."""
         if torch.compiler.is_compiling():
             return "compiled" if torch.is_grad_enabled() else "off"
-        if _paused:
+        if _pause.depth:
             return "off"
         if in_backward():
             return "recompute" if torch.is_grad_enabled() else "off"
@@ -81,7 +88,7 @@ class Forwards:
                 self.ran = True
             return
         self._depth += 1
-        if self._depth == 1 and model.training and torch.is_grad_enabled() and not _paused and not in_backward():
+        if self._depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
             self.ran = self._training = True
             self.number += 1
             self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
