@@ -220,7 +220,7 @@ def test_memory_is_flat_over_ten_thousand_steps(reentrant, compiled):
     for step in long_training(10_000, run_of, reentrant):
         if step in (1000, 5000, 9999):
             marks[step] = (live_tensors(), resident())
-    assert marks[1000][0] >= marks[5000][0] == marks[9999][0], "tensors; earlier ones may wait for the collector"
+    assert marks[1000][0] >= marks[5000][0] >= marks[9999][0], "tensors; those of earlier tests may go meanwhile"
     assert marks[9999][1] - marks[1000][1] < 2e6, "bytes"
 
 
