@@ -26,6 +26,7 @@ from restrain.transforms import (
     Transform,
     UnitNorm,
 )
+from restrain.transforms.normalization import Standardize
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Penalty",
     "Plan",
     "Rule",
+    "Standardize",
     "Transform",
     "UnitNorm",
     "activations",
