@@ -1,0 +1,5 @@
+"""Models that are fitted by keyword: scikit-learn estimators, for which scikit-learn is needed."""
+
+from restrain.models.estimators import Autoencoder, Classifier, Regressor
+
+__all__ = ["Autoencoder", "Classifier", "Regressor"]
