@@ -348,7 +348,7 @@ def test_newer_files(saved):
         (lambda d: d["settings"].update(algo={"$tuple": [], "$dict": []}), r"expected one of \$float"),
         (lambda d: d["learned"].update(classes_={"$array": {"dtype": "V8", "shape": [1], "data": [1]}}), "array can't"),
         (lambda d: d["learned"].update(__class__=1), "isn't the name of something learned"),
-        (lambda d: d["learned"].update(predict=1), "isn't the name of something learned"),
+        (lambda d: d["learned"].update(get_params=1), "isn't the name of something learned"),
         (lambda d: d["learned"]["layers_"][1].update(size=9), "(?s)don't fit together.*size mismatch"),
         (lambda d: d["learned"]["layers_"][1].update(form="code"), "no form of layer"),
         (lambda d: d["learned"]["layers_"].pop(), "don't fit together"),

@@ -65,7 +65,7 @@ __all__ = [
     "weights",
 ]
 
-_MODELS = ("Autoencoder", "Classifier", "Regressor")
+_MODELS = ("Autoencoder", "Classifier", "Regressor", "load")
 
 
 def __getattr__(name: str) -> object:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -14,7 +16,7 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from torch import Tensor
 
 from restrain.errors import PlanError
-from restrain.models import keywords, progress, settings
+from restrain.models import files, keywords, progress, settings
 from restrain.models.data import Samples, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
@@ -299,6 +301,16 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     # ---------------------------------------------------------------- use
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model to a file, which `rs.load` reads; a path that is a folder gets `model.safetensors`.
+
+        Written whole or not at all. The optimizer's state isn't kept.
+
+        Raises:
+            FileError: the model isn't fitted, or a setting is code, which a file doesn't hold.
+        """
+        return files.save(self, path)
 
     def _forward(self, x: Any) -> Tensor:
         """The network's output."""

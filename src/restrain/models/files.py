@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from restrain.transforms.normalization import Standardize
 
 FORMAT, VERSION = "restrain", 1
 FILE_NAME = "model.safetensors"  # in a folder
+_UNSAVED = ("_optimizer",)  # as long as the weights again, or twice
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive, as torch.save writes",
     b"\x80": "a pickle",
@@ -189,27 +190,24 @@ def save(estimator: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] 
     Raises:
         FileError: the model isn't fitted, or a setting is code, which a file doesn't hold.
     """
+    name, given = type(estimator).__name__, estimator.get_params(deep=False)
     if "module_" not in vars(estimator):
-        raise FileError(f"this {type(estimator).__name__} has learned nothing yet: call fit or train, then save")
-    name, defaults = type(estimator).__name__, registry.names()
-    settings = {key: value for key, value in estimator.get_params(deep=False).items() if _is_said(key, value, defaults)}
-    learned: dict[str, Any] = {}
+        raise FileError(f"this {name} has learned nothing yet: call fit or train, then save")
+    # a registered name that isn't used may be unknown where the file is read
+    said = {key: value for key, value in given.items() if value is not None or key not in registry.names()}
     tensors: dict[str, Tensor] = {}
-    for key, value in vars(estimator).items():
-        if key.endswith("_") and not key.startswith("_"):
-            learned[key] = _take_apart(key, value, tensors)
+    learned = {
+        key: _take_apart(key, value, tensors)
+        for key, value in vars(estimator).items()
+        if key not in given and key not in _UNSAVED
+    }
     data = {
         "class": name,
-        "settings": {key: plain.encode(value, key) for key, value in settings.items()},
+        "settings": {key: plain.encode(value, key) for key, value in said.items()},
         "learned": learned,
         "notes": plain.encode(dict(notes or {}), "notes"),
     }
     return write(path, "model", data, tensors)
-
-
-def _is_said(key: str, value: Any, registered: Iterable[str]) -> bool:
-    """Whether a setting goes into the file: a registered name that isn't used may be unknown where it is read."""
-    return value is not None or key not in registered
 
 
 def _take_apart(key: str, value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -250,7 +248,8 @@ def _put_together(data: Mapping[str, Any], tensors: Mapping[str, Tensor], classe
     if name not in classes:
         raise FileError(f"a model is one of {', '.join(sorted(classes))}; the file has {name!r}")
     settings = plain.decode(data["settings"])
-    estimator = classes[name]()
+    cls = classes[name]
+    estimator = cls()
     unknown = sorted(set(settings) - set(estimator.get_params(deep=False)))
     if unknown:
         raise FileError(
@@ -259,7 +258,7 @@ def _put_together(data: Mapping[str, Any], tensors: Mapping[str, Tensor], classe
         )
     estimator.set_params(**settings)
     for key, value in data["learned"].items():
-        if not key.endswith("_") or key.startswith("_"):
+        if hasattr(cls, key) or key in settings or key.startswith("__") or not key.isidentifier():
             raise FileError(f"{key!r} isn't the name of something learned")
         state = {n.removeprefix(f"{key}."): t for n, t in tensors.items() if n.startswith(f"{key}.")}
         setattr(estimator, key, _restored(value, state, data["learned"]))
