@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import Any
 
 from restrain import registry
@@ -133,7 +134,7 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
     for keyword, value in settings.items():
         if keyword == "regularizers" or value is None or value is False:
             continue
-        if not isinstance(value, (Mapping, str, bool)) and _is_zero(value):
+        if keyword not in CONSTRAINTS and _is_zero(value):
             continue
         try:
             made += _of_keyword(keyword, value, context)
@@ -148,10 +149,7 @@ def _are_globs(on: Any) -> bool:
 
 
 def _is_zero(value: Any) -> bool:
-    try:
-        return float(value) == 0
-    except (TypeError, ValueError):
-        return False
+    return isinstance(value, Real) and value == 0
 
 
 def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:

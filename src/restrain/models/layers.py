@@ -57,7 +57,7 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:
             return ACTIVATIONS[self.activation](self.norm(x.flatten(0, -2)).view_as(x))  # type: ignore[no-any-return]
-        return ACTIVATIONS[self.activation](self.norm(x))
+        return ACTIVATIONS[self.activation](self.norm(x))  # type: ignore[no-any-return]
 
 
 class Rnn(nn.RNN):
