@@ -78,7 +78,7 @@ def test_partial_fit_goes_on_for_an_epoch():
 
 @pytest.mark.parametrize("algo", sorted(set(optimizers.NAMES) - {"sparseadam", "muon", "lbfgs"}))
 def test_every_optimizer_by_its_name(algo):
-    model = rs.Classifier(hidden=(20,), random_state=0, algo=algo, weight_l2=1e-4)
+    model = rs.Classifier(hidden=(20,), random_state=0, algo=algo, weight_l1=1e-4)
     model.fit(*TRAIN, epochs=5)
     assert model.history_[-1]["loss"] < model.history_[0]["loss"]
 
@@ -233,9 +233,9 @@ def test_weights_of_samples_count_as_repetitions():
     np.testing.assert_allclose(one.predict_proba(x), other.predict_proba(x), rtol=1e-6)
     third = rs.Classifier(**given).train((x, Y[:100], 5.0 * times))  # their scale doesn't matter
     np.testing.assert_allclose(one.predict_proba(x), third.predict_proba(x), rtol=1e-6)
-    with pytest.raises(ValueError, match="[Nn]egative"):
+    with pytest.raises(ValueError, match="egative"):
         rs.Classifier().fit(x, Y[:100], sample_weight=-np.ones(100))
-    with pytest.raises(PlanError, match="all sample weights are zero"):
+    with pytest.raises(ValueError, match="at least one non-zero"):
         rs.Classifier().fit(x, Y[:100], sample_weight=np.zeros(100))
     assert len(rs.Autoencoder(hidden=(5,), epochs=1).fit(x, sample_weight=times).predict(x)) == 100
 

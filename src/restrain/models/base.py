@@ -27,7 +27,7 @@ from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
 from restrain.models.training import Task, Training
 from restrain.transforms.normalization import Standardize
 
-_CHUNK = 4096  # samples that go through the network at a time in prediction
+_AT_ONCE = 2**18  # numbers that are read at a time where nothing is trained
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,6 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         rows = None
         if weight is not None:
             weight = _check_sample_weight(weight, x, dtype=np.float64, ensure_non_negative=True)
-            if not weight.any():
-                raise PlanError("all sample weights are zero: nothing is left to train on")
             rows = np.flatnonzero(weight) if not weight.all() else None
         if rows is not None and len(rows) < len(x) and len(x) == len(np.asarray(y if y is not None else x)):
             x, weight = x[rows], weight[rows]
@@ -245,7 +243,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         rows = samples.rows
 
         def chunks(array: Any) -> Iterator[Any]:
-            for which in batches(len(samples), _CHUNK):
+            for which in batches(len(samples), _rows(array)):
                 yield array[which if rows is None else rows[which]]
 
         self.input_scale_ = Standardize().fit(chunks(samples.x))
@@ -322,7 +320,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         samples = Samples(self._inputs(x, reset=False), dtype=self._dtype, scale=self._scale)
         self.module_.eval()
         with torch.no_grad():
-            for rows in batches(len(samples), _CHUNK):
+            for rows in batches(len(samples), _rows(samples.x)):
                 yield samples.batch(rows)[0]
 
     @property
@@ -359,7 +357,9 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         samples = Samples(codes, dtype=self._dtype)
         self.module_.eval()
         with torch.no_grad():
-            parts = [self.module_.after(name, samples.batch(rows)[0]) for rows in batches(len(samples), _CHUNK)]
+            parts = [
+                self.module_.after(name, samples.batch(rows)[0]) for rows in batches(len(samples), _rows(samples.x))
+            ]
         return self._finished(torch.cat(parts))
 
     def _finished(self, output: Tensor) -> Any:
@@ -374,3 +374,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if name not in names:
             raise PlanError(f"no layer is called {name!r}; there are: {', '.join(names)}")
         return name
+
+
+def _rows(array: Any) -> int:
+    return max(1, _AT_ONCE * len(array) // max(1, array.size))
