@@ -15,7 +15,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from restrain.errors import PlanError
+from restrain.errors import FileError, PlanError
 from restrain.models import files, keywords, progress, settings
 from restrain.models.data import Samples, batches, generator, split
 from restrain.models.layers import Network, outputs_of
@@ -306,8 +306,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         Written whole or not at all. The optimizer's state isn't kept.
 
         Raises:
-            FileError: the model isn't fitted, or a setting is code, which a file doesn't hold.
+            FileError: the model isn't fitted, or is of a class of your own, or a setting is code, which a file doesn't
+                hold.
         """
+        if not type(self).__module__.startswith("restrain."):
+            raise FileError(
+                f"{type(self).__qualname__} is a class of your own, which a file doesn't hold: save an Autoencoder, "
+                "Classifier or Regressor, or keep module_.state_dict()"
+            )
         return files.save(self, path)
 
     def _forward(self, x: Any) -> Tensor:
