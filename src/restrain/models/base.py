@@ -20,7 +20,7 @@ from restrain.models import files, keywords, progress, settings
 from restrain.models.data import Samples, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
-from restrain.models.running import running
+from restrain.models.running import Plain, running
 from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
 from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
@@ -129,9 +129,12 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _start(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool) -> Training:
         """Everything up to the first epoch."""
         chosen, of_rules, how = self._keywords(given)
+        place = running(chosen.device, chosen.precision)
         samples = self._samples(x, y, weight, reset=fresh)
         if fresh:
-            self._build(samples, chosen)
+            self._build(samples, chosen, place)
+        elif chosen.precision is not None:
+            self.module_.to(torch.float64 if chosen.precision == "64" else torch.float32)
         samples.dtype = next(self.module_.parameters()).dtype
         part, held = self._split(samples, self.valid if valid is None else valid)
         if chosen.patience is not None and held is None:
@@ -141,7 +144,6 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         for some in (part, held):
             if some is not None:
                 some.scale, some.dtype = self._scale, samples.dtype
-        device = running(chosen.device, chosen.precision or ("64" if samples.dtype == torch.float64 else "32"))
         algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
         known = vars(self).get("_optimizer")
         return Training(
@@ -154,13 +156,13 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             seed=self.seed_,
             before=self.n_iter_,
             state=known[1] if known is not None and known[0] == (algo, chosen.momentum) else None,
-            place=device,
+            place=place,
         )
 
     def _run(self, training: Training) -> Iterator[tuple[Monitors, Monitors]]:
         chosen = training.settings
         earlier = list(self.history_)
-        bar = progress.bar(chosen.epochs, chosen.progress)
+        bar = progress.bar(chosen.epochs, chosen.progress if training.place.rank == 0 else False)
         try:
             for train, valid in training.epochs():
                 self.history_ = earlier + training.history
@@ -256,7 +258,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     # ---------------------------------------------------------------- the network
 
-    def _build(self, samples: Samples, chosen: Settings) -> None:
+    def _build(self, samples: Samples, chosen: Settings, place: Plain) -> None:
         """A new network, by the layers that were given or by the data."""
         given = self.layers
         if given is None:
@@ -266,7 +268,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         self._check_sizes(layers)
         if samples.x.ndim == 3 and not self._steps:
             layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
-        self.seed_ = self._new_seed()
+        self.seed_ = place.agreed(self._new_seed())
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator(self.seed_, 0).initial_seed())
             network = Network(layers)
@@ -383,4 +385,5 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
 
 def _rows(array: Any) -> int:
-    return max(1, _AT_ONCE * len(array) // max(1, array.size))
+    """How many samples are that many numbers."""
+    return int(max(1, _AT_ONCE * len(array) // max(1, array.size)))

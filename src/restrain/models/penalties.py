@@ -46,7 +46,7 @@ class Contractive(NetworkPenalty, register=False):
         for name, h in outputs.items():
             if name == "":
                 continue
-            weight = parameters.get(f"{name}.weight")
+            h, weight = h.to(value.dtype), parameters.get(f"{name}.weight")
             if name == self.first and weight is not None and self.activation in _SLOPES:
                 slopes = _SLOPES[self.activation](h)
                 square = (slopes.square() @ weight.square().sum(1)).sum()

@@ -35,11 +35,12 @@ class Plain:
         """The mean over all processes."""
         return values
 
-    def unscale(self, optimizer: Any) -> None:
+    def unscaled(self, optimizer: Any) -> None:
         """Give the gradients their true size, before they are clipped."""
 
-    def barrier(self) -> None:
-        """Wait for all processes."""
+    def agreed(self, number: int) -> int:
+        """The number of the first process, in all of them."""
+        return number
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
@@ -68,13 +69,13 @@ class WithFabric(Plain):
             ) from error
         kind, _, number = (device or "auto").partition(":")
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        precisions = {"32": "32-true", "64": "64-true"}
         try:
             self.fabric = Fabric(
                 accelerator=kind,
                 devices=[int(number)] if number else int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
                 num_nodes=max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
-                precision=precisions.get(precision, precision),  # type: ignore[arg-type]
+                # the network has its type already; Fabric's "64-true" would round the outputs to float32
+                precision="32-true" if precision in ("32", "64") else precision,  # type: ignore[arg-type]
                 strategy="ddp" if ranks > 1 else "auto",
             )
             self.fabric.launch()
@@ -93,13 +94,13 @@ class WithFabric(Plain):
             return values
         return {key: self.fabric.all_reduce(value, reduce_op="mean") for key, value in values.items()}  # type: ignore[misc]
 
-    def unscale(self, optimizer: Any) -> None:
+    def unscaled(self, optimizer: Any) -> None:
         scaler = getattr(self.fabric.strategy.precision, "scaler", None)
         if scaler is not None:
             scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
-    def barrier(self) -> None:
-        self.fabric.barrier()
+    def agreed(self, number: int) -> int:
+        return int(self.fabric.broadcast(number))
 
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
@@ -111,12 +112,13 @@ class WithFabric(Plain):
             yield
 
 
-def running(device: Any, precision: str) -> Plain:
+def running(device: Any, precision: str | None) -> Plain:
     """Where to run: Fabric, if a device, a mixed precision or several processes are asked for.
 
     Raises:
         PlanError: a precision that doesn't exist.
     """
+    precision = precision or "32"
     if precision not in PRECISIONS:
         raise PlanError(f"precision= is {', '.join(map(repr, PRECISIONS))} or None; got {precision!r}")
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1

@@ -146,7 +146,7 @@ class Training:
         self.model.train()
         with self.place.seeded(generator(self.seed, 3, number).initial_seed() >> 1):
             for rows in batches(len(self.train), self.settings.batch_size, order, pairs=self.network.needs_pairs):
-                self._step(rows[self.place.rank :: self.place.ranks], means)
+                self._step(rows, means)
         found = means.read(penalties(self.reg))
         if not math.isfinite(found["loss"]):
             raise TrainingError(
@@ -156,19 +156,22 @@ class Training:
         return found
 
     def _step(self, rows: Any, means: Means) -> None:
-        x, y, weight = self._batch(self.train, rows)
+        mine = rows[self.place.rank :: self.place.ranks]  # the share of this process
+        share = len(mine) * self.place.ranks / len(rows)
+        x, y, weight = self._batch(self.train, mine if len(mine) else rows[:1])
         seen: list[dict[str, Tensor]] = []
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             output = self.model(x)
             values = self._values(output, x if y is None else y, weight)
+            values = {key: share * value for key, value in values.items()}
             loss = values["data_loss"]
             loss = loss if self.reg is None else self.reg.loss(loss)
             seen.append({**values, **training_values(self.reg)})
             self.place.backward(loss)
             if self.settings.max_gradient_norm is not None:
-                self.place.unscale(self.stepper)
+                self.place.unscaled(self.stepper)
                 torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_gradient_norm)
             return loss.detach()
 
