@@ -26,6 +26,7 @@ from restrain.transforms import (
     Transform,
     UnitNorm,
 )
+from restrain.transforms.normalization import Standardize
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ __all__ = [
     "Penalty",
     "Plan",
     "Rule",
+    "Standardize",
     "Transform",
     "UnitNorm",
     "activations",
@@ -62,3 +64,18 @@ __all__ = [
     "scope",
     "weights",
 ]
+
+_MODELS = ("Autoencoder", "Classifier", "Regressor", "load")
+
+
+def __getattr__(name: str) -> object:
+    """The models, which need scikit-learn, are imported when they are first used."""
+    if name in _MODELS:
+        from restrain import models
+
+        return getattr(models, name)
+    raise AttributeError(f"module 'restrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODELS])

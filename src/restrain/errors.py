@@ -49,5 +49,17 @@ class DetachedError(RestrainError, RuntimeError):
     """The attachment, or the model that it was bound to, is gone."""
 
 
+class FileError(RestrainError, ValueError):
+    """A file isn't a model that this version can read, or something can't be written into one."""
+
+
+class DataError(RestrainError, ValueError):
+    """A table can't be used as it is; the message names file, row and column."""
+
+
+class TrainingError(RestrainError, RuntimeError):
+    """A training can't go on: its loss isn't finite any more."""
+
+
 class RestrainWarning(UserWarning):
     """Something is likely not what was meant."""

@@ -1,0 +1,297 @@
+"""The commands, with their help and their exit codes."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+import restrain as rs
+from restrain.cli import explain as explaining
+from restrain.cli import jobs, options, tables
+from restrain.cli.encoding import Encoding
+from restrain.errors import PlanError, RestrainError, RestrainWarning
+from restrain.models import files
+from restrain.models.estimators import Autoencoder, Classifier, Regressor
+
+_READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_FOLDER = click.Path(file_okay=True, path_type=Path)
+_CODES = "Exit codes: 0 fine, 1 failed (the message says why), 2 the command line can't be read."
+
+
+class Group(click.Group):
+    """Commands whose errors are one message, and whose warnings are one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RestrainWarning)
+            warnings.showwarning = lambda message, *place: click.echo(f"Warning: {message}", err=True)
+            with _messages():
+                return super().invoke(ctx)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Errors that a person can mend as click's, which end the process with 1."""
+    try:
+        yield
+    except click.ClickException:
+        raise
+    except (RestrainError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        raise click.ClickException(f"{error}; the command line needs: pip install 'restrain[cli]'") from error
+
+
+@click.group(cls=Group, epilog=_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(rs.__version__, prog_name="restrain")
+def restrain() -> None:
+    """Fit regularised networks to tables, and look at what became of them.
+
+    \b
+    Examples:
+      restrain fit data.csv --target y --model classifier --hidden 100 \\
+          --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
+      restrain predict run/ new.csv --out predictions.csv
+      restrain explain run/ --picture curves.png
+      restrain demo
+    """
+
+
+@restrain.command(epilog=_CODES)
+@click.argument("data", type=_READABLE)
+@click.option("--target", multiple=True, help="The column to predict; several for a regressor.")
+@click.option("--model", type=click.Choice(["classifier", "regressor", "autoencoder"]), required=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write the model into.")
+@click.option("--overwrite", is_flag=True, help="Replace a model that is there already.")
+@click.option("--hidden", type=options.Sizes(), help="Hidden layers, as in 100,50 or 100:tanh; 100, unless given.")
+@click.option("--activation", help="Of hidden layers that say none; relu, unless given.")
+@click.option("--layers", type=options.Json(), help="All layers in JSON, the input first, instead of --hidden.")
+@click.option("--valid", type=options.Valid(), help="The part of the rows to validate with, or a file of others.")
+@click.option("--normalize/--no-normalize", default=True, help="Standardise inputs (and a regressor's targets).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
+@click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories.")
+@click.option(
+    "--missing",
+    type=click.Choice(["error", "fill"]),
+    default="error",
+    show_default=True,
+    help="Missing values: refuse them, or take a number's mean, and a value of its own for a category.",
+)
+@click.option("--separator", help="Between the values of a CSV file.")
+@click.option("--plan", type=_READABLE, help="Rules in a .yaml, .toml or .json file.")
+@click.option("--how", type=click.Choice(["loss", "gradient", "proximal"]), help="When penalties on weights act.")
+@options.keyword_options
+@click.option("--noise", multiple=True, type=options.Pattern(), help="Noise on layers, as in 'hid*=0.1'.")
+@click.option("--dropout", multiple=True, type=options.Pattern(), help="Dropout in layers, as in 'hid*=0.3'.")
+@click.option("--nonnegative", metavar="GLOB", help="Parameters that stay zero or more, as 'out.weight'; or 'all'.")
+@click.option("--set", multiple=True, type=options.Setting(), help="Any other keyword, as grouplasso=1e-3.")
+@click.option("--resume", is_flag=True, help="Keep a checkpoint, and go on from one that a killed run left.")
+def fit(data: Path, **given: Any) -> None:
+    """Fit a model to the table DATA: .csv, .tsv, .parquet or .npz.
+
+    Columns of text become one input a value; the others are numbers. Strengths are numbers, or settings such as
+    strength=1e-4,on=hid1.weight,how=proximal.
+
+    \b
+    Examples:
+      restrain fit data.csv --target y --model classifier --hidden 100 \\
+          --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
+      restrain fit houses.parquet --target price --model regressor \\
+          --hidden 64,32 --weight-l2 1e-4 --valid 0.2 --patience 5 --out run/
+      restrain fit digits.npz --model autoencoder --ignore y \\
+          --layers '[64, [200, "relu"], [64, "tied"]]' --hidden-l1 1e-3 --out run/
+      restrain fit data.csv --target y --model classifier --plan plan.yaml --out run/
+    """
+    _check_targets(given)
+    keywords = options.keywords_of(given)
+    if given["plan"] is not None:
+        keywords["regularizers"] = _plan(given["plan"])
+    file = files.place(f"{given['out']}/")
+    if file.exists() and not given["overwrite"]:
+        raise click.UsageError(f"{file} is there already: write --overwrite, or another --out")
+    table, features, notes = _features(data, given)
+    y = jobs.targets(table, given["model"], notes["targets"])
+    part = given["valid"] if isinstance(given["valid"], float) else None
+    ready = jobs.prepare(
+        table,
+        features,
+        y,
+        valid=part,
+        seed=given["seed"],
+        classes=given["model"] == "classifier",
+        categories=notes["categories"],
+        missing=given["missing"],
+    )
+    other = _other(given["valid"], ready.encoding, given, notes) if isinstance(given["valid"], Path) else None
+    held = len(ready.valid) if ready.valid is not None else 0 if other is None else len(_inputs(other))
+    notes.update(encoding=ready.encoding.to_dict(), rows=[len(ready.train), held])
+    model = _model(given, keywords, file)
+    click.echo(f"{data}: {len(table)} rows, {len(features)} columns that become {ready.x.shape[1]} inputs")
+    notes["scores"] = jobs.fit(model, ready, other)
+    for name, score in notes["scores"].items():
+        click.echo(f"{jobs.measure(given['model'])} in {name}: {score:.4f}")
+    _finish(model, file, notes)
+
+
+def _finish(model: Any, file: Path, notes: dict[str, Any]) -> None:
+    """Write the model; its checkpoint has had its use."""
+    checkpoint, model.checkpoint = model.checkpoint, None
+    files.save(model, file, notes)
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
+    click.echo(f"written: {file}")
+
+
+def _check_targets(given: dict[str, Any]) -> None:
+    count, model = len(given["target"]), given["model"]
+    if model == "autoencoder" and count:
+        raise click.UsageError("an autoencoder has no --target; leave that column out by --ignore")
+    if model == "classifier" and count != 1:
+        raise click.UsageError(f"a classifier has one --target, got {count}")
+    if model == "regressor" and not count:
+        raise click.UsageError("a regressor has a --target, or several: write --target COLUMN")
+
+
+def _plan(path: Path) -> list[Any]:
+    try:
+        return list(rs.Plan.load(path))
+    except RestrainError as error:
+        raise PlanError(f"{path}: {error}") from error
+    except Exception as error:  # whatever a parser of YAML, TOML or JSON raises
+        raise PlanError(f"{path} can't be read as a plan: {error}") from error
+
+
+def _features(data: Path, given: dict[str, Any]) -> tuple[tables.Table, list[str], dict[str, Any]]:
+    """The table, the columns that are inputs, and what is noted of the rest."""
+    texts = [part for name in given["categories"] for part in (name, *name.split(","))]
+    table = tables.read(data, texts, given["separator"])
+    there = list(table.columns)
+    ignored = options.chosen("--ignore", given["ignore"], there, str(data))
+    categories = options.chosen("--categories", given["categories"], there, str(data))
+    wanted = options.chosen("--target", given["target"], there, str(data))
+    features = [name for name in there if name not in (*ignored, *wanted)]
+    if not features:
+        raise click.UsageError(f"{data} has no column left to learn from")
+    text_target = given["model"] == "classifier" and table.columns[wanted[0]].dtype == object
+    return (
+        table,
+        features,
+        {
+            "model": given["model"],
+            "data": str(data),
+            "targets": list(wanted),
+            "text_target": text_target,
+            "ignored": list(ignored),
+            "categories": list(categories),
+        },
+    )
+
+
+def _other(path: Path, encoding: Encoding, given: dict[str, Any], notes: dict[str, Any]) -> Any:
+    """Validation data from a file of their own."""
+    texts = [*encoding.categories, *(notes["targets"] if notes["text_target"] else [])]
+    table = tables.read(path, texts, given["separator"])
+    x, y = encoding.apply(table), jobs.targets(table, given["model"], notes["targets"])
+    return x if y is None else (x, y)
+
+
+def _inputs(data: Any) -> Any:
+    return data[0] if isinstance(data, tuple) else data
+
+
+def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if given["resume"]:
+        keywords["checkpoint"] = str(file.with_name("checkpoint.pt"))
+    kinds = {"classifier": Classifier, "regressor": Regressor, "autoencoder": Autoencoder}
+    return kinds[given["model"]](normalize=given["normalize"], random_state=given["seed"], **keywords)
+
+
+@restrain.command(epilog=_CODES)
+@click.argument("model", type=_FOLDER)
+@click.argument("data", type=_READABLE)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A .csv, .tsv, .parquet or .npz file.")
+@click.option("--proba", is_flag=True, help="The probability of each class too.")
+@click.option("--code", is_flag=True, help="An autoencoder's code instead of its reconstruction.")
+@click.option(
+    "--unknown",
+    type=click.Choice(["error", "zeros"]),
+    default="error",
+    show_default=True,
+    help="Values of a category that training never saw: refuse them, or take them as none of the known ones.",
+)
+@click.option("--separator", help="Between the values of a CSV file.")
+def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, unknown: Any, separator: Any) -> None:
+    """Predict the rows of the table DATA by the model in the folder MODEL.
+
+    Predictions go to standard output as CSV, or to --out; notes go to standard error. Where the target is in the
+    table too, the score is told.
+
+    \b
+    Examples:
+      restrain predict run/ new.csv
+      restrain predict run/ new.csv --proba --out predictions.parquet
+    """
+    run = jobs.Run.load(model)
+    kind = run.notes["model"]
+    for flag, wanted, given in (("--proba", "classifier", proba), ("--code", "autoencoder", code)):
+        if given and kind != wanted:
+            raise click.UsageError(f"{flag} is for a model of the kind {wanted}; this is of the kind {kind}")
+    table = run.read(data, separator)
+    unused = run.unused(table)
+    if unused:
+        click.echo(f"Note: {data} has columns that the model doesn't use: {', '.join(unused)}", err=True)
+    x = run.encoding.apply(table, unknown)
+    jobs.write(run.predict(x, proba, code), out, sys.stdout)
+    score = run.score(table, x)
+    if score is not None:
+        click.echo(score, err=True)
+    if out is not None:
+        click.echo(f"written: {out}", err=True)
+
+
+@restrain.command(epilog=_CODES)
+@click.argument("model", type=_FOLDER)
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves into this file.")
+@click.option("--ascii", "plain", is_flag=True, help="No signs beyond ASCII in the curves.")
+def explain(model: Path, picture: Path | None, plain: bool) -> None:
+    """Tell what is in the folder MODEL: layers and their zeros, who gets which rule, and the curves of training.
+
+    \b
+    Examples:
+      restrain explain run/
+      restrain explain run/ --picture curves.png
+    """
+    run = jobs.Run.load(model)
+    click.echo(explaining.explain(run, plain or not _can_write("▁█…")))
+    if picture is not None:
+        click.echo(f"\nwritten: {explaining.draw(run, picture)}")
+
+
+def _can_write(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@restrain.command(epilog=_CODES)
+@click.option("--out", type=click.Path(path_type=Path), default="demo-output", show_default=True)
+def demo(out: Path) -> None:
+    """A tour on handwritten digits; pictures go into a folder.
+
+    \b
+    Example:
+      restrain demo --out pictures
+    """
+    from restrain import demo as tour
+
+    tour.main(["--out", str(out)])

@@ -1,0 +1,207 @@
+"""From the columns of a table to the numbers that a model takes, learned once and stored with the model as JSON."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from restrain.cli.tables import Table, parsed
+from restrain.errors import DataError
+
+_FEW = 20  # a text column with more values than that, in most rows another one, is no category
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A column: a number, or a category with its values in the order of their columns; None stands for missing."""
+
+    name: str
+    values: tuple[str | None, ...] | None = None  # None: a number
+    fill: float | None = None  # what a missing number is taken as
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the numbers that it becomes."""
+        if self.values is None:
+            return [self.name]
+        return [f"{self.name}={'(missing)' if value is None else value}" for value in self.values]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Numbers as they are, categories as one column of 0 and 1 for each value.
+
+    Args:
+        features: the columns, in their order.
+        missing: "error" refuses missing values; "fill" takes the mean of the training rows for a number, and for a
+            category a value of its own.
+    """
+
+    features: tuple[Feature, ...]
+    missing: Literal["error", "fill"] = "error"
+
+    @classmethod
+    def learn(
+        cls, table: Table, names: Sequence[str], categories: Sequence[str], missing: Literal["error", "fill"], rows: Any
+    ) -> Encoding:
+        """Learn the values of categories from all rows, and means from the given ones (those to train on).
+
+        Raises:
+            DataError: a column that can't be a feature as it is.
+        """
+        return cls(tuple(_feature(table, name, name in categories, missing, rows) for name in names), missing)
+
+    def apply(self, table: Table, unknown: Literal["error", "zeros"] = "error") -> Any:
+        """The matrix of features in float64.
+
+        Args:
+            table: has all columns; others are not looked at.
+            unknown: what becomes of a category's value that wasn't there in training: an error, or zeros.
+
+        Raises:
+            DataError: a column or a value is missing, a number is none, or a category's value is unknown.
+        """
+        absent = [feature.name for feature in self.features if feature.name not in table.columns]
+        if absent:
+            raise DataError(
+                f"{table.source}: the model needs the columns {', '.join(map(repr, absent))}; there are: "
+                f"{', '.join(list(table.columns)[:12])}"
+            )
+        matrix = np.empty((len(table), len(self.columns)), np.float64)
+        start = 0
+        for feature in self.features:
+            width = len(feature.columns)
+            matrix[:, start : start + width] = self._encoded(table, feature, unknown)
+            start += width
+        return matrix
+
+    def _encoded(self, table: Table, feature: Feature, unknown: str) -> Any:
+        if feature.values is None:
+            numbers = table.numbers(feature.name)
+            gone = np.isnan(numbers)
+            if gone.any() and (self.missing == "error" or feature.fill is None):
+                raise _missing(table, feature.name, int(np.flatnonzero(gone)[0]))
+            if gone.any():
+                numbers[gone] = feature.fill
+            return numbers[:, None]
+        texts = table.texts(feature.name)
+        places = {value: number for number, value in enumerate(feature.values)}
+        found = np.array([places.get(text, -1) for text in texts])
+        wrong = np.flatnonzero(found < 0)
+        if len(wrong) and self.missing == "error":
+            gone = [row for row in wrong if texts[row] is None]
+            if gone:
+                raise _missing(table, feature.name, int(gone[0]))
+        if len(wrong) and unknown == "error":
+            raise _unknown(table, feature, int(wrong[0]))
+        hot = np.zeros((len(texts), len(feature.values)), np.float64)
+        rows = np.flatnonzero(found >= 0)
+        hot[rows, found[rows]] = 1
+        return hot
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the model's inputs."""
+        return [column for feature in self.features for column in feature.columns]
+
+    @property
+    def categories(self) -> list[str]:
+        """The names of the columns that are categories."""
+        return [feature.name for feature in self.features if feature.values is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        features = [
+            {"name": f.name, "kind": "number", "fill": f.fill}
+            if f.values is None
+            else {"name": f.name, "kind": "category", "values": list(f.values)}
+            for f in self.features
+        ]
+        return {"features": features, "missing": self.missing}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Encoding:
+        """What `to_dict` wrote."""
+        features = [
+            Feature(one["name"], fill=one["fill"])
+            if one["kind"] == "number"
+            else Feature(one["name"], values=tuple(one["values"]))
+            for one in data["features"]
+        ]
+        return cls(tuple(features), data["missing"])
+
+
+def _feature(table: Table, name: str, category: bool, missing: str, rows: Any) -> Feature:
+    values = table.column(name)
+    if name.startswith(("Unnamed: ", "__index_level_")):
+        raise DataError(
+            f"{table.source}: the column {name!r} has no name, perhaps row numbers that pandas wrote; leave it out: "
+            f"--ignore {name!r}"
+        )
+    if not category and values.dtype != object:
+        numbers = table.numbers(name)
+        _check_gaps(table, name, np.isnan(numbers), missing)
+        known = numbers[rows][~np.isnan(numbers[rows])]
+        return Feature(name, fill=float(known.mean()) if missing == "fill" and len(known) else None)
+    texts = table.texts(name)
+    gone = np.array([text is None for text in texts])
+    _check_gaps(table, name, gone, missing)
+    if not category:
+        _check_is_category(table, name, texts, gone)
+    known = sorted(set(texts[~gone].tolist()), key=_order)
+    return Feature(name, values=(*known, None) if gone.any() else tuple(known))
+
+
+def _order(text: str) -> tuple[int, float, str]:
+    """Numbers by size, before other texts."""
+    try:
+        return (0, float(text), text)
+    except ValueError:
+        return (1, 0.0, text)
+
+
+def _check_gaps(table: Table, name: str, gone: Any, missing: str) -> None:
+    if gone.all():
+        raise DataError(f"{table.source}: the column {name!r} has no values at all; leave it out: --ignore {name!r}")
+    if gone.any() and missing == "error":
+        raise _missing(table, name, int(np.flatnonzero(gone)[0]), int(gone.sum()))
+
+
+def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
+    there = ~gone
+    strays = np.flatnonzero(there & np.isnan(parsed(texts)))
+    if 2 * len(strays) < there.sum():
+        raise table.fault(
+            name,
+            int(strays[0]),
+            f"expected a number, as in {int(there.sum()) - len(strays)} other rows, got {texts[strays[0]]!r}; correct "
+            f"it, or say that the column is a category: --categories {name!r}",
+        )
+    counts = Counter(texts[there].tolist())
+    if len(counts) > _FEW and 2 * len(counts) > there.sum():
+        raise DataError(
+            f"{table.source}: the column {name!r} has {len(counts)} different texts in {int(there.sum())} rows, too "
+            f"many for a category; leave it out: --ignore {name!r}, or take it all the same: --categories {name!r}"
+        )
+
+
+def _missing(table: Table, name: str, row: int, count: int = 1) -> DataError:
+    more = f" (and in {count - 1} other rows)" if count > 1 else ""
+    return table.fault(
+        name, row, f"the value is missing{more}; fill it in, leave the column out, or fit with --missing fill"
+    )
+
+
+def _unknown(table: Table, feature: Feature, row: int) -> DataError:
+    known = ", ".join(str(value) for value in (feature.values or ())[:12] if value is not None)
+    value = table.texts(feature.name)[row]
+    return table.fault(
+        feature.name,
+        row,
+        f"{'a missing value' if value is None else repr(value)} was not there in training, only {known}; correct it, "
+        "or take it as none of these: --unknown zeros",
+    )

@@ -1,0 +1,135 @@
+"""What `restrain explain` tells of a run: data, layers with their zeros, who gets which rule, and the curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import restrain as rs
+from restrain.cli.encoding import Feature
+from restrain.cli.jobs import Run, measure
+from restrain.models import keywords
+
+_BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
+
+
+def explain(run: Run, plain: bool = False) -> str:
+    """The whole text.
+
+    Args:
+        run: the run.
+        plain: in ASCII.
+    """
+    parts = [_head(run), layers(run.model), rules(run.model), curves(run.model.history_, plain)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(run: Run) -> str:
+    notes, model = run.notes, run.model
+    lines = [f"{type(model).__name__} in {run.file}"]
+    held = f", {notes['rows'][1]} to validate with" if notes["rows"][1] else ""
+    lines.append(f"data      {notes['data']}: {notes['rows'][0]} rows to train on{held}")
+    if notes["targets"]:
+        classes = f": {_listed([str(c) for c in model.classes_])}" if notes["model"] == "classifier" else ""
+        lines.append(f"target    {', '.join(notes['targets'])}{classes}")
+    lines.append(f"inputs    {len(run.encoding.columns)}: {_listed([_feature(f) for f in run.encoding.features])}")
+    if notes["ignored"]:
+        lines.append(f"ignored   {_listed(notes['ignored'])}")
+    scores = ", ".join(f"{part} {value:.4f}" for part, value in notes["scores"].items())
+    lines.append(f"{measure(notes['model']):<9} {scores}")
+    return "\n".join(lines)
+
+
+def _feature(feature: Feature) -> str:
+    if feature.values is None:
+        return feature.name
+    return f"{feature.name} ({_listed(['(missing)' if v is None else v for v in feature.values], 6)})"
+
+
+def _listed(names: Sequence[str], shown: int = 12) -> str:
+    return ", ".join(names[:shown]) + (f", … {len(names) - shown} more" if len(names) > shown else "")
+
+
+def layers(model: Any) -> str:
+    """A line a layer: what it is, its parameters, and how many of its weights are exactly zero."""
+    rows = [["layer", "form", "size", "activation", "parameters", "zeros", ""]]
+    for layer in model.layers_:
+        row = [layer["name"], layer["form"], str(layer["size"]), layer.get("activation", "")]
+        module = None if layer["form"] == "input" else model.module_.get_submodule(layer["name"])
+        own = [] if module is None else list(module.parameters())
+        zeros, size = sum(int((p == 0).sum()) for p in own), sum(p.numel() for p in own)
+        rows.append([*row, *([f"{size:,}", f"{zeros:,}", f"{zeros / size:.1%}"] if size else [""] * 3)])
+    return _aligned(rows, right={2, 4, 5, 6})
+
+
+def rules(model: Any) -> str:
+    """Who gets what, with the values of penalties on the weights as they are."""
+    _, given, how = model._keywords({})
+    made = keywords.rules(given, keywords.Context(model.layers_, how))
+    if not made:
+        return "no rules"
+    module = model.module_
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with rs.attach(module, made, torch.optim.SGD(module.parameters(), lr=0.0)) as reg:
+        text = reg.table(values=True)
+    module.load_state_dict(before)  # attaching a constraint projects
+    return text
+
+
+def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:
+    """A line a curve: its first and last value, and its course."""
+    if not history:
+        return "no epochs"
+    rows = [["over the epochs", "first", "last", "least", f"1 … {len(history)}" if len(history) > 1 else "1"]]
+    for name, values in series(history).items():
+        finite = [value for value in values if math.isfinite(value)]
+        if finite:
+            numbers = [f"{value:.5g}" for value in (finite[0], finite[-1], min(finite))]
+            rows.append([name, *numbers, _line(values, width, _ASCII if plain else _BLOCKS)])
+    return _aligned(rows, right={1, 2, 3})
+
+
+def series(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Each curve by name; NaN where an epoch has no value."""
+    names = dict.fromkeys(name for row in history for name in row if name != "epoch")
+    return {name: [float(row.get(name, math.nan)) for row in history] for name in names}
+
+
+def _line(values: Sequence[float], width: int, blocks: str) -> str:
+    """A curve in a line of text: the mean over as many epochs as a sign stands for."""
+    count = min(width, len(values))
+    means = []
+    for place in range(count):
+        part = values[place * len(values) // count : (place + 1) * len(values) // count]
+        finite = [value for value in part if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    there = [value for value in means if value == value]
+    low, high = min(there), max(there)
+    step = (high - low) / (len(blocks) - 1) or 1.0
+    return "".join(" " if value != value else blocks[round((value - low) / step)] for value in means)
+
+
+def draw(run: Run, path: Path) -> Path:
+    """The curves as a picture: training and validation."""
+    from restrain import plots
+
+    panels: dict[str, dict[str, list[float]]] = {}
+    for name, values in series(run.model.history_).items():
+        title = "validation" if name.startswith("valid_") else "training"
+        label = name.removeprefix("valid_").replace("data_loss", "data loss")
+        panels.setdefault(title, {})[label] = values
+    return plots.curves(panels, path)
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def cells(row: Sequence[str]) -> Iterator[str]:
+        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
+            yield cell.rjust(width) if number in right else cell.ljust(width)
+
+    return "\n".join("  ".join(cells(row)).rstrip() for row in rows)

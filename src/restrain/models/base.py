@@ -1,0 +1,389 @@
+"""The base of the keyword models: a scikit-learn estimator around a network that is trained under rules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
+from torch import Tensor
+
+from restrain.errors import FileError, PlanError
+from restrain.models import files, keywords, progress, settings
+from restrain.models.data import Samples, batches, generator, split
+from restrain.models.layers import Network, outputs_of
+from restrain.models.monitors import Monitors
+from restrain.models.running import Plain, running
+from restrain.models.settings import Settings
+from restrain.models.signature import DEFAULTS, Init
+from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
+from restrain.models.training import Task, Training
+from restrain.transforms.normalization import Standardize
+
+_AT_ONCE = 2**18  # numbers that are read at a time where nothing is trained
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What standardises inputs and targets on their way in, and undoes it on the way out."""
+
+    x: Standardize
+    y: Standardize
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Standardised inputs."""
+        return self.x(x)  # type: ignore[no-any-return]
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Standardised targets."""
+        return self.y(y)  # type: ignore[no-any-return]
+
+
+class KeywordModel(BaseEstimator):  # type: ignore[misc]
+    """Base of Classifier, Regressor and Autoencoder.
+
+    Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data), `history_` (a dict
+    an epoch), `input_scale_` and `target_scale_` (what standardises, or None), `n_features_in_`, `n_iter_` (epochs so
+    far), `seed_`.
+    """
+
+    __init__ = Init()
+
+    module_: Network
+    layers_: list[LayerData]
+    history_: list[dict[str, Any]]
+    input_scale_: Standardize | None
+    target_scale_: Standardize | None
+    n_iter_: int
+    seed_: int
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.endswith("_") and name in keywords.names(tuple(DEFAULTS)):
+            return None  # registered after this estimator was made
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    # ---------------------------------------------------------------- what the kinds of models differ in
+
+    def _task(self) -> Task:
+        raise NotImplementedError
+
+    def _targets(self, x: Any, y: Any, reset: bool) -> Any:
+        """The targets as the loss takes them; learns what there is to learn of them where `reset`."""
+        raise NotImplementedError
+
+    def _outputs(self) -> int:
+        """The size of the output layer that the data ask for."""
+        raise NotImplementedError
+
+    _labels = False
+    _has_targets = True
+
+    # ---------------------------------------------------------------- training
+
+    def train(self, data: Any, valid: Any = None, **given: Any) -> Self:
+        """Go on training; keywords last for this call.
+
+        Args:
+            data: (X, y), (X, y, sample_weight), or X where there are no targets.
+            valid: the same of validation data, or the part of the data to hold back.
+            given: keywords of the constructor for training and rules.
+
+        Raises:
+            PlanError: a keyword that doesn't exist, or a value that it can't have.
+            SelectionError: a rule that matches nothing.
+        """
+        for _ in self.itertrain(data, valid, **given):
+            pass
+        return self
+
+    def itertrain(self, data: Any, valid: Any = None, **given: Any) -> Iterator[tuple[Monitors, Monitors]]:
+        """As `train`, an epoch at a time: a pair of monitors after each, of training and of the last validation.
+
+        Monitors are a dict with "loss" (data loss and all rules), "data_loss", each rule by its name, and "acc" of a
+        Classifier. Without validation data the second is empty.
+        """
+        fresh = "module_" not in vars(self)
+        return self._run(self._start(*self._unpacked(data), valid, given, fresh=fresh))
+
+    def _fit(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool = True) -> Self:
+        for _ in self._run(self._start(x, y, weight, valid, given, fresh=fresh)):
+            pass
+        return self
+
+    def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
+        arrays = isinstance(data, list) and 0 < len(data) < 4 and all(hasattr(member, "shape") for member in data)
+        members = list(data) if isinstance(data, tuple) or arrays else [data]
+        if not 1 <= len(members) <= 3 or (self._has_targets and len(members) == 1):
+            wanted = "(X, y) or (X, y, sample_weight)" if self._has_targets else "X, or (X, None, sample_weight)"
+            raise PlanError(f"data are {wanted}; got {type(data).__name__} of {len(members)}")
+        x, y, weight = [*members, None, None][:3]
+        return x, y, weight
+
+    def _start(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool) -> Training:
+        """Everything up to the first epoch."""
+        chosen, of_rules, how = self._keywords(given)
+        place = running(chosen.device, chosen.precision)
+        samples = self._samples(x, y, weight, reset=fresh)
+        if fresh:
+            self._build(samples, chosen, place)
+        elif chosen.precision is not None:
+            self.module_.to(torch.float64 if chosen.precision == "64" else torch.float32)
+        samples.dtype = next(self.module_.parameters()).dtype
+        part, held = self._split(samples, self.valid if valid is None else valid)
+        if chosen.patience is not None and held is None:
+            raise PlanError("patience= needs validation data: write valid=0.2, or valid=(X, y)")
+        if fresh and self.normalize:
+            self._learn_scales(part)
+        for some in (part, held):
+            if some is not None:
+                some.scale, some.dtype = self._scale, samples.dtype
+        algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
+        known = vars(self).get("_optimizer")
+        return Training(
+            network=self.module_,
+            rules=keywords.rules(of_rules, keywords.Context(self.layers_, how)),
+            task=self._task(),
+            train=part,
+            valid=held,
+            settings=chosen,
+            seed=self.seed_,
+            before=self.n_iter_,
+            state=known[1] if known is not None and known[0] == (algo, chosen.momentum) else None,
+            place=place,
+        )
+
+    def _run(self, training: Training) -> Iterator[tuple[Monitors, Monitors]]:
+        chosen = training.settings
+        earlier = list(self.history_)
+        bar = progress.bar(chosen.epochs, chosen.progress if training.place.rank == 0 else False)
+        try:
+            for train, valid in training.epochs():
+                self.history_ = earlier + training.history
+                bar.update(training.done - bar.n)
+                bar.set_postfix(loss=f"{train['loss']:.4g}", refresh=False)
+                yield train, valid
+        finally:
+            bar.close()
+            self.history_ = earlier + training.history
+            self.n_iter_ = training.before + training.done
+            algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
+            self._optimizer = ((algo, chosen.momentum), training.optimizer.state_dict())
+
+    def _keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
+        """Settings of training and keywords of rules: those given for this call, else the estimator's own."""
+        of_rules = keywords.names(tuple(DEFAULTS))
+        known = (*settings.NAMES, "how", *of_rules)
+        wrong = [name for name in given if name not in known]
+        if wrong:
+            raise keywords.unknown(wrong, known, f"training a {type(self).__name__}")
+        own = {name: getattr(self, name) for name in known}
+        for one, other in (("weight_l2", "weight_decay"), ("weight_decay", "weight_l2")):
+            if given.get(one) is not None and other not in given:
+                own[other] = None
+        values = {**own, **given}
+        chosen = Settings(**{name: values[name] for name in settings.NAMES})
+        return chosen, {name: values[name] for name in of_rules}, values["how"]
+
+    # ---------------------------------------------------------------- data
+
+    def _samples(self, x: Any, y: Any, weight: Any, *, reset: bool) -> Samples:
+        x = self._inputs(x, reset)
+        if self._has_targets and y is None:
+            raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
+        rows = None
+        if weight is not None:
+            weight = _check_sample_weight(weight, x, dtype=np.float64, ensure_non_negative=True)
+            rows = np.flatnonzero(weight) if not weight.all() else None
+        if rows is not None and len(rows) < len(x) and len(x) == len(np.asarray(y if y is not None else x)):
+            x, weight = x[rows], weight[rows]
+            y = None if y is None else np.asarray(y)[rows]
+        targets = self._targets(x, y, reset) if self._has_targets else None
+        if targets is not None:
+            check_consistent_length(x, targets)
+        return Samples(x, targets, weight, labels=self._labels)
+
+    def _inputs(self, x: Any, reset: bool) -> Any:
+        """The inputs as an array, which is not copied where it is one already."""
+        if getattr(x, "ndim", 2) != 3:
+            x = validate_data(self, x, reset=reset, dtype="numeric")
+            layers = None if reset else self.layers_
+            if layers and any(layer["form"] in RECURRENT for layer in layers):
+                raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
+            return x
+        x = check_array(x, dtype="numeric", allow_nd=True)
+        if reset:
+            specs = self.layers if self.layers is not None else self.hidden
+            if not any(form in str(spec) for spec in np.atleast_1d(np.array(specs, object)) for form in RECURRENT):
+                raise PlanError(
+                    "Found array with dim 3, while dim <= 2 is required without recurrent layers; for sequences "
+                    "(batch, time, features) write layers such as (20, 'lstm')"
+                )
+            self.n_features_in_ = x.shape[-1]
+        if x.shape[-1] != self.n_features_in_:
+            raise PlanError(
+                f"X has {x.shape[-1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
+                "as input"
+            )
+        return x
+
+    def _split(self, samples: Samples, valid: Any) -> tuple[Samples, Samples | None]:
+        if valid is None or (isinstance(valid, float) and valid == 0):
+            return samples, None
+        if isinstance(valid, (int, float, np.floating)):
+            return split(samples, float(valid), self.seed_)
+        return samples, self._samples(*self._unpacked(valid), reset=False)
+
+    def _learn_scales(self, samples: Samples) -> None:
+        """Mean and deviation of the training part, of inputs and (for numbers) of targets."""
+        rows = samples.rows
+
+        def chunks(array: Any) -> Iterator[Any]:
+            for which in batches(len(samples), _rows(array)):
+                yield array[which if rows is None else rows[which]]
+
+        self.input_scale_ = Standardize().fit(chunks(samples.x))
+        if self._has_targets and not self._labels:
+            self.target_scale_ = Standardize().fit(chunks(samples.y))
+
+    @property
+    def _scale(self) -> Scale | None:
+        return None if self.input_scale_ is None else Scale(self.input_scale_, self.target_scale_ or self.input_scale_)
+
+    # ---------------------------------------------------------------- the network
+
+    def _build(self, samples: Samples, chosen: Settings, place: Plain) -> None:
+        """A new network, by the layers that were given or by the data."""
+        given = self.layers
+        if given is None:
+            sizes = [self.hidden] if isinstance(self.hidden, (int, np.integer)) else list(self.hidden)
+            given = [self.n_features_in_, *sizes, self._outputs()]
+        layers = resolve(given, activation=self.activation)
+        self._check_sizes(layers)
+        if samples.x.ndim == 3 and not self._steps:
+            layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
+        self.seed_ = place.agreed(self._new_seed())
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(generator(self.seed_, 0).initial_seed())
+            network = Network(layers)
+        double = samples.x.dtype == np.float64 and str(chosen.device or "cpu") == "cpu"
+        precision = chosen.precision or ("64" if double else "32")
+        self.layers_, self.module_ = layers, network.double() if precision == "64" else network.float()
+        self.module_.eval()
+        self.history_, self.n_iter_, self.input_scale_, self.target_scale_ = [], 0, None, None
+        self.__dict__.pop("_optimizer", None)
+
+    @property
+    def _steps(self) -> bool:
+        """Whether there is a target for each step of a sequence."""
+        return True
+
+    def _check_sizes(self, layers: list[LayerData]) -> None:
+        for layer, size, what in (
+            (layers[0], self.n_features_in_, "features"),
+            (layers[-1], self._outputs(), "outputs"),
+        ):
+            if layer["size"] != size:
+                raise PlanError(
+                    f"the layer {layer['name']!r} has the size {layer['size']}, the data have {size} {what}: "
+                    f"write {size} there"
+                )
+
+    def _new_seed(self) -> int:
+        if self.random_state is None:
+            return int(torch.randint(2**31 - 1, ()))
+        return int(check_random_state(self.random_state).randint(2**31 - 1))
+
+    # ---------------------------------------------------------------- use
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model to a file, which `rs.load` reads; a path that is a folder gets `model.safetensors`.
+
+        Written whole or not at all. The optimizer's state isn't kept.
+
+        Raises:
+            FileError: the model isn't fitted, or is of a class of your own, or a setting is code, which a file doesn't
+                hold.
+        """
+        if not type(self).__module__.startswith("restrain."):
+            raise FileError(
+                f"{type(self).__qualname__} is a class of your own, which a file doesn't hold: save an Autoencoder, "
+                "Classifier or Regressor, or keep module_.state_dict()"
+            )
+        return files.save(self, path)
+
+    def _forward(self, x: Any) -> Tensor:
+        """The network's output."""
+        return torch.cat([self.module_(batch) for batch in self._ready(x)])
+
+    def _ready(self, x: Any) -> Iterator[Tensor]:
+        """The inputs as the network takes them, in evaluation, some samples at a time."""
+        check_is_fitted(self, "module_")
+        samples = Samples(self._inputs(x, reset=False), dtype=self._dtype, scale=self._scale)
+        self.module_.eval()
+        with torch.no_grad():
+            for rows in batches(len(samples), _rows(samples.x)):
+                yield samples.batch(rows)[0]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.module_.parameters()).dtype
+
+    def activations(self, X: Any) -> dict[str, Any]:
+        """Every layer's output by name, in order, without noise and dropout; a Classifier's last are logits."""
+        parts = [outputs_of(self.module_, batch) for batch in self._ready(X)]
+        return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
+
+    def encode(self, X: Any, layer: str | None = None) -> Any:
+        """What a layer puts out: the middle one, or the one of that name.
+
+        Raises:
+            PlanError: there is no such layer.
+        """
+        check_is_fitted(self, "module_")
+        name = self._layer(layer)
+        return self.activations(X)[name]
+
+    def decode(self, Z: Any, layer: str | None = None) -> Any:
+        """The output for what a layer put out: `decode(encode(X))` is the model's output for X.
+
+        Raises:
+            PlanError: there is no such layer, or the codes are of another size.
+        """
+        check_is_fitted(self, "module_")
+        name = self._layer(layer)
+        codes = check_array(Z, dtype="numeric", allow_nd=True)
+        size = next(one["size"] for one in self.layers_ if one["name"] == name)
+        if codes.shape[-1] != size:
+            raise PlanError(f"the layer {name!r} puts out {size} numbers, got codes of {codes.shape[-1]}")
+        samples = Samples(codes, dtype=self._dtype)
+        self.module_.eval()
+        with torch.no_grad():
+            parts = [
+                self.module_.after(name, samples.batch(rows)[0]) for rows in batches(len(samples), _rows(samples.x))
+            ]
+        return self._finished(torch.cat(parts))
+
+    def _finished(self, output: Tensor) -> Any:
+        """The network's output as the user gets it."""
+        return (output if self._scale is None else self._scale.y.inverse(output)).numpy()
+
+    def _layer(self, name: str | None) -> str:
+        names = [layer["name"] for layer in self.layers_[1:]]
+        if name is None:
+            computing = [self.layers_[0]["name"], *hidden(self.layers_), self.layers_[-1]["name"]]
+            return str(computing[len(computing) // 2])
+        if name not in names:
+            raise PlanError(f"no layer is called {name!r}; there are: {', '.join(names)}")
+        return name
+
+
+def _rows(array: Any) -> int:
+    """How many samples are that many numbers."""
+    return int(max(1, _AT_ONCE * len(array) // max(1, array.size)))

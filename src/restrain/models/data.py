@@ -1,0 +1,114 @@
+"""Samples on their way to the network: rows of arrays, read a batch at a time, never copied whole."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from restrain.errors import PlanError
+
+
+@dataclass
+class Samples:
+    """Rows of inputs, targets and weights. The arrays may be memory-mapped; `rows` says which of them take part.
+
+    `scale`, where it is given, is what standardises inputs and targets on their way.
+    """
+
+    x: Any
+    y: Any = None  # None: the target is the input
+    weight: Any = None
+    rows: Any = None
+    dtype: torch.dtype = torch.float32
+    labels: bool = False  # targets are class indices
+    scale: Any = None
+
+    def __len__(self) -> int:
+        return len(self.x) if self.rows is None else len(self.rows)
+
+    @property
+    def mean_weight(self) -> float:
+        """The mean weight of all rows; one where there are none."""
+        if self.weight is None:
+            return 1.0
+        weight = self.weight if self.rows is None else self.weight[self.rows]
+        return float(np.mean(weight, dtype=np.float64))
+
+    def part(self, rows: Any) -> Samples:
+        """Some of the rows, by their numbers here."""
+        rows = np.asarray(rows)
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def batch(self, which: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Inputs, targets and weights of some rows, as tensors of their own."""
+        index = which if self.rows is None else self.rows[which]
+        scale_x = None if self.scale is None else self.scale.inputs
+        scale_y = None if self.scale is None or self.labels else self.scale.targets
+        x = _tensor(self.x, index, self.dtype, scale_x)
+        kind = torch.long if self.labels else self.dtype
+        y = None if self.y is None else _tensor(self.y, index, kind, scale_y)
+        return x, y, None if self.weight is None else _tensor(self.weight, index, self.dtype)
+
+
+def _tensor(array: Any, index: Any, dtype: torch.dtype, scale: Any = None) -> Tensor:
+    part = torch.from_numpy(np.array(array[index]))
+    return (part if scale is None else scale(part.double())).to(dtype)
+
+
+def batches(size: int, batch_size: int, order: Any = None, *, pairs: bool = False) -> Iterator[Any]:
+    """The numbers of the rows of each batch, in that order, or in theirs.
+
+    With `pairs`, a last batch of one row joins the one before.
+    """
+    stops = [*range(batch_size, size, batch_size), size]
+    if pairs and len(stops) > 1 and stops[-1] - stops[-2] == 1:
+        del stops[-2]
+    start = 0
+    for stop in stops if size else ():
+        yield np.arange(start, stop) if order is None else order[start:stop]
+        start = stop
+
+
+def generator(seed: int, *path: int) -> torch.Generator:
+    """A generator of its own for a seed and a path of numbers, such as a purpose and an epoch."""
+    text = ",".join(map(str, (seed, *path))).encode()
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+    return torch.Generator().manual_seed(number)
+
+
+def shuffled(size: int, seed: int, *path: int) -> Any:
+    """The numbers from 0 to size - 1 in an order that seed and path determine."""
+    return torch.randperm(size, generator=generator(seed, *path)).numpy()
+
+
+def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:
+    """Training and validation samples, drawn by the seed.
+
+    Raises:
+        PlanError: a part that isn't between 0 and 1, or that leaves one of them empty.
+    """
+    if not 0 < part < 1:
+        raise PlanError(f"valid= is a part between 0 and 1, or validation data; got {part!r}")
+    count = round(part * len(samples))
+    if not 0 < count < len(samples):
+        raise PlanError(f"valid={part!r} of {len(samples)} samples leaves none to validate on, or none to train on")
+    order = shuffled(len(samples), seed, 1)
+    return samples.part(np.sort(order[count:])), samples.part(np.sort(order[:count]))
+
+
+def fingerprint(samples: Samples | None) -> list[Any]:
+    """A few numbers that tell one set of samples from another: shapes, and a digest of some rows."""
+    if samples is None:
+        return []
+    digest = hashlib.blake2b(digest_size=16)
+    where = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), 256)).astype(int))
+    for tensor in replace(samples, scale=None).batch(where):
+        if tensor is not None:
+            digest.update(tensor.numpy().tobytes())
+    return [len(samples), list(samples.x.shape), digest.hexdigest()]

@@ -1,0 +1,242 @@
+"""Classifier, Regressor and Autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import torch
+from sklearn.base import ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.metrics import r2_score
+from sklearn.utils import check_array
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, column_or_1d
+from torch import Tensor
+from torch.nn import functional as F
+
+from restrain.errors import PlanError
+from restrain.models.base import KeywordModel
+
+
+class _CrossEntropy:
+    """Cross-entropy of logits, the mean over the steps of a sequence; and whether the greatest is right."""
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """-log softmax(output) of the target."""
+        return _per_sample(F.cross_entropy(output.movedim(-1, 1), target, reduction="none"))
+
+    def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Accuracy."""
+        return {"acc": _per_sample((output.argmax(-1) == target).to(output.dtype))}
+
+
+class _SquaredError:
+    """The squared error, the mean over features (and steps)."""
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """Mean of (output - target)² of each sample."""
+        return _per_sample((output - target).square())
+
+    def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(1) if values.dim() > 1 else values
+
+
+class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
+    """A network that tells classes apart, regularised by keyword: cross-entropy of the softmax of its outputs.
+
+    Args:
+        layers: as in [784, (100, "tanh"), 10]; None takes `hidden`, and the sizes of input and output from the data.
+            With layers given, integer labels are class indices.
+        hidden: the hidden layers, a size or a list as in `layers`.
+        activation: of hidden layers that say none.
+        normalize: standardise the inputs by mean and deviation of the training part.
+        how: the moment at which penalties on weights act, such as "proximal", unless a keyword's dict says it.
+        valid: the part of the data that `fit` holds back to validate on.
+        random_state: a seed; None draws one from torch's global generator.
+
+    Further keywords: those of training (see `restrain.models.settings`), those of rules (see
+    `restrain.models.keywords`), and the name of every registered penalty.
+
+    >>> X, y = torch.randn(20, 3).numpy(), [0, 1] * 10
+    >>> rs.Classifier(hidden=(8,), weight_l2=1e-3, epochs=2).fit(X, y).predict(X).shape
+    (20,)
+    """
+
+    _labels = True
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
+        """Train anew; keywords last for this call, the others are the constructor's. See `train`."""
+        self.__dict__.pop("_classes", None)
+        return self._fit(X, y, sample_weight, valid, given)
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None, **given: Any) -> Self:
+        """Go on for one epoch; the first call takes all classes that there will be."""
+        fresh = "module_" not in vars(self)
+        if fresh and classes is not None:
+            self._classes = np.unique(classes)
+        return self._fit(X, y, sample_weight, None, {"epochs": 1, **given}, fresh=fresh)
+
+    def predict(self, X: Any) -> Any:
+        """The most likely class of each sample (of sequences with a label a step: of each step)."""
+        indices = self._forward(X).argmax(-1).numpy()
+        return self.classes_[indices]
+
+    def predict_proba(self, X: Any) -> Any:
+        """The probability of each class, in the order of `classes_`."""
+        return torch.softmax(self._forward(X), -1).numpy()
+
+    def _finished(self, output: Tensor) -> Any:
+        return torch.softmax(output, -1).numpy()
+
+    def _task(self) -> _CrossEntropy:
+        return _CrossEntropy()
+
+    def _targets(self, x: Any, y: Any, reset: bool) -> Any:
+        y = np.asarray(y)
+        steps = x.ndim == 3 and y.shape == x.shape[:2]
+        labels = y.reshape(-1) if steps else column_or_1d(y, warn=True)
+        check_array(labels, ensure_2d=False, dtype=None, input_name="y")
+        if self.layers is None or labels.dtype.kind not in "iu":
+            check_classification_targets(labels)
+        if reset:
+            self.labels_of_steps_ = steps
+            self.classes_ = self._learned_classes(labels)
+        elif steps != self.labels_of_steps_:
+            raise PlanError("a label for each step of a sequence, or one for the whole: as in the first training")
+        indices = np.searchsorted(self.classes_, labels).clip(max=len(self.classes_) - 1)
+        if (self.classes_[indices] != labels).any():
+            new = np.setdiff1d(labels, self.classes_)
+            raise PlanError(f"y has the labels {new[:10].tolist()}, which are not among {self.classes_[:20].tolist()}")
+        return indices.reshape(y.shape[:2] if steps else -1)
+
+    def _learned_classes(self, labels: Any) -> Any:
+        if "_classes" in vars(self):
+            return self._classes
+        if self.layers is not None and labels.dtype.kind in "iu":
+            last = self.layers[-1]
+            members = last.values() if isinstance(last, dict) else last if isinstance(last, (tuple, list)) else [last]
+            size = next((member for member in members if isinstance(member, (int, np.integer))), 0)
+            if labels.min() < 0 or labels.max() >= size:
+                raise PlanError(
+                    f"with layers given, integer labels are class indices from 0 to {size - 1}; got "
+                    f"{labels.min()} to {labels.max()}. Other labels go with hidden= instead of layers="
+                )
+            return np.arange(size)
+        return np.unique(labels)
+
+    def _outputs(self) -> int:
+        return len(self.classes_)
+
+    @property
+    def _steps(self) -> bool:
+        return bool(self.labels_of_steps_)
+
+
+class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
+    """A network that predicts numbers, regularised by keyword: mean squared error.
+
+    Arguments as those of `Classifier`; `normalize=True` standardises inputs and targets, and undoes it in
+    predictions. Strengths then belong to the standardised data.
+
+    >>> X = torch.randn(50, 3, dtype=torch.float64).numpy()
+    >>> model = rs.Regressor(hidden=(), algo="lbfgs", batch_size=50, epochs=20, random_state=0).fit(X, X @ [1, 2, 3])
+    >>> model.module_.out.weight.detach()
+    tensor([[1.00, 2.00, 3.00]], dtype=torch.float64)
+    """
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
+        """Train anew; keywords last for this call, the others are the constructor's. See `train`."""
+        return self._fit(X, y, sample_weight, valid, given)
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, **given: Any) -> Self:
+        """Go on for one epoch."""
+        return self._fit(X, y, sample_weight, None, {"epochs": 1, **given}, fresh="module_" not in vars(self))
+
+    def predict(self, X: Any) -> Any:
+        """The prediction for each sample, in the shape of the targets."""
+        return self._finished(self._forward(X))
+
+    def _finished(self, output: Tensor) -> Any:
+        found = super()._finished(output)
+        return found[..., 0] if self.is_flat_ else found
+
+    def _task(self) -> _SquaredError:
+        return _SquaredError()
+
+    def _targets(self, x: Any, y: Any, reset: bool) -> Any:
+        y = check_array(y, ensure_2d=False, allow_nd=True, dtype="numeric", input_name="y")
+        steps = x.ndim == 3 and y.ndim > 1 and y.shape[:2] == x.shape[:2]
+        flat = y.ndim == (2 if steps else 1)
+        if y.ndim > (3 if steps else 2):
+            raise PlanError(f"y of shape {y.shape} doesn't fit X of shape {x.shape}")
+        size = 1 if flat else y.shape[-1]
+        if reset:
+            self.is_flat_, self.targets_of_steps_, self.n_outputs_ = flat, steps, size
+        elif (steps, size) != (self.targets_of_steps_, self.n_outputs_):
+            raise PlanError(f"y of shape {y.shape} doesn't fit the {self.n_outputs_} targets of the first training")
+        return y[..., None] if flat else y
+
+    def _outputs(self) -> int:
+        return int(self.n_outputs_)
+
+    @property
+    def _steps(self) -> bool:
+        return bool(self.targets_of_steps_)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class Autoencoder(TransformerMixin, KeywordModel):  # type: ignore[misc]
+    """A network that reproduces its input, regularised by keyword; under noise it is compared with the clean input.
+
+    Arguments as those of `Classifier`. `transform` gives the output of the middle layer.
+
+    >>> X = torch.randn(20, 4).numpy()
+    >>> model = rs.Autoencoder([4, (8, "relu"), (4, "tied")], hidden_l1=1e-3, epochs=2).fit(X)
+    >>> model.transform(X).shape, model.predict(X).shape
+    ((20, 8), (20, 4))
+    """
+
+    _has_targets = False
+
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
+        """Train anew; `y` is ignored. Keywords last for this call, the others are the constructor's. See `train`."""
+        return self._fit(X, None, sample_weight, valid, given)
+
+    def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None, **given: Any) -> Self:
+        """Go on for one epoch."""
+        return self._fit(X, None, sample_weight, None, {"epochs": 1, **given}, fresh="module_" not in vars(self))
+
+    def transform(self, X: Any, layer: str | None = None) -> Any:
+        """The codes of samples: what the middle layer, or the one of that name, puts out."""
+        return self.encode(X, layer)
+
+    def inverse_transform(self, Z: Any, layer: str | None = None) -> Any:
+        """The samples that codes stand for."""
+        return self.decode(Z, layer)
+
+    def predict(self, X: Any) -> Any:
+        """The reconstruction of each sample."""
+        return self._finished(self._forward(X))
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
+        """R² of the reconstruction: one minus its squared error over the variance, both summed over features."""
+        check_is_fitted(self, "module_")
+        x = self._inputs(X, reset=False)
+        flat = x.reshape(-1, x.shape[-1])
+        found = self.predict(X).reshape(flat.shape)
+        return float(r2_score(flat, found, sample_weight=sample_weight, multioutput="variance_weighted"))
+
+    def _task(self) -> _SquaredError:
+        return _SquaredError()
+
+    def _outputs(self) -> int:
+        return int(self.n_features_in_)

@@ -1,0 +1,250 @@
+"""Keywords of the models → rules.
+
+    keyword                                    what it does, and where unless told otherwise by on=
+    weight_l1, weight_l2 (= weight_decay)      s Σ|w|, s Σw² over weights; on= is a glob over parameters
+    hidden_l1                                  s Σ|h|, summed over units and hidden layers, averaged over the batch
+    contractive                                s ‖∂h/∂x‖_F², hidden layers, averaged over the batch
+    recurrent_norm, recurrent_state            s (‖hₜ₊₁‖²-‖hₜ‖²)², s ‖hₜ₊₁-hₜ‖²: mean over transitions and batch
+    input_noise, hidden_noise, output_noise    Gaussian noise of that deviation, in training only
+    input_dropout, hidden_dropout, output_...  dropout at that rate, in training only
+    noise, dropout                             {glob over layers: deviation or rate}
+    nonnegative, max_norm                      constraints on weights
+    any registered name                        a penalty on weights, of that strength
+    regularizers                               a list of rules
+
+A number is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name, every, optional, and the
+settings of the penalty. `reduce="mean"` is theanets' value: over the entries of each tensor a mean, then over tensors.
+So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers. theanets' contractive
+and recurrent_norm, as coded, are other quantities, and have no such form here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
+
+from restrain import registry
+from restrain.errors import PlanError, RestrainError
+from restrain.models.penalties import Contractive, RecurrentNorm, RecurrentState
+from restrain.models.specs import RECURRENT, LayerData, hidden
+from restrain.penalties import L1, L2, NetworkPenalty
+from restrain.places import JoinedPlaces, Place, Places, inputs, outputs
+from restrain.plans import Plan
+from restrain.rules import Rule, What
+from restrain.select import as_where, weights
+from restrain.sites import near
+from restrain.transforms import Constraint, Dropout, GaussianNoise, MaxNorm, NonNegative
+from restrain.transforms.base import Noise, Transform
+
+OPTIONS = ("strength", "on", "how", "reduce", "name", "every", "optional")
+WEIGHTS: dict[str, type[What]] = {"weight_l1": L1, "weight_l2": L2, "weight_decay": L2}
+ACTIVATIONS: dict[str, type[What]] = {
+    "hidden_l1": L1,
+    "contractive": Contractive,
+    "recurrent_norm": RecurrentNorm,
+    "recurrent_state": RecurrentState,
+}
+NOISES: dict[str, type[What]] = {
+    f"{place}_{kind}": what
+    for kind, what in (("noise", GaussianNoise), ("dropout", Dropout))
+    for place in ("input", "hidden", "output")
+}
+PATTERNS: dict[str, type[What]] = {"noise": GaussianNoise, "dropout": Dropout}
+CONSTRAINTS: dict[str, type[What]] = {"nonnegative": NonNegative, "max_norm": MaxNorm}
+OWN: dict[str, type[What]] = {**WEIGHTS, **ACTIVATIONS, **NOISES, **PATTERNS, **CONSTRAINTS}
+
+
+def names(reserved: Sequence[str] = ()) -> tuple[str, ...]:
+    """Every keyword there is now: ours, then the registered names that don't mean something else to a model."""
+    own = (*OWN, "regularizers")
+    return (*own, *(name for name in registry.names() if name not in own and name not in reserved))
+
+
+def unknown(given: Sequence[str], known: Sequence[str], where: str) -> PlanError:
+    """The error for keywords that don't exist."""
+    close = [near for name in given for near in get_close_matches(name, known)]
+    hint = f" (near it: {', '.join(close)})" if close else ""
+    return PlanError(f"{where} has no keyword {', '.join(map(repr, given))}{hint}; there are: {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the keywords are applied to: the layers, and the moment of penalties on parameters that say none."""
+
+    layers: list[LayerData]
+    how: Any = None
+
+    def places(self, pattern: Any) -> Places:
+        """The outputs of the layers that match a glob or any of a list of them; that of the input layer is the input.
+
+        Raises:
+            SelectionError, PlanError: no layer matches; those that there are are listed.
+        """
+        if isinstance(pattern, Places):
+            return pattern
+        if not _are_globs(pattern):
+            return outputs(pattern)
+        taken = self.match(pattern)
+        inside = [name for name in taken if name != self.layers[0]["name"]]
+        if not inside:
+            return inputs()
+        return outputs(inside) if len(inside) == len(taken) else inputs() | outputs(inside)
+
+    def match(self, pattern: Any) -> list[str]:
+        """The names of the layers that match a glob or any of a list of them.
+
+        Raises:
+            PlanError: a glob matches none.
+        """
+        globs, every = [pattern] if isinstance(pattern, str) else pattern, [layer["name"] for layer in self.layers]
+        for glob in globs:
+            if not any(fnmatchcase(name, glob) for name in every):
+                raise PlanError(f"{glob!r} matches no layer{near(glob, every)}")
+        return [name for name in every if any(fnmatchcase(name, glob) for glob in globs)]
+
+    def default(self, keyword: str) -> Any:
+        """The layers that a keyword means by itself."""
+        every = [layer["name"] for layer in self.layers]
+        if keyword.startswith("recurrent"):
+            found = [layer["name"] for layer in self.layers if layer["form"] in RECURRENT]
+            kind = f"a recurrent layer (form={' or '.join(RECURRENT)})"
+        elif keyword.startswith(("input", "output")):
+            return every[:1] if keyword.startswith("input") else every[-1:]
+        else:
+            found, kind = hidden(self.layers), "a layer between input and output"
+        if not found:
+            raise PlanError(f"it needs {kind}; there are: {', '.join(every)}")
+        return found
+
+
+def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
+    """The rules that keywords stand for; None, False and a plain strength of zero stand for none.
+
+    Raises:
+        PlanError: a keyword without meaning, or a value that it can't have.
+    """
+    if settings.get("weight_decay") is not None and settings.get("weight_l2") is not None:
+        raise PlanError("weight_decay is another name of weight_l2: write one of them")
+    made: list[Rule] = list(Plan.of(settings.get("regularizers")))
+    for keyword, value in settings.items():
+        if keyword == "regularizers" or value is None or value is False:
+            continue
+        if keyword not in CONSTRAINTS and _is_zero(value):
+            continue
+        try:
+            made += _of_keyword(keyword, value, context)
+        except (RestrainError, TypeError) as error:
+            kind = type(error) if isinstance(error, RestrainError) else PlanError
+            raise kind(f"{keyword}={value!r}: {error}") from error
+    return [_closed_form(rule, made, context) for rule in made]
+
+
+def _are_globs(on: Any) -> bool:
+    return isinstance(on, str) or (isinstance(on, (list, tuple)) and all(isinstance(glob, str) for glob in on))
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, Real) and value == 0
+
+
+def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
+    if keyword in PATTERNS:
+        if not isinstance(value, Mapping):
+            raise PlanError(
+                f"it is a dict of globs over layers, as in {keyword}={{'hid*': 0.1}}; for all hidden layers write "
+                f"hidden_{keyword}"
+            )
+        return [
+            PATTERNS[keyword](amount).on(context.places(glob), name=f"{keyword} {glob}")  # type: ignore[call-arg]
+            for glob, amount in value.items()
+        ]
+    cls: type[What] = OWN.get(keyword) or registry.lookup(keyword)
+    given = dict(value) if isinstance(value, Mapping) else _plain(cls, value)
+    settings = {key: given[key] for key in given if key not in OPTIONS}
+    options = {key: given[key] for key in OPTIONS if key in given and key not in ("strength", "on")}
+    options.setdefault("name", keyword)
+    on = given.get("on")
+    if keyword == "recurrent_state" and options.get("reduce") == "mean":
+        options["reduce"], settings["per_unit"] = "sum", True
+        on = context.default(keyword) if on is None else on
+        if not _are_globs(on):
+            raise PlanError("reduce='mean' here goes with on= a glob over layers, or a list of them")
+        given["strength"] = given.get("strength", 1.0) / len(context.match(on))
+    what = _what(cls, given.get("strength"), settings)
+    return [_rule(keyword, what, on, options, context)]
+
+
+def _plain(cls: type[What], value: Any) -> dict[str, Any]:
+    """What a value that isn't a dict says: the strength, or (of a constraint without settings) where."""
+    if issubclass(cls, Constraint) and (value is True or isinstance(value, (str, list))):
+        return {} if value is True else {"on": value}
+    if isinstance(value, (bool, str)):
+        raise PlanError(f"expected a number, or a dict({', '.join(k + '=' for k in OPTIONS)})")
+    return {"strength": value}
+
+
+def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
+    """The penalty of that strength; of a transform, the strength is its first setting."""
+    fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
+    if fields is not None and not issubclass(cls, Contractive) and set(settings) - set(fields):
+        raise PlanError(
+            f"{cls.__name__} has no {', '.join(sorted(set(settings) - set(fields)))}; a dict has "
+            f"{', '.join((*OPTIONS, *fields))}"
+        )
+    try:
+        if issubclass(cls, Transform):
+            return cls(*([] if strength is None else [strength]), **settings)
+        what = cls(**settings)
+    except TypeError as error:
+        raise PlanError(f"{error}; write its settings into a dict, beside strength=") from error
+    if strength is None and cls not in OWN.values():
+        return what
+    if strength is None:
+        raise PlanError("a dict needs a strength, as in dict(strength=1e-4)")
+    return strength * what  # type: ignore[no-any-return]
+
+
+def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: Context) -> Rule:
+    if isinstance(what, NetworkPenalty):
+        names = [layer["name"] for layer in context.layers[1:]]
+        places = context.places((on or context.default(keyword)) if keyword in ACTIVATIONS else on or names)
+        return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
+    if keyword in ACTIVATIONS or isinstance(what, Noise):
+        return what.on(context.places(context.default(keyword) if on is None else on), **options)
+    if isinstance(on, Places):
+        return what.on(on, **options)
+    if isinstance(what, Constraint):
+        return what.on(weights if on is None else on, **options)
+    if keyword in WEIGHTS:
+        on = weights if on is None else weights & as_where(on)
+    if context.how is not None:
+        options.setdefault("how", context.how)
+    return what.on(on, **options)
+
+
+def _closed_form(rule: Rule, made: Sequence[Rule], context: Context) -> Rule:
+    """The contractive rule, with the layer for which it has a closed form: the first, if only noise is added to x."""
+    first = context.layers[1]
+    leaf = getattr(rule.what, "penalty", rule.what)
+    if not isinstance(leaf, Contractive) or first["form"] != "dense":
+        return rule
+    if any(_multiplies(other) for other in made):
+        return rule
+    known = Contractive(first["name"], first["activation"])
+    return dataclasses.replace(rule, what=known if leaf is rule.what else rule.what.strength * known)  # type: ignore[attr-defined]
+
+
+def _multiplies(rule: Rule) -> bool:
+    """Whether it changes the input otherwise than by adding to it."""
+    return isinstance(rule.what, Noise) and not isinstance(rule.what, GaussianNoise) and _at_input(rule.where)
+
+
+def _at_input(where: Any) -> bool:
+    if isinstance(where, JoinedPlaces):
+        return _at_input(where.left) or _at_input(where.right)
+    return isinstance(where, Place) and where.kind == "inputs"

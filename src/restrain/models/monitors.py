@@ -1,0 +1,144 @@
+"""What a training tells: the data loss and each rule's value, averaged over an epoch or over validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine import structures
+from restrain.engine.attach import Attachment
+from restrain.engine.bind import Bound
+from restrain.engine.taps import Watch
+from restrain.engine.terms import network_value, parameter_value
+from restrain.penalties import NetworkPenalty, Penalty
+from restrain.rules import Rule
+
+Monitors = dict[str, float]
+
+
+@dataclass
+class Means:
+    """Sums over batches, each weighted by its number of rows; read once, at the end."""
+
+    rows: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, values: dict[str, Tensor], rows: int) -> None:
+        """Add the means over a batch of so many rows."""
+        self.rows += rows
+        for key, value in values.items():
+            term = value.detach().double() * rows
+            self.sums[key] = self.sums[key] + term.to(self.sums[key].device) if key in self.sums else term
+
+    def read(self, rules: list[str]) -> Monitors:
+        """The means, with their "loss": the data loss and all rules."""
+        found = {key: float(value) / max(self.rows, 1) for key, value in self.sums.items()}
+        return {"loss": found["data_loss"] + sum(found.get(rule, 0.0) for rule in rules), **found}
+
+
+class Remembered(NetworkPenalty, register=False):
+    """A penalty on the whole network that remembers its last value, which may be dear."""
+
+    def __init__(self, penalty: NetworkPenalty) -> None:
+        self.penalty, self.last = penalty, torch.zeros(())
+
+    def __call__(self, parameters: Any, outputs: Any) -> Tensor:
+        value = self.penalty(parameters, outputs)
+        self.last = value.detach()
+        return value
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+
+def _is_penalty(bound: Bound) -> bool:
+    return isinstance(bound.rule.what, (Penalty, NetworkPenalty))
+
+
+def penalties(reg: Attachment | None) -> list[str]:
+    """The names of the rules that have a value."""
+    return [] if reg is None else [bound.key for bound in reg._bounds if _is_penalty(bound)]
+
+
+def training_values(reg: Attachment | None) -> dict[str, Tensor]:
+    """The value of each penalty at the forward that was just collected, without waiting for the device."""
+    values: dict[str, Tensor] = {}
+    if reg is None:
+        return values
+    with torch.no_grad():
+        for bound in reg._bounds:
+            if bound.taps:
+                parts = [part.reshape(()) for tap in bound.taps for part in tap.last]
+                values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
+            elif isinstance(bound.rule.what, Remembered):
+                values[bound.key] = bound.rule.what.last
+            elif _is_penalty(bound):
+                values[bound.key] = parameter_value(bound, reg.model)
+    return values
+
+
+class Looking:
+    """The values of rules on activations in evaluation, where their own hooks rest."""
+
+    def __init__(self, reg: Attachment | None) -> None:
+        self.reg = reg
+        self.seen: dict[int, Tensor] = {}  # watch -> what was caught there
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a rule takes derivatives."""
+        return self.reg is not None and any(bound.raws for bound in self.reg._bounds)
+
+    @contextmanager
+    def attached(self) -> Iterator[Looking]:
+        """Within it, the model's forwards are looked at."""
+        with ExitStack() as stack:
+            for bound in self.reg._bounds if self.reg is not None else ():
+                for watch in (*bound.taps, *bound.raws):
+                    stack.callback(self._hook(watch).remove)
+            yield self
+
+    def _hook(self, watch: Watch) -> Any:
+        assert self.reg is not None
+        place, module = watch.spot.place, watch.spot.find(self.reg.model)
+
+        def keep(structure: Any) -> None:
+            way = structures.find(structure, place.index)
+            if way is not None:
+                self.seen[id(watch)] = structures.get(structure, way)
+
+        if place.kind == "inputs":
+            return module.register_forward_pre_hook(lambda module, args: keep(dict(enumerate(args))))
+        return module.register_forward_hook(lambda module, args, output: keep(output))
+
+    def values(self) -> dict[str, Tensor]:
+        """The value of each penalty for the last forward."""
+        values: dict[str, Tensor] = {}
+        for bound in self.reg._bounds if self.reg is not None else ():
+            if bound.taps:
+                parts = [
+                    tap.evaluate(self.seen[id(tap)], (), tap.spot.find(self.model)) * tap.weight for tap in bound.taps
+                ]
+                values[bound.key] = torch.stack(parts).sum()
+            elif isinstance(bound.rule.what, NetworkPenalty):
+                outputs = {raw.spot.name: self.seen[id(raw)] for raw in bound.raws}
+                values[bound.key] = network_value(bound, self.model, outputs)
+            elif _is_penalty(bound):
+                values[bound.key] = parameter_value(bound, self.model)
+        return values
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        assert self.reg is not None
+        return self.reg.model
+
+
+def remembering(rule: Rule) -> Rule:
+    """The same rule, remembering its last value where it is a penalty on the whole network."""
+    return replace(rule, what=Remembered(rule.what)) if isinstance(rule.what, NetworkPenalty) else rule

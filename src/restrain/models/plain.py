@@ -1,0 +1,146 @@
+"""Settings and learned attributes of models as JSON, and back: nothing but data, looked up in fixed tables.
+
+JSON's own types stand for themselves; whatever else there is, is a dict with one key that begins with "$".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from math import isfinite
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy
+import torch
+from torch.optim import Optimizer
+
+from restrain.errors import FileError, RestrainError
+from restrain.penalties import L1
+from restrain.places import Places
+from restrain.plans import Plan
+from restrain.rules import Rule
+from restrain.select import Where
+
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {
+    name: value for name, value in vars(torch.optim).items() if isinstance(value, type) and issubclass(value, Optimizer)
+}
+
+
+def encode(value: Any, name: str) -> Any:
+    """The value as JSON has it; `name` is what an error calls it.
+
+    Raises:
+        FileError: it, or something in it, is code or an object without a form on file.
+    """
+    if isinstance(value, numpy.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, float):
+        return float(value) if isfinite(value) else {"$float": str(float(value))}
+    if isinstance(value, list):
+        return [encode(member, f"{name}[{number}]") for number, member in enumerate(value)]
+    if isinstance(value, tuple):
+        return {"$tuple": encode(list(value), name)}
+    if isinstance(value, Mapping):
+        return _encode_mapping(value, name)
+    if isinstance(value, numpy.ndarray):
+        return _encode_array(value, name)
+    return _encode_named(value, name)
+
+
+def _encode_mapping(value: Mapping[Any, Any], name: str) -> dict[str, Any]:
+    if all(type(key) is str and not key.startswith("$") for key in value):
+        return {key: encode(member, f"{name}[{key!r}]") for key, member in value.items()}
+    return {"$dict": [[encode(k, f"a key of {name}"), encode(v, f"{name}[{k!r}]")] for k, v in value.items()]}
+
+
+def _encode_array(value: Any, name: str) -> dict[str, Any]:
+    if value.dtype.kind not in "biufUO":
+        raise _cannot(value, name, f"an array of {value.dtype}", "numbers or text")
+    data = [encode(member, f"an entry of {name}") for member in value.ravel().tolist()]
+    return {"$array": {"dtype": value.dtype.newbyteorder("=").str, "shape": list(value.shape), "data": data}}
+
+
+def _encode_named(value: Any, name: str) -> dict[str, Any]:
+    try:
+        if isinstance(value, Plan):
+            return {"$plan": value.to_dict()}
+        if isinstance(value, Rule):
+            return {"$rule": Plan((value,)).to_dict()["rules"][0]}
+        if isinstance(value, (Where, Places, re.Pattern)):
+            return {"$where": Plan((L1().on(value),)).to_dict()["rules"][0]["on"]}
+    except RestrainError as error:
+        raise FileError(f"{name} can't be written: {error}") from error
+    if isinstance(value, PurePath):
+        return {"$path": str(value)}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    if isinstance(value, type) and value in _OPTIMIZERS.values():
+        return {"$optimizer": value.__name__}
+    if callable(value):
+        raise _cannot(value, name, "code", "a number, text or another plain value")
+    raise _cannot(value, name, f"of type {type(value).__name__}", "a number, text, or a list or dict of these")
+
+
+def _cannot(value: Any, name: str, what: str, instead: str) -> FileError:
+    return FileError(
+        f"{name}={value!r:.80} can't be written: it is {what}, and a file holds data only. Put {instead} there first, "
+        "as in model.set_params(name=value), then save"
+    )
+
+
+def decode(data: Any) -> Any:
+    """What `encode` wrote.
+
+    Raises:
+        FileError: a form that doesn't exist, or content that doesn't fit its form.
+        PlanError: a rule whose penalty isn't registered.
+    """
+    if isinstance(data, list):
+        return [decode(member) for member in data]
+    if not isinstance(data, dict):
+        return data
+    if not any(key.startswith("$") for key in data):
+        return {key: decode(member) for key, member in data.items()}
+    ((form, content),) = data.items() if len(data) == 1 else [("several", None)]
+    if form not in _FORMS:
+        raise FileError(f"expected one of {', '.join(_FORMS)}, got the keys {sorted(data)}")
+    try:
+        return _FORMS[form](content)
+    except RestrainError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(f"{form} can't be {content!r:.80}: {error}") from error
+
+
+def _decode_array(content: Any) -> Any:
+    dtype = numpy.dtype(content["dtype"])
+    if dtype.kind not in "biufUO":
+        raise ValueError(f"arrays of {dtype} aren't written")
+    array = numpy.empty(len(content["data"]), dtype)
+    array[:] = decode(content["data"])
+    return array.reshape(content["shape"])
+
+
+_FORMS: dict[str, Callable[[Any], Any]] = {
+    "$float": {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}.__getitem__,
+    "$tuple": lambda content: tuple(decode(list(content))),
+    "$dict": lambda content: {decode(key): decode(member) for key, member in content},
+    "$array": _decode_array,
+    "$plan": Plan.from_dict,
+    "$rule": lambda content: Plan.from_dict({"rules": [content]}).rules[0],
+    "$where": lambda content: Plan.from_dict({"rules": [{"what": "l1", "on": content}]}).rules[0].where,
+    "$path": Path,
+    "$dtype": _DTYPES.__getitem__,
+    "$device": torch.device,
+    "$optimizer": _OPTIMIZERS.__getitem__,
+}

@@ -1,0 +1,29 @@
+"""The progress bar of a training."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def bar(epochs: int, wanted: bool | None) -> Any:
+    """A progress bar: always, never, or (None) where stderr is a terminal."""
+    show = sys.stderr is not None and sys.stderr.isatty() if wanted is None else wanted
+    if not show:
+        return _NoBar()
+    from tqdm import tqdm
+
+    return tqdm(total=epochs, unit=" epochs", file=sys.stderr)
+
+
+class _NoBar:
+    n = 0
+
+    def update(self, steps: int) -> None:
+        """Show nothing."""
+
+    def set_postfix(self, **values: Any) -> None:
+        """Show nothing."""
+
+    def close(self) -> None:
+        """Show nothing."""

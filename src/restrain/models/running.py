@@ -1,0 +1,127 @@
+"""Where a training runs: plainly on the CPU, or by Lightning Fabric on other devices, in mixed precision, on several
+processes. Fabric is imported only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.errors import PlanError
+
+PRECISIONS = ("32", "64", "16-mixed", "bf16-mixed")
+
+
+class Plain:
+    """One process, on the CPU."""
+
+    rank, ranks, device = 0, 1, torch.device("cpu")
+
+    def setup(self, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+        """The network and the optimizer as they are to be called."""
+        return network, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients."""
+        loss.backward()
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The mean over all processes."""
+        return values
+
+    def unscaled(self, optimizer: Any) -> None:
+        """Give the gradients their true size, before they are clipped."""
+
+    def agreed(self, number: int) -> int:
+        """The number of the first process, in all of them."""
+        return number
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """Within it, torch's global generators draw from the seed; afterwards they stand where they stood."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+
+
+class WithFabric(Plain):
+    """By Lightning Fabric.
+
+    Under `torchrun`, each process takes its share of every batch, and the gradients are averaged.
+
+    Raises:
+        PlanError: Fabric isn't installed, or can't have that device.
+    """
+
+    def __init__(self, device: str | None, precision: str) -> None:
+        try:
+            from lightning_fabric import Fabric
+        except ImportError as error:
+            raise PlanError(
+                "devices other than the CPU, mixed precision and several processes need Lightning Fabric: "
+                "pip install lightning-fabric"
+            ) from error
+        kind, _, number = (device or "auto").partition(":")
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        try:
+            self.fabric = Fabric(
+                accelerator=kind,
+                devices=[int(number)] if number else int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+                num_nodes=max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
+                # the network has its type already; Fabric's "64-true" would round the outputs to float32
+                precision="32-true" if precision in ("32", "64") else precision,  # type: ignore[arg-type]
+                strategy="ddp" if ranks > 1 else "auto",
+            )
+            self.fabric.launch()
+        except (RuntimeError, ValueError) as error:
+            raise PlanError(f"device={device!r}, precision={precision!r}: {error}") from error
+        self.device, self.rank, self.ranks = self.fabric.device, self.fabric.global_rank, self.fabric.world_size
+
+    def setup(self, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
+        return self.fabric.setup(network, optimizer)  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor) -> None:
+        self.fabric.backward(loss)
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.ranks == 1:
+            return values
+        return {key: self.fabric.all_reduce(value, reduce_op="mean") for key, value in values.items()}  # type: ignore[misc]
+
+    def unscaled(self, optimizer: Any) -> None:
+        scaler = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
+
+    def agreed(self, number: int) -> int:
+        return int(self.fabric.broadcast(number))
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            torch.default_generator.manual_seed(seed + self.rank)
+            if cuda:
+                torch.cuda.manual_seed(seed + self.rank)
+            yield
+
+
+def running(device: Any, precision: str | None) -> Plain:
+    """Where to run: Fabric, if a device, a mixed precision or several processes are asked for.
+
+    Raises:
+        PlanError: a precision that doesn't exist.
+    """
+    precision = precision or "32"
+    if precision not in PRECISIONS:
+        raise PlanError(f"precision= is {', '.join(map(repr, PRECISIONS))} or None; got {precision!r}")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if str(device or "cpu") == "cpu" and alone and "mixed" not in precision:
+        return Plain()
+    return WithFabric(str(device or "cpu"), precision)

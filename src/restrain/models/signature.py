@@ -1,0 +1,57 @@
+"""The signature of the models: every keyword that there is, also those of penalties registered later."""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any
+
+from restrain.models import keywords, settings
+from restrain.models.settings import Settings
+
+DEFAULTS = {
+    "layers": None,
+    "hidden": (100,),
+    "activation": "relu",
+    "normalize": False,
+    "how": None,
+    **{name: getattr(Settings, name) for name in settings.NAMES},
+    "valid": None,
+    "random_state": None,
+}
+
+
+class Init:
+    """`__init__` with all keywords that there are now, also names that were registered after the class was made.
+
+    scikit-learn reads the parameters of an estimator from that signature.
+    """
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        def init(*args: Any, **given: Any) -> None:
+            try:
+                bound = signature.bind(*args, **given)
+            except TypeError as error:
+                wrong = [name for name in given if name not in signature.parameters]
+                if not wrong:
+                    raise
+                raise keywords.unknown(wrong, list(signature.parameters)[1:], type(args[0]).__name__) from error
+            bound.apply_defaults()
+            for name, value in list(bound.arguments.items())[1:]:
+                setattr(args[0], name, value)
+
+        signature = _signature()
+        init.__signature__ = signature  # type: ignore[attr-defined]
+        init.__name__, init.__qualname__ = "__init__", f"{owner.__name__}.__init__"
+        return init if instance is None else MethodType(init, instance)
+
+
+def _signature() -> inspect.Signature:
+    kinds = inspect.Parameter
+    parameters = [
+        kinds("self", kinds.POSITIONAL_OR_KEYWORD),
+        kinds("layers", kinds.POSITIONAL_OR_KEYWORD, default=None),
+    ]
+    rest = {**DEFAULTS, **dict.fromkeys(keywords.names(tuple(DEFAULTS)))}
+    del rest["layers"]
+    return inspect.Signature([*parameters, *(kinds(n, kinds.KEYWORD_ONLY, default=v) for n, v in rest.items())])

@@ -1,0 +1,285 @@
+"""The training loop of the keyword models.
+
+Everything random in an epoch (order of the batches, noise, dropout) is drawn from the seed and the number of the
+epoch alone. So a training that was stopped goes on exactly where it was, and torch's own generator stays as it was.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from restrain.engine.attach import attach
+from restrain.errors import RestrainWarning, TrainingError
+from restrain.models import checkpoints, optimizers
+from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
+from restrain.models.layers import Network, outputs_of
+from restrain.models.monitors import Looking, Means, Monitors, penalties, remembering, training_values
+from restrain.models.penalties import Contractive
+from restrain.models.running import Plain
+from restrain.models.settings import Settings
+from restrain.rules import Rule
+
+
+class Task(Protocol):
+    """What the network is to do: the loss of each sample, and other scores."""
+
+    def losses(self, output: Tensor, target: Tensor) -> Tensor:
+        """The data loss of each sample, of shape (batch,)."""
+
+    def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Other numbers of each sample, by name."""
+
+
+@dataclass
+class Best:
+    """The best validation so far: its data loss, the weights then, and how many have not been better since."""
+
+    loss: float = math.inf
+    weights: dict[str, Tensor] | None = None
+    worse: int = 0
+
+    def take(self, loss: float, network: Network, improvement: float) -> None:
+        """Look at one more validation."""
+        margin = improvement * abs(self.loss) if math.isfinite(self.loss) else 0.0
+        if loss < self.loss - margin:
+            self.loss, self.worse = loss, 0
+            self.weights = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        else:
+            self.worse += 1
+
+
+@dataclass
+class Training:
+    """A network being trained on samples under rules.
+
+    Args:
+        network: trained in place.
+        rules: what regularises it.
+        task: its loss.
+        train, valid: samples.
+        settings: optimizer, epochs and so on.
+        seed: of all that is random.
+        before: how many epochs it has had before.
+        state: the optimizer's, to go on with.
+    """
+
+    network: Network
+    rules: list[Rule]
+    task: Task
+    train: Samples
+    valid: Samples | None
+    settings: Settings
+    seed: int
+    before: int = 0
+    state: dict[str, Any] | None = None
+    place: Plain = field(default_factory=Plain)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.network.to(self.place.device)
+        self.optimizer = optimizers.make(
+            self.settings.algo,
+            self.network.parameters(),
+            learning_rate=self.settings.learning_rate,
+            momentum=self.settings.momentum,
+        )
+        if self.state is not None:
+            self.optimizer.load_state_dict(self.state)
+        self.done, self.best = 0, Best()
+        self.derivatives = any(isinstance(getattr(r.what, "penalty", r.what), Contractive) for r in self.rules)
+        self.mean_weight = self.train.mean_weight
+        self.reg = attach(self.network, list(map(remembering, self.rules)), self.optimizer) if self.rules else None
+
+    def epochs(self) -> Iterator[tuple[Monitors, Monitors]]:
+        """Train; after each epoch, the monitors of training and of the last validation ({} before the first).
+
+        At the end, or when the caller stops, the best weights by validation are back.
+
+        Raises:
+            TrainingError: the loss isn't finite.
+        """
+        try:
+            self._resume()
+            self.model, self.stepper = self.place.setup(self.network, self.optimizer)
+            valid: Monitors = {}
+            while not self.finished:
+                train = self._epoch()
+                self.done += 1
+                row: dict[str, Any] = {"epoch": self.before + self.done, **train}
+                if self.valid is not None and self._is_due():
+                    valid = self.evaluate(self.valid)
+                    row.update({f"valid_{key}": value for key, value in valid.items()})
+                    self.best.take(valid["data_loss"], self.network, self.settings.min_improvement)
+                self.history.append(row)
+                self._checkpoint()
+                yield train, dict(valid)
+            self._warn_of_empty()
+        finally:
+            if self.reg is not None:
+                self.reg.detach()
+            if self.best.weights is not None:
+                self.network.load_state_dict(self.best.weights)
+            self.network.eval()
+            self.network.to("cpu")
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing more to do."""
+        patience = self.settings.patience
+        return self.done >= self.settings.epochs or (patience is not None and self.best.worse >= patience)
+
+    def _is_due(self) -> bool:
+        return self.done % self.settings.validate_every == 0 or self.done in (1, self.settings.epochs)
+
+    def _epoch(self) -> Monitors:
+        number, means = self.before + self.done, Means()
+        optimizers.set_rate(self.optimizer, self.settings.learning_rate, self.done)
+        order = shuffled(len(self.train), self.seed, 2, number) if self.settings.shuffle else None
+        self.model.train()
+        with self.place.seeded(generator(self.seed, 3, number).initial_seed() >> 1):
+            for rows in batches(len(self.train), self.settings.batch_size, order, pairs=self.network.needs_pairs):
+                self._step(rows, means)
+        found = means.read(penalties(self.reg))
+        if not math.isfinite(found["loss"]):
+            raise TrainingError(
+                f"the loss is {found['loss']} in epoch {number + 1}: a smaller learning_rate=, max_gradient_norm=1, "
+                "normalize=True or a smaller strength would keep it finite"
+            )
+        return found
+
+    def _step(self, rows: Any, means: Means) -> None:
+        mine = rows[self.place.rank :: self.place.ranks]  # the share of this process
+        share = len(mine) * self.place.ranks / len(rows)
+        x, y, weight = self._batch(self.train, mine if len(mine) else rows[:1])
+        seen: list[dict[str, Tensor]] = []
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            output = self.model(x)
+            values = self._values(output, x if y is None else y, weight)
+            values = {key: share * value for key, value in values.items()}
+            loss = values["data_loss"]
+            loss = loss if self.reg is None else self.reg.loss(loss)
+            seen.append({**values, **training_values(self.reg)})
+            self.place.backward(loss)
+            if self.settings.max_gradient_norm is not None:
+                self.place.unscaled(self.stepper)
+                torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_gradient_norm)
+            return loss.detach()
+
+        if isinstance(self.optimizer, torch.optim.LBFGS):
+            self.stepper.step(closure)
+        else:
+            closure()
+            self.stepper.step()
+        means.add(self.place.mean({key: value.detach() for key, value in seen[0].items()}), len(rows))
+
+    def _batch(self, samples: Samples, rows: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, y, weight = (None if t is None else t.to(self.place.device) for t in samples.batch(rows))
+        assert x is not None
+        return x.requires_grad_(self.derivatives), y, weight
+
+    def _values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """The mean data loss and scores of a batch, each sample by its weight over the mean weight of all."""
+        target = target.detach()
+        values = {"data_loss": self.task.losses(output, target), **self.task.scores(output, target)}
+        if weight is not None:
+            values = {key: value * (weight / self.mean_weight) for key, value in values.items()}
+        return {key: value.mean() for key, value in values.items()}
+
+    def evaluate(self, samples: Samples) -> Monitors:
+        """The monitors of samples, with noise and dropout off."""
+        self.network.eval()
+        means, looking = Means(), Looking(self.reg)
+        graph = nullcontext() if looking.needs_graph else torch.no_grad()
+        with graph, looking.attached():
+            for rows in batches(len(samples), max(self.settings.batch_size, 256)):
+                x, y, weight = self._batch(samples, rows)
+                values = self._values(self.network(x), x if y is None else y, None)
+                values = {**values, **looking.values()}
+                if weight is not None:
+                    values |= self._weighted(x, y, weight, samples.mean_weight)
+                means.add({key: value.detach() for key, value in values.items()}, len(rows))
+        return means.read(penalties(self.reg))
+
+    def _weighted(self, x: Tensor, y: Tensor | None, weight: Tensor, mean: float) -> dict[str, Tensor]:
+        """Data loss and scores by the weights."""
+        return self._values(self.network(x), x if y is None else y, weight * (self.mean_weight / mean))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        """What this training is: a checkpoint of another one is refused."""
+        return {
+            **self.settings.identity(),
+            "optimizer": type(self.optimizer).__name__,
+            "network": {key: list(value.shape) for key, value in self.network.state_dict().items()},
+            "rules": [] if self.reg is None else [_said(bound.rule, bound.names) for bound in self.reg._bounds],
+            "data": fingerprint(self.train),
+            "validation data": fingerprint(self.valid),
+            "seed": self.seed,
+            "epochs before": self.before,
+        }
+
+    def _checkpoint(self) -> None:
+        if self.settings.checkpoint is None or self.place.rank:
+            return
+        state = {
+            "training": self._identity(),
+            "done": self.done,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rules": None if self.reg is None else self.reg.state_dict(),
+            "best": vars(self.best),
+            "history": self.history,
+        }
+        checkpoints.write(self.settings.checkpoint, state)
+
+    def _resume(self) -> None:
+        if self.settings.checkpoint is None:
+            return
+        state = checkpoints.read(self.settings.checkpoint, self._identity())
+        if state is None:
+            return
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.reg is not None:
+            self.reg.load_state_dict(state["rules"])
+        self.done, self.best = state["done"], Best(**state["best"])
+        self.history[:] = state["history"]
+
+    # ---------------------------------------------------------------- what went wrong
+
+    def _warn_of_empty(self) -> None:
+        """Warn of weights and of hidden layers that a rule has emptied."""
+        if self.reg is None:
+            return
+        self.network.eval()
+        empty = [name for name, p in self.network.named_parameters() if p.dim() > 1 and not p.any()]
+        with torch.no_grad():
+            x, _, _ = self._batch(self.train, next(batches(len(self.train), 256)))
+            empty += [name for name, h in outputs_of(self.network, x).items() if not h.any()]
+        for bound in self.reg._bounds:
+            mine = [name for name in bound.names if name in empty]
+            if mine and (bound.key in penalties(self.reg) or bound.rule.how == "project"):
+                warnings.warn(
+                    f"{bound.key!r} has emptied {', '.join(map(repr, mine))}: nothing but zeros there. A smaller "
+                    "strength would keep some of it",
+                    RestrainWarning,
+                    stacklevel=3,
+                )
+
+
+def _said(rule: Rule, names: list[str]) -> str:
+    """A rule as text that is the same in every process."""
+    what = repr(rule.what)
+    what = type(rule.what).__name__ if " at 0x" in what else what
+    return f"{what} on {names} how={rule.how} reduce={rule.reduce} every={rule.every}"
