@@ -216,7 +216,9 @@ class Attachment:
         recorded = self._collect(loss)
         for bound in due.values():
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):
-                terms.append(network_value(bound, model, self._forwards))
+                terms.append(network_value(bound, model, self._forwards.outputs.get(bound.key, {})))
+                for raw in bound.raws[:1]:
+                    raw.last = [terms[-1].detach()]
         collected = [one for one in self._forwards.current if recorded and one.tap.rule in due]
         terms += [one.direct for one in collected if one.direct is not None]
         return terms, [one for one in collected if one.hidden is not None]

@@ -28,7 +28,8 @@ class Measure:
 def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:
     """The rule's value with what graph there is; None where nothing was collected yet."""
     if isinstance(bound.rule.what, NetworkPenalty):
-        return None if bound.raws and not forwards.outputs.get(bound.key) else network_value(bound, root, forwards)
+        outputs = forwards.outputs.get(bound.key, {})
+        return None if bound.raws and not outputs else network_value(bound, root, outputs)
     if not bound.taps:
         return parameter_value(bound, root)
     parts = [one.direct for one in forwards.current if one.tap.rule == bound.key and one.direct is not None]
@@ -55,6 +56,10 @@ def measure(
     trained = [p for p in root.parameters() if p.requires_grad]
     terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
     numbers = values(bounds, root, forwards)
+    for bound in bounds:
+        term = terms.get(bound.key)
+        if bound.raws and term is not None:
+            numbers[bound.key] = float(term.detach())
     if data_loss is not None:
         key = "data"
         while key in terms:

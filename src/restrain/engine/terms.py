@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from restrain.engine.bind import Bound
-from restrain.engine.collect import Forwards
 
 
 def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tensor:
@@ -24,11 +25,8 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
     return value / len(terms) if mean else value
 
 
-def network_value(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor:
-    """Strength × value of a penalty on the whole network, with the outputs that were last collected."""
+def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
+    """Strength × value of a penalty on the whole network, given named outputs."""
     parameters = {handle.name: handle.find(root) for handle, _ in bound.parameters}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    value: Tensor = bound.rule.what(trained, forwards.outputs.get(bound.key, {}))  # type: ignore[operator]
-    for raw in bound.raws[:1]:
-        raw.last = [value.detach()]
-    return value
+    return bound.rule.what(trained, outputs)  # type: ignore[operator, no-any-return]
