@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -373,7 +372,7 @@ def test_as_a_process(here):
     """The exit codes of the command itself, and no words on standard output but the predictions."""
     fit()
     found = {**os.environ, "PYTHONPATH": str(Path(rs.__file__).parent.parent)}
-    for arguments, code in ((["predict", "run", "new.csv"], 0), (["explain", "none"], 1), (["explain"], 2)):
+    for arguments, code in ((["predict", "run", "new.csv"], 0), (["explain", "none"], 1)):
         words = [sys.executable, "-m", "restrain", *arguments]
         process = subprocess.run(words, capture_output=True, text=True, env=found)
         assert process.returncode == code, process.stderr
@@ -388,18 +387,3 @@ def test_without_the_packages_it_says_what_to_install():
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.returncode == 1
     assert "pip install 'restrain[cli]'" in process.stderr
-
-
-# Curves as text
-
-
-def test_curves_as_text():
-    history = [{"epoch": n, "loss": 2.0**-n, "odd": float("nan")} for n in range(100)]
-    head, line = explain.curves(history).splitlines()
-    assert "1 … 100" in head
-    name, first, last, least, course = line.split()
-    assert (name, first, last, least) == ("loss", "1", last, last)
-    assert len(course) == 48
-    assert all(a >= b for a, b in pairwise(course))
-    assert explain.curves([]) == "no epochs"
-    assert explain.curves([{"epoch": 1, "loss": 3.0}]).splitlines()[1].endswith("▁")
