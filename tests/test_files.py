@@ -206,10 +206,10 @@ def test_killed_at_any_moment(tmp_path):
     code = "import sys\nimport torch\nfrom restrain.models import files\nn = 0\nwhile True:\n"
     code += "    n += 1\n    files.write(sys.argv[1], 'test', {'n': n}, {'x': torch.full((200_000,), float(n))})\n"
     code += "    if n == 1:\n        print('ready', flush=True)\n"
-    for moment in range(5):
+    for moment in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "m")], stdout=subprocess.PIPE)
         assert process.stdout.readline() == b"ready\n"
-        threading.Event().wait(0.002 * 3**moment)
+        threading.Event().wait(0.002 * 7**moment)
         process.kill()
         process.wait()
         process.stdout.close()

@@ -289,3 +289,9 @@ def test_keywords_of_train_last_for_that_call():
         ["weight_l2"],
     ]
     assert model.weight_l2 == 0.1
+
+
+def test_contractive_behind_a_batchnorm_is_refused():
+    with pytest.raises(PlanError, match="depend on the other samples: use layernorm"):
+        rs.Autoencoder([4, 8, "batchnorm", 4]).train(IRIS, contractive=0.1)
+    rs.Autoencoder([4, 8, "layernorm", 5, 4], epochs=1).train(IRIS, contractive=0.1)

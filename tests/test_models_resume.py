@@ -98,6 +98,17 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
         model(path, epochs=2, patience=None).fit(X, Y)
 
 
+def test_without_a_random_state_the_checkpoint_has_the_seed(tmp_path):
+    given = {"random_state": None, "checkpoint": tmp_path / "state"}
+    with pytest.raises(StopError):
+        model(**{"path": None, **given, "learning_rate": stopping_at(5)}).fit(X, Y)
+    torch.manual_seed(17)
+    resumed = model(None, **{**given, "learning_rate": stopping_at(-1)}).fit(X, Y)
+    whole = model(None, random_state=None, learning_rate=stopping_at(-1))
+    torch.manual_seed(0)
+    assert result(resumed) == result(whole.fit(X, Y))
+
+
 def test_what_a_checkpoint_holds_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self):

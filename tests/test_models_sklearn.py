@@ -99,3 +99,27 @@ def test_linear_regressor_with_proximal_l1_is_the_lasso(alpha):
     np.testing.assert_array_equal(found == 0, exact.coef_ == 0)
     assert (found == 0).any()
     assert model.module_.out.bias.item() == pytest.approx(exact.intercept_, abs=1e-5)
+
+
+class InWorkers(rs.Penalty):
+    def __call__(self, w):
+        return w.pow(4).sum()
+
+
+def test_in_worker_processes_a_penalty_of_ones_own_still_acts():
+    model = rs.Classifier(hidden=(5,), epochs=1, random_state=0)
+    grid = {"inworkers": [1e-3]}
+    search = GridSearchCV(model, grid, cv=2, n_jobs=2, scoring=rules_of_history).fit(X, Y)
+    assert search.cv_results_["mean_test_score"][0] == 1
+
+
+def rules_of_history(model, x, y):
+    return float("inworkers" in model.history_[0])
+
+
+def test_a_registered_name_does_not_shadow_a_keyword():
+    class Hidden(rs.Penalty):
+        def __call__(self, w):
+            return w.sum()
+
+    assert len(rs.Classifier(hidden=(7, 5), epochs=1).fit(X, Y).layers_) == 4

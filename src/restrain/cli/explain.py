@@ -55,19 +55,24 @@ def _listed(names: Sequence[str], shown: int = 12) -> str:
 
 
 def layers(model: Any) -> str:
-    """A line a layer: what it is, its parameters, and how many of its weights are exactly zero."""
+    """A line a layer: what it is, its parameters, and how many of them are exactly zero.
+
+    A weight that two layers share counts for the first.
+    """
+    counted: set[int] = set()
     rows = [["layer", "form", "size", "activation", "parameters", "zeros", ""]]
     for layer in model.layers_:
         row = [layer["name"], layer["form"], str(layer["size"]), layer.get("activation", "")]
         module = None if layer["form"] == "input" else model.module_.get_submodule(layer["name"])
-        own = [] if module is None else list(module.parameters())
+        own = [] if module is None else [p for p in module.parameters() if id(p) not in counted]
+        counted |= set(map(id, own))
         zeros, size = sum(int((p == 0).sum()) for p in own), sum(p.numel() for p in own)
         rows.append([*row, *([f"{size:,}", f"{zeros:,}", f"{zeros / size:.1%}"] if size else [""] * 3)])
     return _aligned(rows, right={2, 4, 5, 6})
 
 
 def rules(model: Any) -> str:
-    """Who gets what, with the values of penalties on the weights as they are."""
+    """Who gets what; the values are among the curves."""
     _, given, how = model._keywords({})
     made = keywords.rules(given, keywords.Context(model.layers_, how))
     if not made:
@@ -75,7 +80,7 @@ def rules(model: Any) -> str:
     module = model.module_
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with rs.attach(module, made, torch.optim.SGD(module.parameters(), lr=0.0)) as reg:
-        text = reg.table(values=True)
+        text = reg.table()
     module.load_state_dict(before)  # attaching a constraint projects
     return text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,9 +14,10 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
+from restrain import registry
 from restrain.errors import FileError, PlanError
-from restrain.models import files, keywords, progress, settings
-from restrain.models.data import Samples, batches, generator, split
+from restrain.models import checkpoints, files, keywords, progress, settings
+from restrain.models.data import Samples, Scale, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
 from restrain.models.running import Plain, running
@@ -28,22 +28,6 @@ from restrain.models.training import Task, Training
 from restrain.transforms.normalization import Standardize
 
 _AT_ONCE = 2**18  # numbers that are read at a time where nothing is trained
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What standardises inputs and targets on their way in, and undoes it on the way out."""
-
-    x: Standardize
-    y: Standardize
-
-    def inputs(self, x: Tensor) -> Tensor:
-        """Standardised inputs."""
-        return self.x(x)  # type: ignore[no-any-return]
-
-    def targets(self, y: Tensor) -> Tensor:
-        """Standardised targets."""
-        return self.y(y)  # type: ignore[no-any-return]
 
 
 class KeywordModel(BaseEstimator):  # type: ignore[misc]
@@ -68,6 +52,15 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if not name.endswith("_") and name in keywords.names(tuple(DEFAULTS)):
             return None  # registered after this estimator was made
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # with the user's classes, so that in another process their names are registered before `clone` asks for them
+        meant = {name: registry.lookup(name) for name in keywords.registered(tuple(DEFAULTS))}
+        kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
+        return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
 
     # ---------------------------------------------------------------- what the kinds of models differ in
 
@@ -234,7 +227,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return x
 
     def _split(self, samples: Samples, valid: Any) -> tuple[Samples, Samples | None]:
-        if valid is None or (isinstance(valid, float) and valid == 0):
+        if valid is None or (isinstance(valid, (int, float)) and valid is not False and valid == 0):
             return samples, None
         if isinstance(valid, (int, float, np.floating)):
             return split(samples, float(valid), self.seed_)
@@ -268,7 +261,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         self._check_sizes(layers)
         if samples.x.ndim == 3 and not self._steps:
             layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
-        self.seed_ = place.agreed(self._new_seed())
+        self.seed_ = place.agreed(self._new_seed(chosen))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(generator(self.seed_, 0).initial_seed())
             network = Network(layers)
@@ -295,9 +288,11 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
                     f"write {size} there"
                 )
 
-    def _new_seed(self) -> int:
+    def _new_seed(self, chosen: Settings) -> int:
+        """That of `random_state`; without one that of the checkpoint to go on from, or one of torch's generator."""
         if self.random_state is None:
-            return int(torch.randint(2**31 - 1, ()))
+            known = checkpoints.seed(chosen.checkpoint)
+            return int(torch.randint(2**31 - 1, ())) if known is None else known
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     # ---------------------------------------------------------------- use

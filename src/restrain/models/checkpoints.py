@@ -58,3 +58,12 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
             "anew, or name another file"
         )
     return state  # type: ignore[no-any-return]
+
+
+def seed(path: str | Path | None) -> int | None:
+    """The seed of the training in a file; None where there is none to be read."""
+    try:
+        found = torch.load(path, weights_only=True, map_location="cpu")["training"]["seed"] if path else None
+    except Exception:  # no such file, or a foreign one, of which `read` tells
+        return None
+    return found if isinstance(found, int) else None

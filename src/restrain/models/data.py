@@ -12,6 +12,23 @@ import torch
 from torch import Tensor
 
 from restrain.errors import PlanError
+from restrain.transforms.normalization import Standardize
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What standardises inputs and targets on their way in, and undoes it on the way out."""
+
+    x: Standardize
+    y: Standardize
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Standardised inputs."""
+        return self.x(x)  # type: ignore[no-any-return]
+
+    def targets(self, y: Tensor) -> Tensor:
+        """Standardised targets."""
+        return self.y(y)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -27,7 +44,7 @@ class Samples:
     rows: Any = None
     dtype: torch.dtype = torch.float32
     labels: bool = False  # targets are class indices
-    scale: Any = None
+    scale: Scale | None = None
 
     def __len__(self) -> int:
         return len(self.x) if self.rows is None else len(self.rows)

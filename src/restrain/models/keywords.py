@@ -60,9 +60,13 @@ OWN: dict[str, type[What]] = {**WEIGHTS, **ACTIVATIONS, **NOISES, **PATTERNS, **
 
 
 def names(reserved: Sequence[str] = ()) -> tuple[str, ...]:
-    """Every keyword there is now: ours, then the registered names that don't mean something else to a model."""
-    own = (*OWN, "regularizers")
-    return (*own, *(name for name in registry.names() if name not in own and name not in reserved))
+    """Every keyword there is now: ours, then the registered names."""
+    return (*OWN, "regularizers", *registered(reserved))
+
+
+def registered(reserved: Sequence[str]) -> tuple[str, ...]:
+    """The registered names that don't mean something else: neither one of our keywords nor one of `reserved`."""
+    return tuple(name for name in registry.names() if name not in (*OWN, "regularizers", *reserved))
 
 
 def unknown(given: Sequence[str], known: Sequence[str], where: str) -> PlanError:
@@ -213,6 +217,8 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
     if isinstance(what, NetworkPenalty):
         names = [layer["name"] for layer in context.layers[1:]]
         places = context.places((on or context.default(keyword)) if keyword in ACTIVATIONS else on or names)
+        if keyword == "contractive" and any(layer["form"] == "batchnorm" for layer in context.layers):
+            raise PlanError("behind a batchnorm layer, a sample's outputs depend on the other samples: use layernorm")
         return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
     if keyword in ACTIVATIONS or isinstance(what, Noise):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)

@@ -126,7 +126,7 @@ class Looking:
                 ]
                 values[bound.key] = torch.stack(parts).sum()
             elif isinstance(bound.rule.what, NetworkPenalty):
-                outputs = {raw.spot.name: self.seen[id(raw)] for raw in bound.raws}
+                outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}
                 values[bound.key] = network_value(bound, self.model, outputs)
             elif _is_penalty(bound):
                 values[bound.key] = parameter_value(bound, self.model)

@@ -64,9 +64,10 @@ def _squared_jacobian(h: Tensor, x: Tensor) -> Tensor:
     rows = max(1, _AT_ONCE // max(x.numel(), 1))
     value = x.new_zeros(())
     for start in range(0, len(units), rows):
-        basis = torch.eye(len(units), dtype=h.dtype, device=h.device)[start : start + rows]
         if not units.requires_grad:
             break
+        some = torch.arange(start, min(start + rows, len(units)), device=h.device)
+        basis = h.new_zeros(len(some), len(units)).index_put((some - start, some), h.new_ones(()))
         (jacobian,) = torch.autograd.grad(
             units, x, basis, create_graph=torch.is_grad_enabled(), retain_graph=True, is_grads_batched=True
         )

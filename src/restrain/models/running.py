@@ -65,7 +65,7 @@ class WithFabric(Plain):
         except ImportError as error:
             raise PlanError(
                 "devices other than the CPU, mixed precision and several processes need Lightning Fabric: "
-                "pip install lightning-fabric"
+                "pip install 'restrain[devices]'"
             ) from error
         kind, _, number = (device or "auto").partition(":")
         ranks = int(os.environ.get("WORLD_SIZE", "1"))

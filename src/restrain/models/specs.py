@@ -54,6 +54,7 @@ def resolve(specifications: Any, *, activation: str = "relu") -> list[LayerData]
     """
     if isinstance(specifications, (str, bytes, Mapping)) or not isinstance(specifications, Sequence):
         raise PlanError(f"layers are a list such as [784, 100, 10], got {specifications!r}")
+    activation = _known(activation, tuple(ACTIVATIONS), "activation", "activation=")
     given = [_read(spec) for spec in specifications]
     if len(given) < 2:
         raise PlanError(f"layers are at least an input and an output, as in [784, 10]; got {specifications!r}")
@@ -107,7 +108,7 @@ def _known(text: Any, known: Sequence[str], kind: str, spec: Any) -> str:
     everything = [*dict.fromkeys((*known, *(FORMS if "or" in kind else ())))]
     near = get_close_matches(name, everything)
     hint = f" (near it: {', '.join(near)})" if near else ""
-    raise PlanError(f"no {kind} is called {text!r}{hint}, in the layer {spec!r}; there are: {', '.join(everything)}")
+    raise PlanError(f"no {kind} is called {text!r}{hint}, in {spec!r}; there are: {', '.join(everything)}")
 
 
 def _input(layer: LayerData) -> LayerData:
