@@ -28,7 +28,8 @@ ROWS = [
     {"look"},
     {"models"},
     {"integrations"},
-    {"plots", "demo", "cli", "__main__", ""},
+    {"plots"},
+    {"study", "demo", "cli", "__main__", ""},
 ]
 MAX_FILE, MAX_FUNCTION = 399, 39  # lines
 

@@ -46,12 +46,14 @@ def test_links_lead_somewhere():
 
 
 def test_the_demo_prints_and_draws(tmp_path, capsys):
-    demo.main(["--out", str(tmp_path), "--epochs", "2"])
+    demo.main(["--out", str(tmp_path), "--epochs", "2", "--seeds", "2"])
     out = capsys.readouterr().out
     for title in ("without rules", "rules in the loss", "proximal rules", "sparse autoencoder"):
         assert title in out
+    assert len(re.findall(r"minus plain .*±", out)) == 5
+    assert len(re.findall(r"hidden_l1=.*% zeros", out)) == 6
     assert len(re.findall(r"test accuracy \d\d\.\d\d%", out)) == 3
-    for name in ("features.png", "zeros.png", "curves.png", "digits.png"):
+    for name in ("features.png", "zeros.png", "curves.png", "digits.png", "study.png"):
         path = tmp_path / name
         assert str(path) in out
         assert path.read_bytes().startswith(b"\x89PNG")

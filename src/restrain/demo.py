@@ -1,7 +1,8 @@
-"""`make demo`: the main job on real data, the 1,797 handwritten digits that scikit-learn ships.
+"""`make demo`: the main jobs on real data, the 1,797 handwritten digits that scikit-learn ships.
 
-One plain PyTorch network is trained without rules, with rules in the loss and with proximal ones, and a sparse
-autoencoder learns features; the rest is printed and drawn.
+First keyword models on few images (`restrain.study`). Then, with a training loop of one's own, one plain PyTorch
+network is trained without rules, with rules in the loss and with proximal ones, and a sparse autoencoder learns
+features; the rest is printed and drawn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restrain as rs
-from restrain import plots
+from restrain import plots, study
 
 BATCH = 64
 
@@ -156,19 +157,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the demo; see `--help`."""
     parser = argparse.ArgumentParser(prog="restrain.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of the comparison on few images")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data of each training")
     given = parser.parse_args(arguments)
     out, epochs = given.out, given.epochs
     from tqdm import tqdm
 
-    data, started = Digits.load(), time.perf_counter()
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    for line in study.run(out, given.seeds, min(epochs, 30)):
+        print(line, flush=True)
+    data = Digits.load()
     jobs: list[tuple[str, nn.Module, list[rs.Rule], Any]] = [
         ("without rules", network(), [], classify),
         ("rules in the loss, noise and dropout", network(), IN_LOSS, classify),
         ("proximal rules", network(), PROXIMAL, classify),
         ("sparse autoencoder", SparseAutoencoder(), SPARSE, reconstruct),
     ]
-    print(f"{len(data.x)} digits to train on, {len(data.x_test)} to test with; {epochs} epochs each")
+    sizes = f"{len(data.x)} digits to train on, {len(data.x_test)} to test with"
+    print(f"\nA PyTorch network of one's own: {sizes}; {epochs} epochs each")
     runs = []
     with tqdm(total=len(jobs) * epochs, unit=" epochs", file=sys.stderr) as bar:
         for title, model, plan, loss_of in jobs:

@@ -95,3 +95,32 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Pat
         axis.legend(fontsize=8, frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
     return _written(figure, path)
+
+
+def study(gains: Sequence[Any], points: Sequence[tuple[float, float, float]], path: Path) -> Path:
+    """Differences of accuracy with two standard errors, a point a seed; and the frontier of zeros against error.
+
+    Args:
+        gains: with `kind`, `differences`, `mean` and `error`.
+        points: strength, share of zeros, error.
+        path: the file to write.
+    """
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    for at, gain in enumerate(gains):
+        left.plot([at] * len(gain.differences), [100 * d for d in gain.differences], "o", color="C0", alpha=0.25)
+        left.errorbar(at, 100 * gain.mean, 200 * gain.error, fmt="o", color="C3", capsize=5)
+    left.axhline(0, color="0.6", lw=1)
+    left.set_xticks(range(len(gains)), [gain.kind for gain in gains])
+    left.set(ylabel="test accuracy minus plain (%)", title="pairs by seed; mean ± 2 standard errors")
+    right.plot([100 * zeros for _, zeros, _ in points], [error for _, _, error in points], "o-")
+    for strength, zeros, error in points:
+        right.annotate(f"{strength:g}", (100 * zeros, error), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    right.set(
+        xlabel="exact zeros in the code (%)",
+        ylabel="squared error of a pixel",
+        title="sparse autoencoder, by hidden_l1",
+    )
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    return _written(figure, path)

@@ -12,6 +12,7 @@ from restrain.errors import PenaltyError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.base import Tensors
 
+INPUT = ":inputs"  # what the model's own input is called among the outputs that a penalty on the network is given
 _AT_ONCE = 2**22  # entries of the Jacobian that are computed together
 
 # dh/da of an activation h = f(a), as a function of h
@@ -41,10 +42,10 @@ class Contractive(NetworkPenalty, register=False):
     activation: str = ""
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
-        x = outputs[""]
+        x = outputs[INPUT]
         value = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         for name, h in outputs.items():
-            if name == "":
+            if name == INPUT:
                 continue
             h, weight = h.to(value.dtype), parameters.get(f"{name}.weight")
             if name == self.first and weight is not None and self.activation in _SLOPES:
