@@ -160,13 +160,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=20, help="seeds of the comparison on few images")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data of each training")
     given = parser.parse_args(arguments)
-    out, epochs = given.out, given.epochs
+    started = time.perf_counter()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for line in study.run(given.out, given.seeds, min(given.epochs, 30)):
+        print(line, flush=True)
+    own_networks(given.out, given.epochs)
+    print(f"{time.perf_counter() - started:.1f} s in all")
+
+
+def own_networks(out: Path, epochs: int) -> None:
+    """The second job: networks of one's own, trained, reported and drawn."""
     from tqdm import tqdm
 
-    started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    for line in study.run(out, given.seeds, min(epochs, 30)):
-        print(line, flush=True)
     data = Digits.load()
     jobs: list[tuple[str, nn.Module, list[rs.Rule], Any]] = [
         ("without rules", network(), [], classify),
@@ -191,14 +196,13 @@ def main(arguments: list[str] | None = None) -> None:
         f"code: {(code == 0).float().mean():.1%} of its entries are zero, {(code > 0).float().sum(1).mean():.1f} "
         f"of {code.shape[1]} features at work in an image"
     )
-    print(f"\n{time.perf_counter() - started:.1f} s in all; pictures:")
+    print("\npictures:")
     for path in draw(runs, data, out):
         print(f"  {path}")
 
 
 def draw(runs: list[Run], data: Digits, out: Path) -> Iterator[Path]:
     """The pictures, written into a folder."""
-    out.mkdir(parents=True, exist_ok=True)
     plain, in_loss, proximal, sparse = runs
     features = {run.title: run.model[0].weight for run in (plain, in_loss, proximal)}  # type: ignore[index]
     usage = rs.activations(sparse.model, data.x)["relu"].mean(0)
