@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from restrain.engine.bind import Bound
 from restrain.engine.taps import Watch
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty
-from restrain.rules import Rule
 
 Monitors = dict[str, float]
 
@@ -41,21 +40,6 @@ class Means:
         return {"loss": found["data_loss"] + sum(found.get(rule, 0.0) for rule in rules), **found}
 
 
-class Remembered(NetworkPenalty, register=False):
-    """A penalty on the whole network that remembers its last value, which may be dear."""
-
-    def __init__(self, penalty: NetworkPenalty) -> None:
-        self.penalty, self.last = penalty, torch.zeros(())
-
-    def __call__(self, parameters: Any, outputs: Any) -> Tensor:
-        value = self.penalty(parameters, outputs)
-        self.last = value.detach()
-        return value
-
-    def __repr__(self) -> str:
-        return repr(self.penalty)
-
-
 def _is_penalty(bound: Bound) -> bool:
     return isinstance(bound.rule.what, (Penalty, NetworkPenalty))
 
@@ -72,11 +56,12 @@ def training_values(reg: Attachment | None) -> dict[str, Tensor]:
         return values
     with torch.no_grad():
         for bound in reg._bounds:
-            if bound.taps:
-                parts = [part.reshape(()) for tap in bound.taps for part in tap.last]
+            watches = [*bound.taps, *bound.raws]
+            if watches:
+                parts = [part.reshape(()) for watch in watches for part in watch.last]
                 values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
-            elif isinstance(bound.rule.what, Remembered):
-                values[bound.key] = bound.rule.what.last
+            elif isinstance(bound.rule.what, NetworkPenalty):
+                values[bound.key] = network_value(bound, reg.model, {})
             elif _is_penalty(bound):
                 values[bound.key] = parameter_value(bound, reg.model)
     return values
@@ -137,8 +122,3 @@ class Looking:
         """The model."""
         assert self.reg is not None
         return self.reg.model
-
-
-def remembering(rule: Rule) -> Rule:
-    """The same rule, remembering its last value where it is a penalty on the whole network."""
-    return replace(rule, what=Remembered(rule.what)) if isinstance(rule.what, NetworkPenalty) else rule

@@ -21,7 +21,7 @@ from restrain.errors import RestrainWarning, TrainingError
 from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
-from restrain.models.monitors import Looking, Means, Monitors, penalties, remembering, training_values
+from restrain.models.monitors import Looking, Means, Monitors, penalties, training_values
 from restrain.models.penalties import Contractive
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
@@ -96,7 +96,7 @@ class Training:
         self.done, self.best = 0, Best()
         self.derivatives = any(isinstance(getattr(r.what, "penalty", r.what), Contractive) for r in self.rules)
         self.mean_weight = self.train.mean_weight
-        self.reg = attach(self.network, list(map(remembering, self.rules)), self.optimizer) if self.rules else None
+        self.reg = attach(self.network, list(self.rules), self.optimizer) if self.rules else None
 
     def epochs(self) -> Iterator[tuple[Monitors, Monitors]]:
         """Train; after each epoch, the monitors of training and of the last validation ({} before the first).
