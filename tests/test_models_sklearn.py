@@ -115,11 +115,3 @@ def test_in_worker_processes_a_penalty_of_ones_own_still_acts():
 
 def rules_of_history(model, x, y):
     return float("inworkers" in model.history_[0])
-
-
-def test_a_registered_name_does_not_shadow_a_keyword():
-    class Hidden(rs.Penalty):
-        def __call__(self, w):
-            return w.sum()
-
-    assert len(rs.Classifier(hidden=(7, 5), epochs=1).fit(X, Y).layers_) == 4

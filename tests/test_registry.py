@@ -52,3 +52,13 @@ def test_names_of_ours_cannot_be_taken():
 
     assert registry.lookup("l2") is rs.L2
     assert L2()(torch.ones(2)) == 2
+
+
+def test_keywords_of_the_models_are_no_names_of_penalties():
+    keywords = {name for model in (rs.Classifier, rs.Regressor, rs.Autoencoder) for name in model().get_params()}
+    assert keywords - set(registry.names()) == registry.RESERVED
+    with pytest.raises(PenaltyError, match="'hidden' belongs to a keyword of the models"):
+
+        class Hidden(rs.Penalty):
+            def __call__(self, w):
+                return w.sum()

@@ -11,6 +11,48 @@ from restrain.errors import PenaltyError, PlanError
 _classes: dict[str, type] = {}
 
 
+# Keywords of the models, which no penalty may take; tests hold this list against the models' own.
+RESERVED = frozenset(
+    [
+        "activation",
+        "algo",
+        "batch_size",
+        "checkpoint",
+        "contractive",
+        "device",
+        "epochs",
+        "hidden",
+        "hidden_dropout",
+        "hidden_l1",
+        "hidden_noise",
+        "how",
+        "input_dropout",
+        "input_noise",
+        "layers",
+        "learning_rate",
+        "max_gradient_norm",
+        "min_improvement",
+        "momentum",
+        "normalize",
+        "output_dropout",
+        "output_noise",
+        "patience",
+        "precision",
+        "progress",
+        "random_state",
+        "recurrent_norm",
+        "recurrent_state",
+        "regularizers",
+        "shuffle",
+        "valid",
+        "validate_every",
+        "weight_decay",
+        "weight_l1",
+        "weight_l2",
+    ]
+)
+
+
 def register(cls: type, names: Sequence[str]) -> None:
     """Let `names` mean `cls`; the first is the one that it is written by.
 
@@ -23,9 +65,11 @@ def register(cls: type, names: Sequence[str]) -> None:
     taken = [n for i, n in enumerate(names) if not (i and _classes.get(n) in cls.__mro__[1:])]
     for name in taken:
         owner = _classes.get(name)
-        if owner is not None and _is_ours(owner) and not _from_ours(cls):
+        whose = f"{owner.__module__}.{owner.__qualname__}" if owner is not None and _is_ours(owner) else ""
+        whose = "a keyword of the models" if name in RESERVED else whose
+        if whose and not _from_ours(cls):
             raise PenaltyError(
-                f"the name {name!r} belongs to {owner.__module__}.{owner.__qualname__}: give the class "
+                f"the name {name!r} belongs to {whose}: give the class "
                 f"{cls.__qualname__} another name, or keep it out of the registry: "
                 f"class {cls.__qualname__}(..., register=False)"
             )
