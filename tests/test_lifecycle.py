@@ -7,12 +7,12 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import restrain as rs
 from restrain.engine.tripwire import _watchers
+from test_ddp import Net
 from test_training import batch, hand_written, make, plan, reference_training, sgd, trained
 
 
@@ -158,27 +158,10 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
-class Checkpointed(nn.Module):
-    """A model for long trainings, whose block may be checkpointed."""
-
-    def __init__(self, reentrant):
-        super().__init__()
-        self.reentrant = reentrant
-        self.first, self.relu, self.head = nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)
-
-    def block(self, x):
-        return self.relu(self.first(x))
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self.head(self.block(x))
-        return self.head(torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=self.reentrant))
-
-
 def long_training(steps, run_of=lambda model: model, reentrant=None):
     """Yields the number of the step, after each step."""
     torch.manual_seed(0)
-    model = Checkpointed(reentrant)
+    model = Net(reentrant)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     rules = [
         1e-3 * rs.L1().on(rs.outputs("relu")),
