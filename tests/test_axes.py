@@ -7,6 +7,7 @@ from torch import nn
 import restrain as rs
 from restrain.axes import Grouping, group_norms, group_size, grouping
 from restrain.errors import PenaltyError
+from restrain.sites import Location
 
 LAYERS = [
     (nn.Linear(4, 6), (2, 4)),
@@ -117,7 +118,7 @@ def test_heads_of_values_and_of_the_output_are_the_same():
 
 def test_a_whole_head_becomes_zero_by_a_rule():
     layer = attention()
-    bound = rs.GroupLasso("head").bound_to((36, 12), layer, "in_proj_weight")
+    bound = rs.GroupLasso("head").bound_to(Location(torch.empty(36, 12), owner=layer, attribute="in_proj_weight"))
     w = layer.in_proj_weight.detach().clone()
     w.view(3, 3, 4, 12)[:, 1] *= 1e-3
     z = bound.prox(w, 0.05).view(3, 3, 4, 12)

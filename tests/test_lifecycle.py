@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import restrain as rs
-from restrain.engine.tripwire import _watchers
+from restrain.engine.clock import _watchers
 from test_ddp import Net
 from test_training import batch, hand_written, make, plan, reference_training, sgd, trained
 
@@ -119,7 +119,7 @@ def test_attach_and_detach_leave_no_trace():
         steps = [optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks]
         return sum(map(len, places + steps + [_global_optimizer_post_hooks]))
 
-    for tripwire in list(_watchers.tripwires):  # of attachments in other tests
+    for tripwire in list(_watchers.clocks):  # of attachments in other tests
         tripwire.remove()
     rules = [*plan(), *plan("proximal"), rs.Dropout(0.5).on(rs.inputs()), rs.MaxNorm(1e6).on("*.weight")]
     for _ in range(1000):
@@ -277,4 +277,4 @@ def test_an_attachment_that_fails_leaves_no_trace():
         rs.attach(model, [*plan(), Fails().on("0.weight")], optimizer)
     places = [d for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
     assert sum(map(len, [*places, optimizer._optimizer_step_post_hooks, optimizer._optimizer_step_pre_hooks])) == 0
-    assert all(tripwire.model() is not model for tripwire in _watchers.tripwires)
+    assert all(tripwire.model() is not model for tripwire in _watchers.clocks)

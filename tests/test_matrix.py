@@ -1,12 +1,10 @@
 """Everything public in penalties and transforms, against references and by definition; see design.md §7.5.
 
-To add a penalty or transform, give it a case below: the tests here find it by that.
+To add a penalty or transform, give it a case in `cases/`: the tests here find it by that.
 """
 
 import copy
 import pickle
-from collections.abc import Callable
-from dataclasses import dataclass
 from math import inf
 from types import SimpleNamespace
 
@@ -16,6 +14,7 @@ import torch
 
 import references as ref
 import restrain as rs
+from cases import CONSTRAINTS, NOISES, PENALTIES, TRANSFORMS, Case
 from restrain import penalties, transforms
 from restrain.errors import NoProxError
 
@@ -23,57 +22,6 @@ BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise"}
 HALF = [torch.float16, torch.bfloat16]
 REAL = [torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
-
-
-@dataclass
-class Case:
-    """A member, what it should compute for a matrix, and whether it takes tensors of any rank."""
-
-    member: object
-    reference: Callable
-    any_rank: bool = True
-    complex: bool = True
-
-    def __repr__(self):
-        return repr(self.member)
-
-
-PENALTIES = {
-    "L1": [Case(rs.L1(), ref.l1)],
-    "L2": [Case(rs.L2(), ref.l2)],
-    "ElasticNet": [Case(rs.ElasticNet(0.3, 0.2), ref.weighted((0.3, ref.l1), (0.2, ref.l2)))],
-    "Norm": [Case(rs.Norm(p), ref.norm(p)) for p in (1, 1.5, 2, 3, inf)],
-    "GroupLasso": [
-        Case(rs.GroupLasso(), ref.group_lasso(0), any_rank=False),
-        Case(rs.GroupLasso("in"), ref.group_lasso(1), any_rank=False),
-    ],
-    "Scaled": [Case(0.4 * rs.L1(), ref.weighted((0.4, ref.l1)))],
-    "Sum": [
-        Case(rs.L1() + 0.5 * rs.L2(), ref.weighted((1, ref.l1), (0.5, ref.l2))),
-        Case(
-            0.2 * (0.5 * rs.L1() + rs.GroupLasso("in")) + 0.3 * rs.L2(),
-            ref.weighted((0.1, ref.l1), (0.2, ref.group_lasso(1)), (0.3, ref.l2)),
-            any_rank=False,
-        ),
-        Case(0.3 * rs.Norm(inf) + 0.2 * rs.L1(), ref.weighted((0.3, ref.norm(inf)), (0.2, ref.l1))),
-    ],
-}
-CONSTRAINTS = {
-    "NonNegative": [Case(rs.NonNegative(), ref.project_nonnegative, complex=False)],
-    "MaxNorm": [
-        Case(rs.MaxNorm(1.5), ref.project_groups(ref.shorten(1.5), 0), any_rank=False),
-        Case(rs.MaxNorm(1e-3, per="in"), ref.project_groups(ref.shorten(1e-3), 1), any_rank=False),
-    ],
-    "UnitNorm": [
-        Case(rs.UnitNorm(), ref.project_groups(ref.normalize, 0), any_rank=False),
-        Case(rs.UnitNorm("column"), ref.project_groups(ref.normalize, 1), any_rank=False),
-    ],
-}
-NOISES = {
-    "GaussianNoise": [Case(rs.GaussianNoise(0.3), lambda x: (x, np.full(x.shape, 0.3)))],  # mean and deviation
-    "Dropout": [Case(rs.Dropout(0.2), lambda x: (x, np.abs(x) * 0.5), complex=False)],
-}
-TRANSFORMS = CONSTRAINTS | NOISES
 
 
 def flat(cases):

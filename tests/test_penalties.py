@@ -15,6 +15,7 @@ from restrain import registry
 from restrain.axes import Grouping
 from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.penalties import Scaled, Sum
+from restrain.sites import Location
 
 # One tensor or many
 
@@ -242,14 +243,14 @@ def test_norm_refuses(p):
 def test_axes_are_resolved_by_bound_to():
     conv = nn.ConvTranspose2d(4, 6, 3)
     penalty = 0.1 * rs.L1() + 0.2 * rs.GroupLasso("out")
-    bound = penalty.bound_to(tuple(conv.weight.shape), conv, "weight")
+    bound = penalty.bound_to(Location(conv.weight, owner=conv, attribute="weight"))
     assert bound.terms[1].penalty.per == Grouping((4, 6, 3, 3), (1,))
     w = conv.weight.double()
     expected = 0.1 * w.abs().sum() + 0.2 * 36**0.5 * w.transpose(0, 1).flatten(1).norm(dim=1).sum()
     torch.testing.assert_close(bound(w), expected)
     z = bound.prox(w, 2.0)
     assert set(z.transpose(0, 1).flatten(1).ne(0).sum(1).tolist()) == {0}
-    assert rs.L1().bound_to((3,), None, "bias") == rs.L1()
+    assert rs.L1().bound_to(Location(torch.empty(3))) == rs.L1()
 
 
 def test_a_subclass_may_be_anything():

@@ -10,6 +10,7 @@ from torch import nn
 import restrain as rs
 from restrain.axes import Grouping
 from restrain.errors import PenaltyError, SelectionError, TransformError
+from restrain.sites import Location
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -124,12 +125,12 @@ def test_projections_are_differentiable(constraint):
 def test_axes_are_resolved_by_bound_to():
     conv = nn.ConvTranspose2d(4, 6, 3)
     for constraint in (rs.MaxNorm(0.1, per="out"), rs.UnitNorm(per="out")):
-        bound = constraint.bound_to(tuple(conv.weight.shape), conv, "weight")
+        bound = constraint.bound_to(Location(conv.weight, owner=conv, attribute="weight"))
         assert bound.per == Grouping((4, 6, 3, 3), (1,))
         z = bound.project(conv.weight)
         length = 0.1 if isinstance(constraint, rs.MaxNorm) else 1.0
         torch.testing.assert_close(z.transpose(0, 1).flatten(1).norm(dim=1), torch.full((6,), length))
-    assert rs.NonNegative().bound_to((3,), None, "bias") == rs.NonNegative()
+    assert rs.NonNegative().bound_to(Location(torch.empty(3))) == rs.NonNegative()
 
 
 def test_noise_follows_the_global_generator():

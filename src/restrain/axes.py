@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.errors import PenaltyError
+from restrain.sites import Location
 
 NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 
@@ -125,6 +126,11 @@ def grouping(
     if per in ("row", "column"):
         return Grouping(shape, (0 if per == "row" else 1,))
     return _by_meaning(per in ("out", "filter"), per, shape, owner, attribute)
+
+
+def grouping_at(per: Per, at: Location) -> Grouping:
+    """The groups that `per` means for a parameter of a model; see `grouping`."""
+    return grouping(per, tuple(at.tensor.shape), at.owner, at.attribute, at.heads)
 
 
 def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from restrain import registry
 from restrain.errors import HowError, PlanError
 from restrain.places import Places
 from restrain.select import Where, as_where, weights
+from restrain.sites import Location
 
-How = Literal["loss", "gradient", "proximal", "project", "forward"]
+How = Literal["loss", "gradient", "decoupled", "proximal", "project", "parametrize", "forward"]
 
 
 class What:
@@ -36,6 +39,25 @@ class What:
         """
         raise NotImplementedError
 
+    def bound_to(self, at: Location) -> What:
+        """What acts on one parameter: with axes that it names by meaning resolved, and the tensors that it keeps made.
+
+        Raises:
+            PenaltyError: the parameter has no such axis.
+        """
+        return self
+
+    def bound_at_place(self) -> What:
+        """What acts at one place: with the tensors that it keeps made."""
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that it keeps from step to step, for `reg.state_dict()`; loading copies into them."""
+        return {}
+
+    def stepped(self, w: Tensor | None) -> None:
+        """Called after each real optimizer step, with the parameter that it is bound to (None at a place)."""
+
     def on(
         self,
         where: Any = None,
@@ -44,6 +66,7 @@ class What:
         reduce: Literal["sum", "mean"] = "sum",
         name: str | None = None,
         every: int = 1,
+        start: int = 0,
         optional: bool = False,
         outputs: Places | None = None,
     ) -> Rule:
@@ -53,11 +76,12 @@ class What:
             where: what it acts on: a glob over parameter names, a list of them, a compiled regex, a module, a
                 parameter, a module type, a predicate f(name, tensor), a role (`rs.weights`, the default), any of
                 these joined by `& | -`, or places: `rs.outputs(...)`, `rs.inputs(...)`.
-            how: the moment: "loss", "gradient" or "proximal" for penalties, "project" for constraints, "forward"
-                for noise.
+            how: the moment: "loss", "gradient", "decoupled" or "proximal" for penalties, "project" or "parametrize"
+                for constraints, "forward" for noise.
             reduce: "mean" for value / number of entries of each tensor, then the mean over tensors.
             name: its key in `values()`.
             every: act on every so-manieth optimizer step only.
+            start: do nothing before that many optimizer steps.
             optional: matching nothing, or never being reached, is no error.
             outputs: for a penalty on the whole network, the places whose outputs it is given.
 
@@ -70,7 +94,7 @@ class What:
         moments = self.moments(isinstance(selection, Places))
         if how is not None and how not in moments:
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
-        rule = Rule(self, selection, how or moments[0], reduce, name, every, optional, outputs)
+        rule = Rule(self, selection, how or moments[0], reduce, name, every, start, optional, outputs)
         _check(rule)
         return rule
 
@@ -85,8 +109,13 @@ class Rule:
     reduce: Literal["sum", "mean"] = "sum"
     name: str | None = None
     every: int = 1
+    start: int = 0
     optional: bool = False
     outputs: Places | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether its turn is at a step; steps are counted from zero."""
+        return step >= self.start and (step - self.start) % self.every == 0
 
     @property
     def at_places(self) -> bool:
@@ -116,7 +145,8 @@ class Rule:
         given += [f"reduce={self.reduce!r}"] * (self.reduce != "sum") + [f"name={self.name!r}"] * (
             self.name is not None
         )
-        given += [f"every={self.every}"] * (self.every != 1) + ["optional=True"] * self.optional
+        given += [f"every={self.every}"] * (self.every != 1) + [f"start={self.start}"] * (self.start != 0)
+        given += ["optional=True"] * self.optional
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
 
@@ -129,7 +159,11 @@ def _check(rule: Rule) -> None:
         raise PlanError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {what!r}")
     if not isinstance(rule.every, int) or isinstance(rule.every, bool) or rule.every < 1:
         raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {rule.every!r}")
-    if rule.every != 1 and rule.how == "forward":
-        raise PlanError("noise acts at each forward; every= is for penalties and constraints")
+    if not isinstance(rule.start, int) or isinstance(rule.start, bool) or rule.start < 0:
+        raise PlanError(f"start= is a whole number of optimizer steps, zero or more; got {rule.start!r}")
+    if (rule.every != 1 or rule.start) and rule.how in ("forward", "parametrize"):
+        raise PlanError(
+            f"how={rule.how!r} acts at each forward; every= and start= are for what acts at a step or a loss"
+        )
     if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
         raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

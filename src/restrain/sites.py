@@ -106,6 +106,23 @@ class Slot:
         """The tensor; of a parametrised weight the effective one, computed anew."""
         return self.handle.look_up(self.owner, ())
 
+    def location(self) -> Location:
+        """What penalties and transforms are told when they are bound to it."""
+        attentions = [m for m in self.sites[0][0].chain if isinstance(m, nn.MultiheadAttention)]
+        heads = attentions[-1].num_heads if attentions else None
+        return Location(self.tensor(), self.name, self.owner, self.attribute, heads)
+
+
+@dataclass(frozen=True, eq=False)
+class Location:
+    """A parameter as it is when rules are attached: what a penalty or transform may need to know of it."""
+
+    tensor: Tensor
+    name: str = ""
+    owner: nn.Module | None = None  # the module that holds it
+    attribute: str = ""  # its name there
+    heads: int | None = None  # of the attention that it is a part of
+
 
 @dataclass(frozen=True)
 class Handle:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,6 +14,7 @@ from restrain.declare import declared_rules
 from restrain.engine import ranks, report
 from restrain.engine.bind import bind, check_optimizers
 from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
+from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
@@ -23,7 +24,8 @@ from restrain.engine.tripwire import Tripwire
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
-from restrain.sites import unwrap
+from restrain.rules import What
+from restrain.sites import Handle, unwrap
 from restrain.transforms.base import Noise
 
 # Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
@@ -82,7 +84,11 @@ class Attachment:
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
-        self._tripwire = Tripwire(self._loss_rules, self._forwards, self._model) if self._loss_rules else None
+        self._clock = Clock(self._model)
+        self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
+        self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
+        self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
+        self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:
             self._attach_hooks(model)
@@ -131,7 +137,7 @@ class Attachment:
             if bound.rule.how in ("gradient", "proximal", "project"):
                 for handle, what in bound.parameters:
                     work = works.setdefault(handle.name, Work(handle))
-                    getattr(work, bound.rule.how).append((bound.rule.every, what))
+                    getattr(work, bound.rule.how).append((bound.rule, what))
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
         for bound in self._bounds:
@@ -202,15 +208,15 @@ class Attachment:
 
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
-        model, tripwire = self.model, self._tripwire
+        model = self.model
         if self._detached:
             raise DetachedError(
                 "these rules were detached: attach the plan again, rs.attach(model, reg.plan, optimizer)"
             )
-        if tripwire is None:
+        if not self._loss_rules:
             return [], []
-        tripwire.collected = tripwire.collected or torch.is_grad_enabled()
-        due = {bound.key: bound for bound in self._loss_rules if tripwire.steps % bound.rule.every == 0}
+        self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
+        due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
         on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
         terms = [parameter_value(bound, model) for bound in on_parameters]
         recorded = self._collect(loss)
@@ -270,24 +276,38 @@ class Attachment:
             handle.remove()
         for stepper in self._steppers:
             stepper.remove()
-        if self._tripwire is not None:
-            self._tripwire.remove()
+        self._clock.remove()
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
         self._handles, self._steppers, self._detached = [], [], True
         self._forwards.stepped()
 
+    def _acting(self) -> Iterator[tuple[str, What, Handle | None]]:
+        """All that acts, each under a name of its own, with the parameter that it is bound to if it is bound to one."""
+        for bound in self._bounds:
+            for handle, what in bound.parameters:
+                yield f"{bound.key}: {handle.name}", what, handle
+            for tap in bound.taps:
+                yield f"{bound.key}: {tap.spot.key}", tap.penalty, None
+
+    @torch.no_grad()
+    def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """After a real step: let those that keep tensors bring them up to date."""
+        for what, handle in self._keeping:
+            what.stepped(None if handle is None else handle.find(root))
+
     def state_dict(self) -> dict[str, Any]:
-        """What the rules have counted: plain data for a checkpoint."""
+        """What the rules have counted and keep: numbers and tensors for a checkpoint."""
         return {
             "version": 1,
             "rules": [bound.key for bound in self._bounds],
-            "steps": self._tripwire.steps if self._tripwire is not None else 0,
+            "steps": self._clock.steps,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
+            "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on counting where `state_dict` left off.
+        """Go on where `state_dict` left off.
 
         Raises:
             PlanError: it belongs to other rules.
@@ -299,10 +319,12 @@ class Attachment:
             or len(state["optimizer_steps"]) != len(self._steppers)
         ):
             raise PlanError(f"this state belongs to other rules: expected {mine['rules']}, got {state.get('rules')}")
-        if self._tripwire is not None:
-            self._tripwire.resume(state["steps"])
+        self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
+        for name, kept in mine["kept"].items():
+            for key, tensor in kept.items():
+                tensor.copy_(state["kept"][name][key])
 
     def __enter__(self) -> Self:
         return self

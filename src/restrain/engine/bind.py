@@ -77,7 +77,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
             device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            bound.taps = [Tap(watch, rule.what, device, mean=mean, weight=weight) for watch in watches]
+            bound.taps = [Tap(watch, rule.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
     try:
@@ -148,9 +148,7 @@ def _resolve(rule: Rule, slot: Slot) -> What:
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    chain = slot.sites[0][0].chain
-    heads = next((m.num_heads for m in reversed(chain) if isinstance(m, nn.MultiheadAttention)), None)
-    return rule.what.bound_to(tuple(tensor.shape), slot.owner, slot.attribute, heads)  # type: ignore[attr-defined, no-any-return]
+    return rule.what.bound_to(slot.location())
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

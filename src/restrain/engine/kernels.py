@@ -1,6 +1,6 @@
 """In-place forms of gradient and prox that read and write each weight about once.
 
-An entrywise penalty may be run on any part of a tensor, so that large ones are done in blocks which stay in the
+A uniform entrywise penalty may be run on any part of a tensor, so that large ones are done in blocks which stay in the
 cache; its temporaries then cost no memory traffic. Other penalties take the tensor whole.
 """
 
@@ -34,7 +34,7 @@ def apply_prox(w: Tensor, penalty: Penalty, metric: Metric) -> None:
 
 def _parts(penalty: Penalty, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Each tensor in blocks of the same entries; in one part where it can't be cut."""
-    if penalty.entrywise and tensors[0].numel() > BLOCK:
+    if penalty.entrywise and penalty.uniform and tensors[0].numel() > BLOCK:
         strides = tensors[0].stride()
         if all(t.layout == torch.strided and t.stride() == strides for t in tensors) and _dense(tensors[0]):
             return [t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors]

@@ -20,6 +20,7 @@ from restrain.engine.kernels import add_gradient, apply_prox
 from restrain.engine.metric import metric_of
 from restrain.errors import RestrainWarning
 from restrain.penalties import Penalty
+from restrain.rules import Rule
 from restrain.sites import Handle
 from restrain.transforms.base import Constraint
 
@@ -29,14 +30,14 @@ class Work:
     """All that is done to one parameter around a step."""
 
     handle: Handle
-    gradient: list[tuple[int, Penalty]] = field(default_factory=list)
-    proximal: list[tuple[int, Penalty]] = field(default_factory=list)
-    project: list[tuple[int, Constraint]] = field(default_factory=list)
+    gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    project: list[tuple[Rule, Constraint]] = field(default_factory=list)
 
 
-def due(timed: list[tuple[int, Any]], step: int) -> list[Any]:
-    """Those whose turn it is at a step (steps are counted from zero)."""
-    return [what for every, what in timed if step % every == 0]
+def due(timed: list[tuple[Rule, Any]], step: int) -> list[Any]:
+    """What acts at a step (steps are counted from zero)."""
+    return [what for rule, what in timed if rule.due(step)]
 
 
 def total(penalties: list[Penalty]) -> Penalty:

@@ -19,6 +19,7 @@ from restrain.penalties.checks import batch_size, checked_strength
 from restrain.penalties.network import NetworkPenalty as NetworkPenalty
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
+from restrain.sites import Location
 
 Tensors: TypeAlias = Any
 """What a penalty is called with: a tensor, or an iterable or mapping of them (a formula: one tensor)."""
@@ -92,7 +93,10 @@ class Penalty(What, ABC, register=False):
     __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
 
     entrywise: bool = False
-    """The value is a sum over entries of a function of each; gradient and prox act on any part of it."""
+    """The value is a sum over entries of a function of each; the prox also takes a step for each entry."""
+
+    uniform: bool = True
+    """Where `entrywise`: that function is the same for every entry, so that any part of a tensor can be taken alone."""
 
     groupwise: bool = False
     """Its prox also takes a step for each entry: it is then exact in that diagonal metric."""
@@ -171,14 +175,10 @@ class Penalty(What, ABC, register=False):
             raise PenaltyError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {self!r}")
         return self(w) / max(w.numel(), 1)
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> Penalty:
-        """The penalty with axes that it names by meaning resolved for a parameter: `attribute` of `owner`.
+    def bound_to(self, at: Location) -> Penalty:
+        return self
 
-        Raises:
-            PenaltyError: the parameter has no such axis.
-        """
+    def bound_at_place(self) -> Penalty:
         return self
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
@@ -240,6 +240,10 @@ class Scaled(Penalty, register=False):
         return self.penalty.entrywise
 
     @property
+    def uniform(self) -> bool:  # type: ignore[override]
+        return self.penalty.uniform
+
+    @property
     def groupwise(self) -> bool:  # type: ignore[override]
         return self.penalty.groupwise
 
@@ -259,10 +263,17 @@ class Scaled(Penalty, register=False):
     def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
         return self.strength * self.penalty.over_batch(h, dim)
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> Penalty:
-        return Scaled(self.strength, self.penalty.bound_to(shape, owner, attribute, heads))
+    def bound_to(self, at: Location) -> Penalty:
+        return Scaled(self.strength, self.penalty.bound_to(at))
+
+    def bound_at_place(self) -> Penalty:
+        return Scaled(self.strength, self.penalty.bound_at_place())
+
+    def state(self) -> dict[str, Tensor]:
+        return self.penalty.state()
+
+    def stepped(self, w: Tensor | None) -> None:
+        self.penalty.stepped(w)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return self.penalty.moments(at_places)
@@ -283,6 +294,10 @@ class Sum(Penalty, register=False):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         return all(term.entrywise for term in self.terms)
+
+    @property
+    def uniform(self) -> bool:  # type: ignore[override]
+        return all(term.uniform for term in self.terms)
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
@@ -346,10 +361,18 @@ class Sum(Penalty, register=False):
     def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
         return functools.reduce(operator.add, [term.over_batch(h, dim) for term in self.terms])
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> Penalty:
-        return Sum(tuple(term.bound_to(shape, owner, attribute, heads) for term in self.terms))
+    def bound_to(self, at: Location) -> Penalty:
+        return Sum(tuple(term.bound_to(at) for term in self.terms))
+
+    def bound_at_place(self) -> Penalty:
+        return Sum(tuple(term.bound_at_place() for term in self.terms))
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{i}.{name}": kept for i, term in enumerate(self.terms) for name, kept in term.state().items()}
+
+    def stepped(self, w: Tensor | None) -> None:
+        for term in self.terms:
+            term.stepped(w)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         first, *others = [term.moments(at_places) for term in self.terms]

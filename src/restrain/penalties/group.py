@@ -8,14 +8,15 @@ from math import inf, isnan, prod, sqrt
 from numbers import Real
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping
+from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size
 from restrain.penalties.shrink import at_least_float32, one_step, shrink_entries, shrink_groups, shrink_peak
 from restrain.rules import How
+from restrain.sites import Location
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,5 @@ class GroupLasso(Penalty):
             )
         return Penalty.moments(self, at_places)
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> GroupLasso:
-        return dataclasses.replace(self, per=grouping(self.per, shape, owner, attribute, heads))
+    def bound_to(self, at: Location) -> GroupLasso:
+        return dataclasses.replace(self, per=grouping_at(self.per, at))

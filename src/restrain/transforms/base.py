@@ -7,7 +7,7 @@ from math import isfinite
 from numbers import Real
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from restrain.errors import SelectionError, TransformError
 from restrain.rules import How, What
@@ -46,16 +46,6 @@ class Constraint(Transform, register=False):
 
         The identity inside. NaN and infinite entries are not looked for; a result may be NaN where they are.
         """
-
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> Constraint:
-        """The constraint with axes that it names by meaning resolved for a parameter: `attribute` of `owner`.
-
-        Raises:
-            PenaltyError: the parameter has no such axis.
-        """
-        return self
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping
+from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
 from restrain.errors import TransformError
 from restrain.penalties.shrink import at_least_float32
+from restrain.sites import Location
 from restrain.transforms.base import Constraint, checked_number
 
 
@@ -73,10 +74,8 @@ class MaxNorm(Constraint):
         scaled = x / unit * (self.max_norm / torch.where(norms == 0, 1, norms))
         return torch.where(inside, groups.view(w), scaled.to(w.dtype)).reshape(w.shape)
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> MaxNorm:
-        return dataclasses.replace(self, per=grouping(self.per, shape, owner, attribute, heads))
+    def bound_to(self, at: Location) -> MaxNorm:
+        return dataclasses.replace(self, per=grouping_at(self.per, at))
 
 
 @dataclass(frozen=True)
@@ -113,10 +112,8 @@ class UnitNorm(Constraint):
         scaled = torch.where(zero, max(group_size(groups), 1) ** -0.5, x / unit / torch.where(zero, 1, norms))
         return torch.where(inside, groups.view(w), scaled.to(w.dtype)).reshape(w.shape)
 
-    def bound_to(
-        self, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None = None
-    ) -> UnitNorm:
-        return dataclasses.replace(self, per=grouping(self.per, shape, owner, attribute, heads))
+    def bound_to(self, at: Location) -> UnitNorm:
+        return dataclasses.replace(self, per=grouping_at(self.per, at))
 
 
 def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,17 @@
+"""What a member of the catalogue must do, for the tests of `test_matrix.py`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Case:
+    """A member, what it should compute for a matrix, and whether it takes tensors of any rank."""
+
+    member: object
+    reference: Callable
+    any_rank: bool = True
+    complex: bool = True
+
+    def __repr__(self):
+        return repr(self.member)
