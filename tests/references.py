@@ -85,17 +85,17 @@ def directions(shape, count=400, seed=0, complex_=False):
     return found * masks * 10.0 ** rng.uniform(-6, 1, size=(count, 1, 1))
 
 
-def prox_excess(value, w, step, z, seed=0):
-    """By how much z fails to be the prox of a convex value, relative to the objective; about 1e-16 if it is.
+def prox_excess(value, w, step, z, seed=0, convex=True):
+    """By how much z fails to be the prox of a value, relative to the objective; about 1e-16 if it is.
 
-    The objective grows from its minimiser by Σ |d|² / (2 step) at least, in every direction d.
+    That of a convex value grows from its minimiser by Σ |d|² / (2 step) at least, in every direction d.
     """
     objective = prox_objective(value, w, step)
     away = directions(w.shape, seed=seed, complex_=np.iscomplexobj(w))
     home = np.stack([-z * mask for mask in (np.ones_like(w.real), *np.eye(w.size).reshape(-1, *w.shape))])
     d = np.concatenate([away, home * 0.5, home])
     growth = objective(z + d) - objective(z)
-    missing = (np.abs(d) ** 2 / (2 * step)).sum((-2, -1)) - growth
+    missing = convex * (np.abs(d) ** 2 / (2 * step)).sum((-2, -1)) - growth
     rounded = objective(z) + objective(z + d) + (np.abs(z) * np.abs(d) / step).sum((-2, -1))
     return float((missing / (rounded + 1e-300)).max())
 

@@ -11,7 +11,25 @@ from restrain import errors
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
-from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, Norm, Penalty
+from restrain.penalties import (
+    L1,
+    L2,
+    MCP,
+    SCAD,
+    Distance,
+    ElasticNet,
+    GroupLasso,
+    Huber,
+    LogSum,
+    Lp,
+    NetworkPenalty,
+    Norm,
+    Penalty,
+    ProductNorm,
+    SoftBox,
+    Tie,
+    Weighted,
+)
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
@@ -31,6 +49,16 @@ from restrain.transforms.normalization import Standardize
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distance",
+    "Huber",
+    "LogSum",
+    "Lp",
+    "MCP",
+    "ProductNorm",
+    "SCAD",
+    "SoftBox",
+    "Tie",
+    "Weighted",
     "L1",
     "L2",
     "Attachment",

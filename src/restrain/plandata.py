@@ -75,11 +75,16 @@ def _read_what(data: Any) -> What:
     if "name" not in data:
         raise PlanError(f"what needs a 'name' (of a penalty or transform), got {dict(data)!r}")
     cls = registry.lookup(str(data["name"]))
-    fields = {key: _number(value) for key, value in data.items() if key != "name"}
+    fields = {key: _read_field(value) for key, value in data.items() if key != "name"}
     try:
         return cls(**fields)  # type: ignore[no-any-return]
     except TypeError as error:
         raise PlanError(f"{data['name']}: {error}") from error
+
+
+def _read_field(value: Any) -> Any:
+    """A setting of a penalty or transform: plain data, or a penalty within it."""
+    return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
 
 
 def _read_sum(data: Mapping[str, Any]) -> What:
@@ -208,7 +213,10 @@ def _write_what(what: Any) -> dict[str, Any]:
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
-        fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        given = {f.name: (getattr(what, f.name), f.default) for f in dataclasses.fields(what) if f.init and f.repr}
+        fields = {
+            k: _write_field(what, value) for k, (value, default) in given.items() if (value, default) != (None, None)
+        }
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
@@ -216,6 +224,14 @@ def _write_what(what: Any) -> dict[str, Any]:
     else:
         fields = {}
     return {"what": {"name": name, **fields} if fields else name}
+
+
+def _write_field(what: Any, value: Any) -> Any:
+    if isinstance(value, What):
+        return _write_what(value)
+    if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
+        raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
+    return value
 
 
 def _write_where(where: Any) -> Any:

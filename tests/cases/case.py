@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 @dataclass
 class Case:
-    """A member, what it should compute for a matrix, and whether it takes tensors of any rank."""
+    """A member, what it should compute for a matrix, and what it can't do."""
 
     member: object
     reference: Callable
-    any_rank: bool = True
+    any_rank: bool = True  # takes tensors of any rank
     complex: bool = True
+    convex: bool = True
+    kills: bool = True  # its prox makes small entries exactly zero
 
     def __repr__(self):
         return repr(self.member)

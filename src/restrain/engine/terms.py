@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine.bind import Bound
+from restrain.penalties import NetworkPenalty
 
 
 def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tensor:
@@ -28,5 +29,5 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
     parameters = {handle.name: handle.find(root) for handle, _ in bound.parameters}
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    return bound.rule.what(trained, outputs)  # type: ignore[operator, no-any-return]
+    what: NetworkPenalty = bound.rule.what  # type: ignore[assignment]
+    return what({name: p for name, p in parameters.items() if p.requires_grad or what.takes_frozen}, outputs)

@@ -23,6 +23,17 @@ def checked_strength(strength: Any) -> float:
     return number
 
 
+def checked_setting(name: str, number: float, low: float, high: float) -> None:
+    """Refuse a setting that isn't a finite number between `low` and `high`, both excluded.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if not isinstance(number, Real) or isinstance(number, bool) or not (isfinite(number) and low < number < high):
+        between = f"between {low:g} and {high:g}" if isfinite(high) else f"above {low:g}" if isfinite(low) else ""
+        raise PenaltyError(f"{name}= is a finite number{' ' * bool(between)}{between}; got {number!r}")
+
+
 def batch_size(h: Tensor, dim: int) -> int:
     """The length of the batch axis of `h`.
 

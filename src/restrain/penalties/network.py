@@ -31,12 +31,15 @@ class NetworkPenalty(What, ABC, register=False):
     __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
     takes_outputs = True
 
+    takes_frozen: bool = False
+    """Whether it is given frozen parameters, too."""
+
     @abstractmethod
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         """The value, a differentiable 0-d tensor.
 
         Args:
-            parameters: the selected parameters by name, without frozen ones.
+            parameters: the selected parameters by name, without frozen ones (but see `takes_frozen`).
             outputs: the selected layers' outputs by the layers' names; of a second call of "relu" by
             "relu#2".
         """
@@ -88,6 +91,10 @@ class ScaledNetwork(NetworkPenalty, register=False):
         inner = f"({self.penalty!r})" if isinstance(self.penalty, NetworkSum) else repr(self.penalty)
         return f"{self.strength!r} * {inner}"
 
+    @property
+    def takes_frozen(self) -> bool:  # type: ignore[override]
+        return self.penalty.takes_frozen
+
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         return self.strength * self.penalty(parameters, outputs)
 
@@ -100,6 +107,10 @@ class NetworkSum(NetworkPenalty, register=False):
 
     def __repr__(self) -> str:
         return " + ".join(map(repr, self.terms))
+
+    @property
+    def takes_frozen(self) -> bool:  # type: ignore[override]
+        return any(term.takes_frozen for term in self.terms)
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         value, *others = [term(parameters, outputs) for term in self.terms]

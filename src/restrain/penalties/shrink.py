@@ -43,6 +43,11 @@ def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
     return step.to(w.real)  # dtype and device
 
 
+def as_tensor(step: float | Tensor, w: Tensor) -> Tensor:
+    """What `as_step` gave, as a tensor in any case, in the real precision of `w`."""
+    return step if isinstance(step, Tensor) else torch.full((), step, dtype=w.real.dtype, device=w.device)
+
+
 def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
     """The step itself.
 
@@ -61,6 +66,14 @@ def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
     size = w.abs()
     dead = size <= threshold
     return torch.where(dead, 0, w * (1 - threshold / torch.where(dead, 1, size)))
+
+
+def resized(x: Tensor, size: Tensor) -> Tensor:
+    """The tensor with each entry's absolute value replaced by `size`; +0.0 where that is zero."""
+    if not x.is_complex():
+        return torch.where(x < 0, -size, size) + 0.0
+    old = x.abs()
+    return torch.where(size == 0, 0, x * (size / torch.where(old == 0, 1, old)))
 
 
 def shrink_entries(w: Tensor, step: float | Tensor, l1: float, l2: float) -> Tensor:
