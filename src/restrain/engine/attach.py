@@ -163,11 +163,16 @@ class Attachment:
         """The plan as bound: every selection by the names that it resolved to."""
         return Plan(tuple(bound.rule for bound in self._bounds))
 
-    def loss(self, loss: Tensor) -> Tensor:
+    def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
         """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
 
         Scale the result by your accumulation: `reg.loss(l) / 4`. In evaluation (`eval()`, `no_grad()`) penalties on
         parameters are added, those on activations are not measured.
+
+        Args:
+            loss: the scalar data loss.
+            share: the part of the penalties that is added: 1/4 where four losses are accumulated that are already
+                divided by the number of all four's items.
 
         Raises:
             NeverFiredError: a place was never reached by the forward.
@@ -181,12 +186,12 @@ class Attachment:
             )
         direct, hidden = self._terms(loss)
         for term in direct:
-            loss = loss + term.to(loss.device)
+            loss = loss + share * term.to(loss.device)
         if not hidden:
             return loss
-        value, write = self._hidden(hidden)
+        value, write = self._hidden(hidden, share)
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return Root.apply(loss, value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
+        return Root.apply(loss, share * value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
 
     def penalty(self) -> Tensor:
         """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
@@ -237,7 +242,7 @@ class Attachment:
             return True
         return False
 
-    def _hidden(self, hidden: list[Any]) -> tuple[Tensor, Any]:
+    def _hidden(self, hidden: list[Any], share: float | Tensor = 1.0) -> tuple[Tensor, Any]:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""
 
         def write(gradient: Tensor | None) -> None:
@@ -245,7 +250,7 @@ class Attachment:
                 raise DetachedError(
                     "the rules were detached before backward(), which recomputes a checkpoint without them"
                 )
-            set_cells(hidden, gradient)
+            set_cells(hidden, None if gradient is None else gradient * share)
 
         return torch.stack([one.hidden for one in hidden]).sum(), write
 
