@@ -50,6 +50,8 @@ def _of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tens
 
     @functools.wraps(formula)
     def call(self: Any, w: Tensors) -> Tensor:
+        if type(w).__module__.partition(".")[0] == "keras":  # a variable of a Keras 3 layer, on its torch backend
+            w = w.value
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
         if isinstance(w, nn.Module) or not isinstance(w, Iterable):
