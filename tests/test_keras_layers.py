@@ -1,12 +1,13 @@
 """A penalty as the regulariser of a Keras 3 layer, in a process whose Keras runs on torch."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip("keras")
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("keras") is None, reason="keras isn't installed")
 
 SCRIPT = """
 import keras, numpy as np, torch
