@@ -30,6 +30,7 @@ np.testing.assert_allclose([float(l) for l in models[0].losses], [float(l) for l
 """
 
 
+@pytest.mark.slow
 def test_a_penalty_is_a_keras_regularizer():
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT],
