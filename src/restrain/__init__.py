@@ -11,7 +11,21 @@ from restrain import errors
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
-from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, Norm, Penalty
+from restrain.penalties import (
+    L1,
+    L2,
+    SLOPE,
+    ElasticNet,
+    ExclusiveLasso,
+    FusedLasso,
+    GroupLasso,
+    GroupLInf,
+    NetworkPenalty,
+    Norm,
+    Penalty,
+    SparseGroupLasso,
+    TotalVariation,
+)
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
@@ -37,7 +51,10 @@ __all__ = [
     "Constraint",
     "Dropout",
     "ElasticNet",
+    "ExclusiveLasso",
+    "FusedLasso",
     "GaussianNoise",
+    "GroupLInf",
     "GroupLasso",
     "MaxNorm",
     "NetworkPenalty",
@@ -47,7 +64,10 @@ __all__ = [
     "Penalty",
     "Plan",
     "Rule",
+    "SLOPE",
+    "SparseGroupLasso",
     "Standardize",
+    "TotalVariation",
     "Transform",
     "UnitNorm",
     "activations",

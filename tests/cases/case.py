@@ -12,6 +12,8 @@ class Case:
     reference: Callable
     any_rank: bool = True
     complex: bool = True
+    dies: bool = True  # a long step of the prox leaves nothing, rather than a mean or a share
+    compiled_prox: bool = True  # its prox has loops that depend on the data, which torch.compile can't trace whole
 
     def __repr__(self):
         return repr(self.member)
