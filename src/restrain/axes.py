@@ -240,13 +240,14 @@ def grouping(
     if len(shape) < 2:
         raise PenaltyError(
             f"per={per!r} needs a weight with two axes or more, got a tensor of shape "
-            f"{shape}{_of(owner, attribute)}: select rs.weights" + (", or write per=0 for one group an entry" if shape else "")
+            f"{shape}{_of(owner, attribute)}: select rs.weights"
+            + (", or write per=0 for one group an entry" if shape else "")
         )
     if per == "head":
         return _heads(shape, owner, attribute, heads)
     if per in ("row", "column"):
         return Grouping(shape, (0 if per == "row" else 1,))
-    return _by_meaning(per in ("out", "filter"), per, shape, owner, attribute)
+    return _by_meaning(per in ("out", "filter"), str(per), shape, owner, attribute)
 
 
 def grouping_at(per: Per, at: Location) -> Grouping:

@@ -102,7 +102,9 @@ def _read_sum(data: Mapping[str, Any]) -> What:
 
 
 def _number(value: Any) -> Any:
-    """A number that a file gives as text (YAML reads `1e-4` so) is a number."""
+    """A number that a file gives as text (YAML reads `1e-4` so) is a number, in lists too."""
+    if isinstance(value, list):
+        return [_number(member) for member in value]
     if isinstance(value, str):
         try:
             return float(value)
@@ -208,7 +210,7 @@ def _write_what(what: Any) -> dict[str, Any]:
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
-        fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        fields = {f.name: _plain(getattr(what, f.name)) for f in dataclasses.fields(what) if f.init}
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
@@ -216,6 +218,11 @@ def _write_what(what: Any) -> dict[str, Any]:
     else:
         fields = {}
     return {"what": {"name": name, **fields} if fields else name}
+
+
+def _plain(value: Any) -> Any:
+    """A field as files hold it: tuples as lists."""
+    return [_plain(member) for member in value] if isinstance(value, tuple) else value
 
 
 def _write_where(where: Any) -> Any:

@@ -333,8 +333,8 @@ class Sum(Penalty, register=False):
             members = ", ".join(repr(leaf) for _, leaf in self.leaves())
             raise NoProxError(
                 f"no prox is known for the sum of {members}: it is for L1, L2 and ElasticNet, joined by one "
-                "that has a prox (which must shrink every entry, or be a total variation, if there is an L1). Use how='loss' or how='gradient' "
-                "for one of them"
+                "that has a prox (which must shrink every entry, or be a total variation, if there is an L1). Use "
+                "how='loss' or how='gradient' for one of them"
             )
         x = at_least_float32(w)
         step = as_step(step, x)

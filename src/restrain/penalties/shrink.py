@@ -6,6 +6,7 @@ dtype, give +0.0 for a zero and keep NaN.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 
 import torch
@@ -90,7 +91,7 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: f
     wide = at_least_float32(w)
     x, t = groups.view(wide), as_step(step, wide)
     if isinstance(t, Tensor) and t.dim():
-        z = _shrink_in_blocks(x, groups, strength * groups.view(t)).to(x.dtype)
+        z = _in_blocks(_shrink_by_metric, x, groups, strength * groups.view(t))
     else:
         norms = group_norms(x, groups)
         dead = norms <= strength * t
@@ -98,15 +99,16 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: f
     return groups.restore(z, wide).to(w.dtype)
 
 
-def _shrink_in_blocks(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    """`_shrink_by_metric`; on a CPU some groups after the other, so that temporaries stay in its cache."""
+def _in_blocks(solve: Callable[..., Tensor], x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
+    """solve(x, groups, t); on a CPU some groups after the other, so that temporaries stay in its cache."""
     simple = len(groups.keep) == 1 and groups.lists is None
     if x.numel() <= _BLOCK or not simple or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return _shrink_by_metric(x, groups, t)
+        return solve(x, groups, t).to(x.dtype)
     dim = groups.keep[0]
     count = max(_BLOCK * x.shape[dim] // x.numel(), 1)
-    parts = zip(x.split(count, dim), t.split(count, dim), strict=True)
-    return torch.cat([_shrink_by_metric(part, groups, steps).to(x.dtype) for part, steps in parts], dim)
+    parts = x.split(count, dim)
+    steps = t.split(count, dim) if t.dim() else (t,) * len(parts)
+    return torch.cat([solve(*part).to(x.dtype) for part in zip(parts, (groups,) * len(parts), steps, strict=True)], dim)
 
 
 def _shrink_by_metric(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
@@ -150,32 +152,37 @@ def cut_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
     By Moreau's identity it is w minus the projection on L1 balls. With a step t for each entry, the level of a group is
     the root of Σ max(|x| - level, 0) / t = 1.
     """
-    x, t, size = _prepared(w, groups, step)
-    one = torch.ones_like(t)
-    level = _root(size, 1 / t.clamp_min(torch.finfo(t.dtype).tiny ** 0.5), one, one, 0 * one, groups)
+    return _by_root(_cut, w, groups, step)
+
+
+def _cut(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
+    x, t = wide(x), wide(t)
+    size = x.abs()
+    level = _root(size, 1 / t.clamp_min(torch.finfo(t.dtype).tiny ** 0.5), torch.ones_like(t), 1.0, 0.0, groups)
     over = (size > level) & (t > 0)
-    z = torch.where(over, x * (level / torch.where(over, size, 1)), x)
-    return groups.restore(z.to(at_least_float32(w).dtype), w).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+    return torch.where(over, x * (level / torch.where(over, size, 1)), x)
 
 
 def share_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
     """The prox of Σ_g (Σ|x_g|)²: a soft threshold at 2 t s, where s is the sum of what it leaves of the group's |x|."""
-    x, t, size = _prepared(w, groups, step)
-    one = torch.ones_like(t)
-    z = soft_threshold(x, 2 * t * _root(size, one, 2 * t, 0 * one, one, groups))
-    return groups.restore(z.to(at_least_float32(w).dtype), w).to(w.dtype) + 0.0
+    return _by_root(_share, w, groups, step)
 
 
-def _prepared(w: Tensor, groups: Grouping, step: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """w and the steps in the viewed shape (a single step 0-d), and |w|, all in float64 where there is one."""
+def _share(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
+    x, t = wide(x), wide(t)
+    return soft_threshold(x, 2 * t * _root(x.abs(), torch.ones_like(t), 2 * t, 0.0, 1.0, groups))
+
+
+def _by_root(solve: Callable[..., Tensor], w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
     x = at_least_float32(w)
     t = as_step(step, x)
-    t = wide(t if isinstance(t, Tensor) else torch.as_tensor(t, dtype=torch.float64, device=x.device).to(wide(x.real)))
-    x = groups.view(wide(x))
-    return x, groups.view(t) if t.dim() else t, x.abs()
+    if not isinstance(t, Tensor):
+        t = torch.tensor(t, dtype=wide(x.real).dtype, device=x.device)
+    z = _in_blocks(solve, groups.view(x), groups, groups.view(t) if t.dim() else t)
+    return groups.restore(z, x).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
 
-def _root(size: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, groups: Grouping) -> Tensor:
+def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Grouping) -> Tensor:
     """s ≥ 0 of each group where Σ a max(size - b s, 0) = c + d s; zero where the left is smaller already at zero.
 
     The sum is the greatest over sets A of entries of Σ_A a (size - b s); hence s is the greatest over A of
@@ -184,9 +191,11 @@ def _root(size: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor, groups: Grou
     Michelot's (1986) projection on a simplex.
     """
 
+    up, down = a * size, (a * b).expand_as(size)
+
     def quotient(on: Tensor) -> Tensor:
-        bottom = groups.sum(torch.where(on, a * b, 0)) + d
-        return ((groups.sum(torch.where(on, a * size, 0)) - c) / torch.where(bottom > 0, bottom, 1)).clamp_min(0)
+        bottom = groups.sum(torch.where(on, down, 0)) + d
+        return ((groups.sum(torch.where(on, up, 0)) - c) / torch.where(bottom > 0, bottom, 1)).clamp_min(0)
 
     with torch.no_grad():
         on = size > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import isfinite, prod
 from numbers import Real
 
@@ -47,7 +48,7 @@ class SLOPE(Penalty):
     def __post_init__(self) -> None:
         weights = tuple(self.weights) if isinstance(self.weights, Iterable) else (self.weights,)
         numbers = [w for w in weights if isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) and w >= 0]
-        if len(numbers) < len(weights) or any(b > a for a, b in zip(numbers, numbers[1:], strict=False)):
+        if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
         object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
         given = self.q != 0
@@ -73,8 +74,8 @@ class SLOPE(Penalty):
             return w.clone()
         size, order = wide(x).abs().flatten().sort(descending=True)
         kept = taut_slopes((size - t * self._weights(size))[None])[0].clamp_min(0)
-        kept = torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
-        return (wide(x).sgn() * kept).to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+        z: Tensor = wide(x).sgn() * torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
+        return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
     def _over_rows(self, rows: Tensor) -> Tensor:
         size = rows.abs().sort(dim=1, descending=True).values
@@ -85,7 +86,7 @@ class SLOPE(Penalty):
         n = size.shape[-1]
         if self.q:
             ranks = torch.arange(1, n + 1, dtype=torch.float64)
-            weights = -torch.special.ndtri(ranks * (self.q / (2 * max(n, 1))))
+            weights: Tensor = -torch.special.ndtri(ranks * (self.q / (2 * max(n, 1))))
         else:
             if n != len(self.weights):
                 raise PenaltyError(f"SLOPE has {len(self.weights)} weights, for a tensor of {n} entries: it needs {n}")

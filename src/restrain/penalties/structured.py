@@ -6,9 +6,9 @@ import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from restrain.axes import Per, checked, grouping
+from restrain.axes import Per, checked, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.penalties.base import Penalty, Tensors
 from restrain.penalties.checks import batch_size, checked_strength
@@ -50,24 +50,26 @@ class TotalVariation(Penalty):
             raise PenaltyError(f"dim= is a dim such as 0, or an axis by name such as 'in'; got {self.dim!r}")
 
     def __call__(self, w: Tensors) -> Tensor:
-        dim = self._dim_of(w.shape)
+        dim = self.dim_of(w.shape)
         count = max(w.shape[dim] - 1, 0)
-        return (w.narrow(dim, w.shape[dim] - count, count) - w.narrow(dim, 0, count)).abs().sum()
+        differences: Tensor = w.narrow(dim, w.shape[dim] - count, count) - w.narrow(dim, 0, count)
+        return differences.abs().sum()
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         if w.is_complex():
             raise NoProxError(f"{self!r} has no known prox for complex tensors: use how='loss' or how='gradient'")
-        x, dim = at_least_float32(w), self._dim_of(w.shape)
+        x, dim = at_least_float32(w), self.dim_of(w.shape)
         t = as_step(one_step(step, self), x)
         if float(t) == 0:
             return w.clone()
         lines = x.movedim(dim, -1)
         slopes = taut_slopes(lines.flatten(0, -2) if w.dim() > 1 else lines[None], t)
-        return slopes.reshape(lines.shape).movedim(-1, dim).to(x.dtype).to(w.dtype) + 0.0
+        z: Tensor = slopes.reshape(lines.shape).movedim(-1, dim)
+        return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
     def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
         self.moments(at_places=True)
-        if dim is not None and batch_size(h, dim) and self._dim_of(h.shape) == dim % h.dim():
+        if dim is not None and batch_size(h, dim) and self.dim_of(h.shape) == dim % h.dim():
             raise PenaltyError(
                 f"{self!r} is along the batch axis of an output of shape {tuple(h.shape)}, whose samples are no "
                 "neighbours: give another dim=, such as 1 for time in (batch, time, features)"
@@ -80,10 +82,15 @@ class TotalVariation(Penalty):
         return Penalty.moments(self, at_places)
 
     def bound_to(self, at: Location) -> Penalty:
-        return dataclasses.replace(self, dim=self._dim_of(at.tensor.shape, at.owner, at.attribute))
+        return dataclasses.replace(self, dim=self.dim_of(at.tensor.shape, at))
 
-    def _dim_of(self, shape: tuple[int, ...], owner: nn.Module | None = None, attribute: str = "") -> int:
-        groups = grouping(self.dim, shape, owner, attribute)
+    def dim_of(self, shape: tuple[int, ...], at: Location | None = None) -> int:
+        """The dim that `dim` means for a tensor of that shape, of a model's parameter or of none."""
+        if isinstance(self.dim, int):
+            if not -len(shape) <= self.dim < len(shape):
+                raise PenaltyError(f"dim={self.dim} needs a tensor with that dim, got one of shape {tuple(shape)}")
+            return self.dim % len(shape)
+        groups = grouping(self.dim, shape) if at is None else grouping_at(self.dim, at)
         if groups.shape != tuple(shape) or len(groups.keep) != 1:
             raise PenaltyError(f"dim={self.dim!r} is no single dim of a tensor of shape {tuple(shape)}: give a number")
         return groups.keep[0]
@@ -164,7 +171,7 @@ class SparseGroupLasso(Named):
         return self.l1 * L1() + self.group * GroupLasso(self.per)
 
     def bound_to(self, at: Location) -> Penalty:
-        return self.parts.bound_to(at)
+        return dataclasses.replace(self, per=grouping_at(self.per, at))
 
 
 @dataclass(frozen=True)
@@ -204,4 +211,4 @@ class FusedLasso(Named):
         return self.l1 * L1() + self.tv * TotalVariation(self.dim)
 
     def bound_to(self, at: Location) -> Penalty:
-        return self.parts.bound_to(at)
+        return dataclasses.replace(self, dim=TotalVariation(self.dim).dim_of(at.tensor.shape, at))
