@@ -66,11 +66,6 @@ class Lists:
         zeros = entries.new_zeros((*entries.shape[:-1], len(self.members) + 1))
         return pool(zeros, ids, entries).index_select(-1, ids).reshape(moved.shape).movedim(last, self.along)
 
-    def per_index(self, values: list[float], x: Tensor) -> Tensor:
-        """A value for each index, in the dims of x and with its dtype."""
-        shape = [x.shape[dim] if dim in self.along else 1 for dim in range(x.dim())]
-        return torch.tensor(values, dtype=x.real.dtype, device=x.device).reshape(shape)
-
 
 @dataclass(frozen=True)
 class Grouping:
@@ -90,7 +85,7 @@ class Grouping:
         return tuple([dim for dim in range(len(self.shape)) if dim not in self.keep])
 
     def view(self, w: Tensor) -> Tensor:
-        """The tensor in the shape in which its groups lie along whole dims.
+        """The tensor in the shape in which its groups lie along whole dims; zero where an entry is in no group.
 
         Raises:
             PenaltyError: a tensor of another number of entries.
@@ -100,14 +95,13 @@ class Grouping:
                 f"these groups are of a tensor viewed as {self.shape}, which one of shape {tuple(w.shape)} can't be: "
                 "give per= by name or dim for it"
             )
-        return w.reshape(self.shape)
+        left = self._left(w)
+        return w.reshape(self.shape) if left is None else torch.where(left, 0, w.reshape(self.shape))
 
     def restore(self, x: Tensor, w: Tensor) -> Tensor:
         """x, computed by group in the viewed shape, in the shape of w; w itself where an entry is in no group."""
-        if self.lists is not None and len(self.lists.members) in self.lists.ids:
-            left = self.lists.per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x)
-            x = torch.where(left.bool(), self.view(w), x)
-        return x.reshape(w.shape)
+        left = self._left(x)
+        return (x if left is None else torch.where(left, w.reshape(self.shape), x)).reshape(w.shape)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums over each group of a tensor in the viewed shape; summed dims stay, of size one."""
@@ -134,7 +128,19 @@ class Grouping:
         if self.lists is None:
             return float(size)
         counts = [*[float(len(indices) * size) for indices in self.lists.members], 1.0]
-        return self.lists.per_index([counts[group] for group in self.lists.ids], x)
+        return self._per_index([counts[group] for group in self.lists.ids], x)
+
+    def _left(self, x: Tensor) -> Tensor | None:
+        """Where entries are in no group, if there are such."""
+        if self.lists is None or len(self.lists.members) not in self.lists.ids:
+            return None
+        return self._per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x) == 1
+
+    def _per_index(self, values: list[float], x: Tensor) -> Tensor:
+        """A value for each index of the lists, in the viewed shape with other dims of size one, and of x's dtype."""
+        along = () if self.lists is None else self.lists.along
+        shape = [length if dim in along else 1 for dim, length in enumerate(self.shape)]
+        return torch.tensor(values, dtype=x.real.dtype, device=x.device).reshape(shape)
 
 
 def _add(zeros: Tensor, ids: Tensor, entries: Tensor) -> Tensor:
@@ -164,7 +170,7 @@ def checked(per: Per) -> Per:
             return (checked(members[0]), _checked_lists(members[1]))
         if members and all(_is_dim(size) and size > 0 for size in members):
             return tuple(int(size) for size in members)
-        if members and not any(_is_axis(member) for member in members):
+        if members and not any(isinstance(member, str) or _is_dim(member) for member in members):
             return _checked_lists(members)
     raise PenaltyError(
         f"per= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, block sizes such as (4, 4), or lists of "

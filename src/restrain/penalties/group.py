@@ -184,7 +184,7 @@ class GroupLasso(GroupPenalty):
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         groups = grouping(self.per, w.shape)
-        return shrink_groups(w, groups, groups.sizes(at_least_float32(w.detach()).real) ** 0.5, step)
+        return shrink_groups(w, groups, groups.sizes(at_least_float32(w.detach())) ** 0.5, step)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from restrain.errors import NoProxError, PenaltyError
 
 _BLOCK = 1 << 17  # entries
 _NEWTON_STEPS = 12  # no random group with thresholds spread over 10 decades needed more than 7
-_ROUNDS, _ROUNDS_COMPILED = 100, 20  # of an iteration that random groups of up to 10⁶ entries end in less than 10
+_ROUNDS, _ROUNDS_COMPILED = 100, 12  # no random group of up to 30,000 entries needed more than 9
 
 
 def at_least_float32(w: Tensor) -> Tensor:
@@ -186,9 +186,9 @@ def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Groupi
     """s ≥ 0 of each group where Σ a max(size - b s, 0) = c + d s; zero where the left is smaller already at zero.
 
     The sum is the greatest over sets A of entries of Σ_A a (size - b s); hence s is the greatest over A of
-    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration takes the A of the last s; it grows to the root in a
-    finite number of steps, each of which at least quarters the rest times the number of entries. For cutting it is
-    Michelot's (1986) projection on a simplex.
+    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration, begun with all entries or the best single one, takes
+    the A of the last s, which grows to the root in a finite number of steps. For cutting it is Michelot's (1986)
+    projection on a simplex.
     """
 
     up, down = a * size, (a * b).expand_as(size)
@@ -200,11 +200,13 @@ def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Groupi
     with torch.no_grad():
         on = size > 0
         s = quotient(on)
+        single = groups.max(((up - c) / (down + d)).clamp_min(0)) * (1 - 8 * torch.finfo(size.dtype).eps)
+        fewer = size > b * torch.maximum(s, single)
         for _ in range(_ROUNDS_COMPILED if torch.compiler.is_compiling() else _ROUNDS):
-            fewer = size > b * s
             grown = quotient(fewer)
             better = grown > s
             if not torch.compiler.is_compiling() and not bool(better.any()):
                 break
             on, s = torch.where(better, fewer, on), torch.where(better, grown, s)
+            fewer = size > b * s
     return quotient(on)  # once more, for autograd
