@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-import references as ref
 import restrain as rs
 from restrain.axes import Grouping, checked, group_norms, grouping
 from restrain.errors import PenaltyError
@@ -67,7 +66,7 @@ def test_groups_are_as_tensors_of_their_own(member, groups, dtype):
     for step, of in ((0.3, lambda i: 0.3), (steps, lambda i: steps[i].reshape(1, -1))):
         start = rs.L1().prox(w, 0.1 * step) if member == "sparse" else w
         kind = 0.3 * rs.GroupLasso(0) if member == "sparse" else alone
-        expected = one_by_one(kind, members, start, lambda p, x, i, of=of: p.prox(x, of(i)))  # noqa: B023
+        expected = one_by_one(kind, members, start, lambda p, x, i, of=of: p.prox(x, of(i)))
         torch.testing.assert_close(penalty.prox(w, step), expected)
 
 
@@ -332,6 +331,7 @@ def test_group_lasso_is_not_ridge():
     assert w.grad.eq(0).all()  # not NaN
 
 
+@pytest.mark.slow  # numba compiles for ten seconds
 def test_group_lasso_is_skglms():
     skglm = pytest.importorskip("skglm.penalties")
     from skglm.utils.data import grp_converter

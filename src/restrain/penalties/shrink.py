@@ -63,6 +63,11 @@ def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
     return step
 
 
+def is_zero(step: float | Tensor) -> bool:
+    """Whether a step for all is none."""
+    return float(step.detach() if isinstance(step, Tensor) else step) == 0
+
+
 def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
     """w moved towards zero by the threshold, and zero where it is nearer: w - clamp(w, -t, t)."""
     if not w.is_complex():
@@ -186,9 +191,9 @@ def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Groupi
     """s ≥ 0 of each group where Σ a max(size - b s, 0) = c + d s; zero where the left is smaller already at zero.
 
     The sum is the greatest over sets A of entries of Σ_A a (size - b s); hence s is the greatest over A of
-    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration, begun with all entries or the best single one, takes
-    the A of the last s, which grows to the root in a finite number of steps. For cutting it is Michelot's (1986)
-    projection on a simplex.
+    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration, begun with all entries or the best single one,
+    takes the A of the last s, which grows to the root in a finite number of steps. For cutting it is Michelot's
+    (1986) projection on a simplex.
     """
 
     up, down = a * size, (a * b).expand_as(size)

@@ -14,7 +14,7 @@ from torch import Tensor
 from restrain.errors import PenaltyError
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size
-from restrain.penalties.shrink import as_step, at_least_float32, one_step, wide
+from restrain.penalties.shrink import as_step, at_least_float32, is_zero, one_step, wide
 from restrain.penalties.strings import taut_slopes
 
 
@@ -70,7 +70,7 @@ class SLOPE(Penalty):
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         x = at_least_float32(w)
         t = as_step(one_step(step, self), x)
-        if float(t) == 0:
+        if is_zero(t):
             return w.clone()
         size, order = wide(x).abs().flatten().sort(descending=True)
         kept = taut_slopes((size - t * self._weights(size))[None])[0].clamp_min(0)

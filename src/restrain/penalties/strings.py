@@ -39,7 +39,8 @@ def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
     x = torch.where(bad, 0, wide(y))
     one_sided = not isinstance(radius, Tensor) and radius == inf
     with torch.no_grad():
-        knots = _knots(x, 0.0 if one_sided else float(radius), inf if one_sided else float(radius))
+        tube = (0.0, inf) if one_sided else 2 * (float(torch.as_tensor(radius).detach()),)
+        knots = _knots(x, *tube)
         starts, ids = _blocks(knots.at)
         lengths = _sums(torch.ones_like(knots.side), ids, starts)
         jumps = knots.side - knots.side.roll(1)

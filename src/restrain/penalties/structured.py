@@ -14,7 +14,7 @@ from restrain.penalties.base import Penalty, Tensors
 from restrain.penalties.checks import batch_size, checked_strength
 from restrain.penalties.entrywise import L1
 from restrain.penalties.group import GroupLasso
-from restrain.penalties.shrink import as_step, at_least_float32, one_step
+from restrain.penalties.shrink import as_step, at_least_float32, is_zero, one_step
 from restrain.penalties.strings import taut_slopes
 from restrain.rules import How
 from restrain.sites import Location
@@ -60,7 +60,7 @@ class TotalVariation(Penalty):
             raise NoProxError(f"{self!r} has no known prox for complex tensors: use how='loss' or how='gradient'")
         x, dim = at_least_float32(w), self.dim_of(w.shape)
         t = as_step(one_step(step, self), x)
-        if float(t) == 0:
+        if is_zero(t):
             return w.clone()
         lines = x.movedim(dim, -1)
         slopes = taut_slopes(lines.flatten(0, -2) if w.dim() > 1 else lines[None], t)
