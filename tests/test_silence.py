@@ -175,7 +175,7 @@ def test_a_subclass_with_a_step_of_its_own_is_of_unknown_metric():
 
 def test_a_prox_that_is_neither_entrywise_nor_by_group_needs_one_step_for_all():
     model = make()
-    rule = 0.1 * rs.Norm(float("inf")).on("0.weight", how="proximal")
+    rule = 0.1 * rs.SLOPE(q=0.1).on("0.weight", how="proximal")
     with pytest.raises(HowError, match="Adam moves each entry"):
         rs.attach(model, rule, torch.optim.Adam(model.parameters()))
     rs.attach(model, rule, sgd(model))

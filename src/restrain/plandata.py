@@ -107,7 +107,9 @@ def _read_sum(data: Mapping[str, Any]) -> What:
 
 
 def _number(value: Any) -> Any:
-    """A number that a file gives as text (YAML reads `1e-4` so) is a number."""
+    """A number that a file gives as text (YAML reads `1e-4` so) is a number, in lists too."""
+    if isinstance(value, list):
+        return [_number(member) for member in value]
     if isinstance(value, str):
         try:
             return float(value)
@@ -231,7 +233,7 @@ def _write_field(what: Any, value: Any) -> Any:
         return _write_what(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
-    return value
+    return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value
 
 
 def _write_where(where: Any) -> Any:

@@ -14,6 +14,7 @@ class Case:
     complex: bool = True
     convex: bool = True
     kills: bool = True  # its prox makes small entries exactly zero
+    compiled_prox: bool = True  # its prox has loops that depend on the data, which torch.compile can't trace whole
 
     def __repr__(self):
         return repr(self.member)

@@ -9,7 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
+from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at
 from restrain.errors import TransformError
 from restrain.penalties.shrink import at_least_float32
 from restrain.sites import Location
@@ -43,7 +43,7 @@ class MaxNorm(Constraint):
 
     Args:
         max_norm: the greatest length, above zero.
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
 
     Raises:
         TransformError: a `max_norm` that isn't a finite number above zero.
@@ -63,7 +63,7 @@ class MaxNorm(Constraint):
 
     def __post_init__(self) -> None:
         checked_number("max_norm", self.max_norm, "a finite number above zero", 0, inf, closed=False)
-        checked(self.per)
+        object.__setattr__(self, "per", checked(self.per))
 
     def project(self, w: Tensor) -> Tensor:
         groups = grouping(self.per, w.shape)
@@ -72,7 +72,7 @@ class MaxNorm(Constraint):
         inside = unit * norms <= self.max_norm * (1 + 4 * torch.finfo(w.dtype).eps)
         # entries first divided by the greatest, so that no square overflows or vanishes
         scaled = x / unit * (self.max_norm / torch.where(norms == 0, 1, norms))
-        return torch.where(inside, groups.view(w), scaled.to(w.dtype)).reshape(w.shape)
+        return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
 
     def bound_to(self, at: Location) -> MaxNorm:
         return dataclasses.replace(self, per=grouping_at(self.per, at))
@@ -86,7 +86,7 @@ class UnitNorm(Constraint):
     zeros, from which all unit vectors are equally far, becomes the one with n equal entries 1 / √n.
 
     Args:
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
 
     Raises:
         PenaltyError: a tensor that has no such axis.
@@ -101,7 +101,7 @@ class UnitNorm(Constraint):
     keywords = ("unit_norm",)
 
     def __post_init__(self) -> None:
-        checked(self.per)
+        object.__setattr__(self, "per", checked(self.per))
 
     def project(self, w: Tensor) -> Tensor:
         groups = grouping(self.per, w.shape)
@@ -109,8 +109,8 @@ class UnitNorm(Constraint):
         unit, norms = _lengths(x, groups)
         zero = norms == 0
         inside = (unit * norms - 1).abs() <= 8 * torch.finfo(w.dtype).eps
-        scaled = torch.where(zero, max(group_size(groups), 1) ** -0.5, x / unit / torch.where(zero, 1, norms))
-        return torch.where(inside, groups.view(w), scaled.to(w.dtype)).reshape(w.shape)
+        scaled = torch.where(zero, groups.sizes(norms) ** -0.5, x / unit / torch.where(zero, 1, norms))
+        return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
 
     def bound_to(self, at: Location) -> UnitNorm:
         return dataclasses.replace(self, per=grouping_at(self.per, at))
