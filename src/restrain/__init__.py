@@ -15,15 +15,23 @@ from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, N
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
+from restrain.sampling import sampling
 from restrain.select import biases, embeddings, glob, norms, weights
 from restrain.transforms import (
+    AlphaDropout,
+    BlockDropout,
     Constraint,
     Dropout,
+    DropPath,
+    EmbeddingDropout,
+    GaussianDropout,
     GaussianNoise,
+    GradientNoise,
     MaxNorm,
     Noise,
     NonNegative,
     Transform,
+    UniformNoise,
     UnitNorm,
 )
 from restrain.transforms.normalization import Standardize
@@ -63,6 +71,14 @@ __all__ = [
     "regularized",
     "scope",
     "weights",
+    "AlphaDropout",
+    "BlockDropout",
+    "DropPath",
+    "EmbeddingDropout",
+    "GaussianDropout",
+    "GradientNoise",
+    "UniformNoise",
+    "sampling",
 ]
 
 _MODELS = ("Autoencoder", "Classifier", "Regressor", "load")

@@ -209,6 +209,7 @@ def _write_what(what: Any) -> dict[str, Any]:
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
         fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        fields = {key: value for key, value in fields.items() if value is not None}  # the default; TOML has no null
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
