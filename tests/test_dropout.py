@@ -1,5 +1,6 @@
 """Dropout in its kinds: what lies together, how often, and what it is scaled by, on real layers."""
 
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
 from restrain.errors import SelectionError, TransformError
@@ -79,7 +81,7 @@ def test_the_same_mask_over_time(noise, batch_first):
 def test_the_same_mask_over_time_on_an_embedding_whose_batch_is_second():
     net = nn.Embedding(9, 30)
     with rs.attach(net, rs.Dropout(0.5, "time").on(rs.outputs(batch_dim=1))):
-        factor = net(torch.randint(9, (6, 20))) / net.weight.new_ones(1)
+        factor = net(torch.randint(9, (6, 20)))
         assert torch.equal((factor == 0).all(0), (factor == 0).any(0))
         assert 0 < (factor == 0).double().mean() < 1
 
@@ -164,20 +166,35 @@ class SimpleCall(nn.Module):
         return self.inner(x)[0]
 
 
-@pytest.mark.parametrize(("shape", "size"), [((300, 4, 30), 4), ((60, 3, 9, 14), 3), ((40, 2, 5, 4, 6), 2)])
+def check_blocks(draws, rate, size):
+    """Each place in space, at the border too, is zero at the rate, and zeros lie in whole blocks."""
+    zero = (draws == 0).double()
+    shares = zero.mean((0, 1))
+    assert (shares - rate).abs().max() <= bound(rate, zero.numel() / shares.numel())
+    largest = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[shares.dim()]
+    whole = -largest(-zero, size, stride=1)  # where a block begins of which all is zero
+    middle = [slice(size - 1, 1 - size)] * shares.dim()  # beyond, a block may be cut off by the border
+    assert torch.equal(largest(whole, size, stride=1), zero[(..., *middle)])
+
+
+@pytest.mark.parametrize(("shape", "size"), [((1200, 4, 30), 4), ((240, 3, 9, 14), 3), ((160, 2, 5, 4, 6), 2)])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_blocks_cover_each_entry_at_the_rate(shape, size, rate):
     torch.manual_seed(3)
-    draws = torch.stack([rs.BlockDropout(rate, size)(torch.ones(shape)) for _ in range(4)])
-    zero = (draws == 0).double()
-    places = zero.mean((0, 1, 2))  # for each place in space, borders among them
-    assert (places - rate).abs().max() <= bound(rate, zero.numel() / places.numel())
-    assert torch.allclose(draws[draws != 0], torch.tensor(1 / (1 - rate)))
-    blocks = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[places.dim()]
-    inner = zero[0]
-    opened = blocks(-blocks(-inner, size, 1), size, 1, padding=0) if places.dim() else inner
-    middle = tuple(slice(size - 1, 1 - size) for _ in range(places.dim()))
-    assert torch.equal(-opened.neg(), inner[(..., *middle)]), "every zero in the middle lies in a whole block of zeros"
+    draws = rs.BlockDropout(rate, size)(torch.ones(shape))
+    check_blocks(draws, rate, size)
+    torch.testing.assert_close(draws[draws != 0], torch.full_like(draws[draws != 0], 1 / (1 - rate)))
+
+
+def test_block_oracle():
+    """Entries alone, blocks of another size, and blocks that don't reach over the border at a chance that only adds."""
+    torch.manual_seed(3)
+    x = torch.ones(2000, 2, 12)
+    starts = torch.bernoulli(torch.full((2000, 2, 10), 0.3 / 3))
+    inside = 1 - F.max_pool1d(F.pad(starts, (2, 2)), 3, 1)
+    for wrong in (rs.Dropout(0.3)(x), rs.BlockDropout(0.3, 2)(x), rs.BlockDropout(0.36, 3)(x), inside):
+        with pytest.raises(AssertionError):
+            check_blocks(wrong, 0.3, 3)
 
 
 def test_blocks_of_one_are_dropout_and_blocks_reach_each_channel_alone():
@@ -285,21 +302,20 @@ def test_rates(noise):
 def test_under_vmap_and_checkpoints(noise):
     net, x = nn.Sequential(nn.Conv1d(2, 8, 3, padding=1), nn.Tanh()).double(), torch.randn(6, 4, 2, 9).double()
     rs.attach(net, noise.on(rs.outputs("0")))
-    out = torch.func.vmap(net, randomness="different")(x[:, :, :, :])
-    clean = nn.Sequential(*net.children()).eval()(x.flatten(0, 1)).reshape(out.shape)
-    assert out.shape == clean.shape
-    same = x[:1].expand(6, 4, 2, 9)
-    drawn = torch.func.vmap(net.train(), randomness="different")(same)
+    drawn = torch.func.vmap(net, randomness="different")(x[:1].expand(6, 4, 2, 9))
+    assert drawn.shape == (6, 4, 8, 9)
     assert not torch.equal(drawn[0], drawn[1])
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(net)(x)
 
-    def gradient(run):
+    def gradient(run, **options):
         torch.manual_seed(4)
         net.zero_grad()
-        run(x[0]).square().sum().backward()
+        run(x[0].clone().requires_grad_(), **options).square().sum().backward()
         return net[0].weight.grad.clone()
 
     for reentrant in (False, True):
-        again = gradient(lambda x: torch.utils.checkpoint.checkpoint(net, x.requires_grad_(), use_reentrant=reentrant))  # noqa: B023
+        again = gradient(functools.partial(checkpoint, net), use_reentrant=reentrant)
         torch.testing.assert_close(again, gradient(net), rtol=0, atol=0)
 
 
@@ -334,7 +350,6 @@ def test_compiled_whole():
 
 
 def test_relative_noise_is_by_the_deviation_over_the_batch():
-    net = nn.GRU(3, 4)
     x = torch.randn(500, 3, 3) * torch.tensor([1.0, 10.0, 0.1])
     scale = x.std(0, correction=0, keepdim=True)
     for batch_dim, tensor in ((0, x), (1, x.transpose(0, 1))):
@@ -377,3 +392,27 @@ def test_plans_hold_them(noise, tmp_path):
     for file in ("plan.yaml", "plan.json", "plan.toml"):
         plan.save(tmp_path / file)
         assert rs.Plan.load(tmp_path / file).rules[0].what == noise
+
+
+@pytest.mark.slow
+def test_keras_has_the_same_moments(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    torch.manual_seed(0)
+    x, n = torch.linspace(-2, 2, 24).reshape(1, 2, 3, 4), 4000
+    last = (0, 2, 3, 1)  # Keras has channels last
+    pairs = [
+        (rs.GaussianDropout(0.3), keras.layers.GaussianDropout(0.3, seed=1)),
+        (rs.AlphaDropout(0.3), keras.layers.AlphaDropout(0.3, seed=1)),
+        (rs.GaussianNoise(0.3), keras.layers.GaussianNoise(0.3, seed=1)),
+        (rs.Dropout(0.3, "space"), keras.layers.SpatialDropout2D(0.3, data_format="channels_last", seed=1)),
+    ]
+    for ours, theirs in pairs:
+        many = x.expand(n, 2, 3, 4)
+        drawn = [ours(many), torch.as_tensor(theirs(many.permute(last), training=True)).permute(0, 3, 1, 2)]
+        for moment in (lambda d: d, lambda d: (d - drawn[0].mean(0)).square()):  # noqa: B023
+            a, b = map(moment, drawn)
+            error = (a.mean(0) - b.mean(0)).abs() / ((a.var(0) + b.var(0)) / n).sqrt().clamp_min(1e-9)
+            assert error.max() < 4.5, ours
+    whole = torch.as_tensor(pairs[3][1](torch.ones(50, 3, 3, 8), training=True))
+    assert torch.equal(whole.amax((1, 2)), whole.amin((1, 2)))
