@@ -214,6 +214,9 @@ def test_noise_acts_at_its_places_and_in_training_only():
         ({"noise": {"*": 0.5}}, 4),
         ({"noise": {"hid1": 0.5, "out": 0.5}}, 2),
         ({"hidden_noise": {"strength": 0.5, "on": "hid2"}}, 1),
+        ({"hidden_noise": rs.UniformNoise(0.75**0.5)}, 2),
+        ({"noise": {"hid*": rs.UniformNoise(0.75**0.5), "out": 0.5}}, 3),
+        ({"uniformnoise": 0.75**0.5}, 2),
     ):
         with rs.attach(model, keywords.rules(given, keywords.Context(layers))):
             assert model.train()(x).std().item() == pytest.approx(0.5 * places**0.5, rel=0.03)

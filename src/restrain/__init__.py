@@ -39,21 +39,44 @@ from restrain.penalties import (
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
+from restrain.sampling import sampling
 from restrain.select import biases, embeddings, glob, norms, weights
-from restrain.transforms import Constraint, Dropout, GaussianNoise, MaxNorm, Noise, NonNegative, Transform, UnitNorm
+from restrain.transforms import (
+    AlphaDropout,
+    BlockDropout,
+    Constraint,
+    Dropout,
+    DropPath,
+    EmbeddingDropout,
+    GaussianDropout,
+    GaussianNoise,
+    GradientNoise,
+    MaxNorm,
+    Noise,
+    NonNegative,
+    Transform,
+    UniformNoise,
+    UnitNorm,
+)
 from restrain.transforms.normalization import Standardize
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AlphaDropout",
     "Attachment",
+    "BlockDropout",
     "Constraint",
     "Distance",
+    "DropPath",
     "Dropout",
     "ElasticNet",
+    "EmbeddingDropout",
     "ExclusiveLasso",
     "FusedLasso",
+    "GaussianDropout",
     "GaussianNoise",
+    "GradientNoise",
     "GroupLInf",
     "GroupLasso",
     "Huber",
@@ -79,6 +102,7 @@ __all__ = [
     "Tie",
     "TotalVariation",
     "Transform",
+    "UniformNoise",
     "UnitNorm",
     "Weighted",
     "activations",
@@ -92,6 +116,7 @@ __all__ = [
     "outputs",
     "recording",
     "regularized",
+    "sampling",
     "scope",
     "weights",
 ]

@@ -15,6 +15,7 @@ class Case:
     convex: bool = True
     kills: bool = True  # its prox makes small entries exactly zero
     compiled_prox: bool = True  # its prox has loops that depend on the data, which torch.compile can't trace whole
+    shape: tuple = (3, 4)  # of the tensors that noise is tried on
 
     def __repr__(self):
         return repr(self.member)

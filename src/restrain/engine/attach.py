@@ -26,7 +26,7 @@ from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
 from restrain.rules import What
 from restrain.sites import Handle, unwrap
-from restrain.transforms.base import Noise
+from restrain.transforms import GradientNoise, Noise
 
 # Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -93,7 +93,7 @@ class Attachment:
         try:
             self._attach_hooks(model)
             self._attach_steps(model, optimizers)
-            if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
+            if any(isinstance(bound.rule.what, Noise) and bound.spots for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
         except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
             self.detach()
@@ -124,10 +124,10 @@ class Attachment:
         key = (id(module), kind)
         if key not in hooks and kind == "outputs":
             hooks[key] = LayerHook(self._forwards)
-            self._handles.append(module.register_forward_hook(hooks[key]))
+            self._handles.append(module.register_forward_hook(hooks[key], with_kwargs=True))
         elif key not in hooks:
-            hooks[key] = InputHook(self._forwards)
-            self._handles.append(module.register_forward_pre_hook(hooks[key], with_kwargs=True))
+            hooks[key] = hook = InputHook(self._forwards)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hooks[key]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
@@ -137,7 +137,8 @@ class Attachment:
             if bound.rule.how in ("gradient", "proximal", "project"):
                 for handle, what in bound.parameters:
                     work = works.setdefault(handle.name, Work(handle))
-                    getattr(work, bound.rule.how).append((bound.rule, what))
+                    kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
+                    getattr(work, kind).append((bound.rule, what))
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
         for bound in self._bounds:

@@ -120,6 +120,8 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
             )
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
+        if isinstance(rule.what, Noise):
+            rule.what.suits(target.layer.module, target.place.kind)
     return [Spot.of(target) for target in targets]
 
 
@@ -134,7 +136,7 @@ def _resolve(rule: Rule, slot: Slot) -> What:
         raise HowError(
             f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
         )
-    if not isinstance(rule.what, Penalty) and rule.how != "project":
+    if not isinstance(rule.what, Penalty) and rule.how not in ("project", "gradient"):
         return rule.what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
@@ -196,11 +198,13 @@ def _check_held(
             f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
             f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
         )
-    if group.get("maximize") and bound.rule.how != "project":
+    if not isinstance(bound.rule.what, Penalty):
+        return
+    if group.get("maximize"):
         raise OptimizerError(
             f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
         )
-    if p.dtype in (torch.bfloat16, torch.float16) and bound.rule.how != "project":
+    if p.dtype in (torch.bfloat16, torch.float16):
         _warn(
             f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights "
             "in float32"

@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 
 from restrain.engine.kernels import add_gradient, apply_prox
 from restrain.engine.metric import metric_of
-from restrain.errors import RestrainWarning
+from restrain.engine.ranks import agreed_seed, common_generator
+from restrain.errors import OptimizerError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.rules import Rule
 from restrain.sites import Handle
-from restrain.transforms.base import Constraint
+from restrain.transforms import Constraint, GradientNoise
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Work:
 
     handle: Handle
     gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    noise: list[tuple[Rule, GradientNoise]] = field(default_factory=list)
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
 
@@ -61,7 +63,8 @@ class Stepper:
         self._empty: dict[Handle, int] = {}
         self._summed: dict[tuple[int, ...], Penalty] = {}
         self._handles = []
-        if any(work.gradient for work in works):
+        self._seed = agreed_seed() if any(work.noise for work in works) else None
+        if any(work.gradient or work.noise for work in works):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
@@ -89,6 +92,8 @@ class Stepper:
         scale, value = getattr(optimizer, "grad_scale", None), torch.zeros(())
         for work, p, _ in self._held(optimizer):
             penalties = due(work.gradient, self.steps)
+            if p.grad is not None and work.noise:
+                self._add_noise(work, p.grad, scale)
             if not penalties or p.grad is None:
                 continue
             penalty = self._sum(penalties)
@@ -96,6 +101,19 @@ class Stepper:
             if with_value:
                 value = value + penalty(p).to(value.device)
         return value
+
+    def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
+        """Noise on a gradient; where there are several ranks, the same on each."""
+        if grad.layout != torch.strided:
+            raise OptimizerError(
+                f"{work.handle.name!r} has a sparse gradient, which GradientNoise would fill: leave it out of the rule"
+            )
+        for number, (rule, noise) in enumerate(work.noise):
+            if rule.due(self.steps):
+                key = f"{self.steps} {work.handle.name} {number}"
+                shared = None if self._seed is None else common_generator(self._seed, key, grad.device)
+                added = noise.draw(grad, self.steps - rule.start, shared)
+                grad.add_(added if scale is None else added * scale.to(added.dtype))
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

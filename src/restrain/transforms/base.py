@@ -7,10 +7,11 @@ from math import isfinite
 from numbers import Real
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from restrain.errors import SelectionError, TransformError
 from restrain.rules import How, What
+from restrain.transforms.layout import Layout
 
 
 class Transform(What, ABC, register=False):
@@ -74,6 +75,17 @@ class Noise(Transform, register=False):
     def __call__(self, x: Tensor) -> Tensor:
         """A disturbed tensor of the shape and dtype of `x`, which stays as it is."""
 
+    def at(self, x: Tensor, layout: Layout) -> Tensor:
+        """What acts at a place, where it is known how `x` lies; see `Layout`."""
+        return self(x)
+
+    def suits(self, owner: nn.Module, kind: str) -> None:
+        """Refuse the outputs or inputs of a layer where it can't act.
+
+        Raises:
+            SelectionError: so it is.
+        """
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if not at_places:
             raise SelectionError(
@@ -92,3 +104,16 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
     inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
     if not inside or not (low < number < high or (closed and number == low)):
         raise TransformError(f"{name} must be {meaning}; got {number!r}")
+
+
+def checked_type(noise: Noise, x: Tensor) -> None:
+    """Refuse whole numbers, which take no noise.
+
+    Raises:
+        TransformError: so it is.
+    """
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TransformError(
+            f"{noise!r} can't act on {x.dtype}: token ids and other whole numbers take no noise. Select the output of "
+            "the embedding, as in rs.outputs('embedding')"
+        )
