@@ -109,6 +109,7 @@ CONSTRAINTS = {
         Case(rs.Orthogonal(rows="in"), polar, any_rank=False),
     ],
     "SpectralBall": [Case(rs.SpectralBall(1.5), by_singular_values(lambda s: np.minimum(s, 1.5)), any_rank=False)],
+    "NuclearBall": [Case(rs.NuclearBall(2.0), by_singular_values(to_l1_ball(2.0)), any_rank=False)],
     "LowRank": [Case(rs.LowRank(2), by_singular_values(lambda s: s * (np.arange(len(s)) < 2)), any_rank=False)],
     "Symmetric": [
         Case(rs.Symmetric(), lambda w: (w + w.T) / 2, any_rank=False, fits=lambda shape: (shape[0], shape[0]))

@@ -2,7 +2,7 @@
 
 from restrain.transforms.base import Constraint, Noise, Transform
 from restrain.transforms.entries import Box, Fixed, NonNegative, Signs
-from restrain.transforms.matrices import LowRank, Orthogonal, SpectralBall, Symmetric
+from restrain.transforms.matrices import LowRank, NuclearBall, Orthogonal, SpectralBall, Symmetric
 from restrain.transforms.noise import Dropout, GaussianNoise
 from restrain.transforms.sets import L1Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
 from restrain.transforms.sparsity import NM, TopK
@@ -20,6 +20,7 @@ __all__ = [
     "NM",
     "Noise",
     "NonNegative",
+    "NuclearBall",
     "Orthogonal",
     "Signs",
     "Simplex",

@@ -146,7 +146,7 @@ class Signs(Constraint):
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _plain(self.pattern))
         numbers = _as_tensor("pattern", self.pattern)
-        if not ((numbers == 0) | (numbers.abs() == 1)).all() or numbers.dtype == torch.bool:
+        if numbers.dtype == torch.bool or not ((numbers == 0) | (numbers.abs() == 1)).all():
             raise TransformError(f"pattern must hold -1, 0 and 1 only; got {_shown(self.pattern)}")
 
     def __repr__(self) -> str:

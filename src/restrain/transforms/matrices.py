@@ -23,6 +23,7 @@ from restrain.penalties.unfold import (
 )
 from restrain.sites import Location
 from restrain.transforms.base import Constraint, checked_number, slack, wide
+from restrain.transforms.sets import to_simplex
 
 
 class _OfMatrix(Constraint, register=False):
@@ -127,6 +128,40 @@ class SpectralBall(_OfMatrix):
         values, vectors = torch.linalg.eigh(_hermitian(u.mH @ movement @ vh.mH))
         rising: Tensor = u @ ((vectors * values.clamp_min(0)) @ vectors.mH) @ vh
         return movement - rising
+
+
+@dataclass(frozen=True)
+class NuclearBall(_OfMatrix):
+    """Σ σ ≤ radius: beyond it a soft threshold of the singular values σ, so that many matrices come out of low rank.
+
+    Args:
+        radius: the greatest nuclear norm, above zero.
+        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+
+    Raises:
+        TransformError: a `radius` that isn't a finite number above zero.
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+
+    Source: Cai, Candès and Shen (2010) for the threshold; Duchi and others (2008) for its height.
+
+    >>> rs.NuclearBall(2.0).project(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+
+    radius: float
+    rows: Rows = "out"
+
+    keywords = ("nuclear_ball",)
+    convex = True
+    tangent = Constraint.tangent  # none is known
+
+    def __post_init__(self) -> None:
+        checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "rows", checked_rows(self.rows))
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        return torch.where(s.sum() <= self.radius * (1 + slack), s, to_simplex(s, self.radius))
 
 
 @dataclass(frozen=True)

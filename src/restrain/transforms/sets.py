@@ -18,7 +18,7 @@ from restrain.transforms.base import Constraint, checked_number, slack, wide
 MaybePer = Per | None
 
 
-class _ByGroup(Constraint, register=False):
+class ByGroup(Constraint, register=False):
     """Base of constraints on each group of entries; `per=None` makes one group of the whole tensor."""
 
     per: Any
@@ -32,7 +32,7 @@ class _ByGroup(Constraint, register=False):
 
 
 @dataclass(frozen=True)
-class MaxNorm(_ByGroup):
+class MaxNorm(ByGroup):
     """‖x_g‖₂ ≤ max_norm for every group g: longer ones are scaled down to that length.
 
     Norms beyond it by no more than rounding count as inside, where nothing is changed (see `slack`).
@@ -70,7 +70,7 @@ class MaxNorm(_ByGroup):
 
 
 @dataclass(frozen=True)
-class UnitNorm(_ByGroup):
+class UnitNorm(ByGroup):
     """‖x_g‖₂ = 1 for every group g: each is scaled to that length.
 
     Norms that are one to rounding count as one, and nothing is changed there (see `slack`). A group of zeros, from
@@ -102,7 +102,7 @@ class UnitNorm(_ByGroup):
 
 
 @dataclass(frozen=True)
-class MinMaxNorm(_ByGroup):
+class MinMaxNorm(ByGroup):
     """low ≤ ‖x_g‖₂ ≤ high for every group g: shorter and longer ones are scaled to the nearer bound.
 
     A group of zeros becomes the one of equal entries and length `low`. With a rate r < 1 the new length is
@@ -187,7 +187,7 @@ def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: fl
 
 
 @dataclass(frozen=True)
-class Simplex(_ByGroup):
+class Simplex(ByGroup):
     """x ≥ 0 and Σ x = total in every group: the nearest such numbers, many of which are zero.
 
     x becomes max(x - θ, 0), with the θ that makes the sum right. Sums that are right to rounding stay.
@@ -224,12 +224,12 @@ class Simplex(_ByGroup):
         x = _exact(to_matrix(w, groups))
         sums = x.sum(-1, keepdim=True)
         inside = (x >= 0).all(-1, keepdim=True) & ((sums - self.total).abs() <= slack(w) * self.total)
-        z = torch.where(inside, x, _to_simplex(x, self.total)) + 0.0  # -0.0 becomes +0.0
+        z = torch.where(inside, x, to_simplex(x, self.total)) + 0.0  # -0.0 becomes +0.0
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
 
 
 @dataclass(frozen=True)
-class L1Ball(_ByGroup):
+class L1Ball(ByGroup):
     """Σ |x| ≤ radius in every group: beyond it a soft threshold, the same for all entries of a group.
 
     Complex entries count by their modulus.
@@ -266,7 +266,7 @@ class L1Ball(_ByGroup):
         x = _exact(to_matrix(w, groups))
         size = x.abs()
         inside = size.sum(-1, keepdim=True) <= self.radius * (1 + slack(w))
-        z = torch.where(inside, x, x.sgn() * _to_simplex(size, self.radius)) + 0.0
+        z = torch.where(inside, x, x.sgn() * to_simplex(size, self.radius)) + 0.0
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
 
 
@@ -282,7 +282,7 @@ def _exact(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
-def _to_simplex(x: Tensor, total: float) -> Tensor:
+def to_simplex(x: Tensor, total: float) -> Tensor:
     """Each row moved to the nearest one of nonnegative entries with that sum."""
     x = (x - x.amax(-1, keepdim=True)).clamp_min(-total)  # entries that come out as zero may as well be nearer
     ordered = x.sort(-1, descending=True).values

@@ -15,7 +15,7 @@ from restrain.errors import TransformError
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.sites import Location
 from restrain.transforms.base import Constraint, wide
-from restrain.transforms.sets import MaybePer, _ByGroup
+from restrain.transforms.sets import ByGroup, MaybePer
 
 
 def _is_count(number: object) -> bool:
@@ -33,7 +33,7 @@ def largest(size: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TopK(_ByGroup):
+class TopK(ByGroup):
     """At most k entries of every group differ from zero: the k largest |x| stay, the others become zero.
 
     Of equally large ones the first stay, in the order of the indices. Nearest, as the squares of what goes are the
