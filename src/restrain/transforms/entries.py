@@ -116,7 +116,7 @@ def _as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
 def _shown(what: Any) -> str:
     """Settings of a pattern, in a line that a table can show."""
     if not isinstance(what, tuple):
-        return repr(what)
+        return getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
     shape = tuple(torch.tensor(what).shape)
     return repr(what) if torch.Size(shape).numel() <= _SHOWN else f"<{' × '.join(map(str, shape))}>"
 
