@@ -29,7 +29,7 @@ def rounding(dtype, size=1):
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 def test_sums_of_any_size(dtype, size, scale):
     w = (normal(3, size) * scale).to(dtype)
-    for constraint in (rs.Simplex(0.7), rs.L1Ball(0.7, per=0)):
+    for constraint in (rs.Simplex(0.7, per=0), rs.L1Ball(0.7, per=0)):
         z = constraint.project(w)
         assert torch.equal(constraint.project(z), z)
         sums = z.double().abs().sum(1)
@@ -84,7 +84,7 @@ def test_inside_nothing_changes():
         rs.NM(1, 2): w * torch.tensor([0, 1, 0, 1]),
         rs.Symmetric(): w @ w.T,
         rs.Orthogonal(): torch.linalg.qr(w).Q,
-        rs.Simplex(): w.softmax(1),
+        rs.Simplex(per="out"): w.softmax(1),
         rs.Signs(w.sign()): w,
         rs.MinMaxNorm(0.1, 9): w,
     }
@@ -96,7 +96,7 @@ def test_extremes_neither_overflow_nor_vanish():
     w = torch.tensor([[3.0, 4.0], [1.0, -2.0]])
     for scale in (1e-38, 1e37):
         torch.testing.assert_close(rs.MinMaxNorm(1, 1).project(w * scale)[0], torch.tensor([0.6, 0.8]))
-        assert rs.Simplex().project(w * scale).sum(1).allclose(torch.ones(2))
+        assert rs.Simplex(per=0).project(w * scale).sum(1).allclose(torch.ones(2))
         assert rs.L1Ball(1.0).project(w * scale).isfinite().all()
     assert torch.equal(rs.Symmetric().project(torch.full((2, 2), 3e38)), torch.full((2, 2), 3e38))
 
@@ -259,7 +259,7 @@ def test_refuses_rows(rows):
 
 @pytest.mark.parametrize(
     "constraint",
-    [rs.Box(0, 1), rs.Simplex(per=None), rs.Signs(1), rs.NonNegative()],
+    [rs.Box(0, 1), rs.Simplex(), rs.Signs(1), rs.NonNegative()],
     ids=lambda constraint: type(constraint).__name__,
 )
 def test_complex_numbers_have_no_order(constraint):

@@ -17,7 +17,7 @@ def pyproximal():
 W = np.random.default_rng(3).normal(size=(6, 5)) * 2
 MEMBERS = {
     "box": (rs.Box(-0.4, 1.1), lambda p: p.Box(-0.4, 1.1)),
-    "simplex": (rs.Simplex(9.0, per=None), lambda p: p.Simplex(30, 9.0, maxiter=300, xtol=1e-14, ftol=1e-14)),
+    "simplex": (rs.Simplex(9.0), lambda p: p.Simplex(30, 9.0, maxiter=300, xtol=1e-14, ftol=1e-14)),
     "l1 ball": (rs.L1Ball(3.0), lambda p: p.L1Ball(30, 3.0, maxiter=300, xtol=1e-14)),
     "l0 ball": (rs.TopK(7), lambda p: p.L0Ball(7)),
     "nuclear ball": (rs.NuclearBall(4.0), lambda p: p.NuclearBall((6, 5), 4.0, maxiter=300, xtol=1e-14)),
@@ -43,4 +43,4 @@ def test_as_pyproximal(pyproximal, name):
 
 def test_oracle(pyproximal):
     expected = pyproximal.Simplex(30, 9.0).prox(W.ravel(), 0.8).reshape(W.shape)
-    assert np.abs(ours(rs.Simplex(9.1, per=None), W) - expected).max() > 1e-4
+    assert np.abs(ours(rs.Simplex(9.1), W) - expected).max() > 1e-4

@@ -208,7 +208,8 @@ def _write_what(what: Any) -> dict[str, Any]:
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
-        fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        given = [(f, getattr(what, f.name)) for f in dataclasses.fields(what) if f.init]
+        fields = {f.name: value for f, value in given if value is not None or f.default is not None}  # TOML has no null
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"

@@ -97,8 +97,8 @@ CONSTRAINTS = {
         Case(rs.MinMaxNorm(0, 2, per="in"), ref.project_groups(between(0, 2), 1), any_rank=False),
     ],
     "Simplex": [
-        Case(rs.Simplex(), ref.project_groups(to_simplex(1), 0), any_rank=False, complex=False),
-        Case(rs.Simplex(2.5, per=None), whole(to_simplex(2.5)), complex=False),
+        Case(rs.Simplex(per="out"), ref.project_groups(to_simplex(1), 0), any_rank=False, complex=False),
+        Case(rs.Simplex(2.5), whole(to_simplex(2.5)), complex=False),
     ],
     "L1Ball": [
         Case(rs.L1Ball(3.0), whole(to_l1_ball(3.0))),

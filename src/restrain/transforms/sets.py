@@ -208,7 +208,7 @@ class Simplex(ByGroup):
     """
 
     total: float = 1.0
-    per: MaybePer = "out"
+    per: MaybePer = None
 
     convex = True
 
