@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf, isnan
 from numbers import Real
 from typing import Any
@@ -92,23 +93,29 @@ def _plain(value: Any) -> Any:
     return _plain(value.tolist()) if hasattr(type(value), "tolist") else value
 
 
-def _as_tensor(name: str, value: Any, like: Tensor | None = None) -> Tensor:
-    """Numbers, as they stand in a plan, as a tensor; of the shape, on the device of `like`.
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """Numbers, as they stand in a plan, as a tensor.
 
     Raises:
-        TransformError: lists of different lengths, something that is no number, or a shape that doesn't fit.
+        TransformError: lists of different lengths, or something that is no number.
     """
     try:
-        found = torch.tensor(value, device=None if like is None else like.device)
+        return torch.tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TransformError(f"{name} must be a number, a tensor, or nested lists as deep as one: {error}") from error
-    if like is None:
-        return found
+
+
+def _spread(name: str, numbers: Tensor, like: Tensor) -> Tensor:
+    """The numbers on the device of `like`, broadcast to its shape.
+
+    Raises:
+        TransformError: they don't fit it.
+    """
     try:
-        return found.expand(like.shape)
+        return numbers.to(like.device).expand(like.shape)
     except RuntimeError as error:
         raise TransformError(
-            f"{name} of shape {tuple(found.shape)} doesn't fit a tensor of shape {tuple(like.shape)}: its axes, from "
+            f"{name} of shape {tuple(numbers.shape)} doesn't fit a tensor of shape {tuple(like.shape)}: its axes, from "
             "the last, must be as long, or one"
         ) from error
 
@@ -145,24 +152,28 @@ class Signs(Constraint):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _plain(self.pattern))
-        numbers = _as_tensor("pattern", self.pattern)
+        numbers = self._numbers
         if numbers.dtype == torch.bool or not ((numbers == 0) | (numbers.abs() == 1)).all():
             raise TransformError(f"pattern must hold -1, 0 and 1 only; got {_shown(self.pattern)}")
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return _as_tensor("pattern", self.pattern)
 
     def __repr__(self) -> str:
         return f"Signs({_shown(self.pattern)})"
 
     def bound_to(self, at: Location) -> Signs:
-        _as_tensor("pattern", self.pattern, at.tensor)
+        _spread("pattern", self._numbers, at.tensor)
         return self
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no sign: Signs needs a real one")
-        sign = _as_tensor("pattern", self.pattern, w)
+        sign = _spread("pattern", self._numbers, w)
         return _one_sided(w, sign > 0, sign < 0) + 0.0  # -0.0 becomes +0.0
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
-        sign = _as_tensor("pattern", self.pattern, w)
+        sign = _spread("pattern", self._numbers, w)
         return _one_sided(v, (sign > 0) & (w <= 0), (sign < 0) & (w >= 0))
 
 
@@ -193,19 +204,26 @@ class Fixed(Constraint):
     def __post_init__(self) -> None:
         if not callable(self.mask):
             object.__setattr__(self, "mask", _plain(self.mask))
-            numbers = _as_tensor("mask", self.mask)
-            if not ((numbers == 0) | (numbers == 1)).all():
+            if not ((self._where == 0) | (self._where == 1)).all():
                 raise TransformError(f"mask must hold true and false only; got {_shown(self.mask)}")
         object.__setattr__(self, "values", _plain(self.values))
-        if self.values is not None and not _as_tensor("values", self.values).isfinite().all():
+        if self.values is not None and not self._numbers.isfinite().all():
             raise TransformError(f"values must be finite; got {_shown(self.values)}")
+
+    @cached_property
+    def _where(self) -> Tensor:
+        return _as_tensor("mask", self.mask)
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return _as_tensor("values", self.values)
 
     def __repr__(self) -> str:
         return f"Fixed({_shown(self.mask)}" + (")" if self.values is None else f", values={_shown(self.values)})")
 
     def bound_to(self, at: Location) -> Constraint:
         w = at.tensor.detach()
-        values = w if self.values is None else _as_tensor("values", self.values, w).to(w.dtype)
+        values = w if self.values is None else _spread("values", self._numbers, w).to(w.dtype)
         return _Held(self, self._mask(w).clone(), values.clone())
 
     def project(self, w: Tensor) -> Tensor:
@@ -215,14 +233,14 @@ class Fixed(Constraint):
                 "values="
             )
         wide(w)
-        return torch.where(self._mask(w), _as_tensor("values", self.values, w).to(w.dtype), w)
+        return torch.where(self._mask(w), _spread("values", self._numbers, w).to(w.dtype), w)
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return torch.where(self._mask(w), 0, v)
 
     def _mask(self, w: Tensor) -> Tensor:
         if not callable(self.mask):
-            return _as_tensor("mask", self.mask, w) != 0
+            return _spread("mask", self._where, w) != 0
         function: Callable[[Tensor], Any] = self.mask
         mask = function(w)
         if isinstance(mask, Tensor) and mask.shape == w.shape and mask.dtype == torch.bool:
