@@ -189,7 +189,7 @@ def test_prox_computes_wide_and_keeps_the_dtype(case, dtype):
 def test_at_zero(case):
     w = torch.zeros(3, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(case.member(w), w)
-    assert case.member(w) == 0
+    assert case.member(w) == 0 or not case.vanishes
     assert expected.eq(0).all()
     assert case.member.gradient(w).eq(0).all()
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_any_memory_layout(case):
 @pytest.mark.parametrize("dtype", HALF + REAL + COMPLEX)
 def test_projection(case, dtype):
     supported(case, dtype)
-    for w in matrices(dtype, (6, 5)):
+    for w in matrices(dtype, case.fits((6, 5))):
         w = w.detach()
         before, z = w.clone(), case.member.project(w)
         wide = w.to(torch.complex128 if dtype.is_complex else torch.float64)
@@ -250,7 +250,7 @@ def test_projection(case, dtype):
 
 @each_constraint
 def test_projection_is_the_nearest_feasible_point(case):
-    w = torch.randn(4, 3, dtype=torch.float64)
+    w = torch.randn(case.fits((4, 3)), dtype=torch.float64)
     z = case.member.project(w).numpy()
     near = np.linalg.norm(w.numpy() - z)
     others = [case.reference(z + d) for d in ref.directions(z.shape)]
@@ -262,6 +262,7 @@ def test_projection_is_the_nearest_feasible_point(case):
 def test_projection_at_zero_and_empty(case, shape):
     if len(shape) < 2 and not case.any_rank:
         pytest.skip("matrices only")
+    shape = case.fits(shape)
     z = case.member.project(torch.full(shape, -0.0))
     assert z.shape == shape
     assert z.isfinite().all()
@@ -341,7 +342,8 @@ def _fresh_compiler():
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled(case):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    w, step = torch.randn(case.shape, requires_grad=True), torch.rand(case.shape)
+    shape = case.fits(case.shape)
+    w, step = torch.randn(shape, requires_grad=True), torch.rand(shape)
     torch.manual_seed(1)
     expected = everything(case.member, w, step, case.compiled_prox)
     torch.manual_seed(1)

@@ -4,7 +4,7 @@ what: l1                       # a registered name; {name: grouplasso, per: in};
 strength: 1e-3
 on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
                                # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
-how: proximal                  # and reduce, name, every, start, optional as in .on(...)
+how: proximal                  # and reduce, name, every, start, optional, momentum as in .on(...)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty)
-_OPTIONS = ("how", "reduce", "name", "every", "start", "optional")
+_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
 
 def read_rule(data: Any) -> Rule:
@@ -225,6 +225,9 @@ def _write_what(what: Any) -> dict[str, Any]:
         )
     else:
         fields = {}
+    functions = [key for key, value in fields.items() if callable(value)]
+    if functions:
+        raise PlanError(f"{what!r} can't be written: its {functions[0]} is a function, which has no text form")
     return {"what": {"name": name, **fields} if fields else name}
 
 

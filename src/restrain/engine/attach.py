@@ -16,6 +16,7 @@ from restrain.engine.bind import bind, check_optimizers
 from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
+from restrain.engine.feasible import hold_from_now
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
@@ -141,11 +142,9 @@ class Attachment:
                     getattr(work, kind).append((bound.rule, what))
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
+        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:
-            if bound.rule.how == "project":
-                with torch.no_grad():
-                    for p, constraint in bound.tensors(model):
-                        p.copy_(constraint.project(p))
+            bound.notes += notes.get(bound.key, [])
 
     @property
     def model(self) -> nn.Module:

@@ -179,6 +179,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
                 metric = f"while {type(holder).__name__} moves each entry by a step of its own"
                 bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
+            if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
+                _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
         if decayed:
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
     for name, (p, penalties, optimizer) in proximal.items():

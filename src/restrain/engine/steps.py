@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from restrain.engine.feasible import hold
 from restrain.engine.kernels import add_gradient, apply_prox
 from restrain.engine.metric import metric_of
 from restrain.engine.ranks import agreed_seed, common_generator
@@ -124,8 +125,9 @@ class Stepper:
             penalties = due(work.proximal, self.steps)
             if penalties and p.grad is not None and group["lr"] != 0:
                 apply_prox(p, self._sum(penalties), metric_of(optimizer)(group, optimizer.state[p]))
-            for constraint in due(work.project, self.steps):
-                p.copy_(constraint.project(p))
+            constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
+            if constraints:
+                hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
         self.steps += 1
         if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
             self._warn_of_empty()

@@ -7,6 +7,7 @@ from restrain.penalties.kept import Distance, Weighted
 from restrain.penalties.network import NetworkPenalty
 from restrain.penalties.pairs import ProductNorm, Tie
 from restrain.penalties.sorted import SLOPE
+from restrain.penalties.spectral import NuclearNorm, Orthogonality, SpectralNorm
 from restrain.penalties.structured import FusedLasso, SparseGroupLasso, TotalVariation
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "MCP",
     "NetworkPenalty",
     "Norm",
+    "NuclearNorm",
+    "Orthogonality",
     "Penalty",
     "ProductNorm",
     "SCAD",
@@ -31,6 +34,7 @@ __all__ = [
     "Scaled",
     "SoftBox",
     "SparseGroupLasso",
+    "SpectralNorm",
     "Sum",
     "Tie",
     "TotalVariation",

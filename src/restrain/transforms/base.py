@@ -7,9 +7,12 @@ from math import isfinite
 from numbers import Real
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
+from restrain import registry
 from restrain.errors import SelectionError, TransformError
+from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How, What
 from restrain.transforms.layout import Layout
 
@@ -31,15 +34,22 @@ class Transform(What, ABC, register=False):
 class Constraint(Transform, register=False):
     """Base of constraints on parameters, which hold after every step of the optimizer.
 
-    A subclass needs only `project(self, w)`.
+    A subclass needs only `project(self, w)`. Say `convex = True` if the set is: with others of that kind on one tensor
+    the result is then the nearest point of all sets.
 
-    >>> class Symmetric(rs.Constraint):
+    >>> class Centered(rs.Constraint):
+    ...     convex = True
     ...     def project(self, w):
-    ...         return (w + w.T) / 2
-    >>> Symmetric().project(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
-    tensor([[1., 1.],
-            [1., 1.]])
+    ...         return w - w.mean()
+    >>> Centered().project(torch.tensor([1.0, 2.0]))
+    tensor([-0.5000,  0.5000])
     """
+
+    convex: bool = False
+    """The set is convex."""
+
+    cone: bool = False
+    """The set holds every nonnegative multiple of its members; of two sets, such a one is taken first."""
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
@@ -47,6 +57,22 @@ class Constraint(Transform, register=False):
 
         The identity inside. NaN and infinite entries are not looked for; a result may be NaN where they are.
         """
+
+    @property
+    def has_tangent(self) -> bool:  # type: ignore[override]
+        """Whether `tangent` is known."""
+        return type(self).tangent is not Constraint.tangent
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        """The part of a movement `v` that doesn't leave the set at `w`, in the dtype of `v`.
+
+        It is the vector nearest to `v` among the directions of the set there (its tangent cone). `w` is in the set.
+
+        Raises:
+            TransformError: no formula is known; the message names those that have one.
+        """
+        known = sorted(c.__name__ for c in _constraints() if c.tangent is not Constraint.tangent)
+        raise TransformError(f"{self!r} has no formula for its tangent; these have one: {', '.join(known)}")
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:
@@ -56,6 +82,10 @@ class Constraint(Transform, register=False):
                 "a role such as rs.weights, a module or a type"
             )
         return ("project",)
+
+
+def _constraints() -> set[type[Constraint]]:
+    return {c for name in registry.names() if issubclass(c := registry.lookup(name), Constraint)}
 
 
 class Noise(Transform, register=False):
@@ -117,3 +147,24 @@ def checked_type(noise: Noise, x: Tensor) -> None:
             f"{noise!r} can't act on {x.dtype}: token ids and other whole numbers take no noise. Select the output of "
             "the embedding, as in rs.outputs('embedding')"
         )
+
+
+def wide(w: Tensor, *, real: str = "") -> Tensor:
+    """The tensor in float32 or wider; `real` says why it can't be complex.
+
+    Raises:
+        TransformError: an integer tensor; a complex one where `real` is given.
+    """
+    if w.is_complex() and real:
+        raise TransformError(f"a complex tensor ({w.dtype}) has no order, {real}")
+    if not (w.is_floating_point() or w.is_complex()):
+        raise TransformError(f"a constraint needs a tensor of floating-point numbers, got {w.dtype}")
+    return at_least_float32(w)
+
+
+def slack(w: Tensor, size: float = 1.0) -> float:
+    """How far beyond a boundary, relatively, a point counts as inside, as rounding may take it there.
+
+    That is eps of the dtype for float16 and bfloat16, 8 eps for wider types; times `size`.
+    """
+    return torch.finfo(w.dtype).eps * size * (1 if w.dtype.itemsize == 2 else 8)  # halves are computed in float32
