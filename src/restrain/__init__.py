@@ -18,15 +18,20 @@ from restrain.rules import Rule
 from restrain.select import biases, embeddings, glob, norms, weights
 from restrain.transforms import (
     Constraint,
+    DropConnect,
     Dropout,
     GaussianNoise,
     MaxNorm,
     Noise,
     NonNegative,
+    Reparametrization,
+    SpectralNormalization,
     Transform,
     UnitNorm,
+    WeightNormalization,
+    WeightStandardization,
 )
-from restrain.transforms.normalization import Standardize
+from restrain.transforms.normalization import RobustScale, Standardize
 
 __version__ = "0.1.0"
 
@@ -35,6 +40,7 @@ __all__ = [
     "L2",
     "Attachment",
     "Constraint",
+    "DropConnect",
     "Dropout",
     "ElasticNet",
     "GaussianNoise",
@@ -46,10 +52,15 @@ __all__ = [
     "Norm",
     "Penalty",
     "Plan",
+    "Reparametrization",
+    "RobustScale",
     "Rule",
+    "SpectralNormalization",
     "Standardize",
     "Transform",
     "UnitNorm",
+    "WeightNormalization",
+    "WeightStandardization",
     "activations",
     "attach",
     "biases",

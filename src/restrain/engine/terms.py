@@ -27,6 +27,5 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
 
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
-    parameters = {handle.name: handle.find(root) for handle, _ in bound.parameters}
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    trained = {handle.name: p for handle, p, _ in bound.standing(root)}
     return bound.rule.what(trained, outputs)  # type: ignore[operator, no-any-return]

@@ -1,4 +1,4 @@
-"""Noise on activations, in training only, drawn from torch's global generator."""
+"""Noise on activations (Gaussian noise also on weights), in training only, drawn from torch's global generator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from restrain.errors import TransformError
+from restrain.axes import squared
+from restrain.errors import SelectionError, TransformError
+from restrain.penalties.base import in_float32
+from restrain.rules import How
 from restrain.transforms.base import Noise, checked_number
 
 
@@ -19,8 +22,12 @@ class GaussianNoise(Noise):
 
     For complex x, E|n|² = 1: real and imaginary part have the variance 1/2 each.
 
+    On parameters each forward draws anew, and the stored weight never changes.
+
     Args:
         std: the standard deviation, in the units of x.
+        relative: on parameters, multiply it by the root mean square of the parameter's own entries, a constant as far
+            as gradients go.
 
     Raises:
         TransformError: a `std` that isn't a finite number, zero or more; or integer x.
@@ -32,8 +39,10 @@ class GaussianNoise(Noise):
     """
 
     std: float
+    relative: bool = False
 
     keywords = ("noise", "gaussian_noise")
+    on_weights = True
 
     def __post_init__(self) -> None:
         checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
@@ -41,6 +50,16 @@ class GaussianNoise(Noise):
     def __call__(self, x: Tensor) -> Tensor:
         _check_type(self, x)
         return x + self.std * torch.randn_like(x)
+
+    def of_weight(self, w: Tensor) -> Tensor:
+        _check_type(self, w)
+        scale = in_float32(lambda x: squared(x).mean().sqrt(), w.detach()).to(w.real) if self.relative else 1.0
+        return w + self.std * scale * torch.randn_like(w)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places and self.relative:
+            raise SelectionError(f"{self!r}: relative=True is for parameters, by .on(rs.weights)")
+        return super().moments(at_places)
 
 
 @dataclass(frozen=True)
