@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
-from restrain.engine.weightnoise import Site, sites_of
+from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
 from restrain.places import Places, select_places
@@ -170,6 +170,8 @@ def _resolve(rule: Rule, slot: Slot) -> What:
         raise HowError(
             f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
         )
+    if rule.how in ("parametrize", "forward"):
+        check_computable(slot)
     if rule.how == "parametrize" and len(slot.owners) > 1:
         raise HowError(
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
@@ -202,6 +204,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
+    computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
@@ -215,7 +218,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 continue
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
-            if group.get("weight_decay") and _decays(what):
+            if group.get("weight_decay") and _decays(what) and handle.name not in computed:
                 decayed.append(handle.name)
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
                 metric = f"while {type(holder).__name__} moves each entry by a step of its own"

@@ -39,17 +39,26 @@ def sites_of(slot: Slot) -> list[Site]:
     """Where a weight is used, one for each module that holds it.
 
     Raises:
-        HowError: it is used past all forwards, or something writes into it during the forward.
+        HowError: it is used past all forwards.
     """
     return [_site(slot.name, layer, key) for layer, key in slot.owners]
 
 
+def check_computable(slot: Slot) -> None:
+    """Refuse a weight that its layer writes into.
+
+    Raises:
+        HowError: so it is.
+    """
+    for layer, _ in slot.owners:
+        if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)) and layer.module.max_norm is not None:
+            raise HowError(
+                f"{slot.name!r}: {type(layer.module).__name__}(max_norm=...) writes into its weight in the forward, "
+                "which would be lost in a temporary; write rs.MaxNorm(..., per='in').on(...) instead of it"
+            )
+
+
 def _site(name: str, layer: Layer, key: str) -> Site:
-    if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)) and layer.module.max_norm is not None:
-        raise HowError(
-            f"{name!r}: {type(layer.module).__name__}(max_norm=...) writes into its weight during the forward, which "
-            "would be lost in the disturbed one; write rs.MaxNorm(...).on(...) instead of it"
-        )
     chain = list(layer.chain)
     caller = len(chain) - 1
     while caller >= 0 and not _is_called(chain, caller):

@@ -229,7 +229,7 @@ class _PowerMethod(nn.Module):
     def __init__(self, what: SpectralNormalization, w: Tensor) -> None:
         super().__init__()
         self.what = what
-        holder = nn.Module()
+        holder = nn.Module().eval()  # registering looks at the weight, which is no step of the method
         holder.register_parameter("matrix", nn.Parameter(what._matrix(at_least_float32(w)).contiguous()))
         parametrizations.spectral_norm(holder, "matrix", n_power_iterations=what.iterations or 1, dim=0)
         self.norm: Any = holder.parametrizations["matrix"][0]  # type: ignore[index]
