@@ -345,3 +345,12 @@ def test_recurrent_and_attention_weights(kind):
     attention, x = nn.MultiheadAttention(4, 2), torch.randn(2, 1, 4)
     with rs.attach(attention, rs.MaxNorm(1e-9, per="out").on("out_proj.weight", how="parametrize")):
         assert attention(x, x, x)[0].abs().max() < 1e-7
+
+
+def test_the_models_own_training_refuses():
+    X = torch.randn(20, 3).numpy()
+    for keywords in (dict(weightnormalization={}), dict(maxnorm=dict(max_norm=1.0, how="parametrize"))):
+        with pytest.raises(rs.errors.PlanError, match="takes no how='parametrize'"):
+            rs.Classifier(hidden=(4,), epochs=1, **keywords).fit(X, X[:, 0] > 0)
+    model = rs.Classifier(hidden=(4,), epochs=2, dropconnect=0.3, random_state=0).fit(X, X[:, 0] > 0)
+    assert (model.predict(X) == model.predict(X)).all()

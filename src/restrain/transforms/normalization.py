@@ -211,7 +211,7 @@ class RobustScale(_Scaling):
         self.quantiles = (low, high)
 
     def _learn(self, blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        parts = [block.reshape(-1, *block.shape[1:][-1:]) for block in blocks]
+        parts = [block.flatten(0, -2) if block.dim() > 1 else block for block in blocks]
         if not parts:
             raise TransformError("there are no samples to learn median and spread from")
         values = torch.cat(parts).sort(0).values  # NaN comes last
