@@ -349,7 +349,7 @@ def test_recurrent_and_attention_weights(kind):
 
 def test_the_models_own_training_refuses():
     X = torch.randn(20, 3).numpy()
-    for keywords in (dict(weightnormalization={}), dict(maxnorm=dict(max_norm=1.0, how="parametrize"))):
+    for keywords in ({"weightnormalization": {}}, {"maxnorm": {"max_norm": 1.0, "how": "parametrize"}}):
         with pytest.raises(rs.errors.PlanError, match="takes no how='parametrize'"):
             rs.Classifier(hidden=(4,), epochs=1, **keywords).fit(X, X[:, 0] > 0)
     model = rs.Classifier(hidden=(4,), epochs=2, dropconnect=0.3, random_state=0).fit(X, X[:, 0] > 0)
