@@ -164,6 +164,23 @@ def normalize(v):
     return v / length if length else np.full_like(v, v.size**-0.5)
 
 
+# Reparametrisations
+
+
+def standardize_groups(axis, eps):
+    """Rows (axis 0) or columns (axis 1) less their mean, over the root of variance + eps."""
+
+    def rule(v):
+        centred = v - v.mean()
+        return centred / np.sqrt((centred**2).mean() + eps)
+
+    return project_groups(rule, axis)
+
+
+def divide_by_spectral_norm(w):
+    return w / np.sqrt(np.linalg.eigvalsh(w.T @ w).max())
+
+
 # Derivatives
 
 

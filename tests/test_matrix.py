@@ -18,7 +18,7 @@ from cases import CONSTRAINTS, NOISES, PENALTIES, TRANSFORMS, Case
 from restrain import penalties, transforms
 from restrain.errors import NoProxError
 
-BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise"}
+BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise", "Reparametrization"}
 HALF = [torch.float16, torch.bfloat16]
 REAL = [torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
@@ -320,7 +320,9 @@ def test_noise_keeps_shape_and_dtype(case, dtype, shape):
 def everything(member, w, step, prox=True):
     """What a member computes, in one function to compile."""
     if isinstance(member, rs.Constraint):
-        return [member.project(w)]
+        return [member.project(w), member.from_free(w)]
+    if isinstance(member, rs.Reparametrization):
+        return [member.from_free(w)]
     if isinstance(member, rs.Noise):
         return [member(w)]
     results = [member(w)]

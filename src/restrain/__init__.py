@@ -50,6 +50,7 @@ from restrain.transforms import (
     BlockDropout,
     Box,
     Constraint,
+    DropConnect,
     Dropout,
     DropPath,
     EmbeddingDropout,
@@ -65,16 +66,20 @@ from restrain.transforms import (
     NonNegative,
     NuclearBall,
     Orthogonal,
+    Reparametrization,
     Signs,
     Simplex,
     SpectralBall,
+    SpectralNormalization,
     Symmetric,
     TopK,
     Transform,
     UniformNoise,
     UnitNorm,
+    WeightNormalization,
+    WeightStandardization,
 )
-from restrain.transforms.normalization import Standardize
+from restrain.transforms.normalization import RobustScale, Standardize
 
 __version__ = "0.1.0"
 
@@ -85,6 +90,7 @@ __all__ = [
     "Box",
     "Constraint",
     "Distance",
+    "DropConnect",
     "DropPath",
     "Dropout",
     "ElasticNet",
@@ -119,6 +125,8 @@ __all__ = [
     "Penalty",
     "Plan",
     "ProductNorm",
+    "Reparametrization",
+    "RobustScale",
     "Rule",
     "SCAD",
     "SLOPE",
@@ -128,6 +136,7 @@ __all__ = [
     "SparseGroupLasso",
     "SpectralBall",
     "SpectralNorm",
+    "SpectralNormalization",
     "Standardize",
     "Symmetric",
     "Tie",
@@ -136,6 +145,8 @@ __all__ = [
     "Transform",
     "UniformNoise",
     "UnitNorm",
+    "WeightNormalization",
+    "WeightStandardization",
     "Weighted",
     "activations",
     "attach",

@@ -18,10 +18,12 @@ from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.injection import Root
+from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
+from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
@@ -58,6 +60,7 @@ def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[O
         raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
     declared, modules = declared_rules(model, skip=_claimed)
     rules = Plan.of(plan) + Plan(tuple(declared))
+    refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     return Attachment(unwrap(model), rules, _optimizers(optimizer), modules)
@@ -88,13 +91,16 @@ class Attachment:
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
+        self._parametrized, self._weight_noise = Parametrized(), WeightNoise()
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:
+            self._parametrized.begin(self._bounds, model)
             self._attach_hooks(model)
             self._attach_steps(model, optimizers)
-            if any(isinstance(bound.rule.what, Noise) and bound.spots for bound in self._bounds):
+            if any(isinstance(bound.rule.what, Noise) and (bound.spots or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
         except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
             self.detach()
@@ -117,7 +123,8 @@ class Attachment:
                     self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
         if self._loss_rules:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
-        if hooks:
+        self._weight_noise.begin(self._bounds, model)
+        if hooks or self._weight_noise.hooks:
             forget_compiled_code()
 
     def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
@@ -271,6 +278,10 @@ class Attachment:
         self._collect(data_loss)
         return report.measure(self._bounds, self.model, self._forwards, data_loss)
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
+        return self._parametrized.learned()
+
     def table(self, values: bool = False) -> str:
         """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
         return report.table(self._bounds, self.model, self.values() if values else None)
@@ -281,6 +292,10 @@ class Attachment:
             handle.remove()
         for stepper in self._steppers:
             stepper.remove()
+        model = self._model()
+        self._weight_noise.end(model)
+        if model is not None:
+            self._parametrized.end(model)
         self._clock.remove()
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
+from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
 from restrain.places import Places, select_places
@@ -39,6 +40,7 @@ class Bound:
     spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
+    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
     notes: list[str] = field(default_factory=list)  # what the table says of it
 
     @property
@@ -48,8 +50,17 @@ class Bound:
 
     def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
         """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
-        found = [(handle.find(root), what) for handle, what in self.parameters]
-        return [(p, what) for p, what in found if (frozen or p.requires_grad) and not is_lazy(p)]
+        return [(p, what) for _, p, what in self.standing(root, frozen)]
+
+    def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
+        """The same, each with its address."""
+        found = [(handle, handle.find(root), what) for handle, what in self.parameters]
+        return [(h, p, what) for h, p, what in found if (frozen or trains(h, p, root)) and not is_lazy(p)]
+
+
+def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
+    """Whether it isn't frozen; what is computed under `no_grad` requires no gradient, but what it is made of does."""
+    return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
 def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
@@ -66,7 +77,28 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         while any(bound.key == key for bound in bounds):
             key, number = f"{rule.label} #{number}", number + 1
         bounds.append(_bind(Bound(rule, key), sites, slots))
+    _check_parametrized(bounds)
     return bounds
+
+
+def _check_parametrized(bounds: Sequence[Bound]) -> None:
+    """Refuse what would act on the temporary that a parametrisation of the same plan gives."""
+    computed = {
+        handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
+    }
+    for bound in bounds:
+        for handle, _ in bound.parameters:
+            first = computed.get(handle.name, bound)
+            if first is not bound and bound.rule.how != "loss":
+                ways = (
+                    "only the last would be sure to hold"
+                    if bound.rule.how == "parametrize"
+                    else ("it is computed anew at each forward, so the other would act on a temporary")
+                )
+                raise HowError(
+                    f"{handle.name!r} is parametrised by {first.key!r}, and {bound.key!r} has how={bound.rule.how!r}: "
+                    f"{ways}. Give the constraint how='project', or the other rule how='loss'"
+                )
 
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
@@ -87,6 +119,10 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             raise
         chosen = []
     bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    if rule.how == "forward":
+        bound.noisy = [
+            (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
+        ]
     outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
     bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs]
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
@@ -132,11 +168,18 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "
             "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
         )
-    if rule.how in ("gradient", "proximal") and getattr(slot.owner, "sparse", False) is True:
+    if rule.how not in ("loss", "project") and getattr(slot.owner, "sparse", False) is True:
         raise HowError(
             f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
         )
-    if not isinstance(rule.what, Penalty) and rule.how not in ("project", "gradient"):
+    if rule.how in ("parametrize", "forward"):
+        check_computable(slot)
+    if rule.how == "parametrize" and len(slot.owners) > 1:
+        raise HowError(
+            f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
+            "how='project', or tie the layers by calling one module twice"
+        )
+    if rule.how == "loss" and not isinstance(rule.what, Penalty):
         return rule.what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
@@ -163,18 +206,21 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
+    computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
             p = handle.find(root)
             holder, group = holders.get(id(p), (None, None))
+            if bound.rule.how == "parametrize":
+                _check_decay(handle.name, what, group)
             if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
-            if group.get("weight_decay") and _decays(what):
+            if group.get("weight_decay") and _decays(what) and handle.name not in computed:
                 decayed.append(handle.name)
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
                 metric = f"while {type(holder).__name__} moves each entry by a step of its own"
@@ -185,6 +231,14 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
+
+
+def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
+    if group is not None and group.get("weight_decay") and what.decays_to:
+        _warn(
+            f"the optimizer's weight_decay pulls {name!r} to {what.decays_to}, as it decays the free tensor behind it "
+            f"({what!r}): put it into a parameter group with weight_decay=0, and write 1e-4 * rs.L2() in the loss"
+        )
 
 
 def _decays(what: Any) -> bool:

@@ -20,7 +20,7 @@ from restrain.engine.feasible import hold
 from restrain.engine.kernels import add_gradient, apply_prox
 from restrain.engine.metric import metric_of
 from restrain.engine.ranks import agreed_seed, common_generator
-from restrain.errors import OptimizerError, RestrainWarning
+from restrain.errors import DetachedError, OptimizerError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.rules import Rule
 from restrain.sites import Handle
@@ -154,6 +154,11 @@ class Stepper:
         root = self.root()
         for work in self.works:
             p = work.handle.find(root)
+            if not isinstance(p, nn.Parameter):
+                raise DetachedError(
+                    f"{work.handle.name!r} was parametrised since rules were attached that would act on a temporary "
+                    "at the step. Parametrise first, or in the same plan, and detach before"
+                )
             group = groups.get(id(p))
             if group is not None and p.requires_grad:
                 yield work, p, group

@@ -43,7 +43,6 @@ from restrain.transforms import (
     Constraint,
     Dropout,
     GaussianNoise,
-    GradientNoise,
     MaxNorm,
     Noise,
     NonNegative,
@@ -231,11 +230,11 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
         if keyword == "contractive" and any(layer["form"] == "batchnorm" for layer in context.layers):
             raise PlanError("behind a batchnorm layer, a sample's outputs depend on the other samples: use layernorm")
         return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
-    if keyword in ACTIVATIONS or (isinstance(what, Noise) and not isinstance(what, GradientNoise)):
+    if keyword in ACTIVATIONS or (isinstance(what, Noise) and what.on_places):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)
     if isinstance(on, Places):
         return what.on(on, **options)
-    if isinstance(what, (Constraint, GradientNoise)):
+    if isinstance(what, Transform):
         return what.on(weights if on is None else on, **options)
     if keyword in WEIGHTS:
         on = weights if on is None else weights & as_where(on)

@@ -1,17 +1,18 @@
-"""The bases of transforms (tensor → tensor of the same shape): constraints and noise."""
+"""The bases of transforms (tensor → tensor of the same shape): constraints, reparametrisations, noise."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from math import isfinite
 from numbers import Real
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import SelectionError, TransformError
+from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How, What
 from restrain.transforms.layout import Layout
@@ -31,11 +32,54 @@ class Transform(What, ABC, register=False):
     __rmul__ = __mul__
 
 
-class Constraint(Transform, register=False):
+class Reparametrization(Transform, register=False):
+    """Base of weights that are computed, at each forward, from a free tensor v that the optimizer trains.
+
+    A subclass needs only `from_free(self, v)`.
+
+    >>> class Mirrored(rs.Reparametrization):
+    ...     def from_free(self, v):
+    ...         return (v + v.T) / 2
+    >>> layer = nn.Linear(3, 3)
+    >>> with rs.attach(layer, Mirrored().on("weight")):
+    ...     assert layer.weight.equal(layer.weight.T)
+    """
+
+    decays_to: ClassVar[str] = (
+        ""  # what the weight becomes if the optimizer's weight_decay pulls v to zero; "": no harm
+    )
+
+    @abstractmethod
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        """The weight, of the shape and dtype of v; differentiable. `learned` are the tensors of `learned(w)`."""
+
+    def to_free(self, w: Tensor) -> Tensor:
+        """The v to begin from, for a weight w: from_free(to_free(w)) is w, or near it where w can't be had."""
+        return w
+
+    def learned(self, w: Tensor) -> dict[str, Tensor]:
+        """Further tensors that are learned beside v, {name: the value to begin from}; `reg.parameters()` has them."""
+        return {}
+
+    def parametrization(self, w: Tensor) -> nn.Module:
+        """The module with forward(v) and right_inverse(w) that torch's parametrize is given for a weight w."""
+        return Computed(self, w)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} holds for parameters, not for outputs or inputs: select parameters by a glob, a role such "
+                "as rs.weights, a module or a type"
+            )
+        return ("parametrize",)
+
+
+class Constraint(Reparametrization, register=False):
     """Base of constraints on parameters, which hold after every step of the optimizer.
 
     A subclass needs only `project(self, w)`. Say `convex = True` if the set is: with others of that kind on one tensor
-    the result is then the nearest point of all sets.
+    the result is then the nearest point of all sets. Under `how="parametrize"` the weight is `from_free(v)` of a free
+    tensor v: the projection of v, unless a subclass knows a smooth map onto the set.
 
     >>> class Centered(rs.Constraint):
     ...     convex = True
@@ -57,6 +101,12 @@ class Constraint(Transform, register=False):
 
         The identity inside. NaN and infinite entries are not looked for; a result may be NaN where they are.
         """
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        return self.project(v)
+
+    def to_free(self, w: Tensor) -> Tensor:
+        return self.project(w)
 
     @property
     def has_tangent(self) -> bool:  # type: ignore[override]
@@ -81,7 +131,31 @@ class Constraint(Transform, register=False):
                 "by a glob, "
                 "a role such as rs.weights, a module or a type"
             )
-        return ("project",)
+        return ("project", "parametrize")
+
+
+class Computed(nn.Module):
+    """A reparametrisation as the module that torch's parametrize wants; it holds what is learned beside v."""
+
+    def __init__(self, what: Reparametrization, w: Tensor) -> None:
+        super().__init__()
+        self.what = what
+        for name, value in what.learned(w.detach()).items():
+            self.register_parameter(name, nn.Parameter(value.clone(), requires_grad=w.requires_grad))
+
+    def forward(self, v: Tensor) -> Tensor:
+        learned: dict[str, Any] = dict(self._parameters)
+        return in_float32(lambda x: self.what.from_free(x, **learned), v).to(v.dtype)
+
+    @torch.no_grad()
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """The v that gives w, when it is assigned; what is learned beside v begins anew."""
+        for name, value in self.what.learned(w).items():
+            self._parameters[name].copy_(value)  # type: ignore[union-attr]
+        return in_float32(self.what.to_free, w).to(w.dtype)
+
+    def extra_repr(self) -> str:
+        return repr(self.what)
 
 
 def _constraints() -> set[type[Constraint]]:
@@ -92,7 +166,8 @@ class Noise(Transform, register=False):
     """Base of noise on outputs and inputs of layers, in training only.
 
     A subclass needs only `__call__(self, x)`. Draw from torch's global generator (checkpointing and
-    torch.compile need that), and keep no counters.
+    torch.compile need that), and keep no counters. With `on_weights = True` it may act on parameters, too: the
+    forward then sees a disturbed weight, and the stored one never changes.
 
     >>> class Signs(rs.Noise):
     ...     def __call__(self, x):
@@ -100,6 +175,9 @@ class Noise(Transform, register=False):
     >>> Signs()(torch.ones(4)).abs()
     tensor([1., 1., 1., 1.])
     """
+
+    on_places: ClassVar[bool] = True  # whether it acts on outputs and inputs of layers
+    on_weights: ClassVar[bool] = False  # whether it acts on parameters
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -109,6 +187,10 @@ class Noise(Transform, register=False):
         """What acts at a place, where it is known how `x` lies; see `Layout`."""
         return self(x)
 
+    def of_weight(self, w: Tensor) -> Tensor:
+        """What a forward sees of a parameter: by default what `__call__` makes of any tensor."""
+        return self(w)
+
     def suits(self, owner: nn.Module, kind: str) -> None:
         """Refuse the outputs or inputs of a layer where it can't act.
 
@@ -117,10 +199,16 @@ class Noise(Transform, register=False):
         """
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
-        if not at_places:
+        if at_places and not self.on_places:
+            raise SelectionError(
+                f"{self!r} acts on parameters, not on outputs or inputs of layers: write .on(rs.weights), or "
+                "rs.Dropout, rs.GaussianNoise for these places"
+            )
+        if not at_places and not self.on_weights:
             raise SelectionError(
                 f"{self!r} acts on outputs or inputs of layers, not on parameters: "
-                "write .on(rs.outputs('fc*')), or .on(rs.inputs()) for the model's own input"
+                "write .on(rs.outputs('fc*')), or .on(rs.inputs()) for the model's own input; weights take "
+                "rs.DropConnect and rs.GaussianNoise"
             )
         return ("forward",)
 

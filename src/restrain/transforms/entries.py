@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,10 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from restrain.errors import TransformError
+from restrain.errors import RestrainWarning, TransformError
 from restrain.sites import Location
 from restrain.transforms.base import Constraint, wide
 
@@ -29,6 +31,9 @@ def _one_sided(v: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
 class NonNegative(Constraint):
     """Every entry ≥ 0: negative ones become zero.
 
+    As a parametrisation w = softplus(v) = log(1 + exp v) > 0, which never is exactly zero; where the weight is zero or
+    negative at attach, it begins at a hundredth of the weight's root mean square (at least 1e-4), with a warning.
+
     Raises:
         TransformError: a complex tensor, which has no order.
 
@@ -39,10 +44,28 @@ class NonNegative(Constraint):
     keywords = ("non_negative",)
     convex = True
     cone = True
+    decays_to = "log 2 = 0.693"
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no sign: NonNegative needs a real one")
         return w.clamp_min(0) + 0.0  # -0.0 becomes +0.0
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        wide(v, real="so it has no sign: NonNegative needs a real one")
+        return F.softplus(v, threshold=40)  # from there on log(1 + exp v) is v in float64, too
+
+    def to_free(self, w: Tensor) -> Tensor:
+        outside = wide(w, real="so it has no sign: NonNegative needs a real one") <= 0
+        if outside.any():
+            least = max(0.01 * float(w.square().mean().sqrt()), 1e-4)
+            warnings.warn(
+                f"{int(outside.sum())} of {w.numel()} entries are zero or negative; how='parametrize' keeps them "
+                f"above zero by softplus, so they begin at {least:.3g}. For exact zeros use how='project'",
+                RestrainWarning,
+                stacklevel=2,
+            )
+            w = torch.where(outside, least, w)
+        return w + torch.log(-torch.expm1(-w))
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return torch.where(w <= 0, v.clamp_min(0), v)

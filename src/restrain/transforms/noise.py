@@ -1,4 +1,4 @@
-"""Noise that is added, drawn from torch's global generator."""
+"""Noise that is added (Gaussian noise also to weights), drawn from torch's global generator."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from math import inf
 import torch
 from torch import Tensor
 
+from restrain.axes import squared
 from restrain.errors import SelectionError, TransformError
+from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How
 from restrain.transforms.base import Noise, checked_number, checked_type
@@ -35,10 +37,13 @@ class GaussianNoise(Noise):
 
     For complex x, E|n|² = 1: real and imaginary part have the variance 1/2 each.
 
+    On parameters each forward draws anew, and the stored weight never changes.
+
     Args:
         std: the standard deviation, in the units of x.
         relative: multiply it by the deviation that each feature (each entry of a sample) has over the batch at that
             call, without a gradient through it. Of one sample that is zero. Of a packed sequence, over all its rows.
+            On parameters, multiply it by the root mean square of the parameter's own entries instead.
 
     Raises:
         TransformError: a `std` that isn't a finite number, zero or more; or integer x.
@@ -53,6 +58,7 @@ class GaussianNoise(Noise):
     relative: bool = False
 
     keywords = ("noise", "gaussian_noise")
+    on_weights = True
 
     def __post_init__(self) -> None:
         checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
@@ -65,6 +71,11 @@ class GaussianNoise(Noise):
         checked_type(self, x)
         noise = self.std * torch.randn_like(x)
         return x + (noise * _deviation(x, layout) if self.relative else noise)
+
+    def of_weight(self, w: Tensor) -> Tensor:
+        checked_type(self, w)
+        scale = in_float32(lambda x: squared(x).mean().sqrt(), w.detach()).to(w.real) if self.relative else 1.0
+        return w + self.std * scale * torch.randn_like(w)
 
 
 @dataclass(frozen=True)
@@ -129,6 +140,7 @@ class GradientNoise(Noise):
     decay: float = 0.55
 
     keywords = ("gradient_noise",)
+    on_places = False
 
     def __post_init__(self) -> None:
         checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)

@@ -74,7 +74,8 @@ class UnitNorm(ByGroup):
     """‖x_g‖₂ = 1 for every group g: each is scaled to that length.
 
     Norms that are one to rounding count as one, and nothing is changed there (see `slack`). A group of zeros, from
-    which all unit vectors are equally far, becomes the one with n equal entries 1 / √n.
+    which all unit vectors are equally far, becomes the one with n equal entries 1 / √n. As a parametrisation
+    w_g = v_g / ‖v_g‖₂, through which only the change of direction has a gradient.
 
     Args:
         per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
@@ -96,6 +97,9 @@ class UnitNorm(ByGroup):
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 1, 1)
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        return directions(v, self.groups(v))
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return _without_radial(w, v, self.groups(w), 1, 1)
@@ -150,6 +154,14 @@ class MinMaxNorm(ByGroup):
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return _without_radial(w, v, self.groups(w), self.low, self.high)
+
+
+def directions(v: Tensor, groups: Grouping) -> Tensor:
+    """Each group divided by its length; equal entries 1 / √n where it is zero."""
+    x = groups.view(wide(v))
+    unit, norms = _lengths(x, groups)
+    equal = groups.sizes(norms) ** -0.5
+    return groups.restore(torch.where(norms == 0, equal, x / unit / torch.where(norms == 0, 1, norms)).to(v.dtype), v)
 
 
 def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
