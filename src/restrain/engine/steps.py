@@ -1,4 +1,4 @@
-"""What rules do around an optimizer's step: add gradients before it; prox, then projection after it.
+"""What rules do around an optimizer's step: add gradients and decay before it; prox, then projection after it.
 
 All by the optimizer's own hooks, so that every trainer, schedule and loss scaler is served. Nothing is done in a step
 that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter without gradient.
@@ -7,6 +7,7 @@ that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter 
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.kernels import add_gradient, apply_prox
-from restrain.engine.metric import metric_of
-from restrain.errors import RestrainWarning
+from restrain.engine.kernels import add_gradient, apply_prox, decay
+from restrain.engine.metric import Taken, looks_before, metric_of
+from restrain.errors import HowError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.rules import Rule
 from restrain.sites import Handle
@@ -31,13 +32,24 @@ class Work:
 
     handle: Handle
     gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
+    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
 
 
 def due(timed: list[tuple[Rule, Any]], step: int) -> list[Any]:
     """What acts at a step (steps are counted from zero)."""
     return [what for rule, what in timed if rule.due(step)]
+
+
+def _refuse_sparse(work: Work, p: Tensor) -> None:
+    if p.grad is not None and p.grad.is_sparse:
+        raise HowError(
+            f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
+            "how='loss' with an optimizer for dense gradients, or sparse=False"
+        )
 
 
 def total(penalties: list[Penalty]) -> Penalty:
@@ -46,7 +58,7 @@ def total(penalties: list[Penalty]) -> Penalty:
 
 
 def real_step(optimizer: Optimizer) -> bool:
-    """Whether the step that was just taken moved anything: not skipped by a scaler, not of learning rate zero."""
+    """Whether a step moves, or has moved, anything: not skipped by a scaler, not of learning rate zero."""
     found = getattr(optimizer, "found_inf", None)  # set by GradScaler on fused optimizers, which skip by themselves
     if found is not None and float(found) > 0:
         return False
@@ -61,7 +73,8 @@ class Stepper:
         self._empty: dict[Handle, int] = {}
         self._summed: dict[tuple[int, ...], Penalty] = {}
         self._handles = []
-        if any(work.gradient for work in works):
+        self._looks = looks_before(optimizer)
+        if any(work.gradient or work.decoupled or (work.proximal and self._looks) for work in works):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
@@ -71,15 +84,22 @@ class Stepper:
             handle.remove()
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Add the gradients; with a closure, wrap it so that each of its calls gives gradient and value."""
+        """Add the gradients, then decay; with a closure, wrap it, so that it is called at the weights as they were.
+
+        Each call of it gives gradient and value; the decay follows the first.
+        """
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._add_gradients(optimizer)
+            self._decay(optimizer)
             return None
+        calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
             added = self._add_gradients(optimizer, with_value=True)
+            if next(calls) == 0:
+                self._decay(optimizer)
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
@@ -92,10 +112,27 @@ class Stepper:
             if not penalties or p.grad is None:
                 continue
             penalty = self._sum(penalties)
+            _refuse_sparse(work, p)
             add_gradient(p.grad, p, penalty, scale)
             if with_value:
                 value = value + penalty(p).to(value.device)
         return value
+
+    @torch.no_grad()
+    def _decay(self, optimizer: Optimizer) -> None:
+        """w -= lr · gradient of the penalty, of every parameter that the coming step will move."""
+        if not real_step(optimizer):
+            return
+        for work, p, group in self._held(optimizer):
+            if p.grad is None or group["lr"] == 0:
+                continue
+            penalties = due(work.decoupled, self.steps)
+            if penalties:
+                _refuse_sparse(work, p)
+                decay(p, self._sum(penalties), group["lr"])
+            if work.proximal and self._looks:
+                scale = getattr(optimizer, "grad_scale", None)
+                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -103,14 +140,24 @@ class Stepper:
         if not real_step(optimizer):
             return
         for work, p, group in self._held(optimizer):
-            penalties = due(work.proximal, self.steps)
-            if penalties and p.grad is not None and group["lr"] != 0:
-                apply_prox(p, self._sum(penalties), metric_of(optimizer)(group, optimizer.state[p]))
+            if work.proximal and p.grad is not None and group["lr"] != 0:
+                self._prox(optimizer, work, p, group)
             for constraint in due(work.project, self.steps):
                 p.copy_(constraint.project(p))
         self.steps += 1
         if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
             self._warn_of_empty()
+
+    def _prox(self, optimizer: Optimizer, work: Work, p: Tensor, group: dict[str, Any]) -> None:
+        """The prox of one parameter; its metric follows each step, also those where no rule is due."""
+        _refuse_sparse(work, p)
+        before, work.before = work.before, None
+        if self._looks and before is None:  # the closure was never called
+            return
+        metric = metric_of(optimizer)(Taken(group, optimizer.state[p], p, work.kept, before))
+        penalties = due(work.proximal, self.steps)
+        if penalties:
+            apply_prox(p, self._sum(penalties), metric)
 
     def _warn_of_empty(self) -> None:
         """Warn once of each weight that proximal rules and constraints have emptied."""
