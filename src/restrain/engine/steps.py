@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,6 +66,21 @@ def real_step(optimizer: Optimizer) -> bool:
     return any(float(g["lr"]) != 0 and any(p.grad is not None for p in g["params"]) for g in optimizer.param_groups)
 
 
+def nested(optimizer: Optimizer) -> bool:
+    """Whether a hook is called for a step inside a step of the same optimizer.
+
+    torch calls the hooks in both where a subclass's step calls that of its base; what we do belongs to the outer one.
+    """
+    steps = [vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls)]
+    if sum(bool(getattr(step, "hooked", False)) for step in steps) < 2:
+        return False
+    code, frame, found = type(optimizer).step.__code__, sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
+
+
 class Stepper:
     """The work of all rules on the parameters of one optimizer."""
 
@@ -88,6 +104,8 @@ class Stepper:
 
         Each call of it gives gradient and value; the decay follows the first.
         """
+        if nested(optimizer):
+            return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._add_gradients(optimizer)
@@ -137,7 +155,7 @@ class Stepper:
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Prox, then projection, of every parameter that the step moved."""
-        if not real_step(optimizer):
+        if nested(optimizer) or not real_step(optimizer):
             return
         for work, p, group in self._held(optimizer):
             if work.proximal and p.grad is not None and group["lr"] != 0:
