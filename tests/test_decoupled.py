@@ -245,7 +245,7 @@ STEP_MOMENTS = ("gradient", "decoupled", "proximal")
 @pytest.mark.parametrize("how", ["decoupled", "proximal"])
 def test_lbfgs_is_refused(how):
     model = make()
-    with pytest.raises(OptimizerError, match="LBFGS.*Use how='loss' or how='gradient'"):
+    with pytest.raises(OptimizerError, match=r"LBFGS.*Use how='loss' or how='gradient'"):
         rs.attach(model, rs.L2().on("*", how=how), optim.LBFGS(model.parameters()))
 
 
@@ -255,7 +255,7 @@ def test_optimizers_that_ascend_or_join_the_graph_are_refused(how):
     rule = rs.L2().on("*", how=how)
     with pytest.raises(OptimizerError, match="maximize=True"):
         rs.attach(model, rule, optim.Adam(model.parameters(), maximize=True))
-    with pytest.raises(OptimizerError, match="differentiable=True.*use how='loss'"):
+    with pytest.raises(OptimizerError, match=r"differentiable=True.*use how='loss'"):
         rs.attach(model, rule, optim.Adam(model.parameters(), differentiable=True))
     with pytest.raises(OptimizerError, match="differentiable=True"):
         rs.attach(model, rs.NonNegative().on("*"), optim.SGD(model.parameters(), differentiable=True))
@@ -274,7 +274,7 @@ def test_sparse_gradients_and_parametrised_weights_are_refused(how):
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     reg = rs.attach(model, rule, optimizer)
     F.embedding(torch.tensor([1, 2]), model[0].weight, sparse=True).sum().backward()
-    with pytest.raises(HowError, match="'0.weight' has got a sparse gradient"):
+    with pytest.raises(HowError, match=r"'0.weight' has got a sparse gradient"):
         optimizer.step()
     reg.detach()
     model = nn.Sequential(parametrize.register_parametrization(nn.Linear(3, 3), "weight", nn.Softplus()))
