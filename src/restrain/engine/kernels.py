@@ -28,11 +28,11 @@ def decay(w: Tensor, penalty: Penalty, rate: float | Tensor) -> None:
     shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
     for (x,) in zip(*_parts(penalty, w), strict=True):
         wide = at_least_float32(x)
-        new = wide - penalty.gradient(wide) * rate
+        new = (penalty.gradient(wide) * -rate).add_(wide)
         if shrinks and wide.is_complex():
             new = torch.where((new * wide.conj()).real < 0, 0, new)
         elif shrinks:
-            new = torch.where(wide > 0, new.clamp_min(0), new.clamp_max(0))
+            new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
         x.copy_(new)
 
 
