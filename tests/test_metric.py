@@ -57,6 +57,21 @@ def test_strangers_come_near_by_measuring(name):
     assert wrong.zeros < 20
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.3])
+def test_measured_steps_are_nearly_right_in_noise(mean):
+    p, kept = nn.Parameter(torch.zeros(500, dtype=torch.float64)), {}
+    optimizer = MEASURED["Adam, as a stranger"]([p])
+    for _ in range(400):
+        w = p.detach().clone()
+        p.grad = mean + torch.randn(500, dtype=torch.float64)
+        optimizer.step()
+        found = metric_of(optimizer)(Taken(optimizer.param_groups[0], optimizer.state[p], p, kept, (w, p.grad)))
+    exact = metric.METRICS[optim.Adam](Taken(optimizer.param_groups[0], optimizer.state[p], p))
+    ratio = found.steps(*found.moments) / exact.steps(*exact.moments)
+    assert 0.85 < ratio.median() < 1.05
+    assert 0.6 < ratio.quantile(0.05) < ratio.quantile(0.95) < 1.15
+
+
 SCHEDULES = {
     "cosine to 0": lambda o: optim.lr_scheduler.CosineAnnealingLR(o, 2000),
     "exponential": lambda o: optim.lr_scheduler.ExponentialLR(o, 0.999),
