@@ -329,7 +329,7 @@ class Attachment:
             stepper.steps = steps
         for work in self._works():
             kept, like = state.get("metrics", {}).get(work.handle.name, {}), work.handle.find(self.model)
-            work.kept = {k: v.to(like, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
+            work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
                 tensor.copy_(state["kept"][name][key])

@@ -184,8 +184,8 @@ def _measured(taken: Taken) -> Metric:
     is short beside this one's.
     """
     assert taken.before is not None
-    kept, (w, gradient) = taken.kept, taken.before
-    for name, now in (("movement", taken.w - w), ("gradient", gradient)):
+    kept, (w, gradient) = taken.kept, map(at_least_float32, taken.before)
+    for name, now in (("movement", taken.w.detach() - w), ("gradient", gradient)):
         mean = kept.setdefault(name, torch.zeros_like(now))
         square = kept.setdefault(f"{name}_square", torch.zeros_like(now))
         mean.lerp_(now, 1 - MEMORY)
