@@ -101,8 +101,8 @@ def lasso(samples=200, features=50, relevant=8, seed=0):
     return torch.tensor(x.T @ x / samples), torch.tensor(x.T @ y / samples), solution
 
 
-def lasso_by(name, way, steps, problem=None):
-    """The lasso by one optimizer, in one way."""
+def lasso_by(name, way, steps, problem=None, enough=0.0):
+    """The lasso by one optimizer, in one way; it may stop early where the error is small enough."""
     gram, correlation, solution = problem or lasso()
     model = nn.Module()
     model.w = nn.Parameter(torch.zeros((5, 10) if name == "Muon" else 50, dtype=torch.float64))
@@ -124,6 +124,8 @@ def lasso_by(name, way, steps, problem=None):
                 model.w.copy_(model.w - model.w.clamp(-threshold, threshold))
         if step % 20 == 19:
             path.append(float(abs(model.w.detach().flatten().numpy() - solution).max()))
+            if path[-1] < enough:
+                break
     if reg is not None:
         reg.detach()
     w = model.w.detach().flatten().numpy()
