@@ -142,7 +142,7 @@ class Attachment:
         """The work at the optimizers' steps; constraints hold from now on."""
         works: dict[str, Work] = {}
         for bound in self._bounds:
-            if bound.rule.how in ("gradient", "proximal", "project"):
+            if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
                 for handle, what in bound.parameters:
                     work = works.setdefault(handle.name, Work(handle))
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
@@ -316,6 +316,10 @@ class Attachment:
         for what, handle in self._keeping:
             what.stepped(None if handle is None else handle.find(root))
 
+    def _works(self) -> list[Work]:
+        """What is done at the optimizers' steps; all of them share it."""
+        return self._steppers[0].works if self._steppers else []
+
     def state_dict(self) -> dict[str, Any]:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
         return {
@@ -323,6 +327,7 @@ class Attachment:
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
+            "metrics": {work.handle.name: dict(work.kept) for work in self._works() if work.kept},
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
         }
 
@@ -342,6 +347,9 @@ class Attachment:
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
+        for work in self._works():
+            kept, like = state.get("metrics", {}).get(work.handle.name, {}), work.handle.find(self.model)
+            work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
                 tensor.copy_(state["kept"][name][key])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restrain.engine.metric import diagonal
+from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
@@ -214,7 +214,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
             holder, group = holders.get(id(p), (None, None))
             if bound.rule.how == "parametrize":
                 _check_decay(handle.name, what, group)
-            if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
+            if bound.rule.how in ("gradient", "decoupled", "proximal", "project") and p.requires_grad:
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
@@ -229,8 +229,12 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
         if decayed:
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
+        measured = {type(holder).__name__ for _, _, holder in proximal.values() if not known(holder)}
+        if bound.rule.how == "proximal" and measured:
+            bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(measured))} are measured"]
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
+    _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
 
 
 def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
@@ -254,6 +258,7 @@ def _check_held(
             f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
             f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
         )
+    _check_kind(bound, holder, group)
     if not isinstance(bound.rule.what, Penalty):
         return
     if group.get("maximize"):
@@ -267,8 +272,42 @@ def _check_held(
         )
 
 
+def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Refuse optimizers that can't do what the rule says, whatever the parameter."""
+    how, name = bound.rule.how, type(optimizer).__name__
+    if how in ("decoupled", "proximal") and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} calls its closure several times a step and searches along a line, which "
+            f"how={how!r} knows nothing of. Use how='loss' or how='gradient', whose value and gradient join each call"
+        )
+    if how == "proximal" and isinstance(optimizer, torch.optim.Rprop):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} follows the sign of the data's gradient alone, and lengthens its steps as long as "
+            "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
+        )
+    if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
+        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} needs dense ones: use Adam")
+    if group.get("differentiable"):
+        raise OptimizerError(
+            f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "
+            "how='loss'"
+        )
+    if how == "proximal" and float(group.get("momentum", 0)) >= 1:
+        raise OptimizerError(f"{bound.key!r}: with momentum={group['momentum']} a gradient is never forgotten")
+
+
+def _warn_of_measured(optimizers: Iterable[Optimizer]) -> None:
+    names = sorted({type(optimizer).__name__ for optimizer in optimizers if not known(optimizer)})
+    if names:
+        _warn(
+            f"how='proximal' with {', '.join(names)}: no formula is known for the steps that it takes, so they are "
+            "measured, as movement / gradient of each entry, averaged over about 50 steps. That is right where the "
+            "optimizer settles, for weight_decay=0, and an estimate before (docs/how.md)"
+        )
+
+
 def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) -> None:
-    by_entry = diagonal(optimizer)  # raises for an optimizer of unknown metric
+    by_entry = diagonal(optimizer)
     if by_entry and p.is_complex():
         raise HowError(
             f"how='proximal' on {name!r}: {type(optimizer).__name__} moves the real and the imaginary part of "

@@ -187,7 +187,7 @@ class Penalty(What, ABC, register=False):
         return self
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
-        return ("loss",) if at_places else ("loss", "gradient", "proximal")
+        return ("loss",) if at_places else ("loss", "gradient", "decoupled", "proximal")
 
     def leaves(self) -> list[tuple[float, Penalty]]:
         """The penalties that it is a sum of, each with its strength."""
