@@ -3,8 +3,8 @@
     python benchmarks/rules.py [--rounds 15]
 
 Lists of parameters like those of an MLP (784-1000-1000-10), of ResNet-50 and of GPT-2 small; L1 as the loop that
-everybody writes, against the same rule as loss, gradient and proximal. Then whole training steps of the MLP: with
-nothing attached against attachments with nothing to do, and with an output penalty.
+everybody writes, against the same rule as loss, gradient, decoupled and proximal. Then whole training steps of the MLP:
+with nothing attached against attachments with nothing to do, and with an output penalty.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def model_of(shapes):
 
 
 def lists(rounds):
-    """L1 over all parameters of a list: value and gradient in the loss, in place before a step, prox after it."""
+    """L1 over all parameters of a list: in the loss, as gradient or decay before a step, as prox after it."""
     for title, shapes in (("MLP", MLP), ("ResNet-50", resnet50()), ("GPT-2 small", GPT2)):
         model = model_of(shapes)
         ps = list(model.parameters())
@@ -82,7 +82,8 @@ def lists(rounds):
         optimizer = torch.optim.SGD(ps, lr=1e-30)
         in_loss = rs.attach(model, 1e-4 * rs.L1().on("*"))
         at_step = {
-            how: rs.attach(model, 1e-4 * rs.L1().on("*", how=how), optimizer) for how in ("gradient", "proximal")
+            how: rs.attach(model, 1e-4 * rs.L1().on("*", how=how), optimizer)
+            for how in ("gradient", "decoupled", "proximal")
         }
         steppers = {how: reg._steppers[0] for how, reg in at_step.items()}
 
@@ -99,6 +100,7 @@ def lists(rounds):
             loop=loop,
             loss=lambda reg=in_loss: reg.penalty().backward(),
             gradient=lambda before=steppers["gradient"].before, optimizer=optimizer: before(optimizer, (), {}),
+            decoupled=lambda before=steppers["decoupled"].before, optimizer=optimizer: before(optimizer, (), {}),
             proximal=lambda after=steppers["proximal"].after, optimizer=optimizer: after(optimizer, (), {}),
             floor=floor,
         )

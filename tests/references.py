@@ -5,6 +5,7 @@ Values take a matrix, or a stack of matrices along leading axes.
 
 import itertools
 from math import inf
+from statistics import NormalDist
 
 import numpy as np
 
@@ -32,6 +33,36 @@ def group_lasso(axis):
     def value(x):
         within = {0: -1, 1: -2}[axis]
         return np.sqrt(x.shape[within]) * np.sqrt((np.abs(x) ** 2).sum(within)).sum(-1)
+
+    return value
+
+
+def group_linf(axis):
+    return lambda x: np.abs(x).max({0: -1, 1: -2}[axis], initial=0).sum(-1)
+
+
+def exclusive_lasso(axis):
+    return lambda x: (np.abs(x).sum({0: -1, 1: -2}[axis]) ** 2).sum(-1)
+
+
+def total_variation(axis):
+    return lambda x: np.abs(np.diff(x, axis=axis)).sum((-2, -1))
+
+
+def sorted_l1(weights):
+    def value(x):
+        sizes = np.sort(np.abs(x).reshape(*x.shape[:-2], -1), axis=-1)[..., ::-1]
+        return (sizes * weights).sum(-1)
+
+    return value
+
+
+def slope_bh(q):
+    """Sorted L1 with the weights of Benjamini and Hochberg."""
+
+    def value(x):
+        n = x.shape[-2] * x.shape[-1]
+        return sorted_l1([NormalDist().inv_cdf(1 - i * q / (2 * n)) for i in range(1, n + 1)])(x)
 
     return value
 
@@ -131,6 +162,23 @@ def shorten(radius):
 def normalize(v):
     length = np.sqrt((np.abs(v) ** 2).sum())
     return v / length if length else np.full_like(v, v.size**-0.5)
+
+
+# Reparametrisations
+
+
+def standardize_groups(axis, eps):
+    """Rows (axis 0) or columns (axis 1) less their mean, over the root of variance + eps."""
+
+    def rule(v):
+        centred = v - v.mean()
+        return centred / np.sqrt((centred**2).mean() + eps)
+
+    return project_groups(rule, axis)
+
+
+def divide_by_spectral_norm(w):
+    return w / np.sqrt(np.linalg.eigvalsh(w.T @ w).max())
 
 
 # Derivatives

@@ -26,7 +26,7 @@ ROWS = [
     {"transforms"},
     {"plandata", "plans", "declare"},
     {"engine"},
-    {"look"},
+    {"look", "sampling"},
     {"models"},
     {"integrations"},
     {"plots"},

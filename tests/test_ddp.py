@@ -58,6 +58,20 @@ def train(plan, reentrant, rank=0, ranks=1, **wrap):
     return [p.detach() for p in model.parameters()]
 
 
+def train_with_noise(rank, noise):
+    """Ranks whose random states differ, as they should for noise on activations."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Net().double())
+    torch.manual_seed(rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rs.attach(model, rs.GradientNoise(noise, decay=1).on("*"), optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
 def run_rank(rank, port, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -75,7 +89,8 @@ def run_rank(rank, port, results):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
-    results[rank] = (trained, shared, [str(w.message) for w in caught])
+    noisy = [train_with_noise(rank, noise) for noise in (0.0, 0.3)]
+    results[rank] = (trained, shared, [str(w.message) for w in caught], noisy)
     dist.barrier()
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 
@@ -116,6 +131,13 @@ def test_two_ranks_equal_one_process(ranks, case):
 
 
 def test_ranks_that_share_one_random_state_are_warned_of(ranks):
-    for _, shared, apart in ranks.values():
+    for _, shared, apart, _ in ranks.values():
         assert any("share one random state" in message for message in shared)
         assert not apart
+
+
+def test_gradient_noise_is_the_same_on_all_ranks(ranks):
+    (plain, noisy), others = ranks[0][3], ranks[1][3]
+    assert torch.equal(plain, others[0])
+    assert torch.equal(noisy, others[1])
+    assert (noisy - plain).abs().min() > 0

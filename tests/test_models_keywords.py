@@ -214,6 +214,9 @@ def test_noise_acts_at_its_places_and_in_training_only():
         ({"noise": {"*": 0.5}}, 4),
         ({"noise": {"hid1": 0.5, "out": 0.5}}, 2),
         ({"hidden_noise": {"strength": 0.5, "on": "hid2"}}, 1),
+        ({"hidden_noise": rs.UniformNoise(0.75**0.5)}, 2),
+        ({"noise": {"hid*": rs.UniformNoise(0.75**0.5), "out": 0.5}}, 3),
+        ({"uniformnoise": 0.75**0.5}, 2),
     ):
         with rs.attach(model, keywords.rules(given, keywords.Context(layers))):
             assert model.train()(x).std().item() == pytest.approx(0.5 * places**0.5, rel=0.03)
@@ -235,7 +238,11 @@ def test_noise_acts_at_its_places_and_in_training_only():
         ({"weight_l1": {"strength": 0.1, "at": "hid1"}}, PlanError, "has no at; a dict has strength, on, how"),
         ({"weight_l1": {"strength": 0.1, "on": "hidden*"}}, SelectionError, r"selects no parameter.*'hid1\.weight'"),
         ({"weight_l2": {"strength": 0.1, "on": "*.bias"}}, SelectionError, "selects no parameter"),
-        ({"weight_l2": {"strength": 0.1, "how": "sometimes"}}, HowError, "'loss' or 'gradient' or 'proximal'"),
+        (
+            {"weight_l2": {"strength": 0.1, "how": "sometimes"}},
+            HowError,
+            "'loss' or 'gradient' or 'decoupled' or 'proximal'",
+        ),
         ({"weight_l2": 0.1, "weight_decay": 0.1}, PlanError, "another name of weight_l2"),
         ({"hidden_l1": {"strength": 0.1, "on": "hidden"}}, PlanError, "matches no layer.*'in', 'hid1', 'out'"),
         ({"hidden_dropout": 1.0}, RestrainError, "from 0 to below 1; got 1.0"),

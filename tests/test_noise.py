@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
+from restrain.errors import TransformError
+from restrain.transforms.layout import Layout
 
 
 class NoiseDrawn(rs.Noise, register=False):
@@ -216,3 +218,30 @@ def test_noise_on_members_of_tuples_and_on_keyword_inputs():
     ratio = out / y
     torch.testing.assert_close(ratio, ratio[:1, :1, :1].expand_as(ratio))
     assert abs(float(ratio.detach()[0, 0, 0]) - 1) > 1e-3
+
+
+def test_relative_noise_is_by_the_deviation_over_the_batch():
+    x = torch.randn(500, 3, 3) * torch.tensor([1.0, 10.0, 0.1])
+    scale = x.std(0, correction=0, keepdim=True)
+    for batch_dim, tensor in ((0, x), (1, x.transpose(0, 1))):
+        for noise, bounds in ((rs.UniformNoise(0.5, relative=True), 0.5), (rs.GaussianNoise(0.2, relative=True), None)):
+            net = nn.Identity()
+            with rs.attach(net, noise.on(rs.outputs(batch_dim=batch_dim))):
+                added = (net(tensor) - tensor).movedim(batch_dim, 0) / scale
+            if bounds is not None:
+                assert added.abs().max() <= bounds * (1 + 1e-3)
+                assert added.abs().max() > 0.99 * bounds
+            else:
+                assert (added.std(0) / 0.2 - 1).abs().max() < 4.5 / 1000**0.5
+    alone = torch.randn(1, 7, requires_grad=True)
+    assert torch.equal(rs.GaussianNoise(1.0, relative=True)(alone), alone)
+    (slope,) = torch.autograd.grad(rs.UniformNoise(1.0, True)(torch.cat([alone, -alone])).sum(), alone)
+    assert torch.equal(slope, torch.zeros_like(slope)), "no gradient through the deviation"
+    with pytest.raises(TransformError, match="relative="):
+        rs.UniformNoise(0.1, relative=0.3)
+
+
+def test_a_layout_says_where_the_batch_is():
+    noise = rs.GaussianNoise(1.0, relative=True)
+    x = torch.randn(4, 3)
+    assert torch.equal(noise.at(x, Layout(None)), x)

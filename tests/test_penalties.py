@@ -163,11 +163,11 @@ def test_a_tensor_is_no_strength():
 
 
 def test_says_what_kind_a_sum_is():
-    l1, l2, group, inf_norm = rs.L1(), rs.L2(), rs.GroupLasso(), rs.Norm(inf)
+    l1, l2, group, slope = rs.L1(), rs.L2(), rs.GroupLasso(), rs.SLOPE(q=0.1)
     assert (l1 + 2 * l2).entrywise
     assert not (l1 + group).entrywise
     assert (l1 + 2 * group + l2).groupwise
-    assert not (l1 + inf_norm).groupwise
+    assert not (l1 + slope).groupwise
     assert not (group + rs.Norm(3)).groupwise
     with pytest.raises(PenaltyError, match="entrywise"):
         (l1 + group).mean(torch.ones(2, 2))

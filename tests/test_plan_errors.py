@@ -80,7 +80,7 @@ BAD = [
     ({"what": {"sum": ["l1", "l2"], "strength": 0.1}}, PlanError, "strength"),
     ({"what": {"sum": [{"what": "l1", "strenght": 0.1}, "l2"]}}, PlanError, "strenght"),
     ({"what": {"sum": ["l1", {"name": "dropout", "rate": 0.1}]}}, PlanError, "[dD]ropout"),
-    ({"what": "l1", "how": "projected"}, HowError, "'loss' or 'gradient' or 'proximal'"),
+    ({"what": "l1", "how": "projected"}, HowError, "'loss' or 'gradient' or 'decoupled' or 'proximal'"),
     ({"what": "l1", "every": "2"}, PlanError, "whole number"),
     ({"what": "l1", "optional": "no"}, PlanError, "optional"),
     ({"what": "l1", "on": 3}, PlanError, "write a glob"),

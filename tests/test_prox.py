@@ -172,4 +172,4 @@ def test_norms_without_a_prox_say_so():
     with pytest.raises(NoProxError, match=r"Norm\(2\)"):
         rs.Norm(3).prox(torch.ones(2))
     with pytest.raises(NoProxError, match="one number for all"):
-        rs.Norm(inf).prox(torch.ones(2), torch.ones(2))
+        rs.SLOPE(q=0.1).prox(torch.ones(2), torch.ones(2))

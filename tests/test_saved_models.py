@@ -42,6 +42,8 @@ MODELS = {
         how="proximal",
         weight_l1={"strength": 1e-3, "on": "hid*"},
         noise={"hid*": 0.1},
+        hidden_dropout=rs.Dropout(0.1, same_over=(0,)),
+        gradientnoise=1e-3,
         max_norm=2.0,
         regularizers=[1e-3 * rs.GroupLasso(per="in").on("hid1.weight", how="proximal"), "l2:1e-4"],
         algo=torch.optim.Adam,

@@ -74,7 +74,7 @@ def test_a_slightly_different_strength_is_noticed():
 # What is left alone
 
 
-@pytest.mark.parametrize("how", ["gradient", "proximal"])
+@pytest.mark.parametrize("how", ["gradient", "decoupled", "proximal"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_parameters_without_gradient_are_left_alone(name, how):
     model = make()
@@ -91,7 +91,7 @@ def test_parameters_without_gradient_are_left_alone(name, how):
     assert not torch.isclose(model[2].weight, before["2.weight"]).any()
 
 
-@pytest.mark.parametrize("how", ["proximal", "project", "gradient", "loss"])
+@pytest.mark.parametrize("how", ["decoupled", "proximal", "project", "gradient", "loss"])
 def test_gradients_of_other_parameters_stay_as_they_are(how):
     model = make()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
@@ -133,7 +133,8 @@ def test_the_optimizers_state_is_left_alone(name):
 def reference(w, how, rate=0.1, active=True):
     """A step of SGD for ½ Σ (w - 1)² with the rule 0.5 Σ|w|, or with all entries held at 0 or above."""
     gradient = w - 1 + (0.5 * np.sign(w) if active and how in ("loss", "gradient") else 0)
-    w = w - rate * gradient
+    decay = np.sign(w) * np.minimum(np.abs(w), rate * 0.5) if active and how == "decoupled" else 0
+    w = w - decay - rate * gradient
     if active and how == "proximal":
         w = np.sign(w) * np.maximum(np.abs(w) - rate * 0.5, 0)
     return np.maximum(w, 0) if active and how == "project" else w
@@ -158,7 +159,7 @@ def step(model, optimizer, reg):
     optimizer.step()
 
 
-@pytest.mark.parametrize("how", ["loss", "gradient", "proximal", "project"])
+@pytest.mark.parametrize("how", ["loss", "gradient", "decoupled", "proximal", "project"])
 def test_a_parameter_that_is_frozen_and_unfrozen_in_mid_training(how):
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -177,7 +178,7 @@ def test_a_parameter_that_is_frozen_and_unfrozen_in_mid_training(how):
         np.testing.assert_allclose(model.b.detach().numpy(), b, rtol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["loss", "gradient", "proximal", "project"])
+@pytest.mark.parametrize("how", ["loss", "gradient", "decoupled", "proximal", "project"])
 def test_a_parameter_that_joins_the_optimizer_later(how):
     model = Two()
     model.a.requires_grad_(False)
@@ -195,7 +196,7 @@ def test_a_parameter_that_joins_the_optimizer_later(how):
         np.testing.assert_allclose(model.b.detach().numpy(), b, rtol=1e-12)
 
 
-@pytest.mark.parametrize("how", ["gradient", "proximal", "project"])
+@pytest.mark.parametrize("how", ["gradient", "decoupled", "proximal", "project"])
 def test_rules_leave_a_frozen_parameter_alone_although_its_old_gradient_moves_it(how):
     model = Two()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -5,6 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
+from benchmarks.metric import OPTIMIZERS
 from torch import nn
 
 import restrain as rs
@@ -252,18 +253,6 @@ def test_first_the_prox_then_the_projection():
 # The minimiser
 
 
-SOLVERS = {
-    "SGD": lambda p: torch.optim.SGD(p, lr=0.3),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8),
-    "dampened": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, dampening=0.5),
-    "Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.8, nesterov=True),
-    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, betas=(0.9, 0.99)),
-    "AMSGrad": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0, amsgrad=True),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.02),
-    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=1.0),
-}
-
-
 def kkt_violation(w, x, y, strength, l1=0.0):
     """How far 0 is from the subdifferential of ‖xwᵀ - y‖² / 2n + strength Σ √d ‖w_:j‖ + l1 Σ|w|, at worst."""
     gradient, worst = (x @ w.T - y).T @ x / len(x), 0.0
@@ -284,21 +273,27 @@ def least_squares():
     return x, x @ w.T + 0.1 * normal(60, 3, seed=2)
 
 
-@pytest.mark.parametrize(("name", "l1"), [*((name, 0.0) for name in SOLVERS), ("momentum", 0.1), ("Adam", 0.1)])
+@pytest.mark.parametrize(("name", "l1"), [*((name, 0.0) for name in OPTIMIZERS), ("SGD, momentum", 0.1), ("Adam", 0.1)])
 def test_group_lasso_reaches_the_minimiser(name, l1):
     x, y = least_squares()
+    gram, correlation = x.T @ x / len(x), y.T @ x / len(x)
     model = nn.Linear(8, 3, bias=False).double()
-    optimizer = SOLVERS[name](model.parameters())
+    optimizer = OPTIMIZERS[name](model.parameters())
     rules = [0.3 * rs.GroupLasso(per="in").on("weight", how="proximal")]
     rules += [l1 * rs.L1().on("weight", how="proximal")] * (l1 > 0)
     rs.attach(model, rules, optimizer)
+
+    def violation(w):
+        return kkt_violation(w, x.numpy(), y.numpy(), 0.3, l1)
+
     start = model.weight.detach().numpy().copy()
-    for _ in range(1000):
-        optimizer.zero_grad()
-        ((model(x) - y).square().sum() / (2 * len(x))).backward()
+    for step in range(1500):
+        model.weight.grad = model.weight.detach() @ gram - correlation
         optimizer.step()
+        if step % 100 == 99 and violation(model.weight.detach().numpy()) < 1e-10:
+            break
     w = model.weight.detach().numpy()
-    assert kkt_violation(w, x.numpy(), y.numpy(), 0.3, l1) < 1e-8
+    assert violation(w) < 1e-10
     assert (np.linalg.norm(w, axis=0) == 0).sum() in (3, 4, 5), "whole inputs are switched off, and not all"
     for wrong in (start, w + 1e-6, np.where(np.abs(w) < 0.5, 0, w)):
-        assert kkt_violation(wrong, x.numpy(), y.numpy(), 0.3, l1) > 1e-8, "the oracle notices"
+        assert violation(wrong) > 1e-8, "the oracle notices"

@@ -58,7 +58,7 @@ def test_acts_where_it_can():
     assert rs.Dropout(0.1).on(rs.outputs("a")).how == "forward"
     assert rs.MaxNorm(1.0).on("a").how == "project"
     with pytest.raises(SelectionError, match=r"rs\.inputs\(\)"):
-        rs.GaussianNoise(0.1).on("a")
+        rs.Dropout(0.1).on("a")
     with pytest.raises(SelectionError, match="parameters"):
         rs.NonNegative().on(rs.outputs("a"))
 

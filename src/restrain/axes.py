@@ -1,4 +1,4 @@
-"""What `per=` means: a name of an axis, or a dim, as groups of a tensor's entries.
+"""What `per=` means: a name of an axis, a dim, block sizes or lists of indices, as groups of a tensor's entries.
 
 Layers keep their weights in different layouts, so an axis is named by its meaning:
 
@@ -8,15 +8,22 @@ Layers keep their weights in different layouts, so an axis is named by its meani
     "row", "column"      of one index of dim 0, of dim 1
     "head"               of one head of nn.MultiheadAttention
     an integer           of one index of that dim
+    (4, 4)               of one block, 4 long in dim 0 and in dim 1; further dims are in it whole
+    [[0, 1], [2, 3, 4]]  of one list of indices of dim 0
+    {"in": [[0], [1, 2]]}  of one list of indices of that axis; also written as ("in", [[0], [1, 2]])
 
-An `nn.Embedding`'s tokens (its rows) are "in", its features (its columns) "out".
+An `nn.Embedding`'s tokens (its rows) are "in", its features (its columns) "out". Indices that no list names are in
+no group: penalties don't count them, and proxes and projections leave them as they are. Groups don't overlap.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TypeAlias
+from numbers import Integral
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,55 +39,171 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
+class Lists:
+    """Lists of indices that make up groups: of `along`, kept dims whose `count` indices are numbered through."""
+
+    members: tuple[tuple[int, ...], ...]
+    along: tuple[int, ...]
+    count: int
+    ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)  # each index's group
+
+    def __post_init__(self) -> None:
+        ids = [len(self.members)] * self.count  # a further group, of those that no list names
+        for group, indices in enumerate(self.members):
+            for i in indices:
+                ids[i] = group
+        object.__setattr__(self, "ids", tuple(ids))
+
+    def pooled(self, x: Tensor, pool: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Of x with an entry for each index, for each index what `pool` (of zeros, groups, entries) makes of its group.
+
+        Dims of x that aren't among `along` stay as they are.
+        """
+        last = tuple(range(-len(self.along), 0))
+        moved = x.movedim(self.along, last)
+        entries = moved.flatten(-len(self.along))
+        ids = torch.tensor(self.ids, device=x.device, dtype=torch.long)
+        zeros = entries.new_zeros((*entries.shape[:-1], len(self.members) + 1))
+        return pool(zeros, ids, entries).index_select(-1, ids).reshape(moved.shape).movedim(last, self.along)
+
+
+@dataclass(frozen=True)
 class Grouping:
-    """Groups of a tensor's entries: viewed as `shape`, one group for each index of the dims `keep`."""
+    """Groups of a tensor's entries: viewed as `shape`, one group for each index of the dims `keep`.
+
+    With `lists`, indices of one list are one group; what is computed for a group then stands at each of its indices, so
+    that it meets the group's entries in broadcasting.
+    """
 
     shape: tuple[int, ...]
     keep: tuple[int, ...]
+    lists: Lists | None = None
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """The dims that run within a group."""
-        return tuple(dim for dim in range(len(self.shape)) if dim not in self.keep)
+        return tuple([dim for dim in range(len(self.shape)) if dim not in self.keep])
 
     def view(self, w: Tensor) -> Tensor:
-        """The tensor in the shape in which its groups lie along whole dims.
+        """The tensor in the shape in which its groups lie along whole dims; zero where an entry is in no group.
 
         Raises:
             PenaltyError: a tensor of another number of entries.
         """
         if w.numel() != prod(self.shape):
             raise PenaltyError(
-                f"these groups are of a tensor viewed as {self.shape}, which one of shape {tuple(w.shape)} "
-                "can't be: "
+                f"these groups are of a tensor viewed as {self.shape}, which one of shape {tuple(w.shape)} can't be: "
                 "give per= by name or dim for it"
             )
-        return w.reshape(self.shape)
+        left = self._left(w)
+        return w.reshape(self.shape) if left is None else torch.where(left, 0, w.reshape(self.shape))
+
+    def restore(self, x: Tensor, w: Tensor) -> Tensor:
+        """x, computed by group in the viewed shape, in the shape of w; w itself where an entry is in no group."""
+        left = self._left(x)
+        return (x if left is None else torch.where(left, w.reshape(self.shape), x)).reshape(w.shape)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sums over each group of a tensor in the viewed shape; summed dims stay, of size one."""
-        return x.sum(self.reduced, keepdim=True) if self.reduced else x
+        sums = x.sum(self.reduced, keepdim=True) if self.reduced else x
+        return sums if self.lists is None else self.lists.pooled(sums, _add)
 
     def max(self, x: Tensor) -> Tensor:
         """Maxima over each group, likewise; zero for groups without entries (x is nowhere negative)."""
-        if not self.reduced:
+        if self.reduced:
+            x = x.amax(self.reduced, keepdim=True) if x.numel() else x.sum(self.reduced, keepdim=True)
+        return x if self.lists is None else self.lists.pooled(x, _greatest)
+
+    def once(self, x: Tensor) -> Tensor:
+        """Of what is computed for groups, each group's value once."""
+        if self.lists is None:
             return x
-        return x.amax(self.reduced, keepdim=True) if x.numel() else x.sum(self.reduced, keepdim=True)
+        first = torch.tensor([indices[0] for indices in self.lists.members], device=x.device)
+        along = self.lists.along
+        return x.movedim(along, tuple(range(-len(along), 0))).flatten(-len(along)).index_select(-1, first)
+
+    def sizes(self, x: Tensor) -> float | Tensor:
+        """The number of entries in each group, at least 1: one number where all are equal, else shaped to meet x."""
+        size = max(prod([self.shape[dim] for dim in self.reduced]), 1)  # a list, as Dynamo knows no generators here
+        if self.lists is None:
+            return float(size)
+        counts = [*[float(len(indices) * size) for indices in self.lists.members], 1.0]
+        return self._per_index([counts[group] for group in self.lists.ids], x)
+
+    def _left(self, x: Tensor) -> Tensor | None:
+        """Where entries are in no group, if there are such."""
+        if self.lists is None or len(self.lists.members) not in self.lists.ids:
+            return None
+        return self._per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x) == 1
+
+    def _per_index(self, values: list[float], x: Tensor) -> Tensor:
+        """A value for each index of the lists, in the viewed shape with other dims of size one, and of x's dtype."""
+        along = () if self.lists is None else self.lists.along
+        shape = [length if dim in along else 1 for dim, length in enumerate(self.shape)]
+        return torch.tensor(values, dtype=x.real.dtype, device=x.device).reshape(shape)
 
 
-Per: TypeAlias = str | int | Grouping
+def _add(zeros: Tensor, ids: Tensor, entries: Tensor) -> Tensor:
+    return zeros.index_add(-1, ids, entries)
+
+
+def _greatest(zeros: Tensor, ids: Tensor, entries: Tensor) -> Tensor:
+    return zeros.scatter_reduce(-1, ids.expand_as(entries), entries, "amax")
+
+
+Per: TypeAlias = str | int | Grouping | Iterable[Any] | Mapping[Any, Any]
 
 
 def checked(per: Per) -> Per:
-    """`per` itself.
+    """`per` in the form in which it is kept: names, dims and groupings as they are, all else as tuples.
 
     Raises:
-        PenaltyError: it is neither a known name, nor an integer, nor a grouping.
+        PenaltyError: it is none of what `per=` may be, or groups overlap.
     """
-    known = per in NAMES if isinstance(per, str) else isinstance(per, int | Grouping) and not isinstance(per, bool)
-    if not known:
-        raise PenaltyError(f"per= is one of {', '.join(map(repr, NAMES))}, or a dim such as 0; got {per!r}")
-    return per
+    if isinstance(per, Grouping) or _is_axis(per):
+        return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
+    if isinstance(per, Mapping) and len(per) == 1:
+        per = next(iter(per.items()))
+    if isinstance(per, Iterable) and not isinstance(per, str | Mapping):
+        members = tuple(per)
+        if len(members) == 2 and _is_axis(members[0]) and not _is_axis(members[1]):
+            return (checked(members[0]), _checked_lists(members[1]))
+        if members and all(_is_dim(size) and size > 0 for size in members):
+            return tuple(int(size) for size in members)
+        if members and not any(isinstance(member, str) or _is_dim(member) for member in members):
+            return _checked_lists(members)
+    raise PenaltyError(
+        f"per= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, block sizes such as (4, 4), or lists of "
+        f"indices such as [[0, 1], [2, 3, 4]] (of dim 0) or {{'in': [[0, 1], [2, 3, 4]]}}; got {per!r}"
+    )
+
+
+def _checked_lists(lists: Any) -> tuple[tuple[int, ...], ...]:
+    groups = [tuple(indices) if isinstance(indices, Iterable) else () for indices in tuple(lists)]
+    seen: set[int] = set()
+    for indices in groups:
+        if not indices or not all(_is_dim(i) and i >= 0 and not isinstance(i, str) for i in indices):
+            raise PenaltyError(
+                f"per= by index needs lists of whole numbers from 0, none of them empty, such as [[0, 1], [2, 3, 4]]; "
+                f"got {lists!r}"
+            )
+        for i in indices:
+            if i in seen:
+                raise PenaltyError(
+                    f"per= names the index {i} twice, and groups can't overlap: put it into one list only, or add up "
+                    "penalties of groups that don't overlap, with how='loss'"
+                )
+            seen.add(int(i))
+    return tuple([tuple([int(i) for i in indices]) for indices in groups])
+
+
+def _is_dim(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_axis(value: Any) -> bool:
+    """Whether it is an axis by name, or a dim."""
+    return value in NAMES if isinstance(value, str) else _is_dim(value)
 
 
 def grouping(
@@ -93,7 +216,7 @@ def grouping(
     """The groups that `per` means for a tensor.
 
     Args:
-        per: a name of `NAMES`, a dim, or a grouping, which is returned as it is.
+        per: what `per=` may be (see above); a grouping is returned as it is.
         tensor_shape: the tensor's shape.
         owner: the module that the tensor is a parameter of, whose layout then counts. Without, (out, in,
         ...). attribute: the parameter's name there.
@@ -102,13 +225,18 @@ def grouping(
     Raises:
         PenaltyError: the tensor has no such axis; the message says what to write.
 
-    >>> grouping("in", (8, 4, 3, 3), nn.ConvTranspose2d(8, 4, 3), "weight")
-    Grouping(shape=(8, 4, 3, 3), keep=(0,))
+    >>> grouping("in", (8, 4, 3, 3), nn.ConvTranspose2d(8, 4, 3), "weight").keep
+    (0,)
     """
-    checked(per)
+    per = checked(per)
     shape = tuple(tensor_shape)
     if isinstance(per, Grouping):
         return per
+    if isinstance(per, tuple) and _is_dim(per[0]) and _is_dim(per[-1]):
+        return _blocks(per, shape)
+    if isinstance(per, tuple):
+        axis, lists = per if _is_axis(per[0]) else (0, per)
+        return _by_index(lists, grouping(axis, shape, owner, attribute, heads), axis)
     if isinstance(per, int):
         if not -len(shape) <= per < len(shape):
             raise PenaltyError(
@@ -118,19 +246,77 @@ def grouping(
     if len(shape) < 2:
         raise PenaltyError(
             f"per={per!r} needs a weight with two axes or more, got a tensor of shape "
-            f"{shape}{_of(owner, attribute)}: "
-            "select rs.weights" + (", or write per=0 for one group an entry" if shape else "")
+            f"{shape}{_of(owner, attribute)}: select rs.weights"
+            + (", or write per=0 for one group an entry" if shape else "")
         )
     if per == "head":
         return _heads(shape, owner, attribute, heads)
     if per in ("row", "column"):
         return Grouping(shape, (0 if per == "row" else 1,))
-    return _by_meaning(per in ("out", "filter"), per, shape, owner, attribute)
+    return _by_meaning(per in ("out", "filter"), str(per), shape, owner, attribute)
 
 
 def grouping_at(per: Per, at: Location) -> Grouping:
     """The groups that `per` means for a parameter of a model; see `grouping`."""
     return grouping(per, tuple(at.tensor.shape), at.owner, at.attribute, at.heads)
+
+
+def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Grouping:
+    """The groups within each sample of a layer's output; `per` names a dim of the output, the batch axis included.
+
+    Raises:
+        PenaltyError: `per` is neither a dim, nor lists of indices of one, nor blocks within a sample.
+    """
+    per = checked(per)
+    check_place(per)
+    batch, groups = batch % len(shape), grouping(per, shape)
+    if isinstance(per, tuple) and _is_dim(per[-1]):
+        if batch >= len(per) or per[batch] != 1:
+            raise PenaltyError(
+                f"on outputs, blocks are of one sample: per={per!r} needs a 1 at the batch axis, dim {batch}"
+            )
+        return groups
+    if groups.lists is not None and batch in groups.keep:
+        raise PenaltyError(f"dim {batch} is the batch axis of the output, whose samples can't be grouped: per={per!r}")
+    return dataclasses.replace(groups, keep=tuple(sorted({batch, *groups.keep})))
+
+
+def check_place(per: Per) -> None:
+    """Refuse what `per=` can't be on outputs, where layers have no named axes.
+
+    Raises:
+        PenaltyError: `per` is neither a dim, nor lists of indices of a dim, nor block sizes.
+    """
+    if isinstance(per, int) or (isinstance(per, tuple) and isinstance(per[0], int)):
+        return
+    raise PenaltyError(
+        f"on outputs, per= is a dim of the output, not {per!r}: write for instance per=1 for the channels of "
+        "(batch, channel, height, width), or per=(1, [[0, 1], [2, 3]]) for lists of them"
+    )
+
+
+def _blocks(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Grouping:
+    """Groups of neighbours: blocks of these sizes in the first dims, whole in the others."""
+    if len(sizes) > len(shape):
+        raise PenaltyError(f"per={sizes!r} are the sizes of blocks in {len(sizes)} dims, got a tensor of shape {shape}")
+    for length, size in zip(shape, sizes, strict=False):
+        if length % size:
+            raise PenaltyError(
+                f"blocks must divide a tensor evenly: per={sizes!r} doesn't fit the shape {shape}, as {size} doesn't "
+                f"divide {length}; use lists of indices for groups of different sizes"
+            )
+    split = [part for length, size in zip(shape, sizes, strict=False) for part in (length // size, size)]
+    return Grouping((*split, *shape[len(sizes) :]), tuple(range(0, 2 * len(sizes), 2)))
+
+
+def _by_index(lists: tuple[tuple[int, ...], ...], groups: Grouping, axis: str | int) -> Grouping:
+    """Groups of the groups along an axis."""
+    count = prod([groups.shape[dim] for dim in groups.keep])
+    greatest = max([max(indices) for indices in lists])
+    if greatest >= count:
+        where = f"dim {axis}" if isinstance(axis, int) else repr(axis)
+        raise PenaltyError(f"per= names the index {greatest} of {where}, which has {count}, counted from 0")
+    return dataclasses.replace(groups, lists=Lists(lists, groups.keep, count))
 
 
 def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:
@@ -160,10 +346,8 @@ def _heads(shape: tuple[int, ...], owner: nn.Module | None, attribute: str, head
     raise PenaltyError(
         "per='head' is for weights of nn.MultiheadAttention (in_proj_weight, q_proj_weight, k_proj_weight, "
         "v_proj_weight, out_proj.weight) reached through a rule, got a tensor of shape "
-        f"{shape}{_of(owner, attribute)}: "
-        "write per='out', per='in' or a dim; for an attention of your own, view its weight as (heads, ..., "
-        "...) and "
-        "write per=0"
+        f"{shape}{_of(owner, attribute)}: write per='out', per='in' or a dim; for an attention of your own, view its "
+        "weight as (heads, ..., ...) and write per=0"
     )
 
 
@@ -182,8 +366,14 @@ def squared(w: Tensor) -> Tensor:
 
 
 def group_size(groups: Grouping) -> int:
-    """The number of entries in each group."""
-    return prod([groups.shape[dim] for dim in groups.reduced])  # a list, as Dynamo knows no generators here
+    """The number of entries in each group.
+
+    Raises:
+        PenaltyError: groups by index, which have different sizes: `Grouping.sizes` has those.
+    """
+    if groups.lists is not None:
+        raise PenaltyError("this isn't defined for groups by lists of indices; give per= by name, dim or block sizes")
+    return prod([groups.shape[dim] for dim in groups.reduced])
 
 
 def group_norms(w: Tensor, groups: Grouping) -> Tensor:

@@ -4,7 +4,7 @@ what: l1                       # a registered name; {name: grouplasso, per: in};
 strength: 1e-3
 on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
                                # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
-how: proximal                  # and reduce, name, every, start, optional as in .on(...)
+how: proximal                  # and reduce, name, every, start, optional, momentum as in .on(...)
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty)
-_OPTIONS = ("how", "reduce", "name", "every", "start", "optional")
+_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
 
 def read_rule(data: Any) -> Rule:
@@ -107,7 +107,9 @@ def _read_sum(data: Mapping[str, Any]) -> What:
 
 
 def _number(value: Any) -> Any:
-    """A number that a file gives as text (YAML reads `1e-4` so) is a number."""
+    """A number that a file gives as text (YAML reads `1e-4` so) is a number, in lists too."""
+    if isinstance(value, list):
+        return [_number(member) for member in value]
     if isinstance(value, str):
         try:
             return float(value)
@@ -223,6 +225,9 @@ def _write_what(what: Any) -> dict[str, Any]:
         )
     else:
         fields = {}
+    functions = [key for key, value in fields.items() if callable(value)]
+    if functions:
+        raise PlanError(f"{what!r} can't be written: its {functions[0]} is a function, which has no text form")
     return {"what": {"name": name, **fields} if fields else name}
 
 
@@ -231,7 +236,7 @@ def _write_field(what: Any, value: Any) -> Any:
         return _write_what(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
-    return value
+    return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value
 
 
 def _write_where(where: Any) -> Any:

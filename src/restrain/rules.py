@@ -21,6 +21,7 @@ class What:
 
     keywords: ClassVar[tuple[str, ...]] = ()  # further names, beside the class name in lower case
     entrywise: bool = False  # a sum of a function of each entry alone
+    has_tangent: bool = False  # a constraint that can tell which part of a movement leaves its set
     takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
 
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
@@ -68,6 +69,7 @@ class What:
         every: int = 1,
         start: int = 0,
         optional: bool = False,
+        momentum: Literal["keep", "tangent"] = "keep",
         outputs: Places | None = None,
     ) -> Rule:
         """The rule that does this there.
@@ -83,6 +85,8 @@ class What:
             every: act on every so-manieth optimizer step only.
             start: do nothing before that many optimizer steps.
             optional: matching nothing, or never being reached, is no error.
+            momentum: for constraints, "tangent" takes out of the optimizer's running average of gradients, after each
+                projection, what would lead out of the set again.
             outputs: for a penalty on the whole network, the places whose outputs it is given.
 
         Raises:
@@ -94,7 +98,7 @@ class What:
         moments = self.moments(isinstance(selection, Places))
         if how is not None and how not in moments:
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
-        rule = Rule(self, selection, how or moments[0], reduce, name, every, start, optional, outputs)
+        rule = Rule(self, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
         _check(rule)
         return rule
 
@@ -111,6 +115,7 @@ class Rule:
     every: int = 1
     start: int = 0
     optional: bool = False
+    momentum: Literal["keep", "tangent"] = "keep"
     outputs: Places | None = None
 
     def due(self, step: int) -> bool:
@@ -146,7 +151,7 @@ class Rule:
             self.name is not None
         )
         given += [f"every={self.every}"] * (self.every != 1) + [f"start={self.start}"] * (self.start != 0)
-        given += ["optional=True"] * self.optional
+        given += ["optional=True"] * self.optional + [f"momentum={self.momentum!r}"] * (self.momentum != "keep")
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
 
@@ -164,6 +169,13 @@ def _check(rule: Rule) -> None:
     if (rule.every != 1 or rule.start) and rule.how in ("forward", "parametrize"):
         raise PlanError(
             f"how={rule.how!r} acts at each forward; every= and start= are for what acts at a step or a loss"
+        )
+    if rule.momentum not in ("keep", "tangent"):
+        raise PlanError(f"momentum= is 'keep' or 'tangent', got {rule.momentum!r}")
+    if rule.momentum == "tangent" and not (rule.how == "project" and what.has_tangent):
+        raise PlanError(
+            f"momentum='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "
+            f"{what!r} by how={rule.how!r}: leave it at 'keep'"
         )
     if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
         raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

@@ -100,7 +100,12 @@ class Slot:
     def handle(self) -> Handle:
         """Where to look it up at each step."""
         layer, key = self.sites[0]
-        return Handle(self.name, layer.path, key, self.parametrized)
+        return Handle(self.name, layer.path, key)
+
+    @property
+    def owners(self) -> list[tuple[Layer, str]]:
+        """The modules that hold it, each once, with its attribute there; tied weights have several."""
+        return list({(id(layer.module), key): (layer, key) for layer, key in reversed(self.sites)}.values())[::-1]
 
     def tensor(self) -> Tensor:
         """The tensor; of a parametrised weight the effective one, computed anew."""
@@ -131,29 +136,46 @@ class Handle:
     name: str
     path: tuple[str, ...]
     attribute: str
-    parametrized: bool = False
 
     def find(self, root: nn.Module) -> Tensor:
-        """The tensor that stands there now.
+        """The tensor that stands there now; of a parametrised weight the effective one, computed anew.
 
         Raises:
             DetachedError: the model has lost that layer or parameter since the rules were attached.
         """
         return self.look_up(root, self.path)
 
+    def find_owner(self, root: nn.Module) -> nn.Module | None:
+        """The module that holds it; None if it is gone."""
+        return follow(root, self.path)
+
+    def stored(self, root: nn.Module) -> list[Tensor]:
+        """The tensor itself; of a parametrised weight those that it is computed from."""
+        owner = self.find_owner(root)
+        if owner is not None and parametrize.is_parametrized(owner, self.attribute):
+            return list(owner.parametrizations[self.attribute].parameters())  # type: ignore[index, union-attr]
+        return [self.find(root)]
+
     def look_up(self, module: nn.Module, path: tuple[str, ...]) -> Tensor:
         """The tensor at the end of `path` from `module`."""
-        found: nn.Module | Tensor | None = module
-        for key in path:
-            found = found._modules.get(key) if isinstance(found, nn.Module) else None
-        if isinstance(found, nn.Module):
-            found = getattr(found, self.attribute, None) if self.parametrized else found._parameters.get(self.attribute)
+        owner = follow(module, path)
+        found: Tensor | None = None if owner is None else owner._parameters.get(self.attribute)
+        if found is None and owner is not None and parametrize.is_parametrized(owner, self.attribute):
+            found = getattr(owner, self.attribute)
         if not isinstance(found, Tensor):
             raise DetachedError(
                 f"the parameter {self.name!r} is gone from the model since the rules were attached; after changing "
                 "the model's layers, detach() and attach the rules again"
             )
         return found
+
+
+def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    """The module at the end of a path of attributes; None if it is gone."""
+    found: nn.Module | None = module
+    for key in path:
+        found = None if found is None else found._modules.get(key)
+    return found
 
 
 def parameters(model: nn.Module) -> list[Slot]:

@@ -1,4 +1,4 @@
-"""One module a family of the catalogue, each with PENALTIES, CONSTRAINTS or NOISES: {public name: [Case, ...]}.
+"""One module a family of the catalogue, with PENALTIES, CONSTRAINTS, NOISES, REPARAMETRIZATIONS: {name: [Case, ...]}.
 
 A new module here is found by itself.
 """
@@ -16,4 +16,5 @@ def gathered(kind):
 
 
 PENALTIES, CONSTRAINTS, NOISES = map(gathered, ("PENALTIES", "CONSTRAINTS", "NOISES"))
-TRANSFORMS = CONSTRAINTS | NOISES
+REPARAMETRIZATIONS = gathered("REPARAMETRIZATIONS")
+TRANSFORMS = CONSTRAINTS | NOISES | REPARAMETRIZATIONS

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 
+def as_it_is(shape):
+    return shape
+
+
 @dataclass
 class Case:
     """A member, what it should compute for a matrix, and what it can't do."""
@@ -14,6 +18,10 @@ class Case:
     complex: bool = True
     convex: bool = True
     kills: bool = True  # its prox makes small entries exactly zero
+    compiled_prox: bool = True  # its prox has loops that depend on the data, which torch.compile can't trace whole
+    shape: tuple = (3, 4)  # of the tensors that noise is tried on
+    fits: Callable = as_it_is  # turns a shape into the next one that it takes
+    vanishes: bool = True  # its value is zero at zero
 
     def __repr__(self):
         return repr(self.member)

@@ -86,7 +86,9 @@ def restrain() -> None:
 )
 @click.option("--separator", help="Between the values of a CSV file.")
 @click.option("--plan", type=_READABLE, help="Rules in a .yaml, .toml or .json file.")
-@click.option("--how", type=click.Choice(["loss", "gradient", "proximal"]), help="When penalties on weights act.")
+@click.option(
+    "--how", type=click.Choice(["loss", "gradient", "decoupled", "proximal"]), help="When penalties on weights act."
+)
 @options.keyword_options
 @click.option("--noise", multiple=True, type=options.Pattern(), help="Noise on layers, as in 'hid*=0.1'.")
 @click.option("--dropout", multiple=True, type=options.Pattern(), help="Dropout in layers, as in 'hid*=0.3'.")

@@ -16,17 +16,20 @@ from restrain.engine.bind import bind, check_optimizers
 from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
+from restrain.engine.feasible import hold_from_now
 from restrain.engine.injection import Root
+from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
+from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
 from restrain.rules import What
 from restrain.sites import Handle, unwrap
-from restrain.transforms.base import Noise
+from restrain.transforms import GradientNoise, Noise
 
 # Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -57,6 +60,7 @@ def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[O
         raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
     declared, modules = declared_rules(model, skip=_claimed)
     rules = Plan.of(plan) + Plan(tuple(declared))
+    refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     return Attachment(unwrap(model), rules, _optimizers(optimizer), modules)
@@ -87,13 +91,16 @@ class Attachment:
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
+        self._parametrized, self._weight_noise = Parametrized(), WeightNoise()
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:
+            self._parametrized.begin(self._bounds, model)
             self._attach_hooks(model)
             self._attach_steps(model, optimizers)
-            if any(isinstance(bound.rule.what, Noise) for bound in self._bounds):
+            if any(isinstance(bound.rule.what, Noise) and (bound.spots or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
         except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
             self.detach()
@@ -116,7 +123,8 @@ class Attachment:
                     self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
         if self._loss_rules:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
-        if hooks:
+        self._weight_noise.begin(self._bounds, model)
+        if hooks or self._weight_noise.hooks:
             forget_compiled_code()
 
     def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
@@ -124,27 +132,26 @@ class Attachment:
         key = (id(module), kind)
         if key not in hooks and kind == "outputs":
             hooks[key] = LayerHook(self._forwards)
-            self._handles.append(module.register_forward_hook(hooks[key]))
+            self._handles.append(module.register_forward_hook(hooks[key], with_kwargs=True))
         elif key not in hooks:
-            hooks[key] = InputHook(self._forwards)
-            self._handles.append(module.register_forward_pre_hook(hooks[key], with_kwargs=True))
+            hooks[key] = hook = InputHook(self._forwards)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         return hooks[key]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
         works: dict[str, Work] = {}
         for bound in self._bounds:
-            if bound.rule.how in ("gradient", "proximal", "project"):
+            if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
                 for handle, what in bound.parameters:
                     work = works.setdefault(handle.name, Work(handle))
-                    getattr(work, bound.rule.how).append((bound.rule, what))
+                    kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
+                    getattr(work, kind).append((bound.rule, what))
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
+        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:
-            if bound.rule.how == "project":
-                with torch.no_grad():
-                    for p, constraint in bound.tensors(model):
-                        p.copy_(constraint.project(p))
+            bound.notes += notes.get(bound.key, [])
 
     @property
     def model(self) -> nn.Module:
@@ -163,11 +170,16 @@ class Attachment:
         """The plan as bound: every selection by the names that it resolved to."""
         return Plan(tuple(bound.rule for bound in self._bounds))
 
-    def loss(self, loss: Tensor) -> Tensor:
+    def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
         """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
 
         Scale the result by your accumulation: `reg.loss(l) / 4`. In evaluation (`eval()`, `no_grad()`) penalties on
         parameters are added, those on activations are not measured.
+
+        Args:
+            loss: the scalar data loss.
+            share: the part of the penalties that is added: 1/4 where four losses are accumulated that are already
+                divided by the number of all four's items.
 
         Raises:
             NeverFiredError: a place was never reached by the forward.
@@ -181,12 +193,12 @@ class Attachment:
             )
         direct, hidden = self._terms(loss)
         for term in direct:
-            loss = loss + term.to(loss.device)
+            loss = loss + share * term.to(loss.device)
         if not hidden:
             return loss
-        value, write = self._hidden(hidden)
+        value, write = self._hidden(hidden, share)
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return Root.apply(loss, value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
+        return Root.apply(loss, share * value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
 
     def penalty(self) -> Tensor:
         """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
@@ -237,7 +249,7 @@ class Attachment:
             return True
         return False
 
-    def _hidden(self, hidden: list[Any]) -> tuple[Tensor, Any]:
+    def _hidden(self, hidden: list[Any], share: float | Tensor = 1.0) -> tuple[Tensor, Any]:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""
 
         def write(gradient: Tensor | None) -> None:
@@ -245,7 +257,7 @@ class Attachment:
                 raise DetachedError(
                     "the rules were detached before backward(), which recomputes a checkpoint without them"
                 )
-            set_cells(hidden, gradient)
+            set_cells(hidden, None if gradient is None else gradient * share)
 
         return torch.stack([one.hidden for one in hidden]).sum(), write
 
@@ -266,6 +278,10 @@ class Attachment:
         self._collect(data_loss)
         return report.measure(self._bounds, self.model, self._forwards, data_loss)
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
+        return self._parametrized.learned()
+
     def table(self, values: bool = False) -> str:
         """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
         return report.table(self._bounds, self.model, self.values() if values else None)
@@ -276,6 +292,10 @@ class Attachment:
             handle.remove()
         for stepper in self._steppers:
             stepper.remove()
+        model = self._model()
+        self._weight_noise.end(model)
+        if model is not None:
+            self._parametrized.end(model)
         self._clock.remove()
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
@@ -296,6 +316,10 @@ class Attachment:
         for what, handle in self._keeping:
             what.stepped(None if handle is None else handle.find(root))
 
+    def _works(self) -> list[Work]:
+        """What is done at the optimizers' steps; all of them share it."""
+        return self._steppers[0].works if self._steppers else []
+
     def state_dict(self) -> dict[str, Any]:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
         return {
@@ -303,6 +327,7 @@ class Attachment:
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
+            "metrics": {work.handle.name: dict(work.kept) for work in self._works() if work.kept},
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
         }
 
@@ -322,6 +347,9 @@ class Attachment:
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
+        for work in self._works():
+            kept, like = state.get("metrics", {}).get(work.handle.name, {}), work.handle.find(self.model)
+            work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
                 tensor.copy_(state["kept"][name][key])

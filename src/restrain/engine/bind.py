@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restrain.engine.metric import diagonal
+from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
+from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
 from restrain.places import Places, select_places
@@ -39,6 +40,7 @@ class Bound:
     spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
+    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
     notes: list[str] = field(default_factory=list)  # what the table says of it
 
     @property
@@ -48,8 +50,17 @@ class Bound:
 
     def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
         """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
-        found = [(handle.find(root), what) for handle, what in self.parameters]
-        return [(p, what) for p, what in found if (frozen or p.requires_grad) and not is_lazy(p)]
+        return [(p, what) for _, p, what in self.standing(root, frozen)]
+
+    def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
+        """The same, each with its address."""
+        found = [(handle, handle.find(root), what) for handle, what in self.parameters]
+        return [(h, p, what) for h, p, what in found if (frozen or trains(h, p, root)) and not is_lazy(p)]
+
+
+def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
+    """Whether it isn't frozen; what is computed under `no_grad` requires no gradient, but what it is made of does."""
+    return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
 def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
@@ -66,7 +77,28 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         while any(bound.key == key for bound in bounds):
             key, number = f"{rule.label} #{number}", number + 1
         bounds.append(_bind(Bound(rule, key), sites, slots))
+    _check_parametrized(bounds)
     return bounds
+
+
+def _check_parametrized(bounds: Sequence[Bound]) -> None:
+    """Refuse what would act on the temporary that a parametrisation of the same plan gives."""
+    computed = {
+        handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
+    }
+    for bound in bounds:
+        for handle, _ in bound.parameters:
+            first = computed.get(handle.name, bound)
+            if first is not bound and bound.rule.how != "loss":
+                ways = (
+                    "only the last would be sure to hold"
+                    if bound.rule.how == "parametrize"
+                    else ("it is computed anew at each forward, so the other would act on a temporary")
+                )
+                raise HowError(
+                    f"{handle.name!r} is parametrised by {first.key!r}, and {bound.key!r} has how={bound.rule.how!r}: "
+                    f"{ways}. Give the constraint how='project', or the other rule how='loss'"
+                )
 
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
@@ -87,6 +119,10 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             raise
         chosen = []
     bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    if rule.how == "forward":
+        bound.noisy = [
+            (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
+        ]
     outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
     bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs]
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
@@ -120,6 +156,8 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
             )
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
+        if isinstance(rule.what, Noise):
+            rule.what.suits(target.layer.module, target.place.kind)
     return [Spot.of(target) for target in targets]
 
 
@@ -130,11 +168,18 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "
             "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
         )
-    if rule.how in ("gradient", "proximal") and getattr(slot.owner, "sparse", False) is True:
+    if rule.how not in ("loss", "project") and getattr(slot.owner, "sparse", False) is True:
         raise HowError(
             f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
         )
-    if not isinstance(rule.what, Penalty) and rule.how != "project":
+    if rule.how in ("parametrize", "forward"):
+        check_computable(slot)
+    if rule.how == "parametrize" and len(slot.owners) > 1:
+        raise HowError(
+            f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
+            "how='project', or tie the layers by calling one module twice"
+        )
+    if rule.how == "loss" and not isinstance(rule.what, Penalty):
         return rule.what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
@@ -161,26 +206,43 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
+    computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
             p = handle.find(root)
             holder, group = holders.get(id(p), (None, None))
-            if bound.rule.how in ("gradient", "proximal", "project") and p.requires_grad:
+            if bound.rule.how == "parametrize":
+                _check_decay(handle.name, what, group)
+            if bound.rule.how in ("gradient", "decoupled", "proximal", "project") and p.requires_grad:
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
-            if group.get("weight_decay") and _decays(what):
+            if group.get("weight_decay") and _decays(what) and handle.name not in computed:
                 decayed.append(handle.name)
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
                 metric = f"while {type(holder).__name__} moves each entry by a step of its own"
                 bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
+            if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
+                _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
         if decayed:
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
+        measured = {type(holder).__name__ for _, _, holder in proximal.values() if not known(holder)}
+        if bound.rule.how == "proximal" and measured:
+            bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(measured))} are measured"]
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
+    _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
+
+
+def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
+    if group is not None and group.get("weight_decay") and what.decays_to:
+        _warn(
+            f"the optimizer's weight_decay pulls {name!r} to {what.decays_to}, as it decays the free tensor behind it "
+            f"({what!r}): put it into a parameter group with weight_decay=0, and write 1e-4 * rs.L2() in the loss"
+        )
 
 
 def _decays(what: Any) -> bool:
@@ -196,19 +258,56 @@ def _check_held(
             f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
             f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
         )
-    if group.get("maximize") and bound.rule.how != "project":
+    _check_kind(bound, holder, group)
+    if not isinstance(bound.rule.what, Penalty):
+        return
+    if group.get("maximize"):
         raise OptimizerError(
             f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
         )
-    if p.dtype in (torch.bfloat16, torch.float16) and bound.rule.how != "project":
+    if p.dtype in (torch.bfloat16, torch.float16):
         _warn(
             f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights "
             "in float32"
         )
 
 
+def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Refuse optimizers that can't do what the rule says, whatever the parameter."""
+    how, name = bound.rule.how, type(optimizer).__name__
+    if how in ("decoupled", "proximal") and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} calls its closure several times a step and searches along a line, which "
+            f"how={how!r} knows nothing of. Use how='loss' or how='gradient', whose value and gradient join each call"
+        )
+    if how == "proximal" and isinstance(optimizer, torch.optim.Rprop):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} follows the sign of the data's gradient alone, and lengthens its steps as long as "
+            "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
+        )
+    if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
+        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} needs dense ones: use Adam")
+    if group.get("differentiable"):
+        raise OptimizerError(
+            f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "
+            "how='loss'"
+        )
+    if how == "proximal" and float(group.get("momentum", 0)) >= 1:
+        raise OptimizerError(f"{bound.key!r}: with momentum={group['momentum']} a gradient is never forgotten")
+
+
+def _warn_of_measured(optimizers: Iterable[Optimizer]) -> None:
+    names = sorted({type(optimizer).__name__ for optimizer in optimizers if not known(optimizer)})
+    if names:
+        _warn(
+            f"how='proximal' with {', '.join(names)}: no formula is known for the steps that it takes, so they are "
+            "measured, as movement / gradient of each entry, averaged over about 50 steps. That is right where the "
+            "optimizer settles, for weight_decay=0, and an estimate before (docs/how.md)"
+        )
+
+
 def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) -> None:
-    by_entry = diagonal(optimizer)  # raises for an optimizer of unknown metric
+    by_entry = diagonal(optimizer)
     if by_entry and p.is_complex():
         raise HowError(
             f"how='proximal' on {name!r}: {type(optimizer).__name__} moves the real and the imaginary part of "

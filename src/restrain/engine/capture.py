@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import structures
+from restrain.engine.draws import Draws
 from restrain.engine.injection import Inject, recomputing_saved_tensors
-from restrain.engine.taps import Spot, Tap, Watch
+from restrain.engine.taps import Spot, Tap, Watch, batch_dim
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.transforms.base import Noise
+from restrain.transforms.layout import Layout
 
 
 class Gate(Protocol):
@@ -35,13 +37,15 @@ class Gate(Protocol):
         """'record', 'compiled', 'recompute' or 'off'."""
 
 
-class LayerHook:
+class LayerHook(Draws):
     """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
 
-    A copy or a pickle of a hook is dead: a copied model is free of the rules.
+    Inside `rs.sampling` its noise alone, in whatever mode the layer is. A copy or a pickle of a hook is dead: a copied
+    model is free of the rules.
     """
 
     def __init__(self, gate: Gate) -> None:
+        super().__init__()
         self.gate = gate
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
@@ -50,13 +54,18 @@ class LayerHook:
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return self.act(module, output) if module.training else None
+    @property
+    def random(self) -> bool:
+        """Whether there is noise here."""
+        return bool(self.noises)
 
-    def act(self, module: nn.Module, structure: Any) -> Any:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return self.act(module, output, args, kwargs) if module.training or self.sampling.depth else None
+
+    def act(self, module: nn.Module, structure: Any, args: Any, kwargs: Any) -> Any:
         """The structure with penalties injected and noise added; the same object where neither was."""
         result = structure
-        if self.taps or self.raws:
+        if (self.taps or self.raws) and not self.sampling.depth:
             mode = self.gate.mode()
             if mode != "off":
                 for tap in self.taps:
@@ -65,7 +74,14 @@ class LayerHook:
                     self._watch(raw, mode, structure)
         for noise, spot in self.noises:
             way = way_to(structure, spot)
-            result = structures.put(result, way, noise(structures.get(result, way)))
+            x = structures.get(result, way)
+            layout = Layout(
+                batch_dim(spot.place.batch_dim, module, x),
+                *structures.rows(structure, way),
+                module,
+                structures.arguments(args, kwargs),
+            )
+            result = structures.put(result, way, noise.at(x, layout))
         return result
 
     def _penalize(self, tap: Tap, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
@@ -106,11 +122,11 @@ class LayerHook:
 class InputHook(LayerHook):
     """The same at a layer's inputs: positional ones have numbers, keyword ones names."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if not module.training:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:  # type: ignore[override]
+        if not (module.training or self.sampling.depth):
             return None
         given = structures.arguments(args, kwargs)
-        result = self.act(module, given)
+        result = self.act(module, given, args, kwargs)
         if result is given:
             return None
         return tuple(result[i] for i in range(len(args))), {key: result[key] for key in kwargs}

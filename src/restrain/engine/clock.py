@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from restrain.engine.steps import real_step
+from restrain.engine.steps import nested, real_step
 
 Listener = Callable[[Optimizer, nn.Module], None]
 
@@ -35,6 +35,8 @@ class Clock:
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """Called after a step of any optimizer in the process."""
+        if nested(optimizer):
+            return
         for listener in self.on_any:
             listener(optimizer, root)
         if real_step(optimizer) and self._trains(optimizer, root):

@@ -1,4 +1,4 @@
-"""In-place forms of gradient and prox that read and write each weight about once.
+"""In-place forms of gradient, decay and prox that read and write each weight about once.
 
 A uniform entrywise penalty may be run on any part of a tensor, so that large ones are done in blocks which stay in the
 cache; its temporaries then cost no memory traffic. Other penalties take the tensor whole.
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restrain.engine.metric import Metric
 from restrain.penalties import Penalty
+from restrain.penalties.shrink import at_least_float32
 
 BLOCK = 1 << 18  # entries
 
@@ -22,14 +23,23 @@ def add_gradient(grad: Tensor, w: Tensor, penalty: Penalty, scale: Tensor | None
         g.add_(added if scale is None else added * scale.to(added.dtype))
 
 
+def decay(w: Tensor, penalty: Penalty, rate: float | Tensor) -> None:
+    """w -= rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero."""
+    shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
+    for (x,) in zip(*_parts(penalty, w), strict=True):
+        wide = at_least_float32(x)
+        new = (penalty.gradient(wide) * -rate).add_(wide)
+        if shrinks and wide.is_complex():
+            new = torch.where((new * wide.conj()).real < 0, 0, new)
+        elif shrinks:
+            new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
+        x.copy_(new)
+
+
 def apply_prox(w: Tensor, penalty: Penalty, metric: Metric) -> None:
     """w = prox of the penalty at w, with the steps of the optimizer's metric."""
-    if metric.second is None:
-        for (x,) in zip(*_parts(penalty, w), strict=True):
-            x.copy_(penalty.prox(x, metric.scale))
-        return
-    for x, second in zip(*_parts(penalty, w, metric.second), strict=True):
-        x.copy_(penalty.prox(x, metric.steps(second)))
+    for x, *moments in zip(*_parts(penalty, w, *metric.moments), strict=True):
+        x.copy_(penalty.prox(x, metric.steps(*moments)))
 
 
 def _parts(penalty: Penalty, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

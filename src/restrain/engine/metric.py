@@ -2,105 +2,237 @@
 
 A proximal rule must use that length as the step of its prox; with any other, the point where the optimizer and the
 prox balance isn't the minimiser of loss + penalty. Plain SGD moves by the learning rate; momentum multiplies that in
-the long run; the adaptive ones divide each entry by the root of a second moment.
+the long run; the adaptive ones divide each entry by the root of a second moment. Of an optimizer that isn't known, the
+length is measured.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
-from restrain.errors import OptimizerError
+from restrain.penalties.shrink import at_least_float32
+
+ENDLESS = 1e18  # a step this long is as good as infinite, and its products with strengths stay finite in float32
+MEMORY = 0.98  # of the averages by which an unknown metric is measured
 
 
 @dataclass(frozen=True)
 class Metric:
-    """The step of each entry: scale / (sqrt(second) / root + eps), or scale alone where `second` is None."""
+    """The step of each entry: scale / size(moments), or the scale alone where there are no moments."""
 
     scale: float | Tensor
-    second: Tensor | None = None
-    root: float | Tensor = 1.0
-    eps: float = 0.0
+    moments: tuple[Tensor, ...] = ()
+    size: Callable[..., Tensor] = torch.sqrt  # gives a new tensor
 
-    def steps(self, second: Tensor | None = None) -> float | Tensor:
-        """The steps of all entries, or of those whose second moments are given."""
-        second = self.second if second is None else second
-        return self.scale if second is None else self.scale / (second.sqrt() / self.root + self.eps)
-
-
-State = dict[str, Any]
-Group = dict[str, Any]
+    def steps(self, *moments: Tensor) -> float | Tensor:
+        """The steps of the entries whose moments are given."""
+        if not moments:
+            return self.scale
+        size = self.size(*map(at_least_float32, moments))
+        return size.reciprocal_().mul_(self.scale).clamp_max_(ENDLESS)
 
 
-def _sgd(group: Group, state: State) -> Metric:
-    # a constant gradient g builds up the buffer (1 - dampening) g / (1 - momentum); Nesterov's the same
-    momentum = float(group["momentum"])
-    gain = (1 - float(group["dampening"])) / (1 - momentum) if momentum else 1.0
-    return Metric(group["lr"] * gain)
+@dataclass(frozen=True)
+class Taken:
+    """A step that was taken for one parameter."""
+
+    group: dict[str, Any]
+    state: dict[str, Any]
+    w: Tensor
+    kept: dict[str, Any] = field(default_factory=dict)  # ours, from step to step
+    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before it, for metrics that need them
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient as it is now."""
+        assert self.w.grad is not None
+        return self.w.grad
 
 
-def _adam(group: Group, state: State) -> Metric:
-    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    decay = group["betas"][1] ** _count(state["step"])
-    return Metric(group["lr"], second, (1 - decay) ** 0.5, group["eps"])
-
-
-def _rmsprop(group: Group, state: State) -> Metric:
-    second = state["square_avg"]
-    if group["centered"]:
-        second = second - state["grad_avg"].square()
-    return Metric(group["lr"] / (1 - group["momentum"]), second, 1.0, group["eps"])
-
-
-def _adagrad(group: Group, state: State) -> Metric:
-    rate = group["lr"] / (1 + (_count(state["step"]) - 1) * group["lr_decay"])
-    return Metric(rate, state["sum"], 1.0, group["eps"])
+def _gain(taken: Taken, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """What momentum makes of a constant gradient of one: 1 / (1 - momentum), with a lag where momentum changes."""
+    momentum = float(taken.group["momentum"])
+    if not momentum:
+        return 1.0
+    last = float(taken.kept.get("gain", (1 - dampening) / (1 - momentum)))
+    gain = taken.kept["gain"] = momentum * last + 1 - dampening
+    return 1 + momentum * gain if nesterov else gain
 
 
 def _count(step: float | Tensor) -> float | Tensor:
     return float(step) if not isinstance(step, Tensor) or step.device.type == "cpu" else step
 
 
-METRICS: dict[type[Optimizer], Callable[[Group, State], Metric]] = {
+def _rooted(root: float | Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    return lambda second: second.sqrt().div_(root).add_(eps)
+
+
+def _sgd(taken: Taken) -> Metric:
+    group = taken.group
+    return Metric(group["lr"] * _gain(taken, float(group["dampening"]), group["nesterov"]))
+
+
+def _asgd(taken: Taken) -> Metric:
+    # the state holds the rate of the next step; the first one's is lr
+    now = taken.kept.get("eta", taken.group["lr"] if float(taken.state["step"]) == 1 else float(taken.state["eta"]))
+    taken.kept["eta"] = float(taken.state["eta"])
+    return Metric(now)
+
+
+def _adam(taken: Taken) -> Metric:
+    group, state = taken.group, taken.state
+    second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
+    decay = group["betas"][1] ** _count(state["step"])
+    return Metric(group["lr"], (second,), _rooted((1 - decay) ** 0.5, group["eps"]))
+
+
+def _nadam(taken: Taken) -> Metric:
+    # it moves along (1 - mu) / (1 - P) · gradient + mu' / (1 - P mu') · its average, P the product of all mu so far
+    group, state = taken.group, taken.state
+    count, (beta1, beta2), product = _count(state["step"]), group["betas"], _count(state["mu_product"])
+    now, coming = (beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (count, count + 1))
+    gain = (1 - now) / (1 - product) + coming * (1 - beta1**count) / (1 - product * coming)
+    return Metric(group["lr"] * gain, (state["exp_avg_sq"],), _rooted((1 - beta2**count) ** 0.5, group["eps"]))
+
+
+def _radam(taken: Taken) -> Metric:
+    # Liu and others (2020), algorithm 2: SGD until the variance is tractable, then Adam times the rectification
+    group, state = taken.group, taken.state
+    count, beta2 = _count(state["step"]), group["betas"][1]
+    most, bias = 2 / (1 - beta2) - 1, 1 - beta2**count
+    length = most - 2 * count * (1 - bias) / bias
+    if most <= 5 or (not isinstance(length, Tensor) and length <= 5):
+        return Metric(group["lr"])
+    known = length.clamp_min(5) if isinstance(length, Tensor) else length
+    rectified = ((known - 4) * (known - 2) * most / ((most - 4) * (most - 2) * known) * bias) ** 0.5
+
+    def size(second: Tensor) -> Tensor:
+        adapted = second.sqrt().add_(group["eps"]).div_(rectified)
+        return torch.where(length > 5, adapted, 1.0) if isinstance(length, Tensor) else adapted
+
+    return Metric(group["lr"], (state["exp_avg_sq"],), size)
+
+
+def _adamax(taken: Taken) -> Metric:
+    # the bias correction of the average is just what a constant gradient lacks; eps is in the peak already
+    return Metric(taken.group["lr"], (taken.state["exp_inf"],), torch.clone)
+
+
+def _rmsprop(taken: Taken) -> Metric:
+    group, state = taken.group, taken.state
+    scale, eps = group["lr"] * _gain(taken), group["eps"]
+    if not group["centered"]:
+        return Metric(scale, (state["square_avg"],), _rooted(1.0, eps))
+
+    def size(second: Tensor, first: Tensor) -> Tensor:
+        return second.addcmul(first, first, value=-1).clamp_min_(0).sqrt_().add_(eps)
+
+    return Metric(scale, (state["square_avg"], state["grad_avg"]), size)
+
+
+def _adagrad(taken: Taken) -> Metric:
+    group, state = taken.group, taken.state
+    rate = group["lr"] / (1 + (_count(state["step"]) - 1) * group["lr_decay"])
+    return Metric(rate, (state["sum"],), _rooted(1.0, group["eps"]))
+
+
+def _adadelta(taken: Taken) -> Metric:
+    # the step used the average of squared movements from before it, which this finds again: with r = g² / (second +
+    # eps) that average became rho · before + (1 - rho) (before + eps) r. With weight decay g isn't known any more
+    group, state = taken.group, taken.state
+    rho, eps, decayed = group["rho"], group["eps"], group["weight_decay"] != 0
+
+    def size(second: Tensor, movement: Tensor, grad: Tensor) -> Tensor:
+        second = second + eps
+        if not decayed:
+            ratio = grad.square().div_(second).mul_(1 - rho)
+            movement = (movement - eps * ratio).div_(ratio + rho).clamp_min_(0)
+        return second.div_(movement + eps).sqrt_()
+
+    return Metric(group["lr"], (state["square_avg"], state["acc_delta"], taken.gradient), size)
+
+
+def _adafactor(taken: Taken) -> Metric:
+    # Shazeer and Stern (2018), algorithms 4 and 5, as torch has them: relative steps, and updates that are clipped
+    assert taken.before is not None
+    group, state, (w, gradient) = taken.group, taken.state, map(at_least_float32, taken.before)
+    least, floor = group["eps"]
+    least = torch.finfo(taken.w.dtype).eps if least is None else least
+    if w.dim() > 1:
+        row = at_least_float32(state["row_var"])
+        second = row @ at_least_float32(state["col_var"]) / row.mean(-2, keepdim=True).clamp_min(least)
+    else:
+        second = at_least_float32(state["variance"])
+    root = second.clamp_min(least**2).sqrt()
+    rate = min(float(group["lr"]), float(state["step"]) ** -0.5)
+    clipped = ((gradient / root).square().mean().sqrt() / group["d"]).clamp_min(1)
+    return Metric(w.square().mean().sqrt().clamp_min(floor) * rate / clipped, (root,), torch.clone)
+
+
+def _measured(taken: Taken) -> Metric:
+    """Movement / gradient: of each entry, the root mean squares of their running averages.
+
+    The average of the gradient goes through the same filter as that of the movement, so that the quotient is the
+    length itself where that and the gradient are steady, and little less under noise, if the optimizer's own memory
+    is short beside this one's.
+    """
+    assert taken.before is not None
+    kept, (w, gradient) = taken.kept, map(at_least_float32, taken.before)
+    for name, now in (("movement", taken.w.detach() - w), ("gradient", gradient)):
+        mean = kept.setdefault(name, torch.zeros_like(now))
+        square = kept.setdefault(f"{name}_square", torch.zeros_like(now))
+        mean.lerp_(now, 1 - MEMORY)
+        square.lerp_(mean.square(), 1 - MEMORY)
+
+    def size(movement: Tensor, gradient: Tensor) -> Tensor:
+        still = (movement == 0) | (gradient == 0)
+        return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
+
+    return Metric(1.0, (kept["movement_square"], kept["gradient_square"]), size)
+
+
+METRICS: dict[type[Optimizer], Callable[[Taken], Metric]] = {
     SGD: _sgd,
+    ASGD: _asgd,
     Adam: _adam,
     AdamW: _adam,
+    NAdam: _nadam,
+    RAdam: _radam,
+    Adamax: _adamax,
     RMSprop: _rmsprop,
     Adagrad: _adagrad,
+    Adadelta: _adadelta,
+    Adafactor: _adafactor,
 }
 
 
-def metric_of(optimizer: Optimizer) -> Callable[[Group, State], Metric]:
-    """The metric of an optimizer, as a function of a parameter group and a parameter's state.
+def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
+    """The metric of an optimizer, as a function of a step that it took; measured where it isn't known."""
+    cls = type(optimizer)
+    bases = (base for base in cls.__mro__ if base in METRICS and _step_of(cls) is _step_of(base))
+    return next((METRICS[base] for base in bases), _measured)
 
-    Raises:
-        OptimizerError: an optimizer whose metric isn't known; the message lists those that are.
-    """
-    metric = _known(type(optimizer))
-    if metric is not None:
-        return metric
-    known = ", ".join(cls.__name__ for cls in METRICS)
-    why = " (it is called with a closure, several times a step)" if isinstance(optimizer, torch.optim.LBFGS) else ""
-    raise OptimizerError(
-        f"how='proximal' needs the optimizer's own metric, which is known for {known}; not for "
-        f"{type(optimizer).__name__}{why}. Use one of these, or how='loss' or how='gradient' (no exact zeros then)"
-    )
+
+def known(optimizer: Optimizer) -> bool:
+    """Whether its metric is known by a formula: that of the first of its bases whose step it has not overridden."""
+    return metric_of(optimizer) is not _measured
+
+
+def looks_before(optimizer: Optimizer) -> bool:
+    """Whether its metric needs weights and gradient from before the step."""
+    return metric_of(optimizer) in (_measured, _adafactor)
 
 
 def diagonal(optimizer: Optimizer) -> bool:
     """Whether its metric differs from entry to entry."""
-    return metric_of(optimizer) is not _sgd
-
-
-def _known(cls: type[Optimizer]) -> Callable[[Group, State], Metric] | None:
-    """The metric of the first of its bases that has one and whose step it has not overridden."""
-    return next((METRICS[base] for base in cls.__mro__ if base in METRICS and _step_of(cls) is _step_of(base)), None)
+    return metric_of(optimizer) not in (_sgd, _asgd)
 
 
 def _step_of(cls: type[Optimizer]) -> Any:

@@ -1,7 +1,8 @@
-"""What several processes that train one model must not have in common."""
+"""What several processes that train one model must have in common, and what not."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 import torch
@@ -10,9 +11,28 @@ import torch.distributed as dist
 from restrain.errors import RestrainWarning
 
 
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agreed_seed() -> int | None:
+    """A seed that all ranks agree on, drawn by the first of them; None in a single process."""
+    if not _several():
+        return None
+    drawn = [int(torch.randint(2**62, ()))]
+    dist.broadcast_object_list(drawn, src=0)
+    return drawn[0]
+
+
+def common_generator(seed: int, key: str, device: torch.device) -> torch.Generator:
+    """A generator that is the same on all ranks, and another one for each key."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 def warn_of_shared_random_state() -> None:
     """Warn if ranks share one random state: they would draw the same noise for different data."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _several():
         return
     states: list[bytes | None] = [None] * dist.get_world_size()
     dist.all_gather_object(states, torch.get_rng_state().numpy().tobytes()[:64])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from restrain.engine.bind import Bound
+from restrain.engine.bind import Bound, trains
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
@@ -112,7 +112,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
 
 
 def _frozen(bound: Bound, root: nn.Module) -> list[str]:
-    return [handle.name for handle, _ in bound.parameters if not handle.find(root).requires_grad]
+    return [handle.name for handle, _ in bound.parameters if not trains(handle, handle.find(root), root)]
 
 
 def _short(names: Sequence[str], shown: int = 4) -> str:

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -103,7 +104,21 @@ def put(structure: Any, way: Way, new: Tensor) -> Any:
 
 def sequences(structure: Any, way: Way) -> int | None:
     """The number of sequences of the packed sequence whose data the way leads to; None elsewhere."""
+    packed = _packed(structure, way)
+    return None if packed is None else int(packed.batch_sizes[0])
+
+
+def rows(structure: Any, way: Way) -> tuple[Tensor | None, int]:
+    """Of a packed sequence whose data the way leads to: which sequence each row is of, and how many there are."""
+    packed = _packed(structure, way)
+    if packed is None:
+        return None, 0
+    sizes = packed.batch_sizes.tolist()  # at each step, the first so many sequences still run
+    return torch.cat([torch.arange(size) for size in sizes]).to(packed.data.device), sizes[0]
+
+
+def _packed(structure: Any, way: Way) -> PackedSequence | None:
     if not way or way[-1] != "data":
         return None
-    packed = get(structure, way[:-1])
-    return int(packed.batch_sizes[0]) if isinstance(packed, PackedSequence) else None
+    found = get(structure, way[:-1])
+    return found if isinstance(found, PackedSequence) else None

@@ -28,6 +28,5 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
 
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
-    parameters = {handle.name: handle.find(root) for handle, _ in bound.parameters}
     what: NetworkPenalty = bound.rule.what  # type: ignore[assignment]
-    return what({name: p for name, p in parameters.items() if p.requires_grad or what.takes_frozen}, outputs)
+    return what({handle.name: p for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)

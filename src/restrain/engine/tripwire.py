@@ -44,4 +44,4 @@ class Tripwire:
         if bound.spots or bound.raws:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return any(id(p) in held for p, _ in bound.tensors(root))
+        return any(id(p) in held for handle, _, _ in bound.standing(root) for p in handle.stored(root))

@@ -13,7 +13,8 @@
     regularizers                               a list of rules
 
 A number is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name, every, optional, and the
-settings of the penalty. `reduce="mean"` is theanets' value: over the entries of each tensor a mean, then over tensors.
+settings of the penalty. The keywords of noise also take noise, as in hidden_dropout=rs.Dropout(0.2, same_over="time").
+`reduce="mean"` is theanets' value: over the entries of each tensor a mean, then over tensors.
 So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers. theanets' contractive
 and recurrent_norm, as coded, are other quantities, and have no such form here.
 """
@@ -38,8 +39,16 @@ from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.select import as_where, weights
 from restrain.sites import near
-from restrain.transforms import Constraint, Dropout, GaussianNoise, MaxNorm, NonNegative
-from restrain.transforms.base import Noise, Transform
+from restrain.transforms import (
+    Constraint,
+    Dropout,
+    GaussianNoise,
+    MaxNorm,
+    Noise,
+    NonNegative,
+    Transform,
+    UniformNoise,
+)
 
 OPTIONS = ("strength", "on", "how", "reduce", "name", "every", "optional")
 WEIGHTS: dict[str, type[What]] = {"weight_l1": L1, "weight_l2": L2, "weight_decay": L2}
@@ -56,6 +65,7 @@ NOISES: dict[str, type[What]] = {
 }
 PATTERNS: dict[str, type[What]] = {"noise": GaussianNoise, "dropout": Dropout}
 CONSTRAINTS: dict[str, type[What]] = {"nonnegative": NonNegative, "max_norm": MaxNorm}
+_ADDED = (GaussianNoise, UniformNoise)
 OWN: dict[str, type[What]] = {**WEIGHTS, **ACTIVATIONS, **NOISES, **PATTERNS, **CONSTRAINTS}
 
 
@@ -163,10 +173,10 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
                 f"it is a dict of globs over layers, as in {keyword}={{'hid*': 0.1}}; for all hidden layers write "
                 f"hidden_{keyword}"
             )
-        return [
-            PATTERNS[keyword](amount).on(context.places(glob), name=f"{keyword} {glob}")  # type: ignore[call-arg]
-            for glob, amount in value.items()
-        ]
+        noises = {glob: n if isinstance(n, Noise) else PATTERNS[keyword](n) for glob, n in value.items()}  # type: ignore[call-arg]
+        return [noise.on(context.places(glob), name=f"{keyword} {glob}") for glob, noise in noises.items()]
+    if keyword in NOISES and isinstance(value, Noise):
+        return [value.on(context.places(context.default(keyword)), name=keyword)]
     cls: type[What] = OWN.get(keyword) or registry.lookup(keyword)
     given = dict(value) if isinstance(value, Mapping) else _plain(cls, value)
     settings = {key: given[key] for key in given if key not in OPTIONS}
@@ -220,11 +230,11 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
         if keyword == "contractive" and any(layer["form"] == "batchnorm" for layer in context.layers):
             raise PlanError("behind a batchnorm layer, a sample's outputs depend on the other samples: use layernorm")
         return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
-    if keyword in ACTIVATIONS or isinstance(what, Noise):
+    if keyword in ACTIVATIONS or (isinstance(what, Noise) and what.on_places):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)
     if isinstance(on, Places):
         return what.on(on, **options)
-    if isinstance(what, Constraint):
+    if isinstance(what, Transform):
         return what.on(weights if on is None else on, **options)
     if keyword in WEIGHTS:
         on = weights if on is None else weights & as_where(on)
@@ -247,7 +257,7 @@ def _closed_form(rule: Rule, made: Sequence[Rule], context: Context) -> Rule:
 
 def _multiplies(rule: Rule) -> bool:
     """Whether it changes the input otherwise than by adding to it."""
-    return isinstance(rule.what, Noise) and not isinstance(rule.what, GaussianNoise) and _at_input(rule.where)
+    return isinstance(rule.what, Noise) and not isinstance(rule.what, _ADDED) and _at_input(rule.where)
 
 
 def _at_input(where: Any) -> bool:

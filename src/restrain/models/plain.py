@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from restrain.errors import FileError, RestrainError
 from restrain.penalties import L1
-from restrain.places import Places
+from restrain.places import Places, inputs
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.select import Where
+from restrain.transforms import Noise
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -74,6 +75,8 @@ def _encode_named(value: Any, name: str) -> dict[str, Any]:
             return {"$plan": value.to_dict()}
         if isinstance(value, Rule):
             return {"$rule": Plan((value,)).to_dict()["rules"][0]}
+        if isinstance(value, Noise):
+            return {"$noise": Plan((value.on(inputs()),)).to_dict()["rules"][0]["what"]}
         if isinstance(value, (Where, Places, re.Pattern)):
             return {"$where": Plan((L1().on(value),)).to_dict()["rules"][0]["on"]}
     except RestrainError as error:
@@ -138,6 +141,7 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
     "$array": _decode_array,
     "$plan": Plan.from_dict,
     "$rule": lambda content: Plan.from_dict({"rules": [content]}).rules[0],
+    "$noise": lambda content: Plan.from_dict({"rules": [{"what": content, "on": {"inputs": ""}}]}).rules[0].what,
     "$where": lambda content: Plan.from_dict({"rules": [{"what": "l1", "on": content}]}).rules[0].where,
     "$path": Path,
     "$dtype": _DTYPES.__getitem__,

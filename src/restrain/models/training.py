@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from restrain.engine.attach import attach
-from restrain.errors import RestrainWarning, TrainingError
+from restrain.errors import PlanError, RestrainWarning, TrainingError
 from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
@@ -96,6 +96,12 @@ class Training:
         self.done, self.best = 0, Best()
         self.derivatives = any(isinstance(getattr(r.what, "penalty", r.what), Contractive) for r in self.rules)
         self.mean_weight = self.train.mean_weight
+        for rule in self.rules:
+            if rule.how == "parametrize":  # the weights on file and of the best epoch have plain names
+                raise PlanError(
+                    f"{rule.label}: the models' own training takes no how='parametrize'. Constraints have "
+                    "how='project'; for the rest train model.module_ in a loop of your own, with rs.attach"
+                )
         self.reg = attach(self.network, list(self.rules), self.optimizer) if self.rules else None
 
     def epochs(self) -> Iterator[tuple[Monitors, Monitors]]:

@@ -50,6 +50,8 @@ def _of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tens
 
     @functools.wraps(formula)
     def call(self: Any, w: Tensors) -> Tensor:
+        if type(w).__module__.partition(".")[0] == "keras":  # a variable of a Keras 3 layer, on its torch backend
+            w = w.value
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
         if isinstance(w, nn.Module) or not isinstance(w, Iterable):
@@ -106,6 +108,9 @@ class Penalty(What, ABC, register=False):
 
     shrinks: bool = False
     """Its prox scales each entry by a number from 0 to 1. Then a Σ|x| can be added: see `Sum.prox`."""
+
+    soft_after: bool = False
+    """Its prox, followed by a soft threshold, is that of its sum with a Σ|x|: see `Sum.prox`."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -182,7 +187,7 @@ class Penalty(What, ABC, register=False):
         return self
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
-        return ("loss",) if at_places else ("loss", "gradient", "proximal")
+        return ("loss",) if at_places else ("loss", "gradient", "decoupled", "proximal")
 
     def leaves(self) -> list[tuple[float, Penalty]]:
         """The penalties that it is a sum of, each with its strength."""
@@ -308,7 +313,9 @@ class Sum(Penalty, register=False):
         leaves = [leaf for _, leaf in self.leaves()]
         others = [leaf for _, leaf in self._split()[2]]
         soft = any(leaf.elastic is not None and leaf.elastic[0] for leaf in leaves)
-        return len(others) <= 1 and all(leaf.has_prox and (leaf.shrinks or not soft) for leaf in others)
+        return len(others) <= 1 and all(
+            leaf.has_prox and (leaf.shrinks or leaf.soft_after or not soft) for leaf in others
+        )
 
     def __call__(self, w: Tensors) -> Tensor:
         return functools.reduce(operator.add, [term(w) for term in self.terms])
@@ -318,7 +325,7 @@ class Sum(Penalty, register=False):
 
         The square scales w and step by 1 / (1 + 2 c step). The absolute value is a soft threshold before the
         prox of f, which is exact where that keeps signs and zeros (Yu 2013, "On decomposing the proximal
-        map"). Both hold entry by entry, so also with a step for each.
+        map"), or after it, where f says so. Both hold entry by entry, so also with a step for each.
 
         Raises:
             NoProxError: more remains, or the prox of f isn't known or doesn't shrink.
@@ -328,16 +335,17 @@ class Sum(Penalty, register=False):
             members = ", ".join(repr(leaf) for _, leaf in self.leaves())
             raise NoProxError(
                 f"no prox is known for the sum of {members}: it is for L1, L2 and ElasticNet, joined by one "
-                "that has a "
-                "prox (which must shrink every entry if there is an L1). Use how='loss' or how='gradient' "
-                "for one of them"
+                "that has a prox (which must shrink every entry, or be a total variation, if there is an L1). Use "
+                "how='loss' or how='gradient' for one of them"
             )
         x = at_least_float32(w)
         step = as_step(step, x)
-        x = shrink_entries(x, step, l1, l2)
+        after = any(leaf.soft_after for _, leaf in others)
+        x = shrink_entries(x, step, 0.0 if after else l1, l2)
+        rest = step / (1 + 2 * l2 * step)
         for strength, leaf in others:
-            x = leaf.prox(x, strength * step / (1 + 2 * l2 * step))
-        return x.to(w.dtype)
+            x = leaf.prox(x, strength * rest)
+        return (shrink_entries(x, rest, l1, 0.0) if after else x).to(w.dtype)
 
     def _split(self) -> tuple[float, float, list[tuple[float, Penalty]]]:
         """a, c and the others, equal ones joined, each with its strength."""

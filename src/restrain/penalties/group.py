@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from dataclasses import dataclass
-from math import inf, isnan, prod, sqrt
+from math import inf, isnan, prod
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
+from restrain.axes import (
+    Grouping,
+    Per,
+    check_place,
+    checked,
+    group_norms,
+    grouping,
+    grouping_at,
+    grouping_of_samples,
+)
 from restrain.errors import NoProxError, PenaltyError
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size
-from restrain.penalties.shrink import at_least_float32, one_step, shrink_entries, shrink_groups, shrink_peak
+from restrain.penalties.shrink import at_least_float32, cut_groups, share_groups, shrink_entries, shrink_groups
 from restrain.rules import How
 from restrain.sites import Location
 
@@ -50,8 +60,8 @@ class Norm(Penalty):
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
-        """Whether its prox takes a step for each entry: for p = 1 and 2."""
-        return self.p in (1, 2)
+        """Whether its prox takes a step for each entry: where it has one."""
+        return self.has_prox
 
     @property
     def has_prox(self) -> bool:
@@ -73,7 +83,7 @@ class Norm(Penalty):
         if self.p == 2:
             return shrink_groups(w, Grouping((w.numel(),), ()), 1.0, step)
         if self.p == inf:
-            return shrink_peak(w, one_step(step, self))
+            return cut_groups(w, Grouping((w.numel(),), ()), step)
         raise NoProxError(f"{self!r} has no known prox; Norm(1), Norm(2) and Norm(inf) have one")
 
 
@@ -93,21 +103,60 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     return torch.where(zero, 0.0, unit * torch.where(zero, 1.0, powers).pow(1 / p))
 
 
-@dataclass(frozen=True)
-class GroupLasso(Penalty):
-    """Σ_g √n_g ‖x_g‖₂ over groups g of n_g entries: with how="proximal", whole groups become exactly zero.
+class GroupPenalty(Penalty, register=False):
+    """Base of sums over groups of entries, which `per` says, of one function of each group.
 
-    On outputs, `per` is a dim of the layer's output: the groups are of each sample, and the values are
-    averaged. A group whose squares sum to zero counts as zero, and so has the gradient zero.
-
-    Args:
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`): "out" groups the weights
-        into a
-            unit or filter, "in" those out of an input or channel, "head" those of a head of
-            nn.MultiheadAttention.
+    On outputs, `per` is a dim of the layer's output (or lists of indices of one, or blocks): the groups are of each
+    sample, and the values are averaged over samples.
 
     Raises:
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a `per` that nothing is known by, or a tensor that has no such axis, blocks or indices.
+    """
+
+    per: Per
+    groupwise = True
+    shrinks = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", checked(self.per))
+
+    @abstractmethod
+    def over(self, w: Tensor, groups: Grouping) -> Tensor:
+        """The sum over these groups of a tensor, which is float32 or wider."""
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.over(w, grouping(self.per, w.shape))
+
+    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+        self.moments(at_places=True)
+        if dim is None:
+            return self(h)
+        size = batch_size(h, dim)
+        groups = grouping_of_samples(self.per, tuple(h.shape), dim)
+        return in_float32(lambda x: self.over(x, groups) / max(size, 1), h)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            check_place(self.per)
+        return Penalty.moments(self, at_places)
+
+    def bound_to(self, at: Location) -> Penalty:
+        return dataclasses.replace(self, per=grouping_at(self.per, at))  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class GroupLasso(GroupPenalty):
+    """Σ_g √n_g ‖x_g‖₂ over groups g of n_g entries: with how="proximal", whole groups become exactly zero.
+
+    A group whose squares sum to zero counts as zero, and so has the gradient zero.
+
+    Args:
+        per: what one group is, by the meaning of the axis, as a dim, a block, or lists of indices (see `axes`): "out"
+            groups the weights into a unit or filter, "in" those out of an input or channel, "head" those of a head
+            of nn.MultiheadAttention, (4, 4) those of a block, {"in": [[0, 1], [2, 3, 4]]} those of several inputs.
+
+    Raises:
+        PenaltyError: a tensor that has no such axis, blocks or indices.
 
     Source: Yuan and Lin (2006), eq. 2.1 with K = n_g I, and eq. 2.4 for the prox.
 
@@ -120,15 +169,10 @@ class GroupLasso(Penalty):
     per: Per = "out"
 
     keywords = ("group_lasso",)
-    groupwise = True
-    shrinks = True
 
-    def __post_init__(self) -> None:
-        checked(self.per)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        groups = grouping(self.per, w.shape)
-        return sqrt(group_size(groups)) * group_norms(w, groups).sum()
+    def over(self, w: Tensor, groups: Grouping) -> Tensor:
+        norms = group_norms(w, groups)
+        return groups.once(groups.sizes(norms) ** 0.5 * norms).sum()
 
     def gradient(self, w: Tensor) -> Tensor:
         groups = grouping(self.per, w.shape)
@@ -136,30 +180,61 @@ class GroupLasso(Penalty):
         norms = group_norms(x, groups)
         zero = norms == 0
         unit = torch.where(zero, 0, x / torch.where(zero, 1, norms))
-        return (sqrt(group_size(groups)) * unit).reshape(w.shape).to(w.dtype)
+        return groups.restore(groups.sizes(norms) ** 0.5 * unit, torch.zeros_like(w)).to(w.dtype)
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         groups = grouping(self.per, w.shape)
-        return shrink_groups(w, groups, sqrt(group_size(groups)), step)
+        return shrink_groups(w, groups, groups.sizes(at_least_float32(w.detach())) ** 0.5, step)
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
-        self.moments(at_places=True)
-        if dim is None:
-            return self(h)
-        size = batch_size(h, dim)
-        batch, (unit,) = dim % h.dim(), grouping(self.per, h.shape).keep
-        groups = Grouping(tuple(h.shape), tuple(sorted({batch, unit})))
-        weight = sqrt(group_size(groups)) / max(size, 1)
-        return in_float32(lambda x: weight * group_norms(x, groups).sum(), h)
 
-    def moments(self, at_places: bool) -> tuple[How, ...]:
-        if at_places and not isinstance(self.per, int):
-            raise PenaltyError(
-                f"on outputs, per= is a dim of the output, not {self.per!r}: write for instance per=1 for "
-                "the channels "
-                "of (batch, channel, height, width)"
-            )
-        return Penalty.moments(self, at_places)
+@dataclass(frozen=True)
+class GroupLInf(GroupPenalty):
+    """Σ_g max |x_g|: with how="proximal", entries of a group become equal in size, or all zero.
 
-    def bound_to(self, at: Location) -> GroupLasso:
-        return dataclasses.replace(self, per=grouping_at(self.per, at))
+    All groups count alike, whatever their size (for equal ones a strength of n_g · c compares with c · L1()).
+
+    Args:
+        per: what one group is; see `GroupLasso`.
+
+    Source: Turlach, Venables and Wright (2005); Duchi and Singer (2009) for the prox.
+
+    >>> w = torch.tensor([[3.0, -4.0, 0.5], [0.1, 0.2, 0.0]])
+    >>> rs.GroupLInf(per="row").prox(w, 2.0)
+    tensor([[ 2.5000, -2.5000,  0.5000],
+            [ 0.0000,  0.0000,  0.0000]])
+    """
+
+    per: Per = "out"
+
+    keywords = ("group_linf",)
+
+    def over(self, w: Tensor, groups: Grouping) -> Tensor:
+        return groups.once(groups.max(groups.view(w).abs())).sum()
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        return cut_groups(w, grouping(self.per, w.shape), step)
+
+
+@dataclass(frozen=True)
+class ExclusiveLasso(GroupPenalty):
+    """Σ_g (Σ|x_g|)²: entries of a group compete, so that few of each group stay, but no group becomes zero.
+
+    Args:
+        per: what one group is; see `GroupLasso`.
+
+    Source: Zhou, Jin and Hoi (2010); Kowalski (2009) for the prox (the elitist lasso, halved there).
+
+    >>> rs.ExclusiveLasso(per="row").prox(torch.tensor([[3.0, -4.0, 0.5], [0.1, 0.2, 0.0]]), 0.5)
+    tensor([[ 0.6667, -1.6667,  0.0000],
+            [ 0.0000,  0.1000,  0.0000]])
+    """
+
+    per: Per = "out"
+
+    keywords = ("exclusive_lasso",)
+
+    def over(self, w: Tensor, groups: Grouping) -> Tensor:
+        return groups.once(groups.sum(groups.view(w).abs())).square().sum()
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        return share_groups(w, grouping(self.per, w.shape), step)

@@ -1,16 +1,46 @@
 """Transforms: tensor → tensor of the same shape."""
 
-from restrain.transforms.base import Constraint, Noise, Transform
-from restrain.transforms.constraints import MaxNorm, NonNegative, UnitNorm
-from restrain.transforms.noise import Dropout, GaussianNoise
+from restrain.transforms.base import Constraint, Noise, Reparametrization, Transform
+from restrain.transforms.dropout import AlphaDropout, BlockDropout, Dropout, DropPath, EmbeddingDropout, GaussianDropout
+from restrain.transforms.entries import Box, Fixed, NonNegative, Signs
+from restrain.transforms.matrices import LowRank, NuclearBall, Orthogonal, SpectralBall, Symmetric
+from restrain.transforms.noise import GaussianNoise, GradientNoise, UniformNoise
+from restrain.transforms.sets import L1Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
+from restrain.transforms.sparsity import NM, TopK
+from restrain.transforms.weights import DropConnect, SpectralNormalization, WeightNormalization, WeightStandardization
 
 __all__ = [
+    "AlphaDropout",
+    "BlockDropout",
+    "Box",
     "Constraint",
+    "DropConnect",
+    "DropPath",
     "Dropout",
+    "EmbeddingDropout",
+    "Fixed",
+    "GaussianDropout",
     "GaussianNoise",
+    "GradientNoise",
+    "L1Ball",
+    "LowRank",
     "MaxNorm",
+    "MinMaxNorm",
+    "NM",
     "Noise",
     "NonNegative",
+    "NuclearBall",
+    "Orthogonal",
+    "Reparametrization",
+    "Signs",
+    "Simplex",
+    "SpectralBall",
+    "SpectralNormalization",
+    "Symmetric",
+    "TopK",
     "Transform",
+    "UniformNoise",
     "UnitNorm",
+    "WeightNormalization",
+    "WeightStandardization",
 ]

@@ -1,4 +1,4 @@
-"""Noise on activations, in training only, drawn from torch's global generator."""
+"""Noise that is added (Gaussian noise also to weights), drawn from torch's global generator."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ from dataclasses import dataclass
 from math import inf
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from restrain.errors import TransformError
-from restrain.transforms.base import Noise, checked_number
+from restrain.axes import squared
+from restrain.errors import SelectionError, TransformError
+from restrain.penalties.base import in_float32
+from restrain.penalties.shrink import at_least_float32
+from restrain.rules import How
+from restrain.transforms.base import Noise, checked_number, checked_type
+from restrain.transforms.layout import PLAIN, Layout
+
+
+def _checked_flag(relative: object) -> None:
+    if not isinstance(relative, bool):
+        raise TransformError(f"relative= is True or False, got {relative!r}")
+
+
+def _deviation(x: Tensor, layout: Layout) -> Tensor:
+    """Of each feature over the samples, dividing by their number; zero for one sample. Without a gradient."""
+    if layout.batch_dim is None or x.dim() == 0:
+        return x.new_zeros(()).real
+    wide = at_least_float32(x.detach())
+    apart = wide - wide.mean(layout.batch_dim, keepdim=True)
+    return apart.abs().square().mean(layout.batch_dim, keepdim=True).sqrt().to(x.real.dtype)
 
 
 @dataclass(frozen=True)
@@ -19,8 +37,13 @@ class GaussianNoise(Noise):
 
     For complex x, E|n|² = 1: real and imaginary part have the variance 1/2 each.
 
+    On parameters each forward draws anew, and the stored weight never changes.
+
     Args:
         std: the standard deviation, in the units of x.
+        relative: multiply it by the deviation that each feature (each entry of a sample) has over the batch at that
+            call, without a gradient through it. Of one sample that is zero. Of a packed sequence, over all its rows.
+            On parameters, multiply it by the root mean square of the parameter's own entries instead.
 
     Raises:
         TransformError: a `std` that isn't a finite number, zero or more; or integer x.
@@ -32,49 +55,111 @@ class GaussianNoise(Noise):
     """
 
     std: float
+    relative: bool = False
 
     keywords = ("noise", "gaussian_noise")
+    on_weights = True
 
     def __post_init__(self) -> None:
         checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
+        _checked_flag(self.relative)
 
     def __call__(self, x: Tensor) -> Tensor:
-        _check_type(self, x)
-        return x + self.std * torch.randn_like(x)
+        return self.at(x, PLAIN)
+
+    def at(self, x: Tensor, layout: Layout) -> Tensor:
+        checked_type(self, x)
+        noise = self.std * torch.randn_like(x)
+        return x + (noise * _deviation(x, layout) if self.relative else noise)
+
+    def of_weight(self, w: Tensor) -> Tensor:
+        checked_type(self, w)
+        scale = in_float32(lambda x: squared(x).mean().sqrt(), w.detach()).to(w.real) if self.relative else 1.0
+        return w + self.std * scale * torch.randn_like(w)
 
 
 @dataclass(frozen=True)
-class Dropout(Noise):
-    """Each entry becomes zero with probability `rate`, the others are divided by 1 - rate: the mean stays.
+class UniformNoise(Noise):
+    """x + u, with u uniform between -width and width and independent for every entry; its variance is width² / 3.
+
+    For complex x, real and imaginary part lie within ± width / √2: E|u|² is the same.
 
     Args:
-        rate: the probability, from 0 to below 1.
+        width: half of the length of that interval, in the units of x.
+        relative: multiply it by each feature's deviation over the batch, as in `GaussianNoise`.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x.
+        TransformError: a `width` that isn't a finite number, zero or more; or integer x.
 
-    Source: Srivastava and others (2014), with the scaling done in training ("inverted" dropout).
-
-    >>> rs.Dropout(0.5)(torch.ones(1000)).unique()
-    tensor([0., 2.])
+    >>> rs.UniformNoise(0.1)(torch.zeros(1000)).abs().max()
+    tensor(0.1)
     """
 
-    rate: float
+    width: float
+    relative: bool = False
+
+    keywords = ("uniform_noise",)
 
     def __post_init__(self) -> None:
-        checked_number("rate", self.rate, "the probability of a zero, from 0 to below 1", 0, 1, closed=True)
+        checked_number("width", self.width, "half of an interval: a finite number, zero or more", 0, inf, closed=True)
+        _checked_flag(self.relative)
 
     def __call__(self, x: Tensor) -> Tensor:
-        _check_type(self, x)
-        if x.is_complex():
-            raise TransformError(f"torch has no dropout of complex tensors ({x.dtype})")
-        return F.dropout(x, self.rate, training=True)
+        return self.at(x, PLAIN)
+
+    def at(self, x: Tensor, layout: Layout) -> Tensor:
+        checked_type(self, x)
+        drawn = torch.rand_like(x)
+        noise = drawn * 2**0.5 - (1 + 1j) * 0.5**0.5 if x.is_complex() else 2 * drawn - 1
+        noise = self.width * noise
+        return x + (noise * _deviation(x, layout) if self.relative else noise)
 
 
-def _check_type(noise: Noise, x: Tensor) -> None:
-    if not (x.is_floating_point() or x.is_complex()):
-        raise TransformError(
-            f"{noise!r} can't act on {x.dtype}: token ids and other whole numbers take no noise. Select the "
-            "output of "
-            "the embedding, as in rs.outputs('embedding')"
-        )
+@dataclass(frozen=True)
+class GradientNoise(Noise):
+    """g + std (1 + t)^(-decay / 2) · n for the gradient g of a parameter, n standard normal, at the optimizer's step t.
+
+    The variance falls as std² / (1 + t)^decay. It joins `.grad` just before each step (`how="gradient"`): after your
+    own clipping, once for a real step, and the same on all ranks of a distributed training. t counts the real steps
+    since the rule's `start`, and goes on after `reg.load_state_dict`.
+
+    Args:
+        std: the standard deviation at the first step, in the units of the gradient.
+        decay: how fast it falls; 0 keeps it.
+
+    Raises:
+        TransformError: a setting that isn't a finite number, zero or more.
+
+    Source: Neelakantan and others (2015), equation 1, with std² = η there and decay = γ.
+
+    >>> rs.GradientNoise(0.1, decay=2).draw(torch.zeros(1000), step=9).std()
+    tensor(0.01)
+    """
+
+    std: float
+    decay: float = 0.55
+
+    keywords = ("gradient_noise",)
+    on_places = False
+
+    def __post_init__(self) -> None:
+        checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
+        checked_number("decay", self.decay, "an exponent: a finite number, zero or more", 0, inf, closed=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        checked_type(self, x)
+        return x + self.draw(x, 0)
+
+    def draw(self, grad: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
+        """What is added to the gradient at a step."""
+        noise = torch.randn_like(grad) if generator is None else torch.empty_like(grad).normal_(generator=generator)
+        std: float = self.std * (1 + step) ** (-self.decay / 2)
+        return noise * std
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} acts on the gradients of parameters, not on outputs or inputs: select parameters by a glob, "
+                "a role such as rs.weights, a module or a type; for outputs there is GaussianNoise"
+            )
+        return ("gradient",)

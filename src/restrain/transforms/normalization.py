@@ -1,11 +1,11 @@
-"""Standardising data. Not a `Transform`: no rule makes it act, a model or its user calls it."""
+"""Scaling data, and back. Not a `Transform`: no rule makes it act, a model or its user calls it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,120 @@ class _Array(Protocol):
     def __array__(self) -> Any: ...
 
 
-class Standardize(nn.Module):
+class _Scaling(nn.Module):
+    """z = (x - shift) / size, for each feature, learned from data; shift and size are buffers with names."""
+
+    names: ClassVar[tuple[str, str]]  # of shift and size
+
+    def __init__(self, missing: Literal["error", "ignore"] = "error") -> None:
+        super().__init__()
+        if missing not in ("error", "ignore"):
+            raise TransformError(f"missing= is 'error' or 'ignore', got {missing!r}")
+        self.missing = missing
+        for name in self.names:
+            self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
+
+    def _learn(self, blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        """Shift and size of samples that come in blocks, NaN among them where these are to be left out."""
+        raise NotImplementedError
+
+    def fit(self, x: Any) -> Self:
+        """Learn from data, anew, in float64.
+
+        Args:
+            x: a tensor, an array (memory-mapped ones are read in blocks), or an iterable of such, each of which
+                holds further samples.
+
+        Raises:
+            TransformError: no data, not numbers, chunks that don't fit together, infinite values, NaN unless
+                `missing="ignore"`, a feature without any value, or values too large for float64.
+        """
+        shift, size = self._learn(_alike(_blocks(x), self.missing))
+        for name, learned in zip(self.names, (shift, size), strict=True):
+            setattr(self, name, learned.to(self._buffers[name]))
+        return self
+
+    @property
+    def _shift(self) -> Tensor:
+        return self._buffers[self.names[0]]  # type: ignore[return-value]
+
+    @property
+    def _size(self) -> Tensor:
+        return self._buffers[self.names[1]]  # type: ignore[return-value]
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it has learned from data."""
+        return self._shift.shape != (0,)
+
+    def forward(self, x: Any) -> Any:
+        return self._mapped(x, lambda numbers: (numbers - self._shift) / self._size)
+
+    def inverse(self, z: Any) -> Any:
+        """z · size + shift: values, means or quantiles on the scale of the data.
+
+        Raises:
+            TransformError: before `fit`, or with another number of features.
+        """
+        return self._mapped(z, lambda numbers: numbers * self._size + self._shift)
+
+    def inverse_std(self, std: Any) -> Any:
+        """std · size: a standard deviation is scaled, not shifted.
+
+        Raises:
+            TransformError: before `fit`, or with another number of features.
+        """
+        return self._mapped(std, lambda numbers: numbers * self._size)
+
+    def inverse_interval(self, low: Any, high: Any) -> tuple[Any, Any]:
+        """Both ends of an interval on the scale of the data; they keep their order.
+
+        Raises:
+            TransformError: before `fit`, or with another number of features.
+        """
+        return self.inverse(low), self.inverse(high)
+
+    def _mapped(self, x: Any, formula: Any) -> Any:
+        if not self.fitted:
+            kind = type(self).__name__
+            raise TransformError(f"this {kind} has learned nothing yet: call .fit(x) first, or load its state_dict")
+        numbers = x if isinstance(x, Tensor) else torch.from_numpy(_numbers(x))
+        if numbers.is_complex():
+            raise TransformError(f"expected real numbers, got {numbers.dtype}")
+        self._check_features(tuple(numbers.shape))
+        dtype = numbers.dtype if numbers.is_floating_point() else torch.get_default_dtype()
+        result = formula(numbers.to(torch.promote_types(dtype, self._shift.dtype))).to(dtype)
+        return result if isinstance(x, Tensor) else result.detach().cpu().numpy()
+
+    def _check_features(self, shape: tuple[int, ...]) -> None:
+        if self._shift.dim() == 0 and len(shape) > 1:
+            raise TransformError(
+                f"fitted on samples of a single feature, of shape (n,), got the shape {shape}: "
+                "fit on (n, features), or write x[:, 0]"
+            )
+        if self._shift.dim() == 1 and (not shape or shape[-1] != len(self._shift)):
+            raise TransformError(f"fitted on {_features(self._shift)}, the last axis of x; got the shape {shape}")
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        """Take the shapes that come, as long as they can be a shift and a size."""
+        shift, size = (state_dict.get(prefix + name) for name in self.names)
+        errors: list[str] = others[-1]
+        if isinstance(shift, Tensor) and isinstance(size, Tensor):
+            if shift.shape != size.shape or shift.dim() > 1 or not _are_scales(shift, size):
+                errors.append(
+                    f"{prefix}{self.names[0]} and {prefix}{self.names[1]} must have one shape (features,), finite "
+                    f"numbers and positive {self.names[1]}s; got the shapes {tuple(shift.shape)}, {tuple(size.shape)}"
+                )
+                return
+            for name in self.names:
+                setattr(self, name, self._shift.new_zeros(shift.shape))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def extra_repr(self) -> str:
+        return f"missing={self.missing!r}, {_features(self._shift) if self.fitted else 'not fitted'}"
+
+
+class Standardize(_Scaling):
     """z = (x - mean) / deviation, for each feature; `inverse` undoes it.
 
     Features are the last axis, the others are samples: rows of a table, or sequences of shape (batch, time,
@@ -32,7 +145,7 @@ class Standardize(nn.Module):
 
     `mean` and `deviation` are buffers in float64 (for "mps", which has none: `.to("mps", torch.float32)`), in the
     `state_dict`, which also an unfitted one loads. Results have the dtype of a floating-point input; NumPy arrays
-    give NumPy arrays.
+    give NumPy arrays. Fitted in one pass, a block at a time.
 
     Args:
         missing: "error" refuses NaN in `fit`; "ignore" learns from the values that are there. A call turns NaN
@@ -49,108 +162,84 @@ class Standardize(nn.Module):
     mean: Tensor
     deviation: Tensor
 
-    def __init__(self, missing: Literal["error", "ignore"] = "error") -> None:
-        super().__init__()
-        if missing not in ("error", "ignore"):
-            raise TransformError(f"missing= is 'error' or 'ignore', got {missing!r}")
-        self.missing = missing
-        self.register_buffer("mean", torch.zeros(0, dtype=torch.float64))
-        self.register_buffer("deviation", torch.zeros(0, dtype=torch.float64))
+    names = ("mean", "deviation")
 
-    def fit(self, x: Any) -> Standardize:
-        """Learn mean and deviation, anew, in float64 and in one pass.
-
-        Args:
-            x: a tensor, an array (memory-mapped ones are read in blocks), or an iterable of such, each of which
-                holds further samples.
-
-        Raises:
-            TransformError: no data, not numbers, chunks that don't fit together, infinite values, NaN unless
-                `missing="ignore"`, a feature without any value, or a variance beyond float64.
-        """
+    def _learn(self, blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         moments = None
-        for start, block in _blocks(x):
-            _refuse_missing(block, start, self.missing)
+        for block in blocks:
             part = _Moments.of(block)
-            if moments is not None and moments.mean.shape != part.mean.shape:
-                raise TransformError(
-                    f"all chunks have the same features; got {_features(moments.mean)}, then {_features(part.mean)}"
-                )
             moments = part if moments is None else moments.joined(part)
         if moments is None:
             raise TransformError("there are no samples to learn mean and deviation from")
-        mean, deviation = moments.finish()
-        self.mean, self.deviation = mean.to(self.mean), deviation.to(self.deviation)
-        return self
+        return moments.finish()
 
-    @property
-    def fitted(self) -> bool:
-        """Whether mean and deviation are known."""
-        return self.mean.shape != (0,)
 
-    def forward(self, x: Any) -> Any:
-        return self._mapped(x, lambda numbers: (numbers - self.mean) / self.deviation)
+class RobustScale(_Scaling):
+    """z = (x - median) / spread, for each feature, the spread being the distance between two quantiles.
 
-    def inverse(self, z: Any) -> Any:
-        """z · deviation + mean: values, means or quantiles on the scale of the data.
+    Half of the data may be wrong by any amount before the median is, a quarter before the spread is. Quantiles are
+    interpolated linearly, as NumPy's and scikit-learn's RobustScaler are. Where the quantiles are equal (more than
+    half of the values are the same, say), the spread is taken as one. On normal data it is 1.349 deviations.
 
-        Raises:
-            TransformError: before `fit`, or with another number of features.
-        """
-        return self._mapped(z, lambda numbers: numbers * self.deviation + self.mean)
+    All else is as in `Standardize`, with the buffers `median` and `spread`; but fitting holds all data in memory.
 
-    def inverse_std(self, std: Any) -> Any:
-        """std · deviation: a standard deviation is scaled, not shifted.
+    Args:
+        missing: "error" refuses NaN in `fit`; "ignore" learns from the values that are there. A call turns NaN
+            into NaN.
+        quantiles: the two quantiles, as parts of the data: 0 ≤ low < high ≤ 1.
 
-        Raises:
-            TransformError: before `fit`, or with another number of features.
-        """
-        return self._mapped(std, lambda numbers: numbers * self.deviation)
+    Raises:
+        TransformError: quantiles outside of that; calls before `fit`, or with another number of features.
 
-    def inverse_interval(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """Both ends of an interval on the scale of the data; they keep their order.
+    Source: Huber (1981), Robust Statistics, chapter 5 (median and interquartile range).
 
-        Raises:
-            TransformError: before `fit`, or with another number of features.
-        """
-        return self.inverse(low), self.inverse(high)
+    >>> scale = rs.RobustScale().fit(torch.tensor([0.0, 1.0, 2.0, 3.0, 1e6]))
+    >>> scale(torch.tensor([4.0]))
+    tensor([1.])
+    """
 
-    def _mapped(self, x: Any, formula: Any) -> Any:
-        if not self.fitted:
-            raise TransformError("this Standardize has learned nothing yet: call .fit(x) first, or load its state_dict")
-        numbers = x if isinstance(x, Tensor) else torch.from_numpy(_numbers(x))
-        if numbers.is_complex():
-            raise TransformError(f"expected real numbers, got {numbers.dtype}")
-        self._check_features(tuple(numbers.shape))
-        kind = numbers.dtype if numbers.is_floating_point() else torch.get_default_dtype()
-        result = formula(numbers.to(torch.promote_types(kind, self.mean.dtype))).to(kind)
-        return result if isinstance(x, Tensor) else result.detach().cpu().numpy()
+    median: Tensor
+    spread: Tensor
 
-    def _check_features(self, shape: tuple[int, ...]) -> None:
-        if self.mean.dim() == 0 and len(shape) > 1:
-            raise TransformError(
-                f"fitted on samples of a single feature, of shape (n,), got the shape {shape}: "
-                "fit on (n, features), or write x[:, 0]"
-            )
-        if self.mean.dim() == 1 and (not shape or shape[-1] != len(self.mean)):
-            raise TransformError(f"fitted on {_features(self.mean)}, the last axis of x; got the shape {shape}")
+    names = ("median", "spread")
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        """Take the shapes that come, as long as they can be a mean and a deviation."""
-        mean, deviation = (state_dict.get(prefix + name) for name in ("mean", "deviation"))
-        errors: list[str] = others[-1]
-        if isinstance(mean, Tensor) and isinstance(deviation, Tensor):
-            if mean.shape != deviation.shape or mean.dim() > 1 or not _are_scales(mean, deviation):
-                errors.append(
-                    f"{prefix}mean and {prefix}deviation must have one shape (features,), finite numbers and "
-                    f"positive deviations; got the shapes {tuple(mean.shape)} and {tuple(deviation.shape)}"
-                )
-                return
-            self.mean, self.deviation = self.mean.new_zeros(mean.shape), self.deviation.new_zeros(mean.shape)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+    def __init__(
+        self, missing: Literal["error", "ignore"] = "error", quantiles: tuple[float, float] = (0.25, 0.75)
+    ) -> None:
+        super().__init__(missing)
+        low, high = _checked_quantiles(quantiles)
+        self.quantiles = (low, high)
+
+    def _learn(self, blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        parts = [block.flatten(0, -2) if block.dim() > 1 else block for block in blocks]
+        if not parts:
+            raise TransformError("there are no samples to learn median and spread from")
+        values = torch.cat(parts).sort(0).values  # NaN comes last
+        count = (~values.isnan()).sum(0)
+        _refuse_empty_columns(count)
+        median, low, high = (_quantile(values, count, q) for q in (0.5, *self.quantiles))
+        spread = high - low
+        if not (median.isfinite() & spread.isfinite()).all():
+            raise TransformError("values are too large for a difference in float64: divide them by a power of ten")
+        return median, torch.where(spread < torch.finfo(torch.float64).tiny ** 0.5, 1.0, spread)
 
     def extra_repr(self) -> str:
-        return f"missing={self.missing!r}, {_features(self.mean) if self.fitted else 'not fitted'}"
+        return f"quantiles={self.quantiles}, {super().extra_repr()}"
+
+
+def _checked_quantiles(quantiles: Any) -> tuple[float, float]:
+    pair = tuple(quantiles) if isinstance(quantiles, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(q, (int, float)) and 0 <= q <= 1 for q in pair) or pair[0] >= pair[1]:
+        raise TransformError(f"quantiles= is a pair of parts of the data, as in (0.25, 0.75); got {quantiles!r}")
+    return float(pair[0]), float(pair[1])
+
+
+def _quantile(values: Tensor, count: Tensor, q: float) -> Tensor:
+    """The quantile of the first `count` of sorted values along the first axis, interpolated linearly."""
+    place = q * (count - 1).double()
+    below = place.floor()
+    low, high = (values.gather(0, end.long().unsqueeze(0)).squeeze(0) for end in (below, place.ceil()))
+    return low.lerp(high, place - below)
 
 
 @dataclass
@@ -192,9 +281,7 @@ class _Moments:
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation; one where there is no variance."""
-        if not self.count.numel() or not self.count.all():
-            empty = ", ".join(map(str, (self.count.reshape(-1) == 0).nonzero().flatten().tolist()))
-            raise TransformError(f"no values at all in column {empty or '0 (there are no columns)'}: leave it out")
+        _refuse_empty_columns(self.count)
         deviation = (self.squares / self.count).sqrt()
         if not deviation.isfinite().all():
             raise TransformError("values are too large for a variance in float64: divide them by a power of ten")
@@ -227,6 +314,20 @@ def _blocks(x: Any) -> Iterator[tuple[int, Tensor]]:
             yield start + within, block
             end = start + within + len(block)
         start = end
+
+
+def _alike(blocks: Iterator[tuple[int, Tensor]], missing: str) -> Iterator[Tensor]:
+    """The blocks, if they all have the same features and no values that they mustn't have."""
+    first = None
+    for start, block in blocks:
+        _refuse_missing(block, start, missing)
+        shape = block.shape[-1:] if block.dim() > 1 else ()
+        if first is not None and shape != first.shape:
+            raise TransformError(
+                f"all chunks have the same features; got {_features(first)}, then {_features(block.new_empty(shape))}"
+            )
+        first = block.new_empty(shape)
+        yield block
 
 
 def _ndarray(x: Any) -> Any:
@@ -263,6 +364,12 @@ def _refuse_missing(block: Tensor, start: int, missing: str) -> None:
     place += f", column {rest[-1]}" if rest else ""
     way = "missing='ignore' learns from the values that are there, or fill it first" if value != value else "replace it"
     raise TransformError(f"expected finite numbers, got {value} at {place} (counted from 0): {way}")
+
+
+def _refuse_empty_columns(count: Tensor) -> None:
+    if not count.numel() or not count.all():
+        empty = ", ".join(map(str, (count.reshape(-1) == 0).nonzero().flatten().tolist()))
+        raise TransformError(f"no values at all in column {empty or '0 (there are no columns)'}: leave it out")
 
 
 def _are_scales(mean: Tensor, deviation: Tensor) -> bool:

@@ -1,0 +1,295 @@
+"""Constraints on each entry alone: bounds, signs, values that stay."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from math import inf, isnan
+from numbers import Real
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from restrain.errors import RestrainWarning, TransformError
+from restrain.sites import Location
+from restrain.transforms.base import Constraint, wide
+
+_SHOWN = 64  # entries of a pattern that a repr shows
+
+
+def _one_sided(v: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
+    """`v` without what goes down at the lower bound, and up at the upper one."""
+    v = torch.where(at_low, v.clamp_min(0), v)
+    return torch.where(at_high, v.clamp_max(0), v)
+
+
+@dataclass(frozen=True)
+class NonNegative(Constraint):
+    """Every entry ≥ 0: negative ones become zero.
+
+    As a parametrisation w = softplus(v) = log(1 + exp v) > 0, which never is exactly zero; where the weight is zero or
+    negative at attach, it begins at a hundredth of the weight's root mean square (at least 1e-4), with a warning.
+
+    Raises:
+        TransformError: a complex tensor, which has no order.
+
+    >>> rs.NonNegative().project(torch.tensor([-1.0, 2.0]))
+    tensor([0., 2.])
+    """
+
+    keywords = ("non_negative",)
+    convex = True
+    cone = True
+    decays_to = "log 2 = 0.693"
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w, real="so it has no sign: NonNegative needs a real one")
+        return w.clamp_min(0) + 0.0  # -0.0 becomes +0.0
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        wide(v, real="so it has no sign: NonNegative needs a real one")
+        return F.softplus(v, threshold=40)  # from there on log(1 + exp v) is v in float64, too
+
+    def to_free(self, w: Tensor) -> Tensor:
+        outside = wide(w, real="so it has no sign: NonNegative needs a real one") <= 0
+        if outside.any():
+            least = max(0.01 * float(w.square().mean().sqrt()), 1e-4)
+            warnings.warn(
+                f"{int(outside.sum())} of {w.numel()} entries are zero or negative; how='parametrize' keeps them "
+                f"above zero by softplus, so they begin at {least:.3g}. For exact zeros use how='project'",
+                RestrainWarning,
+                stacklevel=2,
+            )
+            w = torch.where(outside, least, w)
+        return w + torch.log(-torch.expm1(-w))
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return torch.where(w <= 0, v.clamp_min(0), v)
+
+
+@dataclass(frozen=True)
+class Box(Constraint):
+    """low ≤ x ≤ high for every entry: others move to the nearer bound.
+
+    Args:
+        low: the lower bound, a number or -inf.
+        high: the upper bound, a number or inf.
+
+    Raises:
+        TransformError: bounds that no number is between; a complex tensor.
+
+    >>> rs.Box(-1, 1).project(torch.tensor([-3.0, 0.5, 2.0]))
+    tensor([-1.0000,  0.5000,  1.0000])
+    """
+
+    low: float = -inf
+    high: float = inf
+
+    convex = True
+
+    def __post_init__(self) -> None:
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if not isinstance(bound, Real) or isinstance(bound, bool) or isnan(bound):
+                raise TransformError(f"{name} must be a number, or infinite; got {bound!r}")
+        if not self.low <= self.high or self.low == inf or self.high == -inf:
+            raise TransformError(
+                f"low must be a number that is not above high, got low={self.low!r} and high={self.high!r}"
+            )
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w, real="so it has no bounds: Box needs a real one")
+        return w.clamp(self.low, self.high) + 0.0  # -0.0 becomes +0.0
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in (self.low, self.high))
+        return _one_sided(v, w <= low, w >= high)
+
+
+def _plain(value: Any) -> Any:
+    """A tensor, array or nested list as nested tuples, which are equal, hashed and written as such."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    return _plain(value.tolist()) if hasattr(type(value), "tolist") else value
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    """Numbers, as they stand in a plan, as a tensor.
+
+    Raises:
+        TransformError: lists of different lengths, or something that is no number.
+    """
+    try:
+        return torch.tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TransformError(f"{name} must be a number, a tensor, or nested lists as deep as one: {error}") from error
+
+
+def _spread(name: str, numbers: Tensor, like: Tensor) -> Tensor:
+    """The numbers on the device of `like`, broadcast to its shape.
+
+    Raises:
+        TransformError: they don't fit it.
+    """
+    try:
+        return numbers.to(like.device).expand(like.shape)
+    except RuntimeError as error:
+        raise TransformError(
+            f"{name} of shape {tuple(numbers.shape)} doesn't fit a tensor of shape {tuple(like.shape)}: its axes, from "
+            "the last, must be as long, or one"
+        ) from error
+
+
+def _shown(what: Any) -> str:
+    """Settings of a pattern, in a line that a table can show."""
+    if not isinstance(what, tuple):
+        return getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
+    shape = tuple(torch.tensor(what).shape)
+    return repr(what) if torch.Size(shape).numel() <= _SHOWN else f"<{' × '.join(map(str, shape))}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Signs(Constraint):
+    """Every entry has the sign that the pattern gives it: ≥ 0 for 1, ≤ 0 for -1, free for 0.
+
+    `Signs(-1)` is "nonpositive". Entries that must be zero are said by `Fixed(mask, 0.0)`.
+
+    Args:
+        pattern: -1, 0 and 1 as a number, a tensor or nested lists, broadcast to the parameter: for a weight (out, in),
+            `[[1], [-1]]` says it of each of two outputs, `[1, -1, 0]` of each of three inputs.
+
+    Raises:
+        TransformError: another number in it, a shape that doesn't fit, a complex tensor.
+
+    >>> rs.Signs([1, -1, 0]).project(torch.tensor([-1.0, 2.0, -3.0]))
+    tensor([ 0.,  0., -3.])
+    """
+
+    pattern: Any
+
+    convex = True
+    cone = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", _plain(self.pattern))
+        numbers = self._numbers
+        if numbers.dtype == torch.bool or not ((numbers == 0) | (numbers.abs() == 1)).all():
+            raise TransformError(f"pattern must hold -1, 0 and 1 only; got {_shown(self.pattern)}")
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return _as_tensor("pattern", self.pattern)
+
+    def __repr__(self) -> str:
+        return f"Signs({_shown(self.pattern)})"
+
+    def bound_to(self, at: Location) -> Signs:
+        _spread("pattern", self._numbers, at.tensor)
+        return self
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w, real="so it has no sign: Signs needs a real one")
+        sign = _spread("pattern", self._numbers, w)
+        return _one_sided(w, sign > 0, sign < 0) + 0.0  # -0.0 becomes +0.0
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        sign = _spread("pattern", self._numbers, w)
+        return _one_sided(v, (sign > 0) & (w <= 0), (sign < 0) & (w >= 0))
+
+
+@dataclass(frozen=True, repr=False)
+class Fixed(Constraint):
+    """x = value where the mask is true: these entries stay, the others are free.
+
+    Args:
+        mask: true and false as a bool, a tensor or nested lists, broadcast to the parameter; or a function of the
+            parameter, such as `lambda w: w == 0`, which is asked when the rule is attached.
+        values: what the entries are held at: a number, a tensor or nested lists. None: what they are when the rule is
+            attached; these values are kept, and saved in `reg.state_dict()`.
+
+    Raises:
+        TransformError: a mask or values of another kind, or of a shape that doesn't fit; without values, a projection
+            outside of a rule.
+
+    >>> rs.Fixed([[True, False]], values=1.0).project(torch.zeros(2, 2))
+    tensor([[1., 0.],
+            [1., 0.]])
+    """
+
+    mask: Any
+    values: Any = None
+
+    convex = True
+
+    def __post_init__(self) -> None:
+        if not callable(self.mask):
+            object.__setattr__(self, "mask", _plain(self.mask))
+            if not ((self._where == 0) | (self._where == 1)).all():
+                raise TransformError(f"mask must hold true and false only; got {_shown(self.mask)}")
+        object.__setattr__(self, "values", _plain(self.values))
+        if self.values is not None and not self._numbers.isfinite().all():
+            raise TransformError(f"values must be finite; got {_shown(self.values)}")
+
+    @cached_property
+    def _where(self) -> Tensor:
+        return _as_tensor("mask", self.mask)
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return _as_tensor("values", self.values)
+
+    def __repr__(self) -> str:
+        return f"Fixed({_shown(self.mask)}" + (")" if self.values is None else f", values={_shown(self.values)})")
+
+    def bound_to(self, at: Location) -> Constraint:
+        w = at.tensor.detach()
+        values = w if self.values is None else _spread("values", self._numbers, w).to(w.dtype)
+        return _Held(self, self._mask(w).clone(), values.clone())
+
+    def project(self, w: Tensor) -> Tensor:
+        if self.values is None:
+            raise TransformError(
+                f"{self!r} holds the values that a parameter has when its rule is attached; outside of a rule give "
+                "values="
+            )
+        wide(w)
+        return torch.where(self._mask(w), _spread("values", self._numbers, w).to(w.dtype), w)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return torch.where(self._mask(w), 0, v)
+
+    def _mask(self, w: Tensor) -> Tensor:
+        if not callable(self.mask):
+            return _spread("mask", self._where, w) != 0
+        function: Callable[[Tensor], Any] = self.mask
+        mask = function(w)
+        if isinstance(mask, Tensor) and mask.shape == w.shape and mask.dtype == torch.bool:
+            return mask
+        came = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise TransformError(
+            f"the function of Fixed must give a bool tensor of the parameter's shape {tuple(w.shape)}; got {came}"
+        )
+
+
+class _Held(Constraint, register=False):
+    """Entries of one parameter that keep their values: what `Fixed` is when it is bound."""
+
+    convex = True
+
+    def __init__(self, said: Fixed, mask: Tensor, values: Tensor) -> None:
+        self.said, self.mask, self.values = said, mask, values
+
+    def __repr__(self) -> str:
+        return repr(self.said)
+
+    def project(self, w: Tensor) -> Tensor:
+        return torch.where(self.mask.to(w.device), self.values.to(w), w)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return torch.where(self.mask.to(v.device), 0, v)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mask": self.mask, "values": self.values}

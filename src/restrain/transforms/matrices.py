@@ -1,0 +1,247 @@
+"""Constraints on a tensor as a matrix: on its singular values, its rank, its symmetry."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from restrain.errors import TransformError
+from restrain.penalties.unfold import (
+    Rows,
+    change_singular_values,
+    checked_rows,
+    from_matrix,
+    svd,
+    to_matrix,
+    unfolding,
+    unfolding_at,
+)
+from restrain.sites import Location
+from restrain.transforms.base import Constraint, checked_number, slack, wide
+from restrain.transforms.sets import to_simplex
+
+
+class _OfMatrix(Constraint, register=False):
+    """Base of constraints on a matrix, whose rows `rows` names."""
+
+    rows: Any
+
+    def bound_to(self, at: Location) -> Self:
+        return dataclasses.replace(self, rows=unfolding_at(self.rows, at))  # type: ignore[type-var]
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w)
+        groups = unfolding(self.rows, w.shape)
+        return change_singular_values(w, groups, lambda s: self._changed(s, slack(w, len(s) ** 0.5)))
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        groups = unfolding(self.rows, w.shape)
+        if not w.numel():
+            return v.clone()
+        matrix, movement = to_matrix(wide(w), groups), to_matrix(wide(v), groups)
+        moved = self._tangent(matrix, movement, slack(w, 2 * min(matrix.shape) ** 0.5))
+        return from_matrix(moved, groups, tuple(v.shape)).to(v.dtype)
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        """The singular values of the projection; `s` itself where they are within the slack."""
+        raise NotImplementedError
+
+    def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Orthogonal(_OfMatrix):
+    """W Wᴴ = I, or Wᴴ W = I where W has more rows than columns: W becomes U Vᴴ, its polar factor.
+
+    Where W has not full rank, several such matrices are equally near, and it becomes one of them.
+
+    Args:
+        rows: the axes that are the rows of the matrix: a name or dim as of `per=`, or some dims (see `unfold`).
+
+    Raises:
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+
+    Source: Fan and Hoffman (1955), theorem 1; Edelman, Arias and Smith (1998), section 2.2, for the tangent.
+
+    >>> rs.Orthogonal().project(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
+    tensor([[ 1.,  0.],
+            [ 0., -1.]])
+    """
+
+    rows: Rows = "out"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", checked_rows(self.rows))
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        return torch.where((s - 1).abs().amax() <= slack, s, 1 + 0 * s)  # NaN stays
+
+    def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
+        if matrix.shape[0] > matrix.shape[1]:
+            return movement - matrix @ _hermitian(matrix.mH @ movement)
+        return movement - _hermitian(movement @ matrix.mH) @ matrix
+
+
+@dataclass(frozen=True)
+class SpectralBall(_OfMatrix):
+    """σ ≤ radius for every singular value σ: greater ones are cut. The layer then lengthens nothing by more.
+
+    Args:
+        radius: the greatest spectral norm, above zero.
+        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+
+    Raises:
+        TransformError: a `radius` that isn't a finite number above zero.
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+
+    Source: Sedghi, Gupta and Long (2019), who do it to a convolution's operator.
+
+    >>> rs.SpectralBall(1.0).project(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+    tensor([[1.0000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+
+    radius: float
+    rows: Rows = "out"
+
+    keywords = ("spectral_ball",)
+    convex = True
+
+    def __post_init__(self) -> None:
+        checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "rows", checked_rows(self.rows))
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        return torch.where(s[0] <= self.radius * (1 + slack), s, s.clamp_max(self.radius))
+
+    def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
+        # what raises the singular values at the bound: the positive part of the movement between their vectors
+        u, s, vh = svd(matrix)
+        greatest = (s >= self.radius * (1 - slack)).to(s.dtype)
+        u, vh = u * greatest, vh * greatest[:, None]
+        values, vectors = torch.linalg.eigh(_hermitian(u.mH @ movement @ vh.mH))
+        rising: Tensor = u @ ((vectors * values.clamp_min(0)) @ vectors.mH) @ vh
+        return movement - rising
+
+
+@dataclass(frozen=True)
+class NuclearBall(_OfMatrix):
+    """Σ σ ≤ radius: beyond it a soft threshold of the singular values σ, so that many matrices come out of low rank.
+
+    Args:
+        radius: the greatest nuclear norm, above zero.
+        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+
+    Raises:
+        TransformError: a `radius` that isn't a finite number above zero.
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+
+    Source: Cai, Candès and Shen (2010) for the threshold; Duchi and others (2008) for its height.
+
+    >>> rs.NuclearBall(2.0).project(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+
+    radius: float
+    rows: Rows = "out"
+
+    keywords = ("nuclear_ball",)
+    convex = True
+    tangent = Constraint.tangent  # none is known
+
+    def __post_init__(self) -> None:
+        checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "rows", checked_rows(self.rows))
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        return torch.where(s.sum() <= self.radius * (1 + slack), s, to_simplex(s, self.radius))
+
+
+@dataclass(frozen=True)
+class LowRank(_OfMatrix):
+    """rank ≤ k: the k largest singular values stay, the others become zero.
+
+    Where the k-th singular value is as great as the next, several matrices are equally near, and it becomes one of
+    them. Values that are zero to rounding count as zero.
+
+    Args:
+        k: the greatest rank, one or more.
+        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+
+    Raises:
+        TransformError: a `k` that isn't a whole number, one or more.
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+
+    Source: Eckart and Young (1936); Schneider and Uschmajew (2015), theorem 3.2, for the tangent.
+
+    >>> rs.LowRank(1).project(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+
+    k: int
+    rows: Rows = "out"
+
+    keywords = ("low_rank",)
+    cone = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+            raise TransformError(f"k must be a whole number, one or more; got {self.k!r}")
+        object.__setattr__(self, "rows", checked_rows(self.rows))
+
+    def _changed(self, s: Tensor, slack: float) -> Tensor:
+        if self.k >= len(s):
+            return s
+        kept = s * (torch.arange(len(s), device=s.device) < self.k)
+        return torch.where(s[self.k] <= slack * s[0], s, kept)
+
+    def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
+        u, s, vh = svd(matrix)
+        there = (s > slack * s[0]) & (torch.arange(len(s), device=s.device) < self.k)
+        u, vh = u * there, vh * there[:, None]
+        across = movement - u @ (u.mH @ movement)
+        beside, along, others = svd(across - (across @ vh.mH) @ vh)  # it would raise the rank
+        along = along * (torch.arange(len(s), device=s.device) >= self.k - there.sum())
+        rising: Tensor = (beside * along) @ others
+        return movement - rising
+
+
+def _hermitian(a: Tensor) -> Tensor:
+    return (a + a.mH) / 2
+
+
+@dataclass(frozen=True)
+class Symmetric(Constraint):
+    """W = Wᵀ, of a square matrix: the mean of both. A complex matrix is not conjugated.
+
+    Raises:
+        TransformError: a tensor that isn't a square matrix.
+
+    >>> rs.Symmetric().project(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+    tensor([[1., 1.],
+            [1., 1.]])
+    """
+
+    convex = True
+    cone = True
+
+    def project(self, w: Tensor) -> Tensor:
+        x = wide(w)
+        if x.dim() != 2 or x.shape[0] != x.shape[1]:
+            raise TransformError(f"Symmetric needs a square matrix, got a tensor of shape {tuple(w.shape)}")
+        return torch.where(x == x.mT, x, x / 2 + x.mT / 2).to(w.dtype)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return self.project(v)
+
+    def bound_to(self, at: Location) -> Symmetric:
+        self.project(at.tensor.detach())
+        return self

@@ -1,0 +1,303 @@
+"""Constraints on groups of entries: on their length, their sum, or their sum of absolute values."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at
+from restrain.penalties.unfold import from_matrix, to_matrix
+from restrain.sites import Location
+from restrain.transforms.base import Constraint, checked_number, slack, wide
+
+MaybePer = Per | None
+
+
+class ByGroup(Constraint, register=False):
+    """Base of constraints on each group of entries; `per=None` makes one group of the whole tensor."""
+
+    per: Any
+
+    def groups(self, w: Tensor) -> Grouping:
+        """The groups of a tensor."""
+        return Grouping(tuple(w.shape), ()) if self.per is None else grouping(self.per, w.shape)
+
+    def bound_to(self, at: Location) -> Self:
+        return self if self.per is None else dataclasses.replace(self, per=grouping_at(self.per, at))  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class MaxNorm(ByGroup):
+    """‖x_g‖₂ ≤ max_norm for every group g: longer ones are scaled down to that length.
+
+    Norms beyond it by no more than rounding count as inside, where nothing is changed (see `slack`).
+
+    Args:
+        max_norm: the greatest length, above zero.
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+
+    Raises:
+        TransformError: a `max_norm` that isn't a finite number above zero.
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Srebro and others (2005); Srivastava and others (2014), section 5.1, with dropout.
+
+    >>> rs.MaxNorm(1.0, per="row").project(torch.tensor([[3.0, 4.0], [0.3, 0.4]]))
+    tensor([[0.6000, 0.8000],
+            [0.3000, 0.4000]])
+    """
+
+    max_norm: float
+    per: Per = "out"
+
+    keywords = ("max_norm",)
+    convex = True
+
+    def __post_init__(self) -> None:
+        checked_number("max_norm", self.max_norm, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "per", checked(self.per))
+
+    def project(self, w: Tensor) -> Tensor:
+        return _fit(w, self.groups(w), 0, self.max_norm)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return _without_radial(w, v, self.groups(w), 0, self.max_norm)
+
+
+@dataclass(frozen=True)
+class UnitNorm(ByGroup):
+    """‖x_g‖₂ = 1 for every group g: each is scaled to that length.
+
+    Norms that are one to rounding count as one, and nothing is changed there (see `slack`). A group of zeros, from
+    which all unit vectors are equally far, becomes the one with n equal entries 1 / √n. As a parametrisation
+    w_g = v_g / ‖v_g‖₂, through which only the change of direction has a gradient.
+
+    Args:
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+
+    Raises:
+        PenaltyError: a tensor that has no such axis.
+
+    >>> rs.UnitNorm(per="row").project(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.7071, 0.7071]])
+    """
+
+    per: Per = "out"
+
+    keywords = ("unit_norm",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", checked(self.per))
+
+    def project(self, w: Tensor) -> Tensor:
+        return _fit(w, self.groups(w), 1, 1)
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        return directions(v, self.groups(v))
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return _without_radial(w, v, self.groups(w), 1, 1)
+
+
+@dataclass(frozen=True)
+class MinMaxNorm(ByGroup):
+    """low ≤ ‖x_g‖₂ ≤ high for every group g: shorter and longer ones are scaled to the nearer bound.
+
+    A group of zeros becomes the one of equal entries and length `low`. With a rate r < 1 the new length is
+    r · bound + (1 - r) · length, as in Keras: no projection then, but a pull that the steps repeat, and the bounds may
+    be left for a while. Beside another constraint on the same tensor they hold.
+
+    Args:
+        low: the least length, zero or more.
+        high: the greatest length, above zero and not below `low`.
+        rate: the part of the way to the bound, above zero, up to one.
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+
+    Raises:
+        TransformError: bounds or a rate that can't be.
+        PenaltyError: a tensor that has no such axis.
+
+    >>> rs.MinMaxNorm(1.0, 2.0, per="row").project(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]]))
+    tensor([[1.2000, 1.6000],
+            [0.6000, 0.8000],
+            [0.6000, 0.8000]])
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    rate: float = 1.0
+    per: Per = "out"
+
+    keywords = ("min_max_norm",)
+
+    def __post_init__(self) -> None:
+        checked_number("low", self.low, "a finite number, zero or more", 0, inf, closed=True)
+        checked_number("high", self.high, "a finite number above zero", 0, inf, closed=False)
+        checked_number("high", self.high, f"low={self.low!r} or more", self.low, inf, closed=True)
+        if self.rate != 1 or isinstance(self.rate, bool):
+            checked_number("rate", self.rate, "a number above zero, up to one", 0, 1, closed=False)
+        object.__setattr__(self, "per", checked(self.per))
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """Whether there is no lower bound."""
+        return self.low == 0 and self.rate == 1
+
+    def project(self, w: Tensor) -> Tensor:
+        return _fit(w, self.groups(w), self.low, self.high, self.rate)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return _without_radial(w, v, self.groups(w), self.low, self.high)
+
+
+def directions(v: Tensor, groups: Grouping) -> Tensor:
+    """Each group divided by its length; equal entries 1 / √n where it is zero."""
+    x = groups.view(wide(v))
+    unit, norms = _lengths(x, groups)
+    equal = groups.sizes(norms) ** -0.5
+    return groups.restore(torch.where(norms == 0, equal, x / unit / torch.where(norms == 0, 1, norms)).to(v.dtype), v)
+
+
+def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
+    """u and n with u · n the norm of each group: u is its greatest |entry| (one where that is zero)."""
+    peak = groups.max(x.abs()).detach()
+    unit = torch.where(peak == 0, 1, peak)
+    return unit, group_norms(x / unit, groups)
+
+
+def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0) -> Tensor:
+    """Each group scaled so that its length is between `low` and `high`, or for a rate below one nearer to that."""
+    x = groups.view(wide(w))
+    unit, norms = _lengths(x, groups)
+    length = unit * norms
+    inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
+    target = length.clamp(low, high)
+    if rate != 1:
+        target = rate * target + (1 - rate) * length
+    # entries first divided by the greatest, so that no square overflows or vanishes
+    scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
+    scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
+    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
+
+
+def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: float) -> Tensor:
+    """`v` without what lengthens the groups of length `high`, and what shortens those of length `low`."""
+    x, y = groups.view(wide(w)), groups.view(wide(v))
+    unit, norms = _lengths(x, groups)
+    length = unit * norms
+    outward = x / unit / torch.where(norms == 0, 1, norms)
+    along = groups.sum((outward.conj() * y).real)
+    longest, shortest = length >= high * (1 - 2 * slack(w)), length <= low * (1 + 2 * slack(w))
+    blocked = (longest & (along > 0)) | (shortest & (along < 0))
+    return groups.restore((y - torch.where(blocked, along, 0) * outward).to(v.dtype), v)
+
+
+@dataclass(frozen=True)
+class Simplex(ByGroup):
+    """x ≥ 0 and Σ x = total in every group: the nearest such numbers, many of which are zero.
+
+    x becomes max(x - θ, 0), with the θ that makes the sum right. Sums that are right to rounding stay.
+
+    Args:
+        total: what the entries of a group add up to, above zero.
+        per: what one group is, by the meaning of the axis or as a dim (see `axes`); None for the whole tensor.
+
+    Raises:
+        TransformError: a `total` that isn't a finite number above zero; a complex tensor.
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Held, Wolfe and Crowder (1974); Duchi and others (2008), figure 1.
+
+    >>> rs.Simplex(per="row").project(torch.tensor([[0.6, 0.8, -1.0], [0.2, 0.3, 0.5]]))
+    tensor([[0.4000, 0.6000, 0.0000],
+            [0.2000, 0.3000, 0.5000]])
+    """
+
+    total: float = 1.0
+    per: MaybePer = None
+
+    convex = True
+
+    def __post_init__(self) -> None:
+        checked_number("total", self.total, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "per", _checked_or_none(self.per))
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w, real="so no entry of it is nonnegative: Simplex needs a real one")
+        if not w.numel():
+            return w.clone()
+        groups = self.groups(w)
+        x = _exact(to_matrix(w, groups))
+        sums = x.sum(-1, keepdim=True)
+        inside = (x >= 0).all(-1, keepdim=True) & ((sums - self.total).abs() <= slack(w) * self.total)
+        z = torch.where(inside, x, to_simplex(x, self.total)) + 0.0  # -0.0 becomes +0.0
+        return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
+
+
+@dataclass(frozen=True)
+class L1Ball(ByGroup):
+    """Σ |x| ≤ radius in every group: beyond it a soft threshold, the same for all entries of a group.
+
+    Complex entries count by their modulus.
+
+    Args:
+        radius: the greatest sum of absolute values, above zero.
+        per: what one group is, by the meaning of the axis or as a dim (see `axes`); None for the whole tensor.
+
+    Raises:
+        TransformError: a `radius` that isn't a finite number above zero.
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Duchi and others (2008), section 4.
+
+    >>> rs.L1Ball(2.0).project(torch.tensor([3.0, -2.0, 0.5]))
+    tensor([ 1.5000, -0.5000,  0.0000])
+    """
+
+    radius: float
+    per: MaybePer = None
+
+    keywords = ("l1_ball",)
+    convex = True
+
+    def __post_init__(self) -> None:
+        checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
+        object.__setattr__(self, "per", _checked_or_none(self.per))
+
+    def project(self, w: Tensor) -> Tensor:
+        wide(w)
+        if not w.numel():
+            return w.clone()
+        groups = self.groups(w)
+        x = _exact(to_matrix(w, groups))
+        size = x.abs()
+        inside = size.sum(-1, keepdim=True) <= self.radius * (1 + slack(w))
+        z = torch.where(inside, x, x.sgn() * to_simplex(size, self.radius)) + 0.0
+        return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
+
+
+def _checked_or_none(per: MaybePer) -> MaybePer:
+    return None if per is None else checked(per)
+
+
+def _exact(x: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    if x.device.type == "mps":
+        return wide(x)
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def to_simplex(x: Tensor, total: float) -> Tensor:
+    """Each row moved to the nearest one of nonnegative entries with that sum."""
+    x = (x - x.amax(-1, keepdim=True)).clamp_min(-total)  # entries that come out as zero may as well be nearer
+    ordered = x.sort(-1, descending=True).values
+    counts = torch.arange(1, x.shape[-1] + 1, device=x.device)
+    level = ((ordered.cumsum(-1) - total) / counts).amax(-1, keepdim=True)
+    z = (x - level).clamp_min(0)
+    return z * (total / z.sum(-1, keepdim=True))  # a factor of one, but for rounding

@@ -1,0 +1,251 @@
+"""Weights that the forward sees otherwise than they are stored: noise on them, and normalisations of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
+from restrain.errors import TransformError
+from restrain.penalties.base import in_float32
+from restrain.penalties.shrink import at_least_float32
+from restrain.sites import Location
+from restrain.transforms.base import Computed, Noise, Reparametrization, checked_number
+from restrain.transforms.sets import directions
+
+
+@dataclass(frozen=True)
+class DropConnect(Noise):
+    """Each entry of a weight is zero with probability `rate` during a forward, the others are divided by 1 - rate.
+
+    The stored weight never changes; its gradient has the same zeros and the same factor. In training only, by one draw
+    for a call of the layer (the whole batch shares it).
+
+    Args:
+        rate: the probability, from 0 to below 1.
+
+    Raises:
+        TransformError: a `rate` outside of that; a complex weight.
+
+    Source: Wan and others (2013); with the scaling done in training, and one mask a batch.
+
+    >>> rs.DropConnect(0.5)(torch.ones(1000)).unique()
+    tensor([0., 2.])
+    """
+
+    rate: float
+
+    keywords = ("drop_connect",)
+    on_places = False
+    on_weights = True
+
+    def __post_init__(self) -> None:
+        checked_number("rate", self.rate, "the probability of a zero, from 0 to below 1", 0, 1, closed=True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TransformError(f"{self!r} needs a real floating-point weight, got {x.dtype}")
+        return F.dropout(x, self.rate, training=True)
+
+
+@dataclass(frozen=True)
+class WeightNormalization(Reparametrization):
+    """w_g = length_g · v_g / ‖v_g‖₂: direction and length of each group are learned apart.
+
+    The weight is unchanged at attach. The lengths are new parameters, one a group: create the optimizer after
+    attaching, or give them to it by `optimizer.add_param_group({"params": list(reg.parameters())})`. For lengths that
+    stay one there is `UnitNorm`. A group of zeros begins with equal entries for a direction, and the length zero.
+
+    Args:
+        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+
+    Raises:
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Salimans and Kingma (2016), eq. 2.
+
+    >>> layer = nn.Linear(3, 2)
+    >>> reg = rs.attach(layer, rs.WeightNormalization().on("weight"))
+    >>> [p.shape for p in reg.parameters()]
+    [torch.Size([2, 1])]
+    """
+
+    per: Per = "out"
+
+    keywords = ("weight_normalization", "weight_norm")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", checked(self.per))
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        groups = grouping(self.per, v.shape)
+        length = learned["length"] if learned else 1.0
+        return (groups.view(directions(v, groups)) * length).reshape(v.shape)
+
+    def to_free(self, w: Tensor) -> Tensor:
+        groups = grouping(self.per, w.shape)
+        zero = group_norms(w, groups) == 0
+        return torch.where(zero, max(group_size(groups), 1) ** -0.5, groups.view(w)).reshape(w.shape)
+
+    def learned(self, w: Tensor) -> dict[str, Tensor]:
+        return {"length": group_norms(w, grouping(self.per, w.shape)).to(w.dtype)}
+
+    def bound_to(self, at: Location) -> WeightNormalization:
+        return dataclasses.replace(self, per=grouping_at(self.per, at))
+
+
+@dataclass(frozen=True)
+class WeightStandardization(Reparametrization):
+    """w_g = gain_g · (v_g - mean_g) / √(var_g + eps): each group has mean zero, and variance one times gain².
+
+    Mean and variance (which divides by the group's size) are over the entries of the group. Without a gain the layer's
+    outputs grow by the root of the number of its inputs: a normalisation layer is to follow. At attach the weight is
+    standardised; with a gain, the means alone are taken out of it.
+
+    Args:
+        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+        eps: a small number, above zero.
+        gain: learn a gain for each group, which begins at the group's own deviation; `reg.parameters()` has them.
+
+    Raises:
+        TransformError: an `eps` that isn't a finite number above zero; groups of one entry, which have no variance.
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Qiao and others (2019), eq. 7; the gain is that of Brock and others (2021), eq. 1.
+
+    >>> rs.WeightStandardization(per="row").from_free(torch.tensor([[1.0, 3.0]]))
+    tensor([[-1.0000,  1.0000]])
+    """
+
+    per: Per = "out"
+    eps: float = 1e-5
+    gain: bool = False
+
+    keywords = ("weight_standardization",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "per", checked(self.per))
+        checked_number("eps", self.eps, "a small number above zero", 0, float("inf"), closed=False)
+        if not isinstance(self.gain, bool):
+            raise TransformError(f"gain= is True (learn one for each group) or False, got {self.gain!r}")
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        groups = self._groups(v.shape)
+        centred, variance = self._centred(v, groups)
+        gain = learned["gain"] if learned else 1.0
+        return (centred / (variance + self.eps).sqrt() * gain).to(v.dtype).reshape(v.shape)
+
+    def learned(self, w: Tensor) -> dict[str, Tensor]:
+        if not self.gain:
+            return {}
+        _, variance = self._centred(w, self._groups(w.shape))
+        return {"gain": (variance + self.eps).sqrt().to(w.dtype)}
+
+    def _centred(self, v: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
+        """The groups less their means, and their variances."""
+        x, size = groups.view(at_least_float32(v)), max(group_size(groups), 1)
+        centred = x - groups.sum(x) / size
+        return centred, groups.sum(centred.square()) / size
+
+    def _groups(self, shape: tuple[int, ...]) -> Grouping:
+        groups = grouping(self.per, shape)
+        if group_size(groups) == 1:
+            raise TransformError(f"{self!r}: groups of one entry have no variance (a tensor of shape {tuple(shape)})")
+        return groups
+
+    def bound_to(self, at: Location) -> WeightStandardization:
+        bound = dataclasses.replace(self, per=grouping_at(self.per, at))
+        bound._groups(tuple(at.tensor.shape))
+        return bound
+
+
+@dataclass(frozen=True)
+class SpectralNormalization(Reparametrization):
+    """W = V / σ(V), σ the greatest singular value of the weight as a matrix.
+
+    With `iterations`, torch's own estimate of σ by that many steps of the power method at each training forward, kept
+    in two buffers beside the weight; it is not exact, and each look at the weight in training moves it. `None` takes
+    the exact σ anew at each forward, by a singular value decomposition.
+
+    Args:
+        iterations: steps of the power method a forward, or None.
+        rows: what one row of the matrix is, by the meaning of the axis or as a dim (see `axes`); all other dims
+            together are its columns.
+
+    Raises:
+        TransformError: other `iterations`; at attach, a weight of zeros, which has no σ.
+        PenaltyError: a tensor that has no such axis.
+
+    Source: Miyato and others (2018), eq. 8 and algorithm 1.
+
+    >>> w = rs.SpectralNormalization(None).from_free(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+    >>> w.diagonal()
+    tensor([1.0000, 0.3333])
+    """
+
+    iterations: int | None = 1
+    rows: Per = "out"
+
+    keywords = ("spectral_normalization", "spectral_norm")
+
+    def __post_init__(self) -> None:
+        checked(self.rows)
+        number = self.iterations
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+            raise TransformError(
+                f"iterations= is a whole number, at least 1, or None for the exact norm; got {number!r}"
+            )
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        x = at_least_float32(v)
+        norm = torch.linalg.matrix_norm(self._matrix(x), 2) if v.numel() else x.new_zeros(())
+        return (x / torch.where(norm == 0, 1.0, norm)).to(v.dtype)
+
+    def parametrization(self, w: Tensor) -> nn.Module:
+        if w.numel() and not w.any():
+            raise TransformError(f"{self!r}: a weight of zeros has no spectral norm to be divided by")
+        return _PowerMethod(self, w.detach()) if self.iterations and w.numel() else Computed(self, w)
+
+    def _matrix(self, w: Tensor) -> Tensor:
+        groups = grouping(self.rows, w.shape)
+        if not groups.reduced:
+            raise TransformError(f"{self!r} needs a weight with two axes or more, got one of shape {tuple(w.shape)}")
+        rows = groups.view(w).permute(*groups.keep, *groups.reduced)
+        return rows.flatten(0, len(groups.keep) - 1).flatten(1)
+
+    def bound_to(self, at: Location) -> SpectralNormalization:
+        return dataclasses.replace(self, rows=grouping_at(self.rows, at))
+
+
+class _PowerMethod(nn.Module):
+    """torch's spectral norm of the weight as a matrix."""
+
+    def __init__(self, what: SpectralNormalization, w: Tensor) -> None:
+        super().__init__()
+        self.what = what
+        holder = nn.Module().eval()  # registering looks at the weight, which is no step of the method
+        holder.register_parameter("matrix", nn.Parameter(what._matrix(at_least_float32(w)).contiguous()))
+        parametrizations.spectral_norm(holder, "matrix", n_power_iterations=what.iterations or 1, dim=0)
+        self.norm: Any = holder.parametrizations["matrix"][0]  # type: ignore[index]
+
+    def forward(self, v: Tensor) -> Tensor:
+        return in_float32(lambda x: self._back(self.norm(self.what._matrix(x.to(self.norm._u))), v), v).to(v.dtype)
+
+    def _back(self, matrix: Tensor, v: Tensor) -> Tensor:
+        """The tensor of v's shape that the matrix is an unfolding of."""
+        groups = grouping(self.what.rows, v.shape)
+        order = (*groups.keep, *groups.reduced)
+        rows = matrix.reshape([groups.shape[dim] for dim in order])
+        return rows.permute([order.index(dim) for dim in range(len(order))]).reshape(v.shape)
+
+    def right_inverse(self, w: Tensor) -> Tensor:
+        return w
+
+    def extra_repr(self) -> str:
+        return repr(self.what)

@@ -1,0 +1,303 @@
+"""Noise on weights: what the forward sees, what stays stored, and where it can't be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import checkpoint
+
+import restrain as rs
+from restrain.errors import HowError, NeverFiredError, SelectionError, TransformError
+
+GAUSSIAN = rs.GaussianNoise(0.3)
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def hidden(model):
+    """Attributes that hide a parameter; there are none outside a forward."""
+    return [key for module in model.modules() for key in module._parameters if key in module.__dict__]
+
+
+def outcome(way, model, x):
+    """The output and all gradients under one seed."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    y = way(x)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def test_the_forward_sees_a_disturbed_weight():
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    before = copy.deepcopy(layer.state_dict())
+    with rs.attach(layer, rs.DropConnect(0.25).on("weight")):
+        y, *gradients = outcome(layer, layer, x)
+        torch.manual_seed(1)
+        mask = F.dropout(torch.ones_like(layer.weight), 0.25)
+        torch.testing.assert_close(y, F.linear(x, layer.weight * mask, layer.bias))
+        torch.testing.assert_close(gradients[0], (2 * y).T @ x * mask)  # masked, and scaled by 1 / (1 - rate)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, before[key])
+        assert list(layer.state_dict()) == list(before)
+        assert not hidden(layer)
+        assert torch.equal(layer.eval()(x), layer(x))
+    assert not layer._forward_pre_hooks
+    assert not layer._forward_hooks
+
+
+def test_a_draw_for_each_call():
+    layer, x = nn.Linear(4, 4), torch.randn(5, 4)
+    seen = []
+    layer.register_forward_hook(lambda module, args, y: seen.append(y))
+    rs.attach(layer, GAUSSIAN.on("weight"))
+    model = nn.Sequential(layer, layer)
+    model(x)
+    (w0, w1), a = ([torch.linalg.lstsq(i, y - layer.bias).solution for i, y in ((x, seen[0]), (seen[0], seen[1]))], 0.1)
+    assert (w0 - w1).abs().max() > a
+
+
+def test_relative_to_the_weights_own_size():
+    w = torch.randn(200, 200) * 50
+    noise = rs.GaussianNoise(0.1, relative=True).of_weight(w) - w
+    assert (noise.std() / w.square().mean().sqrt()).item() == pytest.approx(0.1, rel=0.02)  # 4 deviations of the std
+    assert torch.equal(rs.GaussianNoise(0.1, relative=True).of_weight(torch.zeros(2, 2)), torch.zeros(2, 2))
+    v = w.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(rs.GaussianNoise(0.1, relative=True).of_weight(v).sum(), v)
+    assert slope.eq(1).all()
+
+
+def test_two_noises_on_one_weight():
+    layer, x = nn.Linear(4, 3), torch.randn(5, 4)
+    rs.attach(layer, [rs.DropConnect(0.5).on("weight"), GAUSSIAN.on("weight")])
+    y = outcome(layer, layer, x)[0]
+    torch.manual_seed(1)
+    seen = GAUSSIAN(F.dropout(layer.weight, 0.5))
+    torch.testing.assert_close(y, F.linear(x, seen, layer.bias))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputed_with_the_same_noise(reentrant):
+    model, x = network(), torch.randn(5, 4, requires_grad=True)
+    rs.attach(model, [GAUSSIAN.on(rs.weights), rs.DropConnect(0.5).on("*.bias")])
+    expected = outcome(model, model, x)
+    part = lambda x: model[2](checkpoint(model[:2], x, use_reentrant=reentrant))  # noqa: E731
+    for way in (lambda x: checkpoint(model, x, use_reentrant=reentrant), part):
+        torch.testing.assert_close(outcome(way, model, x), expected)
+        assert not hidden(model)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled(recomputed):
+    model, x = network(), torch.randn(5, 4)
+    rs.attach(model, GAUSSIAN.on(rs.weights))
+    expected = outcome(model, model, x)
+    way = (lambda x: checkpoint(model, x, use_reentrant=False)) if recomputed else model
+    try:
+        compiled = torch.compile(way, fullgraph=not recomputed, backend="aot_eager")
+        torch.testing.assert_close(outcome(compiled, model, x), expected)
+        assert not torch.equal(compiled(x), compiled(x))
+        model.eval()
+        assert torch.equal(compiled(x), compiled(x))
+    finally:
+        torch._dynamo.reset()
+    assert not hidden(model)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    model, x = network(), torch.randn(5, 4)
+    rs.attach(model, GAUSSIAN.on(rs.weights))
+    try:
+        with torch._inductor.config.patch(fallback_random=True):
+            found = outcome(torch.compile(model, fullgraph=True), model, x)
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(found, outcome(model, model, x))
+
+
+class Failing(nn.Linear):
+    error = RuntimeError
+
+    def forward(self, x):
+        if x.isnan().any():
+            raise self.error
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_forward_that_fails(error):
+    layer = Failing(4, 3)
+    layer.error = error
+    reg = rs.attach(layer, GAUSSIAN.on("weight"))
+    for clean_up in (lambda: layer.eval()(torch.ones(1, 4)), reg.detach):
+        layer.train()
+        with pytest.raises(error):
+            layer(torch.full((1, 4), torch.nan))
+        if error is RuntimeError:
+            assert not hidden(layer)
+        clean_up()
+        assert not hidden(layer)
+
+
+def test_functional_calls():
+    model, x = network(), torch.randn(5, 4)
+    rs.attach(model, GAUSSIAN.on(rs.weights))
+    parameters = {name: p.detach() * 2 for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    found = functional_call(model, parameters, x)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(parameters[name])
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, model(x))
+    each = vmap(grad(lambda p, x: functional_call(model, p, x).sum()), (None, 0), randomness="different")
+    assert each(parameters, x)["0.weight"].shape == (5, 8, 4)
+    assert not hidden(model)
+
+
+def test_copies_are_free_of_it():
+    model, x = network(), torch.randn(5, 4)
+    rs.attach(model, GAUSSIAN.on(rs.weights))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), twin(x))
+
+
+def test_tied_weights_are_disturbed_at_both_places():
+    model, x = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)), torch.randn(5, 3)
+    model[1].weight = model[0].weight
+    rs.attach(model, rs.GaussianNoise(1.0).on("0.weight"))
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    first, second = (model[0].weight + torch.randn(3, 3) for _ in range(2))
+    torch.testing.assert_close(y, x @ first.T @ second.T)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
+def test_recurrent_weights(kind):
+    cell = kind is nn.LSTMCell
+    layer, twin = kind(3, 4), kind(3, 4)
+    name, x = ("weight_hh" if cell else "weight_hh_l0"), torch.randn(*[5] * (not cell), 2, 3)
+    h = (torch.randn(2, 4), torch.randn(2, 4)) if cell else None
+    rs.attach(layer, GAUSSIAN.on(name))
+    torch.manual_seed(1)
+    y = layer(x, h)[0]
+    y.sum().backward()
+    twin.load_state_dict(layer.state_dict())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        getattr(twin, name).copy_(GAUSSIAN(getattr(layer, name)))
+    torch.testing.assert_close(y, twin(x, h)[0])
+    assert getattr(layer, name).grad.abs().sum() > 0
+    assert not hidden(layer)
+    if not cell:
+        assert all(a is b for a, b in zip(layer._flat_weights, layer.parameters(), strict=True))
+    copy.deepcopy(layer)
+    torch.testing.assert_close(layer.eval()(x, h)[0], layer(x, h)[0])
+
+
+@pytest.mark.parametrize("name", ["in_proj_weight", "out_proj.weight"])
+def test_attention(name):
+    attention, twin, x = nn.MultiheadAttention(4, 2), nn.MultiheadAttention(4, 2), torch.randn(3, 1, 4)
+    twin.load_state_dict(attention.state_dict())
+    model = nn.Sequential(attention)
+    rs.attach(model, GAUSSIAN.on(f"0.{name}"))
+    torch.manual_seed(1)
+    y = attention(x, x, x)[0]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        twin.get_parameter(name).copy_(GAUSSIAN(attention.get_parameter(name)))
+    torch.testing.assert_close(y, twin(x, x, x)[0])
+    assert not hidden(model)
+
+
+class Listed(nn.Module):
+    """Parameters that a list holds, and one that the module uses past its layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(3, 3), torch.randn(3, 3)])
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.linear(x @ self.weights[0] @ self.weights[1], self.layer.weight)
+
+
+def test_a_list_of_parameters():
+    model, x = Listed(), torch.randn(2, 3)
+    rs.attach(model, GAUSSIAN.on("weights.1"))
+    torch.manual_seed(1)
+    y = model(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(y, x @ model.weights[0] @ GAUSSIAN(model.weights[1]) @ model.layer.weight.T)
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_layer_that_is_never_called(optional):
+    model = Listed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rs.attach(model, GAUSSIAN.on("layer.weight", optional=optional))
+    model(torch.randn(2, 3)).sum().backward()
+    if optional:
+        optimizer.step()
+        return
+    with pytest.raises(NeverFiredError, match=r"'layer.weight' was trained.* never called"):
+        optimizer.step()
+
+
+def test_trains_beside_other_rules():
+    model, x = network(), torch.randn(5, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    plan = [
+        rs.DropConnect(0.5).on("0.weight"),
+        rs.L1().on("0.weight", name="l1"),
+        (1e-3 * rs.L1()).on("0.weight", how="proximal"),
+        rs.MaxNorm(0.5).on("0.weight"),
+        rs.GaussianNoise(0.1).on(rs.outputs("0")),
+    ]
+    reg = rs.attach(model, plan, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        reg.loss(model(x).square().mean()).backward()
+        optimizer.step()
+    assert (model[0].weight.norm(dim=1) < 0.51).all()
+    assert reg.values()["l1"] == pytest.approx(model[0].weight.abs().sum().item())
+    assert "DropConnect(rate=0.5) on '0.weight'" in str(reg)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: nn.LazyLinear(3), "no shape yet"),
+        (lambda: nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), "is parametrised"),
+        (lambda: nn.Embedding(3, 3, max_norm=1.0), "max_norm"),
+        (lambda: nn.Embedding(3, 3, sparse=True), "sparse"),
+        (lambda: nn.ParameterDict({"weight": torch.zeros(2, 2)}), "no module with a forward"),
+    ],
+    ids=["lazy", "parametrised", "max_norm", "sparse", "no forward"],
+)
+def test_refused(make, said):
+    with pytest.raises(HowError, match=said):
+        rs.attach(make(), GAUSSIAN.on("weight"))
+
+
+def test_what_goes_where():
+    assert rs.DropConnect(0.1).on().how == "forward"
+    with pytest.raises(SelectionError, match=r"rs\.Dropout"):
+        rs.DropConnect(0.1).on(rs.outputs("0"))
+    with pytest.raises(SelectionError, match=r"rs\.DropConnect"):
+        rs.Dropout(0.1).on("0.weight")
+    for rate in (-0.1, 1, float("nan"), True):
+        with pytest.raises(TransformError, match="must be"):
+            rs.DropConnect(rate)
+    with pytest.raises(TransformError, match="complex64"):
+        rs.DropConnect(0.1)(torch.ones(2, dtype=torch.complex64))
+    plan = rs.Plan.of([rs.DropConnect(0.1).on("0.weight"), rs.GaussianNoise(0.1).on("0.bias")])
+    assert rs.Plan.from_dict(plan.to_dict()) == plan
