@@ -1,5 +1,6 @@
 """Draws the pictures of these pages into docs/images: python docs/pictures.py [name ...]."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def panels(count, columns, width=2.2, height=2.2):
 
 
 def title(ax, member):
-    ax.set_title(repr(member).replace("penalty=", "").replace("weights=", ""), fontsize=8)
+    ax.set_title(re.sub(r"(, )?\w+=(None|False|0\.0|'row'|'out')|penalty=", "", repr(member)), fontsize=8)
     ax.tick_params(labelsize=6)
 
 
@@ -59,7 +60,97 @@ def relations():
     return curves([rs.Distance(rs.L1(), to=1.5), rs.Distance(rs.L2(), to=1.5), rs.Distance(rs.MCP(2.0), to=1.5)])
 
 
-PICTURES = {function.__name__: function for function in (entrywise, relations)}
+def planes(members, step=0.6):
+    """Level lines of a value of two entries, and where its prox takes points: to the thick ends."""
+    grid = torch.linspace(-2, 2, 161, dtype=torch.float64)
+    figure, axes = panels(len(members), 3, 2.5, 2.5)
+    for ax, (member, shape) in zip(axes, members, strict=True):
+        title(ax, member)
+        values = [[float(member(torch.stack([x, y]).reshape(shape))) for x in grid] for y in grid]
+        ax.contour(grid, grid, values, levels=6, colors=GREY, linewidths=0.6)
+        arrows(ax, lambda w, member=member, shape=shape: member.prox(w.reshape(shape), step).flatten())
+    return figure
+
+
+def arrows(ax, move, reach=1.9):
+    """Lines from points of a grid to where they are moved."""
+    points = torch.cartesian_prod(*[torch.linspace(-reach, reach, 9, dtype=torch.float64)] * 2)
+    for start in points:
+        end = move(start)
+        ax.plot([start[0], end[0]], [start[1], end[1]], color=ORANGE, lw=0.6)
+        ax.plot(*end, ".", color=ORANGE, ms=3)
+    ax.set_xlim(-2.1, 2.1)
+    ax.set_ylim(-2.1, 2.1)
+    ax.set_aspect("equal")
+
+
+def groups():
+    row, column = (1, 2), (2, 1)
+    return planes(
+        [(rs.L1(), row), (rs.GroupLasso("row"), row), (rs.SparseGroupLasso(0.6, 0.4, "row"), row)]
+        + [(rs.GroupLInf("row"), row), (rs.ExclusiveLasso("row"), row), (rs.SLOPE((1.0, 0.3)), row)]
+        + [(rs.TotalVariation(0), column), (rs.FusedLasso(0.4, 0.6, 0), column), (rs.Norm(2), row)]
+    )
+
+
+def spectral():
+    """Singular values under the two proxes, and a Gram matrix before and after descent on Orthogonality."""
+    figure, axes = panels(4, 4, 2.2, 2.2)
+    s = torch.linspace(3, 0.2, 12, dtype=torch.float64)
+    for ax, member in zip(axes, (rs.NuclearNorm(), rs.SpectralNorm()), strict=False):
+        title(ax, member)
+        ax.plot(s, "o-", color=BLUE, ms=3, label="singular values")
+        after = torch.linalg.svdvals(member.prox(torch.diag(s), 0.8))
+        ax.plot(after, "o-", color=ORANGE, ms=3, label="after prox, step 0.8")
+        ax.set_ylim(-0.1, 3.2)
+    axes[0].legend(fontsize=6)
+    torch.manual_seed(0)
+    w = torch.rand(12, 24, dtype=torch.float64) / 3
+    for ax, count in zip(axes[2:], (0, 300), strict=True):
+        for _ in range(count):
+            w = w - 0.01 * rs.Orthogonality().gradient(w)
+        ax.imshow(w @ w.T, cmap="RdBu_r", vmin=-1.5, vmax=1.5)
+        ax.set_title("W Wᵀ" + (" after descent on\nOrthogonality()" if count else " of random rows"), fontsize=8)
+        ax.axis("off")
+    return figure
+
+
+def constraints():
+    flat = [rs.NonNegative(), rs.Box(-1.0, 1.5), rs.MaxNorm(1.2, "row"), rs.UnitNorm("row")]
+    flat += [rs.MinMaxNorm(0.7, 1.4, per="row"), rs.Simplex(), rs.L1Ball(1.2), rs.TopK(1)]
+    figure, axes = panels(12, 4, 2.2, 2.2)
+    for ax, member in zip(axes, flat, strict=False):
+        title(ax, member)
+        arrows(ax, lambda w, member=member: member.project(w.reshape(1, 2)).flatten())
+    torch.manual_seed(0)
+    w = torch.randn(8, 8)
+    for ax, member in zip(axes[8:], (rs.NM(2, 4), rs.LowRank(1), rs.Symmetric(), rs.Orthogonal()), strict=True):
+        title(ax, member)
+        z = member.project(w)
+        ax.imshow(z.masked_fill(z == 0, torch.nan), cmap="RdBu_r", vmin=-2, vmax=2)
+        ax.set_xticks([])
+        ax.set_yticks([])
+    return figure
+
+
+def noise():
+    """A picture of waves, eight channels as a row each, under each kind of noise."""
+    torch.manual_seed(3)
+    t = torch.linspace(0, 6.3, 48)
+    waves = torch.stack([torch.sin(t * (1 + k / 3)) + 1.5 for k in range(8)])
+    image = (waves[:, :, None] * waves[:, None, :] / 6)[:1, :, :].repeat(4, 1, 1)
+    members = [rs.GaussianNoise(0.15), rs.UniformNoise(0.3), rs.GaussianDropout(0.3), rs.Dropout(0.3)]
+    members += [rs.Dropout(0.3, "space"), rs.AlphaDropout(0.3), rs.BlockDropout(0.3, 7), rs.DropPath(0.4)]
+    figure, axes = panels(len(members), 4, 2.2, 2.4)
+    for ax, member in zip(axes, members, strict=True):
+        title(ax, member)
+        seen = member(image[:, None])
+        ax.imshow(torch.cat([torch.cat([*seen[:2, 0]], 1), torch.cat([*seen[2:, 0]], 1)]), cmap="gray", vmin=0, vmax=1.2)
+        ax.axis("off")
+    return figure
+
+
+PICTURES = {function.__name__: function for function in (entrywise, relations, groups, spectral, constraints, noise)}
 
 
 def main(names):
