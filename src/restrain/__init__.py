@@ -11,7 +11,24 @@ from restrain import errors
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
-from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, Norm, Penalty
+from restrain.penalties import (
+    L0,
+    L1,
+    L2,
+    Confidence,
+    DecoderL1,
+    Decorrelation,
+    ElasticNet,
+    Entropy,
+    GroupLasso,
+    Hoyer,
+    KLSparsity,
+    NetworkPenalty,
+    Norm,
+    NormChange,
+    Penalty,
+    StateChange,
+)
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
@@ -31,23 +48,32 @@ from restrain.transforms.normalization import Standardize
 __version__ = "0.1.0"
 
 __all__ = [
+    "L0",
     "L1",
     "L2",
     "Attachment",
+    "Confidence",
     "Constraint",
+    "DecoderL1",
+    "Decorrelation",
     "Dropout",
     "ElasticNet",
+    "Entropy",
     "GaussianNoise",
     "GroupLasso",
+    "Hoyer",
+    "KLSparsity",
     "MaxNorm",
     "NetworkPenalty",
     "Noise",
     "NonNegative",
     "Norm",
+    "NormChange",
     "Penalty",
     "Plan",
     "Rule",
     "Standardize",
+    "StateChange",
     "Transform",
     "UnitNorm",
     "activations",

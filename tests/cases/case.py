@@ -12,6 +12,9 @@ class Case:
     reference: Callable
     any_rank: bool = True
     complex: bool = True
+    domain: Callable = lambda w: w  # takes any tensor to where the member is defined
+    zero_at_zero: bool = True  # its value at zero is zero
+    slope: Callable | None = None  # whose slope the gradient is, where that is said to be another value's
 
     def __repr__(self):
         return repr(self.member)

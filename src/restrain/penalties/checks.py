@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
@@ -32,3 +32,28 @@ def batch_size(h: Tensor, dim: int) -> int:
     if not -h.dim() <= dim < h.dim():
         raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
     return h.shape[dim]
+
+
+def checked_axis(name: str, axis: Any) -> int | None:
+    """An axis, or None for the usual one.
+
+    Raises:
+        PenaltyError: it is something else.
+    """
+    if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+        raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")
+    return axis
+
+
+def checked_setting(name: str, number: Any, least: float, below: float = inf, above: bool = False) -> None:
+    """Refuse a setting that isn't a number from `least` (or, if `above`, above it), below `below`.
+
+    Raises:
+        PenaltyError: the message says what it can be.
+    """
+    real = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
+    if not real or not least <= number < below or (above and number == least):
+        bound = "" if below == inf else f" and below {below:g}"
+        raise PenaltyError(
+            f"{name}= is a finite number {'above' if above else 'from'} {least:g}{bound}; got {number!r}"
+        )
