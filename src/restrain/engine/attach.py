@@ -17,6 +17,7 @@ from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
+from restrain.engine.padding import positional
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
@@ -102,7 +103,10 @@ class Attachment:
     def _attach_hooks(self, model: nn.Module) -> None:
         """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
         if self._loss_rules:
-            self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
+            padded = any(tap.spot.place.padded for bound in self._bounds for tap in bound.taps)
+            self._forwards.names = positional(model) if padded else None
+            begins = RootBegins(self._forwards)
+            self._handles.append(model.register_forward_pre_hook(begins, prepend=True, with_kwargs=padded))
         hooks: dict[tuple[int, str], LayerHook] = {}
         for bound in self._bounds:
             self._forwards.taps += bound.taps
@@ -324,7 +328,10 @@ class Attachment:
             stepper.steps = steps
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
-                tensor.copy_(state["kept"][name][key])
+                saved = state["kept"][name][key]
+                if not tensor.numel():  # of a size that the first batch gives
+                    tensor.resize_(saved.shape)
+                tensor.copy_(saved)
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from restrain.engine import structures
 from restrain.engine.injection import Inject, recomputing_saved_tensors
+from restrain.engine.padding import Inputs
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.transforms.base import Noise
@@ -33,6 +34,9 @@ class Gate(Protocol):
 
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
+
+    def inputs(self) -> Inputs:
+        """What the model's forward was called with."""
 
 
 class LayerHook:
@@ -72,7 +76,10 @@ class LayerHook:
         way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
-        value = tap.evaluate(structure, way, module)
+        padded = tap.spot.place.padded
+        if padded and mode == "recompute" and not recomputing_saved_tensors():
+            return result  # the first pass gave no value
+        value = tap.evaluate(structure, way, module, self.gate.inputs() if padded else None)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)
             return result

@@ -101,9 +101,9 @@ def put(structure: Any, way: Way, new: Tensor) -> Any:
     return type(structure)({key: member if key == step else m for key, m in structure.items()})
 
 
-def sequences(structure: Any, way: Way) -> int | None:
-    """The number of sequences of the packed sequence whose data the way leads to; None elsewhere."""
+def packed(structure: Any, way: Way) -> PackedSequence | None:
+    """The packed sequence whose data the way leads to; None elsewhere."""
     if not way or way[-1] != "data":
         return None
-    packed = get(structure, way[:-1])
-    return int(packed.batch_sizes[0]) if isinstance(packed, PackedSequence) else None
+    found = get(structure, way[:-1])
+    return found if isinstance(found, PackedSequence) else None

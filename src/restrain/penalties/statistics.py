@@ -129,7 +129,8 @@ class KLSparsity(Penalty):
         _check_unit_interval(samples.x, self)
         mean, size = samples.mean()
         if memory is not None:
-            memory.keep(mean.detach(), size)
+            if torch.is_grad_enabled():  # not in evaluation
+                memory.keep(mean.detach(), size)
             mean = memory.mixed(mean, self.momentum)
         off = mean - self.rate
         value = -self.rate * _log1p(off / self.rate, self.rate) - (1 - self.rate) * _log1p(
