@@ -329,9 +329,10 @@ class Attachment:
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
                 saved = state["kept"][name][key]
-                if not tensor.numel():  # of a size that the first batch gives
-                    tensor.resize_(saved.shape)
-                tensor.copy_(saved)
+                if tensor.numel():
+                    tensor.copy_(saved)
+                else:  # it has the size and type that a first batch gives
+                    tensor.data = saved.detach().clone()
 
     def __enter__(self) -> Self:
         return self

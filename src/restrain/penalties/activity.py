@@ -33,7 +33,6 @@ class Hoyer(Penalty):
     (tensor(1.9600), tensor(1.))
     """
 
-    keywords = ("hoyer_square",)
     takes_mask = True
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -77,7 +76,6 @@ class Entropy(Penalty):
 
     per: int | None = None
 
-    keywords = ("entropy_minimization",)
     takes_mask = True
     at_outputs = True
 
@@ -109,7 +107,6 @@ class Confidence(Penalty):
 
     per: int | None = None
 
-    keywords = ("confidence_penalty",)
     takes_mask = True
     at_outputs = True
 

@@ -13,7 +13,8 @@ from restrain.penalties.across import over_processes
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size, checked_axis, checked_setting
 
-_EDGE = 1e-6  # below it a logarithm goes on as its tangent
+_EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
+_ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class KLSparsity(Penalty):
 
     The mean is over the batch and over all other axes (time, space): it is a statistic of the batch, not a sum over
     samples. Activations lie in [0, 1]; of tanh units penalise via=lambda h: (h + 1) / 2, of unbounded ones
-    via=torch.sigmoid. Where m is below 1e-6 or above 1 - 1e-6, the logarithm goes on as its tangent, so that value
-    and gradient stay finite.
+    via=torch.sigmoid. Below m = rate / 10⁴ the first logarithm goes on as its tangent, and likewise the second, so that
+    value and gradient stay finite.
 
     On outputs the means are over all processes of a distributed training.
 
@@ -133,9 +134,7 @@ class KLSparsity(Penalty):
                 memory.keep(mean.detach(), size)
             mean = memory.mixed(mean, self.momentum)
         off = mean - self.rate
-        value = -self.rate * _log1p(off / self.rate, self.rate) - (1 - self.rate) * _log1p(
-            -off / (1 - self.rate), 1 - self.rate
-        )
+        value = -self.rate * _log1p(off / self.rate) - (1 - self.rate) * _log1p(-off / (1 - self.rate))
         return torch.where(size > 0, value, 0).sum()
 
     def bound_at_place(self) -> Penalty:
@@ -148,18 +147,17 @@ def _check_unit_interval(x: Tensor, penalty: Penalty) -> None:
     if torch.compiler.is_compiling() or not x.numel() or x.device.type == "meta":
         return
     low, high = x.detach().aminmax()
-    if bool((low < -_EDGE) | (high > 1 + _EDGE)):
+    if bool((low < -_ROUNDING) | (high > 1 + _ROUNDING)):
         raise PenaltyError(
             f"{penalty!r} compares means of activations in [0, 1], got values from {float(low):.4g} to "
             f"{float(high):.4g}. Say rs.outputs(..., via=torch.sigmoid), or via=lambda h: (h + 1) / 2 for tanh units"
         )
 
 
-def _log1p(u: Tensor, scale: float) -> Tensor:
-    """log(1 + u), where scale · (1 + u) is a probability; below `_EDGE` of that by its tangent."""
-    least = _EDGE / scale
-    safe = u.clamp_min(least - 1)
-    return safe.log1p() + (u - safe) / least
+def _log1p(u: Tensor) -> Tensor:
+    """log(1 + u), from `_EDGE` downwards by the tangent there."""
+    safe = u.clamp_min(_EDGE - 1)
+    return safe.log1p() + (u - safe) / _EDGE
 
 
 class _Memory:
@@ -170,7 +168,7 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self.total, self.weight = torch.zeros(0), torch.zeros(1)
+        self.total, self.weight = torch.zeros(0), torch.zeros(0)
         self.pending, self.count = torch.zeros(0), torch.zeros(1)
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
@@ -200,6 +198,7 @@ class _Memory:
             return
         if not self.total.numel():
             self.total, self.weight = torch.zeros_like(self.pending), torch.zeros_like(self.count)
+        self.total, self.weight = self.total.to(self.count.device), self.weight.to(self.count.device)
         self.total.mul_(momentum).add_(self.pending.to(self.total) / self.count.to(self.total), alpha=1 - momentum)
         self.weight.mul_(momentum).add_(1 - momentum)
         self.pending.zero_()
