@@ -33,7 +33,15 @@ class Net(nn.Module):
 
 
 PLANS = {
-    "loss": [0.1 * rs.L2().on("*.weight"), 0.1 * rs.L1().on(rs.outputs("relu"))],
+    "loss": [
+        0.1 * rs.L2().on("*.weight"),
+        0.1 * rs.L1().on(rs.outputs("relu")),
+        0.1 * rs.DecoderL1("head.weight").on(rs.outputs("relu")),
+    ],
+    "statistics": [
+        0.3 * rs.KLSparsity(0.2, momentum=0.5).on(rs.outputs("first", via=torch.sigmoid)),
+        0.1 * rs.Decorrelation().on(rs.outputs("relu")),
+    ],
     "gradient": [0.1 * rs.L2().on("*.weight", how="gradient"), 0.1 * rs.L1().on(rs.outputs("relu"))],
     "proximal": [0.1 * rs.L1().on("*.weight", how="proximal"), rs.MaxNorm(0.5).on("head.weight")],
     "group": [0.1 * rs.GroupLasso().on("first.weight", how="proximal"), rs.NonNegative().on("head.weight")],
@@ -58,6 +66,28 @@ def train(plan, reentrant, rank=0, ranks=1, **wrap):
     return [p.detach() for p in model.parameters()]
 
 
+def statistics(x, compiled=False):
+    """Value and gradients of statistics of a batch, alone."""
+    torch.manual_seed(1)
+    model = Net().double()
+    penalty = 0.3 * rs.KLSparsity(0.2) + rs.Decorrelation()
+    with rs.attach(model, penalty.on(rs.outputs("first", via=torch.sigmoid))) as reg:
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        loss = reg.loss(0 * run(x).sum())
+        loss.backward()
+    torch.compiler.reset()
+    return [loss.detach(), *(p.grad for p in model.first.parameters())]
+
+
+def of_unequal_batches(rank, compiled):
+    """Those of two ranks with five and three samples, gradients averaged as DDP does."""
+    torch.manual_seed(0)
+    value, *gradients = statistics(torch.randn(8, 4, dtype=torch.float64).split([5, 3])[rank], compiled)
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return [value, *(gradient / RANKS for gradient in gradients)]
+
+
 def run_rank(rank, port, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -75,7 +105,8 @@ def run_rank(rank, port, results):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
-    results[rank] = (trained, shared, [str(w.message) for w in caught])
+    unequal = [of_unequal_batches(rank, compiled) for compiled in (False, True)]
+    results[rank] = (trained, shared, [str(w.message) for w in caught], unequal)
     dist.barrier()
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 
@@ -116,6 +147,14 @@ def test_two_ranks_equal_one_process(ranks, case):
 
 
 def test_ranks_that_share_one_random_state_are_warned_of(ranks):
-    for _, shared, apart in ranks.values():
+    for _, shared, apart, _ in ranks.values():
         assert any("share one random state" in message for message in shared)
         assert not apart
+
+
+def test_statistics_of_unequal_batches_are_those_of_all_samples(ranks):
+    torch.manual_seed(0)
+    expected = statistics(torch.randn(8, 4, dtype=torch.float64))
+    for *_, unequal in ranks.values():
+        for found in unequal:
+            torch.testing.assert_close(found, expected)

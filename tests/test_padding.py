@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
-from restrain.errors import CaptureError, PenaltyError, PlanError, SelectionError
+from restrain.errors import CaptureError, NeverFiredError, PenaltyError, PlanError, SelectionError
 
 LENGTHS = [5, 3, 1, 4]
 MASK = torch.arange(5) < torch.tensor(LENGTHS)[:, None]
@@ -240,11 +240,49 @@ def test_what_does_not_fit_is_refused():
         caught(rs.outputs("tanh", lengths="lengths"), x, lengths=[5, 9])
     with pytest.raises(CaptureError, match="use_reentrant=False"):
         caught(rs.outputs("tanh", mask=1), x.requires_grad_(), MASK, net=Net(True))
-    net = Net()
-    rs.attach(net, rs.L1().on(rs.outputs("tanh", mask=1)))
-    with pytest.raises(CaptureError, match="outside the model's forward"):
-        net.tanh(x)
+
+
+class Outer(nn.Module):
+    """A checkpoint around one."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(False).double()
+
+    def forward(self, x, mask):
+        return checkpoint(self.last, x, mask, use_reentrant=False)
+
+    def last(self, x, mask):
+        return self.net(x).sin()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_checkpoint_within_a_checkpoint(whole):
+    outer, x = Outer(), sequences().requires_grad_()
+    reg = rs.attach(outer, rs.L2().on(rs.outputs("net.tanh", mask=1)))
+    total = 0
+    for mask in (MASK, MASK.flip(0)):
+        out = checkpoint(outer, x, mask, use_reentrant=False) if whole else outer(x, mask)
+        total = total + reg.loss(out.square().sum())
+    total.backward()
+    twin = Net().double()
+    twin.load_state_dict(outer.net.state_dict())
+    h = twin.block(x)
+    expected = 2 * twin.head(h).sin().square().sum() + (h[MASK].square().sum() + h[MASK.flip(0)].square().sum()) / 4
+    expected.backward()
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close([p.grad for p in outer.net.parameters()], [p.grad for p in twin.parameters()])
+
+
+def test_a_layer_called_alone_does_not_count():
+    net, x = Net(), sequences().float()
+    reg = rs.attach(net, rs.L1().on(rs.outputs("tanh", mask=1)))
+    h = net.block(x)
+    with pytest.raises(NeverFiredError):
+        reg.penalty()
     net(x, MASK)
+    net.block(x)
+    torch.testing.assert_close(reg.penalty(), h[MASK].abs().sum() / 4)
 
 
 def test_what_cannot_be_is_refused_at_once():

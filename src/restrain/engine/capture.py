@@ -35,8 +35,8 @@ class Gate(Protocol):
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
 
-    def inputs(self) -> Inputs:
-        """What the model's forward was called with."""
+    def inputs(self) -> Inputs | None:
+        """What the model's forward was called with; None outside of one."""
 
 
 class LayerHook:
@@ -76,10 +76,13 @@ class LayerHook:
         way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
-        padded = tap.spot.place.padded
-        if padded and mode == "recompute" and not recomputing_saved_tensors():
-            return result  # the first pass gave no value
-        value = tap.evaluate(structure, way, module, self.gate.inputs() if padded else None)
+        inputs = None
+        if tap.spot.place.padded:
+            if mode != "recompute" or recomputing_saved_tensors():
+                inputs = self.gate.inputs()
+            if inputs is None:
+                return result  # a layer that is called alone: which positions count isn't known
+        value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)
             return result

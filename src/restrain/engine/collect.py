@@ -99,14 +99,14 @@ class Forwards:
             self.number += 1
             self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
 
-    def inputs(self) -> Inputs:
-        """What the model's forward was called with, for a layer that is called now.
+    def inputs(self) -> Inputs | None:
+        """What the model's forward was called with, for a layer that is called now; None outside of a forward.
 
         Raises:
             CaptureError: it can't be told.
         """
         if torch.compiler.is_compiling():
-            return self._inputs[-1]
+            return self._inputs[-1] if self._inputs else None
         if not torch.is_grad_enabled():
             raise CaptureError(
                 "a place with mask= or lengths= is inside a reentrant checkpoint, whose recomputation doesn't know "
@@ -115,15 +115,9 @@ class Forwards:
         frame = checkpoint_frame()
         if in_backward() and frame in self._of_frames:
             return self._of_frames[frame]
-        if not self._inputs:
-            raise CaptureError(
-                "a layer whose place has mask= or lengths= was called outside the model's forward"
-                + (", in a checkpoint within a checkpoint" if in_backward() else "")
-                + ": its mask is unknown there"
-            )
-        if frame is not None:
+        if frame is not None and self._inputs:
             self._of_frames[frame] = self._inputs[-1]
-        return self._inputs[-1]
+        return self._inputs[-1] if self._inputs else None
 
     def end(self, output: Any) -> None:
         """The forward ended, with None for an output if it failed; what a failed one left is dropped."""

@@ -17,6 +17,7 @@ from restrain.engine.padding import Inputs, positional
 from restrain.engine.taps import Tap, Watch
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties.statistics import resting
 
 Monitors = dict[str, float]
 
@@ -113,7 +114,7 @@ class Looking:
         values: dict[str, Tensor] = {}
         for bound in self.reg._bounds if self.reg is not None else ():
             if bound.taps:
-                with torch.no_grad():
+                with torch.no_grad(), resting():
                     values[bound.key] = torch.stack([self._value(tap) for tap in bound.taps]).sum()
             elif isinstance(bound.rule.what, NetworkPenalty):
                 outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}

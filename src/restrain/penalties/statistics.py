@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -130,8 +133,7 @@ class KLSparsity(Penalty):
         _check_unit_interval(samples.x, self)
         mean, size = samples.mean()
         if memory is not None:
-            if torch.is_grad_enabled():  # not in evaluation
-                memory.keep(mean.detach(), size)
+            memory.keep(mean.detach(), size)
             mean = memory.mixed(mean, self.momentum)
         off = mean - self.rate
         value = -self.rate * _log1p(off / self.rate) - (1 - self.rate) * _log1p(-off / (1 - self.rate))
@@ -160,6 +162,25 @@ def _log1p(u: Tensor) -> Tensor:
     return safe.log1p() + (u - safe) / _EDGE
 
 
+class _Resting(threading.local):
+    """How many `resting` this thread is in."""
+
+    depth = 0
+
+
+_resting = _Resting()
+
+
+@contextmanager
+def resting() -> Iterator[None]:
+    """Within it, running means are looked at but not fed: for evaluation."""
+    _resting.depth += 1
+    try:
+        yield
+    finally:
+        _resting.depth -= 1
+
+
 class _Memory:
     """An exponentially weighted mean over optimizer steps, and the sum of the means since the last one.
 
@@ -172,7 +193,9 @@ class _Memory:
         self.pending, self.count = torch.zeros(0), torch.zeros(1)
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
-        """Note a batch's mean for the next step, unless it is of nothing or not finite."""
+        """Note a batch's mean for the next step, unless it is of nothing, not finite, or noted before."""
+        if not torch.compiler.is_compiling() and (_resting.depth or torch._C._current_graph_task_id() >= 0):
+            return  # evaluation, or a checkpoint's recomputation in backward
         good = (mean.isfinite() & (size > 0)).all()
         if self.pending.shape != mean.shape or self.pending.device != mean.device:
             self.pending = torch.zeros_like(mean)
