@@ -9,6 +9,8 @@ from torch import nn
 
 import restrain as rs
 from restrain.errors import PenaltyError, SelectionError
+from restrain.models import keywords
+from restrain.models.specs import resolve
 
 
 def of(penalty, h, dim=0, mask=None):
@@ -350,11 +352,25 @@ def test_decoder_l1_refuses():
 # Keywords of the models
 
 
+KL = {"strength": 0.5, "rate": 0.1, "momentum": 0.5}
+
+
 def test_keywords_of_the_models_act_on_hidden_layers():
+    context = keywords.Context(resolve([5, (7, "sigmoid"), (3, "rnn"), 2]))
+    made = keywords.rules({"klsparsity": KL, "statechange": 0.1, "hoyer": 0.2, "entropy": {"on": "out"}}, context)
+    assert [repr(rule.where) for rule in made[:2]] == [
+        repr(rs.outputs(names)) for names in (["hid1", "hid2"], ["hid2"])
+    ]
+    assert made[2].where == rs.weights
+    assert repr(made[3].where) == repr(rs.outputs(["out"]))
+
+
+def test_validation_does_not_feed_the_running_mean():
     x = np.random.default_rng(0).random((24, 5)).astype("f4")
-    net = rs.Autoencoder([5, (7, "sigmoid"), 5])
-    given = {"strength": 0.5, "rate": 0.1, "momentum": 0.5}
-    net.train(x, epochs=2, klsparsity=given, confidence=1e-3, valid=x, batch_size=6)
+    trained = []
+    for valid in (None, x[:7]):
+        net = rs.Autoencoder([5, (7, "sigmoid"), 5], random_state=0, batch_size=6, shuffle=False)
+        net.train(x, epochs=3, klsparsity=KL, valid=valid)
+        trained.append(net.module_.state_dict())
     assert net.history_[-1]["klsparsity"] > 0
-    rules = {rule.name: rule.where for rule in net.plan_.rules} if hasattr(net, "plan_") else {}
-    assert all("hid1" in repr(where) for where in rules.values())
+    torch.testing.assert_close(*trained, rtol=0, atol=0)

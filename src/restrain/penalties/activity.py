@@ -27,7 +27,7 @@ class Hoyer(Penalty):
     entries are zero. Of a parameter it is that of the whole tensor, on outputs that of each sample, averaged. Hoyer's
     own measure, of one tensor of n entries, is (√n - √value) / (√n - 1).
 
-    Source: Yang, Wen and Li (2020), DeepHoyer, eq. 3; Hoyer (2004) for the measure.
+    Source: Yang, Wen and Li (2020), DeepHoyer; Hoyer (2004) for the measure.
 
     >>> rs.Hoyer()(torch.tensor([3.0, -4.0])), rs.Hoyer()(torch.tensor([0.0, 7.0]))
     (tensor(1.9600), tensor(1.))
@@ -68,7 +68,7 @@ class Entropy(Penalty):
     Args:
         per: the axis of the classes; by default the last of outputs of up to three axes.
 
-    Source: Grandvalet and Bengio (2005), eq. 6, the second term.
+    Source: Grandvalet and Bengio (2005), semi-supervised learning by entropy minimization.
 
     >>> rs.Entropy()(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
     tensor(0.6931)
@@ -99,7 +99,7 @@ class Confidence(Penalty):
     Args:
         per: the axis of the classes; by default the last of outputs of up to three axes.
 
-    Source: Pereyra and others (2017), eq. 1.
+    Source: Pereyra and others (2017), regularizing neural networks by penalizing confident output distributions.
 
     >>> rs.Confidence()(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
     tensor(0.6931)
@@ -157,7 +157,7 @@ class L0(Penalty):
         threshold: zero or more, so that zeros don't count.
         bandwidth: in units of the activation. Narrow is a gradient for few entries, wide a biased one.
 
-    Source: Rajamanoharan and others (2024), JumpReLU sparse autoencoders, eq. 9 and 11, with a rectangle as kernel.
+    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders; the kernel is a rectangle.
 
     >>> h = torch.tensor([0.0, 0.5, 0.52, 3.0])
     >>> rs.L0(0.5, 0.1)(h), rs.L0(0.5, 0.1).gradient(h)
