@@ -117,6 +117,23 @@ def test_ways_to_say_it(way):
         net(x)  # in evaluation nothing is asked for
 
 
+@pytest.mark.parametrize("penalty", [rs.L1(), rs.NormChange(), rs.KLSparsity(0.2), rs.Entropy()], ids=repr)
+def test_the_comparison_notices_padding_that_counts(penalty):
+    h = torch.rand(4, 5, 3)
+    for mask in (None, MASK.flip(0)[..., None]):
+        assert abs(float(penalty.over_batch(h, 0, mask) / by_hand(penalty, h)) - 1) > 1e-2
+
+
+def test_the_models_own_input_and_output_and_a_forward_that_failed():
+    net, x = Net().double(), sequences()
+    plan = [rs.L2().on(rs.outputs(mask="attention_mask")), rs.L2().on(rs.inputs(mask="attention_mask"))]
+    with rs.attach(net, plan) as reg:
+        with pytest.raises(RuntimeError):
+            net(x[..., :2], ~MASK)
+        out = net(x=x, attention_mask=MASK)
+        torch.testing.assert_close(reg.penalty(), (out[MASK].square().sum() + x[MASK].square().sum()) / 4)
+
+
 def test_batches_along_the_second_axis():
     gru, x = nn.GRU(3, 4).double(), sequences().transpose(0, 1).contiguous()
 
