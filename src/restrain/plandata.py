@@ -25,6 +25,7 @@ from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty)
+_PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths")
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
 
@@ -167,10 +168,10 @@ def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
     which = None if data[kind] in ("", None) else data[kind]  # "" is the model itself: TOML has no null
     if isinstance(which, int) and not isinstance(which, bool):
         which = str(which)  # a layer called 0, which YAML reads as a number
-    unknown = set(data) - {kind, "via", "index", "batch_dim", "calls"}
+    unknown = set(data) - {kind, "via", *_PLACE_OPTIONS}
     if unknown:
-        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, index, batch_dim, calls")
-    options = {key: data[key] for key in ("index", "batch_dim", "calls") if key in data}
+        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, {', '.join(_PLACE_OPTIONS)}")
+    options = {key: data[key] for key in _PLACE_OPTIONS if key in data}
     chosen = None if which is None else as_where(_read_where(which))
     return make_place(kind, chosen, via=_function(data.get("via")), **options)
 
@@ -261,7 +262,10 @@ def _write_where(where: Any) -> Any:
                     f"via={where.via!r} can't be written: only functions of torch or torch.nn.functional can"
                 )
             data["via"] = name
-        options = {"index": where.index, "batch_dim": where.batch_dim, "calls": where.calls}
+        options = {key: getattr(where, key) for key in _PLACE_OPTIONS}
+        for key in ("mask", "lengths"):
+            if callable(options[key]):
+                raise PlanError(f"{key}={options[key]!r} can't be written: only a name or position of an argument can")
         return {**data, **{k: v for k, v in options.items() if v is not None and v != "mean"}}
     raise PlanError(
         f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"

@@ -18,6 +18,7 @@ from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.injection import Root
+from restrain.engine.padding import positional
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.taps import Spot
@@ -109,7 +110,10 @@ class Attachment:
     def _attach_hooks(self, model: nn.Module) -> None:
         """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
         if self._loss_rules:
-            self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
+            padded = any(tap.spot.place.padded for bound in self._bounds for tap in bound.taps)
+            self._forwards.names = positional(model) if padded else None
+            begins = RootBegins(self._forwards)
+            self._handles.append(model.register_forward_pre_hook(begins, prepend=True, with_kwargs=padded))
         hooks: dict[tuple[int, str], LayerHook] = {}
         for bound in self._bounds:
             self._forwards.taps += bound.taps
@@ -352,7 +356,11 @@ class Attachment:
             work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
-                tensor.copy_(state["kept"][name][key])
+                saved = state["kept"][name][key]
+                if tensor.numel():
+                    tensor.copy_(saved)
+                else:  # it has the size and type that a first batch gives
+                    tensor.data = saved.detach().clone()
 
     def __enter__(self) -> Self:
         return self

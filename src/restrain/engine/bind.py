@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from restrain.engine import padding
 from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
@@ -109,7 +110,10 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
             device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            bound.taps = [Tap(watch, rule.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            what = rule.what.bound_in(sites[0].module)
+            for place in {spot.place for spot in bound.spots if spot.place.padded}:
+                padding.check(place, what, sites[0].module)
+            bound.taps = [Tap(watch, what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
     try:
@@ -158,6 +162,8 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
         if isinstance(rule.what, Noise):
             rule.what.suits(target.layer.module, target.place.kind)
+        if target.place.padded and not isinstance(rule.what, Penalty):
+            raise SelectionError(f"mask= and lengths= are for penalties at one place, not for {rule.what!r}")
     return [Spot.of(target) for target in targets]
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from restrain.engine import structures
 from restrain.engine.draws import Draws
 from restrain.engine.injection import Inject, recomputing_saved_tensors
+from restrain.engine.padding import Inputs
 from restrain.engine.taps import Spot, Tap, Watch, batch_dim
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.transforms.base import Noise
@@ -35,6 +36,9 @@ class Gate(Protocol):
 
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
+
+    def inputs(self) -> Inputs | None:
+        """What the model's forward was called with; None outside of one."""
 
 
 class LayerHook(Draws):
@@ -88,7 +92,13 @@ class LayerHook(Draws):
         way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
-        value = tap.evaluate(structure, way, module)
+        inputs = None
+        if tap.spot.place.padded:
+            if mode != "recompute" or recomputing_saved_tensors():
+                inputs = self.gate.inputs()
+            if inputs is None:
+                return result  # a layer that is called alone: which positions count isn't known
+        value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)
             return result

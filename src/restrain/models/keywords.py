@@ -9,7 +9,7 @@
     input_dropout, hidden_dropout, output_...  dropout at that rate, in training only
     noise, dropout                             {glob over layers: deviation or rate}
     nonnegative, max_norm                      constraints on weights
-    any registered name                        a penalty on weights, of that strength
+    any registered name                        a penalty of that strength, on weights or (klsparsity, ...) hidden layers
     regularizers                               a list of rules
 
 A number is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name, every, optional, and the
@@ -31,9 +31,9 @@ from typing import Any
 
 from restrain import registry
 from restrain.errors import PlanError, RestrainError
-from restrain.models.penalties import Contractive, RecurrentNorm, RecurrentState
+from restrain.models.penalties import Contractive
 from restrain.models.specs import RECURRENT, LayerData, hidden
-from restrain.penalties import L1, L2, NetworkPenalty
+from restrain.penalties import L1, L2, NetworkPenalty, NormChange, Penalty, StateChange
 from restrain.places import JoinedPlaces, Place, Places, inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule, What
@@ -55,8 +55,8 @@ WEIGHTS: dict[str, type[What]] = {"weight_l1": L1, "weight_l2": L2, "weight_deca
 ACTIVATIONS: dict[str, type[What]] = {
     "hidden_l1": L1,
     "contractive": Contractive,
-    "recurrent_norm": RecurrentNorm,
-    "recurrent_state": RecurrentState,
+    "recurrent_norm": NormChange,
+    "recurrent_state": StateChange,
 }
 NOISES: dict[str, type[What]] = {
     f"{place}_{kind}": what
@@ -183,6 +183,8 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
     options = {key: given[key] for key in OPTIONS if key in given and key not in ("strength", "on")}
     options.setdefault("name", keyword)
     on = given.get("on")
+    if keyword == "recurrent_norm":
+        settings.setdefault("squared", True)
     if keyword == "recurrent_state" and options.get("reduce") == "mean":
         options["reduce"], settings["per_unit"] = "sum", True
         on = context.default(keyword) if on is None else on
@@ -232,6 +234,10 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
         return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
     if keyword in ACTIVATIONS or (isinstance(what, Noise) and what.on_places):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    if any(leaf.at_outputs for leaf in leaves):
+        layers = "recurrent" if all(isinstance(leaf, NormChange | StateChange) for leaf in leaves) else "hidden"
+        return what.on(context.places(context.default(layers) if on is None else on), **options)
     if isinstance(on, Places):
         return what.on(on, **options)
     if isinstance(what, Transform):

@@ -1,4 +1,4 @@
-"""Penalties of the keyword models which need to know the network: of the Jacobian, and of changes over time."""
+"""The penalty of the keyword models which needs to know the network: of the Jacobian."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError
-from restrain.penalties import NetworkPenalty, Penalty
-from restrain.penalties.base import Tensors
+from restrain.penalties import NetworkPenalty
 
 INPUT = ":inputs"  # what the model's own input is called among the outputs that a penalty on the network is given
 _AT_ONCE = 2**22  # entries of the Jacobian that are computed together
@@ -74,35 +73,3 @@ def _squared_jacobian(h: Tensor, x: Tensor) -> Tensor:
         )
         value = value + jacobian.square().sum()
     return value
-
-
-@dataclass(frozen=True)
-class RecurrentState(Penalty, register=False):
-    """Mean over batch and transitions of ‖hₜ₊₁ - hₜ‖², h of shape (batch, time, units); zero for a single step.
-
-    Args:
-        per_unit: the mean over units too, as theanets computes it.
-
-    Source: Krueger and Memisevic (2015), where it is the alternative to the norm stabiliser.
-    """
-
-    per_unit: bool = False
-
-    def __call__(self, w: Tensors) -> Tensor:
-        """The mean for one sequence, of shape (time, units), or the sum of those of several."""
-        change: Tensor = w.diff(dim=-2).square().sum() / max(w.shape[-2] - 1, 1)
-        return change / w.shape[-1] if self.per_unit else change
-
-
-@dataclass(frozen=True)
-class RecurrentNorm(Penalty, register=False):
-    """Mean over batch and transitions of (‖hₜ₊₁‖² - ‖hₜ‖²)², h of shape (batch, time, units).
-
-    Source: Krueger and Memisevic (2015), eq. 1, with squared lengths, which are smooth at zero.
-    """
-
-    def __call__(self, w: Tensors) -> Tensor:
-        """The mean for one sequence, of shape (time, units), or the sum of those of several."""
-        lengths: Tensor = w.square().sum(-1)
-        value: Tensor = lengths.diff(dim=-1).square().sum() / max(w.shape[-2] - 1, 1)
-        return value

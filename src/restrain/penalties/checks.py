@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
@@ -23,15 +23,17 @@ def checked_strength(strength: Any) -> float:
     return number
 
 
-def checked_setting(name: str, number: float, low: float, high: float) -> None:
-    """Refuse a setting that isn't a finite number between `low` and `high`, both excluded.
+def checked_setting(name: str, number: float, low: float, high: float = inf, *, closed: bool = False) -> None:
+    """Refuse a setting that isn't a finite number above `low` (or that, if `closed`) and below `high`.
 
     Raises:
         PenaltyError: so it is.
     """
-    if not isinstance(number, Real) or isinstance(number, bool) or not (isfinite(number) and low < number < high):
-        between = f"between {low:g} and {high:g}" if isfinite(high) else f"above {low:g}" if isfinite(low) else ""
-        raise PenaltyError(f"{name}= is a finite number{' ' * bool(between)}{between}; got {number!r}")
+    inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
+    if not inside or not (low < number < high or (closed and number == low)):
+        least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
+        most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
+        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
 
 
 def batch_size(h: Tensor, dim: int) -> int:
@@ -43,3 +45,14 @@ def batch_size(h: Tensor, dim: int) -> int:
     if not -h.dim() <= dim < h.dim():
         raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
     return h.shape[dim]
+
+
+def checked_axis(name: str, axis: Any) -> int | None:
+    """An axis, or None for the usual one.
+
+    Raises:
+        PenaltyError: it is something else.
+    """
+    if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+        raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")
+    return axis
