@@ -8,6 +8,7 @@
 """
 
 from restrain import errors
+from restrain import schedule as schedules
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
@@ -15,6 +16,7 @@ from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, N
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
+from restrain.schedule import Target
 from restrain.select import biases, embeddings, glob, norms, weights
 from restrain.transforms import (
     Constraint,
@@ -48,6 +50,7 @@ __all__ = [
     "Plan",
     "Rule",
     "Standardize",
+    "Target",
     "Transform",
     "UnitNorm",
     "activations",
@@ -61,6 +64,7 @@ __all__ = [
     "outputs",
     "recording",
     "regularized",
+    "schedules",
     "scope",
     "weights",
 ]

@@ -18,6 +18,7 @@ from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
 from restrain.engine.injection import Root
 from restrain.engine.steps import Stepper, Work
+from restrain.engine.strengths import Strengths
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
@@ -87,6 +88,7 @@ class Attachment:
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
+        self._strengths = Strengths(self._bounds)
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
@@ -266,6 +268,15 @@ class Attachment:
         self._collect(data_loss)
         return report.measure(self._bounds, self.model, self._forwards, data_loss)
 
+    def strengths(self) -> dict[str, float]:
+        """{rule: its strength now} of the strengths that move: of schedules and of targets."""
+        return {moving.key: float(moving.now) for moving in self._strengths.moving}
+
+    def next_epoch(self) -> None:
+        """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.epochs += 1
+        self._strengths.refill(self._clock.steps, self._clock.epochs)
+
     def table(self, values: bool = False) -> str:
         """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
         return report.table(self._bounds, self.model, self.values() if values else None)
@@ -292,9 +303,10 @@ class Attachment:
 
     @torch.no_grad()
     def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step: let those that keep tensors bring them up to date."""
+        """After a real step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
             what.stepped(None if handle is None else handle.find(root))
+        self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def state_dict(self) -> dict[str, Any]:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
@@ -302,8 +314,10 @@ class Attachment:
             "version": 1,
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
+            "epochs": self._clock.epochs,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
+            "strengths": self._strengths.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -325,6 +339,8 @@ class Attachment:
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
                 tensor.copy_(state["kept"][name][key])
+        self._clock.epochs = state["epochs"]
+        self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
 
     def __enter__(self) -> Self:
         return self

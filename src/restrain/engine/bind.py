@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
+from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
@@ -40,6 +41,8 @@ class Bound:
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the table says of it
+    moving: list[Moving] = field(default_factory=list)  # its strengths that move
+    what: Any = None  # what the rule does, with the tensors of such strengths in it
 
     @property
     def names(self) -> list[str]:
@@ -71,13 +74,16 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     rule, mean = bound.rule, bound.rule.reduce == "mean"
+    device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
     if isinstance(rule.where, Places):
         bound.spots = _spots(rule, rule.where, sites)
         if isinstance(rule.what, Penalty):
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
-            device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            bound.taps = [Tap(watch, rule.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            bound.taps = [Tap(watch, bound.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            for tap in bound.taps:
+                tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
     try:
@@ -86,7 +92,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if not rule.optional:
             raise
         chosen = []
-    bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot)) for slot in chosen]
     outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
     bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs]
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
@@ -123,7 +129,7 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
     return [Spot.of(target) for target in targets]
 
 
-def _resolve(rule: Rule, slot: Slot) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -134,8 +140,8 @@ def _resolve(rule: Rule, slot: Slot) -> What:
         raise HowError(
             f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
         )
-    if not isinstance(rule.what, Penalty) and rule.how != "project":
-        return rule.what
+    if not isinstance(what, Penalty) and rule.how != "project":
+        return what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
         raise HowError(
@@ -143,12 +149,12 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             "isn't enough either; use DDP"
         )
     if is_lazy(tensor):
-        if rule.how == "loss" and rule.what.entrywise:
-            return rule.what
+        if rule.how == "loss" and what.entrywise:
+            return what
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return rule.what.bound_to(slot.location())
+    return what.bound_to(slot.location())
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

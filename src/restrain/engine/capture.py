@@ -72,6 +72,9 @@ class LayerHook:
         way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
+        if mode != "recompute":
+            for activity in tap.activities:
+                activity.add(tap.spot.seen(structures.get(structure, way)))
         value = tap.evaluate(structure, way, module)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)

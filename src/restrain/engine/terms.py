@@ -29,4 +29,4 @@ def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) 
     """Strength × value of a penalty on the whole network, given named outputs."""
     parameters = {handle.name: handle.find(root) for handle, _ in bound.parameters}
     trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    return bound.rule.what(trained, outputs)  # type: ignore[operator, no-any-return]
+    return bound.what(trained, outputs)  # type: ignore[no-any-return]
