@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, isfinite, log, pi, prod
+from math import cos, isfinite, pi, prod
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -73,7 +73,9 @@ class Schedule(Strength):
         t = epoch if self.unit == "epoch" else step
         found = self.value(t)
         if not _is_strength(found):
-            raise PenaltyError(f"{self!r} gives {found!r} at {self.unit} {t}; a strength is a finite number, zero or more")
+            raise PenaltyError(
+                f"{self!r} gives {found!r} at {self.unit} {t}; a strength is a finite number, zero or more"
+            )
         return float(found)
 
 
@@ -173,7 +175,7 @@ class Exponential(_Ramp):
             raise PenaltyError(f"Exponential goes from one strength above zero to another; got {self!r}")
 
     def between(self, part: float) -> float:
-        return self.start ** (1 - part) * self.end**part
+        return float(self.start ** (1 - part) * self.end**part)
 
 
 @dataclass(frozen=True, repr=False)
@@ -271,7 +273,7 @@ class Target(Strength):
       parameters, right after a step.
 
     A controller moves the logarithm of the strength by PI control: every so many steps by the rate times the error
-    (in logits of a share, in the logarithm of a norm; cut at ±1), and by `damping` times the error's change. The rate
+    (in parts of a norm, or of p (1 - p) of a share p; cut at ±1), and by `damping` times the error's change. The rate
     is halved when the error changes its sign and grows back while it doesn't, which damps what lags behind.
 
     Args:
@@ -316,7 +318,7 @@ class Target(Strength):
             raise PenaltyError(
                 f"a target is one of {', '.join(f'{name}=' for name in KINDS)}; got {' and '.join(asked) or 'none'}"
             )
-        if not (_is_strength(self.goal) and 0 < self.goal and (self.kind == "norm" or self.goal < 1)):
+        if not (_is_strength(self.goal) and self.goal > 0 and (self.kind == "norm" or self.goal < 1)):
             limits = "above 0" if self.kind == "norm" else "above 0 and below 1"
             raise PenaltyError(f"{self.kind}= of a target is a number {limits}; got {self.goal!r}")
         _check_strengths(self, "start", "low", "high", "smoothing", "gain", "damping", "above")
@@ -345,20 +347,11 @@ class Target(Strength):
 
     def error(self, measured: float) -> float:
         """How far the strength is from enough: above zero where it is too weak, from -1 to 1."""
-        size = _log if self.kind == "norm" else _logit
-        missing = size(self.goal) - size(measured)
+        missing = (self.goal - measured) / (self.goal if self.kind == "norm" else self.goal * (1 - self.goal))
         return max(-1.0, min(1.0, missing if self.kind in ("zeros", "gradient_share") else -missing))
 
 
 KINDS = ("zeros", "norm", "active", "gradient_share")
-
-
-def _log(x: float) -> float:
-    return log(max(x, 1e-30))
-
-
-def _logit(x: float) -> float:
-    return _log(x) - _log(1 - x)
 
 
 def given_fields(strength: Any) -> dict[str, Any]:
@@ -370,7 +363,7 @@ def given_fields(strength: Any) -> dict[str, Any]:
 
 
 def _is_strength(number: Any) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and number >= 0
+    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and float(number) >= 0
 
 
 def checked_number(name: str, number: Any) -> float:

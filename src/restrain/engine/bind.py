@@ -81,7 +81,9 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if isinstance(rule.what, Penalty):
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            bound.taps = [Tap(watch, bound.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            bound.taps = [
+                Tap(watch, bound.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches
+            ]
             for tap in bound.taps:
                 tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)

@@ -13,6 +13,7 @@ from restrain.engine.bind import Bound
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.checks import at_hand
 from restrain.penalties.network import ScaledNetwork
 
 
@@ -87,7 +88,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         row = [
             bound.key,
             bound.rule.how,
-            f"{float(what.strength):g}"
+            f"{float(at_hand(what.strength, what)):g}"
             if isinstance(what, (Scaled, ScaledNetwork))
             else "1"
             if isinstance(what, (Penalty, NetworkPenalty))

@@ -21,7 +21,7 @@ from restrain.penalties import Penalty
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 
-_SLOWEST = 1 / 64  # the least rate, as a part of the greatest
+_SLOWEST = 1 / 8  # the least rate, as a part of the greatest
 _PATIENCE = 50  # measurements at a bound before a warning
 _NEAR = 0.02
 
@@ -83,7 +83,9 @@ class Controller:
         log = min(max(wanted, low), high)
         stuck = float(self.stuck) + 1 if log in (low, high) and abs(measured / target.goal - 1) > _NEAR else 0.0
         for tensor, value in zip(
-            (self.log, self.rate, self.measured, self.error, self.stuck), (log, rate, measured, error, stuck), strict=True
+            (self.log, self.rate, self.measured, self.error, self.stuck),
+            (log, rate, measured, error, stuck),
+            strict=True,
         ):
             tensor.fill_(value)
         if stuck < _PATIENCE or self.warned:
@@ -116,7 +118,9 @@ class Moving:
         if len(targets) > 1:
             raise PenaltyError(f"{source!r} has several targets, and one strength can't reach more than one")
         active = [Activity(target.above, device) for target in targets if target.kind == "active"]
-        moving = cls(rule, key, source, controllers=[Controller(t) for t in targets], activity=active[0] if active else None)
+        moving = cls(
+            rule, key, source, controllers=[Controller(t) for t in targets], activity=active[0] if active else None
+        )
         moving.refill(0, 0)
         return moving
 
@@ -128,7 +132,9 @@ class Moving:
         """
         value = self.rest(step, epoch) * math.prod(math.exp(controller.log) for controller in self.controllers)
         if not math.isfinite(value):
-            raise PenaltyError(f"{self.source!r} gives {value} at step {step}; a strength is a finite number, zero or more")
+            raise PenaltyError(
+                f"{self.source!r} gives {value} at step {step}; a strength is a finite number, zero or more"
+            )
         self.now.fill_(value)
 
     def rest(self, step: int, epoch: int) -> float:
@@ -192,7 +198,9 @@ def _check(target: Target, rule: Rule) -> None:
     if target.kind == "zeros" and rule.how != "proximal":
         raise HowError(f"{target!r} needs how='proximal': by how={rule.how!r} no entry becomes exactly zero")
     if target.kind == "gradient_share" and not isinstance(rule.what, Penalty):
-        raise HowError(f"{target!r} isn't known for a penalty on the whole network, {rule.what!r}: use norm=, or a number")
+        raise HowError(
+            f"{target!r} isn't known for a penalty on the whole network, {rule.what!r}: use norm=, or a number"
+        )
 
 
 def _sum(parts: Sequence[Tensor]) -> float:

@@ -261,7 +261,8 @@ class Scaled(Penalty, register=False):
     def gradient(self, w: Tensor) -> Tensor:
         if is_off(self.strength):
             return torch.zeros_like(w)
-        return (at_hand(self.strength, self) * self.penalty.gradient(at_least_float32(w))).to(w.dtype)
+        x = at_least_float32(w)
+        return times(at_hand(self.strength, self), self.penalty.gradient(x)).to(w.dtype)
 
     def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
         if is_off(self.strength):

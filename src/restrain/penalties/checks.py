@@ -18,7 +18,9 @@ def checked_strength(strength: Any) -> float:
         PenaltyError: it isn't a finite real number, zero or more.
     """
     if isinstance(strength, Strength):
-        raise PenaltyError(f"{strength!r} moves, so it multiplies a penalty, as in {strength!r} * rs.L1(); write a number here")
+        raise PenaltyError(
+            f"{strength!r} moves, so it multiplies a penalty, as in {strength!r} * rs.L1(); write a number here"
+        )
     return checked_number("a strength", strength)
 
 
@@ -47,7 +49,8 @@ def at_hand(strength: Any, penalty: object) -> Any:
 
 def times(strength: Any, value: Tensor) -> Tensor:
     """strength · value, in the value's own dtype."""
-    return (strength.to(value.dtype) if isinstance(strength, Tensor) else strength) * value
+    result: Tensor = (strength.to(value.dtype) if isinstance(strength, Tensor) else strength) * value
+    return result
 
 
 def is_off(strength: Any) -> bool:
