@@ -307,7 +307,7 @@ class Target(Strength):
     every: int = 10
     smoothing: float = 0.5
     gain: float = 0.25
-    damping: float = 0.5
+    damping: float = 0.75
     above: float = 0.0
 
     prefix = ""

@@ -21,7 +21,7 @@ from restrain.penalties import Penalty
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 
-_SLOWEST = 1 / 8  # the least rate, as a part of the greatest
+_SLOWEST = 1 / 4  # the least rate, as a part of the greatest
 _PATIENCE = 50  # measurements at a bound before a warning
 _NEAR = 0.02
 
