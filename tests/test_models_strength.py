@@ -28,8 +28,10 @@ def test_a_fit_that_failed_goes_on_where_it_was(tmp_path):
 
 
 def test_a_target_is_reached_in_a_fit():
-    target = rs.Target(norm=3.0, start=1e-3, every=2)
-    found = rs.Classifier(hidden=(20,), weight_l2=target, epochs=120, batch_size=20, random_state=0).fit(X, Y)
+    target = rs.Target(norm=3.0, start=1e-3, every=5)
+    found = rs.Classifier(
+        hidden=(20,), weight_l2=target, epochs=120, batch_size=20, learning_rate=0.01, random_state=0
+    ).fit(X, Y)
     square = sum(p.detach().square().sum() for p in found.module_.parameters() if p.dim() > 1)
     assert float(square) ** 0.5 == pytest.approx(3.0, rel=0.02)
 
