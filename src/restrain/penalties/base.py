@@ -345,7 +345,7 @@ class Sum(Penalty, register=False):
         x = at_least_float32(w)
         step = as_step(step, x)
         x = shrink_entries(x, step, l1, l2)
-        for strength, leaf in others:
+        for strength, leaf in (pair for pair in others if not is_off(pair[0])):
             x = leaf.prox(x, strength * step / (1 + 2 * l2 * step))
         return x.to(w.dtype)
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError, SelectionError
-from restrain.penalties.checks import at_hand, checked_factor, shown, times
+from restrain.penalties.checks import at_hand, checked_factor, is_off, nothing, shown, times
 from restrain.rules import How, What
 from restrain.schedule import Strength
 
@@ -90,6 +91,8 @@ class ScaledNetwork(NetworkPenalty, register=False):
         return f"{shown(self.strength)} * {inner}"
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        if is_off(self.strength):
+            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
         return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
