@@ -44,6 +44,10 @@ PLANS = {
     ],
     "gradient": [0.1 * rs.L2().on("*.weight", how="gradient"), 0.1 * rs.L1().on(rs.outputs("relu"))],
     "proximal": [0.1 * rs.L1().on("*.weight", how="proximal"), rs.MaxNorm(0.5).on("head.weight")],
+    "moving": [
+        rs.schedules.WarmUp(3) * rs.L2().on("*.weight", how="gradient"),
+        rs.Target(active=0.2, every=1) * rs.L1().on(rs.outputs("relu")),
+    ],
     "group": [0.1 * rs.GroupLasso().on("first.weight", how="proximal"), rs.NonNegative().on("head.weight")],
 }
 WRAPS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}

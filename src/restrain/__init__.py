@@ -8,6 +8,7 @@
 """
 
 from restrain import errors
+from restrain import schedule as schedules
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
@@ -52,6 +53,7 @@ from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.sampling import sampling
+from restrain.schedule import Target
 from restrain.select import biases, embeddings, glob, norms, weights
 from restrain.transforms import (
     NM,
@@ -157,6 +159,7 @@ __all__ = [
     "Standardize",
     "StateChange",
     "Symmetric",
+    "Target",
     "Tie",
     "TopK",
     "TotalVariation",
@@ -178,6 +181,7 @@ __all__ = [
     "recording",
     "regularized",
     "sampling",
+    "schedules",
     "scope",
     "weights",
 ]

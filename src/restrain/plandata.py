@@ -1,7 +1,8 @@
 """Rules as plain data (text and dicts, as YAML, TOML and JSON hold them).
 
 what: l1                       # a registered name; {name: grouplasso, per: in}; {sum: [...]} of such
-strength: 1e-3
+strength: 1e-3                 # or {linear: {start: 0, end: 1e-3, steps: 1000}}, {target: {zeros: 0.9}},
+                               # {times: [1e-3, {warmup: {steps: 500}}]}
 on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
                                # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
 how: proximal                  # and reduce, name, every, start, optional, momentum as in .on(...)
@@ -10,6 +11,8 @@ how: proximal                  # and reduce, name, every, start, optional, momen
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +20,33 @@ from typing import Any
 import torch
 
 from restrain import registry
-from restrain.errors import PlanError
+from restrain.errors import PenaltyError, PlanError
 from restrain.penalties import Penalty, Scaled, Sum
 from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.places import JoinedPlaces, Place, Places, make_place
 from restrain.rules import Rule, What
+from restrain.schedule import (
+    Cosine,
+    Exponential,
+    Linear,
+    Steps,
+    Strength,
+    Target,
+    Times,
+    WarmUp,
+    given_fields,
+)
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty)
+FORMS: dict[str, type[Strength]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "exponential": Exponential,
+    "warmup": WarmUp,
+    "steps": Steps,
+    "target": Target,
+}
 _PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths")
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
@@ -60,10 +82,33 @@ def _read_scaled(data: Any) -> What:
     what = _read_what(data["what"]) if isinstance(data, Mapping) and "what" in data else _read_what(data)
     if not isinstance(data, Mapping) or "strength" not in data:
         return what
-    strength = _number(data["strength"])
-    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not isinstance(what, _Scalable):
-        raise PlanError(f"a strength is a number, for penalties only; got strength={data['strength']!r} of {what!r}")
-    return strength * what
+    if not isinstance(what, _Scalable):
+        raise PlanError(f"a strength is for penalties only; got strength={data['strength']!r} of {what!r}")
+    return read_strength(data["strength"]) * what  # type: ignore[no-any-return]
+
+
+def read_strength(data: Any) -> Any:
+    """The strength that a number, or a dict such as `{"linear": {...}}`, stands for.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if isinstance(data, Mapping) and len(data) == 1:
+        ((form, content),) = data.items()
+        if form == "times" and isinstance(content, (list, tuple)) and content:
+            return functools.reduce(operator.mul, map(read_strength, content))
+        if form in FORMS and isinstance(content, Mapping):
+            try:
+                return FORMS[form](**{key: _number(value) for key, value in content.items()})
+            except (TypeError, PenaltyError) as error:
+                raise PlanError(f"strength {form}: {error}") from error
+    strength = _number(data)
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool):
+        raise PlanError(
+            f"a strength is a number, or a dict of one of {', '.join((*FORMS, 'times'))}, as in "
+            f"{{linear: {{start: 0, end: 0.001, steps: 1000}}}}; got strength={data!r}"
+        )
+    return strength
 
 
 def _read_what(data: Any) -> What:
@@ -211,7 +256,7 @@ def write_rule(rule: Rule) -> dict[str, Any]:
 def _write_what(what: Any) -> dict[str, Any]:
     """What as a dict with 'what' and, where it isn't one, 'strength'."""
     if isinstance(what, (Scaled, ScaledNetwork)):
-        return {**_write_what(what.penalty), "strength": what.strength}
+        return {**_write_what(what.penalty), "strength": write_strength(what.strength)}
     if isinstance(what, (Sum, NetworkSum)):
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
@@ -238,6 +283,26 @@ def _write_field(what: Any, value: Any) -> Any:
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
     return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value
+
+
+def write_strength(strength: Any) -> Any:
+    """A strength as a number or a dict, which `read_strength` reads.
+
+    Raises:
+        PlanError: it is a function of the step, or a schedule of a class of one's own.
+    """
+    if not isinstance(strength, Strength):
+        return strength
+    if isinstance(strength, Times):
+        number, members = strength.parts
+        return {"times": [number] * (number != 1) + [write_strength(member) for member in members]}
+    form = next((form for form, cls in FORMS.items() if type(strength) is cls), None)
+    if form is None:
+        raise PlanError(
+            f"{strength!r} can't be written: it is code, and a file holds data only; use one of {', '.join(FORMS)}"
+        )
+    fields = given_fields(strength)
+    return {form: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}}
 
 
 def _write_where(where: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from restrain import registry
 from restrain.errors import HowError, PlanError
 from restrain.places import Places
+from restrain.schedule import Strength
 from restrain.select import Where, as_where, weights
 from restrain.sites import Location
 
@@ -50,6 +52,10 @@ class What:
 
     def bound_at_place(self) -> What:
         """What acts at one place: with the tensors that it keeps made."""
+        return self
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
+        """Itself, with each strength in it that moves replaced by the 0-d tensor that holds it."""
         return self
 
     def state(self) -> dict[str, Tensor]:
@@ -132,7 +138,7 @@ class Rule:
         """Its name, or one made of what and where."""
         return self.name or f"{self.what!r} on {self.where!r}"
 
-    def __mul__(self, strength: float) -> Rule:
+    def __mul__(self, strength: float | Strength) -> Rule:
         return replace(self, what=strength * self.what)  # type: ignore[operator, arg-type]
 
     __rmul__ = __mul__

@@ -16,11 +16,13 @@ from restrain.engine.bind import bind, check_optimizers
 from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
+from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.injection import Root
 from restrain.engine.padding import positional
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
+from restrain.engine.strengths import Strengths
 from restrain.engine.taps import Spot
 from restrain.engine.terms import network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
@@ -93,6 +95,7 @@ class Attachment:
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise = Parametrized(), WeightNoise()
+        self._strengths = Strengths(self._bounds)
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
@@ -286,6 +289,15 @@ class Attachment:
         """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
         return self._parametrized.learned()
 
+    def strengths(self) -> dict[str, float]:
+        """{rule: its strength now} of the strengths that move: of schedules and of targets."""
+        return {moving.key: float(moving.now) for moving in self._strengths.moving}
+
+    def next_epoch(self) -> None:
+        """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.epochs += 1
+        self._strengths.refill(self._clock.steps, self._clock.epochs)
+
     def table(self, values: bool = False) -> str:
         """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
         return report.table(self._bounds, self.model, self.values() if values else None)
@@ -316,9 +328,10 @@ class Attachment:
 
     @torch.no_grad()
     def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step: let those that keep tensors bring them up to date."""
+        """After a real step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
             what.stepped(None if handle is None else handle.find(root))
+        self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def _works(self) -> list[Work]:
         """What is done at the optimizers' steps; all of them share it."""
@@ -330,9 +343,11 @@ class Attachment:
             "version": 1,
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
+            "epochs": self._clock.epochs,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
             "metrics": {work.handle.name: dict(work.kept) for work in self._works() if work.kept},
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
+            "strengths": self._strengths.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,6 +376,8 @@ class Attachment:
                     tensor.copy_(saved)
                 else:  # it has the size and type that a first batch gives
                     tensor.data = saved.detach().clone()
+        self._clock.epochs = state["epochs"]
+        self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
 
     def __enter__(self) -> Self:
         return self
@@ -378,17 +395,3 @@ class Attachment:
 
     def __reduce__(self) -> Any:
         return (DetachedAttachment, (self.plan,))
-
-
-class DetachedAttachment:
-    """What an attachment becomes in a copy or a pickle: it knows its plan, and that it is attached to nothing."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise DetachedError(
-            f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}"
-        )

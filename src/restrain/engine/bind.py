@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from restrain.engine import padding
 from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
+from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
@@ -43,6 +44,8 @@ class Bound:
     raws: list[Watch] = field(default_factory=list)
     noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
     notes: list[str] = field(default_factory=list)  # what the table says of it
+    moving: list[Moving] = field(default_factory=list)  # its strengths that move
+    what: Any = None  # what the rule does, with the tensors of such strengths in it
 
     @property
     def names(self) -> list[str]:
@@ -104,16 +107,19 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     rule, mean = bound.rule, bound.rule.reduce == "mean"
+    device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
     if isinstance(rule.where, Places):
         bound.spots = _spots(rule, rule.where, sites)
         if isinstance(rule.what, Penalty):
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
-            device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            what = rule.what.bound_in(sites[0].module)
+            what = bound.what.bound_in(sites[0].module)
             for place in {spot.place for spot in bound.spots if spot.place.padded}:
                 padding.check(place, what, sites[0].module)
             bound.taps = [Tap(watch, what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            for tap in bound.taps:
+                tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         return bound
     try:
@@ -122,7 +128,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if not rule.optional:
             raise
         chosen = []
-    bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot)) for slot in chosen]
     if rule.how == "forward":
         bound.noisy = [
             (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
@@ -167,7 +173,7 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
     return [Spot.of(target) for target in targets]
 
 
-def _resolve(rule: Rule, slot: Slot) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -185,8 +191,8 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    if rule.how == "loss" and not isinstance(rule.what, Penalty):
-        return rule.what
+    if rule.how == "loss" and not isinstance(what, Penalty):
+        return what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
         raise HowError(
@@ -194,12 +200,12 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             "isn't enough either; use DDP"
         )
     if is_lazy(tensor):
-        if rule.how == "loss" and rule.what.entrywise:
-            return rule.what
+        if rule.how == "loss" and what.entrywise:
+            return what
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return rule.what.bound_to(slot.location())
+    return what.bound_to(slot.location())
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

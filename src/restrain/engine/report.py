@@ -13,6 +13,7 @@ from restrain.engine.bind import Bound, trains
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.checks import at_hand
 from restrain.penalties.network import ScaledNetwork
 
 
@@ -82,12 +83,12 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
     rows = [head]
     for bound in bounds:
-        what = bound.rule.what
+        what = bound.what
         elements = sum(p.numel() for p, _ in bound.tensors(root)) if bound.parameters else "-"
         row = [
             bound.key,
             bound.rule.how,
-            f"{what.strength:g}"
+            f"{float(at_hand(what.strength, what)):g}"
             if isinstance(what, (Scaled, ScaledNetwork))
             else "1"
             if isinstance(what, (Penalty, NetworkPenalty))
@@ -106,7 +107,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         for row in rows
     ]
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
-    notes = [note for bound in bounds for note in bound.notes]
+    notes = [note for bound in bounds for note in (*bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import padding, structures
+from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.places import Place, Target
@@ -100,6 +101,7 @@ class Tap(Watch):
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
+        self.activities: list[Activity] = []
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
         dtype = torch.float32 if device.type == "mps" else torch.float64
         # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost

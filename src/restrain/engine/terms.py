@@ -28,5 +28,5 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
 
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
-    what: NetworkPenalty = bound.rule.what  # type: ignore[assignment]
+    what: NetworkPenalty = bound.what
     return what({handle.name: p for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)

@@ -12,11 +12,11 @@
     any registered name                        a penalty of that strength, on weights or (klsparsity, ...) hidden layers
     regularizers                               a list of rules
 
-A number is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name, every, optional, and the
-settings of the penalty. The keywords of noise also take noise, as in hidden_dropout=rs.Dropout(0.2, same_over="time").
-`reduce="mean"` is theanets' value: over the entries of each tensor a mean, then over tensors.
-So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers. theanets' contractive
-and recurrent_norm, as coded, are other quantities, and have no such form here.
+A number, a schedule or a target is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name,
+every, optional, and the settings of the penalty. The keywords of noise also take noise, as in
+hidden_dropout=rs.Dropout(0.2, same_over="time"). `reduce="mean"` is theanets' value: over the entries of each tensor a
+mean, then over tensors. So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers.
+theanets' contractive and recurrent_norm, as coded, are other quantities, and have no such form here.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from restrain.models.penalties import Contractive
 from restrain.models.specs import RECURRENT, LayerData, hidden
 from restrain.penalties import L1, L2, NetworkPenalty, NormChange, Penalty, StateChange
 from restrain.places import JoinedPlaces, Place, Places, inputs, outputs
+from restrain.plandata import read_strength
 from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.select import as_where, weights
@@ -191,7 +192,8 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
         if not _are_globs(on):
             raise PlanError("reduce='mean' here goes with on= a glob over layers, or a list of them")
         given["strength"] = given.get("strength", 1.0) / len(context.match(on))
-    what = _what(cls, given.get("strength"), settings)
+    strength = given.get("strength")
+    what = _what(cls, read_strength(strength) if isinstance(strength, Mapping) else strength, settings)
     return [_rule(keyword, what, on, options, context)]
 
 

@@ -125,6 +125,8 @@ class Training:
                     row.update({f"valid_{key}": value for key, value in valid.items()})
                     self.best.take(valid["data_loss"], self.network, self.settings.min_improvement)
                 self.history.append(row)
+                if self.reg is not None:
+                    self.reg.next_epoch()
                 self._checkpoint()
                 yield train, dict(valid)
             self._warn_of_empty()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.checks import batch_size, checked_strength
+from restrain.penalties.checks import at_hand, batch_size, checked_factor, is_off, nothing, shown, times
 from restrain.penalties.formula import Tensors as Tensors
 from restrain.penalties.formula import in_float32 as in_float32
 from restrain.penalties.formula import of_tensors, taking_masks
 from restrain.penalties.network import NetworkPenalty as NetworkPenalty
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
+from restrain.schedule import Strength
 from restrain.sites import Location
 
 
@@ -167,12 +169,12 @@ class Penalty(What, ABC, register=False):
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return ("loss",) if at_places else ("loss", "gradient", "decoupled", "proximal")
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         """The penalties that it is a sum of, each with its strength."""
         return [(1.0, self)]
 
     def __mul__(self, strength: Any) -> Penalty:
-        return NotImplemented if not isinstance(strength, Real) else _scaled(strength, self)
+        return NotImplemented if not isinstance(strength, (Real, Strength)) else _scaled(strength, self)
 
     __rmul__ = __mul__
 
@@ -184,7 +186,7 @@ class Penalty(What, ABC, register=False):
 
 
 def _scaled(strength: Any, penalty: Penalty) -> Penalty:
-    strength = checked_strength(strength)
+    strength = checked_factor(strength)
     if isinstance(penalty, Scaled):
         return Scaled(strength * penalty.strength, penalty.penalty)
     return Scaled(strength, penalty)
@@ -199,24 +201,19 @@ def _with_prox() -> list[str]:
     return sorted(c.__name__ for c in classes if issubclass(c, Penalty) and c.prox is not Penalty.prox)
 
 
-def times(strength: float, step: float | Tensor) -> float | Tensor:
-    """strength · step, at least in float32."""
-    return strength * (at_least_float32(step) if isinstance(step, Tensor) else step)
-
-
 @dataclass(frozen=True, repr=False)
 class Scaled(Penalty, register=False):
     """strength · penalty; made by `strength * penalty`."""
 
-    strength: float
+    strength: float | Strength | Tensor
     penalty: Penalty
 
     def __post_init__(self) -> None:
-        checked_strength(self.strength)
+        checked_factor(self.strength)
 
     def __repr__(self) -> str:
         inner = f"({self.penalty!r})" if isinstance(self.penalty, Sum) else repr(self.penalty)
-        return f"{self.strength!r} * {inner}"
+        return f"{shown(self.strength)} * {inner}"
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
@@ -235,20 +232,34 @@ class Scaled(Penalty, register=False):
         return self.penalty.has_prox
 
     def __call__(self, w: Tensors) -> Tensor:
-        return self.strength * self.penalty(w)
+        if is_off(self.strength):
+            return in_float32(nothing, w)
+        return times(at_hand(self.strength, self), self.penalty(w))
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        return self.penalty.prox(w, times(self.strength, step))
+        strength = at_hand(self.strength, self)
+        if is_off(strength):
+            return w.clone()
+        return self.penalty.prox(w, strength * (at_least_float32(step) if isinstance(step, Tensor) else step))
 
     def gradient(self, w: Tensor) -> Tensor:
-        return (self.strength * self.penalty.gradient(at_least_float32(w))).to(w.dtype)
+        if is_off(self.strength):
+            return torch.zeros_like(w)
+        x = at_least_float32(w)
+        return times(at_hand(self.strength, self), self.penalty.gradient(x)).to(w.dtype)
 
     @property
     def takes_mask(self) -> bool:
         return self.penalty.takes_mask
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return self.strength * self.penalty.over_batch(h, dim, mask)
+        if is_off(self.strength):
+            return in_float32(nothing, h)
+        return times(at_hand(self.strength, self), self.penalty.over_batch(h, dim, mask))
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
+        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
+        return Scaled(strength, self.penalty.with_strengths(live))
 
     def bound_to(self, at: Location) -> Penalty:
         return Scaled(self.strength, self.penalty.bound_to(at))
@@ -268,7 +279,7 @@ class Scaled(Penalty, register=False):
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return self.penalty.moments(at_places)
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         return [(self.strength * strength, leaf) for strength, leaf in self.penalty.leaves()]
 
 
@@ -328,14 +339,15 @@ class Sum(Penalty, register=False):
         after = any(leaf.soft_after for _, leaf in others)
         x = shrink_entries(x, step, 0.0 if after else l1, l2)
         rest = step / (1 + 2 * l2 * step)
-        for strength, leaf in others:
+        for strength, leaf in (pair for pair in others if not is_off(pair[0])):
             x = leaf.prox(x, strength * rest)
         return (shrink_entries(x, rest, l1, 0.0) if after else x).to(w.dtype)
 
-    def _split(self) -> tuple[float, float, list[tuple[float, Penalty]]]:
-        """a, c and the others, equal ones joined, each with its strength."""
-        l1, l2 = 0.0, 0.0
-        others: list[tuple[float, Penalty]] = []
+    def _split(self) -> tuple[Any, Any, list[tuple[Any, Penalty]]]:
+        """a, c and the others, equal ones joined, each with its strength: numbers, or 0-d tensors of what moves."""
+        l1: Any = 0.0
+        l2: Any = 0.0
+        others: list[tuple[Any, Penalty]] = []
         for strength, leaf in self.leaves():
             if leaf.elastic is not None:
                 l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
@@ -378,5 +390,8 @@ class Sum(Penalty, register=False):
         first, *others = [term.moments(at_places) for term in self.terms]
         return tuple(how for how in first if all(how in other for other in others))
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
+        return Sum(tuple(term.with_strengths(live) for term in self.terms))
+
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         return [pair for term in self.terms for pair in term.leaves()]
