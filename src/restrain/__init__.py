@@ -11,7 +11,18 @@ from restrain import errors
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
-from restrain.penalties import L1, L2, ElasticNet, GroupLasso, NetworkPenalty, Norm, Penalty
+from restrain.penalties import (
+    L1,
+    L2,
+    Contractive,
+    ElasticNet,
+    GradientPenalty,
+    GroupLasso,
+    JacobianNorm,
+    NetworkPenalty,
+    Norm,
+    Penalty,
+)
 from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
@@ -35,10 +46,13 @@ __all__ = [
     "L2",
     "Attachment",
     "Constraint",
+    "Contractive",
     "Dropout",
     "ElasticNet",
     "GaussianNoise",
+    "GradientPenalty",
     "GroupLasso",
+    "JacobianNorm",
     "MaxNorm",
     "NetworkPenalty",
     "Noise",

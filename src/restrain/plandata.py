@@ -19,12 +19,13 @@ import torch
 from restrain import registry
 from restrain.errors import PlanError
 from restrain.penalties import Penalty, Scaled, Sum
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.places import JoinedPlaces, Place, Places, make_place
 from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
-_Scalable = (Penalty, NetworkPenalty)
+_Scalable = (Penalty, NetworkPenalty, OnDerivatives)
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional")
 
 
@@ -75,7 +76,7 @@ def _read_what(data: Any) -> What:
     if "name" not in data:
         raise PlanError(f"what needs a 'name' (of a penalty or transform), got {dict(data)!r}")
     cls = registry.lookup(str(data["name"]))
-    fields = {key: _number(value) for key, value in data.items() if key != "name"}
+    fields = {key: _read_field(value) for key, value in data.items() if key != "name"}
     try:
         return cls(**fields)  # type: ignore[no-any-return]
     except TypeError as error:
@@ -99,6 +100,11 @@ def _read_sum(data: Mapping[str, Any]) -> What:
     for member in members[1:]:
         total = total + member
     return total  # type: ignore[no-any-return]
+
+
+def _read_field(value: Any) -> Any:
+    """A setting: a number, a text, a place."""
+    return _read_where(value) if isinstance(value, Mapping) else _number(value)
 
 
 def _number(value: Any) -> Any:
@@ -202,13 +208,18 @@ def write_rule(rule: Rule) -> dict[str, Any]:
 
 def _write_what(what: Any) -> dict[str, Any]:
     """What as a dict with 'what' and, where it isn't one, 'strength'."""
-    if isinstance(what, (Scaled, ScaledNetwork)):
+    if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative)):
         return {**_write_what(what.penalty), "strength": what.strength}
     if isinstance(what, (Sum, NetworkSum)):
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
-        fields = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        given = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
+        fields = {
+            name: _write_where(value) if isinstance(value, Places) else value
+            for name, value in given.items()
+            if value is not None  # the default of all that may be None: TOML has no null
+        }
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"

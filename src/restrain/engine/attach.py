@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
 from restrain.engine import ranks, report
-from restrain.engine.bind import bind, check_optimizers
+from restrain.engine.bind import Bound, bind, check_optimizers
 from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
@@ -83,7 +83,7 @@ class Attachment:
         self._detached = False
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
-        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
+        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
@@ -103,6 +103,11 @@ class Attachment:
         """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
         if self._loss_rules:
             self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
+        for bound in self._bounds:
+            if bound.derivative is not None:
+                bound.derivative.bind(self._forwards, self._timer(bound), self._model)
+                hook = bound.derivative.arguments
+                self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
         hooks: dict[tuple[int, str], LayerHook] = {}
         for bound in self._bounds:
             self._forwards.taps += bound.taps
@@ -111,6 +116,8 @@ class Attachment:
                 self._hook_at(hooks, model, tap.spot).taps.append(tap)
             for raw in bound.raws:
                 self._hook_at(hooks, model, raw.spot).raws.append(raw)
+            for probe in bound.derivative.probes if bound.derivative is not None else ():
+                self._hook_at(hooks, model, probe.spot).probes.append(probe)
             if isinstance(bound.rule.what, Noise):
                 for spot in bound.spots:
                     self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
@@ -118,6 +125,9 @@ class Attachment:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
         if hooks:
             forget_compiled_code()
+
+    def _timer(self, bound: Bound) -> Callable[[], bool]:
+        return lambda: bound.rule.due(self._clock.steps)
 
     def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
         module, kind = spot.find(model), spot.place.kind
@@ -225,13 +235,15 @@ class Attachment:
                 terms.append(network_value(bound, model, self._forwards.outputs.get(bound.key, {})))
                 for raw in bound.raws[:1]:
                     raw.last = [terms[-1].detach()]
+        derived = [b.derivative.value(model, loss) for b in due.values() if b.derivative is not None and recorded]
+        terms += [term for term in derived if term is not None]
         collected = [one for one in self._forwards.current if recorded and one.tap.rule in due]
         terms += [one.direct for one in collected if one.direct is not None]
         return terms, [one for one in collected if one.hidden is not None]
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
-        watching = bool(self._forwards.taps or self._forwards.raws)
+        watching = bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
         if watching and self.model.training and torch.is_grad_enabled():
             self._forwards.collect(loss)
             return True

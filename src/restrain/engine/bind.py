@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from restrain.engine.derivative import Derivative
 from restrain.engine.metric import diagonal
 from restrain.engine.steps import total
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
+from restrain.penalties.derivative import OnDerivatives
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
@@ -39,7 +41,13 @@ class Bound:
     spots: list[Spot] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
+    derivative: Derivative | None = None
     notes: list[str] = field(default_factory=list)  # what the table says of it
+
+    @property
+    def watches(self) -> list[Watch]:
+        """All that looks at places for it."""
+        return [*self.taps, *self.raws, *(self.derivative.watches if self.derivative is not None else ())]
 
     @property
     def names(self) -> list[str]:
@@ -79,6 +87,8 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
             bound.taps = [Tap(watch, rule.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
+        if isinstance(rule.what, OnDerivatives):
+            _bind_derivative(bound, rule.what, sites)
         return bound
     try:
         chosen = select_parameters(rule.where, slots)
@@ -92,6 +102,16 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
     bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
+
+
+def _bind_derivative(bound: Bound, what: OnDerivatives, sites: Sequence[Layer]) -> None:
+    by = bound.spots if what.leaf.of_loss else _spots(bound.rule, what.leaf.by, sites)
+    if any(spot.place.via is not None for spot in by):
+        raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
+    bound.rule = replace(bound.rule, what=what.named(_places_by_name(by)))
+    if bound.spots and by:
+        of = [] if what.leaf.of_loss else bound.spots
+        bound.derivative = Derivative(bound.key, what, of, by, bound.rule.optional, bound.notes)
 
 
 def _places_by_name(spots: Sequence[Spot]) -> Places | None:

@@ -35,6 +35,13 @@ class Gate(Protocol):
         """'record', 'compiled', 'recompute' or 'off'."""
 
 
+class Probe(Protocol):
+    """What looks at a place for a derivative; the `Seen` and `Moved` of `derivative`."""
+
+    def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
+        """The result, or one with another tensor at the place."""
+
+
 class LayerHook:
     """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
 
@@ -45,6 +52,7 @@ class LayerHook:
         self.gate = gate
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
+        self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Spot]] = []
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
@@ -63,6 +71,8 @@ class LayerHook:
                     result = self._penalize(tap, mode, module, structure, result)
                 for raw in self.raws:
                     self._watch(raw, mode, structure)
+        for probe in self.probes:
+            result = probe.act(module, structure, result)
         for noise, spot in self.noises:
             way = way_to(structure, spot)
             result = structures.put(result, way, noise(structures.get(result, way)))

@@ -122,7 +122,7 @@ class Tap(Watch):
         sequences = structures.sequences(structure, way)
         if sequences is not None:
             return self.penalty.over_batch(h, 0) * (h.shape[0] / sequences)
-        return self.penalty.over_batch(h, _batch_dim(self.spot.place.batch_dim, module, h))
+        return self.penalty.over_batch(h, batch_dim(self.spot.place.batch_dim, module, h))
 
     def record(self, forward: int, value: Tensor) -> None:
         """Keep a value that a forward gave."""
@@ -162,7 +162,8 @@ class Tap(Watch):
             self._version = self.count._version
 
 
-def _batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
+def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
+    """The axis of samples of a layer's tensor: the given one, or by the layer's `batch_first`."""
     if given is not None:
         return given
     if h.dim() == 0:

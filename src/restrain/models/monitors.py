@@ -16,6 +16,7 @@ from restrain.engine.bind import Bound
 from restrain.engine.taps import Watch
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties.derivative import OnDerivatives
 
 Monitors = dict[str, float]
 
@@ -41,7 +42,7 @@ class Means:
 
 
 def _is_penalty(bound: Bound) -> bool:
-    return isinstance(bound.rule.what, (Penalty, NetworkPenalty))
+    return isinstance(bound.rule.what, (Penalty, NetworkPenalty, OnDerivatives))
 
 
 def penalties(reg: Attachment | None) -> list[str]:
@@ -56,9 +57,8 @@ def training_values(reg: Attachment | None) -> dict[str, Tensor]:
         return values
     with torch.no_grad():
         for bound in reg._bounds:
-            watches = [*bound.taps, *bound.raws]
-            if watches:
-                parts = [part.reshape(()) for watch in watches for part in watch.last]
+            if bound.watches:
+                parts = [part.reshape(()) for watch in bound.watches for part in watch.last]
                 values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, reg.model, {})
@@ -77,14 +77,14 @@ class Looking:
     @property
     def needs_graph(self) -> bool:
         """Whether a rule takes derivatives."""
-        return self.reg is not None and any(bound.raws for bound in self.reg._bounds)
+        return self.reg is not None and any(bound.raws or bound.derivative for bound in self.reg._bounds)
 
     @contextmanager
     def attached(self) -> Iterator[Looking]:
         """Within it, the model's forwards are looked at."""
         with ExitStack() as stack:
             for bound in self.reg._bounds if self.reg is not None else ():
-                for watch in (*bound.taps, *bound.raws):
+                for watch in bound.watches:
                     stack.callback(self._hook(watch).remove)
             yield self
 
@@ -110,6 +110,8 @@ class Looking:
                     tap.evaluate(self.seen[id(tap)], (), tap.spot.find(self.model)) * tap.weight for tap in bound.taps
                 ]
                 values[bound.key] = torch.stack(parts).sum()
+            elif bound.derivative is not None:
+                values[bound.key] = bound.derivative.of_tensors(self.seen)
             elif isinstance(bound.rule.what, NetworkPenalty):
                 outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}
                 values[bound.key] = network_value(bound, self.model, outputs)
