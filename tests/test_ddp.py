@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
+from restrain.errors import CaptureError
 
 RANKS, STEPS = 2, 4
 
@@ -36,6 +37,16 @@ PLANS = {
     "loss": [0.1 * rs.L2().on("*.weight"), 0.1 * rs.L1().on(rs.outputs("relu"))],
     "gradient": [0.1 * rs.L2().on("*.weight", how="gradient"), 0.1 * rs.L1().on(rs.outputs("relu"))],
     "proximal": [0.1 * rs.L1().on("*.weight", how="proximal"), rs.MaxNorm(0.5).on("head.weight")],
+    "derivative": [
+        0.1 * rs.Contractive(estimator="exact").on(rs.outputs("relu")),
+        0.1 * rs.GradientPenalty(1.0).on(rs.outputs("head")),
+        # of a diagonal Jacobian, for which random signs are exact
+        *[
+            0.1 * rs.JacobianNorm(estimator=e, wrt=rs.outputs("first")).on(rs.outputs("first", via=torch.tanh))
+            for e in ("vjp", "jvp", "difference")
+        ],
+    ],
+    "double backpropagation": [0.1 * rs.GradientPenalty(of="loss").on(rs.inputs("head"))],
     "group": [0.1 * rs.GroupLasso().on("first.weight", how="proximal"), rs.NonNegative().on("head.weight")],
 }
 WRAPS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
@@ -71,6 +82,8 @@ def run_rank(rank, port, results):
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
     shared = [str(w.message) for w in caught]
+    with pytest.raises(CaptureError, match="static_graph=True"):
+        train(PLANS["double backpropagation"], None, rank, RANKS, static_graph=True)
     torch.manual_seed(rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -92,6 +105,8 @@ def cases():
         for wrap in WRAPS
         for reentrant in (None, False, True)
         if reentrant is not True or wrap == "static" or (wrap == "plain" and plan != "loss")
+        if plan not in ("derivative", "double backpropagation") or reentrant is None
+        if plan != "double backpropagation" or wrap != "static"
     ]
 
 

@@ -26,6 +26,7 @@ from restrain.rules import Rule, What
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty, OnDerivatives)
+_OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional")
 
 
@@ -103,8 +104,8 @@ def _read_sum(data: Mapping[str, Any]) -> What:
 
 
 def _read_field(value: Any) -> Any:
-    """A setting: a number, a text, a place."""
-    return _read_where(value) if isinstance(value, Mapping) else _number(value)
+    """A setting of a penalty or transform: plain data, or a place."""
+    return _read_where(value) if isinstance(value, Mapping) and set(value) & _OF_PLACES else _number(value)
 
 
 def _number(value: Any) -> Any:
@@ -214,12 +215,8 @@ def _write_what(what: Any) -> dict[str, Any]:
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
     if dataclasses.is_dataclass(what):
-        given = {f.name: getattr(what, f.name) for f in dataclasses.fields(what) if f.init}
-        fields = {
-            name: _write_where(value) if isinstance(value, Places) else value
-            for name, value in given.items()
-            if value is not None  # the default of all that may be None: TOML has no null
-        }
+        given = {f.name: (getattr(what, f.name), f.default) for f in dataclasses.fields(what) if f.init}
+        fields = {k: _write_field(value) for k, (value, default) in given.items() if (value, default) != (None, None)}
     elif vars(what):
         raise PlanError(
             f"{what!r} can't be written: make its class a dataclass, whose fields say how to build it again"
@@ -227,6 +224,10 @@ def _write_what(what: Any) -> dict[str, Any]:
     else:
         fields = {}
     return {"what": {"name": name, **fields} if fields else name}
+
+
+def _write_field(value: Any) -> Any:
+    return _write_where(value) if isinstance(value, Places) else value
 
 
 def _write_where(where: Any) -> Any:

@@ -71,8 +71,9 @@ class LayerHook:
                     result = self._penalize(tap, mode, module, structure, result)
                 for raw in self.raws:
                     self._watch(raw, mode, structure)
-        for probe in self.probes:
-            result = probe.act(module, structure, result)
+        if self.probes and not torch.compiler.is_compiling():
+            for probe in self.probes:
+                result = probe.act(module, structure, result)
         for noise, spot in self.noises:
             way = way_to(structure, spot)
             result = structures.put(result, way, noise(structures.get(result, way)))

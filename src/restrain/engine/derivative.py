@@ -52,7 +52,7 @@ class Given:
         now = tuple(t._version for t in structures.tensors([self.args, self.kwargs]))
         if self.versions not in (None, now):
             raise CaptureError(
-                "the model's inputs were changed in place since its forward, which can't be run again on them: change a "
+                "the model's inputs were changed in place since its forward, so it can't run on them again: change a "
                 "copy, or take estimator='vjp'"
             )
 
@@ -82,7 +82,7 @@ class Probe(Watch):
     def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
         """Look at a layer that is called; returns what it gives, or puts another tensor in its place."""
         mode = self.whose.mode()
-        if mode in ("off", "compiled"):
+        if mode == "off":
             return result
         self.fired = True
         if mode != "again" and not self.whose.due():
@@ -195,7 +195,7 @@ class Derivative:
         self.seen = [Seen(self, spot, optional) for spot in of]
         self.moved = [Moved(self, spot, optional) for spot in by]
         self.arguments = Arguments(self)
-        self.watches: list[Watch] = [*self.seen, *self.moved, self.arguments]
+        self.watches: list[Watch] = [*self.probes, self.arguments]
         self.choice: Choice | None = None
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
         self._term: Tensor | None = None
@@ -211,14 +211,14 @@ class Derivative:
 
     def mode(self) -> str:
         """What a probe should do now: as `Forwards.mode`, or 'again' in a further forward for this rule."""
-        if torch.compiler.is_compiling() or self.forwards.rerun is None:
+        if self.forwards.rerun is None:
             return self.forwards.mode()
         return "again" if self.forwards.rerun.whose is self else "off"
 
     @property
     def probes(self) -> list[Probe]:
-        """Those at layers."""
-        return [*self.seen, *self.moved]
+        """Those at layers; at one place, what is looked at is what was moved."""
+        return [*self.moved, *self.seen]
 
     @property
     def runs_again(self) -> bool:
@@ -248,7 +248,7 @@ class Derivative:
         for watch in self.watches:
             watch.settle()
         kept: list[list[Any]] = [[record for n, record in watch.records if n not in stray] for watch in self.watches]
-        by_place, moved, given = kept[: len(self.seen)], kept[len(self.seen) : -1], kept[-1]
+        moved, by_place, given = kept[: len(self.moved)], kept[len(self.moved) : -1], kept[-1]
         ys = [_weighted(probe, batches) for probe, batches in zip(self.seen, by_place, strict=True)]
         arguments = [g if isinstance(g, Given) else Given(g[0], g[1], None, None) for g in given]
         self._pending = ([y for some in ys for y in some], [x for some in moved for x in some], arguments)
@@ -325,7 +325,7 @@ class Derivative:
         for probe in self.probes:
             h = probe.spot.seen(tensors[id(probe)])
             found.append(Batch.of(h, batch_dim(probe.spot.place.batch_dim, probe.spot.find(root), h)))
-        ys, xs = found[: len(self.seen)], found[len(self.seen) :]
+        xs, ys = found[: len(self.moved)], found[len(self.moved) :]
         return self.strength * self.penalty.of_graph(ys, xs, self.penalty.choose(ys, xs).estimator)
 
 

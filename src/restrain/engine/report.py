@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from restrain.engine.bind import Bound
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
-from restrain.penalties import NetworkPenalty, Penalty, Scaled, ScaledDerivative
-from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import ScaledNetwork
 
 

@@ -1,7 +1,6 @@
 """Penalties: tensor → number, with value, gradient and prox in one object."""
 
 from restrain.penalties.base import Penalty, Scaled, Sum
-from restrain.penalties.derivative import DerivativePenalty, ScaledDerivative
 from restrain.penalties.entrywise import L1, L2, ElasticNet
 from restrain.penalties.group import GroupLasso, Norm
 from restrain.penalties.jacobian import Contractive, GradientPenalty, JacobianNorm
@@ -11,7 +10,6 @@ __all__ = [
     "L1",
     "L2",
     "Contractive",
-    "DerivativePenalty",
     "ElasticNet",
     "GradientPenalty",
     "GroupLasso",
@@ -20,6 +18,5 @@ __all__ = [
     "Norm",
     "Penalty",
     "Scaled",
-    "ScaledDerivative",
     "Sum",
 ]

@@ -248,7 +248,7 @@ class DerivativePenalty(OnDerivatives, register=False):
 
     def _around(self, obstacle: str) -> Choice:
         """What estimator="auto" means where it can't."""
-        return Choice("jvp" if obstacle in (COMPILED, SHARDED) else "difference", True, obstacle)
+        return Choice({COMPILED: "vjp", SHARDED: "jvp"}.get(obstacle, "difference"), True, obstacle)
 
 
 def _noted(x: Batch, xs: list[Batch]) -> Tensor:
@@ -265,7 +265,7 @@ def replayed(run: Run, randomness: Randomness | None, module: Any, device: torch
         with ExitStack() as stack:
             if randomness is not None:
                 stack.enter_context(randomness.replayed())
-            stack.enter_context(plainly(device.type, kernels=estimator != "difference"))
+            stack.enter_context(plainly(device.type, estimator))
             stack.enter_context(spare_buffers(module))
             return run(move)
 

@@ -305,21 +305,25 @@ def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
         if not way & ends and not any(y.tensor is x.tensor for x in xs):
             raise CaptureError(
                 "the output whose derivative is to be taken doesn't depend on the place of wrt=, the model's input "
-                "unless said otherwise: wrt= is what comes earlier in the same forward, and nothing may detach in between"
+                "unless said otherwise: wrt= is what comes earlier in the same forward, and nothing in between detaches"
             )
         passed |= way - ends
     names = {node.name() for node in passed}
     found = {_OBSTACLES[name] for name in names if name in _OBSTACLES}
     found |= {"fused attention" for name in names if name.startswith("ScaledDotProduct")}
+    sinks = [
+        node for node in passed if node.name() == "_DDPSinkBackward"
+    ]  # they take any backward for that of the step
+    found |= {"DDP's static_graph=True" for node in sinks if node.ddp_weakref().static_graph}  # type: ignore[attr-defined]
     return Between(frozenset(found), any(_mixes(node) for node in passed))
 
 
 def _mixes(node: torch.autograd.graph.Node) -> bool:
-    """Whether it is batch normalisation in training mode."""
-    name = node.name()
-    return name.startswith("SyncBatchNorm") or (
-        "BatchNorm" in name and bool(getattr(node, "_saved_training", name != "MiopenBatchNormBackward0"))
-    )
+    """Whether it is batch normalisation in training mode, of more than one sample (instances are normalised as one)."""
+    if "BatchNorm" not in node.name() or not getattr(node, "_saved_training", True):
+        return False
+    shapes = [tensor.shape for tensor in node._input_metadata]
+    return not shapes or not shapes[0] or int(shapes[0][0]) > 1
 
 
 def _way(start: torch.autograd.graph.Node, ends: set[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:

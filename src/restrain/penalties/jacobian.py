@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import CaptureError, PenaltyError, PlanError
-from restrain.penalties.derivative import RUNNING, Choice, DerivativePenalty, Estimator
+from restrain.penalties.derivative import COMPILED, RUNNING, Choice, DerivativePenalty, Estimator
 from restrain.penalties.estimators import Batch, closed_form, exact, projected
 from restrain.penalties.shrink import at_least_float32
 from restrain.places import Places
@@ -198,6 +198,6 @@ class GradientPenalty(DerivativePenalty):
         return Choice("exact", why="of the batch's sum, whose samples depend on each other" if mixes else "")
 
     def _around(self, obstacle: str) -> Choice:
-        if self.target or self.of_loss:
+        if self.target or self.of_loss or obstacle == COMPILED:
             return Choice("exact", True, obstacle)
         return DerivativePenalty._around(self, obstacle)
