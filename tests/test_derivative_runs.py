@@ -1,97 +1,20 @@
-"""Penalties on derivatives in the ways that a model runs: what they cost, keep, leave behind, and refuse."""
+"""Penalties on derivatives in the ways that a model runs."""
 
 import copy
-import gc
-import pickle
-import weakref
+import os
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
+from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
-from restrain.errors import CaptureError, NeverFiredError, PenaltyError, SelectionError
+from jacobians import CODE, ESTIMATORS, Attend, Widened, equal, gradients, made, reference, regularized
+from restrain.errors import CaptureError, PenaltyError
 from restrain.penalties import estimators
-
-CODE, ESTIMATORS = rs.outputs("second"), ["exact", "vjp", "jvp", "difference"]
-
-
-class Net(nn.Module):
-    """With a block that may be checkpointed, or attend, or normalise, or drop.
-
-    A sample's input and outputs are single numbers, so that random signs change nothing: all estimators are exact.
-    """
-
-    def __init__(self, reentrant=None, mixer=None):
-        super().__init__()
-        self.reentrant = reentrant
-        self.first, self.mixer, self.second, self.head = nn.Linear(1, 6), mixer, nn.Linear(6, 1), nn.Linear(1, 1)
-
-    def block(self, x):
-        h = self.first(x).tanh()
-        return self.second(h if self.mixer is None else self.mixer(h)).tanh()
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self.head(self.block(x))
-        return self.head(checkpoint(self.block, x, use_reentrant=self.reentrant))
-
-
-class Attend(nn.Module):
-    def forward(self, h):
-        h = h.view(len(h), 1, 3, 2)
-        return F.scaled_dot_product_attention(h, h, h).reshape(len(h), 6)
-
-
-class Widened(nn.Module):
-    """Normalises channels over space."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, h):
-        return self.norm(torch.stack([h, h.sin(), h * 2], -1)).sum(-1)
-
-
-def made(seed=0, **options):
-    torch.manual_seed(seed)
-    return Net(**options).double(), torch.randn(5, 1, dtype=torch.float64)
-
-
-def each_jacobian(f, x):
-    return torch.stack([torch.func.jacrev(lambda one: f(one.unsqueeze(0)).squeeze(0))(one) for one in x])
-
-
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True)
-
-
-def regularized(model, x, rule, run=None):
-    """The regularised loss, its gradient, and the table."""
-    with rs.attach(model, rule) as reg:
-        loss = reg.loss((run or model)(x).square().mean())
-        loss.backward()
-        found = [p.grad for p in model.parameters()]
-        model.zero_grad()
-        return loss.detach(), found, reg.table()
-
-
-def reference(x, f=lambda m: m, **options):
-    """The same by the Jacobian of each sample, of a plain twin."""
-    model, _ = made(**options)
-    with sdpa_kernel(SDPBackend.MATH):
-        loss = model(x).square().mean() + 0.5 * each_jacobian(f(model), x).square().sum() / len(x)
-    return loss.detach(), list(gradients(model, loss))
-
-
-def equal(found, expected):
-    """To rounding, and to the width of a difference."""
-    torch.testing.assert_close([found[0], *found[1]], [expected[0], *expected[1]], rtol=1e-6, atol=1e-8)
-
 
 # Checkpoints
 
@@ -196,11 +119,6 @@ def test_compiled_models(estimator, whole):
 # Samples that depend on each other
 
 
-def whole_jacobian(f, x):
-    """‖∂ all outputs / ∂ all inputs‖² / batch."""
-    return torch.func.jacrev(f)(x).square().sum() / len(x)
-
-
 @pytest.mark.parametrize("estimator", ["auto", "vjp", "jvp", "difference"])
 def test_batch_normalisation_is_of_the_whole_batch(estimator, monkeypatch):
     model, x = made(mixer=nn.BatchNorm1d(6))
@@ -287,137 +205,6 @@ def test_each_estimate_draws_anew():
         assert len(set(found)) == 3
 
 
-# What is kept, and what it costs
-
-
-def test_work_is_done_only_when_it_is_due():
-    model, x = made()
-    seen = []
-    model.first.register_forward_hook(lambda m, args, out: seen.append(args[0].requires_grad))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rules = [rs.Contractive(estimator="exact").on(CODE, every=3, start=1), rs.L1().on(CODE)]
-    with rs.attach(model, rules, optimizer) as reg:
-        for _ in range(8):
-            reg.loss(model(x).square().mean()).backward()
-            optimizer.step()
-    assert seen == [False, True, False, False, True, False, False, True]
-    seen.clear()
-    rule = rs.Contractive(estimator="difference").on(CODE, every=3, start=1)
-    with rs.attach(model, rule, optimizer) as reg:
-        for _ in range(4):
-            reg.loss(model(x).square().mean()).backward()
-            optimizer.step()
-    assert len(seen) == 4 + 2
-
-
-@pytest.mark.parametrize("estimator", ["exact", "vjp", "jvp", "difference"])
-@pytest.mark.parametrize("end", ["step", "exception", "clear", "detach"])
-def test_inputs_are_let_go(estimator, end):
-    model, _ = made()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    reg = rs.attach(model, rs.Contractive(estimator=estimator).on(CODE), optimizer)
-    x = torch.randn(5, 1, dtype=torch.float64)
-    gone = weakref.ref(x)
-    if end == "exception":
-        handle = model.head.register_forward_hook(lambda *args: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            model(x)
-        handle.remove()
-    else:
-        loss = reg.loss(model(x).square().mean()) if end != "clear" else model(x)
-        if end == "step":
-            loss.backward()
-            optimizer.step()
-        elif end == "detach":
-            reg.detach()
-        del loss
-    if end == "clear":
-        model(torch.randn(5, 1, dtype=torch.float64))  # the forward before is forgotten
-    del x
-    gc.collect()
-    assert gone() is None
-    reg.detach()
-
-
-def test_memory_is_flat():
-    model, x = made()
-    with rs.attach(model, [rs.Contractive(estimator=e).on(CODE) for e in ("exact", "jvp", "difference")]) as reg:
-        counts = []
-        for step in range(12):
-            reg.loss(model(x).square().mean()).backward()
-            if step in (3, 11):
-                gc.collect()
-                counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
-    assert counts[0] == counts[1]
-
-
-def test_evaluation_is_left_alone():
-    model, x = made()
-    with rs.attach(model, rs.Contractive(estimator="jvp").on(CODE)) as reg:
-        model.eval()
-        assert reg.loss(model(x).square().mean()) == model(x).square().mean()
-        model.train()
-        with torch.no_grad():
-            assert not model(x).requires_grad
-            reg.loss(model(x).square().mean())
-        with pytest.raises(NeverFiredError):
-            reg.loss(torch.ones(()))
-        assert torch.func.vmap(model)(x).shape == (5, 1)
-
-
-def test_copies_are_free_and_detach_leaves_nothing():
-    model, x = made()
-    keys = list(model.state_dict())
-    reg = rs.attach(model, [rs.Contractive().on(CODE), rs.JacobianNorm(wrt=rs.outputs("first")).on()])
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        twin(x)
-        with pytest.raises(NeverFiredError):
-            reg.penalty()
-    assert list(model.state_dict()) == keys
-    model(x)
-    assert reg.penalty() > 0
-    reg.detach()
-    for module in model.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
-def test_measure_has_value_and_gradient():
-    model, x = made()
-    rules = [rs.Contractive(estimator="exact").on(CODE, name="code"), rs.GradientPenalty(of="loss").on(name="loss")]
-    with rs.attach(model, rules) as reg:
-        loss = model(x).square().mean()
-        found = reg.measure(loss)
-        code = each_jacobian(lambda x: model.second(model.first(x).tanh()), x).square().sum() / 5
-        assert found["code"].value == pytest.approx(code.item())
-        norm = torch.cat([g.flatten() for g in gradients(model, code)]).norm()
-        assert found["code"].gradient == pytest.approx(norm.item())
-        assert sum(measure.share for measure in found.values()) == pytest.approx(1)
-        assert reg.loss(loss) > loss
-
-
-def test_micro_batches_add_up():
-    model, x = made()
-    rule = 0.5 * rs.JacobianNorm(estimator="exact").on()
-    _, expected, _ = regularized(model, x[:4], rule)
-    with rs.attach(model, rule) as reg:
-        for part in x[:4].chunk(2):
-            (reg.loss(model(part).square().mean()) / 2).backward()
-    torch.testing.assert_close([p.grad for p in model.parameters()], expected)
-
-
-@pytest.mark.parametrize("estimator", ["exact", "jvp"])
-def test_of_two_forwards_in_one_loss_the_mean(estimator):
-    model, x = made()
-    one, other = x[:2], x[2:4]
-    with rs.attach(model, rs.Contractive(estimator=estimator).on(CODE)) as reg:
-        model(x)  # a look that no loss depends on
-        reg.loss(model(one).square().mean() + model(other).square().mean())
-        (found,) = reg.values().values()
-    expected = each_jacobian(lambda x: model.second(model.first(x).tanh()), x[:4]).square().sum() / 4
-    assert found == pytest.approx(expected.item())
-
-
 # Precision
 
 
@@ -435,106 +222,37 @@ def test_bfloat16_autocast():
         assert reg.values().popitem()[1] == pytest.approx(expected.item(), rel=bound)
 
 
-# Places
+# Sharded parameters
 
 
-class Words(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
-
-    def forward(self, ids, *, scale=None):
-        h = self.embedding(ids).mean(1)
-        return self.head(h.tanh() if scale is None else h.tanh() * scale)
-
-
-@pytest.mark.parametrize("estimator", ["exact", "jvp", "difference"])
-def test_token_ids_have_no_derivative_but_their_embeddings_do(estimator):
-    model, ids = Words().double(), torch.randint(9, (5, 3))
-    with (
-        rs.attach(model, rs.JacobianNorm(estimator=estimator).on()) as reg,
-        pytest.raises(CaptureError, match="of token"),
-    ):
-        model(ids)
-    projections = 1 if estimator == "exact" else 300
-    rule = rs.JacobianNorm(estimator=estimator, wrt=rs.outputs("embedding"), projections=projections).on()
-    with rs.attach(model, rule) as reg:
-        model(ids)
-        found = reg.penalty()
-    h = model.embedding(ids)
-    expected = each_jacobian(lambda h: model.head(h.mean(1).tanh()), h).square().sum() / 5
-    torch.testing.assert_close(found, expected, rtol=1e-6 if estimator == "exact" else 0.15, atol=0)
+def sharded(rank, port, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for estimator in ("auto", "exact", "jvp", "difference"):
+        (model, x), (whole, _) = (made(mixer=nn.LayerNorm(6)) for _ in range(2))
+        _, expected, _ = regularized(whole, x[:4], rs.JacobianNorm(estimator="exact").on())
+        fully_shard(model.first)
+        fully_shard(model)
+        try:
+            found = regularized(model, x[:4].chunk(2)[rank], rs.JacobianNorm(estimator=estimator).on())
+            torch.testing.assert_close([p.full_tensor() for p in found[1]], expected, rtol=1e-6, atol=1e-8)
+            results[rank, estimator] = found[2]
+        except CaptureError as error:
+            results[rank, estimator] = str(error)
+    dist.barrier()
+    os._exit(0)
 
 
-def test_an_input_by_keyword():
-    model, ids, scale = Words().double(), torch.randint(9, (5, 3)), torch.rand(5, 1, dtype=torch.float64)
-    for estimator in ("exact", "jvp", "difference"):  # one entry: signs are exact
-        with rs.attach(model, rs.JacobianNorm(estimator=estimator, wrt=rs.inputs(index="scale")).on()) as reg:
-            model(ids, scale=scale)
-            found = reg.penalty()
-        h = model.embedding(ids).mean(1).tanh()
-        torch.testing.assert_close(found, (h @ model.head.weight.T).square().sum() / 5)
-
-
-def test_frozen_parameters_and_inputs_that_need_a_gradient():
-    model, x = made()
-    model.first.requires_grad_(False)
-    x.requires_grad_()
-    with rs.attach(model, rs.JacobianNorm(wrt=rs.outputs("first")).on()) as reg:
-        reg.loss(model(x).square().mean()).backward()
-    assert model.first.weight.grad is None
-    assert x.grad is not None
-    x.requires_grad_(False)
-    with rs.attach(model, rs.JacobianNorm(wrt=rs.outputs("first")).on()) as reg:
-        reg.loss(model(x).square().mean()).backward()
-    assert reg.values().popitem()[1] > 0
-
-
-def test_declared_at_a_layer():
-    layer = rs.regularized(nn.Linear(4, 3), output=0.1 * rs.Contractive())
-    model = nn.Sequential(layer, nn.Tanh())
-    with rs.attach(model) as reg:
-        model(torch.randn(5, 4))
-        torch.testing.assert_close(reg.penalty(), 0.1 * layer.weight.square().sum())
-
-
-def test_an_optional_place_that_is_not_there():
-    model, x = made()
-    with rs.attach(model, rs.Contractive().on(rs.outputs("nowhere"), optional=True)) as reg:
-        assert reg.loss(model(x).square().mean()) > 0
-
-
-@pytest.mark.parametrize(
-    ("rule", "error", "match"),
-    [
-        (rs.JacobianNorm(wrt=rs.outputs("nowhere")).on(), SelectionError, "matches no layer"),
-        (rs.JacobianNorm(wrt=rs.outputs("first", via=torch.tanh)).on(), SelectionError, "via= is for"),
-        (rs.JacobianNorm(wrt=rs.outputs("head")).on(CODE), CaptureError, "doesn't depend"),
-        (rs.JacobianNorm(wrt=rs.inputs(batch_dim=1)).on(), PenaltyError, "same number of samples"),
-        (rs.JacobianNorm(wrt=rs.inputs(batch_dim=7)).on(), PenaltyError, "no batch axis 7"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be(rule, error, match):
-    model, x = made()
-    with pytest.raises(error, match=match):
-        regularized(model, x, rule)
-    for module in model.modules():
-        assert not module._forward_hooks
-
-
-def test_an_op_that_overwrites_a_place():
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(inplace=True))
-    for rule in (rs.Contractive().on(rs.outputs("0")), rs.JacobianNorm(wrt=rs.outputs("0")).on()):
-        with rs.attach(model, rule) as reg, pytest.raises(CaptureError, match="overwritten by a later in-place op"):
-            reg.loss(model(torch.randn(5, 4)).sum())
-
-
-@pytest.mark.parametrize("wrt", [rs.inputs(), rs.outputs("first")], ids=repr)
-def test_an_input_that_is_changed_before_the_further_forward(wrt):
-    model, x = made()
-    with rs.attach(model, rs.Contractive(estimator="jvp", wrt=wrt).on(CODE)) as reg:
-        model(x)
-        x.add_(1)
-        with pytest.raises(CaptureError, match=r"in place|in-place"):
-            reg.penalty()
+@pytest.mark.slow
+def test_two_ranks_that_share_the_parameters():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with torch.multiprocessing.get_context("spawn").Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(sharded, (port, results), nprocs=2)
+        results = dict(results)
+    for rank in range(2):
+        assert "jvp, by a second forward (sharded parameters)" in results[rank, "auto"]
+        assert "can't be differentiated twice: use estimator='jvp'" in results[rank, "exact"]
+        assert "difference, by two" in results[rank, "difference"]

@@ -23,8 +23,8 @@ from restrain.engine.injection import in_checkpoint
 from restrain.engine.taps import Spot, Watch, batch_dim
 from restrain.errors import CaptureError
 from restrain.penalties.again import Randomness
-from restrain.penalties.derivative import COMPILED, SHARDED, Choice, OnDerivatives, replayed
-from restrain.penalties.estimators import Batch
+from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
+from restrain.penalties.estimators import Batch, linear, of_the_same
 from restrain.places import Place
 
 
@@ -147,7 +147,8 @@ class Moved(Probe):
                     "are moved; use estimator='exact' or 'vjp', or a place outside of it"
                 )
         else:
-            h = batch.tensor if batch.tensor.requires_grad else batch.tensor.detach().requires_grad_()
+            keep = batch.tensor.requires_grad or self.whose.light
+            h = batch.tensor if keep else batch.tensor.detach().requires_grad_()
             if mode == "record":
                 self.note(dataclasses.replace(batch, tensor=h))
         return result if h is batch.tensor else structures.put(result, way, h)
@@ -197,6 +198,7 @@ class Derivative:
         self.arguments = Arguments(self)
         self.watches: list[Watch] = [*self.probes, self.arguments]
         self.choice: Choice | None = None
+        self.light = False  # the closed form was seen to hold, for which inputs need no gradient
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
         self._term: Tensor | None = None
         self._say("chosen at the first loss" if self.penalty.estimator == "auto" else self.penalty.estimator)
@@ -225,7 +227,7 @@ class Derivative:
         """Whether the model will run again for it, or may have to."""
         if self.penalty.of_loss:
             return False
-        return self.choice is None or self.choice.again
+        return self.choice is None or self.choice.again or self.light
 
     def blind(self, probe: Probe) -> bool:
         """Whether a place can't be looked at in the forward, since it lies in compiled code, which has run."""
@@ -287,18 +289,23 @@ class Derivative:
         if self.choice is None:
             self.choice = self.penalty.choose(ys, xs, COMPILED if self._blind else SHARDED if _sharded(root) else "")
             self._say(str(self.choice))
-        if not self.choice.again:
-            return self.penalty.of_graph(ys, xs, self.choice.estimator)
+            self.light = self.choice.why == CLOSED
+        choice = self.choice
+        if self.light and any(linear(y, of_the_same(y, xs)) is None for y in ys):
+            self.light, choice = False, Choice("exact", again=True)  # the model does something else now
+        return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
+
+    def _by_runs(self, root: nn.Module, given: list[Given], choice: Choice) -> Tensor:
         if not given:
             raise CaptureError(
-                f"{self.key}: estimator={self.choice.estimator!r} runs the model again, but only layers of it were "
+                f"{self.key}: estimator={choice.estimator!r} runs the model again, but only layers of it were "
                 "called, not the model itself"
             )
         device = next((p.device for p in root.parameters()), torch.device("cpu"))
         values = []
         for one in given:
-            run = replayed(self._run(root, one), one.randomness, root, device, self.choice.estimator)
-            values.append(self.penalty.of_runs(run, self.choice.estimator))
+            run = replayed(self._run(root, one), one.randomness, root, device, choice.estimator)
+            values.append(self.penalty.of_runs(run, choice.estimator))
         mean = all(probe.spot.place.calls == "mean" for probe in self.seen)
         return torch.stack(values).mean() if mean else torch.stack(values).sum()
 
@@ -353,4 +360,5 @@ def _compiled(root: nn.Module, spot: Spot) -> bool:
 
 
 def _sharded(root: nn.Module) -> bool:
-    return any(base.__name__ == "DTensor" for p in root.parameters() for base in type(p).__mro__)
+    things = (*root.modules(), *root.parameters())
+    return any(base.__name__ in ("FSDPModule", "DTensor") for thing in things for base in type(thing).__mro__)

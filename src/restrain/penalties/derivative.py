@@ -28,6 +28,7 @@ from restrain.select import Where
 Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
 RUNNING = ("jvp", "difference")  # those that run the model again
 REENTRANT, COMPILED, SHARDED = "a reentrant checkpoint", "compiled code", "sharded parameters"
+CLOSED = "in closed form"
 
 
 @dataclass(frozen=True)

@@ -102,11 +102,17 @@ def exact(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
     _check_samples(ys, xs)
     total = ys[0].tensor.new_zeros((), dtype=_wide(ys[0]))
     for y in ys:
-        square = closed_form(y, xs)
+        near = of_the_same(y, xs)
+        square = closed_form(y, near)
         if square is None:
-            square = _by_rows(y, xs) if y.entries <= 2 * sum(x.entries for x in xs) else _by_columns(y, xs)
+            square = _by_rows(y, near) if y.entries <= 2 * sum(x.entries for x in near) else _by_columns(y, near)
         total = total + square * (y.weight / max(y.count, 1))
     return total
+
+
+def of_the_same(y: Batch, xs: Sequence[Batch]) -> Sequence[Batch]:
+    """The inputs of the forward that gave an output; all, if it is from a layer that was called alone."""
+    return [x for x in xs if x.forward == y.forward] or xs
 
 
 def _wide(y: Batch) -> torch.dtype:
@@ -173,29 +179,44 @@ def _pulled(out: Tensor, given: Sequence[Tensor], basis: Tensor) -> Sequence[Ten
 
 
 def closed_form(y: Batch, xs: Sequence[Batch]) -> Tensor | None:
-    """Σ_i Σ_j f'(a_ij)² ‖w_j‖² where h = f(x Wᵀ + b) of the very input, by the graph; None elsewhere.
+    """Σ_i Σ_j f'(a_ij)² ‖w_j‖² where h = f(x Wᵀ + b) of the very input, by the graph; None elsewhere."""
+    found = linear(y, xs)
+    if found is None:
+        return None
+    slopes, weight = found
+    lengths, h = at_least_float32(weight).square().sum(1), at_least_float32(y.tensor)
+    return (slopes(h).square().sum(0) if slopes is not None else h.new_full((h.shape[1],), len(h))) @ lengths
 
-    The activation is sigmoid, tanh, ReLU or none; a constant may be added to x.
+
+def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | None, Tensor] | None:
+    """f' as a function of h, and W, where h = f(x Wᵀ + b) by the graph; None elsewhere.
+
+    f is sigmoid, tanh, ReLU or nothing; a constant may be added to x. Where x needs no gradient, it must be the tensor
+    that was multiplied itself.
     """
-    h, node = y.tensor, y.tensor.grad_fn
+    node = y.tensor.grad_fn
     if node is None or len(xs) != 1 or any(b.tensor.dim() != 2 or b.dim not in (0, -2) for b in (y, *xs)):
         return None
-    slopes = _SLOPES.get(node.name())
+    slopes, x = _SLOPES.get(node.name()), xs[0].tensor
     if slopes is not None:
         node = node.next_functions[0][0]
-    if node is None or node.name() not in ("AddmmBackward0", "MmBackward0") or getattr(node, "_saved_alpha", 1) != 1:
+    kept = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}.get("" if node is None else node.name())
+    if node is None or kept is None or getattr(node, "_saved_alpha", 1) != 1:
         return None
     (before, number), (transposed, _) = node.next_functions[-2:]
-    while before is not None and before.name() == "AddBackward0" and before.next_functions[1][0] is None:
-        before, number = before.next_functions[0]
-    edge = torch.autograd.graph.get_gradient_edge(xs[0].tensor)
-    if (before, number) != (edge.node, edge.output_nr) or transposed is None or transposed.name() != "TBackward0":
+    if x.requires_grad:
+        while before is not None and before.name() == "AddBackward0" and before.next_functions[1][0] is None:
+            before, number = before.next_functions[0]
+        edge = torch.autograd.graph.get_gradient_edge(x)
+        same = (before, number) == (edge.node, edge.output_nr)
+    else:
+        same = before is None and getattr(node, kept) is x
+    if not same or transposed is None or transposed.name() != "TBackward0":
         return None
     weight = getattr(transposed.next_functions[0][0], "variable", None)
-    if not isinstance(weight, Tensor) or weight.shape != (h.shape[1], xs[0].tensor.shape[1]):
+    if not isinstance(weight, Tensor) or weight.shape != (y.tensor.shape[1], x.shape[1]):
         return None
-    lengths, h = at_least_float32(weight).square().sum(1), at_least_float32(h)
-    return (slopes(h).square().sum(0) if slopes is not None else h.new_full((h.shape[1],), len(h))) @ lengths
+    return slopes, weight
 
 
 # Along random directions

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from restrain.errors import CaptureError, PenaltyError, PlanError
-from restrain.penalties.derivative import COMPILED, RUNNING, Choice, DerivativePenalty, Estimator
-from restrain.penalties.estimators import Batch, closed_form, exact, projected
+from restrain.penalties.derivative import CLOSED, COMPILED, RUNNING, Choice, DerivativePenalty, Estimator
+from restrain.penalties.estimators import Batch, exact, linear, of_the_same, projected
 from restrain.penalties.shrink import at_least_float32
 from restrain.places import Places
 from restrain.rules import What
@@ -45,12 +45,14 @@ class _Jacobian(DerivativePenalty, register=False):
                 "Jacobian of each: put it into eval() or use layer or group normalisation, or take estimator='vjp', "
                 "which is of the whole batch"
             )
-        if self.estimator != "auto":
+        if self.estimator not in ("auto", "exact"):
             return Choice(self.estimator, why=why)
         size = sum(x.entries for x in xs)
-        if apart and all(closed_form(y, xs) is not None for y in ys):
-            return Choice("exact", why="in closed form")
-        if apart and all(min(y.entries, size) <= max(_SMALL, self.projections) for y in ys):
+        if apart and all(linear(y, of_the_same(y, xs)) is not None for y in ys):
+            return Choice("exact", why=CLOSED)
+        if self.estimator == "exact" or (
+            apart and all(min(y.entries, size) <= max(_SMALL, self.projections) for y in ys)
+        ):
             return Choice("exact")
         return Choice("vjp", why=why)
 
