@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
+from restrain.errors import CaptureError
 
 RANKS, STEPS = 2, 4
 
@@ -48,6 +49,16 @@ PLANS = {
         rs.schedules.WarmUp(3) * rs.L2().on("*.weight", how="gradient"),
         rs.Target(active=0.2, every=1) * rs.L1().on(rs.outputs("relu")),
     ],
+    "derivative": [
+        0.1 * rs.Contractive(estimator="exact").on(rs.outputs("relu")),
+        0.1 * rs.GradientPenalty(1.0).on(rs.outputs("head")),
+        # of a diagonal Jacobian, for which random signs are exact
+        *[
+            0.1 * rs.JacobianNorm(estimator=e, wrt=rs.outputs("first")).on(rs.outputs("first", via=torch.tanh))
+            for e in ("vjp", "jvp", "difference")
+        ],
+    ],
+    "double backpropagation": [0.1 * rs.GradientPenalty(of="loss").on(rs.inputs("head"))],
     "group": [0.1 * rs.GroupLasso().on("first.weight", how="proximal"), rs.NonNegative().on("head.weight")],
 }
 WRAPS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
@@ -119,6 +130,8 @@ def run_rank(rank, port, results):
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
     shared = [str(w.message) for w in caught]
+    with pytest.raises(CaptureError, match="static_graph=True"):
+        train(PLANS["double backpropagation"], None, rank, RANKS, static_graph=True)
     torch.manual_seed(rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -142,6 +155,8 @@ def cases():
         for wrap in WRAPS
         for reentrant in (None, False, True)
         if reentrant is not True or wrap == "static" or (wrap == "plain" and plan != "loss")
+        if plan not in ("derivative", "double backpropagation") or reentrant is None
+        if plan != "double backpropagation" or wrap != "static"
     ]
 
 

@@ -17,6 +17,7 @@ import restrain as rs
 from cases import CONSTRAINTS, NOISES, PENALTIES, TRANSFORMS, Case
 from restrain import penalties, transforms
 from restrain.errors import NoProxError
+from restrain.penalties.derivative import OnDerivatives
 
 BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise", "Reparametrization"}
 HALF = [torch.float16, torch.bfloat16]
@@ -41,8 +42,9 @@ def missing(package, cases):
 
 
 def needs_model(member):
-    """Whether it takes no tensor alone: a penalty on the whole network, or one that is bound to a model."""
-    return isinstance(member, type) and (issubclass(member, rs.NetworkPenalty) or getattr(member, "needs_model", False))
+    """Whether it takes no tensor alone: of networks, of derivatives, or one that is bound to a model."""
+    wholes = (rs.NetworkPenalty, OnDerivatives)
+    return isinstance(member, type) and (issubclass(member, wholes) or getattr(member, "needs_model", False))
 
 
 def test_every_public_member_has_a_case():

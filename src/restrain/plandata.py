@@ -22,6 +22,7 @@ import torch
 from restrain import registry
 from restrain.errors import PenaltyError, PlanError
 from restrain.penalties import Penalty, Scaled, Sum
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.places import JoinedPlaces, Place, Places, make_place
 from restrain.rules import Rule, What
@@ -38,7 +39,8 @@ from restrain.schedule import (
 )
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
-_Scalable = (Penalty, NetworkPenalty)
+_Scalable = (Penalty, NetworkPenalty, OnDerivatives)
+_OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
 FORMS: dict[str, type[Strength]] = {
     "linear": Linear,
     "cosine": Cosine,
@@ -129,7 +131,9 @@ def _read_what(data: Any) -> What:
 
 
 def _read_field(value: Any) -> Any:
-    """A setting of a penalty or transform: plain data, or a penalty within it."""
+    """A setting of a penalty or transform: plain data, a place, or a penalty within it."""
+    if isinstance(value, Mapping) and set(value) & _OF_PLACES:
+        return _read_where(value)
     return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
 
 
@@ -255,7 +259,7 @@ def write_rule(rule: Rule) -> dict[str, Any]:
 
 def _write_what(what: Any) -> dict[str, Any]:
     """What as a dict with 'what' and, where it isn't one, 'strength'."""
-    if isinstance(what, (Scaled, ScaledNetwork)):
+    if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative)):
         return {**_write_what(what.penalty), "strength": write_strength(what.strength)}
     if isinstance(what, (Sum, NetworkSum)):
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
@@ -280,6 +284,8 @@ def _write_what(what: Any) -> dict[str, Any]:
 def _write_field(what: Any, value: Any) -> Any:
     if isinstance(value, What):
         return _write_what(value)
+    if isinstance(value, Places):
+        return _write_where(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
     return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value

@@ -58,6 +58,10 @@ class What:
         """Itself, with each strength in it that moves replaced by the 0-d tensor that holds it."""
         return self
 
+    def selected(self, where: Any) -> tuple[What, Where | Places]:
+        """What acts, and the selection that the first argument of `on` stands for."""
+        return self, where if isinstance(where, Places) else as_where(weights if where is None else where)
+
     def state(self) -> dict[str, Tensor]:
         """The tensors that it keeps from step to step, for `reg.state_dict()`; loading copies into them."""
         return {}
@@ -100,11 +104,11 @@ class What:
             SelectionError: a selection of the wrong kind.
             PlanError: an option with a value that it can't have.
         """
-        selection = where if isinstance(where, Places) else as_where(weights if where is None else where)
+        what, selection = self.selected(where)
         moments = self.moments(isinstance(selection, Places))
         if how is not None and how not in moments:
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
-        rule = Rule(self, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
+        rule = Rule(what, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
         _check(rule)
         return rule
 

@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from restrain.engine import padding
+from restrain.engine.derivative import Derivative
 from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
 from restrain.engine.strengths import Moving, tensor_of
@@ -22,6 +23,7 @@ from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
+from restrain.penalties.derivative import OnDerivatives
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
@@ -43,9 +45,15 @@ class Bound:
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
     noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
+    derivative: Derivative | None = None
     notes: list[str] = field(default_factory=list)  # what the table says of it
     moving: list[Moving] = field(default_factory=list)  # its strengths that move
     what: Any = None  # what the rule does, with the tensors of such strengths in it
+
+    @property
+    def watches(self) -> list[Watch]:
+        """All that looks at places for it."""
+        return [*self.taps, *self.raws, *(self.derivative.watches if self.derivative is not None else ())]
 
     @property
     def names(self) -> list[str]:
@@ -121,6 +129,8 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             for tap in bound.taps:
                 tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
+        if isinstance(rule.what, OnDerivatives):
+            _bind_derivative(bound, bound.what, sites)
         return bound
     try:
         chosen = select_parameters(rule.where, slots)
@@ -138,6 +148,16 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
     bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
+
+
+def _bind_derivative(bound: Bound, what: OnDerivatives, sites: Sequence[Layer]) -> None:
+    by = bound.spots if what.leaf.of_loss else _spots(bound.rule, what.leaf.by, sites)
+    if any(spot.place.via is not None for spot in by):
+        raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
+    bound.rule = replace(bound.rule, what=what.named(_places_by_name(by)))
+    if bound.spots and by:
+        of = [] if what.leaf.of_loss else bound.spots
+        bound.derivative = Derivative(bound.key, what, of, by, bound.rule.optional, bound.notes)
 
 
 def _places_by_name(spots: Sequence[Spot]) -> Places | None:

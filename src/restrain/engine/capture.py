@@ -41,6 +41,13 @@ class Gate(Protocol):
         """What the model's forward was called with; None outside of one."""
 
 
+class Probe(Protocol):
+    """What looks at a place for a derivative; the `Seen` and `Moved` of `derivative`."""
+
+    def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
+        """The result, or one with another tensor at the place."""
+
+
 class LayerHook(Draws):
     """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
 
@@ -53,6 +60,7 @@ class LayerHook(Draws):
         self.gate = gate
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
+        self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Spot]] = []
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
@@ -76,6 +84,9 @@ class LayerHook(Draws):
                     result = self._penalize(tap, mode, module, structure, result)
                 for raw in self.raws:
                     self._watch(raw, mode, structure)
+        if self.probes and not torch.compiler.is_compiling():
+            for probe in self.probes:
+                result = probe.act(module, structure, result)
         for noise, spot in self.noises:
             way = way_to(structure, spot)
             x = structures.get(result, way)

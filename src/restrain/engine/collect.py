@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,18 @@ class Collected:
     share: Tensor | float  # the tap's gradient for a loss gradient of one, in its cell
 
 
+class Derived(Protocol):
+    """A rule on derivatives; the `Derivative` of `derivative`."""
+
+    watches: list[Watch]
+
+    def collect(self, stray: set[int]) -> None:
+        """Take what the forwards gave, but for some of them."""
+
+    def forget(self) -> None:
+        """Forget what was collected."""
+
+
 class _End:
     """Hangs on the node of the autograd graph that a forward ended in."""
 
@@ -62,6 +74,7 @@ class Forwards:
     def __init__(self) -> None:
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
+        self.derived: list[Derived] = []
         self.ran = False  # a training forward ran since the last real optimizer step
         self.current: list[Collected] = []
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
@@ -70,6 +83,7 @@ class Forwards:
         self._alone = 0  # the number of the last layer that was called outside a forward of the model; negative
         self._key = f"restrain {id(self)}"
         self._depth = 0
+        self.rerun: Any = None  # a forward for the sake of a derivative
         self._training = False  # inside a forward that began in training and with gradients on
         self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
         self._inputs: list[Inputs] = []  # of the forwards of the model that run, the innermost last
@@ -84,6 +98,11 @@ class Forwards:
         if in_backward():
             return "recompute" if torch.is_grad_enabled() else "off"
         return "record" if self._training or torch.is_grad_enabled() else "off"
+
+    @property
+    def recording(self) -> bool:
+        """Whether the outermost forward of the model begins or runs, in training and with gradients."""
+        return self._depth == 1 and self._training
 
     def begin(self, model: nn.Module, inputs: Inputs | None = None) -> None:
         """A forward of the whole model begins."""
@@ -148,7 +167,7 @@ class Forwards:
 
     @property
     def _watches(self) -> list[Watch]:
-        return [*self.taps, *self.raws]
+        return [*self.taps, *self.raws, *(watch for rule in self.derived for watch in rule.watches)]
 
     def forward_of(self, tensor: Tensor) -> int:
         """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
@@ -171,6 +190,8 @@ class Forwards:
         """An optimizer took a step: what was not collected by then belongs to no loss to come."""
         self.clear()
         self.current, self.outputs = [], {}
+        for rule in self.derived:
+            rule.forget()
 
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
@@ -190,6 +211,8 @@ class Forwards:
             stray = self._stray(loss)
             self.current = [_drain(tap, stray) for tap in self.taps]
             self.outputs = _outputs(self.raws, stray)
+            for rule in self.derived:
+                rule.collect(stray)
             self._ends.clear()
         elif not self.current and not self.outputs:
             self._check_fired()

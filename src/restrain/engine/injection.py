@@ -64,6 +64,12 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
+def in_checkpoint() -> bool:
+    """Whether a non-reentrant checkpoint runs for the first time."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
+
+
 def recomputing_saved_tensors() -> bool:
     """Whether non-reentrant checkpointing recomputes: the first pass had its graph, so nothing is injected."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

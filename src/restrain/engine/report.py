@@ -14,6 +14,7 @@ from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.checks import at_hand
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import ScaledNetwork
 
 
@@ -26,8 +27,13 @@ class Measure:
     share: float
 
 
-def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:
+_PENALTIES = (Penalty, NetworkPenalty, OnDerivatives)
+
+
+def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor | None = None) -> Tensor | None:
     """The rule's value with what graph there is; None where nothing was collected yet."""
+    if isinstance(bound.rule.what, OnDerivatives):
+        return None if bound.derivative is None else bound.derivative.value(root, data_loss)
     if isinstance(bound.rule.what, NetworkPenalty):
         outputs = forwards.outputs.get(bound.key, {})
         return None if bound.raws and not outputs else network_value(bound, root, outputs)
@@ -42,9 +48,9 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
     found: dict[str, float] = {}
     with torch.no_grad():
         for bound in bounds:
-            if bound.taps or bound.raws:
+            if bound.watches:
                 found[bound.key] = forwards.last(bound.key)
-            elif isinstance(bound.rule.what, (Penalty, NetworkPenalty)):
+            elif isinstance(bound.rule.what, _PENALTIES):
                 term = _term(bound, root, forwards)
                 found[bound.key] = float("nan") if term is None else float(term)
     return found
@@ -55,11 +61,11 @@ def measure(
 ) -> dict[str, Measure]:
     """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
     trained = [p for p in root.parameters() if p.requires_grad]
-    terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
+    terms = {b.key: _term(b, root, forwards, data_loss) for b in bounds if isinstance(b.rule.what, _PENALTIES)}
     numbers = values(bounds, root, forwards)
     for bound in bounds:
         term = terms.get(bound.key)
-        if bound.raws and term is not None:
+        if (bound.raws or bound.derivative) and term is not None:
             numbers[bound.key] = float(term.detach())
     if data_loss is not None:
         key = "data"
@@ -89,9 +95,9 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
             bound.key,
             bound.rule.how,
             f"{float(at_hand(what.strength, what)):g}"
-            if isinstance(what, (Scaled, ScaledNetwork))
+            if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative))
             else "1"
-            if isinstance(what, (Penalty, NetworkPenalty))
+            if isinstance(what, _PENALTIES)
             else "-",
             str(len(bound.names)),
             f"{elements:,}" if isinstance(elements, int) else elements,

@@ -31,10 +31,10 @@ from typing import Any
 
 from restrain import registry
 from restrain.errors import PlanError, RestrainError
-from restrain.models.penalties import Contractive
 from restrain.models.specs import RECURRENT, LayerData, hidden
-from restrain.penalties import L1, L2, NetworkPenalty, NormChange, Penalty, StateChange
-from restrain.places import JoinedPlaces, Place, Places, inputs, outputs
+from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
+from restrain.penalties.derivative import OnDerivatives
+from restrain.places import Places, inputs, outputs
 from restrain.plandata import read_strength
 from restrain.plans import Plan
 from restrain.rules import Rule, What
@@ -156,7 +156,7 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
         except (RestrainError, TypeError) as error:
             kind = type(error) if isinstance(error, RestrainError) else PlanError
             raise kind(f"{keyword}={value!r}: {error}") from error
-    return [_closed_form(rule, made, context) for rule in made]
+    return made
 
 
 def _are_globs(on: Any) -> bool:
@@ -209,11 +209,13 @@ def _plain(cls: type[What], value: Any) -> dict[str, Any]:
 def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
     """The penalty of that strength; of a transform, the strength is its first setting."""
     fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
-    if fields is not None and not issubclass(cls, Contractive) and set(settings) - set(fields):
+    if fields is not None and set(settings) - set(fields):
         raise PlanError(
             f"{cls.__name__} has no {', '.join(sorted(set(settings) - set(fields)))}; a dict has "
             f"{', '.join((*OPTIONS, *fields))}"
         )
+    if cls is Contractive:
+        settings.setdefault("estimator", "exact")
     try:
         if issubclass(cls, Transform):
             return cls(*([] if strength is None else [strength]), **settings)
@@ -230,10 +232,12 @@ def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
 def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: Context) -> Rule:
     if isinstance(what, NetworkPenalty):
         names = [layer["name"] for layer in context.layers[1:]]
-        places = context.places((on or context.default(keyword)) if keyword in ACTIVATIONS else on or names)
-        if keyword == "contractive" and any(layer["form"] == "batchnorm" for layer in context.layers):
+        return what.on(weights, outputs=context.places(on or names), **options)
+    if isinstance(what, OnDerivatives):
+        if any(layer["form"] == "batchnorm" for layer in context.layers):
             raise PlanError("behind a batchnorm layer, a sample's outputs depend on the other samples: use layernorm")
-        return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
+        on = context.default(keyword) if on is None and keyword in ACTIVATIONS else on
+        return what.on(None if on is None else context.places(on), **options)
     if keyword in ACTIVATIONS or (isinstance(what, Noise) and what.on_places):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
@@ -249,26 +253,3 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
     if context.how is not None:
         options.setdefault("how", context.how)
     return what.on(on, **options)
-
-
-def _closed_form(rule: Rule, made: Sequence[Rule], context: Context) -> Rule:
-    """The contractive rule, with the layer for which it has a closed form: the first, if only noise is added to x."""
-    first = context.layers[1]
-    leaf = getattr(rule.what, "penalty", rule.what)
-    if not isinstance(leaf, Contractive) or first["form"] != "dense":
-        return rule
-    if any(_multiplies(other) for other in made):
-        return rule
-    known = Contractive(first["name"], first["activation"])
-    return dataclasses.replace(rule, what=known if leaf is rule.what else rule.what.strength * known)  # type: ignore[attr-defined]
-
-
-def _multiplies(rule: Rule) -> bool:
-    """Whether it changes the input otherwise than by adding to it."""
-    return isinstance(rule.what, Noise) and not isinstance(rule.what, _ADDED) and _at_input(rule.where)
-
-
-def _at_input(where: Any) -> bool:
-    if isinstance(where, JoinedPlaces):
-        return _at_input(where.left) or _at_input(where.right)
-    return isinstance(where, Place) and where.kind == "inputs"

@@ -17,6 +17,7 @@ from restrain.engine.padding import Inputs, positional
 from restrain.engine.taps import Tap, Watch
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.statistics import resting
 
 Monitors = dict[str, float]
@@ -43,7 +44,7 @@ class Means:
 
 
 def _is_penalty(bound: Bound) -> bool:
-    return isinstance(bound.rule.what, (Penalty, NetworkPenalty))
+    return isinstance(bound.rule.what, (Penalty, NetworkPenalty, OnDerivatives))
 
 
 def penalties(reg: Attachment | None) -> list[str]:
@@ -58,9 +59,8 @@ def training_values(reg: Attachment | None) -> dict[str, Tensor]:
         return values
     with torch.no_grad():
         for bound in reg._bounds:
-            watches = [*bound.taps, *bound.raws]
-            if watches:
-                parts = [part.reshape(()) for watch in watches for part in watch.last]
+            if bound.watches:
+                parts = [part.reshape(()) for watch in bound.watches for part in watch.last]
                 values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, reg.model, {})
@@ -80,14 +80,14 @@ class Looking:
     @property
     def needs_graph(self) -> bool:
         """Whether a rule takes derivatives."""
-        return self.reg is not None and any(bound.raws for bound in self.reg._bounds)
+        return self.reg is not None and any(bound.raws or bound.derivative for bound in self.reg._bounds)
 
     @contextmanager
     def attached(self) -> Iterator[Looking]:
         """Within it, the model's forwards are looked at."""
         with ExitStack() as stack:
             for bound in self.reg._bounds if self.reg is not None else ():
-                for watch in (*bound.taps, *bound.raws):
+                for watch in bound.watches:
                     stack.callback(self._hook(watch).remove)
             if self.reg is not None:
                 stack.callback(self.model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
@@ -116,6 +116,8 @@ class Looking:
             if bound.taps:
                 with torch.no_grad(), resting():
                     values[bound.key] = torch.stack([self._value(tap) for tap in bound.taps]).sum()
+            elif bound.derivative is not None:
+                values[bound.key] = bound.derivative.of_tensors(self.seen)
             elif isinstance(bound.rule.what, NetworkPenalty):
                 outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}
                 values[bound.key] = network_value(bound, self.model, outputs)

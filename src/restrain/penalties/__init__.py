@@ -4,6 +4,7 @@ from restrain.penalties.activity import L0, Confidence, DecoderL1, Entropy, Hoye
 from restrain.penalties.base import Penalty, Scaled, Sum
 from restrain.penalties.entrywise import L1, L2, MCP, SCAD, ElasticNet, Huber, LogSum, Lp, SoftBox
 from restrain.penalties.group import ExclusiveLasso, GroupLasso, GroupLInf, Norm
+from restrain.penalties.jacobian import Contractive, GradientPenalty, JacobianNorm
 from restrain.penalties.kept import Distance, Weighted
 from restrain.penalties.network import NetworkPenalty
 from restrain.penalties.pairs import ProductNorm, Tie
@@ -15,6 +16,7 @@ from restrain.penalties.structured import FusedLasso, SparseGroupLasso, TotalVar
 
 __all__ = [
     "Confidence",
+    "Contractive",
     "DecoderL1",
     "Decorrelation",
     "Distance",
@@ -22,10 +24,12 @@ __all__ = [
     "Entropy",
     "ExclusiveLasso",
     "FusedLasso",
+    "GradientPenalty",
     "GroupLInf",
     "GroupLasso",
     "Hoyer",
     "Huber",
+    "JacobianNorm",
     "KLSparsity",
     "L0",
     "L1",
