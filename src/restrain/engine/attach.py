@@ -23,7 +23,7 @@ from restrain.engine.injection import Root
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.strengths import Strengths
-from restrain.engine.terms import network_value, parameter_value
+from restrain.engine.terms import at_steps, network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -117,7 +117,7 @@ class Attachment:
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
-                for handle, what in bound.parameters:
+                for handle, what in at_steps(bound, model):
                     work = works.setdefault(handle.name, Work(handle))
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
                     getattr(work, kind).append((bound.rule, what))

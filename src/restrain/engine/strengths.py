@@ -226,7 +226,7 @@ _MEASURES = {"zeros": _zeros, "norm": _norm}
 
 def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
     """‖g‖ / (‖g‖ + ‖r‖), g the gradient of the rule and r that of all else, after a step which g may be a part of."""
-    mean = rule.reduce == "mean" and rule.how == "loss"  # the other moments know no mean
+    mean = rule.reduce == "mean"
     inside = rule.how in ("loss", "gradient")
     own, others = [], []
     for p, penalty in tensors:
