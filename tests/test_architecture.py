@@ -20,7 +20,7 @@ ROWS = [
     {"sites"},
     {"axes"},
     {"select"},
-    {"places"},
+    {"places", "schedule"},
     {"rules"},
     {"penalties"},
     {"transforms"},

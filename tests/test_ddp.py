@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
+from restrain.errors import CaptureError
 
 RANKS, STEPS = 2, 4
 
@@ -33,9 +34,31 @@ class Net(nn.Module):
 
 
 PLANS = {
-    "loss": [0.1 * rs.L2().on("*.weight"), 0.1 * rs.L1().on(rs.outputs("relu"))],
+    "loss": [
+        0.1 * rs.L2().on("*.weight"),
+        0.1 * rs.L1().on(rs.outputs("relu")),
+        0.1 * rs.DecoderL1("head.weight").on(rs.outputs("relu")),
+    ],
+    "statistics": [
+        0.3 * rs.KLSparsity(0.2, momentum=0.5).on(rs.outputs("first", via=torch.sigmoid)),
+        0.1 * rs.Decorrelation().on(rs.outputs("relu")),
+    ],
     "gradient": [0.1 * rs.L2().on("*.weight", how="gradient"), 0.1 * rs.L1().on(rs.outputs("relu"))],
     "proximal": [0.1 * rs.L1().on("*.weight", how="proximal"), rs.MaxNorm(0.5).on("head.weight")],
+    "moving": [
+        rs.schedules.WarmUp(3) * rs.L2().on("*.weight", how="gradient"),
+        rs.Target(active=0.2, every=1) * rs.L1().on(rs.outputs("relu")),
+    ],
+    "derivative": [
+        0.1 * rs.Contractive(estimator="exact").on(rs.outputs("relu")),
+        0.1 * rs.GradientPenalty(1.0).on(rs.outputs("head")),
+        # of a diagonal Jacobian, for which random signs are exact
+        *[
+            0.1 * rs.JacobianNorm(estimator=e, wrt=rs.outputs("first")).on(rs.outputs("first", via=torch.tanh))
+            for e in ("vjp", "jvp", "difference")
+        ],
+    ],
+    "double backpropagation": [0.1 * rs.GradientPenalty(of="loss").on(rs.inputs("head"))],
     "group": [0.1 * rs.GroupLasso().on("first.weight", how="proximal"), rs.NonNegative().on("head.weight")],
 }
 WRAPS = {"plain": {}, "find_unused": {"find_unused_parameters": True}, "static": {"static_graph": True}}
@@ -72,6 +95,28 @@ def train_with_noise(rank, noise):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def statistics(x, compiled=False):
+    """Value and gradients of statistics of a batch, alone."""
+    torch.manual_seed(1)
+    model = Net().double()
+    penalty = 0.3 * rs.KLSparsity(0.2) + rs.Decorrelation()
+    with rs.attach(model, penalty.on(rs.outputs("first", via=torch.sigmoid))) as reg:
+        run = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        loss = reg.loss(0 * run(x).sum())
+        loss.backward()
+    torch.compiler.reset()
+    return [loss.detach(), *(p.grad for p in model.first.parameters())]
+
+
+def of_unequal_batches(rank, compiled):
+    """Those of two ranks with five and three samples, gradients averaged as DDP does."""
+    torch.manual_seed(0)
+    value, *gradients = statistics(torch.randn(8, 4, dtype=torch.float64).split([5, 3])[rank], compiled)
+    for gradient in gradients:
+        dist.all_reduce(gradient)
+    return [value, *(gradient / RANKS for gradient in gradients)]
+
+
 def run_rank(rank, port, results):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -85,12 +130,15 @@ def run_rank(rank, port, results):
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
     shared = [str(w.message) for w in caught]
+    with pytest.raises(CaptureError, match="static_graph=True"):
+        train(PLANS["double backpropagation"], None, rank, RANKS, static_graph=True)
     torch.manual_seed(rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         rs.attach(Net(), rs.GaussianNoise(0.1).on(rs.inputs())).detach()
     noisy = [train_with_noise(rank, noise) for noise in (0.0, 0.3)]
-    results[rank] = (trained, shared, [str(w.message) for w in caught], noisy)
+    unequal = [of_unequal_batches(rank, compiled) for compiled in (False, True)]
+    results[rank] = (trained, shared, [str(w.message) for w in caught], noisy, unequal)
     dist.barrier()
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 
@@ -107,6 +155,8 @@ def cases():
         for wrap in WRAPS
         for reentrant in (None, False, True)
         if reentrant is not True or wrap == "static" or (wrap == "plain" and plan != "loss")
+        if plan not in ("derivative", "double backpropagation") or reentrant is None
+        if plan != "double backpropagation" or wrap != "static"
     ]
 
 
@@ -141,3 +191,11 @@ def test_gradient_noise_is_the_same_on_all_ranks(ranks):
     assert torch.equal(plain, others[0])
     assert torch.equal(noisy, others[1])
     assert (noisy - plain).abs().min() > 0
+
+
+def test_statistics_of_unequal_batches_are_those_of_all_samples(ranks):
+    torch.manual_seed(0)
+    expected = statistics(torch.randn(8, 4, dtype=torch.float64))
+    for *_, unequal in ranks.values():
+        for found in unequal:
+            torch.testing.assert_close(found, expected)

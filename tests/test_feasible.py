@@ -207,7 +207,7 @@ def test_fixed_entries_keep_the_values_of_the_beginning(tmp_path):
     fixed = before > 0
     assert torch.equal(model.w[fixed], before[fixed])
     assert (model.w[~fixed] != before[~fixed]).all()
-    with pytest.raises(PlanError, match="its mask is a function"):
+    with pytest.raises(PlanError, match="it holds a function"):
         reg.plan.to_dict()
     torch.save([model.state_dict(), reg.state_dict()], tmp_path / "state")
 

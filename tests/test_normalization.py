@@ -128,7 +128,7 @@ def test_zero_variance_is_a_deviation_of_one(value):
     assert scale.inverse(np.zeros((1, 1))).item() == value
 
 
-def test_variance_that_vanishes_in_float64_is_a_deviation_of_one():
+def test_variance_that_zero_at_zero_in_float64_is_a_deviation_of_one():
     assert rs.Standardize().fit(np.array([[1e-200], [3e-200]])).deviation.item() == 1
 
 

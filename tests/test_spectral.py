@@ -259,3 +259,33 @@ def test_plans(penalty, tmp_path):
         plan.save(tmp_path / f"plan.{ending}")
         assert rs.Plan.load(tmp_path / f"plan.{ending}") == plan
     assert rs.Plan.of("nuclear_norm:0.1").rules[0].what == 0.1 * rs.NuclearNorm()
+
+
+# As parametrisations
+
+
+@pytest.mark.parametrize(
+    "member", [rs.Orthogonal(), rs.SpectralBall(1.5), rs.NuclearBall(3.0), rs.LowRank(2)], ids=repr
+)
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_free_forms_have_the_right_gradient(member, shape, dtype):
+    torch.manual_seed(0)
+    v = torch.randn(shape, dtype=dtype, requires_grad=True)
+    torch.testing.assert_close(member.from_free(v), member.project(v))
+    assert torch.autograd.gradcheck(member.from_free, v)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (5, 3), (3, 5)])
+def test_the_gradient_is_finite_and_right_where_singular_values_coincide(shape):
+    torch.manual_seed(0)
+    v = rs.Orthogonal().project(torch.randn(shape, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(rs.Orthogonal().from_free, v)
+    g = torch.randn(shape, dtype=torch.float64)
+    (slope,) = torch.autograd.grad(rs.Orthogonal().from_free(v), v, g)
+    torch.testing.assert_close(slope, rs.Orthogonal().tangent(v.detach(), g))
+    for member in (rs.SpectralBall(0.5), rs.SpectralBall(2.0), rs.NuclearBall(1.0), rs.LowRank(2)):
+        (slope,) = torch.autograd.grad(member.from_free(v).sum(), v)
+        assert slope.isfinite().all()
+    assert torch.autograd.gradcheck(rs.SpectralBall(0.5).from_free, v)
+    assert torch.autograd.gradcheck(rs.NuclearBall(1.0).from_free, v)

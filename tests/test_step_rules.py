@@ -303,3 +303,17 @@ def test_constraints_hold_after_every_step(constraint, name):
         (F.cross_entropy(model(x), Y[:6]) - weights[0].sum() - weights[1].square().sum()).backward()
         optimizer.step()
     assert all(holds(w.detach().numpy()) for w in weights)
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient", "decoupled", "proximal"])
+def test_the_mean_is_the_same_at_every_moment(how):
+    """Of a square under plain SGD: w (1 - 2 lr c / n), and for the prox w / (1 + 2 lr c / n)."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    reg = rs.attach(model, 0.7 * rs.L2().on("*.weight", how=how, reduce="mean"), optimizer)
+    before = [layer.weight.detach().clone() for layer in model]
+    reg.loss(0 * model(torch.ones(1, 3)).sum()).backward()
+    optimizer.step()
+    for layer, w in zip(model, before, strict=True):
+        pull = 2 * 0.5 * 0.7 / w.numel() / 2
+        torch.testing.assert_close(layer.weight.detach(), w / (1 + pull) if how == "proximal" else w * (1 - pull))

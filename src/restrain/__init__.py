@@ -8,26 +8,38 @@
 """
 
 from restrain import errors
+from restrain import schedule as schedules
 from restrain.declare import regularized, scope
 from restrain.engine.attach import Attachment, attach
 from restrain.look import activations, recording
 from restrain.penalties import (
+    L0,
     L1,
     L2,
     MCP,
     SCAD,
     SLOPE,
+    Confidence,
+    Contractive,
+    DecoderL1,
+    Decorrelation,
     Distance,
     ElasticNet,
+    Entropy,
     ExclusiveLasso,
     FusedLasso,
+    GradientPenalty,
     GroupLasso,
     GroupLInf,
+    Hoyer,
     Huber,
+    JacobianNorm,
+    KLSparsity,
     LogSum,
     Lp,
     NetworkPenalty,
     Norm,
+    NormChange,
     NuclearNorm,
     Orthogonality,
     Penalty,
@@ -35,6 +47,7 @@ from restrain.penalties import (
     SoftBox,
     SparseGroupLasso,
     SpectralNorm,
+    StateChange,
     Tie,
     TotalVariation,
     Weighted,
@@ -43,6 +56,7 @@ from restrain.places import inputs, outputs
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.sampling import sampling
+from restrain.schedule import Target
 from restrain.select import biases, embeddings, glob, norms, weights
 from restrain.transforms import (
     NM,
@@ -88,22 +102,32 @@ __all__ = [
     "Attachment",
     "BlockDropout",
     "Box",
+    "Confidence",
     "Constraint",
+    "Contractive",
+    "DecoderL1",
+    "Decorrelation",
     "Distance",
     "DropConnect",
     "DropPath",
     "Dropout",
     "ElasticNet",
     "EmbeddingDropout",
+    "Entropy",
     "ExclusiveLasso",
     "Fixed",
     "FusedLasso",
     "GaussianDropout",
     "GaussianNoise",
     "GradientNoise",
+    "GradientPenalty",
     "GroupLInf",
     "GroupLasso",
+    "Hoyer",
     "Huber",
+    "JacobianNorm",
+    "KLSparsity",
+    "L0",
     "L1",
     "L1Ball",
     "L2",
@@ -118,6 +142,7 @@ __all__ = [
     "Noise",
     "NonNegative",
     "Norm",
+    "NormChange",
     "NuclearBall",
     "NuclearNorm",
     "Orthogonal",
@@ -138,7 +163,9 @@ __all__ = [
     "SpectralNorm",
     "SpectralNormalization",
     "Standardize",
+    "StateChange",
     "Symmetric",
+    "Target",
     "Tie",
     "TopK",
     "TotalVariation",
@@ -160,6 +187,7 @@ __all__ = [
     "recording",
     "regularized",
     "sampling",
+    "schedules",
     "scope",
     "weights",
 ]

@@ -13,6 +13,9 @@ from restrain.select import SYMBOLS, Glob, Object, Regex, Where, as_where, chose
 from restrain.sites import Layer, near
 
 Calls = Literal["mean", "sum"]
+Argument = (
+    str | int | Callable[..., Any]
+)  # of the model's forward: its name, its position, or what makes it of them all
 
 
 class Places:
@@ -50,11 +53,21 @@ class Place(Places):
     index: int | str | None = None
     batch_dim: int | None = None
     calls: Calls = "mean"
+    mask: Argument | None = None
+    lengths: Argument | None = None
+
+    @property
+    def padded(self) -> bool:
+        """Whether a mask or lengths say which positions count."""
+        return self.mask is not None or self.lengths is not None
 
     def __repr__(self) -> str:
-        via = "" if self.via is None else f"via={getattr(self.via, '__name__', self.via)}"
-        which = "" if self.which is None else repr(self.which)
-        return f"rs.{self.kind}({', '.join(t for t in (which, via) if t)})"
+        given = ["" if self.which is None else repr(self.which)]
+        for key in ("via", "mask", "lengths"):
+            value = getattr(self, key)
+            shown = getattr(value, "__name__", value) if callable(value) else repr(value)
+            given += [f"{key}={shown}"] * (value is not None)
+        return f"rs.{self.kind}({', '.join(filter(None, given))})"
 
 
 def outputs(
@@ -64,6 +77,8 @@ def outputs(
     index: int | str | None = None,
     batch_dim: int | None = None,
     calls: Calls = "mean",
+    mask: Argument | None = None,
+    lengths: Argument | None = None,
 ) -> Place:
     """The outputs of layers; of the whole model without an argument.
 
@@ -76,11 +91,17 @@ def outputs(
         index: which member of a tuple or dict output; by default the first floating-point tensor in it.
         batch_dim: the batch axis; by default 0, or 1 where the layer says `batch_first=False`.
         calls: a layer that is called several times in a forward counts by the "mean" or the "sum" of its calls.
+        mask: which positions count, so that padding doesn't: an argument of the model's own forward by its name ("~"
+            before it: where it is true, positions don't count) or position, or a function of all its arguments. It
+            is (batch, time), or of as many axes as the output; what isn't zero counts.
+        lengths: the lengths of the sequences, (batch,), likewise.
 
     >>> rs.outputs("relu*", calls="sum")
     rs.outputs('relu*')
     """
-    return make_place("outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls)
+    return make_place(
+        "outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+    )
 
 
 def inputs(
@@ -90,13 +111,17 @@ def inputs(
     index: int | str | None = None,
     batch_dim: int | None = None,
     calls: Calls = "mean",
+    mask: Argument | None = None,
+    lengths: Argument | None = None,
 ) -> Place:
     """The inputs of layers; of the whole model without an argument. Arguments as those of `outputs`.
 
     >>> rs.inputs()
     rs.inputs()
     """
-    return make_place("inputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls)
+    return make_place(
+        "inputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+    )
 
 
 def make_place(
@@ -107,6 +132,8 @@ def make_place(
     index: Any = None,
     batch_dim: Any = None,
     calls: Any = "mean",
+    mask: Any = None,
+    lengths: Any = None,
 ) -> Place:
     """The place that arguments of `outputs` or `inputs` stand for.
 
@@ -117,7 +144,16 @@ def make_place(
         raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {calls!r}")
     if via is not None and not callable(via):
         raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {via!r}")
-    return Place(kind, None if which is None else as_where(which), via, index, batch_dim, calls)
+    for key, value in (("mask", mask), ("lengths", lengths)):
+        named = isinstance(value, str | int) and not isinstance(value, bool)
+        if value is not None and not named and not callable(value):
+            raise SelectionError(
+                f"{key}= is the name of an argument of the model's forward, its position, or a function of all of "
+                f"them; got {value!r}"
+            )
+    if mask is not None and lengths is not None:
+        raise SelectionError("write mask= or lengths=, not both: they say the same")
+    return Place(kind, None if which is None else as_where(which), via, index, batch_dim, calls, mask, lengths)
 
 
 def _as_places(given: Any) -> Places:

@@ -1,7 +1,8 @@
 """Rules as plain data (text and dicts, as YAML, TOML and JSON hold them).
 
 what: l1                       # a registered name; {name: grouplasso, per: in}; {sum: [...]} of such
-strength: 1e-3
+strength: 1e-3                 # or {linear: {start: 0, end: 1e-3, steps: 1000}}, {target: {zeros: 0.9}},
+                               # {times: [1e-3, {warmup: {steps: 500}}]}
 on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
                                # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
 how: proximal                  # and reduce, name, every, start, optional, momentum as in .on(...)
@@ -10,6 +11,8 @@ how: proximal                  # and reduce, name, every, start, optional, momen
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,14 +20,36 @@ from typing import Any
 import torch
 
 from restrain import registry
-from restrain.errors import PlanError
+from restrain.errors import PenaltyError, PlanError
 from restrain.penalties import Penalty, Scaled, Sum
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.places import JoinedPlaces, Place, Places, make_place
 from restrain.rules import Rule, What
+from restrain.schedule import (
+    Cosine,
+    Exponential,
+    Linear,
+    Steps,
+    Strength,
+    Target,
+    Times,
+    WarmUp,
+    given_fields,
+)
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
-_Scalable = (Penalty, NetworkPenalty)
+_Scalable = (Penalty, NetworkPenalty, OnDerivatives)
+_OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
+FORMS: dict[str, type[Strength]] = {
+    "linear": Linear,
+    "cosine": Cosine,
+    "exponential": Exponential,
+    "warmup": WarmUp,
+    "steps": Steps,
+    "target": Target,
+}
+_PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths")
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
 
@@ -59,10 +84,33 @@ def _read_scaled(data: Any) -> What:
     what = _read_what(data["what"]) if isinstance(data, Mapping) and "what" in data else _read_what(data)
     if not isinstance(data, Mapping) or "strength" not in data:
         return what
-    strength = _number(data["strength"])
-    if not isinstance(strength, (int, float)) or isinstance(strength, bool) or not isinstance(what, _Scalable):
-        raise PlanError(f"a strength is a number, for penalties only; got strength={data['strength']!r} of {what!r}")
-    return strength * what
+    if not isinstance(what, _Scalable):
+        raise PlanError(f"a strength is for penalties only; got strength={data['strength']!r} of {what!r}")
+    return read_strength(data["strength"]) * what  # type: ignore[no-any-return]
+
+
+def read_strength(data: Any) -> Any:
+    """The strength that a number, or a dict such as `{"linear": {...}}`, stands for.
+
+    Raises:
+        PlanError: it is none.
+    """
+    if isinstance(data, Mapping) and len(data) == 1:
+        ((form, content),) = data.items()
+        if form == "times" and isinstance(content, (list, tuple)) and content:
+            return functools.reduce(operator.mul, map(read_strength, content))
+        if form in FORMS and isinstance(content, Mapping):
+            try:
+                return FORMS[form](**{key: _number(value) for key, value in content.items()})
+            except (TypeError, PenaltyError) as error:
+                raise PlanError(f"strength {form}: {error}") from error
+    strength = _number(data)
+    if not isinstance(strength, (int, float)) or isinstance(strength, bool):
+        raise PlanError(
+            f"a strength is a number, or a dict of one of {', '.join((*FORMS, 'times'))}, as in "
+            f"{{linear: {{start: 0, end: 0.001, steps: 1000}}}}; got strength={data!r}"
+        )
+    return strength
 
 
 def _read_what(data: Any) -> What:
@@ -83,7 +131,9 @@ def _read_what(data: Any) -> What:
 
 
 def _read_field(value: Any) -> Any:
-    """A setting of a penalty or transform: plain data, or a penalty within it."""
+    """A setting of a penalty or transform: plain data, a place, or a penalty within it."""
+    if isinstance(value, Mapping) and set(value) & _OF_PLACES:
+        return _read_where(value)
     return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
 
 
@@ -167,10 +217,10 @@ def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
     which = None if data[kind] in ("", None) else data[kind]  # "" is the model itself: TOML has no null
     if isinstance(which, int) and not isinstance(which, bool):
         which = str(which)  # a layer called 0, which YAML reads as a number
-    unknown = set(data) - {kind, "via", "index", "batch_dim", "calls"}
+    unknown = set(data) - {kind, "via", *_PLACE_OPTIONS}
     if unknown:
-        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, index, batch_dim, calls")
-    options = {key: data[key] for key in ("index", "batch_dim", "calls") if key in data}
+        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, {', '.join(_PLACE_OPTIONS)}")
+    options = {key: data[key] for key in _PLACE_OPTIONS if key in data}
     chosen = None if which is None else as_where(_read_where(which))
     return make_place(kind, chosen, via=_function(data.get("via")), **options)
 
@@ -209,8 +259,8 @@ def write_rule(rule: Rule) -> dict[str, Any]:
 
 def _write_what(what: Any) -> dict[str, Any]:
     """What as a dict with 'what' and, where it isn't one, 'strength'."""
-    if isinstance(what, (Scaled, ScaledNetwork)):
-        return {**_write_what(what.penalty), "strength": what.strength}
+    if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative)):
+        return {**_write_what(what.penalty), "strength": write_strength(what.strength)}
     if isinstance(what, (Sum, NetworkSum)):
         return {"what": {"sum": [_write_what(term) for term in what.terms]}}
     name = registry.name_of(type(what))
@@ -234,9 +284,31 @@ def _write_what(what: Any) -> dict[str, Any]:
 def _write_field(what: Any, value: Any) -> Any:
     if isinstance(value, What):
         return _write_what(value)
+    if isinstance(value, Places):
+        return _write_where(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
     return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value
+
+
+def write_strength(strength: Any) -> Any:
+    """A strength as a number or a dict, which `read_strength` reads.
+
+    Raises:
+        PlanError: it is a function of the step, or a schedule of a class of one's own.
+    """
+    if not isinstance(strength, Strength):
+        return strength
+    if isinstance(strength, Times):
+        number, members = strength.parts
+        return {"times": [number] * (number != 1) + [write_strength(member) for member in members]}
+    form = next((form for form, cls in FORMS.items() if type(strength) is cls), None)
+    if form is None:
+        raise PlanError(
+            f"{strength!r} can't be written: it is code, and a file holds data only; use one of {', '.join(FORMS)}"
+        )
+    fields = given_fields(strength)
+    return {form: {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}}
 
 
 def _write_where(where: Any) -> Any:
@@ -261,7 +333,10 @@ def _write_where(where: Any) -> Any:
                     f"via={where.via!r} can't be written: only functions of torch or torch.nn.functional can"
                 )
             data["via"] = name
-        options = {"index": where.index, "batch_dim": where.batch_dim, "calls": where.calls}
+        options = {key: getattr(where, key) for key in _PLACE_OPTIONS}
+        for key in ("mask", "lengths"):
+            if callable(options[key]):
+                raise PlanError(f"{key}={options[key]!r} can't be written: only a name or position of an argument can")
         return {**data, **{k: v for k, v in options.items() if v is not None and v != "mean"}}
     raise PlanError(
         f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"

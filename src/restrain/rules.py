@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from restrain import registry
 from restrain.errors import HowError, PlanError
 from restrain.places import Places
+from restrain.schedule import Strength
 from restrain.select import Where, as_where, weights
 from restrain.sites import Location
 
@@ -51,6 +53,14 @@ class What:
     def bound_at_place(self) -> What:
         """What acts at one place: with the tensors that it keeps made."""
         return self
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
+        """Itself, with each strength in it that moves replaced by the 0-d tensor that holds it."""
+        return self
+
+    def selected(self, where: Any) -> tuple[What, Where | Places]:
+        """What acts, and the selection that the first argument of `on` stands for."""
+        return self, where if isinstance(where, Places) else as_where(weights if where is None else where)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that it keeps from step to step, for `reg.state_dict()`; loading copies into them."""
@@ -94,11 +104,11 @@ class What:
             SelectionError: a selection of the wrong kind.
             PlanError: an option with a value that it can't have.
         """
-        selection = where if isinstance(where, Places) else as_where(weights if where is None else where)
+        what, selection = self.selected(where)
         moments = self.moments(isinstance(selection, Places))
         if how is not None and how not in moments:
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
-        rule = Rule(self, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
+        rule = Rule(what, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
         _check(rule)
         return rule
 
@@ -132,7 +142,7 @@ class Rule:
         """Its name, or one made of what and where."""
         return self.name or f"{self.what!r} on {self.where!r}"
 
-    def __mul__(self, strength: float) -> Rule:
+    def __mul__(self, strength: float | Strength) -> Rule:
         return replace(self, what=strength * self.what)  # type: ignore[operator, arg-type]
 
     __rmul__ = __mul__

@@ -21,7 +21,9 @@ class Case:
     compiled_prox: bool = True  # its prox has loops that depend on the data, which torch.compile can't trace whole
     shape: tuple = (3, 4)  # of the tensors that noise is tried on
     fits: Callable = as_it_is  # turns a shape into the next one that it takes
-    vanishes: bool = True  # its value is zero at zero
+    domain: Callable = lambda w: w  # takes any tensor to where the member is defined
+    zero_at_zero: bool = True  # its value at zero is zero
+    slope: Callable | None = None  # whose slope the gradient is, where that is said to be another value's
 
     def __repr__(self):
         return repr(self.member)

@@ -43,9 +43,9 @@ PENALTIES = {
     ],
     "SpectralNorm": [Case(rs.SpectralNorm(), spectral, any_rank=False)],
     "Orthogonality": [
-        Case(rs.Orthogonality(), orthogonality(2), any_rank=False, vanishes=False),
-        Case(rs.Orthogonality(of="columns"), orthogonality(2, transposed=True), any_rank=False, vanishes=False),
-        Case(rs.Orthogonality(power=1), orthogonality(1), any_rank=False, vanishes=False),
+        Case(rs.Orthogonality(), orthogonality(2), any_rank=False, zero_at_zero=False),
+        Case(rs.Orthogonality(of="columns"), orthogonality(2, transposed=True), any_rank=False, zero_at_zero=False),
+        Case(rs.Orthogonality(power=1), orthogonality(1), any_rank=False, zero_at_zero=False),
         Case(rs.Orthogonality(off_diagonal=True), orthogonality(2, off_diagonal=True), any_rank=False),
         Case(rs.Orthogonality(normalized=True, power=1), orthogonality(1, normalized=True), any_rank=False),
     ],

@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 from restrain.declare import declared_rules
 from restrain.engine import ranks, report
 from restrain.engine.bind import bind, check_optimizers
-from restrain.engine.capture import InputHook, LayerHook, forget_compiled_code
+from restrain.engine.capture import forget_compiled_code
 from restrain.engine.clock import Clock
-from restrain.engine.collect import Forwards, RootBegins, RootEnds, set_cells
+from restrain.engine.collect import Forwards, set_cells
+from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
+from restrain.engine.hooks import Hooks
 from restrain.engine.injection import Root
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
-from restrain.engine.taps import Spot
-from restrain.engine.terms import network_value, parameter_value
+from restrain.engine.strengths import Strengths
+from restrain.engine.terms import at_steps, network_value, parameter_value
 from restrain.engine.tripwire import Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -83,22 +85,26 @@ class Attachment:
         self._bounds = bind(plan, model)
         check_optimizers(self._bounds, model, optimizers)
         self._forwards = Forwards()
-        self._handles: list[Any] = []
+        self._hooks = Hooks(self._forwards)
         self._detached = False
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
-        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.taps or b.raws)]
+        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise = Parametrized(), WeightNoise()
+        self._strengths = Strengths(self._bounds)
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
-            self._attach_hooks(model)
+            self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
+            self._weight_noise.begin(self._bounds, model)
+            if self._hooks.at_layers or self._weight_noise.hooks:
+                forget_compiled_code()
             self._attach_steps(model, optimizers)
             if any(isinstance(bound.rule.what, Noise) and (bound.spots or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
@@ -106,44 +112,12 @@ class Attachment:
             self.detach()
             raise
 
-    def _attach_hooks(self, model: nn.Module) -> None:
-        """One hook a layer and side, whatever the number of rules there; and two on the model for the loss rules."""
-        if self._loss_rules:
-            self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
-        hooks: dict[tuple[int, str], LayerHook] = {}
-        for bound in self._bounds:
-            self._forwards.taps += bound.taps
-            self._forwards.raws += bound.raws
-            for tap in bound.taps:
-                self._hook_at(hooks, model, tap.spot).taps.append(tap)
-            for raw in bound.raws:
-                self._hook_at(hooks, model, raw.spot).raws.append(raw)
-            if isinstance(bound.rule.what, Noise):
-                for spot in bound.spots:
-                    self._hook_at(hooks, model, spot).noises.append((bound.rule.what, spot))
-        if self._loss_rules:
-            self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
-        self._weight_noise.begin(self._bounds, model)
-        if hooks or self._weight_noise.hooks:
-            forget_compiled_code()
-
-    def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
-        module, kind = spot.find(model), spot.place.kind
-        key = (id(module), kind)
-        if key not in hooks and kind == "outputs":
-            hooks[key] = LayerHook(self._forwards)
-            self._handles.append(module.register_forward_hook(hooks[key], with_kwargs=True))
-        elif key not in hooks:
-            hooks[key] = hook = InputHook(self._forwards)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        return hooks[key]
-
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
-                for handle, what in bound.parameters:
+                for handle, what in at_steps(bound, model):
                     work = works.setdefault(handle.name, Work(handle))
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
                     getattr(work, kind).append((bound.rule, what))
@@ -237,13 +211,15 @@ class Attachment:
                 terms.append(network_value(bound, model, self._forwards.outputs.get(bound.key, {})))
                 for raw in bound.raws[:1]:
                     raw.last = [terms[-1].detach()]
+        derived = [b.derivative.value(model, loss) for b in due.values() if b.derivative is not None and recorded]
+        terms += [term for term in derived if term is not None]
         collected = [one for one in self._forwards.current if recorded and one.tap.rule in due]
         terms += [one.direct for one in collected if one.direct is not None]
         return terms, [one for one in collected if one.hidden is not None]
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
-        watching = bool(self._forwards.taps or self._forwards.raws)
+        watching = bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
         if watching and self.model.training and torch.is_grad_enabled():
             self._forwards.collect(loss)
             return True
@@ -282,14 +258,22 @@ class Attachment:
         """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
         return self._parametrized.learned()
 
+    def strengths(self) -> dict[str, float]:
+        """{rule: its strength now} of the strengths that move: of schedules and of targets."""
+        return {moving.key: float(moving.now) for moving in self._strengths.moving}
+
+    def next_epoch(self) -> None:
+        """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.epochs += 1
+        self._strengths.refill(self._clock.steps, self._clock.epochs)
+
     def table(self, values: bool = False) -> str:
         """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
         return report.table(self._bounds, self.model, self.values() if values else None)
 
     def detach(self) -> None:
         """Take every hook away; nothing of ours stays behind. Calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         for stepper in self._steppers:
             stepper.remove()
         model = self._model()
@@ -299,7 +283,7 @@ class Attachment:
         self._clock.remove()
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
-        self._handles, self._steppers, self._detached = [], [], True
+        self._steppers, self._detached = [], True
         self._forwards.stepped()
 
     def _acting(self) -> Iterator[tuple[str, What, Handle | None]]:
@@ -312,9 +296,10 @@ class Attachment:
 
     @torch.no_grad()
     def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step: let those that keep tensors bring them up to date."""
+        """After a real step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
             what.stepped(None if handle is None else handle.find(root))
+        self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def _works(self) -> list[Work]:
         """What is done at the optimizers' steps; all of them share it."""
@@ -326,9 +311,11 @@ class Attachment:
             "version": 1,
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
+            "epochs": self._clock.epochs,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
             "metrics": {work.handle.name: dict(work.kept) for work in self._works() if work.kept},
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
+            "strengths": self._strengths.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -352,7 +339,13 @@ class Attachment:
             work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():
-                tensor.copy_(state["kept"][name][key])
+                saved = state["kept"][name][key]
+                if tensor.numel():
+                    tensor.copy_(saved)
+                else:  # it has the size and type that a first batch gives
+                    tensor.data = saved.detach().clone()
+        self._clock.epochs = state["epochs"]
+        self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
 
     def __enter__(self) -> Self:
         return self
@@ -370,17 +363,3 @@ class Attachment:
 
     def __reduce__(self) -> Any:
         return (DetachedAttachment, (self.plan,))
-
-
-class DetachedAttachment:
-    """What an attachment becomes in a copy or a pickle: it knows its plan, and that it is attached to nothing."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise DetachedError(
-            f"this is a copy of an attachment, attached to nothing: write rs.attach(model, copy.plan) before .{name}"
-        )

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from restrain.engine import padding
+from restrain.engine.derivative import Derivative
 from restrain.engine.metric import diagonal, known
 from restrain.engine.steps import total
+from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import Penalty
+from restrain.penalties.derivative import OnDerivatives
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
@@ -41,7 +45,15 @@ class Bound:
     taps: list[Tap] = field(default_factory=list)
     raws: list[Watch] = field(default_factory=list)
     noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
+    derivative: Derivative | None = None
     notes: list[str] = field(default_factory=list)  # what the table says of it
+    moving: list[Moving] = field(default_factory=list)  # its strengths that move
+    what: Any = None  # what the rule does, with the tensors of such strengths in it
+
+    @property
+    def watches(self) -> list[Watch]:
+        """All that looks at places for it."""
+        return [*self.taps, *self.raws, *(self.derivative.watches if self.derivative is not None else ())]
 
     @property
     def names(self) -> list[str]:
@@ -103,14 +115,22 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     rule, mean = bound.rule, bound.rule.reduce == "mean"
+    device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
     if isinstance(rule.where, Places):
         bound.spots = _spots(rule, rule.where, sites)
         if isinstance(rule.what, Penalty):
             weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
-            device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
             watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            bound.taps = [Tap(watch, rule.what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            what = bound.what.bound_in(sites[0].module)
+            for place in {spot.place for spot in bound.spots if spot.place.padded}:
+                padding.check(place, what, sites[0].module)
+            bound.taps = [Tap(watch, what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
+            for tap in bound.taps:
+                tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
+        if isinstance(rule.what, OnDerivatives):
+            _bind_derivative(bound, bound.what, sites)
         return bound
     try:
         chosen = select_parameters(rule.where, slots)
@@ -118,7 +138,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if not rule.optional:
             raise
         chosen = []
-    bound.parameters = [(slot.handle, _resolve(rule, slot)) for slot in chosen]
+    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot)) for slot in chosen]
     if rule.how == "forward":
         bound.noisy = [
             (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
@@ -128,6 +148,16 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
     bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
+
+
+def _bind_derivative(bound: Bound, what: OnDerivatives, sites: Sequence[Layer]) -> None:
+    by = bound.spots if what.leaf.of_loss else _spots(bound.rule, what.leaf.by, sites)
+    if any(spot.place.via is not None for spot in by):
+        raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
+    bound.rule = replace(bound.rule, what=what.named(_places_by_name(by)))
+    if bound.spots and by:
+        of = [] if what.leaf.of_loss else bound.spots
+        bound.derivative = Derivative(bound.key, what, of, by, bound.rule.optional, bound.notes)
 
 
 def _places_by_name(spots: Sequence[Spot]) -> Places | None:
@@ -158,10 +188,12 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
         if isinstance(rule.what, Noise):
             rule.what.suits(target.layer.module, target.place.kind)
+        if target.place.padded and not isinstance(rule.what, Penalty):
+            raise SelectionError(f"mask= and lengths= are for penalties at one place, not for {rule.what!r}")
     return [Spot.of(target) for target in targets]
 
 
-def _resolve(rule: Rule, slot: Slot) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -179,8 +211,8 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    if rule.how == "loss" and not isinstance(rule.what, Penalty):
-        return rule.what
+    if rule.how == "loss" and not isinstance(what, Penalty):
+        return what
     tensor = slot.tensor()
     if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
         raise HowError(
@@ -188,12 +220,12 @@ def _resolve(rule: Rule, slot: Slot) -> What:
             "isn't enough either; use DDP"
         )
     if is_lazy(tensor):
-        if rule.how == "loss" and rule.what.entrywise:
-            return rule.what
+        if rule.how == "loss" and what.entrywise:
+            return what
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return rule.what.bound_to(slot.location())
+    return what.bound_to(slot.location())
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from restrain.engine import structures
 from restrain.engine.draws import Draws
 from restrain.engine.injection import Inject, recomputing_saved_tensors
+from restrain.engine.padding import Inputs
 from restrain.engine.taps import Spot, Tap, Watch, batch_dim
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.transforms.base import Noise
@@ -36,6 +37,16 @@ class Gate(Protocol):
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
 
+    def inputs(self) -> Inputs | None:
+        """What the model's forward was called with; None outside of one."""
+
+
+class Probe(Protocol):
+    """What looks at a place for a derivative; the `Seen` and `Moved` of `derivative`."""
+
+    def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
+        """The result, or one with another tensor at the place."""
+
 
 class LayerHook(Draws):
     """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
@@ -49,6 +60,7 @@ class LayerHook(Draws):
         self.gate = gate
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
+        self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Spot]] = []
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
@@ -72,6 +84,9 @@ class LayerHook(Draws):
                     result = self._penalize(tap, mode, module, structure, result)
                 for raw in self.raws:
                     self._watch(raw, mode, structure)
+        if self.probes and not torch.compiler.is_compiling():
+            for probe in self.probes:
+                result = probe.act(module, structure, result)
         for noise, spot in self.noises:
             way = way_to(structure, spot)
             x = structures.get(result, way)
@@ -88,7 +103,16 @@ class LayerHook(Draws):
         way = way_to(structure, tap.spot)
         if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
             return result  # inside torch.func, a value can't leave
-        value = tap.evaluate(structure, way, module)
+        inputs = None
+        if tap.spot.place.padded:
+            if mode != "recompute" or recomputing_saved_tensors():
+                inputs = self.gate.inputs()
+            if inputs is None:
+                return result  # a layer that is called alone: which positions count isn't known
+        if mode != "recompute":
+            for activity in tap.activities:
+                activity.add(tap.spot.seen(structures.get(structure, way)))
+        value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)
             return result

@@ -23,6 +23,7 @@ class Clock:
 
     def __init__(self, model: Callable[[], nn.Module | None]) -> None:
         self.model, self.steps, self._from = model, 0, 0
+        self.epochs = 0  # as the user counts them
         self.on_any: list[Listener] = []  # called after any step in the process
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
         self._relevant: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()

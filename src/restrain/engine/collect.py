@@ -7,16 +7,17 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from restrain.engine import structures
 from restrain.engine.capture import DeadHook
-from restrain.engine.injection import in_backward
+from restrain.engine.injection import checkpoint_frame, in_backward
+from restrain.engine.padding import Inputs
 from restrain.engine.taps import Tap, Watch
-from restrain.errors import NeverFiredError
+from restrain.errors import CaptureError, NeverFiredError
 
 
 class _Pause(threading.local):
@@ -48,6 +49,18 @@ class Collected:
     share: Tensor | float  # the tap's gradient for a loss gradient of one, in its cell
 
 
+class Derived(Protocol):
+    """A rule on derivatives; the `Derivative` of `derivative`."""
+
+    watches: list[Watch]
+
+    def collect(self, stray: set[int]) -> None:
+        """Take what the forwards gave, but for some of them."""
+
+    def forget(self) -> None:
+        """Forget what was collected."""
+
+
 class _End:
     """Hangs on the node of the autograd graph that a forward ended in."""
 
@@ -61,6 +74,7 @@ class Forwards:
     def __init__(self) -> None:
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
+        self.derived: list[Derived] = []
         self.ran = False  # a training forward ran since the last real optimizer step
         self.current: list[Collected] = []
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
@@ -69,7 +83,11 @@ class Forwards:
         self._alone = 0  # the number of the last layer that was called outside a forward of the model; negative
         self._key = f"restrain {id(self)}"
         self._depth = 0
+        self.rerun: Any = None  # a forward for the sake of a derivative
         self._training = False  # inside a forward that began in training and with gradients on
+        self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
+        self._inputs: list[Inputs] = []  # of the forwards of the model that run, the innermost last
+        self._of_frames: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
 
     def mode(self) -> str:
         """What a layer that is called now should do with its penalties."""
@@ -81,8 +99,15 @@ class Forwards:
             return "recompute" if torch.is_grad_enabled() else "off"
         return "record" if self._training or torch.is_grad_enabled() else "off"
 
-    def begin(self, model: nn.Module) -> None:
+    @property
+    def recording(self) -> bool:
+        """Whether the outermost forward of the model begins or runs, in training and with gradients."""
+        return self._depth == 1 and self._training
+
+    def begin(self, model: nn.Module, inputs: Inputs | None = None) -> None:
         """A forward of the whole model begins."""
+        if inputs is not None:
+            self._inputs.append(inputs)
         if torch.compiler.is_compiling():
             if model.training and torch.is_grad_enabled():
                 self.ran = True
@@ -93,8 +118,32 @@ class Forwards:
             self.number += 1
             self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
 
+    def inputs(self) -> Inputs | None:
+        """What the model's forward was called with, for a layer that is called now; None outside of a forward.
+
+        Raises:
+            CaptureError: it can't be told.
+        """
+        if torch.compiler.is_compiling():
+            return self._inputs[-1] if self._inputs else None
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                "a place with mask= or lengths= is inside a reentrant checkpoint, whose recomputation doesn't know "
+                "the model's arguments; use checkpoint(..., use_reentrant=False)"
+            )
+        frame = checkpoint_frame()
+        if in_backward() and frame in self._of_frames:
+            return self._of_frames[frame]
+        if frame is not None and self._inputs:
+            self._of_frames[frame] = self._inputs[-1]
+        return self._inputs[-1] if self._inputs else None
+
     def end(self, output: Any) -> None:
         """The forward ended, with None for an output if it failed; what a failed one left is dropped."""
+        if self._inputs:
+            self._inputs.pop()
+        if torch.compiler.is_compiling():  # where even a look at the output would be traced
+            return
         self._depth -= 1
         if self._depth == 0:
             if self._training and self._watches:
@@ -118,7 +167,7 @@ class Forwards:
 
     @property
     def _watches(self) -> list[Watch]:
-        return [*self.taps, *self.raws]
+        return [*self.taps, *self.raws, *(watch for rule in self.derived for watch in rule.watches)]
 
     def forward_of(self, tensor: Tensor) -> int:
         """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
@@ -141,6 +190,8 @@ class Forwards:
         """An optimizer took a step: what was not collected by then belongs to no loss to come."""
         self.clear()
         self.current, self.outputs = [], {}
+        for rule in self.derived:
+            rule.forget()
 
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
@@ -160,6 +211,8 @@ class Forwards:
             stray = self._stray(loss)
             self.current = [_drain(tap, stray) for tap in self.taps]
             self.outputs = _outputs(self.raws, stray)
+            for rule in self.derived:
+                rule.collect(stray)
             self._ends.clear()
         elif not self.current and not self.outputs:
             self._check_fired()
@@ -245,13 +298,13 @@ class RootBegins:
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        self.forwards.begin(module)
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        names = self.forwards.names
+        self.forwards.begin(module, None if names is None else (args, kwargs, names))
 
 
 class RootEnds(RootBegins):
     """Post-hook of the model itself; called after an exception too, with None for the output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
-        if not torch.compiler.is_compiling():  # where even a look at the output would be traced
-            self.forwards.end(output)
+        self.forwards.end(output)

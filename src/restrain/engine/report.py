@@ -13,6 +13,8 @@ from restrain.engine.bind import Bound, trains
 from restrain.engine.collect import Forwards
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.checks import at_hand
+from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import ScaledNetwork
 
 
@@ -25,8 +27,13 @@ class Measure:
     share: float
 
 
-def _term(bound: Bound, root: nn.Module, forwards: Forwards) -> Tensor | None:
+_PENALTIES = (Penalty, NetworkPenalty, OnDerivatives)
+
+
+def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor | None = None) -> Tensor | None:
     """The rule's value with what graph there is; None where nothing was collected yet."""
+    if isinstance(bound.rule.what, OnDerivatives):
+        return None if bound.derivative is None else bound.derivative.value(root, data_loss)
     if isinstance(bound.rule.what, NetworkPenalty):
         outputs = forwards.outputs.get(bound.key, {})
         return None if bound.raws and not outputs else network_value(bound, root, outputs)
@@ -41,9 +48,9 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
     found: dict[str, float] = {}
     with torch.no_grad():
         for bound in bounds:
-            if bound.taps or bound.raws:
+            if bound.watches:
                 found[bound.key] = forwards.last(bound.key)
-            elif isinstance(bound.rule.what, (Penalty, NetworkPenalty)):
+            elif isinstance(bound.rule.what, _PENALTIES):
                 term = _term(bound, root, forwards)
                 found[bound.key] = float("nan") if term is None else float(term)
     return found
@@ -54,11 +61,11 @@ def measure(
 ) -> dict[str, Measure]:
     """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
     trained = [p for p in root.parameters() if p.requires_grad]
-    terms = {b.key: _term(b, root, forwards) for b in bounds if isinstance(b.rule.what, (Penalty, NetworkPenalty))}
+    terms = {b.key: _term(b, root, forwards, data_loss) for b in bounds if isinstance(b.rule.what, _PENALTIES)}
     numbers = values(bounds, root, forwards)
     for bound in bounds:
         term = terms.get(bound.key)
-        if bound.raws and term is not None:
+        if (bound.raws or bound.derivative) and term is not None:
             numbers[bound.key] = float(term.detach())
     if data_loss is not None:
         key = "data"
@@ -82,15 +89,15 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
     rows = [head]
     for bound in bounds:
-        what = bound.rule.what
+        what = bound.what
         elements = sum(p.numel() for p, _ in bound.tensors(root)) if bound.parameters else "-"
         row = [
             bound.key,
             bound.rule.how,
-            f"{what.strength:g}"
-            if isinstance(what, (Scaled, ScaledNetwork))
+            f"{float(at_hand(what.strength, what)):g}"
+            if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative))
             else "1"
-            if isinstance(what, (Penalty, NetworkPenalty))
+            if isinstance(what, _PENALTIES)
             else "-",
             str(len(bound.names)),
             f"{elements:,}" if isinstance(elements, int) else elements,
@@ -106,7 +113,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         for row in rows
     ]
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
-    notes = [note for bound in bounds for note in bound.notes]
+    notes = [note for bound in bounds for note in (*bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
     return "\n".join([*(line.rstrip() for line in lines), *notes])
 

@@ -102,22 +102,17 @@ def put(structure: Any, way: Way, new: Tensor) -> Any:
     return type(structure)({key: member if key == step else m for key, m in structure.items()})
 
 
-def sequences(structure: Any, way: Way) -> int | None:
-    """The number of sequences of the packed sequence whose data the way leads to; None elsewhere."""
-    packed = _packed(structure, way)
-    return None if packed is None else int(packed.batch_sizes[0])
-
-
 def rows(structure: Any, way: Way) -> tuple[Tensor | None, int]:
     """Of a packed sequence whose data the way leads to: which sequence each row is of, and how many there are."""
-    packed = _packed(structure, way)
-    if packed is None:
+    found = packed(structure, way)
+    if found is None:
         return None, 0
-    sizes = packed.batch_sizes.tolist()  # at each step, the first so many sequences still run
-    return torch.cat([torch.arange(size) for size in sizes]).to(packed.data.device), sizes[0]
+    sizes = found.batch_sizes.tolist()  # at each step, the first so many sequences still run
+    return torch.cat([torch.arange(size) for size in sizes]).to(found.data.device), sizes[0]
 
 
-def _packed(structure: Any, way: Way) -> PackedSequence | None:
+def packed(structure: Any, way: Way) -> PackedSequence | None:
+    """The packed sequence whose data the way leads to; None elsewhere."""
     if not way or way[-1] != "data":
         return None
     found = get(structure, way[:-1])

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import structures
+from restrain.engine import padding, structures
+from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.places import Place, Target
@@ -100,6 +101,7 @@ class Tap(Watch):
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
+        self.activities: list[Activity] = []
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
         dtype = torch.float32 if device.type == "mps" else torch.float64
         # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
@@ -109,20 +111,27 @@ class Tap(Watch):
     def has_fired(self) -> bool:
         return bool(self.records or self.hidden) or self.fired_compiled()
 
-    def evaluate(self, structure: Any, way: structures.Way, module: nn.Module) -> Tensor:
-        """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean."""
+    def evaluate(self, structure: Any, way: structures.Way, module: nn.Module, inputs: padding.Inputs | None) -> Tensor:
+        """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean.
+
+        `inputs` are those of the model, where the place asks for a mask.
+        """
         h = structures.get(structure, way)
         if not torch.compiler.is_compiling() and self.copies is not False:
             if self.copies is None:
                 self.probes.append((h, h._version))
             h = h.clone()
         h = self.spot.seen(h)
-        if self.mean:
+        packed = structures.packed(structure, way)
+        if packed is not None:
+            return padding.of_packed(self.penalty, packed._replace(data=h), self.mean)
+        batch = batch_dim(self.spot.place.batch_dim, module, h)
+        mask = None if inputs is None else padding.mask_of(self.spot.place, inputs, h, batch)
+        if not self.mean:
+            return self.penalty.over_batch(h, batch, mask)
+        if mask is None:
             return self.penalty.mean(h)
-        sequences = structures.sequences(structure, way)
-        if sequences is not None:
-            return self.penalty.over_batch(h, 0) * (h.shape[0] / sequences)
-        return self.penalty.over_batch(h, batch_dim(self.spot.place.batch_dim, module, h))
+        return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)
 
     def record(self, forward: int, value: Tensor) -> None:
         """Keep a value that a forward gave."""

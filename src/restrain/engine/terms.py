@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine.bind import Bound
-from restrain.penalties import NetworkPenalty
+from restrain.penalties import NetworkPenalty, Scaled
+from restrain.rules import What
+from restrain.sites import Handle
 
 
 def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tensor:
@@ -26,7 +28,19 @@ def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tens
     return value / len(terms) if mean else value
 
 
+def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
+    """What a rule does to each parameter at a step; under `reduce="mean"` divided as its value is in the loss.
+
+    The tensors are those that are trained when the rules are attached.
+    """
+    if bound.rule.reduce != "mean":
+        return bound.parameters
+    tensors = [(handle, handle.find(root), what) for handle, what in bound.parameters]
+    trained = sum(p.requires_grad for _, p, _ in tensors)
+    return [(handle, Scaled(1 / (max(p.numel(), 1) * max(trained, 1)), what)) for handle, p, what in tensors]
+
+
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
-    what: NetworkPenalty = bound.rule.what  # type: ignore[assignment]
+    what: NetworkPenalty = bound.what
     return what({handle.name: p for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)

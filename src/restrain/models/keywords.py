@@ -9,14 +9,14 @@
     input_dropout, hidden_dropout, output_...  dropout at that rate, in training only
     noise, dropout                             {glob over layers: deviation or rate}
     nonnegative, max_norm                      constraints on weights
-    any registered name                        a penalty on weights, of that strength
+    any registered name                        a penalty of that strength, on weights or (klsparsity, ...) hidden layers
     regularizers                               a list of rules
 
-A number is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name, every, optional, and the
-settings of the penalty. The keywords of noise also take noise, as in hidden_dropout=rs.Dropout(0.2, same_over="time").
-`reduce="mean"` is theanets' value: over the entries of each tensor a mean, then over tensors.
-So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers. theanets' contractive
-and recurrent_norm, as coded, are other quantities, and have no such form here.
+A number, a schedule or a target is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name,
+every, optional, and the settings of the penalty. The keywords of noise also take noise, as in
+hidden_dropout=rs.Dropout(0.2, same_over="time"). `reduce="mean"` is theanets' value: over the entries of each tensor a
+mean, then over tensors. So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers.
+theanets' contractive and recurrent_norm, as coded, are other quantities, and have no such form here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from typing import Any
 
 from restrain import registry
 from restrain.errors import PlanError, RestrainError
-from restrain.models.penalties import Contractive, RecurrentNorm, RecurrentState
 from restrain.models.specs import RECURRENT, LayerData, hidden
-from restrain.penalties import L1, L2, NetworkPenalty
-from restrain.places import JoinedPlaces, Place, Places, inputs, outputs
+from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
+from restrain.penalties.derivative import OnDerivatives
+from restrain.places import Places, inputs, outputs
+from restrain.plandata import read_strength
 from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.select import as_where, weights
@@ -55,8 +56,8 @@ WEIGHTS: dict[str, type[What]] = {"weight_l1": L1, "weight_l2": L2, "weight_deca
 ACTIVATIONS: dict[str, type[What]] = {
     "hidden_l1": L1,
     "contractive": Contractive,
-    "recurrent_norm": RecurrentNorm,
-    "recurrent_state": RecurrentState,
+    "recurrent_norm": NormChange,
+    "recurrent_state": StateChange,
 }
 NOISES: dict[str, type[What]] = {
     f"{place}_{kind}": what
@@ -155,7 +156,7 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
         except (RestrainError, TypeError) as error:
             kind = type(error) if isinstance(error, RestrainError) else PlanError
             raise kind(f"{keyword}={value!r}: {error}") from error
-    return [_closed_form(rule, made, context) for rule in made]
+    return made
 
 
 def _are_globs(on: Any) -> bool:
@@ -183,13 +184,16 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
     options = {key: given[key] for key in OPTIONS if key in given and key not in ("strength", "on")}
     options.setdefault("name", keyword)
     on = given.get("on")
+    if keyword == "recurrent_norm":
+        settings.setdefault("squared", True)
     if keyword == "recurrent_state" and options.get("reduce") == "mean":
         options["reduce"], settings["per_unit"] = "sum", True
         on = context.default(keyword) if on is None else on
         if not _are_globs(on):
             raise PlanError("reduce='mean' here goes with on= a glob over layers, or a list of them")
         given["strength"] = given.get("strength", 1.0) / len(context.match(on))
-    what = _what(cls, given.get("strength"), settings)
+    strength = given.get("strength")
+    what = _what(cls, read_strength(strength) if isinstance(strength, Mapping) else strength, settings)
     return [_rule(keyword, what, on, options, context)]
 
 
@@ -205,11 +209,13 @@ def _plain(cls: type[What], value: Any) -> dict[str, Any]:
 def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
     """The penalty of that strength; of a transform, the strength is its first setting."""
     fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
-    if fields is not None and not issubclass(cls, Contractive) and set(settings) - set(fields):
+    if fields is not None and set(settings) - set(fields):
         raise PlanError(
             f"{cls.__name__} has no {', '.join(sorted(set(settings) - set(fields)))}; a dict has "
             f"{', '.join((*OPTIONS, *fields))}"
         )
+    if cls is Contractive:
+        settings.setdefault("estimator", "exact")
     try:
         if issubclass(cls, Transform):
             return cls(*([] if strength is None else [strength]), **settings)
@@ -226,12 +232,18 @@ def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
 def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: Context) -> Rule:
     if isinstance(what, NetworkPenalty):
         names = [layer["name"] for layer in context.layers[1:]]
-        places = context.places((on or context.default(keyword)) if keyword in ACTIVATIONS else on or names)
-        if keyword == "contractive" and any(layer["form"] == "batchnorm" for layer in context.layers):
+        return what.on(weights, outputs=context.places(on or names), **options)
+    if isinstance(what, OnDerivatives):
+        if any(layer["form"] == "batchnorm" for layer in context.layers):
             raise PlanError("behind a batchnorm layer, a sample's outputs depend on the other samples: use layernorm")
-        return what.on(weights, outputs=inputs() | places if keyword == "contractive" else places, **options)
+        on = context.default(keyword) if on is None and keyword in ACTIVATIONS else on
+        return what.on(None if on is None else context.places(on), **options)
     if keyword in ACTIVATIONS or (isinstance(what, Noise) and what.on_places):
         return what.on(context.places(context.default(keyword) if on is None else on), **options)
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    if any(leaf.at_outputs for leaf in leaves):
+        layers = "recurrent" if all(isinstance(leaf, NormChange | StateChange) for leaf in leaves) else "hidden"
+        return what.on(context.places(context.default(layers) if on is None else on), **options)
     if isinstance(on, Places):
         return what.on(on, **options)
     if isinstance(what, Transform):
@@ -241,26 +253,3 @@ def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: C
     if context.how is not None:
         options.setdefault("how", context.how)
     return what.on(on, **options)
-
-
-def _closed_form(rule: Rule, made: Sequence[Rule], context: Context) -> Rule:
-    """The contractive rule, with the layer for which it has a closed form: the first, if only noise is added to x."""
-    first = context.layers[1]
-    leaf = getattr(rule.what, "penalty", rule.what)
-    if not isinstance(leaf, Contractive) or first["form"] != "dense":
-        return rule
-    if any(_multiplies(other) for other in made):
-        return rule
-    known = Contractive(first["name"], first["activation"])
-    return dataclasses.replace(rule, what=known if leaf is rule.what else rule.what.strength * known)  # type: ignore[attr-defined]
-
-
-def _multiplies(rule: Rule) -> bool:
-    """Whether it changes the input otherwise than by adding to it."""
-    return isinstance(rule.what, Noise) and not isinstance(rule.what, _ADDED) and _at_input(rule.where)
-
-
-def _at_input(where: Any) -> bool:
-    if isinstance(where, JoinedPlaces):
-        return _at_input(where.left) or _at_input(where.right)
-    return isinstance(where, Place) and where.kind == "inputs"

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from restrain.engine import structures
 from restrain.engine.attach import Attachment
 from restrain.engine.bind import Bound
-from restrain.engine.taps import Watch
+from restrain.engine.padding import Inputs, positional
+from restrain.engine.taps import Tap, Watch
 from restrain.engine.terms import network_value, parameter_value
 from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties.statistics import resting
 
 Monitors = dict[str, float]
 
@@ -41,7 +44,7 @@ class Means:
 
 
 def _is_penalty(bound: Bound) -> bool:
-    return isinstance(bound.rule.what, (Penalty, NetworkPenalty))
+    return isinstance(bound.rule.what, (Penalty, NetworkPenalty, OnDerivatives))
 
 
 def penalties(reg: Attachment | None) -> list[str]:
@@ -56,9 +59,8 @@ def training_values(reg: Attachment | None) -> dict[str, Tensor]:
         return values
     with torch.no_grad():
         for bound in reg._bounds:
-            watches = [*bound.taps, *bound.raws]
-            if watches:
-                parts = [part.reshape(()) for watch in watches for part in watch.last]
+            if bound.watches:
+                parts = [part.reshape(()) for watch in bound.watches for part in watch.last]
                 values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, reg.model, {})
@@ -73,20 +75,26 @@ class Looking:
     def __init__(self, reg: Attachment | None) -> None:
         self.reg = reg
         self.seen: dict[int, Tensor] = {}  # watch -> what was caught there
+        self.inputs: Inputs | None = None  # what the model's forward was called with
 
     @property
     def needs_graph(self) -> bool:
         """Whether a rule takes derivatives."""
-        return self.reg is not None and any(bound.raws for bound in self.reg._bounds)
+        return self.reg is not None and any(bound.raws or bound.derivative for bound in self.reg._bounds)
 
     @contextmanager
     def attached(self) -> Iterator[Looking]:
         """Within it, the model's forwards are looked at."""
         with ExitStack() as stack:
             for bound in self.reg._bounds if self.reg is not None else ():
-                for watch in (*bound.taps, *bound.raws):
+                for watch in bound.watches:
                     stack.callback(self._hook(watch).remove)
+            if self.reg is not None:
+                stack.callback(self.model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
             yield self
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.inputs = (args, kwargs, positional(module))
 
     def _hook(self, watch: Watch) -> Any:
         assert self.reg is not None
@@ -106,16 +114,20 @@ class Looking:
         values: dict[str, Tensor] = {}
         for bound in self.reg._bounds if self.reg is not None else ():
             if bound.taps:
-                parts = [
-                    tap.evaluate(self.seen[id(tap)], (), tap.spot.find(self.model)) * tap.weight for tap in bound.taps
-                ]
-                values[bound.key] = torch.stack(parts).sum()
+                with torch.no_grad(), resting():
+                    values[bound.key] = torch.stack([self._value(tap) for tap in bound.taps]).sum()
+            elif bound.derivative is not None:
+                values[bound.key] = bound.derivative.of_tensors(self.seen)
             elif isinstance(bound.rule.what, NetworkPenalty):
                 outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}
                 values[bound.key] = network_value(bound, self.model, outputs)
             elif _is_penalty(bound):
                 values[bound.key] = parameter_value(bound, self.model)
         return values
+
+    def _value(self, tap: Tap) -> Tensor:
+        inputs = self.inputs if tap.spot.place.padded else None
+        return tap.evaluate(self.seen[id(tap)], (), tap.spot.find(self.model), inputs) * tap.weight
 
     @property
     def model(self) -> nn.Module:

@@ -18,8 +18,10 @@ from torch.optim import Optimizer
 from restrain.errors import FileError, RestrainError
 from restrain.penalties import L1
 from restrain.places import Places, inputs
+from restrain.plandata import read_strength, write_strength
 from restrain.plans import Plan
 from restrain.rules import Rule
+from restrain.schedule import Strength
 from restrain.select import Where
 from restrain.transforms import Noise
 
@@ -77,6 +79,8 @@ def _encode_named(value: Any, name: str) -> dict[str, Any]:
             return {"$rule": Plan((value,)).to_dict()["rules"][0]}
         if isinstance(value, Noise):
             return {"$noise": Plan((value.on(inputs()),)).to_dict()["rules"][0]["what"]}
+        if isinstance(value, Strength):
+            return {"$strength": write_strength(value)}
         if isinstance(value, (Where, Places, re.Pattern)):
             return {"$where": Plan((L1().on(value),)).to_dict()["rules"][0]["on"]}
     except RestrainError as error:
@@ -140,6 +144,7 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
     "$dict": lambda content: {decode(key): decode(member) for key, member in content},
     "$array": _decode_array,
     "$plan": Plan.from_dict,
+    "$strength": read_strength,
     "$rule": lambda content: Plan.from_dict({"rules": [content]}).rules[0],
     "$noise": lambda content: Plan.from_dict({"rules": [{"what": content, "on": {"inputs": ""}}]}).rules[0].what,
     "$where": lambda content: Plan.from_dict({"rules": [{"what": "l1", "on": content}]}).rules[0].where,

@@ -22,9 +22,9 @@ from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Looking, Means, Monitors, penalties, training_values
-from restrain.models.penalties import Contractive
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
+from restrain.penalties.derivative import OnDerivatives
 from restrain.rules import Rule
 
 
@@ -94,7 +94,7 @@ class Training:
         if self.state is not None:
             self.optimizer.load_state_dict(self.state)
         self.done, self.best = 0, Best()
-        self.derivatives = any(isinstance(getattr(r.what, "penalty", r.what), Contractive) for r in self.rules)
+        self.derivatives = any(isinstance(rule.what, OnDerivatives) for rule in self.rules)
         self.mean_weight = self.train.mean_weight
         for rule in self.rules:
             if rule.how == "parametrize":  # the weights on file and of the best epoch have plain names
@@ -125,6 +125,8 @@ class Training:
                     row.update({f"valid_{key}": value for key, value in valid.items()})
                     self.best.take(valid["data_loss"], self.network, self.settings.min_improvement)
                 self.history.append(row)
+                if self.reg is not None:
+                    self.reg.next_epoch()
                 self._checkpoint()
                 yield train, dict(valid)
             self._warn_of_empty()

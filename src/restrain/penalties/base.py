@@ -5,77 +5,25 @@ from __future__ import annotations
 import functools
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.checks import batch_size, checked_strength
+from restrain.penalties.checks import at_hand, batch_size, checked_factor, is_off, nothing, shown, times
+from restrain.penalties.formula import Tensors as Tensors
+from restrain.penalties.formula import in_float32 as in_float32
+from restrain.penalties.formula import of_tensors, taking_masks
 from restrain.penalties.network import NetworkPenalty as NetworkPenalty
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
+from restrain.schedule import Strength
 from restrain.sites import Location
-
-Tensors: TypeAlias = Any
-"""What a penalty is called with: a tensor, or an iterable or mapping of them (a formula: one tensor)."""
-
-
-def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
-    """formula(w), computed at least in float32 and outside autocast.
-
-    Raises:
-        PenaltyError: `w` isn't of a floating-point or complex type.
-    """
-    if not (w.is_floating_point() or w.is_complex()):
-        raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
-    device = w.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return formula(at_least_float32(w))
-    return formula(at_least_float32(w))
-
-
-def _of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensors], Tensor]:
-    """A `__call__` for one tensor, made to take also an iterable or mapping of them, over which it sums.
-
-    `Penalty.__init_subclass__` puts it around the `__call__` of every subclass, so that whoever writes a
-    penalty writes its formula and nothing else. It is plain tensor code, which torch.compile traces with
-    fullgraph=True.
-    """
-
-    @functools.wraps(formula)
-    def call(self: Any, w: Tensors) -> Tensor:
-        if type(w).__module__.partition(".")[0] == "keras":  # a variable of a Keras 3 layer, on its torch backend
-            w = w.value
-        if isinstance(w, Tensor):
-            return _scalar(self, in_float32(functools.partial(formula, self), w))
-        if isinstance(w, nn.Module) or not isinstance(w, Iterable):
-            hint = ": pass model.parameters()" if isinstance(w, nn.Module) else ""
-            raise PenaltyError(
-                f"{self!r} takes a tensor, or an iterable or mapping of them, got {type(w).__name__}{hint}"
-            )
-        members = list(w.values() if isinstance(w, Mapping) else w)
-        for member in members:
-            if not isinstance(member, Tensor):
-                raise PenaltyError(f"{self!r} got an iterable with {type(member).__name__} in it; it takes tensors")
-        if not members:
-            raise PenaltyError(f"{self!r} got an empty iterable of tensors: one that was already used up?")
-        values = [_scalar(self, in_float32(functools.partial(formula, self), member)) for member in members]
-        return functools.reduce(operator.add, [value.to(values[0].device) for value in values])
-
-    return call
-
-
-def _scalar(penalty: Penalty, value: Any) -> Tensor:
-    if isinstance(value, Tensor) and value.dim() == 0:
-        return value
-    came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise PenaltyError(f"the __call__ of {type(penalty).__name__} must return a 0-d tensor, got {came}: sum it")
 
 
 class Penalty(What, ABC, register=False):
@@ -112,11 +60,18 @@ class Penalty(What, ABC, register=False):
     soft_after: bool = False
     """Its prox, followed by a soft threshold, is that of its sum with a Σ|x|: see `Sum.prox`."""
 
+    at_outputs: ClassVar[bool] = False
+    """It is meant for activations: as a keyword of the models it acts on hidden layers, not on weights."""
+
+    needs_model: ClassVar[bool] = False
+    """Its value depends on other tensors of the model, found by `bound_in`; it has none by itself."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        formula = vars(cls).get("__call__")
-        if formula is not None:
-            cls.__call__ = _of_tensors(formula)  # type: ignore[method-assign, assignment]
+        if "__call__" in vars(cls):
+            cls.__call__ = of_tensors(vars(cls)["__call__"])  # type: ignore[method-assign, assignment]
+        if "over_batch" in vars(cls):
+            cls.over_batch = taking_masks(vars(cls)["over_batch"])  # type: ignore[method-assign]
 
     @abstractmethod
     def __call__(self, w: Tensors) -> Tensor:
@@ -157,18 +112,39 @@ class Penalty(What, ABC, register=False):
                 return torch.zeros_like(point)
             return torch.autograd.grad(value, point, materialize_grads=True)[0]
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         """The value for outputs of a layer: summed over features, averaged over the batch axis `dim`.
 
-        Without a batch axis (`dim` None) the plain value; zero for an empty batch.
+        Without a batch axis (`dim` None) the plain value; zero for an empty batch. A boolean mask, of as many axes as
+        `h` and with lengths one or h's, is true where entries count; the batch is still all samples.
 
         Raises:
-            PenaltyError: `h` has no such axis.
+            PenaltyError: `h` has no such axis, or the penalty can't leave entries out.
         """
+        if mask is not None:
+            h = self.without_padding(h, mask)
         if dim is None:
             return self(h)
         size = batch_size(h, dim)
         return self(h) / size if size else in_float32(lambda x: x.abs().sum(), h)
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether `over_batch` can leave entries out: by itself, or because entries of zero add nothing."""
+        return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1)))
+
+    def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
+        """`h` with zeros under a mask, for a penalty to which zeros add nothing.
+
+        Raises:
+            PenaltyError: they do add.
+        """
+        if not torch.compiler.is_compiling() and not self.takes_mask:
+            raise PenaltyError(
+                f"{self!r} can't leave padding out: its value isn't a sum over entries or groups in which zeros add "
+                "nothing. Define over_batch(self, h, dim, mask), and takes_mask = True, in its class"
+            )
+        return torch.where(mask, h, 0)
 
     def mean(self, w: Tensor) -> Tensor:
         """Value / number of entries, for entrywise penalties; zero for an empty tensor.
@@ -186,15 +162,19 @@ class Penalty(What, ABC, register=False):
     def bound_at_place(self) -> Penalty:
         return self
 
+    def bound_in(self, model: nn.Module) -> Penalty:
+        """What acts at places of a model: with the model's tensors that its value needs."""
+        return self
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return ("loss",) if at_places else ("loss", "gradient", "decoupled", "proximal")
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         """The penalties that it is a sum of, each with its strength."""
         return [(1.0, self)]
 
     def __mul__(self, strength: Any) -> Penalty:
-        return NotImplemented if not isinstance(strength, Real) else _scaled(strength, self)
+        return NotImplemented if not isinstance(strength, (Real, Strength)) else _scaled(strength, self)
 
     __rmul__ = __mul__
 
@@ -206,7 +186,7 @@ class Penalty(What, ABC, register=False):
 
 
 def _scaled(strength: Any, penalty: Penalty) -> Penalty:
-    strength = checked_strength(strength)
+    strength = checked_factor(strength)
     if isinstance(penalty, Scaled):
         return Scaled(strength * penalty.strength, penalty.penalty)
     return Scaled(strength, penalty)
@@ -221,24 +201,19 @@ def _with_prox() -> list[str]:
     return sorted(c.__name__ for c in classes if issubclass(c, Penalty) and c.prox is not Penalty.prox)
 
 
-def times(strength: float, step: float | Tensor) -> float | Tensor:
-    """strength · step, at least in float32."""
-    return strength * (at_least_float32(step) if isinstance(step, Tensor) else step)
-
-
 @dataclass(frozen=True, repr=False)
 class Scaled(Penalty, register=False):
     """strength · penalty; made by `strength * penalty`."""
 
-    strength: float
+    strength: float | Strength | Tensor
     penalty: Penalty
 
     def __post_init__(self) -> None:
-        checked_strength(self.strength)
+        checked_factor(self.strength)
 
     def __repr__(self) -> str:
         inner = f"({self.penalty!r})" if isinstance(self.penalty, Sum) else repr(self.penalty)
-        return f"{self.strength!r} * {inner}"
+        return f"{shown(self.strength)} * {inner}"
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
@@ -257,22 +232,43 @@ class Scaled(Penalty, register=False):
         return self.penalty.has_prox
 
     def __call__(self, w: Tensors) -> Tensor:
-        return self.strength * self.penalty(w)
+        if is_off(self.strength):
+            return in_float32(nothing, w)
+        return times(at_hand(self.strength, self), self.penalty(w))
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        return self.penalty.prox(w, times(self.strength, step))
+        strength = at_hand(self.strength, self)
+        if is_off(strength):
+            return w.clone()
+        return self.penalty.prox(w, strength * (at_least_float32(step) if isinstance(step, Tensor) else step))
 
     def gradient(self, w: Tensor) -> Tensor:
-        return (self.strength * self.penalty.gradient(at_least_float32(w))).to(w.dtype)
+        if is_off(self.strength):
+            return torch.zeros_like(w)
+        x = at_least_float32(w)
+        return times(at_hand(self.strength, self), self.penalty.gradient(x)).to(w.dtype)
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
-        return self.strength * self.penalty.over_batch(h, dim)
+    @property
+    def takes_mask(self) -> bool:
+        return self.penalty.takes_mask
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        if is_off(self.strength):
+            return in_float32(nothing, h)
+        return times(at_hand(self.strength, self), self.penalty.over_batch(h, dim, mask))
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
+        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
+        return Scaled(strength, self.penalty.with_strengths(live))
 
     def bound_to(self, at: Location) -> Penalty:
         return Scaled(self.strength, self.penalty.bound_to(at))
 
     def bound_at_place(self) -> Penalty:
         return Scaled(self.strength, self.penalty.bound_at_place())
+
+    def bound_in(self, model: nn.Module) -> Penalty:
+        return Scaled(self.strength, self.penalty.bound_in(model))
 
     def state(self) -> dict[str, Tensor]:
         return self.penalty.state()
@@ -283,7 +279,7 @@ class Scaled(Penalty, register=False):
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return self.penalty.moments(at_places)
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         return [(self.strength * strength, leaf) for strength, leaf in self.penalty.leaves()]
 
 
@@ -343,14 +339,15 @@ class Sum(Penalty, register=False):
         after = any(leaf.soft_after for _, leaf in others)
         x = shrink_entries(x, step, 0.0 if after else l1, l2)
         rest = step / (1 + 2 * l2 * step)
-        for strength, leaf in others:
+        for strength, leaf in (pair for pair in others if not is_off(pair[0])):
             x = leaf.prox(x, strength * rest)
         return (shrink_entries(x, rest, l1, 0.0) if after else x).to(w.dtype)
 
-    def _split(self) -> tuple[float, float, list[tuple[float, Penalty]]]:
-        """a, c and the others, equal ones joined, each with its strength."""
-        l1, l2 = 0.0, 0.0
-        others: list[tuple[float, Penalty]] = []
+    def _split(self) -> tuple[Any, Any, list[tuple[Any, Penalty]]]:
+        """a, c and the others, equal ones joined, each with its strength: numbers, or 0-d tensors of what moves."""
+        l1: Any = 0.0
+        l2: Any = 0.0
+        others: list[tuple[Any, Penalty]] = []
         for strength, leaf in self.leaves():
             if leaf.elastic is not None:
                 l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
@@ -366,14 +363,21 @@ class Sum(Penalty, register=False):
         x = at_least_float32(w)
         return functools.reduce(operator.add, [term.gradient(x) for term in self.terms]).to(w.dtype)
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
-        return functools.reduce(operator.add, [term.over_batch(h, dim) for term in self.terms])
+    @property
+    def takes_mask(self) -> bool:
+        return all(term.takes_mask for term in self.terms)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return functools.reduce(operator.add, [term.over_batch(h, dim, mask) for term in self.terms])
 
     def bound_to(self, at: Location) -> Penalty:
         return Sum(tuple(term.bound_to(at) for term in self.terms))
 
     def bound_at_place(self) -> Penalty:
         return Sum(tuple(term.bound_at_place() for term in self.terms))
+
+    def bound_in(self, model: nn.Module) -> Penalty:
+        return Sum(tuple(term.bound_in(model) for term in self.terms))
 
     def state(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": kept for i, term in enumerate(self.terms) for name, kept in term.state().items()}
@@ -386,5 +390,8 @@ class Sum(Penalty, register=False):
         first, *others = [term.moments(at_places) for term in self.terms]
         return tuple(how for how in first if all(how in other for other in others))
 
-    def leaves(self) -> list[tuple[float, Penalty]]:
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
+        return Sum(tuple(term.with_strengths(live) for term in self.terms))
+
+    def leaves(self) -> list[tuple[Any, Penalty]]:
         return [pair for term in self.terms for pair in term.leaves()]

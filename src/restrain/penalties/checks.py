@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError
+from restrain.schedule import Strength, checked_number
 
 
 def checked_strength(strength: Any) -> float:
@@ -17,21 +19,68 @@ def checked_strength(strength: Any) -> float:
     Raises:
         PenaltyError: it isn't a finite real number, zero or more.
     """
-    number = float(strength) if isinstance(strength, Real) and not isinstance(strength, bool) else -1.0
-    if not (number >= 0 and isfinite(number)):
-        raise PenaltyError(f"a strength is a finite number, zero or more; got {strength!r}")
-    return number
+    if isinstance(strength, Strength):
+        raise PenaltyError(
+            f"{strength!r} moves, so it multiplies a penalty, as in {strength!r} * rs.L1(); write a number here"
+        )
+    return checked_number("a strength", strength)
 
 
-def checked_setting(name: str, number: float, low: float, high: float) -> None:
-    """Refuse a setting that isn't a finite number between `low` and `high`, both excluded.
+def checked_factor(strength: Any) -> Any:
+    """What a penalty can be multiplied by: a number as a float, a strength that moves, or the tensor of one.
+
+    Raises:
+        PenaltyError: it is none of these.
+    """
+    return strength if isinstance(strength, (Strength, Tensor)) else checked_number("a strength", strength)
+
+
+def at_hand(strength: Any, penalty: object) -> Any:
+    """The strength itself: a number, or the tensor that holds one that moves.
+
+    Raises:
+        PenaltyError: one that moves, of a penalty that isn't attached to a model.
+    """
+    if isinstance(strength, Strength):
+        raise PenaltyError(
+            f"the strength of {penalty!r} moves with the steps of a training: attach a rule with it, or take it at one "
+            "step, as in schedule.at(100) * rs.L1()"
+        )
+    return strength
+
+
+def times(strength: Any, value: Tensor) -> Tensor:
+    """strength · value, in the value's own dtype."""
+    result: Tensor = (strength.to(value.dtype) if isinstance(strength, Tensor) else strength) * value
+    return result
+
+
+def is_off(strength: Any) -> bool:
+    """Whether it is a strength that moves and is zero now: then nothing need be computed."""
+    return isinstance(strength, Tensor) and not torch.compiler.is_compiling() and not strength
+
+
+def nothing(w: Tensor) -> Tensor:
+    """Zero, with a graph to `w`."""
+    return w.flatten()[:0].abs().sum()
+
+
+def shown(strength: Any) -> str:
+    """A strength as text; of the tensor of one that moves, what it is now."""
+    return f"{float(strength):g}" if isinstance(strength, Tensor) else repr(strength)
+
+
+def checked_setting(name: str, number: float, low: float, high: float = inf, *, closed: bool = False) -> None:
+    """Refuse a setting that isn't a finite number above `low` (or that, if `closed`) and below `high`.
 
     Raises:
         PenaltyError: so it is.
     """
-    if not isinstance(number, Real) or isinstance(number, bool) or not (isfinite(number) and low < number < high):
-        between = f"between {low:g} and {high:g}" if isfinite(high) else f"above {low:g}" if isfinite(low) else ""
-        raise PenaltyError(f"{name}= is a finite number{' ' * bool(between)}{between}; got {number!r}")
+    inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
+    if not inside or not (low < number < high or (closed and number == low)):
+        least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
+        most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
+        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
 
 
 def batch_size(h: Tensor, dim: int) -> int:
@@ -43,3 +92,14 @@ def batch_size(h: Tensor, dim: int) -> int:
     if not -h.dim() <= dim < h.dim():
         raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
     return h.shape[dim]
+
+
+def checked_axis(name: str, axis: Any) -> int | None:
+    """An axis, or None for the usual one.
+
+    Raises:
+        PenaltyError: it is something else.
+    """
+    if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
+        raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")
+    return axis

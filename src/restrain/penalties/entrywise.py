@@ -156,7 +156,7 @@ class Huber(Entrywise):
     delta: float = 1.0
 
     def __post_init__(self) -> None:
-        checked_setting("delta", self.delta, 0, inf)
+        checked_setting("delta", self.delta, 0)
 
     def entries(self, x: Tensor) -> Tensor:
         size = torch.abs(x)
@@ -191,7 +191,7 @@ class LogSum(Entrywise):
     keywords = ("log_sum",)
 
     def __post_init__(self) -> None:
-        checked_setting("epsilon", self.epsilon, 0, inf)
+        checked_setting("epsilon", self.epsilon, 0)
 
     def entries(self, x: Tensor) -> Tensor:
         return torch.log1p(torch.abs(x) / self.epsilon)
@@ -231,7 +231,7 @@ class MCP(Entrywise):
     knee: float = 3.0
 
     def __post_init__(self) -> None:
-        checked_setting("knee", self.knee, 0, inf)
+        checked_setting("knee", self.knee, 0)
 
     def entries(self, x: Tensor) -> Tensor:
         size = torch.abs(x)
@@ -271,8 +271,8 @@ class SCAD(Entrywise):
     knee: float = 3.7
 
     def __post_init__(self) -> None:
-        checked_setting("start", self.start, 0, inf)
-        checked_setting("knee", self.knee, self.start, inf)
+        checked_setting("start", self.start, 0)
+        checked_setting("knee", self.knee, self.start)
 
     def entries(self, x: Tensor) -> Tensor:
         size, start, knee = torch.abs(x), self.start, self.knee
@@ -368,7 +368,7 @@ class SoftBox(Entrywise):
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
             if bound is not None:
-                checked_setting(name, bound, -inf, inf)
+                checked_setting(name, bound, -inf)
         low, high = self._bounds()
         if low > high or (self.low is None and self.high is None):
             raise PenaltyError(f"SoftBox needs low ≤ high, one of which may be None; got {self.low!r}, {self.high!r}")

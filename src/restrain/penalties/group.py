@@ -48,6 +48,7 @@ class Norm(Penalty):
     p: float
 
     shrinks = True
+    takes_mask = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.p, Real) or isinstance(self.p, bool) or isnan(self.p) or self.p < 1:
@@ -70,7 +71,8 @@ class Norm(Penalty):
     def __call__(self, w: Tensors) -> Tensor:
         return _norms(w.reshape(1, -1), self.p).sum()
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        h = h if mask is None else self.without_padding(h, mask)
         if dim is None:
             return self(h)
         size = batch_size(h, dim)
@@ -127,8 +129,9 @@ class GroupPenalty(Penalty, register=False):
     def __call__(self, w: Tensors) -> Tensor:
         return self.over(w, grouping(self.per, w.shape))
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         self.moments(at_places=True)
+        h = h if mask is None else self.without_padding(h, mask)
         if dim is None:
             return self(h)
         size = batch_size(h, dim)

@@ -18,6 +18,7 @@ from restrain.penalties.checks import checked_setting
 from restrain.penalties.entrywise import L1, L2, Entrywise
 from restrain.penalties.shrink import as_step, at_least_float32
 from restrain.rules import How
+from restrain.schedule import Strength
 from restrain.sites import Location, near
 
 Given: TypeAlias = Tensor | Mapping[str, Tensor] | str | Path | list[Any] | tuple[Any, ...] | Callable[[Tensor], Tensor]
@@ -190,6 +191,9 @@ class Distance(_Kept):
         now = at.tensor.detach().clone()
         reference = now if self.to is None else _fitting(_given(self, self.to, at).to(now), now, "a reference").clone()
         return dataclasses.replace(self, penalty=self.penalty.bound_to(at), kept=reference)
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Distance:
+        return dataclasses.replace(self, penalty=self.penalty.with_strengths(live))
 
     def state(self) -> dict[str, Tensor]:
         own = {} if self.kept is None else {"kept": self.kept}

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError, SelectionError
-from restrain.penalties.checks import checked_strength
+from restrain.penalties.checks import at_hand, checked_factor, is_off, nothing, shown, times
 from restrain.rules import How, What
+from restrain.schedule import Strength
 
 
 class NetworkPenalty(What, ABC, register=False):
@@ -54,11 +56,11 @@ class NetworkPenalty(What, ABC, register=False):
         return ("loss",)
 
     def __mul__(self, strength: Any) -> NetworkPenalty:
-        if not isinstance(strength, Real):
+        if not isinstance(strength, (Real, Strength)):
             return NotImplemented
         if isinstance(self, ScaledNetwork):
-            return ScaledNetwork(checked_strength(strength) * self.strength, self.penalty)
-        return ScaledNetwork(checked_strength(strength), self)
+            return ScaledNetwork(checked_factor(strength) * self.strength, self.penalty)
+        return ScaledNetwork(checked_factor(strength), self)
 
     __rmul__ = __mul__
 
@@ -84,19 +86,25 @@ def _terms(penalty: NetworkPenalty) -> tuple[NetworkPenalty, ...]:
 class ScaledNetwork(NetworkPenalty, register=False):
     """strength · penalty; made by `strength * penalty`."""
 
-    strength: float
+    strength: float | Strength | Tensor
     penalty: NetworkPenalty
 
     def __repr__(self) -> str:
         inner = f"({self.penalty!r})" if isinstance(self.penalty, NetworkSum) else repr(self.penalty)
-        return f"{self.strength!r} * {inner}"
+        return f"{shown(self.strength)} * {inner}"
 
     @property
     def takes_frozen(self) -> bool:  # type: ignore[override]
         return self.penalty.takes_frozen
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
-        return self.strength * self.penalty(parameters, outputs)
+        if is_off(self.strength):
+            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
+        return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
+        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
+        return ScaledNetwork(strength, self.penalty.with_strengths(live))
 
 
 @dataclass(frozen=True, repr=False)
@@ -117,3 +125,6 @@ class NetworkSum(NetworkPenalty, register=False):
         for other in others:
             value = value + other.to(value.device)
         return value
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
+        return NetworkSum(tuple(term.with_strengths(live) for term in self.terms))

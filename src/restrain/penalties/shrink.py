@@ -90,13 +90,13 @@ def resized(x: Tensor, size: Tensor) -> Tensor:
     return torch.where(size == 0, 0, x * (size / torch.where(old == 0, 1, old)))
 
 
-def shrink_entries(w: Tensor, step: float | Tensor, l1: float, l2: float) -> Tensor:
+def shrink_entries(w: Tensor, step: float | Tensor, l1: float | Tensor, l2: float | Tensor) -> Tensor:
     """The prox of l1 Σ|x| + l2 Σ|x|²; the step may differ by entry."""
     x = at_least_float32(w)
-    t = as_step(step, x)
-    if l2:
+    t, l1, l2 = (as_step(number, x) for number in (step, l1, l2))
+    if isinstance(l2, Tensor) or l2:
         x, t = x / (1 + 2 * l2 * t), t / (1 + 2 * l2 * t)
-    if l1:
+    if isinstance(l1, Tensor) or l1:
         x = soft_threshold(x, l1 * t)
     return x.to(w.dtype, copy=x is w)
 

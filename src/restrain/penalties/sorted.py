@@ -60,7 +60,8 @@ class SLOPE(Penalty):
     def __call__(self, w: Tensors) -> Tensor:
         return self._over_rows(w.reshape(1, -1))
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        h = h if mask is None else self.without_padding(h, mask)
         if dim is None:
             return self(h)
         size = batch_size(h, dim)

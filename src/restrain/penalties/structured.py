@@ -67,14 +67,14 @@ class TotalVariation(Penalty):
         z: Tensor = slopes.reshape(lines.shape).movedim(-1, dim)
         return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         self.moments(at_places=True)
         if dim is not None and batch_size(h, dim) and self.dim_of(h.shape) == dim % h.dim():
             raise PenaltyError(
                 f"{self!r} is along the batch axis of an output of shape {tuple(h.shape)}, whose samples are no "
                 "neighbours: give another dim=, such as 1 for time in (batch, time, features)"
             )
-        return Penalty.over_batch(self, h, dim)
+        return Penalty.over_batch(self, h, dim, mask)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places and isinstance(self.dim, str):
@@ -122,8 +122,8 @@ class Named(Penalty, register=False):
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         return self.parts.prox(w, step)
 
-    def over_batch(self, h: Tensor, dim: int | None = 0) -> Tensor:
-        return self.parts.over_batch(h, dim)
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return self.parts.over_batch(h, dim, mask)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return self.parts.moments(at_places)

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from restrain.axes import NAMES, Grouping, Per, checked, grouping
 from restrain.errors import PenaltyError
@@ -19,6 +20,8 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.sites import Location
 
 Rows: TypeAlias = Per | tuple[int, ...]
+Change: TypeAlias = Callable[[Tensor], Tensor]
+"""A function of the singular values."""
 
 
 def checked_rows(rows: Any) -> Rows:
@@ -45,7 +48,7 @@ def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) ->
         PenaltyError: the tensor has fewer than two axes, or not the ones that `rows` names.
 
     >>> unfolding((0, 1), (8, 4, 3, 3))
-    Grouping(shape=(8, 4, 3, 3), keep=(0, 1))
+    Grouping(shape=(8, 4, 3, 3), keep=(0, 1), lists=None)
     """
     shape = tuple(shape)
     if isinstance(rows, Grouping):
@@ -110,3 +113,52 @@ def change_singular_values(w: Tensor, groups: Grouping, change: Callable[[Tensor
     changed = change(s)
     z = from_matrix((u * changed) @ vh, groups, tuple(w.shape)) + 0.0  # -0.0 becomes +0.0
     return torch.where((changed == s).all(), x, z).to(w.dtype)
+
+
+class SpectralMap(torch.autograd.Function):
+    """`SpectralMap.apply(matrix, change, slopes)` is U change(s) Vᴴ, with a gradient where singular values coincide.
+
+    The derivative of torch's own decomposition isn't finite there, that of U change(s) Vᴴ is: in the basis of U and V
+    it multiplies the symmetric part of a movement by (f_i - f_j) / (s_i - s_j), the antisymmetric one by
+    (f_i + f_j) / (s_i + s_j), and what leaves these spaces by f / s. `slopes(s, f)` are the limits of the first for
+    s_i = s_j. It has no second derivative.
+
+    Source: Lewis and Sendov (2005), nonsmooth analysis of singular values, part II, for the real case.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, change: Change, slopes: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        u, s, vh = svd(matrix)
+        changed = change(s)
+        ctx.save_for_backward(u, s, vh, changed)
+        ctx.change, ctx.slopes = change, slopes
+        return (u * changed) @ vh
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        u, s, vh, f = ctx.saved_tensors
+        slope = ctx.slopes(s, f).to(s.dtype)
+        inner = u.mH @ gradient @ vh.mH
+        result = u @ _within(inner, s, f, slope, ctx.change) @ vh
+        tiny = torch.finfo(s.dtype).tiny
+        ratio = torch.where(s > tiny, f / s.clamp_min(tiny), slope)
+        beside, below = gradient @ vh.mH - u @ inner, u.mH @ gradient - inner @ vh
+        return result + (beside * ratio) @ vh + u @ (ratio[:, None] * below), None, None
+
+
+def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, change: Change) -> Tensor:
+    """The part of that derivative within the spaces of U and V."""
+    finfo = torch.finfo(s.dtype)
+    apart, total = s[:, None] - s, s[:, None] + s
+    near = apart.abs() <= 100 * finfo.eps * s.amax()
+    by_difference = torch.where(near, (slope[:, None] + slope) / 2, (f[:, None] - f) / torch.where(near, 1, apart))
+    none = total <= finfo.tiny
+    by_sum = torch.where(none, (slope[:, None] + slope) / 2, (f[:, None] + f) / torch.where(none, 1, total))
+    even, odd = (inner + inner.mH) / 2, (inner - inner.mH) / 2
+    with torch.enable_grad():  # the values themselves may depend on each other
+        point = s.detach().requires_grad_()
+        along = torch.autograd.grad(change(point), point, inner.diagonal().real, allow_unused=True)[0]
+    straight = torch.zeros_like(s) if along is None else along
+    mixed = by_difference * even + by_sum * odd
+    return mixed + torch.diag((straight - by_difference.diagonal() * even.diagonal().real).to(mixed.dtype))

@@ -13,6 +13,7 @@ from torch import Tensor
 from restrain.errors import TransformError
 from restrain.penalties.unfold import (
     Rows,
+    SpectralMap,
     change_singular_values,
     checked_rows,
     from_matrix,
@@ -38,6 +39,21 @@ class _OfMatrix(Constraint, register=False):
         wide(w)
         groups = unfolding(self.rows, w.shape)
         return change_singular_values(w, groups, lambda s: self._changed(s, slack(w, len(s) ** 0.5)))
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        if not v.numel():
+            return v.clone()
+        groups = unfolding(self.rows, v.shape)
+        z: Tensor = SpectralMap.apply(to_matrix(wide(v), groups), self._mapped, self._slopes)  # type: ignore[no-untyped-call]
+        return from_matrix(z, groups, tuple(v.shape)).to(v.dtype)
+
+    def _mapped(self, s: Tensor) -> Tensor:
+        """What becomes of singular values as a parametrisation."""
+        return self._changed(s, 0.0)
+
+    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
+        """(f_i - f_j) / (s_i - s_j) of singular values that coincide: here, of values that stay or are cut."""
+        return changed == s
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         groups = unfolding(self.rows, w.shape)
@@ -81,6 +97,12 @@ class Orthogonal(_OfMatrix):
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where((s - 1).abs().amax() <= slack, s, 1 + 0 * s)  # NaN stays
+
+    def _mapped(self, s: Tensor) -> Tensor:
+        return 1 + 0 * s
+
+    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
+        return torch.zeros_like(s)
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
         if matrix.shape[0] > matrix.shape[1]:
@@ -162,6 +184,9 @@ class NuclearBall(_OfMatrix):
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where(s.sum() <= self.radius * (1 + slack), s, to_simplex(s, self.radius))
+
+    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
+        return changed > 0
 
 
 @dataclass(frozen=True)

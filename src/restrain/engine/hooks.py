@@ -1,0 +1,76 @@
+"""Puts the hooks of bound rules on a model: one a layer and side, whatever the number of rules there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from restrain.engine.bind import Bound
+from restrain.engine.capture import InputHook, LayerHook
+from restrain.engine.collect import Forwards, RootBegins, RootEnds
+from restrain.engine.padding import positional
+from restrain.engine.taps import Spot
+from restrain.transforms import Noise
+
+
+class Hooks:
+    """The hooks on the layers of a model, and on the model itself."""
+
+    def __init__(self, forwards: Forwards) -> None:
+        self.forwards = forwards
+        self.at_layers: dict[tuple[int, str], LayerHook] = {}  # by layer and side
+        self._handles: list[Any] = []
+
+    def put(self, bounds: Sequence[Bound], model: nn.Module, on_root: bool, steps: Callable[[], int]) -> None:
+        """Put them all there; two on the model itself if penalties are to join the loss (`on_root`)."""
+        if on_root:
+            padded = any(tap.spot.place.padded for bound in bounds for tap in bound.taps)
+            self.forwards.names = positional(model) if padded else None
+            begins = RootBegins(self.forwards)
+            self._handles.append(model.register_forward_pre_hook(begins, prepend=True, with_kwargs=padded))
+        for bound in bounds:
+            if bound.derivative is not None:
+                bound.derivative.bind(self.forwards, _timer(bound, steps), weakref.ref(model))
+                arguments = bound.derivative.arguments
+                self._handles.append(model.register_forward_pre_hook(arguments, with_kwargs=True))
+        for bound in bounds:
+            self._put_at_layers(bound, model)
+        if on_root:
+            self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
+
+    def _put_at_layers(self, bound: Bound, model: nn.Module) -> None:
+        self.forwards.taps += bound.taps
+        self.forwards.raws += bound.raws
+        for tap in bound.taps:
+            self._at(model, tap.spot).taps.append(tap)
+        for raw in bound.raws:
+            self._at(model, raw.spot).raws.append(raw)
+        for probe in bound.derivative.probes if bound.derivative is not None else ():
+            self._at(model, probe.spot).probes.append(probe)
+        if isinstance(bound.rule.what, Noise):
+            for spot in bound.spots:
+                self._at(model, spot).noises.append((bound.rule.what, spot))
+
+    def _at(self, model: nn.Module, spot: Spot) -> LayerHook:
+        module, kind = spot.find(model), spot.place.kind
+        key = (id(module), kind)
+        if key not in self.at_layers and kind == "outputs":
+            self.at_layers[key] = LayerHook(self.forwards)
+            self._handles.append(module.register_forward_hook(self.at_layers[key], with_kwargs=True))
+        elif key not in self.at_layers:
+            self.at_layers[key] = hook = InputHook(self.forwards)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self.at_layers[key]
+
+    def remove(self) -> None:
+        """Take them away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:
+    return lambda: bound.rule.due(steps())

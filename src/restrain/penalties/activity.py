@@ -1,0 +1,266 @@
+"""Penalties meant for outputs of layers, sample by sample: sparsity, entropy, the activity of sparse autoencoders."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from restrain.axes import Grouping, Per, checked, group_norms, grouping_at
+from restrain.errors import PenaltyError, SelectionError
+from restrain.penalties.base import Penalty, Tensors, in_float32
+from restrain.penalties.checks import batch_size, checked_axis, checked_setting
+from restrain.penalties.statistics import unit_axis
+from restrain.rules import How
+from restrain.sites import Handle, near, parameters
+
+
+@dataclass(frozen=True)
+class Hoyer(Penalty):
+    """(Σ|x|)² / Σ|x|²: the Hoyer square, between 1 for one entry that isn't zero and n for n equal ones.
+
+    It measures sparsity alone, as it doesn't change with the scale of x. It is 0, with the gradient 0, where all
+    entries are zero. Of a parameter it is that of the whole tensor, on outputs that of each sample, averaged. Hoyer's
+    own measure, of one tensor of n entries, is (√n - √value) / (√n - 1).
+
+    Source: Yang, Wen and Li (2020), DeepHoyer; Hoyer (2004) for the measure.
+
+    >>> rs.Hoyer()(torch.tensor([3.0, -4.0])), rs.Hoyer()(torch.tensor([0.0, 7.0]))
+    (tensor(1.9600), tensor(1.))
+    """
+
+    takes_mask = True
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return _hoyer(w.reshape(1, -1)).sum()
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        h = h if mask is None else self.without_padding(h, mask)
+        if dim is None:
+            return self(h)
+        size = batch_size(h, dim)
+        samples = h.movedim(dim, 0).reshape(size, prod(h.shape) // max(size, 1))
+        return in_float32(lambda x: _hoyer(x).sum() / max(size, 1), samples)
+
+
+def _hoyer(rows: Tensor) -> Tensor:
+    """The Hoyer square of each row."""
+    size = rows.abs()
+    if not rows.numel():
+        return size.sum(1)
+    peak = size.detach().amax(1, keepdim=True)
+    size = size / torch.where(peak == 0, 1, peak)  # the value stays, and squares neither overflow nor vanish
+    squares = size.square().sum(1)
+    return size.sum(1).square() / torch.where(squares == 0, 1, squares)
+
+
+@dataclass(frozen=True)
+class Entropy(Penalty):
+    """Σ H(softmax(x)), H(p) = -Σ p log p: the entropy of the distributions whose logits lie along an axis.
+
+    Small where each sample is sure of one class: entropy minimisation, for unlabelled data. On outputs it sums over
+    positions and is averaged over the batch. Of outputs that are probabilities, penalise via=torch.log.
+
+    Args:
+        per: the axis of the classes; by default the last of outputs of up to three axes.
+
+    Source: Grandvalet and Bengio (2005), semi-supervised learning by entropy minimization.
+
+    >>> rs.Entropy()(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
+    tensor(0.6931)
+    """
+
+    per: int | None = None
+
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_axis("per", self.per)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return _distributions(w, self.per, None, None, sure=False)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return _over_batch(h, self.per, dim, mask, sure=False)
+
+
+@dataclass(frozen=True)
+class Confidence(Penalty):
+    """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), over n classes: large where a sample is sure of one.
+
+    The confidence penalty -H, moved by a constant so that it is nowhere negative: it keeps outputs from being too
+    sure. Axes and averages as those of `Entropy`.
+
+    Args:
+        per: the axis of the classes; by default the last of outputs of up to three axes.
+
+    Source: Pereyra and others (2017), regularizing neural networks by penalizing confident output distributions.
+
+    >>> rs.Confidence()(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
+    tensor(0.6931)
+    """
+
+    per: int | None = None
+
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_axis("per", self.per)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return _distributions(w, self.per, None, None, sure=True)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return _over_batch(h, self.per, dim, mask, sure=True)
+
+
+def _over_batch(h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, sure: bool) -> Tensor:
+    size = 1 if dim is None else max(batch_size(h, dim), 1)
+    return in_float32(lambda x: _distributions(x, per, dim, mask, sure) / size, h)
+
+
+def _distributions(x: Tensor, per: int | None, batch: int | None, mask: Tensor | None, sure: bool) -> Tensor:
+    """The sum of log n - H, or of H, over the distributions along an axis of logits."""
+    if x.is_complex():
+        raise PenaltyError(f"an entropy is of real logits, got {x.dtype}")
+    x = x.reshape(1) if x.dim() == 0 else x
+    axis = unit_axis(x, per, batch)
+    if mask is not None:
+        if mask.shape[axis] != 1:
+            raise PenaltyError("a mask for an entropy takes or leaves all classes of a position together")
+        x = torch.where(mask, x, 0)
+    if not x.numel():
+        return x.sum()
+    logs = x.log_softmax(axis)
+    p = logs.exp()
+    logs = torch.where(p == 0, 0, logs)  # of logits of -inf, too
+    terms = (p * (logs + math.log(x.shape[axis])) if sure else -p * logs).sum(axis, keepdim=True)
+    return terms.sum() if mask is None else torch.where(mask, terms, 0).sum()
+
+
+@dataclass(frozen=True)
+class L0(Penalty):
+    """The number of entries above a threshold, Σ 1[x > threshold], with the gradient of a ramp in its place.
+
+    The gradient of an entry is 1 / bandwidth where |x - threshold| < bandwidth / 2, else zero: that of a ramp of this
+    width around the threshold. Rajamanoharan and others give it (with the other sign) to a learned threshold of
+    JumpReLU units; here the threshold is a number, and what is pushed below it are the activations before the jump.
+    Of signed activations penalise via=torch.abs.
+
+    Args:
+        threshold: zero or more, so that zeros don't count.
+        bandwidth: in units of the activation. Narrow is a gradient for few entries, wide a biased one.
+
+    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders; the kernel is a rectangle.
+
+    >>> h = torch.tensor([0.0, 0.5, 0.52, 3.0])
+    >>> rs.L0(0.5, 0.1)(h), rs.L0(0.5, 0.1).gradient(h)
+    (tensor(2.), tensor([ 0., 10., 10.,  0.]))
+    """
+
+    threshold: float
+    bandwidth: float
+
+    entrywise = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_setting("threshold", self.threshold, 0, closed=True)
+        checked_setting("bandwidth", self.bandwidth, 0)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        if w.is_complex():
+            raise PenaltyError(f"L0 compares with a threshold, which {w.dtype} can't; penalise via=torch.abs")
+        ramp = ((w - self.threshold) / self.bandwidth + 0.5).clamp(0, 1)
+        count: Tensor = (w > self.threshold).to(w.dtype) + (ramp - ramp.detach())
+        return count.sum()
+
+
+@dataclass(frozen=True)
+class DecoderL1(Penalty):
+    """Σ_i |h_i| ‖W_i‖₂, W_i the weights that lead out of unit i of a sparse autoencoder: how much it adds at most.
+
+    Unlike L1 on h, it can't be made small by small activations and large decoder weights. It is averaged over the
+    batch, and its gradient flows to the decoder, too. The units are the last axis of the output.
+
+    Args:
+        decoder: the name of the decoder's weight.
+        per: what belongs to one unit in that weight: "in" for an nn.Linear, whose inputs the units are; "out" for the
+            weight of a tied encoder; 0 for a plain parameter of shape (units, inputs).
+
+    Source: Anthropic's interpretability team (2024), circuits updates of April: training sparse autoencoders.
+
+    >>> sae = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> reg = rs.attach(sae, 1e-3 * rs.DecoderL1("2.weight").on(rs.outputs("1")))
+    """
+
+    decoder: str = "decoder.weight"
+    per: Per = "in"
+
+    keywords = ("decoder_l1",)
+    takes_mask = True
+    at_outputs = True
+    needs_model = True
+
+    def __post_init__(self) -> None:
+        checked(self.per)
+        if not isinstance(self.decoder, str):
+            raise PenaltyError(f"decoder= is the name of a parameter, got {type(self.decoder).__name__}")
+
+    def __call__(self, w: Tensors) -> Tensor:
+        raise PenaltyError(f"{self!r} needs its model: write rs.attach(model, {self!r}.on(rs.outputs(...)))")
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places:
+            raise SelectionError(f"{self!r} is of activations: write .on(rs.outputs('encoder'))")
+        return ("loss",)
+
+    def bound_in(self, model: nn.Module) -> Penalty:
+        slots = parameters(model)
+        slot = next((slot for slot in slots if self.decoder in slot.names), None)
+        if slot is None:
+            names = [slot.name for slot in slots]
+            raise SelectionError(f"{self!r}: the model has no parameter {self.decoder!r}{near(self.decoder, names)}")
+        return _BoundDecoderL1(self, slot.handle, weakref.ref(model), grouping_at(self.per, slot.location()))
+
+
+@dataclass(frozen=True, eq=False)
+class _BoundDecoderL1(Penalty, register=False):
+    """`DecoderL1` with a model's decoder, which is looked up at each use."""
+
+    penalty: DecoderL1
+    handle: Handle
+    model: weakref.ref[nn.Module]
+    groups: Grouping
+
+    takes_mask = True
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        root = self.model()
+        assert root is not None  # it is in its forward
+        decoder = self.handle.find(root)
+        lengths = group_norms(decoder.to(torch.promote_types(decoder.dtype, torch.float32)), self.groups).flatten()
+        units = w.shape[-1] if w.dim() else 1
+        if lengths.numel() != units:
+            raise PenaltyError(
+                f"{self!r}: {self.decoder_text()} belongs to {lengths.numel()} units, the output of shape "
+                f"{tuple(w.shape)} has {units} along its last axis: say by per= what belongs to one unit"
+            )
+        value: Tensor = (w.abs() * lengths.to(w.device)).sum()
+        return value
+
+    def decoder_text(self) -> str:
+        """The decoder, for an error."""
+        return f"{self.handle.name!r} of shape {self.groups.shape}"
+
+    def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, h, 0)

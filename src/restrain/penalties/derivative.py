@@ -1,0 +1,278 @@
+"""The base of penalties on derivatives of one place of a network by another.
+
+Called with a function and a batch of inputs they give the value there; attached, they take the derivative between
+places of a model in its own forward. The members are in `jacobian`, how they are estimated in `estimators`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from restrain.errors import CaptureError, PenaltyError, PlanError, SelectionError
+from restrain.penalties.again import Randomness, plainly, spare_buffers
+from restrain.penalties.checks import at_hand, checked_factor, shown, times
+from restrain.penalties.estimators import Batch, Run, between, pushed
+from restrain.places import Places, inputs, outputs
+from restrain.rules import How, What
+from restrain.schedule import Strength
+from restrain.select import Where
+
+Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
+RUNNING = ("jvp", "difference")  # those that run the model again
+REENTRANT, COMPILED, SHARDED = "a reentrant checkpoint", "compiled code", "sharded parameters"
+CLOSED = "in closed form"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An estimator, whether it runs the model again, and why."""
+
+    estimator: str
+    again: bool = False
+    why: str = ""
+
+    def __str__(self) -> str:
+        runs = "two further forwards" if self.estimator == "difference" else "a second forward"
+        return self.estimator + f", by {runs}" * self.again + (f" ({self.why})" if self.why else "")
+
+
+class OnDerivatives(What, ABC, register=False):
+    """Base of `DerivativePenalty`, and of such a penalty times a strength."""
+
+    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
+    strength: Any
+
+    @property
+    @abstractmethod
+    def leaf(self) -> DerivativePenalty:
+        """The penalty without its strength."""
+
+    @abstractmethod
+    def named(self, wrt: Places | None) -> Self:
+        """The same with `wrt` by names, as in a plan that is bound to a model."""
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places:
+            raise SelectionError(
+                f"{self!r} is of the outputs of a layer, not of parameters: write .on(rs.outputs('encoder')), and wrt= "
+                "for the place by which the derivative is taken"
+            )
+        return ("loss",)
+
+    def __mul__(self, strength: Any) -> ScaledDerivative:
+        if not isinstance(strength, (Real, Strength)):
+            return NotImplemented
+        return ScaledDerivative(checked_factor(strength) * self.strength, self.leaf)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, What):
+            raise PenaltyError(f"{self!r} has places of its own and can't be added to {other!r}: write a rule for each")
+        return NotImplemented
+
+
+@dataclass(frozen=True, repr=False)
+class ScaledDerivative(OnDerivatives, register=False):
+    """strength · penalty; made by `strength * penalty`."""
+
+    strength: float | Strength | Tensor
+    penalty: DerivativePenalty
+
+    def __post_init__(self) -> None:
+        checked_factor(self.strength)
+
+    def __repr__(self) -> str:
+        return f"{shown(self.strength)} * {self.penalty!r}"
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Self:
+        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
+        return dataclasses.replace(self, strength=strength)
+
+    def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor, *, batch_dim: int = 0) -> Tensor:
+        return times(at_hand(self.strength, self), self.penalty(function, x, batch_dim=batch_dim))
+
+    @property
+    def leaf(self) -> DerivativePenalty:
+        return self.penalty
+
+    def named(self, wrt: Places | None) -> Self:
+        return dataclasses.replace(self, penalty=self.penalty.named(wrt))
+
+    def selected(self, where: Any) -> tuple[What, Where | Places]:
+        penalty, place = self.penalty.selected(where)
+        return dataclasses.replace(self, penalty=penalty), place  # type: ignore[arg-type]
+
+
+class DerivativePenalty(OnDerivatives, register=False):
+    """Base of penalties on derivatives: of the outputs of a place by another place, averaged over the batch.
+
+    `.on(place)` says whose derivative is taken, of the model's outputs by default; `wrt=` by what, the model's inputs
+    by default. It acts in the loss. `penalty(function, x)` is the value for a function of a batch, without a model.
+    """
+
+    strength = 1.0
+    of: Any = None
+    wrt: Places | None = None
+    estimator: Estimator = "auto"
+    projections: int = 1
+    estimators: ClassVar[tuple[str, ...]] = ("auto", "exact", "vjp", "jvp", "difference")
+
+    def __post_init__(self) -> None:
+        if self.estimator not in self.estimators:
+            raise PenaltyError(f"estimator= is one of {', '.join(map(repr, self.estimators))}; got {self.estimator!r}")
+        if not isinstance(self.projections, int) or isinstance(self.projections, bool) or self.projections < 1:
+            raise PenaltyError(f"projections= is a whole number, at least 1; got {self.projections!r}")
+        for name, place in (("of", self.of), ("wrt", self.wrt)):
+            if not (place is None or isinstance(place, Places) or (name == "of" and self.of_loss)):
+                raise PenaltyError(f"{name}= is a place such as rs.outputs('encoder'); got {place!r}")
+
+    def __repr__(self) -> str:
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
+        given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
+    @property
+    def leaf(self) -> DerivativePenalty:
+        return self
+
+    @property
+    def of_loss(self) -> bool:
+        """Whether it is the derivative of the data loss."""
+        return False
+
+    @property
+    def by(self) -> Places:
+        """The place by which the derivative is taken."""
+        return inputs() if self.wrt is None else self.wrt
+
+    def named(self, wrt: Places | None) -> Self:
+        return dataclasses.replace(self, wrt=wrt) if self.wrt is not None else self  # type: ignore[type-var]
+
+    def selected(self, where: Any) -> tuple[What, Where | Places]:
+        if where is None:
+            where = outputs() if self.of is None else self.of
+        elif self.of not in (None, where):
+            raise PlanError(f"{self!r} says of=; then .on() takes no further place, got {where!r}")
+        leaf = self if self.of is None else dataclasses.replace(self, of=None)  # type: ignore[type-var]
+        return leaf, What.selected(self, where)[1]
+
+    # The value
+
+    @abstractmethod
+    def of_graph(self, ys: Sequence[Batch], xs: Sequence[Batch], estimator: str) -> Tensor:
+        """The value, by the graph that leads from the outputs back to the inputs."""
+
+    @abstractmethod
+    def of_direction(self, tangents: Sequence[Batch]) -> Tensor:
+        """An estimate of the value, by the derivative of the outputs along random signs."""
+
+    def of_runs(self, run: Run, estimator: str) -> Tensor:
+        """The value by further runs of the function."""
+        if estimator in RUNNING:
+            return torch.stack([self.of_direction(pushed(run, estimator)) for _ in range(self.projections)]).mean()
+        xs: list[Batch] = []
+        ys = run(lambda x: _noted(x, xs))
+        return self.of_graph(ys, xs, estimator)
+
+    def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor, *, batch_dim: int = 0) -> Tensor:
+        """The value for a function at a batch of inputs, differentiable by what the function depends on.
+
+        Args:
+            function: from a batch of inputs to their outputs (to the loss, where the derivative is the loss's).
+            x: the inputs.
+            batch_dim: their axis of samples, and that of the outputs.
+
+        Raises:
+            PenaltyError: inputs that aren't a floating-point tensor.
+        """
+        if not (isinstance(x, Tensor) and x.is_floating_point()):
+            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise PenaltyError(f"{self!r} takes a function and a floating-point tensor, got {came}")
+        given, randomness, xs = Batch.of(x, batch_dim), Randomness([x]), list[Batch]()
+
+        def run(move: Any) -> list[Batch]:
+            y = function(move(given))
+            return [Batch.of(y, batch_dim if y.dim() else None)]
+
+        with torch.enable_grad():
+            if self.estimator in RUNNING:
+                choice = Choice(self.estimator, again=True)
+            else:
+                ys = run(lambda batch: _noted(batch, xs))
+                choice = self.choose(ys, xs)
+            if choice.again:
+                value = self.of_runs(replayed(run, randomness, function, x.device, choice.estimator), choice.estimator)
+            else:
+                value = self.of_graph(ys, xs, choice.estimator)
+        return value if torch.is_grad_enabled() else value.detach()
+
+    # The estimator
+
+    def choose(self, ys: Sequence[Batch], xs: Sequence[Batch], obstacle: str = "") -> Choice:
+        """The estimator that is taken, by what was asked for and what the graph between the places allows.
+
+        Args:
+            ys: outputs.
+            xs: inputs.
+            obstacle: what is known beforehand to stand in the way of a second derivative.
+
+        Raises:
+            PenaltyError, CaptureError: what was asked for is impossible, or there is no way from xs to ys.
+        """
+        if self.estimator in RUNNING:
+            return Choice(self.estimator, again=True)
+        found = None if obstacle else between(ys, xs)
+        if found is not None and found.obstacles:
+            obstacle = REENTRANT if REENTRANT in found.obstacles else min(found.obstacles)
+        if not obstacle:
+            choice = self._freely(ys, xs, mixes=found is not None and found.mixes)
+        elif self.estimator == "auto":
+            choice = self._around(obstacle)
+        else:
+            choice = Choice(self.estimator, True, obstacle)
+        if choice.estimator not in RUNNING and obstacle in (REENTRANT, SHARDED):
+            raise CaptureError(
+                f"{self!r}: {obstacle} between the two places can't be differentiated twice: use "
+                + ("use_reentrant=False" if obstacle == REENTRANT else "estimator='jvp'")
+                + (", or estimator='difference'" if "difference" in self.estimators else "")
+            )
+        return choice
+
+    @abstractmethod
+    def _freely(self, ys: Sequence[Batch], xs: Sequence[Batch], mixes: bool) -> Choice:
+        """What is taken where the graph can be differentiated twice; `mixes`: through batch normalisation."""
+
+    def _around(self, obstacle: str) -> Choice:
+        """What estimator="auto" means where it can't."""
+        return Choice({COMPILED: "vjp", SHARDED: "jvp"}.get(obstacle, "difference"), True, obstacle)
+
+
+def _noted(x: Batch, xs: list[Batch]) -> Tensor:
+    """The tensor, such that derivatives can be taken by it; noted in `xs`."""
+    h = x.tensor if x.tensor.requires_grad else x.tensor.detach().requires_grad_()
+    xs.append(dataclasses.replace(x, tensor=h))
+    return h
+
+
+def replayed(run: Run, randomness: Randomness | None, module: Any, device: torch.device, estimator: str) -> Run:
+    """The run, alike each time in randomness and buffers, by operations that have the derivatives that are needed."""
+
+    def again(move: Any) -> list[Batch]:
+        with ExitStack() as stack:
+            if randomness is not None:
+                stack.enter_context(randomness.replayed())
+            stack.enter_context(plainly(device.type, estimator))
+            stack.enter_context(spare_buffers(module))
+            return run(move)
+
+    return again

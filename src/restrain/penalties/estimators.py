@@ -1,0 +1,369 @@
+"""Estimators of squared Frobenius norms of Jacobians: from an autograd graph, or along random directions.
+
+J_i is the derivative of a sample's outputs by its inputs. For v or u of independent random signs, E‖vᵀJ‖² = E‖Ju‖² =
+‖J‖_F² (Hutchinson 1990); so all but `exact` are unbiased estimates (a difference quotient up to the square of its
+width). All are differentiable.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from restrain.errors import CaptureError, PenaltyError, RestrainError
+from restrain.penalties.shrink import at_least_float32
+
+_AT_ONCE = 2**22  # entries of a Jacobian that are computed together
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # dh/da of h = f(a), as a function of h
+    "ReluBackward0": lambda h: (h > 0).to(h),
+    "TanhBackward0": lambda h: 1 - h.square(),
+    "SigmoidBackward0": lambda h: h * (1 - h),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A tensor of a batch.
+
+    Args:
+        tensor: the tensor.
+        dim: its axis of samples; None where samples can't be told apart (packed sequences).
+        count: the number of samples.
+        weight: what its Jacobian counts by.
+        forward: the number of the forward that it is from.
+    """
+
+    tensor: Tensor
+    dim: int | None
+    count: int
+    weight: float = 1.0
+    forward: int = 0
+
+    @classmethod
+    def of(cls, tensor: Tensor, dim: int | None) -> Batch:
+        """The batch that a tensor is, its samples along `dim`; without one, a single sample.
+
+        Raises:
+            PenaltyError: it has no such axis.
+        """
+        if dim is not None and not -tensor.dim() <= dim < tensor.dim():
+            raise PenaltyError(
+                f"a tensor of shape {tuple(tensor.shape)} has no batch axis {dim}: say which by batch_dim="
+            )
+        return cls(tensor, dim, 1 if dim is None else tensor.shape[dim])
+
+    def by_sample(self, tensor: Tensor | None = None) -> Tensor:
+        """The tensor, or another of its shape, as (samples, entries)."""
+        tensor = self.tensor if tensor is None else tensor
+        if self.dim is None:
+            return tensor.reshape(1, -1)
+        return tensor.movedim(self.dim, 0).reshape(self.count, tensor.numel() // max(self.count, 1))
+
+    @property
+    def entries(self) -> int:
+        """The number of entries of a sample."""
+        return self.tensor.numel() // max(self.count, 1)
+
+
+def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Independent random signs, in shape, dtype and device of a tensor."""
+    drawn = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return drawn.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+
+
+def _square(tensors: Sequence[Tensor | None]) -> Tensor | float:
+    return sum((at_least_float32(t).square().sum() for t in tensors if t is not None), 0.0)
+
+
+# From the graph of the forward
+
+
+def projected(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
+    """Σ_y weight · mean ‖J_i‖_F², estimated by one backward through all at once."""
+    vs = [signs(y.tensor) * (y.weight / max(y.count, 1)) ** 0.5 for y in ys]
+    given = [x.tensor for x in xs]
+    pulled = torch.autograd.grad([y.tensor for y in ys], given, vs, create_graph=True, allow_unused=True)
+    return _square(pulled) + ys[0].tensor.new_zeros((), dtype=_wide(ys[0]))
+
+
+def exact(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
+    """Σ_y weight · mean ‖J_i‖_F², for samples that don't depend on each other.
+
+    In closed form for a linear layer with or without activation; else by rows or by columns, whichever cost less.
+
+    Raises:
+        PenaltyError: samples can't be told apart, or don't agree in number.
+    """
+    _check_samples(ys, xs)
+    total = ys[0].tensor.new_zeros((), dtype=_wide(ys[0]))
+    for y in ys:
+        near = of_the_same(y, xs)
+        square = closed_form(y, near)
+        if square is None:
+            square = _by_rows(y, near) if y.entries <= 2 * sum(x.entries for x in near) else _by_columns(y, near)
+        total = total + square * (y.weight / max(y.count, 1))
+    return total
+
+
+def of_the_same(y: Batch, xs: Sequence[Batch]) -> Sequence[Batch]:
+    """The inputs of the forward that gave an output; all, if it is from a layer that was called alone."""
+    return [x for x in xs if x.forward == y.forward] or xs
+
+
+def _wide(y: Batch) -> torch.dtype:
+    return torch.promote_types(y.tensor.dtype, torch.float32)
+
+
+def _check_samples(ys: Sequence[Batch], xs: Sequence[Batch]) -> None:
+    if any(batch.dim is None and batch.tensor.dim() for batch in (*ys, *xs)):
+        raise PenaltyError(
+            "the samples of a packed sequence can't be told apart, as estimator='exact' must: use estimator='vjp'"
+        )
+    counts = {batch.count for batch in (*ys, *xs)}
+    if len(counts) > 1 and not (counts == {y.count for y in ys} == {x.count for x in xs}):
+        shapes = ", ".join(str(tuple(batch.tensor.shape)) for batch in (*ys, *xs))
+        raise PenaltyError(
+            f"outputs and inputs of shapes {shapes} don't have the same number of samples along their batch axes: say "
+            "which axis is the batch by batch_dim= of the place, or take estimator='vjp'"
+        )
+
+
+def _by_rows(y: Batch, xs: Sequence[Batch]) -> Tensor:
+    """A backward for each unit; of the sum over samples, since a sample's unit depends on its own input alone."""
+    units, given = y.by_sample().sum(0), [x.tensor for x in xs]
+    total = units.new_zeros((), dtype=_wide(y))
+    for basis in _bases(units.new_empty(1, len(units)), sum(x.tensor.numel() for x in xs)):
+        total = total + _square(_pulled(units, given, basis.flatten(1)))
+    return total
+
+
+def _by_columns(y: Batch, xs: Sequence[Batch]) -> Tensor:
+    """Jᵀv is linear in v, and its derivative by v along u is Ju: two backwards for each entry of a sample's input."""
+    v = torch.zeros_like(y.tensor, requires_grad=True)
+    given = [x.tensor for x in xs]
+    pulled = torch.autograd.grad(y.tensor, given, v, create_graph=True, allow_unused=True)
+    total = y.tensor.new_zeros((), dtype=_wide(y))
+    for x, rows in zip(xs, pulled, strict=True):
+        if rows is None or not rows.requires_grad:
+            continue
+        for basis in _bases(x.by_sample(), y.tensor.numel()):
+            total = total + _square(_pulled(x.by_sample(rows), [v], basis))
+    return total
+
+
+def _bases(like: Tensor, cost: int) -> list[Tensor]:
+    """The unit vectors along the entries of a sample, the same for all samples, some at once."""
+    samples, entries = like.shape
+    some = max(1, _AT_ONCE // max(cost, 1))
+    eye = torch.eye(entries, dtype=like.dtype, device=like.device)
+    return [part.unsqueeze(1).expand(-1, samples, -1) for part in eye.split(some)] if entries else []
+
+
+def _pulled(out: Tensor, given: Sequence[Tensor], basis: Tensor) -> Sequence[Tensor | None]:
+    """vᵀJ for each v of a basis; one by one where an operation can't be batched (dropout in a checkpoint)."""
+    if not out.requires_grad:
+        return []
+    options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="There is a performance drop")
+            return torch.autograd.grad(out, given, basis, is_grads_batched=True, **options)
+    except (RuntimeError, UserWarning):
+        pulled = [torch.autograd.grad(out, given, v, **options) for v in basis]
+    return [t for each in pulled for t in each]
+
+
+def closed_form(y: Batch, xs: Sequence[Batch]) -> Tensor | None:
+    """Σ_i Σ_j f'(a_ij)² ‖w_j‖² where h = f(x Wᵀ + b) of the very input, by the graph; None elsewhere."""
+    found = linear(y, xs)
+    if found is None:
+        return None
+    slopes, weight = found
+    lengths, h = at_least_float32(weight).square().sum(1), at_least_float32(y.tensor)
+    return (slopes(h).square().sum(0) if slopes is not None else h.new_full((h.shape[1],), len(h))) @ lengths
+
+
+def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | None, Tensor] | None:
+    """f' as a function of h, and W, where h = f(x Wᵀ + b) by the graph; None elsewhere.
+
+    f is sigmoid, tanh, ReLU or nothing; a constant may be added to x. Where x needs no gradient, it must be the tensor
+    that was multiplied itself.
+    """
+    node = y.tensor.grad_fn
+    if node is None or len(xs) != 1 or any(b.tensor.dim() != 2 or b.dim not in (0, -2) for b in (y, *xs)):
+        return None
+    slopes, x = _SLOPES.get(node.name()), xs[0].tensor
+    if slopes is not None:
+        node = node.next_functions[0][0]
+    kept = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}.get("" if node is None else node.name())
+    if node is None or kept is None or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    (before, number), (transposed, _) = node.next_functions[-2:]
+    if x.requires_grad:
+        while before is not None and before.name() == "AddBackward0" and before.next_functions[1][0] is None:
+            before, number = before.next_functions[0]
+        edge = torch.autograd.graph.get_gradient_edge(x)
+        same = (before, number) == (edge.node, edge.output_nr)
+    else:
+        same = before is None and getattr(node, kept) is x
+    if not same or transposed is None or transposed.name() != "TBackward0":
+        return None
+    weight = getattr(transposed.next_functions[0][0], "variable", None)
+    if not isinstance(weight, Tensor) or weight.shape != (y.tensor.shape[1], x.shape[1]):
+        return None
+    return slopes, weight
+
+
+# Along random directions
+
+Move = Callable[[Batch], Tensor]
+Run = Callable[[Move], list[Batch]]
+"""The outputs of a function in a further run, in which `move(x)` stands in the place of each input x."""
+
+
+class _Shift:
+    """x ↦ x + t u width, u of random signs that are the same for equal seeds; the width is a part of x's size."""
+
+    def __init__(self, seed: int, t: float | Tensor) -> None:
+        self.seed, self.t = seed, t
+        self.generators: dict[torch.device, torch.Generator] = {}
+        self.width: float | Tensor = 1.0 if isinstance(t, Tensor) else 0.0
+
+    def __call__(self, x: Batch) -> Tensor:
+        h = x.tensor
+        generator = self.generators.get(h.device)
+        if generator is None:
+            generator = self.generators[h.device] = torch.Generator(h.device).manual_seed(self.seed)
+        if isinstance(self.width, float) and not self.width:
+            self.width = _width(h)
+        return h + signs(h, generator) * (self.t * self.width)
+
+
+def _width(h: Tensor) -> Tensor:
+    """A third of the digits of the root mean square: there truncation and rounding are equally small."""
+    _check_digits(h)
+    scale = h.detach().square().mean().sqrt()
+    third: float = torch.finfo(h.dtype).eps ** (1 / 3)
+    return third * torch.where(scale > 0, scale, 1.0)
+
+
+def _check_digits(h: Tensor) -> None:
+    if h.dtype.itemsize < 4:
+        raise PenaltyError(f"estimator='difference' needs float32 or more, got {h.dtype}, whose digits don't suffice")
+
+
+def pushed(run: Run, estimator: str) -> list[Batch]:
+    """Ju for the outputs of a function, u of independent random signs; by jvp or by a central difference.
+
+    Raises:
+        CaptureError: an operation has no forward-mode derivative.
+    """
+    seed = int(torch.randint(2**62, ()))
+    if estimator == "difference":
+        shifts = [_Shift(seed, t) for t in (1.0, -1.0)]
+        up, down = (run(shift) for shift in shifts)
+        for y in up:
+            _check_digits(y.tensor)
+        return [replace(a, tensor=(a.tensor - b.tensor) / (2 * shifts[0].width)) for a, b in zip(up, down, strict=True)]
+    ys: list[Batch] = []
+
+    def along(t: Tensor) -> tuple[Tensor, ...]:
+        ys[:] = run(_Shift(seed, t))
+        return tuple(y.tensor for y in ys)
+
+    _load_forward_mode()
+    try:
+        tangents = torch.func.jvp(along, (torch.zeros(()),), (torch.ones(()),))[1]
+    except RestrainError:
+        raise
+    except RuntimeError as error:
+        why = str(error).partition("\n")[0]
+        raise CaptureError(f"estimator='jvp' can't be taken here ({why}): use estimator='difference'") from error
+    return [replace(y, tensor=tangent) for y, tangent in zip(ys, tangents, strict=True)]
+
+
+@cache
+def _load_forward_mode() -> None:
+    """The first use loads torch's own decompositions, which warn that their way of being written is deprecated."""
+    with warnings.catch_warnings(), torch.autograd.forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.autograd.forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+
+
+# What the graph allows
+
+_OBSTACLES = {
+    "CheckpointFunctionBackward": "a reentrant checkpoint",
+    "CompiledFunctionBackward": "compiled code",
+    "CudnnRnnBackward0": "cuDNN's recurrent layer",
+    "MiopenRnnBackward0": "MIOpen's recurrent layer",
+}
+
+
+@dataclass(frozen=True)
+class Between:
+    """What lies between inputs and outputs in their graph: obstacles to a double backward; layers that mix samples."""
+
+    obstacles: frozenset[str]
+    mixes: bool
+
+
+def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
+    """Looks at the graph.
+
+    Raises:
+        CaptureError: an output does not depend on any of the inputs.
+    """
+    ends = {torch.autograd.graph.get_gradient_edge(x.tensor).node for x in xs}
+    passed: set[torch.autograd.graph.Node] = set()
+    for y in ys:
+        way = _way(y.tensor.grad_fn, ends) if y.tensor.grad_fn is not None else set()
+        if not way & ends and not any(y.tensor is x.tensor for x in xs):
+            raise CaptureError(
+                "the output whose derivative is to be taken doesn't depend on the place of wrt=, the model's input "
+                "unless said otherwise: wrt= is what comes earlier in the same forward, and nothing in between detaches"
+            )
+        passed |= way - ends
+    names = {node.name() for node in passed}
+    found = {_OBSTACLES[name] for name in names if name in _OBSTACLES}
+    found |= {"fused attention" for name in names if name.startswith("ScaledDotProduct")}
+    sinks = [
+        node for node in passed if node.name() == "_DDPSinkBackward"
+    ]  # they take any backward for that of the step
+    found |= {"DDP's static_graph=True" for node in sinks if node.ddp_weakref().static_graph}  # type: ignore[attr-defined]
+    return Between(frozenset(found), any(_mixes(node) for node in passed))
+
+
+def _mixes(node: torch.autograd.graph.Node) -> bool:
+    """Whether it is batch normalisation in training mode, of more than one sample (instances are normalised as one)."""
+    if "BatchNorm" not in node.name() or not getattr(node, "_saved_training", True):
+        return False
+    shapes = [tensor.shape for tensor in node._input_metadata]
+    return not shapes or not shapes[0] or int(shapes[0][0]) > 1
+
+
+def _way(start: torch.autograd.graph.Node, ends: set[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:
+    """The nodes on a way from one node back to others, both included."""
+    into: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node]] = {start: []}
+    waiting = [start]
+    while waiting:
+        node = waiting.pop()
+        for following, _ in node.next_functions:
+            if following is not None:
+                if following not in into:
+                    into[following] = []
+                    waiting.append(following)
+                into[following].append(node)
+    found = {end for end in ends if end in into}
+    waiting = list(found)
+    while waiting:
+        for node in into[waiting.pop()]:
+            if node not in found:
+                found.add(node)
+                waiting.append(node)
+    return found

@@ -1,0 +1,149 @@
+"""Penalties on sequences: how the state changes from one step to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from restrain.axes import Grouping, group_norms, squared
+from restrain.errors import PenaltyError
+from restrain.penalties.base import Penalty, Tensors, in_float32
+from restrain.penalties.checks import batch_size, checked_axis
+
+
+@dataclass(frozen=True)
+class StateChange(Penalty):
+    """Mean over transitions of ‖hₜ₊₁ - hₜ‖², h a sequence of states: temporal activation regularisation (TAR).
+
+    The mean is of each sequence's own transitions, between two steps that both count; then it is averaged over the
+    batch. Zero for a single step. A plain tensor is (time, features), or (batch, time, features), summed.
+
+    Args:
+        per_unit: divided by the number of units (features), too.
+        time: the axis of the steps; by default the first beside the batch axis. All others are features.
+
+    Source: Krueger and Memisevic (2016), section 2; Merity, McCann and Socher (2017), TAR, with per_unit=True.
+
+    >>> rs.StateChange()(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]]))
+    tensor(12.5000)
+    """
+
+    per_unit: bool = False
+    time: int | None = None
+
+    keywords = ("state_change",)
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        _checked_flag("per_unit", self.per_unit)
+        checked_axis("time", self.time)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return _plain(self, w)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            states, kept = _sequences(x, dim, self.time, mask)
+            changes = squared(states.diff(dim=1)).sum(2)
+            return _mean(changes, kept) / (max(states.shape[2], 1) if self.per_unit else 1)
+
+        return in_float32(value, h)
+
+
+@dataclass(frozen=True)
+class NormChange(Penalty):
+    """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)², h a sequence of states: the norm stabiliser.
+
+    Steps, averages and axes as those of `StateChange`.
+
+    Args:
+        squared: of squared lengths, (‖hₜ₊₁‖² - ‖hₜ‖²)², which are smooth at zero, as theanets' documentation has it.
+        time: the axis of the steps; by default the first beside the batch axis. All others are features.
+
+    Source: Krueger and Memisevic (2016), eq. 1.
+
+    >>> h = torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]])
+    >>> rs.NormChange()(h), rs.NormChange(squared=True)(h)
+    (tensor(12.5000), tensor(312.5000))
+    """
+
+    squared: bool = False
+    time: int | None = None
+
+    keywords = ("norm_change",)
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        _checked_flag("squared", self.squared)
+        checked_axis("time", self.time)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return _plain(self, w)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            states, kept = _sequences(x, dim, self.time, mask)
+            if self.squared:
+                lengths = squared(states).sum(2)
+            else:
+                lengths = group_norms(states, Grouping(tuple(states.shape), (0, 1))).squeeze(2)
+            return _mean(lengths.diff(dim=1).square(), kept)
+
+        return in_float32(value, h)
+
+
+def _checked_flag(name: str, flag: object) -> None:
+    if not isinstance(flag, bool):
+        raise PenaltyError(f"{name}= is True or False, got {flag!r}")
+
+
+def _plain(penalty: Penalty, w: Tensor) -> Tensor:
+    """The sum over the sequences of a tensor; with up to two axes it is one sequence."""
+    return penalty.over_batch(w, 0) * w.shape[0] if w.dim() > 2 else penalty.over_batch(w, None)
+
+
+def _sequences(h: Tensor, batch: int | None, time: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(batch, time, features) of a layer's output, with zeros where steps don't count; and (batch, time): which do.
+
+    Raises:
+        PenaltyError: no such axes; a mask that isn't the same for all features of a step.
+    """
+    if batch is None:  # a batch of one, in front
+        h, mask, batch = h.unsqueeze(0), None if mask is None else mask.unsqueeze(0), 0
+        time = time + 1 if time is not None and time >= 0 else time
+    batch_size(h, batch)
+    if h.dim() == 1:  # a single step
+        h, mask = h.unsqueeze(1), None if mask is None else mask.unsqueeze(1)
+    rank = h.dim()
+    batch = batch % rank
+    steps = int(batch == 0) if time is None else time
+    if not -rank <= steps < rank or steps % rank == batch:
+        raise PenaltyError(
+            f"time={steps} should be the axis of the steps, beside the batch axis {batch}, of an output of shape "
+            f"{tuple(h.shape)}"
+        )
+
+    def arranged(t: Tensor) -> Tensor:
+        return t.unsqueeze(rank).movedim((batch, steps % rank), (0, 1)).flatten(2)
+
+    h = arranged(h)
+    if mask is None:
+        return h, None
+    mask = arranged(mask)
+    if mask.shape[2] != 1:
+        raise PenaltyError("a mask for changes over time takes or leaves all features of a step together")
+    return torch.where(mask, h, 0), mask.squeeze(2).expand(h.shape[:2])
+
+
+def _mean(changes: Tensor, kept: Tensor | None) -> Tensor:
+    """The mean over each sequence's transitions, of those that count, averaged over the batch."""
+    size = max(changes.shape[0], 1)
+    if kept is None:
+        return changes.sum() / (max(changes.shape[1], 1) * size)
+    pairs = kept[:, 1:] & kept[:, :-1]
+    sums = torch.where(pairs, changes, 0).sum(1)
+    return (sums / pairs.sum(1).clamp_min(1)).sum() / size

@@ -1,0 +1,334 @@
+"""Penalties that are statistics of units over a whole batch: of each unit's mean, of the units' covariances."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from restrain.axes import squared
+from restrain.errors import PenaltyError
+from restrain.penalties.across import over_processes
+from restrain.penalties.base import Penalty, Tensors, in_float32
+from restrain.penalties.checks import batch_size, checked_axis, checked_setting
+
+_EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
+_ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Activations as rows of units, and which of them count."""
+
+    x: Tensor  # (rows, units), with zeros where they don't count
+    counts: Tensor | None  # true where they count; of one or all columns
+    everywhere: bool  # whether sums are over all processes
+
+    @classmethod
+    def of(cls, h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, everywhere: bool = False) -> _Samples:
+        """Those of a layer's output, with one row for each index of the axes other than that of the units."""
+        if h.dim() < 2:
+            return cls(h.reshape(1, -1), None if mask is None else mask.reshape(1, -1), everywhere)
+        units = unit_axis(h, per, dim)
+        x = h.movedim(units, -1)
+        if mask is None:
+            return cls(x.flatten(0, -2), None, everywhere)
+        kept = mask.movedim(units, -1).expand(*x.shape[:-1], mask.shape[units])
+        x = torch.where(kept, x, 0)
+        return cls(x.flatten(0, -2), kept.flatten(0, -2), everywhere)
+
+    def sum(self, own: Tensor) -> Tensor:
+        """The sum over the processes that take part."""
+        return over_processes(own) if self.everywhere else own
+
+    def size(self) -> Tensor:
+        """The number of rows that count, for each unit."""
+        if self.counts is None:
+            return self.x.real.new_full((self.x.shape[1],), self.x.shape[0])
+        return self.counts.sum(0).to(self.x.real.dtype).expand(self.x.shape[1])
+
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """Each unit's mean over the rows that count, and their number."""
+        sums, size = self.sum(torch.stack([self.x.sum(0), self.size().to(self.x.dtype)]))
+        return sums / size.real.clamp_min(1), size.real.detach()
+
+
+def unit_axis(h: Tensor, per: int | None, batch: int | None) -> int:
+    """The axis of the units (or classes) of a layer's output, counted from zero.
+
+    Raises:
+        PenaltyError: the output has no such axis, or that is the batch axis, or it isn't said and isn't plain.
+    """
+    if batch is not None:
+        batch_size(h, batch)
+    if per is None and h.dim() > 3:
+        raise PenaltyError(
+            f"which axis of an output of shape {tuple(h.shape)} are the units? Write per=1 for the channels of "
+            "(batch, channel, height, width), per=-1 for the last"
+        )
+    axis = -1 if per is None else per
+    if not -h.dim() <= axis < h.dim() or (batch is not None and h.dim() > 1 and (axis - batch) % h.dim() == 0):
+        raise PenaltyError(
+            f"per={axis} should be the axis of the units, beside the batch axis {batch}, of an output of shape "
+            f"{tuple(h.shape)}"
+        )
+    return axis % h.dim()
+
+
+@dataclass(frozen=True)
+class KLSparsity(Penalty):
+    """Σ_units KL(rate ‖ m) = Σ rate log(rate / m) + (1 - rate) log((1 - rate) / (1 - m)), m a unit's mean activation.
+
+    The mean is over the batch and over all other axes (time, space): it is a statistic of the batch, not a sum over
+    samples. Activations lie in [0, 1]; of tanh units penalise via=lambda h: (h + 1) / 2, of unbounded ones
+    via=torch.sigmoid. Below m = rate / 10⁴ the first logarithm goes on as its tangent, and likewise the second, so that
+    value and gradient stay finite.
+
+    On outputs the means are over all processes of a distributed training.
+
+    Args:
+        rate: the wanted mean activation, between 0 and 1.
+        momentum: the weight of the means of earlier steps in a running mean, 0 for the batch alone; the gradient is
+            that of the batch's part, 1 - momentum. `reg.state_dict()` saves the running mean.
+        per: the axis of the units; by default the last of outputs of up to three axes.
+        sync: whether the mean is over all processes; False where they train different models.
+
+    Raises:
+        PenaltyError: activations outside [0, 1] (not looked for in compiled code).
+
+    Source: Lee, Ekanadham and Ng (2008) for the idea; Ng (2011), sparse autoencoder, CS294A notes, section 3.
+
+    >>> h = torch.tensor([[0.1, 0.5], [0.3, 0.5]])
+    >>> rs.KLSparsity(0.2)(h)
+    tensor(0.1927)
+    """
+
+    rate: float
+    momentum: float = 0.0
+    per: int | None = None
+    sync: bool = True
+
+    keywords = ("kl_sparsity",)
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_setting("rate", self.rate, 0, 1)
+        checked_setting("momentum", self.momentum, 0, 1, closed=True)
+        checked_axis("per", self.per)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        """The value for a batch along dim 0."""
+        return self.over_batch(w, 0 if w.dim() else None)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return in_float32(lambda x: self.of_samples(_Samples.of(x, self.per, dim, mask), None), h)
+
+    def of_samples(self, samples: _Samples, memory: _Memory | None) -> Tensor:
+        """The value, with the running mean in `memory` if there is one."""
+        _check_unit_interval(samples.x, self)
+        mean, size = samples.mean()
+        if memory is not None:
+            memory.keep(mean.detach(), size)
+            mean = memory.mixed(mean, self.momentum)
+        off = mean - self.rate
+        value = -self.rate * _log1p(off / self.rate) - (1 - self.rate) * _log1p(-off / (1 - self.rate))
+        return torch.where(size > 0, value, 0).sum()
+
+    def bound_at_place(self) -> Penalty:
+        return _KLAtPlace(self)
+
+
+def _check_unit_interval(x: Tensor, penalty: Penalty) -> None:
+    if x.is_complex():
+        raise PenaltyError(f"{penalty!r} is for real activations in [0, 1], got {x.dtype}")
+    if torch.compiler.is_compiling() or not x.numel() or x.device.type == "meta":
+        return
+    low, high = x.detach().aminmax()
+    if bool((low < -_ROUNDING) | (high > 1 + _ROUNDING)):
+        raise PenaltyError(
+            f"{penalty!r} compares means of activations in [0, 1], got values from {float(low):.4g} to "
+            f"{float(high):.4g}. Say rs.outputs(..., via=torch.sigmoid), or via=lambda h: (h + 1) / 2 for tanh units"
+        )
+
+
+def _log1p(u: Tensor) -> Tensor:
+    """log(1 + u), from `_EDGE` downwards by the tangent there."""
+    safe = u.clamp_min(_EDGE - 1)
+    return safe.log1p() + (u - safe) / _EDGE
+
+
+class _Resting(threading.local):
+    """How many `resting` this thread is in."""
+
+    depth = 0
+
+
+_resting = _Resting()
+
+
+@contextmanager
+def resting() -> Iterator[None]:
+    """Within it, running means are looked at but not fed: for evaluation."""
+    _resting.depth += 1
+    try:
+        yield
+    finally:
+        _resting.depth -= 1
+
+
+class _Memory:
+    """An exponentially weighted mean over optimizer steps, and the sum of the means since the last one.
+
+    The tensors get their length from the first batch. They change after the step, not in the forward: a forward that
+    a checkpoint repeats must find what it found at first.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.weight = torch.zeros(0), torch.zeros(0)
+        self.pending, self.count = torch.zeros(0), torch.zeros(1)
+
+    def keep(self, mean: Tensor, size: Tensor) -> None:
+        """Note a batch's mean for the next step, unless it is of nothing, not finite, or noted before."""
+        if not torch.compiler.is_compiling() and (_resting.depth or torch._C._current_graph_task_id() >= 0):
+            return  # evaluation, or a checkpoint's recomputation in backward
+        good = (mean.isfinite() & (size > 0)).all()
+        if self.pending.shape != mean.shape or self.pending.device != mean.device:
+            self.pending = torch.zeros_like(mean)
+            self.count = mean.new_zeros(1)
+        self.pending.add_(torch.where(good, mean, 0))
+        self.count.add_(good.to(self.count.dtype))
+
+    def mixed(self, mean: Tensor, momentum: float) -> Tensor:
+        """The mean as it is after that batch."""
+        if not self.total.numel():
+            return mean
+        if self.total.shape != mean.shape:
+            raise PenaltyError(
+                f"the running mean is of {len(self.total)} units, got {len(mean)}: a rule with momentum= needs a "
+                "place whose outputs keep their number of units"
+            )
+        total, weight = self.total.to(mean), self.weight.to(mean)
+        return (momentum * total + (1 - momentum) * mean) / (momentum * weight + (1 - momentum))
+
+    def step(self, momentum: float) -> None:
+        """An optimizer has taken a step."""
+        if not bool(self.count > 0):
+            return
+        if not self.total.numel():
+            self.total, self.weight = torch.zeros_like(self.pending), torch.zeros_like(self.count)
+        self.total, self.weight = self.total.to(self.count.device), self.weight.to(self.count.device)
+        self.total.mul_(momentum).add_(self.pending.to(self.total) / self.count.to(self.total), alpha=1 - momentum)
+        self.weight.mul_(momentum).add_(1 - momentum)
+        self.pending.zero_()
+        self.count.zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class _KLAtPlace(Penalty, register=False):
+    """`KLSparsity` at one place: over all processes, with its running mean."""
+
+    penalty: KLSparsity
+    memory: _Memory = field(default_factory=_Memory, repr=False)
+
+    takes_mask = True
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.penalty(w)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        memory = self.memory if self.penalty.momentum else None
+
+        def value(x: Tensor) -> Tensor:
+            samples = _Samples.of(x, self.penalty.per, dim, mask, everywhere=self.penalty.sync)
+            return self.penalty.of_samples(samples, memory)
+
+        return in_float32(value, h)
+
+    def state(self) -> dict[str, Tensor]:
+        if not self.penalty.momentum:
+            return {}
+        return {"total": self.memory.total, "weight": self.memory.weight}
+
+    def stepped(self, w: Tensor | None) -> None:
+        self.memory.step(self.penalty.momentum)
+
+
+@dataclass(frozen=True)
+class Decorrelation(Penalty):
+    """½ (‖C‖_F² - ‖diag C‖²), C the covariances of the units over the batch: half the squares off its diagonal.
+
+    C = mean of (h - m)(h - m)ᵀ over the batch and all axes but that of the units, m the means. It is a statistic of
+    the batch: on outputs, of the batches of all processes of a distributed training.
+
+    Args:
+        per: the axis of the units; by default the last of outputs of up to three axes.
+        sync: whether the covariances are over all processes; False where they train different models.
+
+    Source: Cogswell and others (2016), DeCov, eq. 2.
+
+    >>> rs.Decorrelation()(torch.tensor([[1.0, 2.0], [-1.0, -2.0]]))
+    tensor(4.)
+    """
+
+    per: int | None = None
+    sync: bool = True
+
+    keywords = ("decov",)
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_axis("per", self.per)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        """The value for a batch along dim 0."""
+        return self.over_batch(w, 0 if w.dim() else None)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return self.of(h, dim, mask, everywhere=False)
+
+    def of(self, h: Tensor, dim: int | None, mask: Tensor | None, everywhere: bool) -> Tensor:
+        """The value of this process's batch, or of those of all processes."""
+
+        def value(x: Tensor) -> Tensor:
+            samples = _Samples.of(x, self.per, dim, mask, everywhere)
+            counts = samples.counts
+            if counts is not None and counts.shape[1] != 1 and samples.x.shape[1] != 1:
+                raise PenaltyError(f"a mask for {self!r} takes or leaves all units of a sample together")
+            mean, size = samples.mean()
+            # the deviations sum to zero, so that the covariances don't depend on the mean to first order
+            deviations = samples.x - mean.detach()
+            deviations = deviations if counts is None else torch.where(counts, deviations, 0)
+            covariances = samples.sum(deviations.mH @ deviations) / size.clamp_min(1)
+            return squared(covariances - covariances.diagonal().diag()).sum() / 2
+
+        return in_float32(value, h)
+
+    def bound_at_place(self) -> Penalty:
+        return _DecorrelationAtPlace(self)
+
+
+@dataclass(frozen=True, eq=False)
+class _DecorrelationAtPlace(Penalty, register=False):
+    """`Decorrelation` at one place: over all processes."""
+
+    penalty: Decorrelation
+
+    takes_mask = True
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.penalty(w)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return self.penalty.of(h, dim, mask, self.penalty.sync)
