@@ -50,10 +50,8 @@ def curves(members, step=1.0):
 
 
 def entrywise():
-    return curves(
-        [rs.L1(), rs.L2(), rs.ElasticNet(0.5, 0.25), rs.Huber(1.0), rs.LogSum(0.5), rs.MCP(2.0)]
-        + [rs.SCAD(1.0, 2.5), rs.Lp(0.5), rs.SoftBox(-1.0, 1.0)]
-    )
+    members = [rs.L1(), rs.L2(), rs.ElasticNet(0.5, 0.25), rs.Huber(1.0), rs.LogSum(0.5), rs.MCP(2.0)]
+    return curves([*members, rs.SCAD(1.0, 2.5), rs.Lp(0.5), rs.SoftBox(-1.0, 1.0)])
 
 
 def relations():
@@ -85,12 +83,10 @@ def arrows(ax, move, reach=1.9):
 
 
 def groups():
-    row, column = (1, 2), (2, 1)
-    return planes(
-        [(rs.L1(), row), (rs.GroupLasso("row"), row), (rs.SparseGroupLasso(0.6, 0.4, "row"), row)]
-        + [(rs.GroupLInf("row"), row), (rs.ExclusiveLasso("row"), row), (rs.SLOPE((1.0, 0.3)), row)]
-        + [(rs.TotalVariation(0), column), (rs.FusedLasso(0.4, 0.6, 0), column), (rs.Norm(2), row)]
-    )
+    of_rows = [rs.L1(), rs.GroupLasso("row"), rs.SparseGroupLasso(0.6, 0.4, "row"), rs.GroupLInf("row")]
+    of_rows += [rs.ExclusiveLasso("row"), rs.SLOPE((1.0, 0.3)), rs.Norm(2)]
+    of_columns = [rs.TotalVariation(0), rs.FusedLasso(0.4, 0.6, 0)]
+    return planes([(member, (1, 2)) for member in of_rows] + [(member, (2, 1)) for member in of_columns])
 
 
 def spectral():
@@ -145,12 +141,116 @@ def noise():
     for ax, member in zip(axes, members, strict=True):
         title(ax, member)
         seen = member(image[:, None])
-        ax.imshow(torch.cat([torch.cat([*seen[:2, 0]], 1), torch.cat([*seen[2:, 0]], 1)]), cmap="gray", vmin=0, vmax=1.2)
+        ax.imshow(
+            torch.cat([torch.cat([*seen[:2, 0]], 1), torch.cat([*seen[2:, 0]], 1)]), cmap="gray", vmin=0, vmax=1.2
+        )
         ax.axis("off")
     return figure
 
 
-PICTURES = {function.__name__: function for function in (entrywise, relations, groups, spectral, constraints, noise)}
+def how():
+    """The lasso of benchmarks/metric.py: errors over the steps by every optimizer, three ways."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from benchmarks import metric
+
+    rows = metric.results(2000, optimizers=tuple(metric.OPTIMIZERS))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
+    titles = ("proximal, in the optimizer's metric", "threshold = learning rate", "in the loss")
+    for ax, way, text in zip(axes, metric.WAYS, titles, strict=True):
+        for row in (row for row in rows if row.way == way):
+            ax.semilogy(range(20, 20 * len(row.path) + 1, 20), row.path, lw=0.8)
+        zeros = sorted({row.zeros for row in rows if row.way == way})
+        ax.set_title(f"{text}\nexact zeros: {zeros[0]}" + (f" to {zeros[-1]}" if len(zeros) > 1 else ""), fontsize=8)
+        ax.set_xlabel("step", fontsize=7)
+        ax.tick_params(labelsize=6)
+    axes[0].set_ylabel("largest error of a coefficient", fontsize=7)
+    return figure
+
+
+def activations():
+    """KLSparsity over the mean activation; Hoyer of two entries; sparsities of a code in training."""
+    figure, axes = panels(3, 3, 2.9, 2.4)
+    rates = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
+    for rate in (0.05, 0.2, 0.5):
+        axes[0].plot(rates, [float(rs.KLSparsity(rate)(r.reshape(1, 1))) for r in rates], label=f"rate {rate}")
+    axes[0].set_title("KLSparsity(rate), of the mean activation", fontsize=8)
+    axes[0].set_ylim(0, 3)
+    axes[0].legend(fontsize=6)
+    grid = torch.linspace(-2, 2, 121, dtype=torch.float64)
+    values = [[float(rs.Hoyer()(torch.stack([x, y]).reshape(1, 2))) for x in grid] for y in grid]
+    lines = axes[1].contour(grid, grid, values, levels=8, cmap="viridis", linewidths=0.8)
+    axes[1].clabel(lines, fontsize=5)
+    axes[1].set_title("Hoyer(), of two activations", fontsize=8)
+    logits = torch.linspace(-6, 6, 200, dtype=torch.float64)
+    for member in (rs.Entropy(), rs.Confidence()):
+        axes[2].plot(logits, [float(member(torch.stack([z, 0 * z]).reshape(1, 2))) for z in logits], label=repr(member))
+    axes[2].set_title("of the logits (z, 0), over z", fontsize=8)
+    axes[2].legend(fontsize=6)
+    for ax in axes:
+        ax.tick_params(labelsize=6)
+    return figure
+
+
+def derivatives():
+    """A net fitted to 40 noisy points, without and with a penalty on its slope."""
+    figure, axes = panels(3, 3, 2.9, 2.2)
+    x = torch.linspace(-3, 3, 40)[:, None]
+    y = torch.sin(x) + 0.5 * torch.randn(40, 1, generator=torch.Generator().manual_seed(1))
+    grid = torch.linspace(-3.2, 3.2, 300)[:, None]
+    for ax, strength in zip(axes, (0.0, 0.01, 0.1), strict=True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(1, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.Tanh())
+        net = torch.nn.Sequential(net, torch.nn.Linear(64, 1))
+        optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+        reg = rs.attach(net, strength * rs.JacobianNorm().on(rs.outputs()), optimizer)
+        for _ in range(1500):
+            optimizer.zero_grad()
+            reg.loss((net(x) - y).square().mean()).backward()
+            optimizer.step()
+        reg.detach()
+        ax.plot(grid, torch.sin(grid), color=GREY, lw=0.8)
+        ax.plot(x, y, ".", color=BLUE, ms=5)
+        ax.plot(grid, net(grid).detach(), color=ORANGE)
+        ax.set_title(f"{strength:g} * JacobianNorm()", fontsize=8)
+        ax.tick_params(labelsize=6)
+    return figure
+
+
+def strength():
+    """Schedules over the steps, and a strength on its way to a target from three starts."""
+    figure, axes = panels(3, 3, 2.9, 2.2)
+    s = rs.schedules
+    for made in (s.Linear(0, 1, 800), s.Cosine(1, 0, 1000), s.Exponential(1, 0.05, 1000), 0.6 * s.WarmUp(300)):
+        axes[0].plot([made.at(step) for step in range(1000)], label=repr(made), lw=1)
+    axes[0].legend(fontsize=4.5)
+    axes[0].set_title("schedules", fontsize=8)
+    torch.manual_seed(0)
+    x = torch.randn(400, 60)
+    y = x @ (torch.randn(60) * (torch.rand(60) < 0.5))
+    for start in (1e-4, 1e-1, 10.0):
+        model = torch.nn.Linear(60, 1, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        rule = rs.Target(zeros=0.8, start=start, every=5) * rs.L1().on("weight", how="proximal")
+        reg = rs.attach(model, rule, optimizer)
+        path, zeros = [], []
+        for _ in range(1500):
+            optimizer.zero_grad()
+            (model(x).squeeze(1) - y).square().mean().div(2).backward()
+            optimizer.step()
+            path.append(next(iter(reg.strengths().values())))
+            zeros.append(float((model.weight == 0).float().mean()))
+        axes[1].semilogy(path, lw=1)
+        axes[2].plot(zeros, lw=1)
+    axes[1].set_title("strength under Target(zeros=0.8)", fontsize=8)
+    axes[2].set_title("fraction of exact zeros", fontsize=8)
+    axes[2].axhline(0.8, color=GREY, lw=0.6)
+    for ax in axes:
+        ax.tick_params(labelsize=6)
+    return figure
+
+
+DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
+PICTURES = {function.__name__: function for function in DRAWN}
 
 
 def main(names):
