@@ -96,6 +96,8 @@ class Probe(Watch):
                 f"{self.rule}: the {self.spot} are inside a reentrant checkpoint, where they have no graph; "
                 "use checkpoint(..., use_reentrant=False)"
             )
+        if h.is_complex():
+            raise CaptureError(f"{self.rule}: the {self.spot} are complex; derivatives are of real tensors")
         sequences = structures.sequences(structure, way)
         if sequences is not None:
             batch = Batch(h, None, sequences)

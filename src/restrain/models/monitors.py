@@ -110,6 +110,8 @@ class Looking:
                     tap.evaluate(self.seen[id(tap)], (), tap.spot.find(self.model)) * tap.weight for tap in bound.taps
                 ]
                 values[bound.key] = torch.stack(parts).sum()
+            elif bound.derivative is not None and bound.derivative.penalty.of_loss:
+                continue  # the data loss here is of other modes and weights
             elif bound.derivative is not None:
                 values[bound.key] = bound.derivative.of_tensors(self.seen)
             elif isinstance(bound.rule.what, NetworkPenalty):

@@ -96,8 +96,8 @@ class JacobianNorm(_Jacobian):
     Source: Hoffman, Roberts and Yaida (2019), eqs. 4 and 8, who halve it; Sokolic and others (2017).
 
     >>> x = torch.ones(5, 3)
-    >>> rs.JacobianNorm()(lambda x: x.square(), x)
-    tensor(12.)
+    >>> rs.JacobianNorm()(lambda x: x.square(), x).item()
+    12.0
     """
 
     of: Places | None = None
