@@ -173,7 +173,7 @@ class GradientPenalty(DerivativePenalty):
                 square = at_least_float32(x.by_sample(gradient)).square().sum(1)
                 squares[x.forward] = squares[x.forward] + square if x.forward in squares else square
         values = [self._mean(s * len(s) ** 2 if self.of_loss else s) for s in squares.values()]
-        return torch.stack(values).mean()
+        return torch.stack(values).mean() if values else y.tensor.new_zeros(())
 
     def _mean(self, squares: Tensor) -> Tensor:
         if self.target:
