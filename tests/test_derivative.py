@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import restrain as rs
 from jacobians import ESTIMATORS, each_jacobian, gradients
+from restrain.errors import CaptureError
 
 
 def frobenius(f, x):
@@ -312,3 +313,41 @@ def test_double_backpropagation(place):
     found = rs.GradientPenalty(of="loss")(lambda x: F.cross_entropy(model(x), y), x)
     if place is None:
         torch.testing.assert_close(found, expected)
+
+
+# Functions
+
+
+class Squares(torch.autograd.Function):
+    """Which can neither be batched nor taken in forward mode."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient
+
+
+def test_operations_that_cannot_be_batched():
+    x = torch.randn(4, 3, dtype=torch.float64)
+    for estimator in ("exact", "vjp", "difference"):
+        found = rs.JacobianNorm(estimator=estimator)(Squares.apply, x)
+        torch.testing.assert_close(found, (2 * x).square().sum() / 4)
+    with pytest.raises(CaptureError, match="use estimator='difference'"):
+        rs.JacobianNorm(estimator="jvp")(Squares.apply, x)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_empty_batches_and_no_grad(estimator):
+    model, penalty = nn.Linear(3, 2), rs.JacobianNorm(estimator=estimator)
+    assert penalty(model, torch.zeros(0, 3)) == 0
+    assert penalty(model, torch.zeros(4, 3)).requires_grad
+    with torch.no_grad():
+        assert not penalty(model, torch.zeros(4, 3)).requires_grad
+    with rs.attach(model, rs.JacobianNorm(estimator=estimator).on()) as reg:
+        model(torch.zeros(0, 3))
+        assert reg.penalty() == 0

@@ -95,13 +95,16 @@ def _fresh_compiler():
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # by torch of its own doing
 @pytest.mark.parametrize("estimator", ["auto", *ESTIMATORS])
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models(estimator, whole):
+@pytest.mark.parametrize("what", ["the model", "a part", "in place"])
+def test_compiled_models(estimator, what):
     model, x = made()
-    if whole:
-        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    run, options = model, {"backend": "aot_eager", "fullgraph": True}
+    if what == "the model":
+        run = torch.compile(model, **options)
+    elif what == "in place":
+        model.compile(**options)
     else:
-        run, model.second = model, torch.compile(model.second, backend="aot_eager", fullgraph=True)
+        model.second = torch.compile(model.second, **options)
     rule = rs.Contractive(estimator=estimator).on(rs.outputs("second", via=torch.tanh))
     expected, rules = reference(x, lambda m: m.block), [0.5 * rule, 0 * rs.GradientPenalty(1.0).on()]
     graphs = []

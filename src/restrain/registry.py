@@ -18,7 +18,6 @@ RESERVED = frozenset(
         "algo",
         "batch_size",
         "checkpoint",
-        "contractive",
         "device",
         "epochs",
         "hidden",

@@ -97,6 +97,8 @@ class Probe(Watch):
                 f"{self.rule}: the {self.spot} are inside a reentrant checkpoint, where they have no graph; "
                 "use checkpoint(..., use_reentrant=False)"
             )
+        if h.is_complex():
+            raise CaptureError(f"{self.rule}: the {self.spot} are complex; derivatives are of real tensors")
         packed = structures.packed(structure, way)
         if packed is not None:
             batch = Batch(h, None, int(packed.batch_sizes[0]))
@@ -192,8 +194,9 @@ class Derivative:
         self, key: str, what: OnDerivatives, of: Sequence[Spot], by: Sequence[Spot], optional: bool, notes: list[str]
     ) -> None:
         self.key, self.strength, self.penalty, self.notes = key, what.strength, what.leaf, notes
-        self.forwards = Forwards()  # the attachment's own, from then on
+        self.forwards = Forwards()  # this and the next two are the attachment's own once it is bound
         self.due: Callable[[], bool] = lambda: True
+        self._root: Callable[[], nn.Module | None] = lambda: None
         self.seen = [Seen(self, spot, optional) for spot in of]
         self.moved = [Moved(self, spot, optional) for spot in by]
         self.arguments = Arguments(self)
@@ -201,6 +204,7 @@ class Derivative:
         self.choice: Choice | None = None
         self.light = False  # the closed form was seen to hold, for which inputs need no gradient
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
+        self._blind = False  # whether what is pending comes from compiled code, which no probe saw
         self._term: Tensor | None = None
         self._say("chosen at the first loss" if self.penalty.estimator == "auto" else self.penalty.estimator)
 
@@ -239,8 +243,6 @@ class Derivative:
             root is not None and _compiled(root, probe.spot)
         )
 
-    _root: Callable[[], nn.Module | None] = staticmethod(lambda: None)
-
     def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
         """Join an attachment."""
         self.forwards, self.due, self._root = forwards, due, root
@@ -257,12 +259,10 @@ class Derivative:
         self._pending = ([y for some in ys for y in some], [x for some in moved for x in some], arguments)
         self._blind = any(self.blind(probe) for probe in self.probes)
         self._term = None
-        if not any(self._pending):
-            self._pending = None
+        if not self._blind and not (moved and any(moved) and (any(by_place) or self.penalty.of_loss)):
+            self._pending = None  # not due, or optional places that were not reached
         for watch in self.watches:
             watch.clear()
-
-    _blind = False
 
     def forget(self) -> None:
         """Forget what was collected."""

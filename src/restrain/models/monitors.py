@@ -116,6 +116,8 @@ class Looking:
             if bound.taps:
                 with torch.no_grad(), resting():
                     values[bound.key] = torch.stack([self._value(tap) for tap in bound.taps]).sum()
+            elif bound.derivative is not None and bound.derivative.penalty.of_loss:
+                continue  # the data loss here is of other modes and weights
             elif bound.derivative is not None:
                 values[bound.key] = bound.derivative.of_tensors(self.seen)
             elif isinstance(bound.rule.what, NetworkPenalty):

@@ -193,7 +193,7 @@ class Training:
     def _batch(self, samples: Samples, rows: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         x, y, weight = (None if t is None else t.to(self.place.device) for t in samples.batch(rows))
         assert x is not None
-        return x.requires_grad_(self.derivatives), y, weight
+        return x, y, weight
 
     def _values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
         """The mean data loss and scores of a batch, each sample by its weight over the mean weight of all."""
@@ -211,6 +211,7 @@ class Training:
         with graph, looking.attached():
             for rows in batches(len(samples), max(self.settings.batch_size, 256)):
                 x, y, weight = self._batch(samples, rows)
+                x.requires_grad_(self.derivatives)
                 values = self._values(self.network(x), x if y is None else y, None)
                 values = {**values, **looking.values()}
                 if weight is not None:

@@ -96,8 +96,8 @@ class JacobianNorm(_Jacobian):
     Source: Hoffman, Roberts and Yaida (2019), eqs. 4 and 8, who halve it; Sokolic and others (2017).
 
     >>> x = torch.ones(5, 3)
-    >>> rs.JacobianNorm()(lambda x: x.square(), x)
-    tensor(12.)
+    >>> rs.JacobianNorm()(lambda x: x.square(), x).item()
+    12.0
     """
 
     of: Places | None = None
@@ -173,7 +173,7 @@ class GradientPenalty(DerivativePenalty):
                 square = at_least_float32(x.by_sample(gradient)).square().sum(1)
                 squares[x.forward] = squares[x.forward] + square if x.forward in squares else square
         values = [self._mean(s * len(s) ** 2 if self.of_loss else s) for s in squares.values()]
-        return torch.stack(values).mean()
+        return torch.stack(values).mean() if values else y.tensor.new_zeros(())
 
     def _mean(self, squares: Tensor) -> Tensor:
         if self.target:
