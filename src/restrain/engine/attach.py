@@ -71,6 +71,11 @@ def _optimizers(given: Any) -> list[Optimizer]:
     return inner
 
 
+def _timer(bound: Bound, clock: Clock) -> Callable[[], bool]:
+    """Whether a rule is due now."""
+    return lambda: bound.rule.due(clock.steps)
+
+
 class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
@@ -105,7 +110,7 @@ class Attachment:
             self._handles.append(model.register_forward_pre_hook(RootBegins(self._forwards), prepend=True))
         for bound in self._bounds:
             if bound.derivative is not None:
-                bound.derivative.bind(self._forwards, self._timer(bound), self._model)
+                bound.derivative.bind(self._forwards, _timer(bound, self._clock), self._model)
                 hook = bound.derivative.arguments
                 self._handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
         hooks: dict[tuple[int, str], LayerHook] = {}
@@ -125,9 +130,6 @@ class Attachment:
             self._handles.append(model.register_forward_hook(RootEnds(self._forwards), always_call=True))
         if hooks:
             forget_compiled_code()
-
-    def _timer(self, bound: Bound) -> Callable[[], bool]:
-        return lambda: bound.rule.due(self._clock.steps)
 
     def _hook_at(self, hooks: dict[tuple[int, str], LayerHook], model: nn.Module, spot: Spot) -> LayerHook:
         module, kind = spot.find(model), spot.place.kind
