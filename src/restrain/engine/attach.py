@@ -165,7 +165,7 @@ class Attachment:
             raise PenaltyError(
                 f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()"
             )
-        direct, hidden = self._terms(loss)
+        direct, hidden = self._terms(loss if isinstance(share, float) and share == 1 else loss / share)
         for term in direct:
             loss = loss + share * term.to(loss.device)
         if not hidden:

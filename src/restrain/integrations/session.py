@@ -47,7 +47,7 @@ class Session:
         """Add the penalties, scaled, in place to a loss that is so scaled: its owner goes on with that very tensor."""
         assert self.reg is not None
         self._data_loss = loss.detach() / scale
-        loss.add_(self.reg.loss(loss * 0, share=scale))  # times nothing: it only says which forwards the loss is of
+        loss.add_(self.reg.loss(loss, share=scale) - loss)
 
     def state(self) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint."""
