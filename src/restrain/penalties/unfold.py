@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.sites import Location
 
 Rows: TypeAlias = Per | tuple[int, ...]
-Change: TypeAlias = Callable[[Tensor], Tensor]
-"""A function of the singular values."""
 
 
 def checked_rows(rows: Any) -> Rows:
@@ -115,40 +113,53 @@ def change_singular_values(w: Tensor, groups: Grouping, change: Callable[[Tensor
     return torch.where((changed == s).all(), x, z).to(w.dtype)
 
 
+class Spectrum(Protocol):
+    """A function f of the singular values s."""
+
+    def mapped(self, s: Tensor) -> Tensor:
+        """f."""
+
+    def slopes(self, s: Tensor, f: Tensor) -> Tensor:
+        """The limit of (f_i - f_j) / (s_i - s_j) for s_i → s_j."""
+
+    def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
+        """The transposed Jacobian of f, times v."""
+
+
 class SpectralMap(torch.autograd.Function):
-    """`SpectralMap.apply(matrix, change, slopes)` is U change(s) Vᴴ, with a gradient where singular values coincide.
+    """`SpectralMap.apply(matrix, spectrum)` is U f(s) Vᴴ, with a gradient also where singular values coincide.
 
     The derivative of torch's own decomposition isn't finite there, that of U change(s) Vᴴ is: in the basis of U and V
     it multiplies the symmetric part of a movement by (f_i - f_j) / (s_i - s_j), the antisymmetric one by
-    (f_i + f_j) / (s_i + s_j), and what leaves these spaces by f / s. `slopes(s, f)` are the limits of the first for
-    s_i = s_j. It has no second derivative.
+    (f_i + f_j) / (s_i + s_j), and what leaves these spaces by f / s. It has no second derivative.
 
     Source: Lewis and Sendov (2005), nonsmooth analysis of singular values, part II, for the real case.
     """
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, change: Change, slopes: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, matrix: Tensor, spectrum: Spectrum) -> Tensor:
         u, s, vh = svd(matrix)
-        changed = change(s)
-        ctx.save_for_backward(u, s, vh, changed)
-        ctx.change, ctx.slopes = change, slopes
-        return (u * changed) @ vh
+        f = spectrum.mapped(s)
+        ctx.save_for_backward(u, s, vh, f)
+        ctx.spectrum = spectrum
+        return (u * f) @ vh
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         u, s, vh, f = ctx.saved_tensors
-        slope = ctx.slopes(s, f).to(s.dtype)
+        slope = ctx.spectrum.slopes(s, f).to(s.dtype)
         inner = u.mH @ gradient @ vh.mH
-        result = u @ _within(inner, s, f, slope, ctx.change) @ vh
+        along = ctx.spectrum.pulled(s, f, inner.diagonal().real)
+        result = u @ _within(inner, s, f, slope, along) @ vh
         tiny = torch.finfo(s.dtype).tiny
         ratio = torch.where(s > tiny, f / s.clamp_min(tiny), slope)
         beside, below = gradient @ vh.mH - u @ inner, u.mH @ gradient - inner @ vh
-        return result + (beside * ratio) @ vh + u @ (ratio[:, None] * below), None, None
+        return result + (beside * ratio) @ vh + u @ (ratio[:, None] * below), None
 
 
-def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, change: Change) -> Tensor:
-    """The part of that derivative within the spaces of U and V."""
+def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, along: Tensor) -> Tensor:
+    """The part of that derivative within the spaces of U and V; `along` is its real diagonal."""
     finfo = torch.finfo(s.dtype)
     apart, total = s[:, None] - s, s[:, None] + s
     near = apart.abs() <= 100 * finfo.eps * s.amax()
@@ -156,9 +167,5 @@ def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, change: Change) 
     none = total <= finfo.tiny
     by_sum = torch.where(none, (slope[:, None] + slope) / 2, (f[:, None] + f) / torch.where(none, 1, total))
     even, odd = (inner + inner.mH) / 2, (inner - inner.mH) / 2
-    with torch.enable_grad():  # the values themselves may depend on each other
-        point = s.detach().requires_grad_()
-        along = torch.autograd.grad(change(point), point, inner.diagonal().real, allow_unused=True)[0]
-    straight = torch.zeros_like(s) if along is None else along
     mixed = by_difference * even + by_sum * odd
-    return mixed + torch.diag((straight - by_difference.diagonal() * even.diagonal().real).to(mixed.dtype))
+    return mixed + torch.diag((along - by_difference.diagonal() * even.diagonal().real).to(mixed.dtype))

@@ -44,16 +44,20 @@ class _OfMatrix(Constraint, register=False):
         if not v.numel():
             return v.clone()
         groups = unfolding(self.rows, v.shape)
-        z: Tensor = SpectralMap.apply(to_matrix(wide(v), groups), self._mapped, self._slopes)  # type: ignore[no-untyped-call]
+        z: Tensor = SpectralMap.apply(to_matrix(wide(v), groups), self)  # type: ignore[no-untyped-call]
         return from_matrix(z, groups, tuple(v.shape)).to(v.dtype)
 
-    def _mapped(self, s: Tensor) -> Tensor:
+    def mapped(self, s: Tensor) -> Tensor:
         """What becomes of singular values as a parametrisation."""
         return self._changed(s, 0.0)
 
-    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
+    def slopes(self, s: Tensor, f: Tensor) -> Tensor:
         """(f_i - f_j) / (s_i - s_j) of singular values that coincide: here, of values that stay or are cut."""
-        return changed == s
+        return f == s
+
+    def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
+        """v times the derivative of each value; here each depends on itself alone."""
+        return v * self.slopes(s, f)
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         groups = unfolding(self.rows, w.shape)
@@ -98,10 +102,10 @@ class Orthogonal(_OfMatrix):
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where((s - 1).abs().amax() <= slack, s, 1 + 0 * s)  # NaN stays
 
-    def _mapped(self, s: Tensor) -> Tensor:
+    def mapped(self, s: Tensor) -> Tensor:
         return 1 + 0 * s
 
-    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
+    def slopes(self, s: Tensor, f: Tensor) -> Tensor:
         return torch.zeros_like(s)
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
@@ -185,8 +189,13 @@ class NuclearBall(_OfMatrix):
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where(s.sum() <= self.radius * (1 + slack), s, to_simplex(s, self.radius))
 
-    def _slopes(self, s: Tensor, changed: Tensor) -> Tensor:
-        return changed > 0
+    def slopes(self, s: Tensor, f: Tensor) -> Tensor:
+        return f > 0
+
+    def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
+        alive = (f > 0).to(s.dtype)
+        level = (alive * v).sum() / alive.sum().clamp_min(1)  # the height of the threshold moves, too
+        return torch.where((f == s).all(), v, alive * (v - level))
 
 
 @dataclass(frozen=True)
