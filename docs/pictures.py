@@ -9,6 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import torch
 from matplotlib import pyplot as plt
+from PIL import Image
 
 import restrain as rs
 
@@ -257,9 +258,11 @@ def main(names):
     for name in names or PICTURES:
         figure = PICTURES[name]()
         figure.tight_layout()
-        figure.savefig(IMAGES / f"{name}.png", dpi=100)
+        path = IMAGES / f"{name}.png"
+        figure.savefig(path, dpi=100)
         plt.close(figure)
-        print(IMAGES / f"{name}.png")
+        Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=48).save(path, optimize=True)
+        print(path)
 
 
 if __name__ == "__main__":
