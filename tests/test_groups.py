@@ -157,7 +157,6 @@ def test_what_is_given_is_kept_as_tuples(per, kept):
         ({}, "block sizes"),
         ({"rows": [[0]]}, "'row', 'column'"),
         ({"in": [[0]], "out": [[0]]}, "lists of indices"),
-        (None, "got None"),
         ("4,4", "got '4,4'"),
         (True, "got True"),
     ],
@@ -167,6 +166,14 @@ def test_refuses(per, told):
     for member in (rs.GroupLasso, rs.GroupLInf, rs.UnitNorm):
         with pytest.raises(PenaltyError, match=told):
             member(per)
+
+
+def test_none_is_the_whole_tensor_of_constraints_alone():
+    with pytest.raises(PenaltyError, match="got None"):
+        rs.GroupLasso(None)
+    w = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    for member in (rs.MaxNorm(1.0, per=None), rs.UnitNorm(per=None), rs.MinMaxNorm(0.5, 1.0, per=None)):
+        torch.testing.assert_close(member.project(w), w / 5)
 
 
 @pytest.mark.parametrize(

@@ -263,3 +263,16 @@ def test_pairs_that_are_none(make, error, what):
 def test_pairs_in_a_file():
     plan = rs.Plan.of(0.1 * rs.Tie("encoder", "decoder", rs.L1(), transposed=True).on("*.weight"))
     assert rs.Plan.from_dict(plan.to_dict()).rules[0] == plan.rules[0]
+
+
+def test_a_state_that_is_not_whole_is_refused_and_changes_nothing():
+    model = line()
+    plan = [rs.Distance(decay=0.5).on("*", name="near"), rs.schedules.WarmUp(5) * rs.L1().on("*", name="warm")]
+    reg = rs.attach(model, plan)
+    good = copy.deepcopy(reg.state_dict())
+    for part, lost in (("strengths", "strengths"), ("kept", "kept"), ("steps", "steps")):
+        with pytest.raises(PlanError, match=f"isn't whole, it lacks {lost}: save what"):
+            reg.load_state_dict({key: good[key] for key in good if key != part})
+    with pytest.raises(PlanError, match=r"it lacks strengths\['warm'\]: save"):
+        reg.load_state_dict({**good, "steps": 3, "strengths": {}})
+    assert str(reg.state_dict()) == str(good)

@@ -6,7 +6,7 @@ To add a penalty or transform, give it a case in `cases/`: the tests here find i
 import copy
 import pickle
 from math import inf
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ import restrain as rs
 from cases import CONSTRAINTS, NOISES, PENALTIES, TRANSFORMS, Case
 from restrain import penalties, transforms
 from restrain.errors import NoProxError
-from restrain.penalties.derivative import OnDerivatives
+from restrain.rules import What
 
 BASES = {"Penalty", "NetworkPenalty", "Transform", "Constraint", "Noise", "Reparametrization"}
 HALF = [torch.float16, torch.bfloat16]
@@ -36,21 +36,35 @@ each_noise = pytest.mark.parametrize("case", flat(NOISES))
 each_member = pytest.mark.parametrize("case", flat(PENALTIES | TRANSFORMS))
 
 
-def missing(package, cases):
-    """Public members of a package without a case; those that need a model have tests of their own."""
-    return {name for name in set(package.__all__) - BASES if not needs_model(getattr(package, name))} - set(cases)
+ELSEWHERE = {  # what takes no tensor alone, and the tests that hold it to its formula
+    "Contractive": "test_derivative.py",
+    "GradientPenalty": "test_derivative.py",
+    "JacobianNorm": "test_derivative.py",
+    "DecoderL1": "test_activity.py",
+    "ProductNorm": "test_kept.py",
+    "Tie": "test_kept.py",
+    "Standardize": "test_normalization.py",
+    "RobustScale": "test_robust_scale.py",
+}
 
 
-def needs_model(member):
-    """Whether it takes no tensor alone: of networks, of derivatives, or one that is bound to a model."""
-    wholes = (rs.NetworkPenalty, OnDerivatives)
-    return isinstance(member, type) and (issubclass(member, wholes) or getattr(member, "needs_model", False))
+def missing(names, cases):
+    """Public members without a case here or tests elsewhere."""
+    return set(names) - BASES - set(cases) - set(ELSEWHERE)
+
+
+def public_classes():
+    """The public classes that compute something."""
+    kinds = (What, torch.nn.Module)
+    return [name for name in rs.__all__ if isinstance(c := getattr(rs, name), type) and issubclass(c, kinds)]
 
 
 def test_every_public_member_has_a_case():
-    assert missing(penalties, PENALTIES) == set()
-    assert missing(transforms, TRANSFORMS) == set()
-    assert missing(SimpleNamespace(__all__=["L1", "New", "Penalty"], L1=rs.L1, New=object), PENALTIES) == {"New"}
+    assert missing([*penalties.__all__, *transforms.__all__, *public_classes()], PENALTIES | TRANSFORMS) == set()
+    assert missing(["L1", "New", "Penalty"], PENALTIES) == {"New"}
+    assert {"L1", "MaxNorm", "Tie", "JacobianNorm", "Standardize"} <= set(public_classes())
+    for name, file in ELSEWHERE.items():
+        assert f"rs.{name}(" in (Path(__file__).parent / file).read_text("utf-8")
 
 
 def matrices(dtype=torch.float64, shape=(4, 3), count=3):

@@ -255,6 +255,10 @@ def test_what_does_not_fit_is_refused():
         caught(rs.outputs("tanh", lengths="lengths"), x, lengths=[5, 9, 1, 1])
     with pytest.raises(CaptureError, match="one a sample"):
         caught(rs.outputs("tanh", lengths="lengths"), x, lengths=[5, 9])
+    with pytest.raises(CaptureError, match="zero or more, got one of -1"):
+        caught(rs.outputs("tanh", lengths="lengths"), x, lengths=[5, -1, 1, 1])
+    with pytest.raises(CaptureError, match="mask= gives numbers or booleans, got 'no'"):
+        caught(rs.outputs("tanh", mask="attention_mask"), x, "no")
     with pytest.raises(CaptureError, match="use_reentrant=False"):
         caught(rs.outputs("tanh", mask=1), x.requires_grad_(), MASK, net=Net(True))
 

@@ -62,3 +62,16 @@ def test_keywords_of_the_models_are_no_names_of_penalties():
         class Hidden(rs.Penalty):
             def __call__(self, w):
                 return w.sum()
+
+
+def own_classes():
+    """The library's own classes among the registered ones."""
+    return {cls for cls in map(registry.lookup, registry.names()) if cls.__module__.startswith("restrain.")}
+
+
+def test_no_two_classes_of_ours_claim_one_name():
+    classes = own_classes()
+    assert rs.SpectralNorm in classes
+    for cls in classes:
+        for name in (cls.__name__, *vars(cls).get("keywords", ())):
+            assert registry.lookup(name) is cls, name

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import restrain as rs
+from restrain.errors import NoProxError
 
 
 def make():
@@ -317,3 +318,12 @@ def test_the_mean_is_the_same_at_every_moment(how):
     for layer, w in zip(model, before, strict=True):
         pull = 2 * 0.5 * 0.7 / w.numel() / 2
         torch.testing.assert_close(layer.weight.detach(), w / (1 + pull) if how == "proximal" else w * (1 - pull))
+
+
+@pytest.mark.parametrize("strength", [0.1, rs.schedules.WarmUp(10)])
+@pytest.mark.parametrize("penalty", [rs.Hoyer(), rs.Orthogonality(rows="out"), rs.Distance(rs.Hoyer())], ids=str)
+def test_what_has_no_prox_is_refused_at_attach_whatever_its_strength(penalty, strength):
+    layer = torch.nn.Linear(4, 3)
+    with pytest.raises(NoProxError, match=r"how='proximal' on 'weight'.*has no known prox") as told:
+        rs.attach(layer, (strength * penalty).on("weight", how="proximal"), torch.optim.SGD(layer.parameters(), lr=0.1))
+    assert "Grouping" not in str(told.value)

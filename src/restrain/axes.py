@@ -2,14 +2,14 @@
 
 Layers keep their weights in different layouts, so an axis is named by its meaning:
 
-    per=                 groups are the weights ...           nn.Linear, nn.ConvNd   transposed conv, HF
-    Conv1D "out", "filter"      into one output unit or filter       dim 0                  dim 1
-    "in", "channel"      out of one input unit or channel     dim 1                  dim 0
-    "row", "column"      of one index of dim 0, of dim 1
-    "head"               of one head of nn.MultiheadAttention
-    an integer           of one index of that dim
-    (4, 4)               of one block, 4 long in dim 0 and in dim 1; further dims are in it whole
-    [[0, 1], [2, 3, 4]]  of one list of indices of dim 0
+    per=                   groups are the weights ...           nn.Linear, nn.ConvNd   transposed conv, HF Conv1D
+    "out", "filter"        into one output unit or filter       dim 0                  dim 1
+    "in", "channel"        out of one input unit or channel     dim 1                  dim 0
+    "row", "column"        of one index of dim 0, of dim 1
+    "head"                 of one head of nn.MultiheadAttention
+    an integer             of one index of that dim
+    (4, 4)                 of one block, 4 long in dim 0 and in dim 1; further dims are in it whole
+    [[0, 1], [2, 3, 4]]    of one list of indices of dim 0
     {"in": [[0], [1, 2]]}  of one list of indices of that axis; also written as ("in", [[0], [1, 2]])
 
 An `nn.Embedding`'s tokens (its rows) are "in", its features (its columns) "out". Indices that no list names are in
@@ -78,6 +78,12 @@ class Grouping:
     shape: tuple[int, ...]
     keep: tuple[int, ...]
     lists: Lists | None = None
+    said: Any = dataclasses.field(default=None, compare=False)  # what a person wrote for it
+
+    def __repr__(self) -> str:
+        if self.said is not None:
+            return repr(self.said)
+        return f"Grouping(shape={self.shape}, keep={self.keep}, lists={self.lists})"
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -218,8 +224,8 @@ def grouping(
     Args:
         per: what `per=` may be (see above); a grouping is returned as it is.
         tensor_shape: the tensor's shape.
-        owner: the module that the tensor is a parameter of, whose layout then counts. Without, (out, in,
-        ...). attribute: the parameter's name there.
+        owner: the module that the tensor is a parameter of, whose layout then counts. Without, (out, in, ...).
+        attribute: the parameter's name there.
         heads: the number of heads of the attention that `owner` is a part of, for "head".
 
     Raises:
@@ -229,9 +235,12 @@ def grouping(
     (0,)
     """
     per = checked(per)
-    shape = tuple(tensor_shape)
     if isinstance(per, Grouping):
         return per
+    return dataclasses.replace(_grouping(per, tuple(tensor_shape), owner, attribute, heads), said=per)
+
+
+def _grouping(per: Any, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None) -> Grouping:
     if isinstance(per, tuple) and _is_dim(per[0]) and _is_dim(per[-1]):
         return _blocks(per, shape)
     if isinstance(per, tuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -322,15 +322,17 @@ class Attachment:
         """Go on where `state_dict` left off.
 
         Raises:
-            PlanError: it belongs to other rules.
+            PlanError: it belongs to other rules, or a part of it is missing; nothing is changed then.
         """
         mine = self.state_dict()
         if (
             state.get("version") != 1
             or state.get("rules") != mine["rules"]
-            or len(state["optimizer_steps"]) != len(self._steppers)
+            or len(state.get("optimizer_steps", ())) != len(self._steppers)
         ):
             raise PlanError(f"this state belongs to other rules: expected {mine['rules']}, got {state.get('rules')}")
+        if lost := list(_lost(mine, state)):
+            raise PlanError(f"this state isn't whole, it lacks {', '.join(lost)}: save what reg.state_dict() gives")
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
@@ -363,3 +365,12 @@ class Attachment:
 
     def __reduce__(self) -> Any:
         return (DetachedAttachment, (self.plan,))
+
+
+def _lost(mine: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
+    """What a saved state lacks of one like mine; the optimizers' metrics come with the first step."""
+    for key in mine:
+        if key not in state:
+            yield key
+        elif isinstance(mine[key], dict) and key != "metrics":
+            yield from (f"{key}[{name!r}]" for name in _lost(mine[key], state[key]))

@@ -347,7 +347,7 @@ def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) ->
         )
     if not penalty.has_prox:
         try:
-            penalty.prox(torch.zeros(1))
+            penalty.prox(torch.zeros_like(p))
         except NoProxError as error:
             raise NoProxError(f"how='proximal' on {name!r}: {error}") from None
     if by_entry and not (penalty.entrywise or penalty.groupwise):

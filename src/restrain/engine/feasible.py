@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restrain.engine.kernels import put
 from restrain.errors import HowError, RestrainWarning
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
@@ -81,16 +82,19 @@ def _length(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any]) -> None:
-    """After a step: project a parameter, and take out of its momentum what leaves the sets of rules that say so."""
+    """After a step: project a parameter, and take out of its momentum what leaves the sets of rules that say so.
+
+    Entries that the step made NaN or infinite don't spread to others of their group.
+    """
     found, apart = nearest(p, [constraint for _, constraint in timed])
-    p.copy_(found)
+    put(p, found)
     if apart > _APART:
         warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=2)
     for key in _MOMENTA:
         average = state.get(key)
         for rule, constraint in timed:
             if rule.momentum == "tangent" and isinstance(average, Tensor) and average.shape == p.shape:
-                average.copy_(-constraint.tangent(p, -average))  # a step goes against the average
+                put(average, -constraint.tangent(p, -average))  # a step goes against the average
 
 
 @torch.no_grad()
@@ -98,8 +102,11 @@ def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[
     """Project parameters when rules are attached, but for rules that start later; {rule: what to say in the table}.
 
     Raises:
-        HowError: constraints on one parameter without a common point.
+        HowError: constraints on one parameter without a common point, or one that isn't finite.
     """
+    for p, name, project in works:
+        if project and p.requires_grad and not bool(p.isfinite().all()):
+            raise HowError(f"{name!r}, which {project[0][1]!r} is to hold for, has NaN or infinite entries")
     moved: dict[str, list[tuple[float, str]]] = {}
     for p, name, project in works:
         timed = [(rule, constraint) for rule, constraint in project if rule.start == 0]

@@ -24,7 +24,10 @@ def add_gradient(grad: Tensor, w: Tensor, penalty: Penalty, scale: Tensor | None
 
 
 def decay(w: Tensor, penalty: Penalty, rate: float | Tensor) -> None:
-    """w -= rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero."""
+    """w -= rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero.
+
+    Entries that are NaN don't spread; see `put`.
+    """
     shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
     for (x,) in zip(*_parts(penalty, w), strict=True):
         wide = at_least_float32(x)
@@ -33,13 +36,19 @@ def decay(w: Tensor, penalty: Penalty, rate: float | Tensor) -> None:
             new = torch.where((new * wide.conj()).real < 0, 0, new)
         elif shrinks:
             new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
-        x.copy_(new)
+        x.copy_(new) if penalty.entrywise else put(x, new)
 
 
 def apply_prox(w: Tensor, penalty: Penalty, metric: Metric) -> None:
-    """w = prox of the penalty at w, with the steps of the optimizer's metric."""
+    """w = prox of the penalty at w, with the steps of the optimizer's metric; entries that are NaN don't spread."""
     for x, *moments in zip(*_parts(penalty, w, *metric.moments), strict=True):
-        x.copy_(penalty.prox(x, metric.steps(*moments)))
+        new = penalty.prox(x, metric.steps(*moments))
+        x.copy_(new) if penalty.entrywise else put(x, new)
+
+
+def put(w: Tensor, new: Tensor) -> None:
+    """w = new, but where that isn't finite and w is: one NaN of a group or matrix would make all of it NaN."""
+    w.copy_(torch.where(new.isfinite() | ~w.isfinite(), new, w))
 
 
 def _parts(penalty: Penalty, *tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -85,7 +85,10 @@ def mask_of(place: Place, inputs: Inputs, h: Tensor, batch: int | None) -> Tenso
         CaptureError: the argument is missing, or doesn't fit the activation.
     """
     (kind, key), given = _said(place), _argument(place, inputs)
-    given = torch.as_tensor(given, device=h.device)
+    try:
+        given = torch.as_tensor(given, device=h.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CaptureError(f"{place!r}: {kind}= gives numbers or booleans, got {given!r}: {error}") from None
     if kind == "lengths":
         return _of_lengths(place, given, h, batch)
     if given.is_floating_point() and not torch.compiler.is_compiling() and bool(((given != 0) & (given != 1)).any()):
@@ -104,6 +107,8 @@ def _of_lengths(place: Place, lengths: Tensor, h: Tensor, batch: int | None) -> 
             f"{tuple(lengths.shape)} for an activation of shape {tuple(h.shape)} with the batch axis {batch}"
         )
     time = int(batch % h.dim() == 0)
+    if not torch.compiler.is_compiling() and lengths.numel() and int(lengths.min()) < 0:
+        raise CaptureError(f"{place!r}: lengths are zero or more, got one of {int(lengths.min())}")
     if not torch.compiler.is_compiling() and lengths.numel() and int(lengths.max()) > h.shape[time]:
         raise CaptureError(
             f"{place!r}: lengths of up to {int(lengths.max())}, but the activation, of shape {tuple(h.shape)}, has "

@@ -41,12 +41,12 @@ from restrain.rules import Rule, What
 from restrain.select import as_where, weights
 from restrain.sites import near
 from restrain.transforms import (
-    Constraint,
     Dropout,
     GaussianNoise,
     MaxNorm,
     Noise,
     NonNegative,
+    Reparametrization,
     Transform,
     UniformNoise,
 )
@@ -199,7 +199,7 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
 
 def _plain(cls: type[What], value: Any) -> dict[str, Any]:
     """What a value that isn't a dict says: the strength, or (of a constraint without settings) where."""
-    if issubclass(cls, Constraint) and (value is True or isinstance(value, (str, list))):
+    if issubclass(cls, Reparametrization) and (value is True or isinstance(value, (str, list))):
         return {} if value is True else {"on": value}
     if isinstance(value, (bool, str)):
         raise PlanError(f"expected a number, or a dict({', '.join(k + '=' for k in OPTIONS)})")
@@ -221,12 +221,24 @@ def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
             return cls(*([] if strength is None else [strength]), **settings)
         what = cls(**settings)
     except TypeError as error:
-        raise PlanError(f"{error}; write its settings into a dict, beside strength=") from error
+        raise PlanError(_how_to_write(cls, settings) or f"{error}; write its settings into a dict") from error
     if strength is None and cls not in OWN.values():
         return what
     if strength is None:
         raise PlanError("a dict needs a strength, as in dict(strength=1e-4)")
     return strength * what  # type: ignore[no-any-return]
+
+
+def _how_to_write(cls: type[What], settings: Mapping[str, Any]) -> str:
+    """What to write for a class that can't be made of these settings; empty where that isn't known."""
+    fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [name for name in needed if name not in settings]
+    if issubclass(cls, Transform) and not fields:
+        return f"{cls.__name__} has no amount: write True, or a dict of where, as in dict(on='*.weight')"
+    first = [] if issubclass(cls, Transform) else ["strength"]
+    form = ", ".join(f"{name}=..." for name in (*first, *needed))
+    return f"{cls.__name__} needs {', '.join(missing)}: write dict({form})" if missing else ""
 
 
 def _rule(keyword: str, what: What, on: Any, options: dict[str, Any], context: Context) -> Rule:

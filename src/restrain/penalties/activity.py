@@ -53,7 +53,8 @@ def _hoyer(rows: Tensor) -> Tensor:
     if not rows.numel():
         return size.sum(1)
     peak = size.detach().amax(1, keepdim=True)
-    size = size / torch.where(peak == 0, 1, peak)  # the value stays, and squares neither overflow nor vanish
+    tiny = torch.finfo(peak.dtype).tiny
+    size = size / torch.where(peak < tiny, 1, peak)  # the value stays, and squares neither overflow nor vanish
     squares = size.square().sum(1)
     return size.sum(1).square() / torch.where(squares == 0, 1, squares)
 

@@ -91,9 +91,8 @@ class Penalty(What, ABC, register=False):
 
         Args:
             w: a tensor.
-            step: a number or 0-d tensor. Where the penalty is entrywise or groupwise also a tensor of the
-            shape
-                of `w`; then the result is argmin_z Σ |z - w|² / (2 step) + value(z).
+            step: a number or 0-d tensor. Where the penalty is entrywise or groupwise also a tensor of the shape of
+                `w`; then the result is argmin_z Σ |z - w|² / (2 step) + value(z).
 
         Raises:
             NoProxError: none is known; the message names those that have one.
@@ -238,7 +237,7 @@ class Scaled(Penalty, register=False):
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         strength = at_hand(self.strength, self)
-        if is_off(strength):
+        if is_off(strength) and self.has_prox:
             return w.clone()
         return self.penalty.prox(w, strength * (at_least_float32(step) if isinstance(step, Tensor) else step))
 

@@ -83,6 +83,16 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
         raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
 
 
+def checked_flag(name: str, flag: Any) -> None:
+    """Refuse a setting that isn't true or false.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if not isinstance(flag, bool):
+        raise PenaltyError(f"{name}= is True or False, got {flag!r}")
+
+
 def batch_size(h: Tensor, dim: int) -> int:
     """The length of the batch axis of `h`.
 

@@ -190,6 +190,11 @@ class Distance(_Kept):
     def bound_to(self, at: Location) -> Distance:
         now = at.tensor.detach().clone()
         reference = now if self.to is None else _fitting(_given(self, self.to, at).to(now), now, "a reference").clone()
+        if not bool(reference.isfinite().all()):
+            whose = "the values at attach" if self.to is None else "the given ones"
+            raise PenaltyError(
+                f"Distance needs a finite reference; {whose} for {at.name!r} have NaN or infinite entries"
+            )
         return dataclasses.replace(self, penalty=self.penalty.bound_to(at), kept=reference)
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> Distance:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from restrain.errors import PenaltyError, SelectionError
 from restrain.penalties.base import Penalty, in_float32
+from restrain.penalties.checks import checked_flag
 from restrain.penalties.entrywise import L2
 from restrain.penalties.network import NetworkPenalty
 from restrain.sites import near
@@ -22,7 +23,8 @@ class _Pairs(NetworkPenalty, register=False):
     right: str
 
     def __post_init__(self) -> None:
-        if not (self.left and self.right and self.left != self.right):
+        named = all(isinstance(part, str) and part for part in (self.left, self.right))
+        if not named or self.left == self.right:
             raise PenaltyError(
                 f"left= and right= are the parts in which the names of a pair differ, such as 'encoder' and 'decoder'; "
                 f"got {self.left!r} and {self.right!r}"
@@ -74,6 +76,12 @@ class Tie(_Pairs):
     right: str
     penalty: Penalty = field(default_factory=L2)
     transposed: bool = False
+
+    def __post_init__(self) -> None:
+        _Pairs.__post_init__(self)
+        checked_flag("transposed", self.transposed)
+        if not isinstance(self.penalty, Penalty):
+            raise PenaltyError(f"Tie takes a penalty of the difference, such as L2(); got {self.penalty!r}")
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         terms = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
 from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size, checked_axis
+from restrain.penalties.checks import batch_size, checked_axis, checked_flag
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class StateChange(Penalty):
     at_outputs = True
 
     def __post_init__(self) -> None:
-        _checked_flag("per_unit", self.per_unit)
+        checked_flag("per_unit", self.per_unit)
         checked_axis("time", self.time)
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -78,7 +78,7 @@ class NormChange(Penalty):
     at_outputs = True
 
     def __post_init__(self) -> None:
-        _checked_flag("squared", self.squared)
+        checked_flag("squared", self.squared)
         checked_axis("time", self.time)
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -94,11 +94,6 @@ class NormChange(Penalty):
             return _mean(lengths.diff(dim=1).square(), kept)
 
         return in_float32(value, h)
-
-
-def _checked_flag(name: str, flag: object) -> None:
-    if not isinstance(flag, bool):
-        raise PenaltyError(f"{name}= is True or False, got {flag!r}")
 
 
 def _plain(penalty: Penalty, w: Tensor) -> Tensor:

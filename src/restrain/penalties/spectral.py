@@ -12,6 +12,7 @@ from torch import Tensor
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
 from restrain.penalties.base import Penalty, Tensors
+from restrain.penalties.checks import checked_flag
 from restrain.penalties.shrink import cut_groups, one_step, shrink_entries
 from restrain.penalties.unfold import (
     Rows,
@@ -153,10 +154,8 @@ class Orthogonality(_OfMatrix):
         if self.power not in (1, 2) or isinstance(self.power, bool):
             raise PenaltyError(f"power= is 2 (squares) or 1 (absolute values), got {self.power!r}")
         object.__setattr__(self, "power", int(self.power))
-        if not (isinstance(self.off_diagonal, bool) and isinstance(self.normalized, bool)):
-            raise PenaltyError(
-                f"off_diagonal= and normalized= are true or false, got {self.off_diagonal!r} and {self.normalized!r}"
-            )
+        checked_flag("off_diagonal", self.off_diagonal)
+        checked_flag("normalized", self.normalized)
 
     def __call__(self, w: Tensors) -> Tensor:
         if not w.numel():
@@ -177,6 +176,8 @@ class Orthogonality(_OfMatrix):
 def _gram(matrix: Tensor, normalized: bool = False) -> Tensor:
     """The products of all rows with each other; of normalised ones, the cosines."""
     if normalized:
+        peak = matrix.detach().abs().amax(1, keepdim=True)  # without which squares would overflow or vanish
+        matrix = matrix / torch.where(peak < torch.finfo(peak.dtype).tiny, 1, peak)
         norms = group_norms(matrix, Grouping(tuple(matrix.shape), (0,)))
         matrix = matrix / torch.where(norms == 0, 1, norms)
     gram: Tensor = matrix @ matrix.mH

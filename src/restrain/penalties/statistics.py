@@ -14,7 +14,7 @@ from restrain.axes import squared
 from restrain.errors import PenaltyError
 from restrain.penalties.across import over_processes
 from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size, checked_axis, checked_setting
+from restrain.penalties.checks import batch_size, checked_axis, checked_flag, checked_setting
 
 _EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
 _ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
@@ -120,6 +120,7 @@ class KLSparsity(Penalty):
         checked_setting("rate", self.rate, 0, 1)
         checked_setting("momentum", self.momentum, 0, 1, closed=True)
         checked_axis("per", self.per)
+        checked_flag("sync", self.sync)
 
     def __call__(self, w: Tensors) -> Tensor:
         """The value for a batch along dim 0."""
@@ -287,6 +288,7 @@ class Decorrelation(Penalty):
 
     def __post_init__(self) -> None:
         checked_axis("per", self.per)
+        checked_flag("sync", self.sync)
 
     def __call__(self, w: Tensors) -> Tensor:
         """The value for a batch along dim 0."""

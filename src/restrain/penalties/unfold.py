@@ -45,8 +45,8 @@ def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) ->
     Raises:
         PenaltyError: the tensor has fewer than two axes, or not the ones that `rows` names.
 
-    >>> unfolding((0, 1), (8, 4, 3, 3))
-    Grouping(shape=(8, 4, 3, 3), keep=(0, 1), lists=None)
+    >>> unfolding((0, -3), (8, 4, 3, 3)).keep
+    (0, 1)
     """
     shape = tuple(shape)
     if isinstance(rows, Grouping):
@@ -61,7 +61,7 @@ def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) ->
     dims = tuple(dim % len(shape) for dim in rows if -len(shape) <= dim < len(shape))
     if len(dims) != len(rows) or len(set(dims)) != len(dims):
         raise PenaltyError(f"rows={rows} needs a tensor with these dims, each named once; got shape {shape}{whose}")
-    return Grouping(shape, dims)
+    return Grouping(shape, dims, said=rows)
 
 
 def unfolding_at(rows: Rows, at: Location) -> Grouping:

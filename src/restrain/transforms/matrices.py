@@ -151,7 +151,10 @@ class SpectralBall(_OfMatrix):
         u, s, vh = svd(matrix)
         greatest = (s >= self.radius * (1 - slack)).to(s.dtype)
         u, vh = u * greatest, vh * greatest[:, None]
-        values, vectors = torch.linalg.eigh(_hermitian(u.mH @ movement @ vh.mH))
+        inner = _hermitian(u.mH @ movement @ vh.mH)
+        finite = inner.isfinite().all()  # LAPACK would raise
+        values, vectors = torch.linalg.eigh(torch.where(finite, inner, 0))
+        values = torch.where(finite, values, torch.nan)
         rising: Tensor = u @ ((vectors * values.clamp_min(0)) @ vectors.mH) @ vh
         return movement - rising
 

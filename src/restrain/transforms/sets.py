@@ -39,7 +39,8 @@ class MaxNorm(ByGroup):
 
     Args:
         max_norm: the greatest length, above zero.
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
+            the whole tensor.
 
     Raises:
         TransformError: a `max_norm` that isn't a finite number above zero.
@@ -53,14 +54,14 @@ class MaxNorm(ByGroup):
     """
 
     max_norm: float
-    per: Per = "out"
+    per: MaybePer = "out"
 
     keywords = ("max_norm",)
     convex = True
 
     def __post_init__(self) -> None:
         checked_number("max_norm", self.max_norm, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "per", checked(self.per))
+        object.__setattr__(self, "per", _checked_or_none(self.per))
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 0, self.max_norm)
@@ -78,7 +79,8 @@ class UnitNorm(ByGroup):
     w_g = v_g / ‖v_g‖₂, through which only the change of direction has a gradient.
 
     Args:
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
+            the whole tensor.
 
     Raises:
         PenaltyError: a tensor that has no such axis.
@@ -88,12 +90,12 @@ class UnitNorm(ByGroup):
             [0.7071, 0.7071]])
     """
 
-    per: Per = "out"
+    per: MaybePer = "out"
 
     keywords = ("unit_norm",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "per", checked(self.per))
+        object.__setattr__(self, "per", _checked_or_none(self.per))
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 1, 1)
@@ -117,7 +119,8 @@ class MinMaxNorm(ByGroup):
         low: the least length, zero or more.
         high: the greatest length, above zero and not below `low`.
         rate: the part of the way to the bound, above zero, up to one.
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`).
+        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
+            the whole tensor.
 
     Raises:
         TransformError: bounds or a rate that can't be.
@@ -132,7 +135,7 @@ class MinMaxNorm(ByGroup):
     low: float = 0.0
     high: float = 1.0
     rate: float = 1.0
-    per: Per = "out"
+    per: MaybePer = "out"
 
     keywords = ("min_max_norm",)
 
@@ -142,7 +145,7 @@ class MinMaxNorm(ByGroup):
         checked_number("high", self.high, f"low={self.low!r} or more", self.low, inf, closed=True)
         if self.rate != 1 or isinstance(self.rate, bool):
             checked_number("rate", self.rate, "a number above zero, up to one", 0, 1, closed=False)
-        object.__setattr__(self, "per", checked(self.per))
+        object.__setattr__(self, "per", _checked_or_none(self.per))
 
     @property
     def convex(self) -> bool:  # type: ignore[override]

@@ -192,7 +192,7 @@ class SpectralNormalization(Reparametrization):
     iterations: int | None = 1
     rows: Per = "out"
 
-    keywords = ("spectral_normalization", "spectral_norm")
+    keywords = ("spectral_normalization",)
 
     def __post_init__(self) -> None:
         checked(self.rows)
