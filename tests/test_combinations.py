@@ -250,7 +250,7 @@ def test_noise_where_it_can_be(case, way):
     model = nn.Sequential(layer)
     plain = gradients(model, lambda: layer(x))
     by_us = gradients(model, lambda: expected(case, way, layer, x))
-    with rs.attach(model, rules[way]):
+    with rs.attach(model, ways(case)[way]):
         runs = [lambda: model(x), lambda: checkpoint(model, x, use_reentrant=False)]
         if x.is_floating_point():
             runs.append(lambda: checkpoint(model, x.requires_grad_(), use_reentrant=True))
