@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -161,13 +163,27 @@ class Handle:
         owner = follow(module, path)
         found: Tensor | None = None if owner is None else owner._parameters.get(self.attribute)
         if found is None and owner is not None and parametrize.is_parametrized(owner, self.attribute):
-            found = getattr(owner, self.attribute)
+            with at_rest(owner.parametrizations):
+                found = getattr(owner, self.attribute)
         if not isinstance(found, Tensor):
             raise DetachedError(
                 f"the parameter {self.name!r} is gone from the model since the rules were attached; after changing "
                 "the model's layers, detach() and attach the rules again"
             )
         return found
+
+
+@contextmanager
+def at_rest(stored: Any) -> Iterator[None]:
+    """Within it, a look at a parametrised weight is no step of a power method and draws no noise."""
+    training = [module for module in stored.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:

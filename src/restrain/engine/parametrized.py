@@ -86,8 +86,7 @@ class Parametrized:
                     stacklevel=4,
                 )
                 continue
-            stored.eval()  # looking at it is no step of a power method
-            effective = getattr(owner, name)
+            effective = done.handle.find(root)
             parametrize.remove_parametrizations(owner, name, leave_parametrized=False)
             owner._parameters[name].copy_(effective)  # type: ignore[union-attr]
             _put_in_order(owner, done.order)
