@@ -10,6 +10,7 @@ from torch import Tensor
 
 from restrain import registry
 from restrain.errors import HowError, PlanError
+from restrain.fields import call_text
 from restrain.places import Places
 from restrain.schedule import Strength
 from restrain.select import Where, as_where, weights
@@ -28,11 +29,13 @@ class What:
 
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
         super().__init_subclass__(**others)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass doesn't write its own then
         if register:
             registry.register(cls, (cls.__name__.lower(), *cls.keywords))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{key}={value!r}' for key, value in vars(self).items())})"
+        return call_text(self)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         """The moments at which it may act on parameters or at places, the default first.

@@ -15,6 +15,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from restrain.errors import PenaltyError
+from restrain.fields import call_text
 
 Unit = Literal["step", "epoch"]
 
@@ -38,8 +39,7 @@ class Strength(ABC):
         return self * (1 / number)
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in given_fields(self).items())
-        return f"{self.prefix}{type(self).__name__}({given})"
+        return call_text(self, self.prefix)
 
     @property
     def parts(self) -> tuple[float, tuple[Strength, ...]]:
@@ -352,11 +352,6 @@ class Target(Strength):
 
 
 KINDS = ("zeros", "norm", "active", "gradient_share")
-
-
-def given_fields(strength: Any) -> dict[str, Any]:
-    """The fields of a strength that aren't as by default."""
-    return {name: value for name, value in vars(strength).items() if value != getattr(type(strength), name, None)}
 
 
 # Checks

@@ -136,11 +136,6 @@ class DerivativePenalty(OnDerivatives, register=False):
             if not (place is None or isinstance(place, Places) or (name == "of" and self.of_loss)):
                 raise PenaltyError(f"{name}= is a place such as rs.outputs('encoder'); got {place!r}")
 
-    def __repr__(self) -> str:
-        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]  # type: ignore[arg-type]
-        given = [f"{field.name}={value!r}" for field, value in fields if value != field.default]
-        return f"{type(self).__name__}({', '.join(given)})"
-
     @property
     def leaf(self) -> DerivativePenalty:
         return self
