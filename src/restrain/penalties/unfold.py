@@ -156,9 +156,7 @@ def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, change: Change) 
     none = total <= finfo.tiny
     by_sum = torch.where(none, (slope[:, None] + slope) / 2, (f[:, None] + f) / torch.where(none, 1, total))
     even, odd = (inner + inner.mH) / 2, (inner - inner.mH) / 2
-    with torch.enable_grad():  # the values themselves may depend on each other
-        point = s.detach().requires_grad_()
-        along = torch.autograd.grad(change(point), point, inner.diagonal().real, allow_unused=True)[0]
-    straight = torch.zeros_like(s) if along is None else along
+    _, pull = torch.func.vjp(change, s.detach())  # the values themselves may depend on each other
+    straight = pull(inner.diagonal().real)[0]
     mixed = by_difference * even + by_sum * odd
     return mixed + torch.diag((straight - by_difference.diagonal() * even.diagonal().real).to(mixed.dtype))
