@@ -156,7 +156,7 @@ def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, change: Change) 
     none = total <= finfo.tiny
     by_sum = torch.where(none, (slope[:, None] + slope) / 2, (f[:, None] + f) / torch.where(none, 1, total))
     even, odd = (inner + inner.mH) / 2, (inner - inner.mH) / 2
-    _, pull = torch.func.vjp(change, s.detach())  # the values themselves may depend on each other
+    pull: Any = torch.func.vjp(change, s.detach())[1]  # the values themselves may depend on each other
     straight = pull(inner.diagonal().real)[0]
     mixed = by_difference * even + by_sum * odd
     return mixed + torch.diag((straight - by_difference.diagonal() * even.diagonal().real).to(mixed.dtype))

@@ -65,8 +65,7 @@ class TopK(ByGroup):
             raise TransformError(
                 f"k must be a whole number, one or more, or a fraction between 0 and 1; got {self.k!r}"
             )
-        if self.per is not None:
-            object.__setattr__(self, "per", checked(self.per))
+        ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
         return self._keep(wide(w).abs(), w)
