@@ -21,6 +21,7 @@ import torch
 
 from restrain import registry
 from restrain.errors import PenaltyError, PlanError
+from restrain.fields import given_fields
 from restrain.penalties import Penalty, Scaled, Sum
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
@@ -35,7 +36,6 @@ from restrain.schedule import (
     Target,
     Times,
     WarmUp,
-    given_fields,
 )
 from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 

@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, isfinite, pi, prod
+from math import cos, pi, prod
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from restrain.errors import PenaltyError
+from restrain.fields import call_text, is_number, is_whole
 
 Unit = Literal["step", "epoch"]
 
@@ -38,8 +39,7 @@ class Strength(ABC):
         return self * (1 / number)
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in given_fields(self).items())
-        return f"{self.prefix}{type(self).__name__}({given})"
+        return call_text(self, self.prefix)
 
     @property
     def parts(self) -> tuple[float, tuple[Strength, ...]]:
@@ -354,16 +354,11 @@ class Target(Strength):
 KINDS = ("zeros", "norm", "active", "gradient_share")
 
 
-def given_fields(strength: Any) -> dict[str, Any]:
-    """The fields of a strength that aren't as by default."""
-    return {name: value for name, value in vars(strength).items() if value != getattr(type(strength), name, None)}
-
-
 # Checks
 
 
 def _is_strength(number: Any) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and float(number) >= 0
+    return is_number(number) and float(number) >= 0
 
 
 def checked_number(name: str, number: Any) -> float:
@@ -383,7 +378,7 @@ def _check_strengths(strength: Strength, *names: str) -> None:
 
 
 def _check_count(name: str, count: Any, low: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < low:
+    if not is_whole(count, low):
         raise PenaltyError(f"{name}= is a whole number, at least {low}; got {count!r}")
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import weakref
+from abc import abstractmethod
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from restrain.axes import Grouping, Per, checked, group_norms, grouping_at
 from restrain.errors import PenaltyError, SelectionError
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size, checked_axis, checked_setting
+from restrain.penalties.rows import OfRows
 from restrain.penalties.statistics import unit_axis
 from restrain.rules import How
 from restrain.sites import Handle, near, parameters
 
 
 @dataclass(frozen=True)
-class Hoyer(Penalty):
+class Hoyer(OfRows):
     """(Σ|x|)² / Σ|x|²: the Hoyer square, between 1 for one entry that isn't zero and n for n equal ones.
 
     It measures sparsity alone, as it doesn't change with the scale of x. It is 0, with the gradient 0, where all
@@ -35,32 +36,60 @@ class Hoyer(Penalty):
 
     takes_mask = True
 
-    def __call__(self, w: Tensors) -> Tensor:
-        return _hoyer(w.reshape(1, -1)).sum()
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        h = h if mask is None else self.without_padding(h, mask)
-        if dim is None:
-            return self(h)
-        size = batch_size(h, dim)
-        samples = h.movedim(dim, 0).reshape(size, prod(h.shape) // max(size, 1))
-        return in_float32(lambda x: _hoyer(x).sum() / max(size, 1), samples)
-
-
-def _hoyer(rows: Tensor) -> Tensor:
-    """The Hoyer square of each row."""
-    size = rows.abs()
-    if not rows.numel():
-        return size.sum(1)
-    peak = size.detach().amax(1, keepdim=True)
-    tiny = torch.finfo(peak.dtype).tiny
-    size = size / torch.where(peak < tiny, 1, peak)  # the value stays, and squares neither overflow nor vanish
-    squares = size.square().sum(1)
-    return size.sum(1).square() / torch.where(squares == 0, 1, squares)
+    def over_rows(self, rows: Tensor) -> Tensor:
+        size = rows.abs()
+        if not rows.numel():
+            return size.sum()
+        peak = size.detach().amax(1, keepdim=True)
+        tiny = torch.finfo(peak.dtype).tiny
+        size = size / torch.where(peak < tiny, 1, peak)  # the value stays, and squares neither overflow nor vanish
+        squares = size.square().sum(1)
+        return (size.sum(1).square() / torch.where(squares == 0, 1, squares)).sum()
 
 
 @dataclass(frozen=True)
-class Entropy(Penalty):
+class _OfDistributions(Penalty, register=False):
+    """Base of sums over the distributions whose logits lie along an axis; on outputs averaged over the batch."""
+
+    per: int | None = None
+
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_axis("per", self.per)
+
+    @abstractmethod
+    def terms(self, logs: Tensor, p: Tensor, n: int) -> Tensor:
+        """What each of n probabilities p adds."""
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self._sum(w, None, None)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        size = 1 if dim is None else max(batch_size(h, dim), 1)
+        return in_float32(lambda x: self._sum(x, dim, mask) / size, h)
+
+    def _sum(self, x: Tensor, batch: int | None, mask: Tensor | None) -> Tensor:
+        if x.is_complex():
+            raise PenaltyError(f"an entropy is of real logits, got {x.dtype}")
+        x = x.reshape(1) if x.dim() == 0 else x
+        axis = unit_axis(x, self.per, batch)
+        if mask is not None:
+            if mask.shape[axis] != 1:
+                raise PenaltyError("a mask for an entropy takes or leaves all classes of a position together")
+            x = torch.where(mask, x, 0)
+        if not x.numel():
+            return x.sum()
+        logs = x.log_softmax(axis)
+        p = logs.exp()
+        logs = torch.where(p == 0, 0, logs)  # of logits of -inf, too
+        terms = self.terms(logs, p, x.shape[axis]).sum(axis, keepdim=True)
+        return terms.sum() if mask is None else torch.where(mask, terms, 0).sum()
+
+
+@dataclass(frozen=True)
+class Entropy(_OfDistributions):
     """Σ H(softmax(x)), H(p) = -Σ p log p: the entropy of the distributions whose logits lie along an axis.
 
     Small where each sample is sure of one class: entropy minimisation, for unlabelled data. On outputs it sums over
@@ -75,23 +104,12 @@ class Entropy(Penalty):
     tensor(0.6931)
     """
 
-    per: int | None = None
-
-    takes_mask = True
-    at_outputs = True
-
-    def __post_init__(self) -> None:
-        checked_axis("per", self.per)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return _distributions(w, self.per, None, None, sure=False)
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return _over_batch(h, self.per, dim, mask, sure=False)
+    def terms(self, logs: Tensor, p: Tensor, n: int) -> Tensor:
+        return -p * logs
 
 
 @dataclass(frozen=True)
-class Confidence(Penalty):
+class Confidence(_OfDistributions):
     """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), over n classes: large where a sample is sure of one.
 
     The confidence penalty -H, moved by a constant so that it is nowhere negative: it keeps outputs from being too
@@ -106,43 +124,8 @@ class Confidence(Penalty):
     tensor(0.6931)
     """
 
-    per: int | None = None
-
-    takes_mask = True
-    at_outputs = True
-
-    def __post_init__(self) -> None:
-        checked_axis("per", self.per)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return _distributions(w, self.per, None, None, sure=True)
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return _over_batch(h, self.per, dim, mask, sure=True)
-
-
-def _over_batch(h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, sure: bool) -> Tensor:
-    size = 1 if dim is None else max(batch_size(h, dim), 1)
-    return in_float32(lambda x: _distributions(x, per, dim, mask, sure) / size, h)
-
-
-def _distributions(x: Tensor, per: int | None, batch: int | None, mask: Tensor | None, sure: bool) -> Tensor:
-    """The sum of log n - H, or of H, over the distributions along an axis of logits."""
-    if x.is_complex():
-        raise PenaltyError(f"an entropy is of real logits, got {x.dtype}")
-    x = x.reshape(1) if x.dim() == 0 else x
-    axis = unit_axis(x, per, batch)
-    if mask is not None:
-        if mask.shape[axis] != 1:
-            raise PenaltyError("a mask for an entropy takes or leaves all classes of a position together")
-        x = torch.where(mask, x, 0)
-    if not x.numel():
-        return x.sum()
-    logs = x.log_softmax(axis)
-    p = logs.exp()
-    logs = torch.where(p == 0, 0, logs)  # of logits of -inf, too
-    terms = (p * (logs + math.log(x.shape[axis])) if sure else -p * logs).sum(axis, keepdim=True)
-    return terms.sum() if mask is None else torch.where(mask, terms, 0).sum()
+    def terms(self, logs: Tensor, p: Tensor, n: int) -> Tensor:
+        return p * (logs + math.log(n))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from math import inf, isnan, prod
+from math import inf, isnan
 from numbers import Real
 
 import torch
@@ -24,13 +24,14 @@ from restrain.axes import (
 from restrain.errors import NoProxError, PenaltyError
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size
+from restrain.penalties.rows import OfRows
 from restrain.penalties.shrink import at_least_float32, cut_groups, share_groups, shrink_entries, shrink_groups
 from restrain.rules import How
 from restrain.sites import Location
 
 
 @dataclass(frozen=True)
-class Norm(Penalty):
+class Norm(OfRows):
     """(Σ|x|^p)^(1/p), the norm itself (not a power of it) of a whole tensor; for p = inf the largest |x|.
 
     Its prox is known for p = 1, 2 and inf: by it the tensor becomes zero as a whole (p = 2), or its largest
@@ -68,16 +69,8 @@ class Norm(Penalty):
     def has_prox(self) -> bool:
         return self.p in (1, 2, inf)
 
-    def __call__(self, w: Tensors) -> Tensor:
-        return _norms(w.reshape(1, -1), self.p).sum()
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        h = h if mask is None else self.without_padding(h, mask)
-        if dim is None:
-            return self(h)
-        size = batch_size(h, dim)
-        samples = h.movedim(dim, 0).reshape(size, prod(h.shape) // max(size, 1))
-        return in_float32(lambda x: _norms(x, self.p).sum() / max(size, 1), samples)
+    def over_rows(self, rows: Tensor) -> Tensor:
+        return _norms(rows, self.p).sum()
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         if self.p == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,37 @@ from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size, checked_axis, checked_flag
 
 
+class _OfTransitions(Penalty, register=False):
+    """Base of means over the transitions of each sequence; a field but `time` is a flag."""
+
+    time: int | None
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name != "time":
+                checked_flag(name, value)
+        checked_axis("time", self.time)
+
+    @abstractmethod
+    def changes(self, states: Tensor) -> Tensor:
+        """What each transition adds, (batch, time - 1), of states (batch, time, features)."""
+
+    def __call__(self, w: Tensors) -> Tensor:
+        """The sum over the sequences of a tensor; with up to two axes it is one sequence."""
+        return self.over_batch(w, 0) * w.shape[0] if w.dim() > 2 else self.over_batch(w, None)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            states, kept = _sequences(x, dim, self.time, mask)
+            return _mean(self.changes(states), kept)
+
+        return in_float32(value, h)
+
+
 @dataclass(frozen=True)
-class StateChange(Penalty):
+class StateChange(_OfTransitions):
     """Mean over transitions of ‖hₜ₊₁ - hₜ‖², h a sequence of states: temporal activation regularisation (TAR).
 
     The mean is of each sequence's own transitions, between two steps that both count; then it is averaged over the
@@ -34,27 +64,13 @@ class StateChange(Penalty):
     time: int | None = None
 
     keywords = ("state_change",)
-    takes_mask = True
-    at_outputs = True
 
-    def __post_init__(self) -> None:
-        checked_flag("per_unit", self.per_unit)
-        checked_axis("time", self.time)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return _plain(self, w)
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        def value(x: Tensor) -> Tensor:
-            states, kept = _sequences(x, dim, self.time, mask)
-            changes = squared(states.diff(dim=1)).sum(2)
-            return _mean(changes, kept) / (max(states.shape[2], 1) if self.per_unit else 1)
-
-        return in_float32(value, h)
+    def changes(self, states: Tensor) -> Tensor:
+        return squared(states.diff(dim=1)).sum(2) / (max(states.shape[2], 1) if self.per_unit else 1)
 
 
 @dataclass(frozen=True)
-class NormChange(Penalty):
+class NormChange(_OfTransitions):
     """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)², h a sequence of states: the norm stabiliser.
 
     Steps, averages and axes as those of `StateChange`.
@@ -74,31 +90,13 @@ class NormChange(Penalty):
     time: int | None = None
 
     keywords = ("norm_change",)
-    takes_mask = True
-    at_outputs = True
 
-    def __post_init__(self) -> None:
-        checked_flag("squared", self.squared)
-        checked_axis("time", self.time)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return _plain(self, w)
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        def value(x: Tensor) -> Tensor:
-            states, kept = _sequences(x, dim, self.time, mask)
-            if self.squared:
-                lengths = squared(states).sum(2)
-            else:
-                lengths = group_norms(states, Grouping(tuple(states.shape), (0, 1))).squeeze(2)
-            return _mean(lengths.diff(dim=1).square(), kept)
-
-        return in_float32(value, h)
-
-
-def _plain(penalty: Penalty, w: Tensor) -> Tensor:
-    """The sum over the sequences of a tensor; with up to two axes it is one sequence."""
-    return penalty.over_batch(w, 0) * w.shape[0] if w.dim() > 2 else penalty.over_batch(w, None)
+    def changes(self, states: Tensor) -> Tensor:
+        if self.squared:
+            lengths = squared(states).sum(2)
+        else:
+            lengths = group_norms(states, Grouping(tuple(states.shape), (0, 1))).squeeze(2)
+        return lengths.diff(dim=1).square()
 
 
 def _sequences(h: Tensor, batch: int | None, time: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

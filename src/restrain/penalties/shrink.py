@@ -27,7 +27,7 @@ def at_least_float32(w: Tensor) -> Tensor:
     return w.float() if w.dtype.itemsize < 4 else w
 
 
-def wide(x: Tensor) -> Tensor:
+def exact(x: Tensor) -> Tensor:
     """The tensor in float64 or complex128, where its device has these."""
     if x.device.type == "mps":
         return x
@@ -138,7 +138,7 @@ def _shrink_by_metric(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
     is below, and no quotient is above one there. z_g is zero if and only if ‖x_g / t_g‖ ≤ 1.
     """
     tolerance = torch.finfo(t.dtype).eps ** 0.5  # before the last step, which squares the error
-    x, t = wide(x), wide(t)
+    x, t = exact(x), exact(t)
     size = x.abs()
     with torch.no_grad():
         r = groups.max((size - t).clamp_min(0))
@@ -174,7 +174,7 @@ def cut_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
 
 
 def _cut(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    x, t = wide(x), wide(t)
+    x, t = exact(x), exact(t)
     size = x.abs()
     level = _root(size, 1 / t.clamp_min(torch.finfo(t.dtype).tiny ** 0.5), torch.ones_like(t), 1.0, 0.0, groups)
     over = (size > level) & (t > 0)
@@ -187,7 +187,7 @@ def share_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
 
 
 def _share(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    x, t = wide(x), wide(t)
+    x, t = exact(x), exact(t)
     return soft_threshold(x, 2 * t * _root(x.abs(), torch.ones_like(t), 2 * t, 0.0, 1.0, groups))
 
 
@@ -195,7 +195,7 @@ def _by_root(solve: Callable[..., Tensor], w: Tensor, groups: Grouping, step: fl
     x = at_least_float32(w)
     t = as_step(step, x)
     if not isinstance(t, Tensor):
-        t = torch.tensor(t, dtype=wide(x.real).dtype, device=x.device)
+        t = torch.tensor(t, dtype=exact(x.real).dtype, device=x.device)
     z = _in_blocks(solve, groups.view(x), groups, groups.view(t) if t.dim() else t)
     return groups.restore(z, x).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite, prod
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError
-from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size
-from restrain.penalties.shrink import as_step, at_least_float32, is_zero, one_step, wide
+from restrain.fields import is_number
+from restrain.penalties.rows import OfRows
+from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
 from restrain.penalties.strings import taut_slopes
 
 
 @dataclass(frozen=True)
-class SLOPE(Penalty):
+class SLOPE(OfRows):
     """Σ_i weights_i |x|_(i), where |x|_(1) ≥ |x|_(2) ≥ ... are the sorted sizes: the sorted L1 norm, or OWL.
 
     Large entries are penalised more than small ones, and entries of like size become equal in size. Equal weights give
@@ -47,38 +45,27 @@ class SLOPE(Penalty):
 
     def __post_init__(self) -> None:
         weights = tuple(self.weights) if isinstance(self.weights, Iterable) else (self.weights,)
-        numbers = [w for w in weights if isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) and w >= 0]
+        numbers = [w for w in weights if is_number(w) and w >= 0]
         if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
         object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
         given = self.q != 0
-        if given and not (isinstance(self.q, Real) and not isinstance(self.q, bool) and 0 < self.q < 1):
+        if given and not (is_number(self.q) and 0 < self.q < 1):
             raise PenaltyError(f"q= is a rate between 0 and 1; got {self.q!r}")
         if given == bool(weights):
             raise PenaltyError("SLOPE takes either weights= or q=, as in SLOPE(q=0.1)")
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return self._over_rows(w.reshape(1, -1))
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        h = h if mask is None else self.without_padding(h, mask)
-        if dim is None:
-            return self(h)
-        size = batch_size(h, dim)
-        rows = h.movedim(dim, 0).reshape(size, prod(h.shape) // max(size, 1))
-        return in_float32(lambda x: self._over_rows(x) / max(size, 1), rows)
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         x = at_least_float32(w)
         t = as_step(one_step(step, self), x)
         if is_zero(t):
             return w.clone()
-        size, order = wide(x).abs().flatten().sort(descending=True)
+        size, order = exact(x).abs().flatten().sort(descending=True)
         kept = taut_slopes((size - t * self._weights(size))[None])[0].clamp_min(0)
-        z: Tensor = wide(x).sgn() * torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
+        z: Tensor = exact(x).sgn() * torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
         return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
-    def _over_rows(self, rows: Tensor) -> Tensor:
+    def over_rows(self, rows: Tensor) -> Tensor:
         size = rows.abs().sort(dim=1, descending=True).values
         return (size * self._weights(size)).sum()
 

@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from restrain.penalties.shrink import wide
+from restrain.penalties.shrink import exact
 
 _EPS = 8 * 2.0**-52  # rounding errors that count as none, relative to the sums
 
@@ -36,7 +36,7 @@ def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
     if not y.numel():
         return y.clone()
     bad = ~y.isfinite().all(1, keepdim=True)
-    x = torch.where(bad, 0, wide(y))
+    x = torch.where(bad, 0, exact(y))
     one_sided = not isinstance(radius, Tensor) and radius == inf
     with torch.no_grad():
         tube = (0.0, inf) if one_sided else 2 * (float(torch.as_tensor(radius).detach()),)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import TransformError
+from restrain.fields import is_whole
 from restrain.penalties.unfold import (
     Rows,
     SpectralMap,
@@ -31,6 +32,9 @@ class _OfMatrix(Constraint, register=False):
     """Base of constraints on a matrix, whose rows `rows` names."""
 
     rows: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", checked_rows(self.rows))
 
     def bound_to(self, at: Location) -> Self:
         return dataclasses.replace(self, rows=unfolding_at(self.rows, at))  # type: ignore[type-var]
@@ -96,9 +100,6 @@ class Orthogonal(_OfMatrix):
 
     rows: Rows = "out"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", checked_rows(self.rows))
-
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where((s - 1).abs().amax() <= slack, s, 1 + 0 * s)  # NaN stays
 
@@ -141,7 +142,7 @@ class SpectralBall(_OfMatrix):
 
     def __post_init__(self) -> None:
         checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "rows", checked_rows(self.rows))
+        _OfMatrix.__post_init__(self)
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where(s[0] <= self.radius * (1 + slack), s, s.clamp_max(self.radius))
@@ -187,7 +188,7 @@ class NuclearBall(_OfMatrix):
 
     def __post_init__(self) -> None:
         checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "rows", checked_rows(self.rows))
+        _OfMatrix.__post_init__(self)
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where(s.sum() <= self.radius * (1 + slack), s, to_simplex(s, self.radius))
@@ -230,9 +231,9 @@ class LowRank(_OfMatrix):
     cone = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+        if not is_whole(self.k, 1):
             raise TransformError(f"k must be a whole number, one or more; got {self.k!r}")
-        object.__setattr__(self, "rows", checked_rows(self.rows))
+        _OfMatrix.__post_init__(self)
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         if self.k >= len(s):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at
+from restrain.penalties.shrink import exact
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.sites import Location
 from restrain.transforms.base import Constraint, checked_number, slack, wide
@@ -22,6 +23,10 @@ class ByGroup(Constraint, register=False):
     """Base of constraints on each group of entries; `per=None` makes one group of the whole tensor."""
 
     per: Any
+
+    def __post_init__(self) -> None:
+        if self.per is not None or type(self).per is not None:  # None only where it is the default
+            object.__setattr__(self, "per", checked(self.per))
 
     def groups(self, w: Tensor) -> Grouping:
         """The groups of a tensor."""
@@ -61,7 +66,7 @@ class MaxNorm(ByGroup):
 
     def __post_init__(self) -> None:
         checked_number("max_norm", self.max_norm, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "per", _checked_or_none(self.per))
+        ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 0, self.max_norm)
@@ -93,9 +98,6 @@ class UnitNorm(ByGroup):
     per: MaybePer = "out"
 
     keywords = ("unit_norm",)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "per", _checked_or_none(self.per))
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 1, 1)
@@ -145,7 +147,7 @@ class MinMaxNorm(ByGroup):
         checked_number("high", self.high, f"low={self.low!r} or more", self.low, inf, closed=True)
         if self.rate != 1 or isinstance(self.rate, bool):
             checked_number("rate", self.rate, "a number above zero, up to one", 0, 1, closed=False)
-        object.__setattr__(self, "per", _checked_or_none(self.per))
+        ByGroup.__post_init__(self)
 
     @property
     def convex(self) -> bool:  # type: ignore[override]
@@ -229,14 +231,14 @@ class Simplex(ByGroup):
 
     def __post_init__(self) -> None:
         checked_number("total", self.total, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "per", _checked_or_none(self.per))
+        ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so no entry of it is nonnegative: Simplex needs a real one")
         if not w.numel():
             return w.clone()
         groups = self.groups(w)
-        x = _exact(to_matrix(w, groups))
+        x = exact(to_matrix(wide(w), groups))
         sums = x.sum(-1, keepdim=True)
         inside = (x >= 0).all(-1, keepdim=True) & ((sums - self.total).abs() <= slack(w) * self.total)
         z = torch.where(inside, x, to_simplex(x, self.total)) + 0.0  # -0.0 becomes +0.0
@@ -271,29 +273,18 @@ class L1Ball(ByGroup):
 
     def __post_init__(self) -> None:
         checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
-        object.__setattr__(self, "per", _checked_or_none(self.per))
+        ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
         wide(w)
         if not w.numel():
             return w.clone()
         groups = self.groups(w)
-        x = _exact(to_matrix(w, groups))
+        x = exact(to_matrix(wide(w), groups))
         size = x.abs()
         inside = size.sum(-1, keepdim=True) <= self.radius * (1 + slack(w))
         z = torch.where(inside, x, x.sgn() * to_simplex(size, self.radius)) + 0.0
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
-
-
-def _checked_or_none(per: MaybePer) -> MaybePer:
-    return None if per is None else checked(per)
-
-
-def _exact(x: Tensor) -> Tensor:
-    """In float64, where the device has it."""
-    if x.device.type == "mps":
-        return wide(x)
-    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def to_simplex(x: Tensor, total: float) -> Tensor:
