@@ -32,9 +32,10 @@ OPTIMIZERS = {
 class Net(nn.Module):
     """Layers whose shards are uneven (5 rows), empty on one rank (1 row), and of FSDP's root (the head)."""
 
-    def __init__(self):
+    def __init__(self, width=5):
         super().__init__()
-        self.first, self.relu, self.thin, self.head = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1), nn.Linear(6, 3)
+        self.first, self.relu = nn.Linear(4, width), nn.ReLU()
+        self.thin, self.head = nn.Linear(width, 1), nn.Linear(width + 1, 3)
 
     def forward(self, x):
         h = self.relu(self.first(x))
@@ -111,13 +112,13 @@ def full(t):
     return shards.whole(t.detach()).clone()
 
 
-def made(ranks, before=None, mesh=None, **options):
+def made(ranks, before=None, mesh=None, width=5):
     """The model, sharded if there are several processes, and what `before` gave of the bare one."""
     torch.manual_seed(0)
-    model = Net().double()
+    model = Net(width).double()
     given = before(model) if before else None
     if ranks > 1:
-        shard(model, mesh=mesh and init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards")), **options)
+        shard(model, mesh=mesh and init_device_mesh("cpu", mesh, mesh_dim_names=("copies", "shards")))
     return model, given
 
 
@@ -127,9 +128,9 @@ def batch(rank=0, ranks=1):
     return x.chunk(ranks)[rank], y.chunk(ranks)[rank]
 
 
-def train(plan, optimizer, rank=0, ranks=1, before=False, mesh=None):
+def train(plan, optimizer, rank=0, ranks=1, before=False, mesh=None, width=5):
     """Weights at the end, and what the attachment told: values, what was added to the loss, strengths, measures."""
-    model, reg = made(ranks, (lambda bare: rs.attach(bare, plan)) if before else None, mesh)
+    model, reg = made(ranks, (lambda bare: rs.attach(bare, plan)) if before else None, mesh, width)
     x, y = batch(rank, ranks)
     cls, options = OPTIMIZERS[optimizer]
     step = cls(model.parameters(), **options)
@@ -167,7 +168,6 @@ def in_bfloat16(rank):
     """What a penalty adds to the gradients, and the weights, both in float32."""
     gradients = []
     for rules in ([], (0.1 * rs.L2()).on("*")):
-        model, _ = made(RANKS)
         model = shard(Net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
         torch.manual_seed(2)
         for p in model.parameters():
@@ -273,6 +273,18 @@ def run_rank(rank, port, results, cases):
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 
 
+def run_many(rank, port, results):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", RestrainWarning)
+    dist.init_process_group("gloo", rank=rank, world_size=4)
+    found = {(plan, optimizer): train(PLANS[plan], optimizer, rank, 4, width=50) for plan, optimizer in SLOW}
+    found["mesh"] = train(PLANS["loss"] + PLANS["constraints"], "Adam", rank, 4, mesh=(2, 2))
+    results[rank] = found
+    dist.barrier()
+    os._exit(0)
+
+
 def spawned(run, count, *arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -302,6 +314,20 @@ def test_two_ranks_equal_one_process(ranks_found, case):
         if case[0] == "outputs":  # of each rank's own batch, as the data loss is; gradients of FSDP come in backward()
             told = expected[1]
         equal((weights, told), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::restrain.errors.RestrainWarning")
+def test_four_ranks_and_every_optimizer():
+    found = spawned(run_many, 4)
+    for case in SLOW:
+        expected = train(PLANS[case[0]], case[1], width=50)
+        for rank in range(4):
+            weights, told, _ = found[rank][case]
+            equal((weights, expected[1] if case[0] == "outputs" else told), expected)
+    expected = train(PLANS["loss"] + PLANS["constraints"], "Adam")
+    for rank in range(4):
+        equal(found[rank]["mesh"], expected)
 
 
 def test_rules_attached_before_sharding(ranks_found):
