@@ -7,7 +7,9 @@ user calls `encoder.fc1` has that name whichever of them stand around it. A para
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -162,7 +164,9 @@ class Handle:
         """The tensor at the end of `path` from `module`."""
         owner = follow(module, path)
         found: Tensor | None = None if owner is None else owner._parameters.get(self.attribute)
-        if found is None and owner is not None and parametrize.is_parametrized(owner, self.attribute):
+        if found is not None and owner is not None:
+            return _trained(found, owner, self.attribute, module, path)
+        if owner is not None and parametrize.is_parametrized(owner, self.attribute):
             with at_rest(owner.parametrizations):
                 found = getattr(owner, self.attribute)
         if not isinstance(found, Tensor):
@@ -192,6 +196,49 @@ def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     for key in path:
         found = None if found is None else found._modules.get(key)
     return found
+
+
+def _loaded(module: str, name: str) -> Any:
+    """A class of torch's, if anything has imported it."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, of which each process holds a part."""
+    return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
+
+
+def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those among the modules to which FSDP2's `fully_shard` was applied."""
+    kind = _loaded("torch.distributed.fsdp", "FSDPModule")
+    return [module for module in modules if isinstance(module, kind)] if kind else []
+
+
+# The shard that last stood at each attribute of a module; None where FSDP2 leaves a parameter alone.
+_shards: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor] | None]] = weakref.WeakKeyDictionary()
+
+
+def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, path: Sequence[str]) -> Tensor:
+    """The tensor that is trained, where FSDP2 may have put a gathered one in its place, from forward to backward."""
+    known = _shards.get(owner, {})
+    reference = known.get(attribute)
+    shard: Any = None if reference is None else reference()
+    if is_sharded(found):  # with tensor parallelism, a gathered one is a DTensor still, on fewer axes of the mesh
+        if shard is not None and shard.device_mesh.ndim > found.device_mesh.ndim:  # type: ignore[attr-defined]
+            return shard  # type: ignore[no-any-return]
+        _shards.setdefault(owner, {})[attribute] = weakref.ref(found)
+        return found
+    if attribute in known:
+        return found if shard is None else shard
+    around = fully_sharded(follow(root, path[:i]) for i in range(len(path) + 1))  # type: ignore[misc]
+    if not around:
+        return found
+    for module in around:
+        module.reshard()
+    now = owner._parameters[attribute]
+    assert now is not None
+    _shards.setdefault(owner, {})[attribute] = weakref.ref(now) if is_sharded(now) else None
+    return now
 
 
 def parameters(model: nn.Module) -> list[Slot]:

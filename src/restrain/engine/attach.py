@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
-from restrain.engine import ranks, report
+from restrain.engine import ranks, report, shards
 from restrain.engine.bind import bind, check_optimizers
 from restrain.engine.capture import forget_compiled_code
 from restrain.engine.clock import Clock
@@ -23,7 +23,7 @@ from restrain.engine.injection import Root
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.strengths import Strengths
-from restrain.engine.terms import at_steps, network_value, parameter_value
+from restrain.engine.terms import at_steps, network_value, parameter_values
 from restrain.engine.tripwire import Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -84,6 +84,7 @@ class Attachment:
         self._model = weakref.ref(model)
         self._bounds = bind(plan, model)
         check_optimizers(self._bounds, model, optimizers)
+        shards.note_gathered(self._bounds, model)
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
         self._detached = False
@@ -204,7 +205,7 @@ class Attachment:
         self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
         due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
         on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
-        terms = [parameter_value(bound, model) for bound in on_parameters]
+        terms = parameter_values(on_parameters, model)
         recorded = self._collect(loss)
         for bound in due.values():
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):
@@ -298,7 +299,7 @@ class Attachment:
     def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
         """After a real step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
-            what.stepped(None if handle is None else handle.find(root))
+            what.stepped(None if handle is None else shards.whole(handle.find(root)))
         self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def _works(self) -> list[Work]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from restrain.engine import padding
+from restrain.engine import padding, shards
 from restrain.engine.derivative import Derivative
-from restrain.engine.metric import diagonal, known
+from restrain.engine.metric import diagonal, known, looks_before
 from restrain.engine.steps import total
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
@@ -27,7 +27,7 @@ from restrain.penalties.derivative import OnDerivatives
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
-from restrain.sites import Handle, Layer, Slot, layers, parameters
+from restrain.sites import Handle, Layer, Slot, is_sharded, layers, parameters
 from restrain.transforms.base import Noise
 
 
@@ -82,6 +82,7 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
         HowError: a moment that a tensor can't have.
     """
+    shards.at_rest(model)
     sites, slots = list(layers(model)), parameters(model)
     bounds: list[Bound] = []
     for rule in rules:
@@ -211,21 +212,16 @@ def _resolve(rule: Rule, what: What, slot: Slot) -> What:
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
+    shards.check(rule, slot)
     if rule.how == "loss" and not isinstance(what, Penalty):
         return what
-    tensor = slot.tensor()
-    if any(base.__name__ == "DTensor" for base in type(tensor).__mro__):
-        raise HowError(
-            f"{slot.name!r} is a sharded DTensor (FSDP2), which this version doesn't support: attach before sharding "
-            "isn't enough either; use DDP"
-        )
-    if is_lazy(tensor):
+    if is_lazy(slot.tensor()):
         if rule.how == "loss" and what.entrywise:
             return what
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return what.bound_to(slot.location())
+    return what.bound_to(shards.location(slot, what))
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -291,6 +287,13 @@ def _check_held(
             f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
         )
     _check_kind(bound, holder, group)
+    if is_sharded(p) and (
+        isinstance(holder, torch.optim.LBFGS) or (bound.rule.how == "proximal" and looks_before(holder))
+    ):
+        raise OptimizerError(
+            f"{bound.key!r}: {handle.name!r} is sharded, where how={bound.rule.how!r} isn't known with "
+            f"{type(holder).__name__}: use how='loss', how='gradient' or how='decoupled', or Adam, AdamW, SGD"
+        )
     if not isinstance(bound.rule.what, Penalty):
         return
     if group.get("maximize"):

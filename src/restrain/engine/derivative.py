@@ -27,6 +27,7 @@ from restrain.penalties.checks import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
 from restrain.places import Place
+from restrain.sites import fully_sharded, is_sharded
 
 
 @dataclass(frozen=True)
@@ -361,5 +362,4 @@ def _compiled(root: nn.Module, spot: Spot) -> bool:
 
 
 def _sharded(root: nn.Module) -> bool:
-    things = (*root.modules(), *root.parameters())
-    return any(base.__name__ in ("FSDPModule", "DTensor") for thing in things for base in type(thing).__mro__)
+    return bool(fully_sharded(root.modules())) or any(map(is_sharded, root.parameters()))

@@ -6,6 +6,7 @@ Otherwise the projections take turns until none moves anything: a point of all s
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from restrain.engine.kernels import put
+from restrain.engine.shards import acting, local, total
 from restrain.errors import HowError, RestrainWarning
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
@@ -86,15 +88,18 @@ def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any]) -> None:
 
     Entries that the step made NaN or infinite don't spread to others of their group.
     """
-    found, apart = nearest(p, [constraint for _, constraint in timed])
-    put(p, found)
-    if apart > _APART:
-        warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=2)
-    for key in _MOMENTA:
-        average = state.get(key)
-        for rule, constraint in timed:
-            if rule.momentum == "tangent" and isinstance(average, Tensor) and average.shape == p.shape:
-                put(average, -constraint.tangent(p, -average))  # a step goes against the average
+    tangent = any(rule.momentum == "tangent" for rule, _ in timed)
+    kept = [state[key] for key in _MOMENTA if tangent and isinstance(state.get(key), Tensor)]
+    kept = [average for average in kept if average.shape == p.shape]
+    for acts, (w, *averages), _ in acting([constraint for _, constraint in timed], p, *kept):
+        found, apart = nearest(w, acts)
+        put(w, found)
+        if apart > _APART:
+            warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=2)
+        for average in averages:
+            for (rule, _), constraint in zip(timed, acts, strict=True):
+                if rule.momentum == "tangent":
+                    put(average, -constraint.tangent(w, -average))  # a step goes against the average
 
 
 @torch.no_grad()
@@ -112,11 +117,7 @@ def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[
         timed = [(rule, constraint) for rule, constraint in project if rule.start == 0]
         if not timed or not p.requires_grad:
             continue
-        found, apart = nearest(p, [constraint for _, constraint in timed])
-        if apart > _APART:
-            raise HowError(_no_common_point(name, timed))
-        before, way = float(_length(at_least_float32(p))), float(_length(at_least_float32(p) - found))
-        p.copy_(found)
+        before, way = _moved(p, name, timed)
         for rule, _ in timed:
             moved.setdefault(rule.label, []).append((way / before if before else way and float("inf"), name))
     notes = {}
@@ -126,6 +127,21 @@ def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[
             most = f"most {ways[0][1]!r}, by {100 * ways[0][0]:.2g} % of its length"
             notes[label] = [f"{label}: attaching moved {len(ways)} of {len(moved[label])} tensors, {most}"]
     return notes
+
+
+def _moved(p: Tensor, name: str, timed: Timed) -> tuple[float, float]:
+    """Project a parameter; its length before, and how far it was moved."""
+    old, worst = at_least_float32(local(p)).clone(), 0.0
+    for acts, (w,), _ in acting([constraint for _, constraint in timed], p):
+        found, worst = nearest(w, acts)
+        if worst <= _APART:
+            w.copy_(found)
+    new = at_least_float32(local(p))
+    squares = [float(_length(old)) ** 2, float(_length(old - new)) ** 2, float(worst > _APART)]
+    before, way, apart = (math.sqrt(square) for square in total(squares, p))
+    if apart:
+        raise HowError(_no_common_point(name, timed))
+    return before, way
 
 
 def _no_common_point(name: str, timed: Timed) -> str:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from restrain.engine.bind import Bound, trains
 from restrain.engine.collect import Forwards
-from restrain.engine.terms import network_value, parameter_value
+from restrain.engine.shards import Term, local, ranks_of, totals
+from restrain.engine.terms import network_value, parameter_values
+from restrain.errors import PenaltyError
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.checks import at_hand
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
 from restrain.penalties.network import ScaledNetwork
+from restrain.sites import is_sharded, parameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor |
         outputs = forwards.outputs.get(bound.key, {})
         return None if bound.raws and not outputs else network_value(bound, root, outputs)
     if not bound.taps:
-        return parameter_value(bound, root)
+        return parameter_values([bound], root)[0]
     parts = [one.direct for one in forwards.current if one.tap.rule == bound.key and one.direct is not None]
     return torch.stack(parts).sum() if parts else None
 
@@ -47,9 +50,13 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
     """{rule: strength × value} of every penalty."""
     found: dict[str, float] = {}
     with torch.no_grad():
+        direct = [bound for bound in bounds if not bound.watches and isinstance(bound.rule.what, Penalty)]
+        numbers = {b.key: v for b, v in zip(direct, parameter_values(direct, root), strict=True)}
         for bound in bounds:
             if bound.watches:
                 found[bound.key] = forwards.last(bound.key)
+            elif bound.key in numbers:
+                found[bound.key] = float(numbers[bound.key])
             elif isinstance(bound.rule.what, _PENALTIES):
                 term = _term(bound, root, forwards)
                 found[bound.key] = float("nan") if term is None else float(term)
@@ -60,7 +67,13 @@ def measure(
     bounds: Sequence[Bound], root: nn.Module, forwards: Forwards, data_loss: Tensor | None
 ) -> dict[str, Measure]:
     """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
-    trained = [p for p in root.parameters() if p.requires_grad]
+    trained = [p for slot in parameters(root) for p in slot.handle.stored(root) if p.requires_grad]
+    sharded = any(map(is_sharded, trained))
+    if sharded and data_loss is not None:
+        raise PenaltyError(
+            "reg.measure(data_loss) needs the gradient of the data loss, which FSDP2 gives only in backward(): write "
+            "reg.measure(), which leaves it out"
+        )
     terms = {b.key: _term(b, root, forwards, data_loss) for b in bounds if isinstance(b.rule.what, _PENALTIES)}
     numbers = values(bounds, root, forwards)
     for bound in bounds:
@@ -72,16 +85,21 @@ def measure(
         while key in terms:
             key += " loss"
         terms[key], numbers[key] = data_loss, float(data_loss.detach())
-    norms = {key: math.nan if term is None else _gradient_norm(term, trained) for key, term in terms.items()}
+    if sharded:  # the gradient of what depends on activations is known in backward() only
+        terms |= {bound.key: None for bound in bounds if bound.watches and bound.key in terms}
+    known = {key: _gradient(term, trained) for key, term in terms.items() if term is not None}
+    sizes = dict(zip(known, totals(list(known.values())), strict=True))
+    norms = {key: math.sqrt(float(sizes[key])) if key in sizes else math.nan for key in terms}
     whole = sum(norm for norm in norms.values() if norm == norm)
     return {key: Measure(numbers[key], norm, norm / whole if whole else math.nan) for key, norm in norms.items()}
 
 
-def _gradient_norm(term: Tensor, trained: Sequence[Tensor]) -> float:
-    if not term.requires_grad:
-        return 0.0
-    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if trained else ()
-    return math.sqrt(sum(float(g.abs().double().square().sum()) for g in gradients if g is not None))
+def _gradient(term: Tensor, trained: Sequence[Tensor]) -> list[Term]:
+    """The squares of its gradient, summed for each parameter."""
+    if not term.requires_grad or not trained:
+        return []
+    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+    return [(local(g).abs().double().square().sum(), ranks_of(g)) for g in gradients if g is not None]
 
 
 def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None) -> str:

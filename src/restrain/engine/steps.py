@@ -11,7 +11,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from restrain.engine.feasible import hold
 from restrain.engine.kernels import add_gradient, apply_prox, decay
 from restrain.engine.metric import Taken, looks_before, metric_of
 from restrain.engine.ranks import agreed_seed, common_generator
+from restrain.engine.shards import Term, acting, blank, local, part, ranks_of, totals, value_of
 from restrain.errors import DetachedError, HowError, OptimizerError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.rules import Rule
@@ -128,7 +129,7 @@ class Stepper:
 
     @torch.no_grad()
     def _add_gradients(self, optimizer: Optimizer, with_value: bool = False) -> Tensor:
-        scale, value = getattr(optimizer, "grad_scale", None), torch.zeros(())
+        scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
         for work, p, _ in self._held(optimizer):
             penalties = due(work.gradient, self.steps)
             if p.grad is not None and work.noise:
@@ -137,10 +138,11 @@ class Stepper:
                 continue
             penalty = self._sum(penalties)
             _refuse_sparse(work, p)
-            add_gradient(p.grad, p, penalty, scale)
+            for (own,), (grad, w), _ in acting([penalty], p.grad, p):
+                add_gradient(grad, w, own, scale)
             if with_value:
-                value = value + penalty(p).to(value.device)
-        return value
+                values.append(value_of(penalty, p))
+        return totals([values])[0]
 
     def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
@@ -152,8 +154,8 @@ class Stepper:
             if rule.due(self.steps):
                 key = f"{self.steps} {work.handle.name} {number}"
                 shared = None if self._seed is None else common_generator(self._seed, key, grad.device)
-                added = noise.draw(grad, self.steps - rule.start, shared)
-                grad.add_(added if scale is None else added * scale.to(added.dtype))
+                added = part(noise.draw(blank(grad), self.steps - rule.start, shared), grad)
+                local(grad).add_(added if scale is None else added * scale.to(added.dtype))
 
     @torch.no_grad()
     def _decay(self, optimizer: Optimizer) -> None:
@@ -166,7 +168,8 @@ class Stepper:
             penalties = due(work.decoupled, self.steps)
             if penalties:
                 _refuse_sparse(work, p)
-                decay(p, self._sum(penalties), group["lr"])
+                for (own,), (w,), _ in acting([self._sum(penalties)], p):
+                    decay(w, own, group["lr"])
             if work.proximal and self._looks:
                 scale = getattr(optimizer, "grad_scale", None)
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
@@ -195,15 +198,18 @@ class Stepper:
         metric = metric_of(optimizer)(Taken(group, optimizer.state[p], p, work.kept, before))
         penalties = due(work.proximal, self.steps)
         if penalties:
-            apply_prox(p, self._sum(penalties), metric)
+            for (own,), (w, *moments), _ in acting([self._sum(penalties)], p, *metric.moments):
+                apply_prox(w, own, replace(metric, moments=tuple(moments)))
 
     def _warn_of_empty(self) -> None:
         """Warn once of each weight that proximal rules and constraints have emptied."""
         root = self.root()
-        for work in self.works:
-            p = work.handle.find(root)
+        looked = [(work, work.handle.find(root)) for work in self.works if work.proximal or work.project]
+        looked = [(work, p) for work, p in looked if p.dim() > 1]
+        counts = totals([[(local(p).count_nonzero(), ranks_of(p))] for _, p in looked])
+        for (work, _), count in zip(looked, counts, strict=True):
             acts = work.proximal + work.project
-            empty = self._empty.get(work.handle, 0) + 1 if acts and p.dim() > 1 and not p.any() else 0
+            empty = 0 if count else self._empty.get(work.handle, 0) + 1
             self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
             if empty == 2:  # at two looks running: weights may begin at zero
                 warnings.warn(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from restrain.engine.shards import Term, acting, local, ranks_of, totals
 from restrain.errors import HowError, PenaltyError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.rules import Rule
@@ -203,9 +204,9 @@ def _check(target: Target, rule: Rule) -> None:
         )
 
 
-def _sum(parts: Sequence[Tensor]) -> float:
-    """The sum of 0-d tensors; waits for their device once."""
-    return float(torch.stack([part.to(parts[0].device) for part in parts]).sum()) if parts else 0.0
+def _sum(parts: Sequence[Term]) -> float:
+    """The sum of 0-d tensors, over all processes where they are of shards; waits for their device once."""
+    return float(totals([parts])[0])
 
 
 def _square(w: Tensor) -> Tensor:
@@ -214,11 +215,11 @@ def _square(w: Tensor) -> Tensor:
 
 def _zeros(parameters: Sequence[Tensor]) -> float:
     entries = sum(p.numel() for p in parameters)
-    return 1 - _sum([p.count_nonzero() for p in parameters]) / max(entries, 1)
+    return 1 - _sum([(local(p).count_nonzero(), ranks_of(p)) for p in parameters]) / max(entries, 1)
 
 
 def _norm(parameters: Sequence[Tensor]) -> float:
-    return math.sqrt(_sum([_square(p) for p in parameters]))
+    return math.sqrt(_sum([(_square(local(p)), ranks_of(p)) for p in parameters]))
 
 
 _MEASURES = {"zeros": _zeros, "norm": _norm}
@@ -232,9 +233,10 @@ def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
     for p, penalty in tensors:
         if p.grad is None:
             continue
-        g = penalty.gradient(p) / (max(p.numel(), 1) * len(tensors) if mean else 1)
-        own.append(_square(g))
-        others.append(_square(p.grad - g if inside else p.grad))
+        for (acts,), (w, grad), ranks in acting([penalty], p, p.grad):
+            g = acts.gradient(w) / (max(p.numel(), 1) * len(tensors) if mean else 1)
+            own.append((_square(g), ranks))
+            others.append((_square(grad - g if inside else grad), ranks))
     size, rest = math.sqrt(_sum(own)), math.sqrt(_sum(others))
     return size / (size + rest) if size + rest else None
 

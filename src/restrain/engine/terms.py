@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from restrain.engine.bind import Bound
+from restrain.engine.shards import totals, value_of, whole
 from restrain.penalties import NetworkPenalty, Scaled
 from restrain.rules import What
 from restrain.sites import Handle
 
 
-def parameter_value(bound: Bound, root: nn.Module, frozen: bool = False) -> Tensor:
-    """Strength × value of a rule on parameters, summed over its tensors (averaged under `reduce="mean"`).
+def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = False) -> list[Tensor]:
+    """Strength × value of rules on parameters, each summed over its tensors (averaged under `reduce="mean"`).
 
     Frozen tensors are left out unless asked for; a rule whose tensors all are has the value zero.
     """
-    mean = bound.rule.reduce == "mean"
-    terms = [what.mean(p) if mean else what(p) for p, what in bound.tensors(root, frozen)]
-    if not terms:
-        return torch.zeros(())
-    value: Tensor = terms[0]
-    for term in terms[1:]:
-        value = value + term.to(value.device)
-    return value / len(terms) if mean else value
+    means = [bound.rule.reduce == "mean" for bound in bounds]
+    terms = [
+        [value_of(what, p, mean) for p, what in bound.tensors(root, frozen)]
+        for bound, mean in zip(bounds, means, strict=True)
+    ]
+    counts = [len(own) if mean and own else 1 for own, mean in zip(terms, means, strict=True)]
+    return [value if count == 1 else value / count for value, count in zip(totals(terms), counts, strict=True)]
 
 
 def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
@@ -43,4 +42,4 @@ def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
     """Strength × value of a penalty on the whole network, given named outputs."""
     what: NetworkPenalty = bound.what
-    return what({handle.name: p for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)
+    return what({handle.name: whole(p) for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)

@@ -15,7 +15,7 @@ from restrain.engine.attach import Attachment
 from restrain.engine.bind import Bound
 from restrain.engine.padding import Inputs, positional
 from restrain.engine.taps import Tap, Watch
-from restrain.engine.terms import network_value, parameter_value
+from restrain.engine.terms import network_value, parameter_values
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.statistics import resting
@@ -65,7 +65,7 @@ def training_values(reg: Attachment | None) -> dict[str, Tensor]:
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, reg.model, {})
             elif _is_penalty(bound):
-                values[bound.key] = parameter_value(bound, reg.model)
+                values[bound.key] = parameter_values([bound], reg.model)[0]
     return values
 
 
@@ -124,7 +124,7 @@ class Looking:
                 outputs = {raw.spot.key: raw.spot.seen(self.seen[id(raw)]) for raw in bound.raws}
                 values[bound.key] = network_value(bound, self.model, outputs)
             elif _is_penalty(bound):
-                values[bound.key] = parameter_value(bound, self.model)
+                values[bound.key] = parameter_values([bound], self.model)[0]
         return values
 
     def _value(self, tap: Tap) -> Tensor:

@@ -17,7 +17,7 @@ from restrain.penalties.checks import batch_size, checked_axis, checked_setting
 from restrain.penalties.rows import OfRows
 from restrain.penalties.statistics import unit_axis
 from restrain.rules import How
-from restrain.sites import Handle, near, parameters
+from restrain.sites import Handle, fully_sharded, is_sharded, near, parameters
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,20 @@ class DecoderL1(Penalty):
         if slot is None:
             names = [slot.name for slot in slots]
             raise SelectionError(f"{self!r}: the model has no parameter {self.decoder!r}{near(self.decoder, names)}")
+        self.refuse_sharded(slot.tensor(), model)
         return _BoundDecoderL1(self, slot.handle, weakref.ref(model), grouping_at(self.per, slot.location()))
+
+    def refuse_sharded(self, decoder: Tensor, model: nn.Module) -> None:
+        """Refuse a decoder that FSDP2 gathers for its own layer's forward alone.
+
+        Raises:
+            PenaltyError: so it is.
+        """
+        if is_sharded(decoder) or fully_sharded([model]):
+            raise PenaltyError(
+                f"{self!r} uses a weight within another layer's forward, where FSDP2 doesn't have it: penalise by "
+                "rs.L1() on the output and rs.UnitNorm(per='in') on the decoder, or train by DDP"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +245,7 @@ class _BoundDecoderL1(Penalty, register=False):
         root = self.model()
         assert root is not None  # it is in its forward
         decoder = self.handle.find(root)
+        self.penalty.refuse_sharded(decoder, root)
         lengths = group_norms(decoder.to(torch.promote_types(decoder.dtype, torch.float32)), self.groups).flatten()
         units = w.shape[-1] if w.dim() else 1
         if lengths.numel() != units:
