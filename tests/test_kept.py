@@ -263,3 +263,12 @@ def test_pairs_that_are_none(make, error, what):
 def test_pairs_in_a_file():
     plan = rs.Plan.of(0.1 * rs.Tie("encoder", "decoder", rs.L1(), transposed=True).on("*.weight"))
     assert rs.Plan.from_dict(plan.to_dict()).rules[0] == plan.rules[0]
+
+
+def test_pairs_that_cannot_be_are_refused_at_attach_not_at_their_turn():
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
+    for what in (0.0 * rs.Tie("encoder", "decoder"), 0.5 * (rs.Tie("encoder", "decoder") + rs.ProductNorm("a", "b"))):
+        with pytest.raises(PenaltyError, match="transposed=True"):
+            rs.attach(model, what.on("*.weight", start=1000))
+    with pytest.raises(SelectionError, match="no partner"):
+        rs.attach(model, rs.schedules.WarmUp(9) * rs.Tie("encoder", "other").on("*.weight", every=7))
