@@ -257,7 +257,7 @@ class Run:
         x, y = batch(self.name, number)
         self.optimizer.zero_grad()
         lengths = {"lengths": torch.arange(len(x)) % x.shape[1] + 1} if KINDS[self.name].lengths else {}
-        out = (self.call or self.model)(x, **lengths)
+        out = (self.model if self.call is None else self.call)(x, **lengths)
         loss = F.mse_loss(out, y)
         for reg in self.regs:
             loss = reg.loss(loss)

@@ -276,3 +276,12 @@ def test_a_state_that_is_not_whole_is_refused_and_changes_nothing():
     with pytest.raises(PlanError, match=r"it lacks strengths\['warm'\]: save"):
         reg.load_state_dict({**good, "steps": 3, "strengths": {}})
     assert str(reg.state_dict()) == str(good)
+
+
+def test_pairs_that_cannot_be_are_refused_at_attach_not_at_their_turn():
+    model = nn.ModuleDict({"encoder": nn.Linear(3, 2), "decoder": nn.Linear(2, 3)})
+    for what in (0.0 * rs.Tie("encoder", "decoder"), 0.5 * (rs.Tie("encoder", "decoder") + rs.ProductNorm("a", "b"))):
+        with pytest.raises(PenaltyError, match="transposed=True"):
+            rs.attach(model, what.on("*.weight", start=1000))
+    with pytest.raises(SelectionError, match="no partner"):
+        rs.attach(model, rs.schedules.WarmUp(9) * rs.Tie("encoder", "other").on("*.weight", every=7))

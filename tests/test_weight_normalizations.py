@@ -189,3 +189,24 @@ def test_ones_own_reparametrization():
         with torch.no_grad():
             next(reg.parameters()).fill_(3)
         torch.testing.assert_close(layer.weight, before * 3)
+
+
+def test_looks_of_ours_are_no_steps_of_the_power_method():
+    trained = []
+    for looks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+        parametrizations.spectral_norm(model[2])  # the model's own
+        x, optimizer = torch.randn(5, 4), torch.optim.SGD(model.parameters(), lr=0.1)
+        plan = [rs.SpectralNormalization().on("0.weight")] + [0.0 * rs.L2().on("*.weight")] * looks
+        with rs.attach(model, plan, optimizer) as reg:
+            for _ in range(3):
+                optimizer.zero_grad()
+                reg.loss(model(x).square().mean()).backward()
+                optimizer.step()
+                if looks:
+                    reg.values(), reg.measure(), str(reg)
+            assert all(module.training for module in model.modules())
+            trained.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert trained[0].keys() == trained[1].keys()
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())

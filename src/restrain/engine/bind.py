@@ -22,7 +22,7 @@ from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
-from restrain.penalties import Penalty
+from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
@@ -90,8 +90,17 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         while any(bound.key == key for bound in bounds):
             key, number = f"{rule.label} #{number}", number + 1
         bounds.append(_bind(Bound(rule, key), sites, slots))
+        _check_network(bounds[-1], model)
     _check_parametrized(bounds)
     return bounds
+
+
+def _check_network(bound: Bound, model: nn.Module) -> None:
+    """A penalty on the whole network sees its parameters now, not first when its turn comes in training."""
+    if isinstance(bound.rule.what, NetworkPenalty):
+        found = {handle.name: handle.find(model) for handle, _ in bound.parameters}
+        if found and not any(map(is_lazy, found.values())):
+            bound.rule.what.check(found)
 
 
 def _check_parametrized(bounds: Sequence[Bound]) -> None:

@@ -46,6 +46,13 @@ class NetworkPenalty(What, ABC, register=False):
             "relu#2".
         """
 
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse, when a rule is attached, parameters that it can't take.
+
+        Raises:
+            SelectionError, PenaltyError: so it is.
+        """
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:
             raise SelectionError(
@@ -102,6 +109,9 @@ class ScaledNetwork(NetworkPenalty, register=False):
             return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
         return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
 
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        self.penalty.check(parameters)
+
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
         strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
         return ScaledNetwork(strength, self.penalty.with_strengths(live))
@@ -125,6 +135,10 @@ class NetworkSum(NetworkPenalty, register=False):
         for other in others:
             value = value + other.to(value.device)
         return value
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        for term in self.terms:
+            term.check(parameters)
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
         return NetworkSum(tuple(term.with_strengths(live) for term in self.terms))

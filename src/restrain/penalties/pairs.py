@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError, SelectionError
@@ -29,6 +30,10 @@ class _Pairs(NetworkPenalty, register=False):
                 f"left= and right= are the parts in which the names of a pair differ, such as 'encoder' and 'decoder'; "
                 f"got {self.left!r} and {self.right!r}"
             )
+
+    @torch.no_grad()
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        self(parameters, {})
 
     def _pairs(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
         """Each pair, with its names.
