@@ -25,8 +25,13 @@ REAL = [torch.float32, torch.float64]
 COMPLEX = [torch.complex64, torch.complex128]
 
 
-def flat(cases):
-    return [pytest.param(case, id=repr(case)) for group in cases.values() for case in group]
+def flat(cases, others=()):
+    """All cases; `others` are the marks of those beyond the first of a member."""
+    return [
+        pytest.param(case, id=repr(case), marks=others if number else ())
+        for group in cases.values()
+        for number, case in enumerate(group)
+    ]
 
 
 each_penalty = pytest.mark.parametrize("case", flat(PENALTIES))
@@ -350,7 +355,7 @@ def _fresh_compiler():
     torch._dynamo.reset()  # compiled code makes `attach` warn, in tests to come
 
 
-@each_member
+@pytest.mark.parametrize("case", flat(PENALTIES | TRANSFORMS, others=pytest.mark.slow))
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled(case):
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrizations
 
 import restrain as rs
 from cases import REPARAMETRIZATIONS, Case
-from restrain.errors import RestrainWarning, TransformError
+from restrain.errors import PenaltyError, RestrainWarning, TransformError
 from test_parametrize import flat, matrices, network, steps
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -152,12 +152,13 @@ def test_standardised_filters(kind):
         lambda: rs.WeightStandardization(eps=0),
         lambda: rs.WeightStandardization(gain=1),
         lambda: rs.WeightStandardization().from_free(torch.ones(3, 1)),
-        lambda: rs.SpectralNormalization(rows=0).from_free(torch.ones(3)),
     ],
 )
 def test_settings_are_checked(make):
     with pytest.raises(TransformError):
         make()
+    with pytest.raises(PenaltyError, match="two axes or more"):
+        rs.SpectralNormalization(rows=0).from_free(torch.ones(3))
 
 
 def test_plans_on_file():

@@ -1,9 +1,11 @@
-"""The settings of penalties, transforms and strengths: which were given, and how they are written."""
+"""The settings of penalties, transforms and strengths: what they can be, which were given, how they are written."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
-from typing import Any
+from math import inf, isfinite
+from numbers import Real
+from typing import Any, TypeGuard
 
 
 def given_fields(thing: Any) -> dict[str, Any]:
@@ -23,3 +25,13 @@ def call_text(thing: Any, prefix: str = "") -> str:
     if first is not None and getattr(thing, first) is not None:
         given = {first: getattr(thing, first)}
     return f"{prefix}{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite real number, which True and False aren't."""
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+
+
+def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
+    """Whether it is a whole number, not below `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restrain import registry
 from restrain.errors import HowError, PlanError
-from restrain.fields import call_text
+from restrain.fields import call_text, is_whole
 from restrain.places import Places
 from restrain.schedule import Strength
 from restrain.select import Where, as_where, weights
@@ -175,9 +175,9 @@ def _check(rule: Rule) -> None:
         raise PlanError(f"reduce= is 'sum' or 'mean', got {rule.reduce!r}")
     if rule.reduce == "mean" and not what.entrywise:
         raise PlanError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {what!r}")
-    if not isinstance(rule.every, int) or isinstance(rule.every, bool) or rule.every < 1:
+    if not is_whole(rule.every, 1):
         raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {rule.every!r}")
-    if not isinstance(rule.start, int) or isinstance(rule.start, bool) or rule.start < 0:
+    if not is_whole(rule.start, 0):
         raise PlanError(f"start= is a whole number of optimizer steps, zero or more; got {rule.start!r}")
     if (rule.every != 1 or rule.start) and rule.how in ("forward", "parametrize"):
         raise PlanError(

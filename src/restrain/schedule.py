@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import cos, isfinite, pi, prod
+from math import cos, pi, prod
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from restrain.errors import PenaltyError
-from restrain.fields import call_text
+from restrain.fields import call_text, is_number, is_whole
 
 Unit = Literal["step", "epoch"]
 
@@ -358,7 +358,7 @@ KINDS = ("zeros", "norm", "active", "gradient_share")
 
 
 def _is_strength(number: Any) -> bool:
-    return isinstance(number, Real) and not isinstance(number, bool) and isfinite(number) and float(number) >= 0
+    return is_number(number) and float(number) >= 0
 
 
 def checked_number(name: str, number: Any) -> float:
@@ -378,7 +378,7 @@ def _check_strengths(strength: Strength, *names: str) -> None:
 
 
 def _check_count(name: str, count: Any, low: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool) or count < low:
+    if not is_whole(count, low):
         raise PenaltyError(f"{name}= is a whole number, at least {low}; got {count!r}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from restrain.errors import PlanError
+from restrain.fields import is_number
 
 _CLASSES = {
     name.lower(): cls
@@ -67,7 +67,7 @@ def rate_at(learning_rate: Any, epoch: int) -> float:
         PlanError: it isn't a finite number, zero or more.
     """
     rate = learning_rate(epoch) if callable(learning_rate) else learning_rate
-    if isinstance(rate, bool) or not isinstance(rate, Real) or not isfinite(rate) or rate < 0:
+    if not is_number(rate) or rate < 0:
         raise PlanError(
             f"learning_rate= is a finite number, zero or more, or a function epoch → such a number; got {rate!r}"
         )

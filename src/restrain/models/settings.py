@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from restrain.errors import PlanError
+from restrain.fields import is_number
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Settings:
                 raise PlanError(f"{name}= is a whole number, at least 1; got {value!r}")
         if self.patience is not None and (not isinstance(self.patience, Integral) or self.patience < 1):
             raise PlanError(f"patience= is a whole number, at least 1, or None; got {self.patience!r}")
-        if not _is_number(self.min_improvement) or self.min_improvement < 0:
+        if not is_number(self.min_improvement) or self.min_improvement < 0:
             raise PlanError(f"min_improvement= is a part such as 0.01, zero or more; got {self.min_improvement!r}")
         if self.max_gradient_norm is not None and not (
-            _is_number(self.max_gradient_norm) and self.max_gradient_norm > 0
+            is_number(self.max_gradient_norm) and self.max_gradient_norm > 0
         ):
             raise PlanError(f"max_gradient_norm= is a number above zero or None; got {self.max_gradient_norm!r}")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, Path)):
@@ -80,7 +80,3 @@ def _plain(value: Any) -> Any:
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

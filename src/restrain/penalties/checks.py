@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from math import inf, isfinite
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError
+from restrain.fields import is_number, is_whole
 from restrain.schedule import Strength, checked_number
 
 
@@ -76,8 +76,7 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
     Raises:
         PenaltyError: so it is.
     """
-    inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
-    if not inside or not (low < number < high or (closed and number == low)):
+    if not is_number(number) or not (low < number < high or (closed and number == low)):
         least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
         most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
         raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
@@ -100,6 +99,6 @@ def checked_axis(name: str, axis: Any) -> int | None:
     Raises:
         PenaltyError: it is something else.
     """
-    if axis is not None and (not isinstance(axis, int) or isinstance(axis, bool)):
-        raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")
-    return axis
+    if axis is None or is_whole(axis):
+        return axis
+    raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import CaptureError, PenaltyError, PlanError, SelectionError
+from restrain.fields import is_whole
 from restrain.penalties.again import Randomness, plainly, spare_buffers
 from restrain.penalties.checks import at_hand, checked_factor, shown, times
 from restrain.penalties.estimators import Batch, Run, between, pushed
@@ -130,7 +131,7 @@ class DerivativePenalty(OnDerivatives, register=False):
     def __post_init__(self) -> None:
         if self.estimator not in self.estimators:
             raise PenaltyError(f"estimator= is one of {', '.join(map(repr, self.estimators))}; got {self.estimator!r}")
-        if not isinstance(self.projections, int) or isinstance(self.projections, bool) or self.projections < 1:
+        if not is_whole(self.projections, 1):
             raise PenaltyError(f"projections= is a whole number, at least 1; got {self.projections!r}")
         for name, place in (("of", self.of), ("wrt", self.wrt)):
             if not (place is None or isinstance(place, Places) or (name == "of" and self.of_loss)):

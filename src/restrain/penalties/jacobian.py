@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isfinite
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from restrain.errors import CaptureError, PenaltyError, PlanError
+from restrain.fields import is_number
 from restrain.penalties.derivative import CLOSED, COMPILED, RUNNING, Choice, DerivativePenalty, Estimator
 from restrain.penalties.estimators import Batch, exact, linear, of_the_same, projected
 from restrain.penalties.shrink import at_least_float32
@@ -140,8 +139,7 @@ class GradientPenalty(DerivativePenalty):
     estimators = ("auto", "exact", "jvp", "difference")
 
     def __post_init__(self) -> None:
-        number = isinstance(self.target, Real) and not isinstance(self.target, bool)
-        if not number or not (self.target >= 0 and isfinite(self.target)):
+        if not is_number(self.target) or self.target < 0:
             raise PenaltyError(f"target= is a finite number, zero or more; got {self.target!r}")
         DerivativePenalty.__post_init__(self)
         if self.estimator in RUNNING and (self.target or self.of_loss):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from math import isfinite
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError
+from restrain.fields import is_number
 from restrain.penalties.rows import OfRows
 from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
 from restrain.penalties.strings import taut_slopes
@@ -46,12 +45,12 @@ class SLOPE(OfRows):
 
     def __post_init__(self) -> None:
         weights = tuple(self.weights) if isinstance(self.weights, Iterable) else (self.weights,)
-        numbers = [w for w in weights if isinstance(w, Real) and not isinstance(w, bool) and isfinite(w) and w >= 0]
+        numbers = [w for w in weights if is_number(w) and w >= 0]
         if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
         object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
         given = self.q != 0
-        if given and not (isinstance(self.q, Real) and not isinstance(self.q, bool) and 0 < self.q < 1):
+        if given and not (is_number(self.q) and 0 < self.q < 1):
             raise PenaltyError(f"q= is a rate between 0 and 1; got {self.q!r}")
         if given == bool(weights):
             raise PenaltyError("SLOPE takes either weights= or q=, as in SLOPE(q=0.1)")

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from restrain.axes import NAMES, Grouping, Per, checked, grouping
 from restrain.errors import PenaltyError
+from restrain.fields import is_whole
 from restrain.penalties.shrink import at_least_float32
 from restrain.sites import Location
 
@@ -32,9 +33,9 @@ def checked_rows(rows: Any) -> Rows:
     """
     if isinstance(rows, list | tuple):
         dims = tuple(rows)
-        if dims and all(isinstance(dim, int) and not isinstance(dim, bool) for dim in dims):
+        if dims and all(map(is_whole, dims)):
             return dims
-    elif (isinstance(rows, Grouping | int) and not isinstance(rows, bool)) or rows in NAMES:
+    elif isinstance(rows, Grouping) or is_whole(rows) or rows in NAMES:
         return checked(rows)
     raise PenaltyError(
         f"rows= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, or some dims such as (0, 1); got {rows!r}"

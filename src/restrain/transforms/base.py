@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from math import isfinite
-from numbers import Real
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -12,6 +10,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import SelectionError, TransformError
+from restrain.fields import is_number
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How, What
@@ -219,8 +218,7 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
     Raises:
         TransformError: so it is.
     """
-    inside = isinstance(number, Real) and not isinstance(number, bool) and isfinite(number)
-    if not inside or not (low < number < high or (closed and number == low)):
+    if not is_number(number) or not (low < number < high or (closed and number == low)):
         raise TransformError(f"{name} must be {meaning}; got {number!r}")
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError, TransformError
+from restrain.fields import is_whole
 from restrain.transforms.base import Noise, checked_number, checked_type
 from restrain.transforms.layout import PLAIN, Layout, Same, blank, checked_same, spread
 
@@ -189,7 +190,7 @@ class BlockDropout(_Rated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
+        if not is_whole(self.size, 1):
             raise TransformError(f"size must be the side of a block, a whole number from 1; got {self.size!r}")
 
     def at(self, x: Tensor, layout: Layout) -> Tensor:

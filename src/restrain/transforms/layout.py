@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from restrain.errors import TransformError
+from restrain.fields import is_whole
 
 Same: TypeAlias = str | int | tuple[int, ...] | None
 
@@ -34,7 +35,7 @@ def checked_same(same: Any) -> Same:
         TransformError: it is neither a known name nor dims.
     """
     dims = tuple(same) if isinstance(same, (tuple, list)) else (same,)
-    if same in (None, "time", "space") or (dims and all(isinstance(d, int) and not isinstance(d, bool) for d in dims)):
+    if same in (None, "time", "space") or (dims and all(map(is_whole, dims))):
         return dims if isinstance(same, (tuple, list)) else same
     raise TransformError(f"same_over= is 'time', 'space', a dim or a tuple of dims; got {same!r}")
 

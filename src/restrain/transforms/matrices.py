@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import TransformError
+from restrain.fields import is_whole
 from restrain.penalties.unfold import (
     Rows,
     SpectralMap,
@@ -218,7 +219,7 @@ class LowRank(_OfMatrix):
     cone = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1:
+        if not is_whole(self.k, 1):
             raise TransformError(f"k must be a whole number, one or more; got {self.k!r}")
         _OfMatrix.__post_init__(self)
 

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, grouping, grouping_at
 from restrain.errors import TransformError
+from restrain.fields import is_whole
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.sites import Location
 from restrain.transforms.base import Constraint, wide
 from restrain.transforms.sets import ByGroup, MaybePer
-
-
-def _is_count(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
 
 
 def largest(size: Tensor, k: int) -> Tensor:
@@ -61,7 +58,7 @@ class TopK(ByGroup):
     cone = True
 
     def __post_init__(self) -> None:
-        if not _is_count(self.k) and not (isinstance(self.k, float) and 0 < self.k < 1):
+        if not is_whole(self.k, 1) and not (isinstance(self.k, float) and 0 < self.k < 1):
             raise TransformError(
                 f"k must be a whole number, one or more, or a fraction between 0 and 1; got {self.k!r}"
             )
@@ -112,7 +109,7 @@ class NM(Constraint):
     cone = True
 
     def __post_init__(self) -> None:
-        if not (_is_count(self.n) and _is_count(self.m) and self.n < self.m):
+        if not (is_whole(self.n, 1) and is_whole(self.m, 1) and self.n < self.m):
             raise TransformError(f"n and m must be whole numbers with 1 ≤ n < m; got n={self.n!r}, m={self.m!r}")
         checked(self.along)
 

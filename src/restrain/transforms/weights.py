@@ -13,8 +13,10 @@ from torch.nn.utils import parametrizations
 
 from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
 from restrain.errors import TransformError
+from restrain.fields import is_whole
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
+from restrain.penalties.unfold import Rows, checked_rows, from_matrix, to_matrix, unfolding, unfolding_at
 from restrain.sites import Location
 from restrain.transforms.base import Computed, Noise, Reparametrization, checked_number
 from restrain.transforms.sets import directions
@@ -175,12 +177,11 @@ class SpectralNormalization(Reparametrization):
 
     Args:
         iterations: steps of the power method a forward, or None.
-        rows: what one row of the matrix is, by the meaning of the axis or as a dim (see `axes`); all other dims
-            together are its columns.
+        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
 
     Raises:
         TransformError: other `iterations`; at attach, a weight of zeros, which has no σ.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
 
     Source: Miyato and others (2018), eq. 8 and algorithm 1.
 
@@ -190,14 +191,14 @@ class SpectralNormalization(Reparametrization):
     """
 
     iterations: int | None = 1
-    rows: Per = "out"
+    rows: Rows = "out"
 
     keywords = ("spectral_normalization", "spectral_norm")
 
     def __post_init__(self) -> None:
-        checked(self.rows)
+        object.__setattr__(self, "rows", checked_rows(self.rows))
         number = self.iterations
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
+        if number is not None and not is_whole(number, 1):
             raise TransformError(
                 f"iterations= is a whole number, at least 1, or None for the exact norm; got {number!r}"
             )
@@ -213,14 +214,10 @@ class SpectralNormalization(Reparametrization):
         return _PowerMethod(self, w.detach()) if self.iterations and w.numel() else Computed(self, w)
 
     def _matrix(self, w: Tensor) -> Tensor:
-        groups = grouping(self.rows, w.shape)
-        if not groups.reduced:
-            raise TransformError(f"{self!r} needs a weight with two axes or more, got one of shape {tuple(w.shape)}")
-        rows = groups.view(w).permute(*groups.keep, *groups.reduced)
-        return rows.flatten(0, len(groups.keep) - 1).flatten(1)
+        return to_matrix(w, unfolding(self.rows, w.shape))
 
     def bound_to(self, at: Location) -> SpectralNormalization:
-        return dataclasses.replace(self, rows=grouping_at(self.rows, at))
+        return dataclasses.replace(self, rows=unfolding_at(self.rows, at))
 
 
 class _PowerMethod(nn.Module):
@@ -235,14 +232,9 @@ class _PowerMethod(nn.Module):
         self.norm: Any = holder.parametrizations["matrix"][0]  # type: ignore[index]
 
     def forward(self, v: Tensor) -> Tensor:
-        return in_float32(lambda x: self._back(self.norm(self.what._matrix(x.to(self.norm._u))), v), v).to(v.dtype)
-
-    def _back(self, matrix: Tensor, v: Tensor) -> Tensor:
-        """The tensor of v's shape that the matrix is an unfolding of."""
-        groups = grouping(self.what.rows, v.shape)
-        order = (*groups.keep, *groups.reduced)
-        rows = matrix.reshape([groups.shape[dim] for dim in order])
-        return rows.permute([order.index(dim) for dim in range(len(order))]).reshape(v.shape)
+        groups = unfolding(self.what.rows, v.shape)
+        matrix = in_float32(lambda x: self.norm(to_matrix(x.to(self.norm._u), groups)), v)
+        return from_matrix(matrix, groups, tuple(v.shape)).to(v.dtype)
 
     def right_inverse(self, w: Tensor) -> Tensor:
         return w
