@@ -193,7 +193,7 @@ class SpectralNormalization(Reparametrization):
     iterations: int | None = 1
     rows: Rows = "out"
 
-    keywords = ("spectral_normalization", "spectral_norm")
+    keywords = ("spectral_normalization",)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", checked_rows(self.rows))
