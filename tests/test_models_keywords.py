@@ -254,7 +254,7 @@ def test_noise_acts_at_its_places_and_in_training_only():
         ({"dropout": 0.3}, PlanError, "dict of globs over layers.*hidden_dropout"),
         ({"noise": {"hid9": 0.1}}, PlanError, "'hid9' matches no layer.*'hid1'"),
         ({"input_noise": -0.1}, RestrainError, "standard deviation"),
-        ({"max_norm": 0.0}, RestrainError, "max_norm=0.0: max_norm must be a finite number above zero"),
+        ({"max_norm": 0.0}, RestrainError, "max_norm=0.0: max_norm= is a finite number above zero"),
         ({"nonnegative": {"on": "hid3.weight"}}, SelectionError, "selects no parameter"),
         ({"contractive": {"strength": 0.1, "reduce": "mean"}}, PlanError, "entrywise"),
         ({"recurrent_norm": 0.1}, PlanError, "needs a recurrent layer.*there are: in, hid1, out"),

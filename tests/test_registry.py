@@ -54,6 +54,14 @@ def test_names_of_ours_cannot_be_taken():
     assert L2()(torch.ones(2)) == 2
 
 
+def test_no_two_of_ours_have_the_same_name():
+    classes = {cls for cls in map(registry.lookup, registry.names()) if cls.__module__.startswith("restrain.")}
+    assert len(classes) > 60
+    for cls in classes:
+        assert {registry.lookup(name) for name in (cls.__name__, *vars(cls).get("keywords", ()))} == {cls}
+    assert registry.lookup("spectral_norm") is rs.SpectralNorm
+
+
 def test_keywords_of_the_models_are_no_names_of_penalties():
     keywords = {name for model in (rs.Classifier, rs.Regressor, rs.Autoencoder) for name in model().get_params()}
     assert keywords - set(registry.names()) == registry.RESERVED

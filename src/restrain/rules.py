@@ -174,7 +174,7 @@ def _check(rule: Rule) -> None:
     if rule.reduce not in ("sum", "mean"):
         raise PlanError(f"reduce= is 'sum' or 'mean', got {rule.reduce!r}")
     if rule.reduce == "mean" and not what.entrywise:
-        raise PlanError(f"reduce='mean' is for entrywise penalties (L1, L2, ElasticNet), not for {what!r}")
+        raise PlanError(f"reduce='mean' is for entrywise penalties such as L1 and L2, not for {what!r}")
     if not is_whole(rule.every, 1):
         raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {rule.every!r}")
     if not is_whole(rule.start, 0):

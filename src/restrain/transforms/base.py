@@ -219,7 +219,7 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
         TransformError: so it is.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
-        raise TransformError(f"{name} must be {meaning}; got {number!r}")
+        raise TransformError(f"{name}= is {meaning}; got {number!r}")
 
 
 def checked_type(noise: Noise, x: Tensor) -> None:

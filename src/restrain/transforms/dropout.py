@@ -191,7 +191,7 @@ class BlockDropout(_Rated):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not is_whole(self.size, 1):
-            raise TransformError(f"size must be the side of a block, a whole number from 1; got {self.size!r}")
+            raise TransformError(f"size= is the side of a block, a whole number from 1; got {self.size!r}")
 
     def at(self, x: Tensor, layout: Layout) -> Tensor:
         self.check(x)

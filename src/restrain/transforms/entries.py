@@ -94,10 +94,10 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
             if not isinstance(bound, Real) or isinstance(bound, bool) or isnan(bound):
-                raise TransformError(f"{name} must be a number, or infinite; got {bound!r}")
+                raise TransformError(f"{name}= is a number, or infinite; got {bound!r}")
         if not self.low <= self.high or self.low == inf or self.high == -inf:
             raise TransformError(
-                f"low must be a number that is not above high, got low={self.low!r} and high={self.high!r}"
+                f"low= is a number that is not above high=; got low={self.low!r} and high={self.high!r}"
             )
 
     def project(self, w: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
     try:
         return torch.tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TransformError(f"{name} must be a number, a tensor, or nested lists as deep as one: {error}") from error
+        raise TransformError(f"{name}= is a number, a tensor, or nested lists as deep as one: {error}") from error
 
 
 def _spread(name: str, numbers: Tensor, like: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Signs(Constraint):
         object.__setattr__(self, "pattern", _plain(self.pattern))
         numbers = self._numbers
         if numbers.dtype == torch.bool or not ((numbers == 0) | (numbers.abs() == 1)).all():
-            raise TransformError(f"pattern must hold -1, 0 and 1 only; got {_shown(self.pattern)}")
+            raise TransformError(f"pattern= holds -1, 0 and 1 only; got {_shown(self.pattern)}")
 
     @cached_property
     def _numbers(self) -> Tensor:
@@ -228,10 +228,10 @@ class Fixed(Constraint):
         if not callable(self.mask):
             object.__setattr__(self, "mask", _plain(self.mask))
             if not ((self._where == 0) | (self._where == 1)).all():
-                raise TransformError(f"mask must hold true and false only; got {_shown(self.mask)}")
+                raise TransformError(f"mask= holds true and false only; got {_shown(self.mask)}")
         object.__setattr__(self, "values", _plain(self.values))
         if self.values is not None and not self._numbers.isfinite().all():
-            raise TransformError(f"values must be finite; got {_shown(self.values)}")
+            raise TransformError(f"values= are finite; got {_shown(self.values)}")
 
     @cached_property
     def _where(self) -> Tensor:

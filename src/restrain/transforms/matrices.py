@@ -232,7 +232,7 @@ class LowRank(_OfMatrix):
 
     def __post_init__(self) -> None:
         if not is_whole(self.k, 1):
-            raise TransformError(f"k must be a whole number, one or more; got {self.k!r}")
+            raise TransformError(f"k= is a whole number, one or more; got {self.k!r}")
         _OfMatrix.__post_init__(self)
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:

@@ -59,9 +59,7 @@ class TopK(ByGroup):
 
     def __post_init__(self) -> None:
         if not is_whole(self.k, 1) and not (isinstance(self.k, float) and 0 < self.k < 1):
-            raise TransformError(
-                f"k must be a whole number, one or more, or a fraction between 0 and 1; got {self.k!r}"
-            )
+            raise TransformError(f"k= is a whole number, one or more, or a fraction between 0 and 1; got {self.k!r}")
         ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
@@ -110,7 +108,7 @@ class NM(Constraint):
 
     def __post_init__(self) -> None:
         if not (is_whole(self.n, 1) and is_whole(self.m, 1) and self.n < self.m):
-            raise TransformError(f"n and m must be whole numbers with 1 ≤ n < m; got n={self.n!r}, m={self.m!r}")
+            raise TransformError(f"n= and m= are whole numbers with 1 ≤ n < m; got n={self.n!r}, m={self.m!r}")
         checked(self.along)
 
     def project(self, w: Tensor) -> Tensor:
