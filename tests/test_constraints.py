@@ -247,7 +247,7 @@ def test_tangent_at_what_a_projection_gives(dtype):
     ],
 )
 def test_refuses_settings(make):
-    with pytest.raises(TransformError, match="= (is|are|holds) "):
+    with pytest.raises(TransformError, match=r"= (is|are|holds) "):
         make()
 
 
