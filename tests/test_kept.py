@@ -276,3 +276,11 @@ def test_a_state_that_is_not_whole_is_refused_and_changes_nothing():
     with pytest.raises(PlanError, match=r"it lacks strengths\['warm'\]: save"):
         reg.load_state_dict({**good, "steps": 3, "strengths": {}})
     assert str(reg.state_dict()) == str(good)
+
+
+def test_a_strength_within_a_pair_moves():
+    model = line()
+    pair = rs.Tie("0", "2", penalty=rs.schedules.Linear(0, 0.5, 5) * rs.L2(), transposed=True)
+    reg = steps(model, pair.on("*.weight", name="tie"), count=2)
+    difference = (model[0].weight - model[2].weight.T).square().sum().item()
+    assert reg.values()["tie"] == pytest.approx(0.2 * difference, rel=1e-5)
