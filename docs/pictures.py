@@ -250,7 +250,37 @@ def strength():
     return figure
 
 
+def reparametrization():
+    """Weights over the free entry that they are computed from; arrows from free pairs to weights of two entries."""
+    figure, axes = panels(4, 4)
+    v = torch.linspace(-3, 3, 301).reshape(-1, 1)
+    for ax, member in zip(axes, [rs.NonNegative(), rs.Box(-1, 1)], strict=False):
+        title(ax, member)
+        ax.plot(v, v, color=GREY, lw=0.5, ls=":")
+        ax.plot(v, member.from_free(v), color=BLUE)
+    for ax, member in zip(axes[2:], [rs.UnitNorm("row"), rs.MaxNorm(1.0, "row")], strict=True):
+        title(ax, member)
+        arrows(ax, lambda w, member=member: member.from_free(w.reshape(1, 2))[0])
+    return figure
+
+
+def normalization():
+    """Data with outliers, and what the two make of it."""
+    torch.manual_seed(0)
+    y = torch.cat([torch.randn(500, 1) * 3 + 20, torch.randn(25, 1) * 3 + 70])
+    figure, axes = panels(3, 3)
+    scales = [rs.Standardize().fit(y), rs.RobustScale().fit(y)]
+    names = ["data, one in twenty wrong", "Standardize()", "RobustScale()"]
+    for ax, name, z in zip(axes, names, [y, *[scale(y) for scale in scales]], strict=True):
+        ax.hist(z.flatten().numpy(), 50, color=BLUE)
+        ax.axvspan(-1, 1, color=GREY, alpha=0.4, lw=0) if z is not y else None
+        ax.set_title(name, fontsize=8)
+        ax.tick_params(labelsize=6)
+    return figure
+
+
 DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
+DRAWN += (reparametrization, normalization)
 PICTURES = {function.__name__: function for function in DRAWN}
 
 

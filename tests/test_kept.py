@@ -285,3 +285,11 @@ def test_pairs_that_cannot_be_are_refused_at_attach_not_at_their_turn():
             rs.attach(model, what.on("*.weight", start=1000))
     with pytest.raises(SelectionError, match="no partner"):
         rs.attach(model, rs.schedules.WarmUp(9) * rs.Tie("encoder", "other").on("*.weight", every=7))
+
+
+def test_a_strength_within_a_pair_moves():
+    model = line()
+    pair = rs.Tie("0", "2", penalty=rs.schedules.Linear(0, 0.5, 5) * rs.L2(), transposed=True)
+    reg = steps(model, pair.on("*.weight", name="tie"), count=2)
+    difference = (model[0].weight - model[2].weight.T).square().sum().item()
+    assert reg.values()["tie"] == pytest.approx(0.2 * difference, rel=1e-5)

@@ -157,9 +157,10 @@ def test_adds_only_penalties(other):
         other + rs.L1()
 
 
-def test_a_tensor_is_no_strength():
-    with pytest.raises(TypeError):
-        torch.tensor(2.0) * rs.L1()
+@pytest.mark.parametrize("multiply", [lambda t: t * rs.L1(), lambda t: rs.L1() * t])
+def test_a_tensor_is_no_strength(multiply):
+    with pytest.raises(PenaltyError, match=r"write float\(strength\)"):
+        multiply(torch.tensor(2.0))
 
 
 def test_says_what_kind_a_sum_is():

@@ -274,6 +274,7 @@ class Sum(rs.NetworkPenalty, register=False):
         (rs.Target(active=0.5) * rs.L1().on("weight"), "is for rules on outputs"),
         (rs.Target(norm=1.0) * rs.L1().on(rs.outputs()), "is for rules on parameters.*use a target by active="),
         (rs.Target(gradient_share=0.1) * Sum().on("weight"), "whole network"),
+        (rs.Target(active=0.1) * rs.JacobianNorm().on(), "isn't known for a penalty on derivatives"),
     ],
 )
 def test_targets_that_a_rule_cannot_have(rule, words):

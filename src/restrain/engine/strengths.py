@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from restrain.engine.shards import Term, acting, local, ranks_of, totals
 from restrain.errors import HowError, PenaltyError, RestrainWarning
 from restrain.penalties import Penalty
+from restrain.penalties.derivative import OnDerivatives
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 
@@ -192,6 +193,10 @@ def tensor_of(source: Strength, known: list[Moving], rule: Rule, key: str, devic
 
 def _check(target: Target, rule: Rule) -> None:
     """Refuse a target that can't be measured for a rule."""
+    if isinstance(rule.what, OnDerivatives):
+        raise HowError(
+            f"{target!r} isn't known for a penalty on derivatives, {rule.what!r}: use a number or a schedule"
+        )
     if (target.kind == "active") != rule.at_places:
         other = "zeros=, norm= or gradient_share=" if target.kind == "active" else "active="
         what = "outputs" if target.kind == "active" else "parameters"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.checks import at_hand, batch_size, checked_factor, is_off, nothing, shown, times
+from restrain.penalties.checks import at_hand, batch_size, checked_factor, is_off, nothing, refuse_tensor, shown, times
 from restrain.penalties.formula import Tensors as Tensors
 from restrain.penalties.formula import in_float32 as in_float32
 from restrain.penalties.formula import of_tensors, taking_masks
@@ -173,6 +173,7 @@ class Penalty(What, ABC, register=False):
         return [(1.0, self)]
 
     def __mul__(self, strength: Any) -> Penalty:
+        refuse_tensor(strength)
         return NotImplemented if not isinstance(strength, (Real, Strength)) else _scaled(strength, self)
 
     __rmul__ = __mul__

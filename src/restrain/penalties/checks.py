@@ -35,6 +35,18 @@ def checked_factor(strength: Any) -> Any:
     return strength if isinstance(strength, (Strength, Tensor)) else checked_number("a strength", strength)
 
 
+def refuse_tensor(strength: Any) -> None:
+    """Refuse a tensor that someone multiplies a penalty by.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if isinstance(strength, Tensor):
+        raise PenaltyError(
+            "a strength is a number, not a tensor: write float(strength), or a schedule or target for one that moves"
+        )
+
+
 def at_hand(strength: Any, penalty: object) -> Any:
     """The strength itself: a number, or the tensor that holds one that moves.
 

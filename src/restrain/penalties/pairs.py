@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from restrain.penalties.base import Penalty, in_float32
 from restrain.penalties.checks import checked_flag
 from restrain.penalties.entrywise import L2
 from restrain.penalties.network import NetworkPenalty
+from restrain.schedule import Strength
 from restrain.sites import near
 
 
@@ -100,6 +102,9 @@ class Tie(_Pairs):
                 )
             terms.append(self.penalty(a - other.to(a.device)))
         return sum(terms[1:], terms[0])
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Tie:
+        return dataclasses.replace(self, penalty=self.penalty.with_strengths(live))
 
 
 @dataclass(frozen=True)
