@@ -284,18 +284,6 @@ def run_rank(rank, port, results, cases):
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
 
 
-def run_many(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", RestrainWarning)
-    dist.init_process_group("gloo", rank=rank, world_size=4)
-    found = {(plan, optimizer): train(PLANS[plan], optimizer, rank, 4, width=50) for plan, optimizer in SLOW}
-    found["mesh"] = train(PLANS["loss"] + PLANS["constraints"], "Adam", rank, 4, mesh=(2, 2))
-    results[rank] = found
-    dist.barrier()
-    os._exit(0)
-
-
 def spawned(run, count, *arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -325,20 +313,6 @@ def test_two_ranks_equal_one_process(ranks_found, case):
         if case[0] == "outputs":  # of each rank's own batch, as the data loss is; gradients of FSDP come in backward()
             told = expected[1]
         equal((weights, told), expected)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::restrain.errors.RestrainWarning")
-def test_four_ranks_and_every_optimizer():
-    found = spawned(run_many, 4)
-    for case in SLOW:
-        expected = train(PLANS[case[0]], case[1], width=50)
-        for rank in range(4):
-            weights, told, _ = found[rank][case]
-            equal((weights, expected[1] if case[0] == "outputs" else told), expected)
-    expected = train(PLANS["loss"] + PLANS["constraints"], "Adam")
-    for rank in range(4):
-        equal(found[rank]["mesh"], expected)
 
 
 def test_rules_attached_before_sharding(ranks_found):
