@@ -34,18 +34,6 @@ Ranks: TypeAlias = tuple[tuple[Any, int], ...]
 Term: TypeAlias = tuple[Tensor, Ranks]
 
 
-class _Apart(torch.autograd.Function):
-    """The identity, whose gradient has memory of its own: FSDP2 adds to what has arrived at a shard in place."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.clone()
-
-
 class _OverRanks(torch.autograd.Function):
     """The sums over processes; each one's own part of the gradient is that of its own term."""
 
@@ -63,17 +51,12 @@ class _OverRanks(torch.autograd.Function):
 
 def local(t: Any) -> Tensor:
     """The process's own part, which lies in the memory of `t`; of any other tensor all. Differentiable."""
-    return _with_gradient(t, t.to_local()) if is_sharded(t) else t
+    return t.to_local() if is_sharded(t) else t  # type: ignore[no-any-return]
 
 
 def whole(t: Any) -> Tensor:
     """The gathered tensor; any other one itself. Differentiable, where all processes compute the same of it."""
-    return _with_gradient(t, t.full_tensor()) if is_sharded(t) else t
-
-
-def _with_gradient(t: Tensor, plain: Tensor) -> Tensor:
-    wanted = torch.is_grad_enabled() and t.requires_grad
-    return _Apart.apply(plain) if wanted else plain  # type: ignore[no-untyped-call]
+    return t.full_tensor() if is_sharded(t) else t  # type: ignore[no-any-return]
 
 
 def part(full: Tensor, like: Any) -> Tensor:
