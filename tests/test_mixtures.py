@@ -16,18 +16,30 @@ THOROUGH = settings(max_examples=1000, suppress_health_check=list(HealthCheck))
 
 
 def accepted(name, optimizer, rules):
-    """Those rules that can join the ones before; a refused one leaves nothing behind."""
-    taken = []
-    for rule in rules:
+    """Those rules that can join the ones before, and train with them; a refused one leaves nothing behind."""
+
+    def attached(plan):
         model = fresh(name)
         opt = OPTIMIZERS[optimizer](model.parameters())
         clean = traces(model, opt)
-        error = refusal(lambda rule=rule, model=model, opt=opt: rs.attach(model, [*taken, rule], opt).detach())
+        error = refusal(lambda: rs.attach(model, plan, opt).detach())
         assert traces(model, opt) == clean
-        error = error or refusal(lambda rule=rule: trained(name, optimizer, [*taken, rule]).detach())
+        return error
+
+    def training(plan):
+        return refusal(lambda: trained(name, optimizer, plan).detach())
+
+    taken = joined(rules, attached)
+    return taken if taken and training(taken) is None else joined(taken, training)
+
+
+def joined(rules, refused):
+    """One after the other, those that aren't refused beside the ones before."""
+    taken = []
+    for rule in rules:
+        error = refused([*taken, rule])
         assert error is None or len(error) > 20
-        if error is None:
-            taken.append(rule)
+        taken += [rule] * (error is None)
     return taken
 
 
