@@ -100,7 +100,7 @@ def _check_network(bound: Bound, model: nn.Module) -> None:
     if isinstance(bound.rule.what, NetworkPenalty):
         found = {handle.name: handle.find(model) for handle, _ in bound.parameters}
         if found and not any(map(is_lazy, found.values())):
-            bound.rule.what.check(found)
+            bound.what.check(found)
 
 
 def _check_parametrized(bounds: Sequence[Bound]) -> None:

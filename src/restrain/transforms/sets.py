@@ -25,7 +25,7 @@ class ByGroup(Constraint, register=False):
     per: Any
 
     def __post_init__(self) -> None:
-        if self.per is not None or type(self).per is not None:  # None only where it is the default
+        if self.per is not None:
             object.__setattr__(self, "per", checked(self.per))
 
     def groups(self, w: Tensor) -> Grouping:
