@@ -122,6 +122,14 @@ def test_a_checkpoint_is_a_reference(tmp_path, suffix):
         rs.attach(nn.Linear(1, 1), rs.Distance(to=str(path)).on("weight"))
 
 
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
+    model, path = line(), tmp_path / "pretrained.pt"
+    for shift in (1.0, 2.0):
+        torch.save({name: p + shift for name, p in model.state_dict().items()}, path)
+        with rs.attach(model, rs.Distance(to=str(path)).on("*.weight")) as reg:
+            assert sum(reg.values().values()) == pytest.approx(24 * shift**2, rel=1e-5)
+
+
 def test_elastic_weight_consolidation_is_made_of_both():
     model = line()
     fisher = {name: torch.rand_like(p) for name, p in model.named_parameters()}

@@ -228,7 +228,7 @@ def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
 def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
     """The tensor that is given for a parameter."""
     if isinstance(given, (str, Path)):
-        given = _loaded(Path(given))
+        given = _loaded(Path(given), Path(given).stat().st_mtime_ns)
     if isinstance(given, Mapping):
         if at.name not in given:
             raise PenaltyError(
@@ -243,8 +243,11 @@ def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file, by the names that they have without wrappers."""
+def _loaded(path: Path, written: int) -> dict[str, Tensor]:
+    """The tensors in a file, by the names that they have without wrappers; read once for all parameters of a rule.
+
+    `written` is when the file was: one that has been written anew is read anew.
+    """
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file
