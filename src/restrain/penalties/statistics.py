@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,20 +230,26 @@ class _Memory:
         self.count.zero_()
 
 
-@dataclass(frozen=True, eq=False)
-class _KLAtPlace(Penalty, register=False):
-    """`KLSparsity` at one place: over all processes, with its running mean."""
+class _AtPlace(Penalty, register=False):
+    """Base of a statistic at one place: `over_batch` is then that of all processes, all else the penalty's own."""
 
-    penalty: KLSparsity
-    memory: _Memory = field(default_factory=_Memory, repr=False)
-
+    penalty: Any
     takes_mask = True
 
     def __repr__(self) -> str:
         return repr(self.penalty)
 
     def __call__(self, w: Tensors) -> Tensor:
-        return self.penalty(w)
+        value: Tensor = self.penalty(w)
+        return value
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _KLAtPlace(_AtPlace, register=False):
+    """`KLSparsity` at one place: over all processes, with its running mean."""
+
+    penalty: KLSparsity
+    memory: _Memory = field(default_factory=_Memory)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         memory = self.memory if self.penalty.momentum else None
@@ -318,19 +325,11 @@ class Decorrelation(Penalty):
         return _DecorrelationAtPlace(self)
 
 
-@dataclass(frozen=True, eq=False)
-class _DecorrelationAtPlace(Penalty, register=False):
+@dataclass(frozen=True, eq=False, repr=False)
+class _DecorrelationAtPlace(_AtPlace, register=False):
     """`Decorrelation` at one place: over all processes."""
 
     penalty: Decorrelation
-
-    takes_mask = True
-
-    def __repr__(self) -> str:
-        return repr(self.penalty)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        return self.penalty(w)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return self.penalty.of(h, dim, mask, self.penalty.sync)
