@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all bench lint format clean
+.PHONY: help demo test test-all test-cuda matrix bench lint format clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -21,6 +21,14 @@ test: lint  ## lint, types, doctests and tests
 
 test-all: lint  ## the same, with the slow tests
 	$(PYTEST)
+
+test-cuda: .venv/.test  ## on a GPU: every rule in every way of running, and the models
+	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest tests/test_everywhere.py tests/test_models_devices.py
+
+matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes too; rewrites docs/matrix.md
+	rm -f build/outcomes.jsonl; mkdir -p build
+	$(PYTEST) tests/test_everywhere.py --outcomes $(CURDIR)/build/outcomes.jsonl
+	$(PY) docs/matrix.py build/outcomes.jsonl
 
 bench: .venv/.test  ## every script of benchmarks/
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
