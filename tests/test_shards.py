@@ -229,7 +229,6 @@ def refusals(rank):
     found = {}
     cases = {
         "parametrize": (rs.NonNegative().on("*.bias", how="parametrize"), None),
-        "noise": (rs.DropConnect(0.1).on("first.weight"), None),
         "both": (Pair().on(W, outputs=rs.outputs("relu")), None),
         "decoder": (rs.DecoderL1("thin.weight").on(rs.outputs("relu")), None),
         "lbfgs": (rs.L2().on("*", how="gradient"), torch.optim.LBFGS),
@@ -367,7 +366,6 @@ def test_what_is_gathered_is_told(ranks_found):
     ("what", "match"),
     [
         ("parametrize", "Attach to the bare model first"),
-        ("noise", "put noise on the layer's input"),
         ("both", "Leave outputs= out"),
         ("decoder", "UnitNorm"),
         ("decoder first", "UnitNorm"),

@@ -34,11 +34,11 @@ class Column:
     cuda: bool = False  # runs on a GPU only
 
 
-def column(title, group, **options):
-    """Make the decorated function a column."""
+def column(title, group, name=None, **options):
+    """Make the decorated function a column; its name is the function's unless one is given."""
 
     def add(run):
-        made = Column(run.__name__, title, group, run, **options)
+        made = Column(name or run.__name__, title, group, run, **options)
         assert made.name not in COLUMNS, f"two columns {made.name}"
         COLUMNS[made.name] = made
         return run
@@ -60,7 +60,8 @@ def outcome(kind, column):
     if refusal is not None:
         return refused(refusal, column.refuses.get(kind.name))
     assert kind.name not in column.refuses, "runs, though it is declared as refused"
-    torch.testing.assert_close(found, expected, rtol=column.rounding, atol=column.rounding)
+    near = column.rounding
+    torch.testing.assert_close(found, expected, rtol=near, atol=near, check_dtype=near < 1e-6)
     return "equal", ""
 
 
@@ -74,7 +75,9 @@ def refused(refusal, wanted):
 
 
 def at_attach(error):
-    """Whether an error was raised while rules were being attached."""
+    """Whether an error was raised while rules were being attached, here or on other ranks (see `workers`)."""
+    if hasattr(error, "attaching"):
+        return error.attaching
     here = str(Path(rs.__file__).parent / "engine" / "attach.py")
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.filename == here and frame.name in ATTACHING for frame in frames)

@@ -3,6 +3,7 @@
 from torch.utils.checkpoint import checkpoint
 
 from everywhere.column import column
+from everywhere.kinds import KINDS
 from everywhere.training import Net, attached, fresh, plain
 
 GROUP = "Eager training"
@@ -30,12 +31,17 @@ def checkpointed(reentrant):
     return Checkpointed
 
 
-@column("activation checkpointing, non-reentrant", GROUP, fast=True)
+NO_GRAPH = {
+    kind: "inside a reentrant checkpoint, where they have no graph; use checkpoint"
+    for kind in KINDS
+    if "Jacobian" in kind
+}
+RECOMPUTED = {"Jacobian-penalty-by-random-projections": "a checkpoint recomputes without forward mode.*'difference'"}
+
+
+@column("activation checkpointing, non-reentrant", GROUP, fast=True, refuses=RECOMPUTED)
 def checkpoint_non_reentrant(kind):
     return attached(kind, fresh(checkpointed(False))).steps().result(), plain(kind)
-
-
-NO_GRAPH = {"Jacobian-penalty": "inside a reentrant checkpoint, where they have no graph; use checkpoint"}
 
 
 @column("activation checkpointing, reentrant", GROUP, fast=True, refuses=NO_GRAPH)

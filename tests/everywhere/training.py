@@ -19,7 +19,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.act, self.head = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
+        self.first, self.act, self.head = nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)
 
     def block(self, x):
         return self.act(self.first(x))
@@ -45,30 +45,40 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.05)
 
 
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
+
+
 @dataclass
 class Run:
-    """A model in training and what is attached to it; `call` is what is called, `parts` the micro-batches of a step."""
+    """A model in training and what is attached to it; `call` is what is called, `parts` the micro-batches of a step.
+
+    Of several ranks, each has its share of the micro-batches.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     reg: object
     call: object = None
     parts: int = 1
+    rank: int = 0
+    ranks: int = 1
     losses: list = field(default_factory=list)
     values: list = field(default_factory=list)  # a step: of each rule, averaged over the micro-batches
 
     def loss(self, x, y):
         """Data loss and penalties of one forward."""
-        out = (self.call or self.model)(x)
+        out = (self.model if self.call is None else self.call)(x)
         return self.reg.loss(F.cross_entropy(out, y))
 
     def backward(self, step):
         """All micro-batches of a step, each drawing its noise from a state of its own."""
         total, values = 0.0, []
         x, y = batch(step, next(self.model.parameters()).dtype)
-        for part, (xs, ys) in enumerate(zip(x.chunk(self.parts), y.chunk(self.parts), strict=True)):
+        xs, ys = x.chunk(self.ranks * self.parts), y.chunk(self.ranks * self.parts)
+        for part in range(self.rank * self.parts, (self.rank + 1) * self.parts):
             seed(step, part)
-            loss = self.loss(xs, ys) / self.parts
+            loss = self.loss(xs[part], ys[part]) / self.parts
             loss.backward()
             total += loss.item()
             values.append(list(self.reg.values().values()))

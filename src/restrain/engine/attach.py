@@ -23,6 +23,7 @@ from restrain.engine.injection import Root
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.strengths import Strengths
+from restrain.engine.tensorparallel import Parts
 from restrain.engine.terms import at_steps, network_value, parameter_values
 from restrain.engine.tripwire import Tripwire
 from restrain.engine.weightnoise import WeightNoise
@@ -94,7 +95,7 @@ class Attachment:
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
-        self._parametrized, self._weight_noise = Parametrized(), WeightNoise()
+        self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths = Strengths(self._bounds)
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
@@ -102,6 +103,7 @@ class Attachment:
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
+            self._parts.begin([s for b in self._bounds for s in (*b.spots, *(w.spot for w in b.watches))], model)
             self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
             self._weight_noise.begin(self._bounds, model)
             if self._hooks.at_layers or self._weight_noise.hooks:
@@ -275,6 +277,7 @@ class Attachment:
     def detach(self) -> None:
         """Take every hook away; nothing of ours stays behind. Calling it again does nothing."""
         self._hooks.remove()
+        self._parts.end()
         for stepper in self._steppers:
             stepper.remove()
         model = self._model()

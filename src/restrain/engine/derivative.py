@@ -289,7 +289,7 @@ class Derivative:
             assert loss is not None
             ys = [Batch.of(loss, None)]
         if self.choice is None:
-            self.choice = self.penalty.choose(ys, xs, COMPILED if self._blind else SHARDED if _sharded(root) else "")
+            self.choice = self.penalty.choose(ys, xs, SHARDED if _sharded(root) else COMPILED if self._blind else "")
             self._say(str(self.choice))
             self.light = self.choice.why == CLOSED
         choice = self.choice

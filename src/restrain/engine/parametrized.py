@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from restrain.engine.bind import Bound
 from restrain.errors import HowError, RestrainWarning
 from restrain.plans import Plan
-from restrain.sites import Handle
+from restrain.sites import Handle, fully_sharded, is_sharded
 from restrain.transforms.base import Reparametrization
 
 _SHARING = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
@@ -78,6 +78,14 @@ class Parametrized:
             if owner is None or not parametrize.is_parametrized(owner, name):
                 continue
             stored: Any = owner.parametrizations[name]  # type: ignore[index]
+            if fully_sharded([owner]) or is_sharded(stored.original):
+                warnings.warn(
+                    f"{done.handle.name!r} stays parametrised: fully_shard came after the rule and holds its stored "
+                    "tensor. To be free of it, load the weights that the model computes into a bare one",
+                    RestrainWarning,
+                    stacklevel=4,
+                )
+                continue
             if len(stored) != 1 or stored[0] is not done.module:
                 warnings.warn(
                     f"{done.handle.name!r} has got a parametrisation that isn't ours; all of them stay: take them away "

@@ -34,6 +34,12 @@ Ranks: TypeAlias = tuple[tuple[Any, int], ...]
 Term: TypeAlias = tuple[Tensor, Ranks]
 
 
+NOISE_ON_PARTS = (
+    "{whose} by tensor parallelism: each process would draw noise for its part of it alone. Put noise on the layer's "
+    "input, as in rs.GaussianNoise(0.1).on(rs.inputs(...)), or train by DDP or FSDP2"
+)
+
+
 class _OverRanks(torch.autograd.Function):
     """The sums over processes; each one's own part of the gradient is that of its own term."""
 
@@ -207,11 +213,8 @@ def check(rule: Rule, slot: Slot) -> None:
     whose = f"{slot.name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
     if rule.how == "parametrize":
         raise HowError(f"{whose}: attach rules with how='parametrize' before fully_shard(model), or use how='project'")
-    if isinstance(rule.what, Noise) and rule.how == "forward":
-        raise HowError(
-            f"{whose}, and its layer gathers it in a way that noise on weights can't disturb: put noise on the layer's "
-            "input, as in rs.GaussianNoise(0.1).on(rs.inputs(...)), or train by DDP"
-        )
+    if isinstance(rule.what, Noise) and rule.how == "forward" and not fully_sharded(slot.owners[0][0].chain):
+        raise HowError(NOISE_ON_PARTS.format(whose=whose))
     if isinstance(rule.what, NetworkPenalty) and rule.outputs is not None:
         raise HowError(
             f"{whose}: a penalty of parameters and outputs together would have a gradient of its own on each process, "

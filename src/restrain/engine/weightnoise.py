@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 from restrain.engine.capture import DeadHook
 from restrain.engine.draws import Draws
+from restrain.engine.shards import NOISE_ON_PARTS
 from restrain.errors import DetachedError, HowError, NeverFiredError
-from restrain.sites import Layer, Slot, follow
+from restrain.sites import Layer, Slot, follow, fully_sharded, is_sharded
 from restrain.transforms.base import Noise
 
 if TYPE_CHECKING:
@@ -109,6 +110,8 @@ class Disturb(Draws):
                     f"the parameter {site.name!r} is gone or parametrised since noise was attached to it; detach() and "
                     "attach the rules again"
                 )
+            if is_sharded(w):
+                raise HowError(NOISE_ON_PARTS.format(whose=f"{site.name!r} is sharded"))
             disturbed: Tensor = w
             for noise in noises:
                 disturbed = noise.of_weight(disturbed)
@@ -173,8 +176,9 @@ class WeightNoise:
         module = follow(root, path)
         assert module is not None
         disturb = self.hooks[path] = Disturb()
-        # before any other: hooks of the old weight_norm read what we disturb
-        self.handles.append(module.register_forward_pre_hook(disturb, prepend=True))
+        # before any other, as hooks of the old weight_norm read what we disturb; but after FSDP2 has gathered it
+        first = not fully_sharded([module])
+        self.handles.append(module.register_forward_pre_hook(disturb, prepend=first))
         self.handles.append(module.register_forward_hook(Restore(disturb), always_call=True))
 
     def end(self, root: nn.Module | None) -> None:
