@@ -117,8 +117,8 @@ def test_the_last_update_of_an_epoch_has_fewer_batches(tmp_path):
 
 def test_the_loss_is_the_data_loss_and_the_penalties_in_it(tmp_path):
     plan = [0.1 * rs.L2().on("transformer.wte.weight", name="decay")]
-    for accumulate in (1, 2):
-        options = {"data": rows(2 * accumulate), "learning_rate": 0.0, "logging_steps": 2}
+    for accumulate, count in ((1, 2), (2, 4), (2, 6)):
+        options = {"data": rows(count), "learning_rate": 0.0, "logging_steps": 2}
         run = trainer(gpt2(), tmp_path, gradient_accumulation_steps=accumulate, **options)
         RestrainCallback(plan).add_to(run)
         run.train()
