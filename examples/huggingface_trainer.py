@@ -16,7 +16,7 @@ import restrain as rs
 from restrain.integrations.huggingface import RestrainCallback
 
 PLAN = [
-    0.01 * rs.GroupLasso("out").on("transformer.h.*.mlp.c_fc.weight", how="proximal", name="units"),
+    0.001 * rs.GroupLasso("out").on("transformer.h.*.mlp.c_fc.weight", how="proximal", name="units"),
     1e-4 * rs.L2().on(rs.weights, name="decay"),
     1e-2 * rs.L2().on(rs.outputs("transformer.h.*.mlp.act"), name="small"),
 ]
