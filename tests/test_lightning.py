@@ -92,6 +92,13 @@ def test_it_trains_as_by_hand(tmp_path, accumulate):
     assert not torch.allclose(plain.net[0].weight, module.net[0].weight)
 
 
+def test_accumulated_batches_are_one_big_batch(tmp_path):
+    parts, big = Module(), Module()
+    trainer(tmp_path, accumulate_grad_batches=2, callbacks=[RestrainCallback(PLAN)]).fit(parts, batches())
+    trainer(tmp_path, callbacks=[RestrainCallback(PLAN)]).fit(big, batches(size=16))
+    assert_same(parts, big)
+
+
 def test_manual_optimization(tmp_path):
     module = Module(manual=True)
     trainer(tmp_path, callbacks=[RestrainCallback(PLAN)]).fit(module, batches())
