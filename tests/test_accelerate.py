@@ -62,6 +62,17 @@ def test_accumulation_is_as_by_hand(accelerator):
         torch.testing.assert_close(a, b)
 
 
+def test_accumulated_batches_are_one_big_batch(accelerator):
+    model, optimizer = start()
+    reg = rs.attach(model, PLAN, optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        reg.loss((model(X).squeeze(1) - X.sum(1)).square().mean()).backward()
+        optimizer.step()
+    for a, b in zip(accelerated(accelerator, 3).parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_rules_state_is_in_its_checkpoint(accelerator, tmp_path):
     accelerated(accelerator, 3)
     accelerator.save_state(tmp_path / "half")

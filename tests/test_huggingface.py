@@ -1,13 +1,15 @@
 """Rules inside Hugging Face's Trainer, with the real package and a tiny GPT-2 made here."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
 import restrain as rs
-from restrain.errors import NotCollectedError, PlanError
+from restrain.errors import NotCollectedError, PlanError, RestrainWarning
 
 transformers = pytest.importorskip("transformers")
 
@@ -55,13 +57,14 @@ def trainer(model, tmp_path, cls=transformers.Trainer, data=None, **options):
     )
 
 
-def by_hand(steps=4, accumulate=1):
-    """All rows in each update: the mean over all items, and each penalty whole."""
-    model, data = gpt2(), rows(2 * accumulate)
+def by_hand(steps=4, accumulate=1, plan=PLAN, sizes=None):
+    """All rows in each update, or those of `sizes`: the mean over all items, and each penalty whole."""
+    model, data = gpt2(), rows(2 * accumulate if sizes is None else sum(sizes))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    reg = rs.attach(model, PLAN, optimizer)
-    x, y = (torch.stack([row[key] for row in data]) for key in ("input_ids", "labels"))
-    for _ in range(steps):
+    reg = rs.attach(model, plan, optimizer)
+    whole = [torch.stack([row[key] for row in data]) for key in ("input_ids", "labels")]
+    for step in range(steps):
+        x, y = whole if sizes is None else [part.split(sizes)[step % len(sizes)] for part in whole]
         logits = model(input_ids=x).logits[:, :-1]
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), y[:, 1:].flatten(), ignore_index=-100)
         reg.loss(loss).backward()
@@ -89,14 +92,88 @@ def test_values_are_in_the_trainers_logs(tmp_path):
     logged = [entry for entry in run.state.log_history if "loss" in entry]
     assert len(logged) == 4
     for entry in logged:
-        parts = entry["penalty/decay"] + entry["penalty/sparse"]
-        assert entry["penalty"] == pytest.approx(parts + entry["penalty/units"])
+        parts = entry["penalties/decay"] + entry["penalties/sparse"]
+        assert entry["penalty"] == pytest.approx(parts + entry["penalties/units"])
         assert entry["loss"] > entry["data_loss"] > 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
     events.Reload()
-    assert {"train/data_loss", "train/penalty", "train/penalty/decay"} <= set(events.Tags()["scalars"])
+    assert {"train/data_loss", "train/penalty", "train/penalties/decay"} <= set(events.Tags()["scalars"])
+
+
+class InOrder(transformers.Trainer):
+    def _get_train_sampler(self, *args):
+        return None
+
+
+def test_the_last_update_of_an_epoch_has_fewer_batches(tmp_path):
+    run = trainer(gpt2(), tmp_path, cls=InOrder, data=rows(6), gradient_accumulation_steps=2, max_steps=4)
+    RestrainCallback(PLAN).add_to(run)
+    run.train()
+    for a, b in zip(run.model.parameters(), by_hand(4, sizes=(4, 2)).parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_loss_is_the_data_loss_and_the_penalties_in_it(tmp_path):
+    plan = [0.1 * rs.L2().on("transformer.wte.weight", name="decay")]
+    for accumulate, count in ((1, 2), (2, 4), (2, 6)):
+        options = {"data": rows(count), "learning_rate": 0.0, "logging_steps": 2}
+        run = trainer(gpt2(), tmp_path, gradient_accumulation_steps=accumulate, **options)
+        RestrainCallback(plan).add_to(run)
+        run.train()
+        for entry in run.state.log_history[:-1]:
+            assert entry["penalty"] > 0.001
+            assert entry["loss"] == pytest.approx(entry["data_loss"] + entry["penalty"], rel=1e-5)
+
+
+def test_the_progress_bar_shows_the_penalty(tmp_path, capsys):
+    run = trainer(gpt2(), tmp_path, disable_tqdm=False, max_steps=1)
+    RestrainCallback(PLAN).add_to(run)
+    run.train()
+    assert re.search(r"'penalty': '?\d", capsys.readouterr().out)
+
+
+MOVING = [rs.schedules.WarmUp(6) * rs.L2().on(rs.weights), 0.1 * rs.Distance(decay=0.5).on("transformer.wpe.weight")]
+
+
+def test_a_second_training_goes_on_with_the_same_model_and_begins_anew_with_another(tmp_path):
+    run = trainer(None, tmp_path, partial(transformers.Trainer, model_init=gpt2), rows(2), max_steps=3)
+    RestrainCallback(MOVING).add_to(run)
+    for _ in range(2):  # each makes a model, as hyperparameter_search does
+        run.train()
+        for a, b in zip(run.model.parameters(), by_hand(3, plan=MOVING).parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    run = trainer(gpt2(), tmp_path, data=rows(2), max_steps=3)
+    RestrainCallback(MOVING).add_to(run)
+    for _ in range(2):
+        run.train()
+    for a, b in zip(run.model.parameters(), by_hand(6, plan=MOVING).parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_training_that_broke_off_leaves_no_second_penalty(tmp_path):
+    class Once(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise RuntimeError("the user's")
+
+    run = trainer(gpt2(), tmp_path, data=rows(2), max_steps=1)
+    RestrainCallback(PLAN).add_to(run)
+    run.add_callback(Once)
+    with pytest.raises(RuntimeError, match="the user's"):
+        run.train()
+    run.remove_callback(Once)
+    run.model.load_state_dict(gpt2().state_dict())
+    run.train()
+    for a, b in zip(run.model.parameters(), by_hand(1).parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_must_come_before_those_that_report(tmp_path):
+    run = trainer(gpt2(), tmp_path)
+    run.add_callback(RestrainCallback(PLAN))
+    with pytest.raises(PlanError, match=r"add_to\(trainer\)"):
+        run.train()
 
 
 def test_state_is_in_the_checkpoint_and_comes_back(tmp_path):
@@ -112,8 +189,15 @@ def test_state_is_in_the_checkpoint_and_comes_back(tmp_path):
     second = trainer(gpt2(), tmp_path / "parts", max_steps=8)
     RestrainCallback(plan).add_to(second)
     second.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
-    for a, b in zip(second.model.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(a, b)
+    third = trainer(gpt2(), tmp_path / "elsewhere", max_steps=8)
+    callback = RestrainCallback(plan).add_to(third)
+    callback.load(tmp_path / "parts/checkpoint-4")
+    third.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
+    for run in (second, third):
+        for a, b in zip(run.model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(a, b)
+    with pytest.warns(RestrainWarning, match=r"callback.load\(checkpoint\)"):
+        third.train(resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
 
 
 def test_a_loss_that_is_computed_elsewhere_is_no_silence(tmp_path):

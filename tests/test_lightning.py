@@ -1,6 +1,7 @@
 """Rules inside Lightning's Trainer, with the real package."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -62,10 +63,10 @@ def trainer(tmp_path, **options):
     return pl.Trainer(**given)
 
 
-def by_hand(epochs=2, accumulate=1):
+def by_hand(epochs=2, accumulate=1, plan=PLAN):
     module = Module()
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
-    reg = rs.attach(module, PLAN, optimizer)
+    reg = rs.attach(module, plan, optimizer)
     for _ in range(epochs):
         for i, (x,) in enumerate(batches()):
             loss = reg.loss(F.mse_loss(module(x).squeeze(1), x.sum(1))) / accumulate
@@ -89,6 +90,13 @@ def test_it_trains_as_by_hand(tmp_path, accumulate):
     plain = Module()
     trainer(tmp_path).fit(plain, batches())
     assert not torch.allclose(plain.net[0].weight, module.net[0].weight)
+
+
+def test_accumulated_batches_are_one_big_batch(tmp_path):
+    parts, big = Module(), Module()
+    trainer(tmp_path, accumulate_grad_batches=2, callbacks=[RestrainCallback(PLAN)]).fit(parts, batches())
+    trainer(tmp_path, callbacks=[RestrainCallback(PLAN)]).fit(big, batches(size=16))
+    assert_same(parts, big)
 
 
 def test_manual_optimization(tmp_path):
@@ -115,11 +123,11 @@ def test_values_are_logged_with_the_data_loss_apart(tmp_path):
     run = trainer(tmp_path, logger=logger, callbacks=[RestrainCallback(PLAN), Look()], max_epochs=1)
     run.fit(module, batches())
     text = (next(tmp_path.rglob("metrics.csv"))).read_text()
-    assert {"data_loss", "penalty", "penalty/decay", "penalty/sparse", "penalty/prox"} <= set(
+    assert {"data_loss", "penalty", "penalties/decay", "penalties/sparse", "penalties/prox"} <= set(
         text.splitlines()[0].split(",")
     )
     last = seen[-1]
-    assert last["penalty"] == pytest.approx(last["penalty/decay"] + last["penalty/sparse"] + last["penalty/prox"])
+    assert last["penalty"] == pytest.approx(last["penalties/decay"] + last["penalties/sparse"] + last["penalties/prox"])
     assert last["data_loss"] > 0
     assert "penalty" in run.progress_bar_metrics
 
@@ -136,6 +144,33 @@ def test_state_is_in_the_checkpoint_and_comes_back(tmp_path):
     run = trainer(tmp_path, callbacks=[RestrainCallback(plan)], max_epochs=4)
     run.fit(second, batches(), ckpt_path=tmp_path / "half.ckpt")
     assert_same(second, whole)
+
+
+MOVING = [rs.schedules.WarmUp(12) * rs.L1().on("net.*.weight"), 0.1 * rs.Distance(decay=0.9).on("net.0.weight")]
+
+
+def test_a_second_fit_goes_on_with_the_same_module_and_begins_anew_with_another(tmp_path):
+    callback, module = RestrainCallback(MOVING), Module()
+    trainer(tmp_path, callbacks=[callback]).fit(module, batches())
+    assert_same(module, by_hand(plan=MOVING))
+    state = callback.state_dict()
+    assert state["steps"] == 8
+    other = Module()
+    trainer(tmp_path, callbacks=[callback]).fit(other, batches())
+    assert_same(other, by_hand(plan=MOVING))
+    trainer(tmp_path, callbacks=[callback]).fit(other, batches())
+    assert_same(other, by_hand(epochs=4, plan=MOVING))
+    copy_of_it = pickle.loads(pickle.dumps(callback))
+    assert copy_of_it.state_dict()["steps"] == 16
+
+
+def test_the_data_loss_is_the_mean_over_accumulated_batches(tmp_path):
+    module, logger = Module(), CSVLogger(tmp_path)
+    with torch.no_grad():
+        expected = F.mse_loss(module(X[:16]).squeeze(1), X[:16].sum(1)).item()
+    run = trainer(tmp_path, logger=logger, accumulate_grad_batches=2, max_steps=1, callbacks=[RestrainCallback(PLAN)])
+    run.fit(module, batches())
+    assert run.callback_metrics["data_loss"] == pytest.approx(expected)
 
 
 def test_nothing_is_left_behind(tmp_path):

@@ -15,8 +15,9 @@ class RestrainCallback(Callback):
 
     Penalties whose how is "loss" join what `training_step` returns just before the backward, whole, under
     accumulation and loss scaling too; the loss that Lightning itself shows and logs stays the data loss. Logged every
-    `log_every_n_steps`: "penalty" (also in the progress bar), "data_loss", and "penalty/<rule>". What the rules count
-    and keep is in the Trainer's checkpoints.
+    `log_every_n_steps`: "penalty" (also in the progress bar), "data_loss" (the mean since the last time),
+    "penalties/<rule>", and "strengths/<rule>" of those that move. What the rules count and keep is in the Trainer's
+    checkpoints. A second fit of the same module goes on from the first; with another module the rules begin anew.
 
     >>> from restrain.integrations.lightning import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
@@ -39,7 +40,7 @@ class RestrainCallback(Callback):
         self._session.join(loss, scale if scaler is None else scale * scaler.get_scale())
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer._logger_connector.should_update_logs:
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
             logs = self._session.logs()
             total = logs.pop("penalty", 0.0)
             pl_module.log("penalty", total, prog_bar=True, batch_size=1)
@@ -52,7 +53,7 @@ class RestrainCallback(Callback):
         self._session.end()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._session.state()
+        return self._session.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._session.load(state_dict)
+        self._session.load_state_dict(state_dict)

@@ -1,0 +1,47 @@
+"""What is logged of an attachment, under names that every logger takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from restrain.engine.attach import Attachment
+
+
+def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, float]:
+    """The values of the rules, for the logger of a loop of your own: `accelerator.log(logs(reg, loss), step)`.
+
+    Args:
+        reg: the attachment.
+        data_loss: your loss without penalties, if that is to be among them.
+
+    Returns:
+        "data_loss", "penalty" (all rules together), "penalties/<rule>" (strength × value; nan before a penalty on
+        activations has a first value, and then not in the sum) and "strengths/<rule>" of strengths that move. In the
+        names of rules, all but letters, digits, dots and dashes becomes "_": MLflow and others refuse the rest.
+
+    >>> from restrain.integrations import logs
+    >>> model = nn.Linear(3, 2)
+    >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
+    ...     print(list(logs(reg, data_loss=1.5)))
+    ['data_loss', 'penalty', 'penalties/0.1_L2_on_weight']
+    """
+    values = reg.values()
+    found = {} if data_loss is None else {"data_loss": float(data_loss)}
+    found["penalty"] = sum(value for value in values.values() if not math.isnan(value))
+    return {**found, **_under("penalties", values), **_under("strengths", reg.strengths())}
+
+
+def _under(folder: str, values: Mapping[str, float]) -> dict[str, float]:
+    """{folder/plain name: value}. The folder isn't called like any value: MLflow's files couldn't hold both."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        plain = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_.") or "rule"
+        key, number = plain, 2
+        while f"{folder}/{key}" in found:
+            key, number = f"{plain}_{number}", number + 1
+        found[f"{folder}/{key}"] = value
+    return found

@@ -1,0 +1,132 @@
+"""Every script in examples/ runs as its first lines say, and prints what it promises."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NUMBER = r"([-+.\de]+)"
+
+
+def needs(*packages):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+def run(name, tmp_path, *, launch=()):
+    """What the example prints, run by a user who is somewhere else."""
+    source = str(EXAMPLES.parent / "src")
+    done = subprocess.run(
+        [sys.executable, *launch, str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(text, pattern):
+    """The numbers in the first line like the pattern, where each # stands for one."""
+    found = re.search(re.escape(pattern).replace(r"\#", NUMBER), text)
+    assert found, (pattern, text)
+    return [float(number) for number in found.groups()]
+
+
+def test_torchrun_ddp(tmp_path):
+    text = run("torchrun_ddp.py", tmp_path)
+    assert numbers(text, "inputs that nothing reads: # of 20")[0] >= 15
+    assert numbers(text, "mean squared error: #")[0] < 0.01
+
+
+@pytest.mark.slow
+def test_torchrun_ddp_prints_the_same_on_two_processes(tmp_path):
+    alone = run("torchrun_ddp.py", tmp_path)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = run("torchrun_ddp.py", tmp_path, launch=launch)
+    assert "processes: 2" in two
+    assert two.splitlines()[1:] == alone.splitlines()[1:]
+
+
+@pytest.mark.slow
+@needs("lightning", "sklearn")
+def test_lightning_digits(tmp_path):
+    text = run("lightning_digits.py", tmp_path)
+    assert numbers(text, "test accuracy: #")[0] > 0.85
+    assert numbers(text, "pixels that nothing reads: # of 64")[0] >= 5  # three are empty in all pictures
+    assert numbers(text, "exact zeros in the head: # of 1000")[0] > 100
+    data, penalty = numbers(text, "data loss: #, penalty: #")
+    assert 0 < data < 1
+    assert 0 < penalty < 5
+    assert re.search(r"penalty: *\d", text)  # in the progress bar
+
+
+@pytest.mark.slow
+@needs("transformers", "accelerate")
+def test_huggingface_trainer(tmp_path):
+    text = run("huggingface_trainer.py", tmp_path)
+    for line in [line for line in text.splitlines() if line.startswith("loss")]:
+        loss, data, between = numbers(line, "loss #, data loss #: # of penalties")
+        assert loss > data > 0
+        assert between > 0
+    assert numbers(text, "whole batches: #")[0] < 1e-4
+    assert 10 < numbers(text, "units without an input: # of 256")[0] < 256
+
+
+@pytest.mark.slow
+@needs("accelerate", "tensorboard")
+def test_accelerate_loop(tmp_path):
+    text = run("accelerate_loop.py", tmp_path)
+    assert 0.6 < numbers(text, "exact zeros: #")[0] < 0.85
+    assert numbers(text, "strength that it took: #")[0] > 0
+    assert "the same weights: True" in text
+
+
+@pytest.mark.slow
+@needs("skorch", "sklearn")
+def test_skorch_digits(tmp_path):
+    text = run("skorch_digits.py", tmp_path)
+    assert {"data_loss", "penalty", "train_loss", "valid_loss"} <= set(text.splitlines()[0].split())
+    assert numbers(text, "test accuracy: #")[0] > 0.85
+    assert 1000 < numbers(text, "exact zeros: # of 7400")[0] < 7000
+
+
+@pytest.mark.slow
+@needs("keras", "sklearn")
+def test_keras_layer(tmp_path):
+    text = run("keras_layer.py", tmp_path)
+    theirs, ours, groups = [
+        numbers(text, f"{name}: loss with penalties #, of these #, accuracy #")
+        for name in ("Keras' own", "ours, the same", "ours, by group")
+    ]
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert min(theirs[2], groups[2]) > 0.8
+
+
+@pytest.mark.slow
+def test_sparse_autoencoder(tmp_path):
+    text = run("sparse_autoencoder.py", tmp_path)
+    assert numbers(text, "active in a sample: # of 64 units")[0] < 10
+    assert numbers(text, "explained: #")[0] > 0.85
+    assert numbers(text, "directions found: # of 32")[0] > 20
+
+
+@pytest.mark.slow
+def test_gan_two_optimizers(tmp_path):
+    text = run("gan_two_optimizers.py", tmp_path)
+    mean, _spread = numbers(text, "radius of generated points: # ± #")
+    assert 1.7 < mean < 2.3
+    assert numbers(text, "the emptiest quarter has # of them")[0] > 0.1
+
+
+def test_every_example_has_a_test():
+    tested = set(re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text("utf-8")))
+    others = {"gpt2_fsdp.py"}  # in tests of their own
+    assert {path.name for path in EXAMPLES.glob("*.py")} - others == tested
