@@ -8,6 +8,7 @@ in processes of its own, where its epochs take turns with ours; one thread is a 
 """
 
 from fit_child import KEYWORDS, TARGETS
+from fit_jobs import jobs
 from measure import Section, child, digits, judged, options, times
 from peers import PEERS
 
@@ -82,8 +83,8 @@ def with_rules(section, quick):
                 rows.append([job, algo, rule, shown(ms), times(over), verdict, digits(drawn) if drawn else "", old])
         columns = ["job", "algo", "rule", "ms", "× none", "goal", "draws alone, ms", "theanets, ms"]
         note = (
-            "Goal: 5 % over none, and for noise and dropout the time of their draws alone (`torch.randn`, `torch.rand` of "
-            f"that size). {RECORDED}"
+            "Goal: 5 % over none, and for noise and dropout the time of their draws alone (`torch.randn`, "
+            f"`torch.rand` of that size). {RECORDED}"
         )
         section.table(f"An update with rules, {threads} thread{'s' * (threads > 1)}", columns, rows, note)
 
@@ -118,8 +119,6 @@ def alone(section, peers, firsts, quick):
 
 def main():
     given = options(__doc__, ("--only", {"nargs": "*", "choices": list(PEERS), "help": "these peers"}))
-    from peers import jobs
-
     peers = given.only or list(PEERS)
     text = f"On {jobs(True)[1]}. restrain's own epochs are counted with monitors and progress bar."
     section = Section(__file__, "Fitting models", text)

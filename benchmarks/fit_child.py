@@ -17,7 +17,8 @@ from measure import keep_to_cpus, paired, peak_rss, quartiles
 
 keep_to_cpus()
 
-from peers import PEERS, Ours, jobs  # noqa: E402
+from fit_jobs import jobs  # noqa: E402
+from peers import PEERS, Ours  # noqa: E402
 
 TARGETS = {"classifier": ("sgd", 0.25), "autoencoder": ("adam", 0.01)}
 KEYWORDS = {

@@ -6,51 +6,11 @@ their own is off, ours is on.
 """
 
 import inspect
-from dataclasses import dataclass, replace
 
 import numpy as np
-from measure import HERE
 
 BATCH, MANY = 64, 10_000
 RATES = {"sgd": 0.05, "adam": 1e-3}
-DIGITS = HERE.parent.parent / "shared" / "data" / "mnist10k.npz"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A network and its data."""
-
-    name: str
-    sizes: tuple
-    x: np.ndarray
-    y: np.ndarray | None  # None: the inputs are the targets
-
-    def of(self, rows):
-        return replace(self, x=self.x[rows], y=None if self.y is None else self.y[rows])
-
-    def loss(self, found):
-        """Cross-entropy of probabilities, or the squared error of an entry, in the mean."""
-        if self.y is None:
-            return float(np.square(found - self.x).mean())
-        return float(-np.log(np.clip(found[np.arange(len(self.y)), self.y], 1e-12, 1)).mean())
-
-
-def jobs(quick=False):
-    """{name: job} on 10,000 digits, and where they are from."""
-    if DIGITS.exists():
-        with np.load(DIGITS) as file:
-            x, y = file["X"].astype("float32") / 255, file["y"].astype("int64")
-        source = "10,000 MNIST digits"
-    else:
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
-        x = np.tile(x.astype("float32") / 16, (6, 13))[:10_000, :784]
-        y, source = np.tile(y, 6)[:10_000], "scikit-learn's digits, tiled to 10,000 × 784, as ../shared holds no MNIST"
-    order = np.random.default_rng(0).permutation(len(x))[: 256 if quick else None]
-    x, y = np.ascontiguousarray(x[order]), y[order]
-    made = [Job("classifier", (784, 100, 10), x, y), Job("autoencoder", (784, 20 if quick else 1000, 784), x, None)]
-    return {job.name: job for job in made}, source
 
 
 class Ours:
@@ -187,16 +147,18 @@ class Jax:
         self.job, self.scan, self.key = job, scan, jax.random.key(0)
         ins, hidden, outs = job.sizes
         rng, shapes = np.random.default_rng(0), ((ins, hidden), (hidden, outs))
-        self.ps = [
-            (jnp.asarray(rng.uniform(-1, 1, s).astype("f4") / s[0] ** 0.5), jnp.zeros(s[1])) for s in shapes
-        ]
+        self.ps = [(jnp.asarray(rng.uniform(-1, 1, s).astype("f4") / s[0] ** 0.5), jnp.zeros(s[1])) for s in shapes]
         rate = RATES[algo]
         self.optimizer = optax.sgd(rate, momentum=0.9) if algo == "sgd" else optax.adam(rate)
         self.state = self.optimizer.init(self.ps)
         self.x, self.y = jnp.asarray(job.x), jnp.asarray(job.x if job.y is None else job.y)
         self.update = jax.jit(self._update, donate_argnums=0)
-        self.epoch = jax.jit(lambda carried, x, y, batches: jax.lax.scan(
-            lambda carried, rows: self._update(carried, x, y, rows), carried, batches), donate_argnums=0)
+        self.epoch = jax.jit(
+            lambda carried, x, y, batches: jax.lax.scan(
+                lambda carried, rows: self._update(carried, x, y, rows), carried, batches
+            ),
+            donate_argnums=0,
+        )
 
     @staticmethod
     def forward(ps, x):
@@ -291,7 +253,9 @@ class Sklearn:
         kind = MLPRegressor if job.y is None else MLPClassifier
         given = {"nesterovs_momentum": False, "momentum": 0.9, "alpha": 0.0, "random_state": 0}
         self.job = job
-        self.model = kind(hidden_layer_sizes=(job.sizes[1],), solver=algo, learning_rate_init=RATES[algo], batch_size=BATCH, **given)
+        self.model = kind(
+            hidden_layer_sizes=(job.sizes[1],), solver=algo, learning_rate_init=RATES[algo], batch_size=BATCH, **given
+        )
 
     def train(self, tick):
         more = {} if self.job.y is None else {"classes": np.arange(10)}
@@ -304,7 +268,7 @@ class Sklearn:
         return self.model.predict(x) if self.job.y is None else self.model.predict_proba(x)
 
 
-class Stop(Exception):
+class StopError(Exception):
     """Ends a peer that has no word for it."""
 
 
@@ -316,7 +280,7 @@ def skorch(job, algo):
     class Tick(Callback):
         def on_epoch_end(self, net, **given):
             if not self.tick():
-                raise Stop
+                raise StopError
 
     class Peer(ByHand):
         def train(self, tick):
@@ -340,7 +304,7 @@ def skorch(job, algo):
             net.set_params(callbacks__print_log=None)
             try:
                 net.fit(job.x, job.x if job.y is None else job.y)
-            except Stop:
+            except StopError:
                 self.net = net.module_
 
     return Peer(job, algo)
@@ -375,7 +339,9 @@ def lightning(job, algo):
         def train(self, tick):
             callback = Tick()
             callback.tick = tick
-            off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+            off = dict.fromkeys(
+                ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+            )
             trainer = L.Trainer(max_epochs=MANY, accelerator="cpu", devices=1, callbacks=[callback], **off)
             data = TensorDataset(*torch_data(job))
             trainer.fit(Module(self.net), DataLoader(data, batch_size=BATCH, shuffle=True))

@@ -1,9 +1,10 @@
-"""Composes docs/benchmarks.md of what the other scripts wrote: python benchmarks/report.py folder docs/benchmarks.md.
+"""Composes docs/benchmarks.md of what the other scripts wrote: python benchmarks/report.py folder docs.
 
-`make bench` runs it last. The page is written by it only.
+`make bench` runs it last. The page and its pictures (in docs/images) are written by it only.
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,9 +51,14 @@ def compose(sections):
     return "".join(parts)
 
 
-def main(folder, page):
+def main(folder, docs):
     sections = read(folder)
-    Path(page).write_text(compose(sections), "utf-8")
+    page, images = Path(docs, "benchmarks.md"), Path(docs, "images")
+    images.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for name, _ in section["pictures"]:
+            shutil.copyfile(Path(folder, name), images / name)
+    page.write_text(compose(sections), "utf-8")
     print(page)
 
 

@@ -4,11 +4,10 @@ import json
 import os
 import sys
 
+import keras
 import torch
 from lists import LISTS, RULES, STRENGTH, model_of, tiny
 from measure import cores, paired, ratios, spread, times
-
-import keras
 
 MEMBERS = {
     "L1": keras.regularizers.L1(STRENGTH),
@@ -58,7 +57,7 @@ def main(quick):
         weights = [p for p in ps if p.dim() > 1]
         for name, member in {**MEMBERS, "max-norm": None}.items():
             hand = RULES["L1" if member is None else name].loop
-            jobs = {"loop": lambda hand=hand: (STRENGTH * hand(ps)).backward()}
+            jobs = {"loop": lambda hand=hand, ps=ps: (STRENGTH * hand(ps)).backward()}
             jobs["keras"] = constraint(weights) if member is None else make(member, ps)
             seconds = paired(jobs, 2 if quick else 9, budget=5)
             over = times(ratios(seconds, "loop", "keras")) if member is not None else ""

@@ -1,13 +1,12 @@
 """How cost grows: with the entries of a tensor and with the number of tensors, over five decades each.
 
-    python benchmarks/scaling.py [--quick] [--out folder] [--figure docs/images/scaling.png]
+    python benchmarks/scaling.py [--quick] [--out folder]
 
-L1 by each `how=` on one tensor of 10³ to 10⁸ entries, and on 1 to 10⁵ tensors of ten. The slope is that of log
-seconds over log size in the upper half of the range: 1 where the cost grows linearly.
+L1 by each `how=` on one tensor of 10³ to 10⁸ entries, and on 1 to 10⁵ tensors of ten. The slope is that of
+log seconds over log size in the upper half of the range: 1 where the cost grows linearly.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from lists import STRENGTH, model_of
@@ -84,7 +83,7 @@ def draw(path, curves):
 
 
 def main():
-    given = options(__doc__, ("--figure", {"type": Path, "help": "where to draw the picture"}))
+    given = options(__doc__)
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
     section = Section(__file__, "How cost grows", f"{given.threads} threads, L1. Slope 1 is linear growth.")
@@ -95,9 +94,10 @@ def main():
     by_tensors = curve(tensors, lambda size: [(10,)] * size, rounds)
     add(section, "Entries of one tensor", "entries", entries, by_entries)
     add(section, "Tensors of ten entries", "tensors", tensors, by_tensors)
-    if given.figure:
-        draw(given.figure, [("entries", entries, by_entries), ("tensors of ten entries", tensors, by_tensors)])
-        section.pictures.append([given.figure.name, "Time of L1 over entries and over tensors, by each how="])
+    if given.out:
+        curves = [("entries", entries, by_entries), ("tensors of ten entries", tensors, by_tensors)]
+        draw(given.out / "scaling.png", curves)
+        section.pictures.append(["scaling.png", "Time of L1 over entries and over tensors, by each how="])
     section.finish(given.out)
 
 

@@ -198,8 +198,8 @@ def outputs(section, quick):
                 rows.append([title, "compiled" if compiled else "eager", form, *cells])
     columns = ["model", "", "step", "ms", "× plain", "goal", "peak memory, MiB"]
     note = (
-        "L1 on the outputs of all ReLU layers; where ReLU works in place, on those of the convolutions before, which it "
-        "overwrites. Goal for memory: none extra, one copy in the last case. By hand, it is cloned there, too."
+        "L1 on the outputs of all ReLU layers; where ReLU works in place, on those of the convolutions before, which "
+        "it overwrites. Goal for memory: none extra, one copy in the last case. By hand, it is cloned there, too."
     )
     section.table("Penalties on outputs", columns, rows, note)
 
