@@ -24,7 +24,7 @@ def read(folder):
     found = [json.loads(path.read_text("utf-8")) for path in sorted(Path(folder).glob("*.json"))]
     if not found:
         raise SystemExit(f"{folder} holds no results: run the scripts with --out {folder} first, or `make bench`")
-    names = [*ORDER, *sorted(section["script"] for section in found)]
+    names = [*ORDER, *sorted(section["script"].removesuffix(".py") for section in found)]
     return sorted(found, key=lambda section: names.index(section["script"].removesuffix(".py")))
 
 
@@ -53,12 +53,13 @@ def compose(sections):
 
 def main(folder, docs):
     sections = read(folder)
+    text = compose(sections)
     page, images = Path(docs, "benchmarks.md"), Path(docs, "images")
     images.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for name, _ in section["pictures"]:
             shutil.copyfile(Path(folder, name), images / name)
-    page.write_text(compose(sections), "utf-8")
+    page.write_text(text, "utf-8")
     print(page)
 
 
