@@ -104,7 +104,7 @@ def large(section, title, load, quick):
             optimizer.step()
 
         jobs[label] = step
-    seconds = paired(jobs, 2 if quick else 9, budget=75)
+    seconds = paired(jobs, 2 if quick else 15, budget=55)
     rows = []
     for label, found in seconds.items():
         over = ratios(seconds, label, "plain")
@@ -188,7 +188,7 @@ def outputs(section, quick):
         for compiled in (False, True):
             forms = ["plain", "restrain"] if compiled else ["plain", "restrain", "hooks by hand"]
             jobs = {form: step_of(load, quick, form, compiled) for form in forms}
-            seconds = paired(jobs, 2 if quick else 41, budget=8)
+            seconds = paired(jobs, 2 if quick else 41, budget=5)
             peaks = {form: peak(job) for form, job in jobs.items()}
             for form in forms:
                 over = ratios(seconds, form, "plain")
