@@ -61,7 +61,7 @@ def an_update(section, peers, quick):
     for job, found in rows.items():
         known = ", ".join(f"{THEANETS[job][n]['none']} ms at {n} thread{'s' * (n > 1)}" for n in THREADS)
         note = f"{RECORDED} With SGD {known}."
-        section.table(f"An update, {job}", columns, sorted(found, key=lambda row: row[:2]), note)
+        section.table(f"An update, {job}", columns, sorted(found, key=lambda row: (row[0], row[1] != "sgd")), note)
     return firsts
 
 

@@ -1,6 +1,6 @@
 """What the proxes of structured penalties cost: CPU seconds of one thread, the least of some rounds.
 
-python benchmarks/structured.py [--rounds 5] [--quick] [--out folder]
+python benchmarks/structured.py [--rounds 3] [--quick] [--out folder]
 """
 
 import time
@@ -36,7 +36,7 @@ def seconds(job, rounds):
 
 
 def main():
-    given = options(__doc__, ("--rounds", {"type": int, "default": 5}))
+    given = options(__doc__, ("--rounds", {"type": int, "default": 3}))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     section = Section(
