@@ -2,8 +2,8 @@
 
     python benchmarks/attach.py [--quick] [--out folder]
 
-A plan of 50 rules on a model of 1,000 tensors, each rule matching all of them or a part; `import restrain` against
-`import torch`, each in fresh processes that take turns.
+A plan of 50 rules on a model of 1,000 tensors, each rule on twenty tensors of its own, on all tensors, on all outputs;
+`import restrain` against `import torch`, each in fresh processes that take turns.
 """
 
 import subprocess
@@ -18,38 +18,35 @@ import restrain as rs
 HOWS = ("loss", "gradient", "decoupled", "proximal")
 
 
-class Layers(nn.Module):
-    """Half as many linear layers as tensors."""
-
-    def __init__(self, tensors):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(tensors // 2))
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
+def blocks(tensors, count):
+    """A model of as many blocks as there are rules, of linear layers."""
+    each = tensors // count // 2
+    return nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(each))) for _ in range(count)))
 
 
 def plans(count):
     """{what: rules}."""
-    hows = [HOWS[number % 4] for number in range(count)]
-    own = [(number, how) for number, how in enumerate(hows)]
+    own = [(number, HOWS[number % 4]) for number in range(count)]
     return {
+        "each on a block of its own": [1e-4 * rs.L2().on(f"{n}.*", how=how, name=f"r{n}") for n, how in own],
         "each on every tensor": [1e-4 * rs.L2().on("*", how=how, name=f"r{n}") for n, how in own],
-        "each on some": [1e-4 * rs.L1().on(f"layers.{n}*", how=how, name=f"r{n}") for n, how in own],
-        "each on all outputs": [1e-4 * rs.L1().on(rs.outputs(nn.Linear), name=f"r{n}") for n in range(count)],
+        "each on all outputs": [1e-4 * rs.L1().on(rs.outputs(nn.Linear), name=f"r{n}") for n, _ in own],
     }
 
 
 def attaching(section, quick):
     tensors, count = (200, 5) if quick else (1000, 50)
-    model = Layers(tensors)
+    model = blocks(tensors, count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     made, jobs = [], {}
     for what, rules in plans(count).items():
         jobs[what] = lambda rules=rules: made.append(rs.attach(model, rules, optimizer))
-    seconds = paired(jobs, 2 if quick else 9, before=lambda name: [made.pop().detach() for _ in tuple(made)])
+
+    def before(name):
+        while made:
+            made.pop().detach()
+
+    seconds = paired(jobs, 2 if quick else 15, budget=12, before=before)
     rows = []
     for what, found in seconds.items():
         rows.append([f"{count} rules, {what}", spread(found, 1e3), judged(quartiles(found)[1] * 1e3, 50)])
