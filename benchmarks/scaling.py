@@ -37,7 +37,7 @@ def curve(sizes, shapes_of, rounds):
     found = {form: [] for form in FORMS}
     for size in sizes:
         jobs, _model = jobs_of(shapes_of(size))
-        repeats = max(3, min(rounds, int(rounds * sizes[-1] / size / 50)))
+        repeats = max(1 if len(shapes_of(size)) > 10_000 else 3, min(rounds, int(rounds * sizes[-1] / size / 50)))
         for form, seconds in paired(jobs, repeats, budget=6).items():
             found[form].append(quartiles(seconds)[1])
     return found
