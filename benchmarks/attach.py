@@ -70,7 +70,7 @@ def main():
     section = Section(__file__, "Attaching and importing", "What it costs to begin.")
     attaching(section, given.quick)
     importing(section, given.quick)
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def main():
     firsts = an_update(section, peers, given.quick)
     with_rules(section, given.quick)
     alone(section, peers, firsts, given.quick)
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("torch", "numpy", "keras", "jax", "optax", "torchao", "torchvision", "transformers", "scikit-learn")
+PACKAGES = ("torch", "numpy", "keras", "jax", "optax", "torchao", "transformers", "scikit-learn")
 PACKAGES += ("skorch", "lightning")
 
 
@@ -107,10 +107,15 @@ class Section:
         self.tables.append({"title": title, "columns": list(columns), "rows": rows, "note": note})
         print(markdown_table(self.tables[-1]), flush=True)
 
-    def finish(self, out=None):
-        """Write the data that report.py reads."""
+    def finish(self, out=None, quick=False):
+        """Write the data that report.py reads; those of tiny sizes never become the page of docs."""
         data = {key: value for key, value in vars(self).items() if key != "began"}
-        data |= {"script": Path(self.script).name, "seconds": time.perf_counter() - self.began, "machine": machine()}
+        data |= {
+            "quick": quick,
+            "script": Path(self.script).name,
+            "seconds": time.perf_counter() - self.began,
+            "machine": machine(),
+        }
         if out is not None:
             Path(out).mkdir(parents=True, exist_ok=True)
             path = Path(out, Path(self.script).stem + ".json")

@@ -300,7 +300,7 @@ def main():
         whole_steps(section, title, lists[title], given.quick)
     many_small(section, given.quick)
     keras_peers(section, given.quick)
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

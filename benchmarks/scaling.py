@@ -98,7 +98,7 @@ def main():
         curves = [("entries", entries, by_entries), ("tensors of ten entries", tensors, by_tensors)]
         draw(given.out / "scaling.png", curves)
         section.pictures.append(["scaling.png", "Time of L1 over entries and over tensors, by each how="])
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

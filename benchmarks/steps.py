@@ -283,7 +283,7 @@ def main():
     large(section, "GPT-2 small, batch 4 of 64 tokens", gpt2, given.quick)
     outputs(section, given.quick)
     derivatives(section, given.quick)
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main():
         by_entry = digits(seconds(lambda m=member: m.prox(w, steps), rounds)) if member.groupwise else ""
         rows.append([f"`{name}`", digits(seconds(lambda m=member: m.prox(w, 0.3), rounds)), by_entry])
     section.table(f"Prox of {size:,} × {size:,} entries", ["penalty", "one step, s", "a step by entry, s"], rows)
-    section.finish(given.out)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":

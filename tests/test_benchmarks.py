@@ -118,6 +118,14 @@ def test_results_of_two_machines_are_no_page(scripts, tmp_path):
         report.main(tmp_path, tmp_path)
 
 
+def test_tiny_sizes_are_not_published(scripts, tmp_path):
+    measure, report = scripts
+    measure.Section("rules.py", "On rules").finish(tmp_path / "found", quick=True)
+    report.main(tmp_path / "found", tmp_path / "docs")
+    assert not (tmp_path / "docs").exists()
+    assert (tmp_path / "found" / "benchmarks.md").exists()
+
+
 def test_no_results_are_no_page(scripts, tmp_path):
     with pytest.raises(SystemExit, match="make bench"):
         scripts[1].read(tmp_path)
