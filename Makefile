@@ -30,8 +30,12 @@ matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes
 	$(PYTEST) tests/test_everywhere.py --outcomes $(CURDIR)/build/outcomes.jsonl
 	$(PY) docs/matrix.py build/outcomes.jsonl
 
-bench: .venv/.test  ## every script of benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script; done
+BENCH := rules steps attach scaling fit structured
+bench: .venv/.bench  ## measure speed on a quiet machine, under 20 minutes; rewrites docs/benchmarks.md
+	@rm -rf build/bench
+	@set -e; for name in $(BENCH); do \
+	  echo "== benchmarks/$$name.py"; $(PY) benchmarks/$$name.py --out build/bench $(BENCHFLAGS); done
+	@$(PY) benchmarks/report.py build/bench docs
 
 lint: .venv/.test  ## ruff and mypy
 	$(PY) -m ruff check
@@ -57,6 +61,11 @@ clean:  ## remove caches and build outputs (.venv stays)
 	@echo "Installing restrain and what the tests need into .venv (once) ..."
 	@$(PIP) -e '.[test]'
 	@touch $@ .venv/.demo
+
+.venv/.bench: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing restrain and what the benchmarks need into .venv (once) ..."
+	@$(PIP) -e '.[bench]'
+	@touch $@
 
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,152 +1,307 @@
-"""What rules cost: ratios of paired runs in one process, in the order A B A B, with medians and spread.
+"""What rules on parameters cost: in the loss, at the step, by hand, by peers; against one pass over memory.
 
-    python benchmarks/rules.py [--rounds 15]
+    python benchmarks/rules.py [--quick] [--out folder]
 
-Lists of parameters like those of an MLP (784-1000-1000-10), of ResNet-50 and of GPT-2 small; L1 as the loop that
-everybody writes, against the same rule as loss, gradient, decoupled and proximal. Then whole training steps of the MLP:
-with nothing attached against attachments with nothing to do, and with an output penalty.
+Parameter lists of GPT-2 small, ResNet-50 and an MLP 784-1000-1000-10. A rule at the step is timed as the hooks that it
+hangs on the optimizer, whole steps of optimizers are timed after that. The floor is one pass over the bytes that must
+be read and written: `a += b` where there are two to read and one to write, `a *= c` where there is one to read and to
+write, over two flat tensors of as many entries, in the same rounds.
 """
 
-import argparse
-import platform
-import statistics
-import time
+import os
+import tempfile
+import warnings
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from lists import LISTS, RATE, RULES, STRENGTH, model_of, tiny
+from measure import Section, child, digits, judged, options, paired, quartiles, ratios, spread, times
 
 import restrain as rs
 
-MLP = [(1000, 784), (1000,), (1000, 1000), (1000,), (10, 1000), (10,)]
-GPT2 = [(50257, 768), (1024, 768), (768,), (768,)] + 12 * [
-    *[(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)],
-    *[(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)],
-]
+GOALS = {"with": {"ResNet-50": 1.3}, "without": {"ResNet-50": 1.6}}  # others: 1.15 and 1.5
+SMALL = (75, 300, 1000)
 
 
-def resnet50():
-    """The 161 shapes of ResNet-50's parameters."""
-    shapes, width = [(64, 3, 7, 7), (64,), (64,)], 64
-    for blocks, planes in ((3, 64), (4, 128), (6, 256), (3, 512)):
-        for block in range(blocks):
-            for out, into, k in ((planes, width, 1), (planes, planes, 3), (4 * planes, planes, 1)):
-                shapes += [(out, into, k, k), (out,), (out,)]
-            if block == 0:
-                shapes += [(4 * planes, width, 1, 1), (4 * planes,), (4 * planes,)]
-            width = 4 * planes
-    return [*shapes, (1000, 2048), (1000,)]
+def hooks(optimizer, how):
+    """What the rules of an optimizer do around its step, without the step."""
+    before = how in ("gradient", "decoupled")
+    found = optimizer._optimizer_step_pre_hooks if before else optimizer._optimizer_step_post_hooks  # torch's
+    return lambda: [hook(optimizer, (), {}) for hook in tuple(found.values())]
 
 
-def paired(rounds, **jobs):
-    """{job: seconds of each round}; jobs take turns, after one round that isn't counted."""
-    seconds = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
+def attached(model, rule, how, on="*", make=None):
+    """A job: what a rule does around a step of an optimizer of its own."""
+    optimizer = make(model.parameters()) if make else torch.optim.SGD(model.parameters(), lr=RATE)
+    if make:
+        optimizer.step()  # so that it has a state
+    scaled = rule if how == "project" else STRENGTH * rule
+    rs.attach(model, scaled.on(on, how=how), optimizer)
+    job = hooks(optimizer, how)
+    p = max(model.parameters(), key=torch.Tensor.numel)
+    seen = p.grad if how == "gradient" else p
+    if how == "project":
+        p.detach().mul_(10)  # attaching has put it into the set
+    was = seen.detach().clone()
+    job()
+    if torch.equal(was, seen.detach()):
+        raise SystemExit(f"{rule} by how={how!r} did nothing in the optimizer's hooks: this script must be mended")
+    return job
+
+
+def backward(value, ps):
+    """A job: a penalty's value and gradient, as they are within a loss."""
+    return lambda: (STRENGTH * value(ps)).backward()
+
+
+def quietly(job):
+    """The same without a graph."""
+
+    def run():
+        with torch.no_grad():
             job()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+
+    return run
 
 
-def show(title, seconds, base):
-    """A line a job: median and spread in ms, and the median of the paired ratios base / job."""
-    print(f"\n{title}")
-    for name, times in seconds.items():
-        ratio = statistics.median(b / t for b, t in zip(seconds[base], times, strict=True))
-        low, high = min(times) * 1e3, max(times) * 1e3
-        print(
-            f"  {name:42} {statistics.median(times) * 1e3:8.2f} ms ({low:.2f} - {high:.2f})  {base} / this {ratio:5.2f}"
-        )
+def floors(entries):
+    """{name: one pass over so many entries}."""
+    a, b = torch.rand(entries), torch.rand(entries)
+    return {"a *= c": lambda: a.mul_(1.0), "a += b": lambda: a.add_(b, alpha=1e-30)}
 
 
-def model_of(shapes):
-    """A model that holds parameters of these shapes, with gradients."""
-    model = nn.Module()
-    for number, shape in enumerate(shapes):
-        p = nn.Parameter(torch.randn(shape) / 30)
-        p.grad = torch.randn_like(p) / 30
-        model.register_parameter(f"p{number}", p)
-    return model
+def floor_of(how):
+    """Which pass a rule can't be faster than."""
+    return "a += b" if how in ("loss", "gradient") else "a *= c"
 
 
-def lists(rounds):
-    """L1 over all parameters of a list: in the loss, as gradient or decay before a step, as prox after it."""
-    for title, shapes in (("MLP", MLP), ("ResNet-50", resnet50()), ("GPT-2 small", GPT2)):
+def rounds_of(title, quick):
+    return 2 if quick else {"GPT-2 small": 7, "ResNet-50": 15, "MLP": 41}.get(title, 21)
+
+
+def jobs_of(model, name, compiled):
+    """({job: function}, {job: the pass that bounds it}) of one rule over one list."""
+    case = RULES[name]
+    ps = [p for key, p in model.named_parameters() if case.on == "*" or key.startswith("w")]
+    jobs, bound = {}, {}
+    if case.loop:
+        jobs["loop in the loss"] = backward(case.loop, ps)
+        if case.foreach:
+            jobs["loop in the loss, foreach"] = backward(case.foreach, ps)
+        if compiled:
+            jobs["loop in the loss, torch.compile"] = backward(torch.compile(case.loop), ps)
+        jobs['restrain, how="loss"'] = rs.attach(model, STRENGTH * case.ours.on(case.on)).penalty
+        penalty = jobs['restrain, how="loss"']
+        jobs['restrain, how="loss"'] = lambda: penalty().backward()
+    bound |= dict.fromkeys(jobs, floor_of("loss"))
+    for label, function in case.by_hand.items():
+        jobs[label] = quietly(lambda function=function: function(ps))
+        bound[label] = floor_of("gradient" if "in place" in label else "proximal")
+    for how in case.hows:
+        jobs[f'restrain, how="{how}"'] = attached(model, case.ours, how, case.on)
+        bound[f'restrain, how="{how}"'] = floor_of(how)
+    if name == "L1":
+        label = 'restrain, how="proximal" after Adam'
+        adam = lambda given: torch.optim.Adam(given, lr=RATE, fused=True)  # noqa: E731
+        jobs[label], bound[label] = attached(model, case.ours, "proximal", make=adam), "a += b"
+    return jobs, bound, sum(p.numel() for p in ps)
+
+
+def goal_of(label, title, compiler="with"):
+    """How many floors a job of ours may take."""
+    ours = label.startswith("restrain") and "loss" not in label
+    return GOALS[compiler].get(title, 1.15 if compiler == "with" else 1.5) if ours else None
+
+
+def rows_of(name, title, seconds, bound, compiler="with"):
+    """Lines of a table: one a job."""
+    loop = "loop in the loss"
+    for label, found in seconds.items():
+        if label in bound:
+            over = ratios(seconds, label, bound[label])
+            faster = ratios(seconds, loop, label) if loop in seconds else None
+            least = None
+            if label.startswith("restrain") and faster:
+                least = (2 if title == "GPT-2 small" else 1) if "loss" in label else 5
+            goals = [judged(over[1], goal_of(label, title, compiler)), judged(faster and faster[1], at_least=least)]
+            verdict = "; ".join(f"{kind} {said}" for kind, said in zip(("floor", "loop"), goals, strict=True) if said)
+            yield [name, label, spread(found, 1e3), times(over), times(faster) if faster else "", verdict]
+
+
+def over_list(section, title, shapes, quick):
+    """The table of one list."""
+    rows = []
+    for name in RULES:
         model = model_of(shapes)
-        ps = list(model.parameters())
-        entries = sum(p.numel() for p in ps)
-        others = [torch.randn_like(p) for p in ps]
-        # learning rate zero moves nothing, and skips the rules: so a tiny one
-        optimizer = torch.optim.SGD(ps, lr=1e-30)
-        in_loss = rs.attach(model, 1e-4 * rs.L1().on("*"))
-        at_step = {
-            how: rs.attach(model, 1e-4 * rs.L1().on("*", how=how), optimizer)
-            for how in ("gradient", "decoupled", "proximal")
-        }
-        steppers = {how: reg._steppers[0] for how, reg in at_step.items()}
-
-        def loop(ps=ps):
-            (1e-4 * sum(p.abs().sum() for p in ps)).backward()
-
-        def floor(ps=ps, others=others):
-            with torch.no_grad():
-                for p, other in zip(ps, others, strict=True):
-                    p.add_(other, alpha=1e-30)
-
-        seconds = paired(
-            rounds,
-            loop=loop,
-            loss=lambda reg=in_loss: reg.penalty().backward(),
-            gradient=lambda before=steppers["gradient"].before, optimizer=optimizer: before(optimizer, (), {}),
-            decoupled=lambda before=steppers["decoupled"].before, optimizer=optimizer: before(optimizer, (), {}),
-            proximal=lambda after=steppers["proximal"].after, optimizer=optimizer: after(optimizer, (), {}),
-            floor=floor,
-        )
-        show(f"L1 on {title}: {len(ps)} tensors, {entries / 1e6:.1f} M entries", seconds, "loop")
-
-
-def trainer(attach=None, compiled=False):
-    """A job: one training step of the MLP at batch 64."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    reg = attach(model, optimizer) if attach else None
-    run = torch.compile(model, fullgraph=True) if compiled else model
-    x, y = torch.randn(64, 784), torch.randint(10, (64,))
-
-    def step():
-        for _ in range(10):
-            loss = F.cross_entropy(run(x), y)
-            (reg.loss(loss) if reg else loss).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step
-
-
-def steps(rounds):
-    """Ten training steps of the MLP, plain and with attachments."""
-    idle = rs.L1().on("nothing*", optional=True)
-    outputs = 1e-4 * rs.L1().on(rs.outputs(nn.ReLU))
-    seconds = paired(
-        rounds,
-        **{
-            "plain": trainer(),
-            "plain again": trainer(),
-            "a rule that matches nothing": trainer(lambda model, optimizer: rs.attach(model, idle, optimizer)),
-            "attached and detached": trainer(lambda model, optimizer: rs.attach(model, outputs).detach()),
-            "L1 on two outputs": trainer(lambda model, optimizer: rs.attach(model, outputs)),
-        },
+        jobs, bound, entries = jobs_of(model, name, compiled=name == "L1")
+        seconds = paired({**jobs, **floors(entries)}, rounds_of(title, quick), budget=25)
+        rows += rows_of(name, title, seconds, bound)
+        if name == "L1":
+            rows = [["", f"floor: {key}", spread(seconds[key], 1e3), "", "", ""] for key in floors(1)] + rows
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    section.table(
+        f"{title}: {len(shapes)} tensors, {count / 1e6:.1f} M entries",
+        ["rule", "form", "ms", "× floor", "loop / this", "goal"],
+        rows,
+        "max-norm holds from the first round on, so that later ones only look.",
     )
-    show("ten training steps of the MLP, batch 64", seconds, "plain")
+
+
+def inplace_only(quick):
+    """In a child: × floor of rules at the step, for L1, L2 and the elastic net, over all lists."""
+    found = {}
+    for title, shapes in LISTS.items():
+        shapes = tiny(shapes) if quick else shapes
+        for name in ("L1", "L2", "elastic net"):
+            model = model_of(shapes)
+            jobs, bound, entries = jobs_of(model, name, compiled=False)
+            jobs = {label: job for label, job in jobs.items() if label.startswith("restrain") and "loss" not in label}
+            seconds = paired({**jobs, **floors(entries)}, rounds_of(title, quick), budget=8)
+            for label in jobs:
+                found[f"{title}|{name}|{label}"] = [quartiles(seconds[label]), ratios(seconds, label, bound[label])]
+    return {"found": found}
+
+
+def without_compiler(section, quick):
+    """The same where no compiler is found: a child that can't see one, with an empty cache."""
+    with tempfile.TemporaryDirectory() as empty:
+        hidden = {"PATH": empty, "CXX": None, "CC": None, "TORCHINDUCTOR_CACHE_DIR": os.path.join(empty, "cache")}
+        got = child("rules.py", "--part", "inplace", *(["--quick"] if quick else []), environment=hidden)
+    rows = [["", "", "", got.get("missing", ""), "", ""]] if "missing" in got else []
+    for key, (found, over) in got.get("found", {}).items():
+        title, name, label = key.split("|")
+        ms = f"{digits(found[1] * 1e3)} ({digits(found[0] * 1e3)} – {digits(found[2] * 1e3)})"
+        rows.append([title, name, label, ms, times(over), judged(over[1], goal_of(label, title, "without"))])
+    section.table(
+        "At the step, without a compiler",
+        ["list", "rule", "form", "ms", "× floor", "goal"],
+        rows,
+        "In a process that finds no C++ compiler (an empty PATH, an empty cache of compiled code).",
+    )
+
+
+def two_rules(section, title, shapes, quick):
+    """Two rules on the same tensors by the same how, against one and against the other alone."""
+    model, rows, l1, l2 = model_of(shapes), [], STRENGTH * rs.L1(), STRENGTH * rs.L2()
+    for how in ("gradient", "decoupled", "proximal"):
+        jobs = {}
+        for label, plan in {"L1": [l1], "L2": [l2], "both": [l1, l2]}.items():
+            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+            rs.attach(model, [rule.on("*", how=how, name=f"{label} {n}") for n, rule in enumerate(plan)], optimizer)
+            jobs[label] = hooks(optimizer, how)
+        seconds = paired(jobs, rounds_of(title, quick), budget=8)
+        over = ratios(seconds, "both", "L1")
+        rows.append([title, how, *(spread(seconds[label], 1e3) for label in jobs), times(over), judged(over[1], 1.2)])
+    columns = ["list", "how", "L1, ms", "L2, ms", "both, ms", "both / L1", "goal: one pass"]
+    section.table(f"Two rules on one tensor, {title}", columns, rows)
+
+
+def optimizers(model):
+    """{whole step: (a function, what it is compared with)}; each optimizer has its own state."""
+    ps, made = list(model.parameters()), {}
+
+    def add(label, optimizer, rule=None, against=None):
+        if rule is not None:
+            rs.attach(model, rule, optimizer)
+        made[label] = (optimizer.step, against)
+
+    sgd = lambda **given: torch.optim.SGD(ps, lr=RATE, **given)  # noqa: E731
+    add("SGD", sgd())
+    add("SGD, its own weight_decay", sgd(weight_decay=2 * STRENGTH), against="SGD")
+    for how in ("gradient", "decoupled"):
+        add(f'SGD, restrain L2, how="{how}"', sgd(), STRENGTH * rs.L2().on("*", how=how), "SGD")
+    add('SGD, restrain L1, how="proximal"', sgd(), STRENGTH * rs.L1().on("*", how="proximal"), "SGD")
+    adam = lambda: torch.optim.Adam(ps, lr=1e-4, fused=True)  # noqa: E731
+    add("Adam, fused", adam())
+    rule = STRENGTH * rs.L1().on("*", how="proximal")
+    add('Adam, fused, restrain L1, how="proximal"', adam(), rule, "Adam, fused")
+    try:
+        from torchao.prototype.pat.optim import PruneOptimizer
+
+        group = {"params": ps, "prox_type": "ProxLasso", "group_type": "ElemGrouper"}
+        base = torch.optim.Adam([group], lr=1e-4, fused=True)
+        add("Adam, fused, torchao PruneOptimizer", PruneOptimizer(base, reg_lambda=STRENGTH), against="Adam, fused")
+    except ImportError as error:
+        made["torchao PruneOptimizer"] = (None, str(error)[:80])
+    return made
+
+
+def whole_steps(section, title, shapes, quick):
+    """Whole steps of optimizers, with and without rules."""
+    model = model_of(shapes)
+    made = optimizers(model)
+    jobs = {label: job for label, (job, _) in made.items() if job is not None}
+    seconds = paired(jobs, rounds_of(title, quick), budget=20)
+    rows = []
+    for label, (job, against) in made.items():
+        if job is None:
+            rows.append([label, f"missing: {against}", "", ""])
+            continue
+        over = ratios(seconds, label, against) if against else None
+        goal = judged(over[1], 1.1) if over and "Adam" in label and "restrain" in label else ""
+        rows.append([label, spread(seconds[label], 1e3), times(over) if over else "", goal and f"stretch {goal}"])
+    section.table(f"Whole steps of optimizers, {title}", ["step", "ms", "× without", "goal"], rows)
+
+
+def many_small(section, quick):
+    """Microseconds a tensor where there are many small ones."""
+    rows = []
+    for count in (10,) if quick else SMALL:
+        model = model_of([(10, 10)] * count)
+        ps = list(model.parameters())
+        reg = rs.attach(model, STRENGTH * rs.L1().on("*"))
+        jobs = {"loop in the loss": backward(RULES["L1"].loop, ps)}
+        jobs["foreach in the loss"] = backward(RULES["L1"].foreach, ps)
+        jobs['restrain, how="loss"'] = lambda reg=reg: reg.penalty().backward()
+        for how in RULES["L1"].hows:
+            jobs[f'restrain, how="{how}"'] = attached(model, rs.L1(), how)
+        seconds = paired(jobs, 2 if quick else 31)
+        for label, found in seconds.items():
+            middle = quartiles(found)[1] * 1e6 / count
+            goal = judged(middle, 15 if "loss" in label else 3) if label.startswith("restrain") else ""
+            rows.append([count, label, spread(found, 1e6 / count), goal])
+    section.table("Many small tensors (10 × 10 each), L1", ["tensors", "form", "µs a tensor", "goal"], rows)
+
+
+def keras_peers(section, quick):
+    """Keras's own regularizers, in processes of their own; the hand-written torch loop takes turns with them there."""
+    rows = []
+    for backend in ("torch", "jax"):
+        chosen = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        got = child("rules_keras.py", *(["--quick"] if quick else []), environment=chosen)
+        if "missing" in got:
+            rows.append([backend, "", "", f"missing: {got['missing']}", "", ""])
+        for key, (ms, over) in got.get("found", {}).items():
+            rows.append([backend, *key.split("|"), ms, over])
+    columns = ["backend", "list", "rule", "ms", "torch loop / this"]
+    section.table("Keras 3: regularizers with their gradients; the constraint", columns, rows)
+
+
+def main():
+    given = options(__doc__, ("--part", {"choices": ("inplace",), "help": "what a child of this script does"}))
+    warnings.simplefilter("ignore", rs.errors.RestrainWarning)  # weights that max-norm and L1 empty in many rounds
+    torch.manual_seed(0)
+    torch.set_num_threads(given.threads)
+    if given.part:
+        import json
+
+        print(json.dumps(inplace_only(given.quick)))
+        return
+    text = (
+        f"{given.threads} threads. A rule at the step is timed as the hooks that it hangs on the optimizer. × floor: "
+        "over one pass at the machine's bandwidth, measured in the same rounds."
+    )
+    section = Section(__file__, "Rules on parameters", text)
+    lists = {title: tiny(shapes) if given.quick else shapes for title, shapes in LISTS.items()}
+    for title, shapes in lists.items():
+        over_list(section, title, shapes, given.quick)
+    without_compiler(section, given.quick)
+    for title in ("GPT-2 small", "ResNet-50"):
+        two_rules(section, title, lists[title], given.quick)
+        whole_steps(section, title, lists[title], given.quick)
+    many_small(section, given.quick)
+    keras_peers(section, given.quick)
+    section.finish(given.out, given.quick)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    steps(rounds)
-    lists(rounds)
+    main()

@@ -1,0 +1,77 @@
+"""What it costs to begin: attaching a plan, and importing.
+
+    python benchmarks/attach.py [--quick] [--out folder]
+
+A plan of 50 rules on a model of 1,000 tensors, each rule on twenty tensors of its own, on all tensors, on all outputs;
+`import restrain` against `import torch`, each in fresh processes that take turns.
+"""
+
+import subprocess
+import sys
+
+import torch
+from measure import Section, judged, options, paired, quartiles, ratios, spread, times
+from torch import nn
+
+import restrain as rs
+
+HOWS = ("loss", "gradient", "decoupled", "proximal")
+
+
+def blocks(tensors, count):
+    """A model of as many blocks as there are rules, of linear layers."""
+    each = tensors // count // 2
+    return nn.Sequential(*(nn.Sequential(*(nn.Linear(4, 4) for _ in range(each))) for _ in range(count)))
+
+
+def plans(count):
+    """{what: rules}."""
+    own = [(number, HOWS[number % 4]) for number in range(count)]
+    return {
+        "each on a block of its own": [1e-4 * rs.L2().on(f"{n}.*", how=how, name=f"r{n}") for n, how in own],
+        "each on every tensor": [1e-4 * rs.L2().on("*", how=how, name=f"r{n}") for n, how in own],
+        "each on all outputs": [1e-4 * rs.L1().on(rs.outputs(nn.Linear), name=f"r{n}") for n, _ in own],
+    }
+
+
+def attaching(section, quick):
+    tensors, count = (200, 5) if quick else (1000, 50)
+    model = blocks(tensors, count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    made, jobs = [], {}
+    for what, rules in plans(count).items():
+        jobs[what] = lambda rules=rules: made.append(rs.attach(model, rules, optimizer))
+
+    def before(name):
+        while made:
+            made.pop().detach()
+
+    seconds = paired(jobs, 2 if quick else 15, budget=12, before=before)
+    rows = []
+    for what, found in seconds.items():
+        rows.append([f"{count} rules, {what}", spread(found, 1e3), judged(quartiles(found)[1] * 1e3, 50)])
+    section.table(f"Attaching to {tensors:,} tensors", ["plan", "ms", "goal, ms"], rows)
+
+
+def importing(section, quick):
+    def of(name):
+        return lambda: subprocess.run([sys.executable, "-c", f"import {name}"], check=True)
+
+    seconds = paired({"torch": of("torch"), "restrain": of("restrain")}, 2 if quick else 11)
+    over = ratios(seconds, "restrain", "torch")
+    rows = [["import torch", spread(seconds["torch"]), "", ""]]
+    rows.append(["import restrain", spread(seconds["restrain"]), times(over), judged(over[1], 1.15)])
+    section.table("Importing, in a fresh process", ["", "s", "× import torch", "goal"], rows)
+
+
+def main():
+    given = options(__doc__)
+    torch.set_num_threads(given.threads)
+    section = Section(__file__, "Attaching and importing", "What it costs to begin.")
+    attaching(section, given.quick)
+    importing(section, given.quick)
+    section.finish(given.out, given.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""What rules cost in whole training steps: of large models, on outputs of small ones, on derivatives.
+
+    python benchmarks/steps.py [--quick] [--out folder]
+
+ResNet-50 (batch 16 of 64 × 64 images, SGD with momentum; written here, as torchvision's wheels need the very build of
+torch that they were made for) and GPT-2 small (transformers, from its configuration, batch 4 of 64 tokens, fused
+AdamW). The variants of a model share weights, gradients and the optimizer's
+state, so that they differ in the rule only. Peak memory is the most that torch's allocator held at a time during one
+step, above what it held before, as its profiler reports it.
+"""
+
+import copy
+import warnings
+
+import lists
+import torch
+from measure import Section, digits, judged, options, paired, ratios, spread, times
+from torch import nn
+from torch.autograd import profiler
+from torch.nn import functional as F
+
+import restrain as rs
+
+STRENGTH = 1e-6
+HEAD = ["step", "ms", "× plain", "goal"]
+
+
+def twin(model):
+    """The same parameters and buffers in modules of their own."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+class Bottleneck(nn.Module):
+    """He and others (2016), with the stride in the 3 × 3 convolution, as torchvision has it."""
+
+    def __init__(self, into, planes, stride, first):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(into, planes, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, stride, 1, bias=False), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = nn.Conv2d(planes, 4 * planes, 1, bias=False), nn.BatchNorm2d(4 * planes)
+        short = (nn.Conv2d(into, 4 * planes, 1, stride, bias=False), nn.BatchNorm2d(4 * planes)) if first else ()
+        self.short, self.relu = nn.Sequential(*short), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        h = self.relu(self.bn1(self.conv1(x)))
+        h = self.relu(self.bn2(self.conv2(h)))
+        return self.relu(self.bn3(self.conv3(h)) + self.short(x))
+
+
+def resnet50(quick):
+    """(a model, its loss of a batch, its optimizer)."""
+    layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
+    width = 64
+    for stage, (blocks, planes) in enumerate([(1, 64)] if quick else [(3, 64), (4, 128), (6, 256), (3, 512)]):
+        for block in range(blocks):
+            layers.append(Bottleneck(width, planes, 2 if stage and not block else 1, block == 0))
+            width = 4 * planes
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 1000)).train()
+    if not quick and sorted(tuple(p.shape) for p in model.parameters()) != sorted(lists.resnet50()):
+        raise SystemExit("this isn't ResNet-50")
+    size = 2 if quick else 16
+    x, y = torch.randn(size, 3, 64, 64), torch.randint(1000, (size,))
+    return model, lambda net: F.cross_entropy(net(x), y), lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=0.9)
+
+
+def gpt2(quick):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(**({"n_layer": 1, "n_embd": 48} if quick else {}))).train()
+    tokens = torch.randint(50257, (4, 8 if quick else 64))
+    make = lambda ps: torch.optim.AdamW(ps, lr=1e-6, weight_decay=0.0, fused=True)  # noqa: E731
+    return model, lambda net: net(tokens, labels=tokens).loss, make
+
+
+def large(section, title, load, quick):
+    """The table of one large model."""
+    goal = 1.02
+    try:
+        model, loss, make = load(quick)
+    except (ImportError, RuntimeError) as error:
+        section.table(f"Whole training steps of {title}", HEAD, [[f"missing: {error}", "", "", ""]])
+        return
+    rules = {"plain": None, "plain again": None} | {
+        f'{name}, how="{how}"': STRENGTH * penalty.on("*.weight", how=how)
+        for name, penalty, how in (
+            ("L2", rs.L2(), "loss"),
+            ("L2", rs.L2(), "gradient"),
+            ("L2", rs.L2(), "decoupled"),
+            ("L1", rs.L1(), "proximal"),
+        )
+    }
+    jobs, state = {}, None
+    for label, rule in rules.items():
+        net = twin(model)
+        optimizer = make(net.parameters())
+        state = optimizer.state if state is None else state
+        optimizer.state = state
+        reg = None if rule is None else rs.attach(net, rule, optimizer)
+
+        def step(net=net, optimizer=optimizer, reg=reg):
+            optimizer.zero_grad()
+            value = loss(net)
+            (value if reg is None else reg.loss(value)).backward()
+            optimizer.step()
+
+        jobs[label] = step
+    seconds = paired(jobs, 2 if quick else 15, budget=55)
+    rows = []
+    for label, found in seconds.items():
+        over = ratios(seconds, label, "plain")
+        verdict = judged(over[1], goal) if rules[label] is not None else ""
+        rows.append([label, spread(found, 1e3), times(over), verdict])
+    note = '"plain again" is a second plain step: it says how far the ratios can be trusted.'
+    section.table(f"Whole training steps of {title}", HEAD, rows, note)
+
+
+def peak(job):
+    """The most bytes that one run holds at a time, above those held before it."""
+    with profiler.profile(profile_memory=True, use_kineto=True) as prof:
+        job()
+    events = [e for e in prof.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def mlp(quick):
+    """(a model, a batch, the layers whose outputs are penalised)."""
+    width = 20 if quick else 1000
+    made = [nn.Linear(784, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)]
+    return nn.Sequential(*made), torch.randn(64, 784), nn.ReLU
+
+
+def cnn(quick, inplace=False):
+    width = 4 if quick else 32
+    act = lambda: nn.ReLU(inplace=inplace)  # noqa: E731
+    made = [nn.Conv2d(3, width, 3, padding=1), act(), nn.Conv2d(width, 2 * width, 3, padding=1, stride=2), act()]
+    made += [nn.Conv2d(2 * width, 2 * width, 3, padding=1, stride=2), act(), nn.AvgPool2d(8), nn.Flatten()]
+    return nn.Sequential(*made, nn.Linear(2 * width, 10)), torch.randn(64, 3, 32, 32), nn.Conv2d if inplace else nn.ReLU
+
+
+def cnn_inplace(quick):
+    return cnn(quick, inplace=True)
+
+
+def by_hand(net, kind):
+    """Outputs of layers kept by hooks, as one writes it; a function that sums their L1 and forgets them."""
+    kept, overwritten = [], kind is nn.Conv2d
+    for module in net:
+        if isinstance(module, kind):
+            module.register_forward_hook(lambda m, args, out: kept.append(out.clone() if overwritten else out))
+
+    def value():
+        total = sum(output.abs().flatten(1).sum(1).mean() for output in kept)
+        kept.clear()
+        return total
+
+    return value
+
+
+def step_of(load, quick, form, compiled):
+    """A job: one training step."""
+    torch.manual_seed(0)
+    net, x, kind = load(quick)
+    y = torch.randint(10, (len(x),))
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6)
+    reg = rs.attach(net, STRENGTH * rs.L1().on(rs.outputs(kind)), optimizer) if form == "restrain" else None
+    hand = by_hand(net, kind) if form == "hooks by hand" else None
+    run = torch.compile(net) if compiled else net
+
+    def step():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(run(x), y)
+        if hand is not None:
+            loss = loss + STRENGTH * hand()
+        (loss if reg is None else reg.loss(loss)).backward()
+        optimizer.step()
+
+    return step
+
+
+def outputs(section, quick):
+    """Output penalties in eager and compiled steps."""
+    rows = []
+    for title, load in {"MLP": mlp, "CNN": cnn, "CNN, ReLU in place": cnn_inplace}.items():
+        for compiled in (False, True):
+            forms = ["plain", "restrain"] if compiled else ["plain", "restrain", "hooks by hand"]
+            jobs = {form: step_of(load, quick, form, compiled) for form in forms}
+            seconds = paired(jobs, 2 if quick else 41, budget=5)
+            peaks = {form: peak(job) for form, job in jobs.items()}
+            for form in forms:
+                over = ratios(seconds, form, "plain")
+                ours = form == "restrain"
+                memory = f"{peaks[form] / 2**20:.1f}" + (f" ({peaks[form] / peaks['plain'] - 1:+.1%})" if ours else "")
+                cells = [spread(seconds[form], 1e3), times(over), judged(over[1], 1.05) if ours else "", memory]
+                rows.append([title, "compiled" if compiled else "eager", form, *cells])
+    columns = ["model", "", "step", "ms", "× plain", "goal", "peak memory, MiB"]
+    note = (
+        "L1 on the outputs of all ReLU layers; where ReLU works in place, on those of the convolutions before, which "
+        "it overwrites. Goal for memory: none extra, one copy in the last case. By hand, it is cloned there, too."
+    )
+    section.table("Penalties on outputs", columns, rows, note)
+
+
+def closed_form(layer, act):
+    """Rifai and others (2011): Σ_j σ'(a_j)² Σ_i w_ji², its mean over the batch."""
+
+    def value(net, x):
+        h = net[:2](x)
+        slope = h * (1 - h) if act is nn.Sigmoid else 1 - h.square()
+        return net[2](h), (slope.square() @ layer.weight.square().sum(1)).mean()
+
+    return value
+
+
+def signs(like):
+    return torch.randint_like(like, 2).mul_(2).sub_(1)
+
+
+def jvp(net, x):
+    y, along = torch.func.jvp(net, (x,), (signs(x),))
+    return y, along.square().sum(1).mean()
+
+
+def vjp(net, x):
+    x = x.detach().requires_grad_()
+    y = net(x)
+    (along,) = torch.autograd.grad(y, x, signs(y), create_graph=True)
+    return y, along.square().sum(1).mean()
+
+
+def derivatives(section, quick):
+    """Contractive and Jacobian penalties against the cheapest form that is known of each."""
+    sizes = (20, 10) if quick else (784, 500)
+    cases = {}
+    for name, act in (("sigmoid", nn.Sigmoid), ("tanh", nn.Tanh)):
+        net = nn.Sequential(nn.Linear(*sizes), act(), nn.Linear(sizes[1], sizes[0]))
+        label = f"Contractive of one {name} layer, {sizes[0]}-{sizes[1]}"
+        cases[label] = (net, rs.Contractive().on(rs.outputs("1")), "closed form", closed_form(net[0], act))
+    for name, hand in (("jvp", jvp), ("vjp", vjp)):
+        net = nn.Sequential(nn.Linear(*sizes), nn.Tanh(), nn.Linear(sizes[1], sizes[1]), nn.Tanh())
+        net.append(nn.Linear(sizes[1], 10))
+        cases[f'JacobianNorm(estimator="{name}"), {sizes[0]}-{sizes[1]}-{sizes[1]}-10'] = (
+            net,
+            rs.JacobianNorm(estimator=name).on(),
+            f"one {name}, by hand",
+            hand,
+        )
+    rows, x = [], torch.randn(64, sizes[0])
+    for label, (net, rule, form, hand) in cases.items():
+        reg = rs.attach(net, STRENGTH * rule)
+
+        def ours(net=net, reg=reg):
+            reg.loss(net(x).square().mean()).backward()
+
+        ghost = twin(net)  # without our hooks
+
+        def theirs(net=ghost, hand=hand):
+            y, value = hand(net, x)
+            (y.square().mean() + STRENGTH * value).backward()
+
+        jobs = {"ours": ours, "hand": theirs, "plain": lambda net=ghost: net(x).square().mean().backward()}
+        seconds = paired(jobs, 2 if quick else 31, budget=6)
+        over = ratios(seconds, "ours", "hand")
+        cells = [spread(seconds[name], 1e3) for name in ("plain", "hand", "ours")]
+        rows.append([label, form, *cells, times(over), judged(over[1], 1.2)])
+    columns = ["rule", "cheapest form", "no penalty, ms", "by hand, ms", "restrain, ms", "restrain / by hand", "goal"]
+    section.table("Penalties on derivatives: forward, loss, penalty, backward", columns, rows)
+
+
+def main():
+    given = options(__doc__)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", rs.errors.RestrainWarning)  # that it compiles anew, that it copies: both are wanted
+    torch.manual_seed(0)
+    torch.set_num_threads(given.threads)
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # models of one shape with and without hooks, side by side
+    text = f"{given.threads} threads. Rules of strength {digits(STRENGTH)} in whole training steps."
+    section = Section(__file__, "Training steps", text)
+    large(section, "ResNet-50, batch 16 of 64 × 64 images", resnet50, given.quick)
+    large(section, "GPT-2 small, batch 4 of 64 tokens", gpt2, given.quick)
+    outputs(section, given.quick)
+    derivatives(section, given.quick)
+    section.finish(given.out, given.quick)
+
+
+if __name__ == "__main__":
+    main()
