@@ -2,7 +2,7 @@
 
     python examples/gpt2_fsdp.py                                                # tiny, on a CPU, half a minute
     torchrun --nproc-per-node 2 examples/gpt2_fsdp.py --checkpoint /tmp/gpt      # the same losses on two processes
-    torchrun --nproc-per-node 4 examples/gpt2_fsdp.py --checkpoint /tmp/gpt --resume --steps 200
+    torchrun --nproc-per-node 4 examples/gpt2_fsdp.py --checkpoint /tmp/gpt --resume --steps 400
     torchrun ... examples/gpt2_fsdp.py --layers 12 --heads 12 --width 768 --context 1024 --mixed     # GPT-2 small
 
 GPT-2 XL is --layers 48 --heads 25 --width 1600, a model of 6.4 billion weights --layers 32 --heads 32 --width 4096.
@@ -101,12 +101,16 @@ def split(model, options, ranks, device):
     By default a weight is split along dim 0. `out` is split along dim 1 where that keeps heads whole: then its rule
     acts on each process's own part. Otherwise restrain gathers that tensor at each step, and reg.table() says so.
     """
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if options.mixed else MixedPrecisionPolicy()
+    half, single = torch.bfloat16, torch.float32
+    policy = MixedPrecisionPolicy(half, reduce_dtype=single, output_dtype=single) if options.mixed else None
     by_head = {id(block.attention.out.weight) for block in model.blocks} if options.heads % ranks == 0 else set()
     mesh = dist.init_device_mesh(device.type, (ranks,))
     for part in (*model.blocks, model):
         fully_shard(
-            part, mesh=mesh, mp_policy=policy, shard_placement_fn=lambda p: Shard(1) if id(p) in by_head else None
+            part,
+            mesh=mesh,
+            mp_policy=policy or MixedPrecisionPolicy(),
+            shard_placement_fn=lambda p: Shard(1) if id(p) in by_head else None,
         )
 
 
@@ -175,13 +179,13 @@ def train(options):
     training, data, losses = Training(model, optimizer, reg), text(), []
     if options.resume:
         latest = max(Path(options.checkpoint).glob("step-*"), key=lambda path: int(path.name[5:]))
-        dcp.load({"training": training}, checkpoint_id=latest, no_dist=ranks == 1)
+        dcp.load({"training": training}, checkpoint_id=latest)
     alone_mixed = options.mixed and ranks == 1
     while training.step < options.steps:
         x, y = (t.to(device) for t in batch(data, options, training.step, rank, ranks))
         with torch.autocast(device.type, torch.bfloat16) if alone_mixed else nullcontext():
             logits = model(x)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), y.flatten())
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
         reg.loss(loss).backward()  # restrain: the loss with the penalties
         optimizer.step()  # restrain: the proximal rules act after it, by its hooks
         optimizer.zero_grad()
@@ -193,7 +197,7 @@ def train(options):
                 print(f"step {training.step}: loss {losses[-1]:.4f}, penalties {sum(penalties.values()):.4f}")
             if options.checkpoint:
                 path = Path(options.checkpoint, f"step-{training.step}")
-                dcp.save({"training": training}, checkpoint_id=path, no_dist=ranks == 1)
+                dcp.save({"training": training}, checkpoint_id=path)
     return losses, training
 
 
@@ -210,10 +214,10 @@ def zeroed(model, options):
 
 def parsed(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 8, "steps": 100, "every": 20, "seed": 0}
+    sizes = {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 8, "steps": 200, "every": 50, "seed": 0}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, value in {"lr": 3e-3, "group-lasso": 1e-3, "activation-l1": 1e-4}.items():
+    for name, value in {"lr": 2e-3, "group-lasso": 1e-4, "activation-l1": 1e-5}.items():
         parser.add_argument(f"--{name}", type=float, default=value)
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--mixed", action="store_true", help="compute in bfloat16; weights and rules stay in float32")
