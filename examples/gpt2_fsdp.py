@@ -84,9 +84,9 @@ class GPT(nn.Module):
 
 
 def rules(options):
-    """restrain: the plan. Strengths are tried on the tiny model; a proximal one has the unit of a gradient."""
+    """restrain: the plan. The strengths were tried on the tiny model; proximal ones have the unit of a gradient."""
     size = options.width // options.heads
-    group = options.group_lasso
+    group = options.group_lasso * rs.schedules.WarmUp(options.warm_up)
     return [
         group * rs.GroupLasso(per=(3 * size,)).on("*.attention.qkv.weight", how="proximal"),  # heads: blocks of rows
         group * rs.GroupLasso(per=(options.width, size)).on("*.attention.out.weight", how="proximal"),  # of columns
@@ -137,9 +137,7 @@ class Training(Stateful):
         return {"model": model, "optimizer": optimizer, "rules": self.reg.state_dict(), "step": self.step}
 
     def load_state_dict(self, state):
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.reg.load_state_dict(state["rules"])
         self.step = state["step"]
 
@@ -214,7 +212,17 @@ def zeroed(model, options):
 
 def parsed(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 8, "steps": 200, "every": 50, "seed": 0}
+    sizes = {
+        "layers": 2,
+        "heads": 4,
+        "width": 64,
+        "context": 64,
+        "batch": 8,
+        "steps": 200,
+        "every": 50,
+        "seed": 0,
+        "warm-up": 50,
+    }
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, value in {"lr": 2e-3, "group-lasso": 1e-4, "activation-l1": 1e-5}.items():
