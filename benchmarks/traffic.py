@@ -14,6 +14,7 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 
@@ -36,39 +37,53 @@ ALL, OUT, INTO = "*.weight", "*.attention.out.weight", "*.mlp.into.weight"
 
 @dataclass(frozen=True)
 class Kind:
-    """A rule, and by the formula what it sends in each phase, if it sends anything."""
+    """A rule, and what it sends by the formula: {phase: what}, in phases where it sends anything."""
 
-    rule: rs.Rule
-    gathers: dict = field(default_factory=dict)  # {phase: tensors of the size of the parameter, for each parameter}
-    numbers: dict = field(default_factory=dict)  # {phase: bytes in one message for all parameters together}
+    what: rs.rules.What
+    where: object
+    how: str | None = None
+    gathers: dict = field(default_factory=dict)  # so many tensors of a parameter's size, for each parameter
+    numbers: dict = field(default_factory=dict)  # so many bytes, in one message for all
+    each: dict = field(default_factory=dict)  # so many bytes for each parameter, in one message for all
+    after: int = 1  # steps
+
+    @property
+    def rule(self):
+        return self.what.on(self.where, **({"how": self.how} if self.how else {}))
 
     def expected(self, shapes, ranks):
         """{phase: (messages, bytes)} for float32 parameters of these shapes, split along dim 0."""
         found = {}
         whole = sum(4 * -(-shape[0] // ranks) * ranks * prod(shape[1:]) for shape in shapes)
         for phase in PHASES:
-            times, sent = self.gathers.get(phase, 0), self.numbers.get(phase, 0)
+            times = self.gathers.get(phase, 0)
+            sent = self.numbers.get(phase, 0) + self.each.get(phase, 0) * len(shapes)
             found[phase] = (times * len(shapes) + bool(sent), times * whole + sent)
         return found
 
 
+TOLD = {"values": 4}
+IN_LOSS, GATHERED = {"loss": 4, "values": 4}, {"loss": 1, "values": 1}
 KINDS = {
-    "entrywise, in the loss": Kind(rs.L2().on(ALL), numbers={"loss": 4, "values": 4}),
-    "entrywise, at the step": Kind(rs.L1().on(ALL, how="proximal"), numbers={"values": 4}),
-    "whole groups, in the loss": Kind(rs.GroupLasso("out").on(INTO), numbers={"loss": 4, "values": 4}),
-    "whole groups, at the step": Kind(rs.GroupLasso("out").on(INTO, how="proximal"), numbers={"values": 4}),
-    "split groups, in the loss": Kind(rs.GroupLasso("in").on(INTO), {"loss": 1, "values": 1}),
-    "split groups, gradient": Kind(rs.GroupLasso("in").on(INTO, how="gradient"), {"step": 2, "values": 1}),
-    "split groups, decoupled": Kind(rs.GroupLasso("in").on(INTO, how="decoupled"), {"step": 1, "values": 1}),
-    "split groups, proximal under Adam": Kind(rs.GroupLasso("in").on(INTO, how="proximal"), {"step": 2, "values": 1}),
-    "constraint on split groups": Kind(rs.MaxNorm(1.0, per="in").on(INTO), {"step": 1}),
-    "matrices, in the loss": Kind(rs.NuclearNorm().on(INTO), {"loss": 1, "values": 1}),
-    "constraint on matrices": Kind(rs.SpectralBall(1.0).on(INTO), {"step": 1}),
-    "outputs": Kind(rs.L1().on(rs.outputs("*.mlp.relu"))),
-    "target, zeros": Kind(
-        rs.Target(zeros=0.5, every=1) * rs.L1().on(INTO, how="proximal"), numbers={"step": 8, "values": 4}
+    "entrywise, in the loss": Kind(rs.L2(), ALL, numbers=IN_LOSS),
+    "entrywise, at the step": Kind(rs.L1(), ALL, "proximal", numbers=TOLD),
+    "whole groups, in the loss": Kind(rs.GroupLasso("out"), INTO, numbers=IN_LOSS),
+    "whole groups, at the step": Kind(rs.GroupLasso("out"), INTO, "proximal", numbers=TOLD),
+    "split groups, in the loss": Kind(rs.GroupLasso("in"), INTO, gathers=GATHERED),
+    "split groups, gradient": Kind(rs.GroupLasso("in"), INTO, "gradient", {"step": 2, "values": 1}),
+    "split groups, decoupled": Kind(rs.GroupLasso("in"), INTO, "decoupled", {"step": 1, "values": 1}),
+    "split groups, proximal, Adam": Kind(rs.GroupLasso("in"), INTO, "proximal", {"step": 2, "values": 1}),
+    "constraint on split groups": Kind(rs.MaxNorm(1.0, per="in"), INTO, gathers={"step": 1}),
+    "matrices, in the loss": Kind(rs.NuclearNorm(), INTO, gathers=GATHERED),
+    "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 1}),
+    "outputs": Kind(rs.L1(), rs.outputs("*.mlp.relu")),
+    "target of zeros": Kind(
+        rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers={"step": 8, "values": 4}
     ),
-    "target, active": Kind(rs.Target(active=0.5, every=1) * rs.L1().on(rs.outputs("*.mlp.relu")), numbers={"step": 16}),
+    "target of activity": Kind(
+        rs.Target(active=0.5, every=1) * rs.L1(), rs.outputs("*.mlp.relu"), numbers={"step": 16}
+    ),
+    "look for empty layers": Kind(rs.L1(), INTO, "proximal", numbers=TOLD, each={"step": 8}, after=49),
 }
 
 
@@ -95,16 +110,18 @@ def options_of(text):
     return example.parsed(["--device", "cpu", "--context", "8", "--batch", "8", *text.split()])
 
 
-def step_of(options, rank, ranks, rule=None):
+def step_of(options, rank, ranks, kind=None):
     """{phase: (messages, bytes)} of the second step, with one rule or without any; and its parameters' shapes."""
     with torch.device("meta"):
         model = example.GPT(options.layers, options.heads, options.width, options.context)
     example.split(model, options, ranks, torch.device("cpu"))
     example.initialise(model.to_empty(device="cpu"), 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    reg = rs.attach(model, 1e-5 * rule if isinstance(rule.what, rs.Penalty) else rule, optimizer) if rule else None
+    reg = rs.attach(model, kind.rule, optimizer) if kind else None
     x, y = example.batch(example.text(), options, 0, rank, ranks)
-    for _ in range(2):
+    for last in (False, True):
+        if reg and last:  # as if so many steps had been
+            reg.load_state_dict(reg.state_dict() | {"optimizer_steps": [kind.after] * len(reg._steppers)})
         counts = {phase: Traffic() for phase in PHASES}
         with counts["forward"]:
             loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
@@ -131,7 +148,7 @@ def measured(rank, ranks, sizes=SIZES, kinds=KINDS):
         plain, _ = step_of(options, rank, ranks)
         found[size, None] = plain, plain
         for name, kind in kinds.items():
-            counted, shapes = step_of(options, rank, ranks, kind.rule)
+            counted, shapes = step_of(options, rank, ranks, kind)
             added = {phase: tuple(a - b for a, b in zip(counted[phase], plain[phase], strict=True)) for phase in PHASES}
             found[size, name] = added, kind.expected(shapes, ranks)
     return found
@@ -163,7 +180,7 @@ def large(ranks=64):
     entries = sum(p.numel() for p in model.parameters())
     print(f"\nby the formulas: {entries / 1e9:.1f} billion weights on {ranks} processes, a step")
     for name, kind in KINDS.items():
-        shapes = [tuple(p.shape) for key, p in model.named_parameters() if kind.where and fnmatch(key, kind.where)]
+        shapes = [tuple(p.shape) for key, p in model.named_parameters() if fnmatch(key, str(kind.where))]
         print(f"{name:36} {shown(kind.expected(shapes, ranks))}")
 
 

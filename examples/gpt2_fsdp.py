@@ -12,7 +12,6 @@ whole units of the MLPs out; one in the loss makes the MLPs' activations small. 
 
 import argparse
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -101,17 +100,14 @@ def split(model, options, ranks, device):
     By default a weight is split along dim 0. `out` is split along dim 1 where that keeps heads whole: then its rule
     acts on each process's own part. Otherwise restrain gathers that tensor at each step, and reg.table() says so.
     """
-    half, single = torch.bfloat16, torch.float32
-    policy = MixedPrecisionPolicy(half, reduce_dtype=single, output_dtype=single) if options.mixed else None
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if options.mixed else {}
+    end = {"output_dtype": torch.float32} if options.mixed else {}
     by_head = {id(block.attention.out.weight) for block in model.blocks} if options.heads % ranks == 0 else set()
-    mesh = dist.init_device_mesh(device.type, (ranks,))
-    for part in (*model.blocks, model):
-        fully_shard(
-            part,
-            mesh=mesh,
-            mp_policy=policy or MixedPrecisionPolicy(),
-            shard_placement_fn=lambda p: Shard(1) if id(p) in by_head else None,
-        )
+    how = {"mesh": dist.init_device_mesh(device.type, (ranks,))}
+    how["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_head else None
+    for block in model.blocks:
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(**half), **how)
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(**half, **end), **how)
 
 
 @torch.no_grad()
@@ -178,12 +174,10 @@ def train(options):
     if options.resume:
         latest = max(Path(options.checkpoint).glob("step-*"), key=lambda path: int(path.name[5:]))
         dcp.load({"training": training}, checkpoint_id=latest)
-    alone_mixed = options.mixed and ranks == 1
     while training.step < options.steps:
         x, y = (t.to(device) for t in batch(data, options, training.step, rank, ranks))
-        with torch.autocast(device.type, torch.bfloat16) if alone_mixed else nullcontext():
-            logits = model(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.mixed and ranks == 1):
+            loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         reg.loss(loss).backward()  # restrain: the loss with the penalties
         optimizer.step()  # restrain: the proximal rules act after it, by its hooks
         optimizer.zero_grad()
