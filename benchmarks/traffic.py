@@ -43,7 +43,7 @@ class Kind:
     where: object
     how: str | None = None
     gathers: dict = field(default_factory=dict)  # so many tensors of a parameter's size, for each parameter
-    numbers: dict = field(default_factory=dict)  # so many bytes, in one message for all
+    numbers: dict = field(default_factory=dict)  # messages of so many bytes, for all parameters together
     each: dict = field(default_factory=dict)  # so many bytes for each parameter, in one message for all
     after: int = 1  # steps
 
@@ -57,13 +57,13 @@ class Kind:
         whole = sum(4 * -(-shape[0] // ranks) * ranks * prod(shape[1:]) for shape in shapes)
         for phase in PHASES:
             times = self.gathers.get(phase, 0)
-            sent = self.numbers.get(phase, 0) + self.each.get(phase, 0) * len(shapes)
-            found[phase] = (times * len(shapes) + bool(sent), times * whole + sent)
+            sent = [*self.numbers.get(phase, ()), *[self.each[phase] * len(shapes)] * (phase in self.each)]
+            found[phase] = (times * len(shapes) + len(sent), times * whole + sum(sent))
         return found
 
 
-TOLD = {"values": 4}
-IN_LOSS, GATHERED = {"loss": 4, "values": 4}, {"loss": 1, "values": 1}
+TOLD = {"values": (4,)}
+IN_LOSS, GATHERED = {"loss": (4,), "values": (4,)}, {"loss": 1, "values": 1}
 KINDS = {
     "entrywise, in the loss": Kind(rs.L2(), ALL, numbers=IN_LOSS),
     "entrywise, at the step": Kind(rs.L1(), ALL, "proximal", numbers=TOLD),
@@ -77,11 +77,12 @@ KINDS = {
     "matrices, in the loss": Kind(rs.NuclearNorm(), INTO, gathers=GATHERED),
     "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 1}),
     "outputs": Kind(rs.L1(), rs.outputs("*.mlp.relu")),
-    "target of zeros": Kind(
-        rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers={"step": 8, "values": 4}
-    ),
+    "target of zeros": Kind(rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers=TOLD | {"step": (8,)}),
     "target of activity": Kind(
-        rs.Target(active=0.5, every=1) * rs.L1(), rs.outputs("*.mlp.relu"), numbers={"step": 16}
+        rs.Target(active=0.5, every=1) * rs.L1(), rs.outputs("*.mlp.relu"), numbers={"step": (16,)}
+    ),
+    "target of a gradient's share": Kind(
+        rs.Target(gradient_share=0.1, every=1) * rs.L1(), INTO, "gradient", numbers=TOLD | {"step": (8, 8)}
     ),
     "look for empty layers": Kind(rs.L1(), INTO, "proximal", numbers=TOLD, each={"step": 8}, after=49),
 }

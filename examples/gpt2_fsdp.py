@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 4 examples/gpt2_fsdp.py --checkpoint /tmp/gpt --resume --steps 400
     torchrun ... examples/gpt2_fsdp.py --layers 12 --heads 12 --width 768 --context 1024 --mixed     # GPT-2 small
 
-GPT-2 XL is --layers 48 --heads 25 --width 1600, a model of 6.4 billion weights --layers 32 --heads 32 --width 4096.
+GPT-2 XL is --layers 48 --heads 25 --width 1600, a model of 6.5 billion weights --layers 32 --heads 32 --width 4096.
 It learns the bytes of a text that ships with Python, its own help. Three proximal rules take whole attention heads and
 whole units of the MLPs out; one in the loss makes the MLPs' activations small. Lines that are restrain's say so.
 """
@@ -95,15 +95,17 @@ def rules(options):
 
 
 def split(model, options, ranks, device):
-    """FSDP2, a block at a time.
+    """FSDP2, a block at a time; with --replicas, on so many copies.
 
     By default a weight is split along dim 0. `out` is split along dim 1 where that keeps heads whole: then its rule
     acts on each process's own part. Otherwise restrain gathers that tensor at each step, and reg.table() says so.
     """
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if options.mixed else {}
     end = {"output_dtype": torch.float32} if options.mixed else {}
-    by_head = {id(block.attention.out.weight) for block in model.blocks} if options.heads % ranks == 0 else set()
-    how = {"mesh": dist.init_device_mesh(device.type, (ranks,))}
+    copies, parts = options.replicas, ranks // options.replicas
+    mesh = dist.init_device_mesh(device.type, (copies, parts), mesh_dim_names=("copies", "parts"))
+    by_head = {id(block.attention.out.weight) for block in model.blocks} if options.heads % parts == 0 else set()
+    how = {"mesh": mesh if copies > 1 else mesh["parts"]}
     how["shard_placement_fn"] = lambda p: Shard(1) if id(p) in by_head else None
     for block in model.blocks:
         fully_shard(block, mp_policy=MixedPrecisionPolicy(**half), **how)

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
+import restrain as rs
 from test_shards import spawned
 
 ROOT = Path(__file__).parents[1]
@@ -54,9 +56,19 @@ def run_rank(rank, port, results, ranks, jobs):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    results[rank] = {name: ran(*arguments) for name, arguments in jobs.items()}
+    traffic = loaded(ROOT / "benchmarks" / "traffic.py")
+    sizes, kinds = (traffic.SIZES, traffic.KINDS) if ranks > 2 else ({"tiny": traffic.SIZES["tiny"]}, sample(traffic))
+    counted = traffic.measured(rank, ranks, sizes, kinds)
+    results[rank] = {name: ran(*arguments) for name, arguments in jobs.items()} | {"traffic": counted}
     dist.barrier()
     os._exit(0)
+
+
+def sample(traffic):
+    """One kind of rule for each way of sending."""
+    names = ["entrywise, in the loss", "whole groups, at the step", "split groups, proximal, Adam"]
+    names += ["constraint on matrices", "target of zeros", "look for empty layers"]
+    return {name: traffic.KINDS[name] for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +119,28 @@ def test_one_process_resumes_what_two_saved(two, alone, folder, tmp_path):
     equal(ran("--checkpoint", str(tmp_path), "--resume"), alone, begin=HALF)
 
 
+def formulas_hold(found, sizes, kinds):
+    assert len(found["traffic"]) == sizes * (kinds + 1)
+    for (size, kind), (counted, expected) in found["traffic"].items():
+        assert counted == expected, (size, kind)
+        assert kind or counted["forward"][0] > 1  # FSDP2's own
+
+
+def test_what_rules_send_is_what_the_formulas_say(two):
+    for found in two.values():
+        formulas_hold(found, 1, 6)
+
+
+def test_the_formulas_for_a_large_model(capsys):
+    loaded(ROOT / "benchmarks" / "traffic.py").large()
+    out = capsys.readouterr().out
+    gathered = 32 * 4 * 16384 * 4096
+    assert f"split groups, proximal, Adam         step 64 x, {2 * gathered:,} bytes; values 32 x, {gathered:,}" in out
+    assert re.search(r"^outputs +nothing$", out, re.MULTILINE)
+    page = (ROOT / "docs" / "scale.md").read_text()
+    assert f"{2 * gathered / 1e9:.1f} GB" in page
+
+
 def test_the_command_alone(capsys, tmp_path):
     example = loaded(ROOT / "examples" / "gpt2_fsdp.py")
     example.main([*SIZE, "--steps", "2", "--every", "1", "--mixed", "--checkpoint", str(tmp_path)])
@@ -124,15 +158,40 @@ def test_what_cannot_be_resumed(capsys):
     assert "--resume needs --checkpoint DIR" in capsys.readouterr().err
 
 
+def test_what_a_metric_keeps_is_in_a_distributed_checkpoint(tmp_path):
+    """The attachment may be given as it is; a fresh one has kept nothing yet."""
+    states = []
+    for resumed in (False, True):
+        model = torch.nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        reg = rs.attach(model, [0.1 * rs.L1().on("weight", how="proximal"), 0.1 * rs.Distance().on("*")], optimizer)
+        if resumed:
+            dcp.load({"rules": reg}, checkpoint_id=tmp_path)
+        else:
+            for momentum in (0.5, 0.9):  # between the two, the gain lies that is to be kept
+                optimizer.param_groups[0]["momentum"] = momentum
+                reg.loss(model(torch.ones(2, 4)).square().mean()).backward()
+                optimizer.step()
+            dcp.save({"rules": reg}, checkpoint_id=tmp_path)
+        states.append(reg.state_dict())
+    assert states[0]["metrics"] == (("weight", {"gain": pytest.approx(0.9 * 2 + 1)}),)
+    torch.testing.assert_close(states[1], states[0], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_four_processes(two, alone, folder, tmp_path):
     (tmp_path / f"step-{HALF}").symlink_to(folder / f"step-{HALF}")
     jobs = {"plain": [], "resumed": ["--checkpoint", str(tmp_path), "--resume"], "two heads": ["--heads", "2"]}
+    jobs["two copies"] = ["--heads", "2", "--replicas", "2"]
     expected = ran("--heads", "2")
     for found in spawned(run_rank, 4, 4, jobs).values():
         equal(found["plain"], alone)
         equal(found["resumed"], alone, begin=HALF)
         equal(found["two heads"], expected)
+        equal(found["two copies"], expected)
+        assert "needs whole" in found["two heads"][3]
+        assert "needs whole" not in found["two copies"][3]
+        formulas_hold(found, 2, 16)
 
 
 @pytest.mark.slow
