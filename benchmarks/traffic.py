@@ -57,7 +57,7 @@ class Kind:
         whole = sum(4 * -(-shape[0] // ranks) * ranks * prod(shape[1:]) for shape in shapes)
         for phase in PHASES:
             times = self.gathers.get(phase, 0)
-            sent = [*self.numbers.get(phase, ()), *[self.each[phase] * len(shapes)] * (phase in self.each)]
+            sent = [*self.numbers.get(phase, ()), *([self.each[phase] * len(shapes)] if phase in self.each else [])]
             found[phase] = (times * len(shapes) + len(sent), times * whole + sum(sent))
         return found
 

@@ -208,21 +208,10 @@ def zeroed(model, options):
 
 def parsed(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {
-        "layers": 2,
-        "heads": 4,
-        "width": 64,
-        "context": 64,
-        "batch": 8,
-        "steps": 200,
-        "every": 50,
-        "seed": 0,
-        "warm-up": 50,
-    }
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name, value in {"lr": 2e-3, "group-lasso": 1e-4, "activation-l1": 1e-5}.items():
-        parser.add_argument(f"--{name}", type=float, default=value)
+    numbers = {"layers": 2, "heads": 4, "width": 64, "context": 64, "batch": 8, "replicas": 1, "seed": 0}
+    numbers |= {"steps": 200, "every": 50, "lr": 2e-3, "group_lasso": 1e-4, "warm_up": 50, "activation_l1": 1e-5}
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"{default}")
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto")
     parser.add_argument("--mixed", action="store_true", help="compute in bfloat16; weights and rules stay in float32")
     parser.add_argument("--checkpoint", metavar="DIR", help="save there each --every steps, and at the end")
