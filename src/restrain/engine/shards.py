@@ -130,7 +130,10 @@ def _dim_of_view(groups: Grouping, shape: tuple[int, ...], dim: int) -> int | No
         return dim
     starts = [at for at in range(len(groups.shape)) if prod(groups.shape[:at]) == prod(shape[:dim])]
     ends = {prod(groups.shape[:at]) for at in range(len(groups.shape) + 1)}
-    return starts[-1] if starts and prod(shape[: dim + 1]) in ends else None
+    if not starts or prod(shape[: dim + 1]) not in ends:
+        return None
+    at = starts[0] if shape[dim] == 1 else starts[-1]
+    return at if shape[dim] % max(groups.shape[at], 1) == 0 else None
 
 
 def _regrouped(what: Any, t: Any) -> Any:
