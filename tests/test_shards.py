@@ -69,6 +69,12 @@ PLANS = {
     "decoupled": [p.on(W, how="decoupled") for p in (ENTRYWISE, GROUPED, CROSSING)],
     "proximal": [ENTRYWISE.on("*", how="proximal")],
     "proximal by group": [(GROUPED + 0.02 * rs.L1()).on(W, how="proximal")],
+    "proximal by block": [
+        0.1 * rs.GroupLasso(per=(1, 2)).on("first.weight", how="proximal"),
+        0.1 * rs.GroupLasso(per=(1, 5)).on("thin.weight", how="proximal"),
+        0.1 * rs.GroupLasso(per=(3, 2)).on("head.weight", how="proximal"),
+        rs.MaxNorm(0.3, per=(1, 1)).on("thin.weight"),
+    ],
     "proximal across": [CROSSING.on(W, how="proximal"), rs.NonNegative().on("head.weight")],
     "proximal weighted": [WEIGHTED.on(W, how="proximal"), 0.1 * rs.L1().on("head.bias", how="proximal", reduce="mean")],
     "constraints": [

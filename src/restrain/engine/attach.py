@@ -317,7 +317,8 @@ class Attachment:
             "steps": self._clock.steps,
             "epochs": self._clock.epochs,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
-            "metrics": {work.handle.name: dict(work.kept) for work in self._works() if work.kept},
+            # a tuple, as torch.distributed.checkpoint loads of a dict only what a fresh attachment has already
+            "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works() if work.kept),
             "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
             "strengths": self._strengths.state(),
         }
@@ -340,8 +341,9 @@ class Attachment:
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
+        metrics = dict(state.get("metrics", ()))
         for work in self._works():
-            kept, like = state.get("metrics", {}).get(work.handle.name, {}), work.handle.find(self.model)
+            kept, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
             work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
         for name, kept in mine["kept"].items():
             for key, tensor in kept.items():

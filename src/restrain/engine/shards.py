@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -92,36 +93,66 @@ def _split(t: Any) -> list[tuple[int, Any]]:
 
 def fitted(what: Any, t: Any) -> Any:
     """What does to a process's own part of `t` what `what` does to all; None where that takes the whole tensor."""
-    dims = {how.dim % max(t.dim(), 1) for _, how in _split(t)}
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    if not all(_by_entry(leaf) or _within(leaf, tuple(t.shape), dims) for leaf in leaves):
-        return None
-    return _regrouped(what, tuple(t.to_local().shape))
+    return _regrouped(what, t) if all(_by_entry(leaf) or _within(leaf, t) for leaf in leaves) else None
 
 
 def _by_entry(leaf: Any) -> bool:
     return isinstance(leaf, NonNegative | Box) or (isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform)
 
 
-def _within(leaf: Any, shape: tuple[int, ...], dims: set[int]) -> bool:
+def _within(leaf: Any, t: Any) -> bool:
     """Whether no group of it is split, if it acts by group."""
     groups = leaf.per if isinstance(leaf, GroupPenalty | ByGroup) else None
-    if not isinstance(groups, Grouping) or groups.lists is not None or groups.shape != shape:
-        return False
-    return dims <= set(groups.keep)
+    return isinstance(groups, Grouping) and _own_view(groups, t) is not None
 
 
-def _regrouped(what: Any, shape: tuple[int, ...]) -> Any:
-    """The same, for groups along the same dims of a tensor of another shape."""
+def _own_view(groups: Grouping, t: Any) -> tuple[int, ...] | None:
+    """The shape in which the groups of a process's own part of `t` lie along whole dims; None if any group is split.
+
+    Whether it is None doesn't depend on the process.
+    """
+    from torch.distributed.tensor import Shard
+
+    view, own, splits = list(groups.shape), t.to_local().shape, _split(t)
+    for dim in {how.dim % max(t.dim(), 1) for _, how in splits}:
+        at = _dim_of_view(groups, tuple(t.shape), dim)
+        if groups.lists is not None or at is None or at not in groups.keep:
+            return None
+        block = t.shape[dim] // max(groups.shape[at], 1)
+        if block > 1:  # its borders must be those of parts, too; these are simple where one axis of the mesh splits
+            here = [(axis, how) for axis, how in splits if how.dim % t.dim() == dim]
+            if len(here) > 1 or not isinstance(here[0][1], Shard):
+                return None
+            if -(-t.shape[dim] // t.device_mesh.shape[here[0][0]]) % block:
+                return None
+        view[at] = own[dim] // max(block, 1)
+    return tuple(view)
+
+
+def _dim_of_view(groups: Grouping, shape: tuple[int, ...], dim: int) -> int | None:
+    """The first of those dims of a grouping's view that a tensor's dim becomes; None where it has no such."""
+    if groups.shape == shape:
+        return dim
+    starts = [at for at in range(len(groups.shape)) if prod(groups.shape[:at]) == prod(shape[:dim])]
+    ends = {prod(groups.shape[:at]) for at in range(len(groups.shape) + 1)}
+    if not starts or prod(shape[: dim + 1]) not in ends:
+        return None
+    at = starts[0] if shape[dim] == 1 else starts[-1]
+    return at if shape[dim] % max(groups.shape[at], 1) == 0 else None
+
+
+def _regrouped(what: Any, t: Any) -> Any:
+    """The same, for groups along the same dims of a process's own part of `t`."""
     if isinstance(what, Grouping):
-        return dataclasses.replace(what, shape=shape)
+        return dataclasses.replace(what, shape=_own_view(what, t) or what.shape)
     if isinstance(what, tuple):
-        return tuple(_regrouped(one, shape) for one in what)
+        return tuple(_regrouped(one, t) for one in what)
     if not (isinstance(what, What) and dataclasses.is_dataclass(what)):
         return what
     fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
     members = {key: value for key, value in fields.items() if isinstance(value, Grouping | What | tuple)}
-    return dataclasses.replace(what, **{key: _regrouped(value, shape) for key, value in members.items()})
+    return dataclasses.replace(what, **{key: _regrouped(value, t) for key, value in members.items()})
 
 
 def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[Sequence[Any], list[Tensor], Ranks]]:
