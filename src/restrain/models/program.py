@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from restrain.models import drawing
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from restrain.models.training import Training
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
+_CHUNK = 2**15  # entries for which another thread pays
 _WIDTH = 3  # of the table
 _LARGE = 2**18  # products of so many factors and more go to oneDNN
 
@@ -66,7 +68,6 @@ class Program:
         self.params = dict(training.network.named_parameters())
         self.buffers = dict(training.network.named_buffers())
         self.state = [] if self.formula is None else self.formula.state()
-        self.data = [t for t in training.train.tensors or () if t is not None]
         self.names: list[str] = []
         self.draws = 0
         self._sums = torch.zeros(16 + len(training.rules), dtype=torch.float64)
@@ -85,15 +86,15 @@ class Program:
         training = self.training
         dtype = next(iter(self.params.values())).dtype
         row = (torch.zeros(_WIDTH, dtype=dtype), drawing.keys(1)[0])
-        rows = torch.arange(self.size)
-        batch = self.data or [t for t in training.train.batch(rows.numpy()) if t is not None]
+        batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         with torch.random.fork_rng(devices=[]):
             try:
-                graph = make_fx(self._update, tracing_mode="fake")(*self._fixed(), *row, rows, *batch)
+                graph = make_fx(self._update, tracing_mode="fake")(*self._fixed(), *row, *batch)
                 check_graph(graph)
-                use_onednn(graph)
+                improve(graph)
                 self._forget()
-                return torch._inductor.compile(graph, [*self._fixed(), *row, rows, *batch])  # type: ignore[no-any-return]
+                options = {"cpp.min_chunk_size": _CHUNK}
+                return torch._inductor.compile(graph, [*self._fixed(), *row, *batch], options)  # type: ignore[no-any-return]
             except UnfitError:
                 raise
             except Exception as error:  # whatever recording or a missing compiler makes torch raise
@@ -113,13 +114,15 @@ class Program:
         params = {f"network.{name}": next(given) for name in self.params}
         buffers = {f"network.{name}": next(given) for name in self.buffers}
         state = [[next(given) for _ in kept] for kept in self.state]
-        row, key, rows = next(given), next(given), next(given)
+        row, key = next(given), next(given)
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        x = next(given)
+        y = None if self.training.train.y is None else next(given)
         with drawing.Drawing(key) as drawn:
-            batch = self._batch(list(given), rows)
+            batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
         self.names, self.draws = list(values), drawn.count
-        sums[: len(values)] += torch.stack([value.double() * len(rows) for value in values.values()])
+        sums[: len(values)] += torch.stack([value.double() * self.size for value in values.values()])
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm
         if limit is not None:
@@ -131,15 +134,6 @@ class Program:
             self.formula.apply(p, g, kept, row)
         return []
 
-    def _batch(self, data: list[Tensor], rows: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        samples = self.training.train
-        if self.data:
-            data = [t.index_select(0, rows) for t in data]
-        x = data.pop(0).to(samples.dtype)
-        y = None if samples.y is None else data.pop(0)
-        y = y if y is None or samples.labels else y.to(samples.dtype)
-        return x, y, None if samples.weight is None else data.pop(0)
-
     # ---------------------------------------------------------------- running it
 
     def update(self, rows: Any) -> None:
@@ -147,9 +141,9 @@ class Program:
         if self._done == self._made:
             self._begin()
         self._done += 1
-        batch = self.data or [t for t in self.training.train.batch(rows) if t is not None]
+        batch = [t for t in self.training.train.batch(rows) if t is not None]
         with torch.no_grad():
-            gradients = self._call(*self._fixed_now, *next(self._rows), torch.from_numpy(rows), *batch)
+            gradients = self._call(*self._fixed_now, *next(self._rows), *batch)
         if self.formula is None:
             for p, g in zip(self.params.values(), gradients, strict=True):
                 p.grad = g
@@ -226,40 +220,61 @@ def ready(training: Training) -> bool:
 # ---------------------------------------------------------------- products of matrices
 
 
-def use_onednn(graph: GraphModule) -> None:
-    """Let oneDNN carry out the large products of float32 matrices in a graph."""
+def improve(graph: GraphModule) -> None:
+    """Let oneDNN carry out the large products of float32 matrices in a graph, and add up matrices row by row."""
     aten, ours = torch.ops.aten, _product()
-    if ours is None:
-        return
     for node in list(graph.graph.nodes):
-        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-            continue
-        bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
-        found, inner = node.meta["val"], x.meta["val"].shape[1]
-        if found.dtype != torch.float32 or found.numel() * inner < _LARGE or (bias and bias.meta["val"].dim() != 1):
-            continue
-        with graph.graph.inserting_before(node):
-            turned = graph.graph.call_function(aten.t.default, (w,))
-            turned.meta["val"] = w.meta["val"].t()
-            new = graph.graph.call_function(ours, (x, turned, bias))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        graph.graph.erase_node(node)
+        if node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
+            _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # a single sum waits for each addition
+        elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
+            bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
+            found, inner = node.meta["val"], x.meta["val"].shape[1]
+            large = found.dtype == torch.float32 and found.numel() * inner >= _LARGE
+            if large and (bias is None or bias.meta["val"].dim() == 1):
+                (x, turn_x), (w, turn_w) = _unturned(x), _unturned(w)
+                _replace(graph, node, ours, (x, w, bias, turn_x, turn_w))
+    graph.graph.eliminate_dead_code()
     graph.recompile()
+
+
+def _unturned(node: Node) -> tuple[Any, bool]:
+    """What a matrix is the transpose of, and whether it is one."""
+    return (node.args[0], True) if node.target is torch.ops.aten.t.default else (node, False)
+
+
+def _replace(graph: GraphModule, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.graph.inserting_before(node):
+        new = graph.graph.call_function(target, args)
+        if target is torch.ops.aten.sum.dim_IntList:
+            new.meta["val"] = node.args[0].meta["val"].sum(-1)  # type: ignore[union-attr]
+            new = graph.graph.call_function(torch.ops.aten.sum.default, (new,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
 
 
 _library: torch.library.Library | None = None
 
 
 def _product() -> Any:
-    """x wᵀ + b by oneDNN, as an operation that inductor takes as it is; None where this torch has none."""
+    """x w + b by oneDNN, of transposes where said, as an operation that inductor takes as it is.
+
+    None where this torch has none.
+    """
     global _library
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return None
     if _library is None:
         linear = torch.ops.mkldnn._linear_pointwise.default
+
+        def product(x: Tensor, w: Tensor, b: Tensor | None, turn_x: bool, turn_w: bool) -> Tensor:
+            return linear(x.t() if turn_x else x, w if turn_w else w.t(), b, "none", [], "")  # type: ignore[no-any-return]
+
+        def shape(x: Tensor, w: Tensor, b: Tensor | None, turn_x: bool, turn_w: bool) -> Tensor:
+            return x.new_empty(x.shape[1 if turn_x else 0], w.shape[0 if turn_w else 1])
+
         _library = torch.library.Library("restrain", "FRAGMENT")
-        _library.define("linear(Tensor x, Tensor w, Tensor? b) -> Tensor")
-        _library.impl("linear", lambda x, w, b: linear(x, w, b, "none", [], ""), "CPU")
-        _library.impl("linear", lambda x, w, b: x.new_empty(x.shape[0], w.shape[0]), "Meta")
-    return torch.ops.restrain.linear.default
+        _library.define("product(Tensor x, Tensor w, Tensor? b, bool turn_x, bool turn_w) -> Tensor")
+        _library.impl("product", product, "CPU")
+        _library.impl("product", shape, "Meta")
+    return torch.ops.restrain.product.default
