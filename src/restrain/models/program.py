@@ -2,7 +2,8 @@
 
 The update is run once on tensors without data, which records its operations; hooks of rules act there as they do in
 any forward. What can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by
-`UnfitError`, and the training goes on as it is written. Large products of matrices go to oneDNN, which on processors of
+`UnfitError`, and the training goes on as it is written. Where there is no compiler, the recorded operations are carried
+out one by one. Large products of matrices go to oneDNN, which on processors of
 other makers than MKL's takes half of its time. The compiled code works on the parameters, the optimizer's state and
 the sums of the monitors in place, and nothing waits for a number.
 """
@@ -54,15 +55,25 @@ class _Loss(nn.Module):
         return loss, {key: value.detach() for key, value in {**values, **training_values(training.reg)}.items()}
 
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
 class Program:
     """The compiled update of a training; made when its optimizer has its state.
 
+    Args:
+        training: whose update it is.
+        recorded: carry out the recorded operations one by one, as it is done where the compiler fails; afterwards
+            what it failed of.
+
     Raises:
-        UnfitError: it can't be compiled.
+        UnfitError: it can't be recorded.
     """
 
-    def __init__(self, training: Training) -> None:
+    def __init__(self, training: Training, recorded: str = "") -> None:
         check(training)
+        self.recorded = recorded
         self.training, self.formula = training, formula_of(training.optimizer)
         self.size = training.settings.batch_size
         self.params = dict(training.network.named_parameters())
@@ -87,20 +98,26 @@ class Program:
         dtype = next(iter(self.params.values())).dtype
         row = (torch.zeros(_WIDTH, dtype=dtype), drawing.keys(1)[0])
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
-        with torch.random.fork_rng(devices=[]):
-            try:
-                graph = make_fx(self._update, tracing_mode="fake")(*self._fixed(), *row, *batch)
-                check_graph(graph)
-                improve(graph)
-                self._forget()
-                options = {"cpp.min_chunk_size": _CHUNK}
-                return torch._inductor.compile(graph, [*self._fixed(), *row, *batch], options)  # type: ignore[no-any-return]
-            except UnfitError:
-                raise
-            except Exception as error:  # whatever recording or a missing compiler makes torch raise
-                raise UnfitError(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}") from error
-            finally:
-                self._forget()
+        given: list[Any] = [*self._fixed(), *row, *batch]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                graph = make_fx(self._update, tracing_mode="fake")(*given)
+            check_graph(graph)
+        except UnfitError:
+            raise
+        except Exception as error:  # whatever the rules and torch raise on tensors without data
+            raise UnfitError(f"recording it failed: {_said(error)}") from error
+        finally:
+            self._forget()
+        improve(graph)
+        if self.recorded:
+            return graph
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
+        except Exception as error:  # no compiler, or one that fails
+            self.recorded = _said(error)
+            return graph
 
     def _forget(self) -> None:
         """What the recording left with the rules belongs to no step."""

@@ -101,8 +101,9 @@ class Training:
             self.optimizer.load_state_dict(self.state)
         self.done, self.best = 0, Best()
         self.program: Program | None = None
-        self.compiled = self._is_long() if self.settings.compile == "auto" else bool(self.settings.compile)
-        self.said = ""  # what became of that
+        self.compiled: bool | str = self._is_long() if self.settings.compile == "auto" else self.settings.compile
+        self.resumed = False  # with that decision
+        self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
         self.train.load()
         self.derivatives = any(isinstance(rule.what, OnDerivatives) for rule in self.rules)
         self.mean_weight = self.train.mean_weight
@@ -263,18 +264,26 @@ class Training:
 
         try:
             program.check(self)
-            if program.ready(self):
-                self.program = program.Program(self)
-                self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
+            if not program.ready(self):
+                return
+            known = "it was so before" if self.compiled == "recorded" else ""
+            self.program = program.Program(self, known)
         except program.UnfitError as reason:
-            self.compiled, self.said = False, f"nothing: {reason}"
-            if self.settings.compile != "auto":
-                warnings.warn(
-                    f"compile=True: this training isn't compiled, as {reason}. It goes on without; compile=False says "
-                    "that you know",
-                    RestrainWarning,
-                    stacklevel=2,
-                )
+            self._without(f"nothing: {reason}", False)
+        else:
+            self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
+            if self.program.recorded and not known:
+                self._without(f"nothing: {self.program.recorded}. The update's operations run one by one", "recorded")
+
+    def _without(self, said: str, compiled: bool | str) -> None:
+        """Go on without compiled code."""
+        if self.settings.compile is True or self.resumed:
+            warnings.warn(
+                f"compile={self.settings.compile!r}, but compiled is {said}; compile=False would say that you know",
+                RestrainWarning,
+                stacklevel=3,
+            )
+        self.said, self.compiled = said, compiled
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -320,14 +329,14 @@ class Training:
         self.done, self.best = state["done"], Best(**state["best"])
         self.history[:] = state["history"]
 
-    def _decided(self, compiled: bool) -> None:
+    def _decided(self, compiled: bool | str) -> None:
         """The training that goes on was compiled, or not; other code would round otherwise."""
-        if self.settings.compile not in ("auto", compiled):
+        if self.settings.compile not in ("auto", bool(compiled)):
             raise PlanError(
-                f"the checkpoint {str(self.settings.checkpoint)!r} is of a training with compile={compiled}, which "
-                f'rounds otherwise: write that, or compile="auto". Got compile={self.settings.compile}'
+                f"the checkpoint {str(self.settings.checkpoint)!r} is of a training with compile={bool(compiled)}, "
+                f'which rounds otherwise: write that, or compile="auto". Got compile={self.settings.compile}'
             )
-        self.compiled = compiled
+        self.compiled, self.resumed = compiled, bool(compiled)
 
     # ---------------------------------------------------------------- what went wrong
 
