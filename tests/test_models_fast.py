@@ -57,7 +57,7 @@ RULES = {
     "both, mean": {"weight_l1": {"strength": 1.0, "reduce": "mean"}, "weight_l2": 1e-3},
     "hidden": {"hidden_l1": 1e-2},
     "contractive": {"contractive": 1e-3, "activation": "tanh"},
-    "registered": {"grouplasso": 1e-3, "klsparsity": {"strength": 1e-2, "rate": 0.1}, "activation": "sigmoid"},
+    "registered": {"grouplasso": 1e-3, "hoyer": {"strength": 1e-3, "optional": True}},
     "proximal": {"weight_l1": 1e-3, "how": "proximal", "max_norm": 1.0},
     "gradient": {"weight_l1": {"strength": 1e-3, "how": "gradient", "every": 3}, "weight_l2": 1e-3},
     "decoupled": {"weight_l2": {"strength": 1e-2, "how": "decoupled"}},
@@ -121,7 +121,8 @@ MODELS = {
 @pytest.mark.parametrize("algo", ["adam", "rmsprop"])
 def test_every_model(recorded, name, algo):
     kind, given, data = MODELS[name]
-    assert_same(*(fitted(kind, compiled, data, algo=algo, weight_l2=1e-3, **given) for compiled in (True, False)))
+    rtol = 1e-5 if name == "batch norm" else 1e-9  # Adam makes steps of the rounding of a gradient that is zero
+    assert_same(*(fitted(kind, compiled, data, algo=algo, weight_l2=1e-3, **given) for compiled in (True, False)), rtol)
 
 
 def test_validation_and_early_stopping(recorded):
@@ -169,6 +170,7 @@ def test_loaded_rows_are_those_that_are_read():
         ({"batch_size": 151}, "no batch is a full one"),
         ({"weight_l1": {"strength": 1e-3, "every": 2}}, "acts now and then"),
         ({"weight_l1": {"strength": rs.schedules.WarmUp(5) * 1e-3}}, "recording it failed: "),
+        ({"klsparsity": {"strength": 1e-2, "rate": 0.1}, "activation": "sigmoid"}, "decides by a number"),
         ({"regularizers": rs.DropConnect(0.1).on("hid1.weight")}, "noise on weights"),
     ],
 )
@@ -266,10 +268,11 @@ def keyed(draw, shape, count, seed=0):
 
 def test_uniform_numbers():
     drawn = keyed(drawing.uniform, (1000,), 500).numpy()
-    assert 0 <= drawn.min() < 1e-5 and 1 - 1e-5 < drawn.max() < 1
+    assert 0 <= drawn.min() < 1e-5
+    assert 1 - 1e-5 < drawn.max() < 1
     counts = np.histogram(drawn, 256, (0, 1))[0]
     assert abs(((counts - 500_000 / 256) ** 2 / (500_000 / 256)).sum() - 255) < 4 * (2 * 255) ** 0.5
-    bits = (np.arange(24) < 24) & ((drawn.ravel()[:, None] * 2**24).astype("i8") >> np.arange(24) & 1 == 1)
+    bits = (drawn.ravel()[:, None] * 2**24).astype("i8") >> np.arange(24) & 1
     assert np.abs(bits.mean(0) - 0.5).max() < 4 * 0.5 / 500_000**0.5
     pairs = np.abs(np.corrcoef(bits[:20_000].T) - np.eye(24)).max()
     assert pairs < 5 / 20_000**0.5
@@ -298,7 +301,7 @@ def test_dropout_by_keys():
 @pytest.mark.parametrize(
     "noise",
     [
-        {"input_noise": 0.5},
+        {"input_noise": 2.0},
         {"hidden_dropout": 0.5},
         {"input_noise": rs.UniformNoise(0.5), "hidden_noise": 0.3},
         {"hidden_dropout": rs.GaussianDropout(0.3), "input_dropout": 0.3},

@@ -56,6 +56,8 @@ class _Loss(nn.Module):
 
 
 def _said(error: Exception) -> str:
+    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
+        return "a rule decides by a number that it has computed"
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
@@ -96,7 +98,7 @@ class Program:
     def _compiled(self) -> Callable[..., Any]:
         training = self.training
         dtype = next(iter(self.params.values())).dtype
-        row = (torch.zeros(_WIDTH, dtype=dtype), drawing.keys(1)[0])
+        row = (torch.zeros(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         given: list[Any] = [*self._fixed(), *row, *batch]
         try:

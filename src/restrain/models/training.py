@@ -272,12 +272,13 @@ class Training:
             self._without(f"nothing: {reason}", False)
         else:
             self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
-            if self.program.recorded and not known:
-                self._without(f"nothing: {self.program.recorded}. The update's operations run one by one", "recorded")
+            if self.program.recorded:
+                said = f"nothing: {self.program.recorded}. The update's operations run one by one"
+                self._without(said, "recorded", expected=bool(known))
 
-    def _without(self, said: str, compiled: bool | str) -> None:
+    def _without(self, said: str, compiled: bool | str, *, expected: bool = False) -> None:
         """Go on without compiled code."""
-        if self.settings.compile is True or self.resumed:
+        if not expected and (self.settings.compile is True or self.resumed):
             warnings.warn(
                 f"compile={self.settings.compile!r}, but compiled is {said}; compile=False would say that you know",
                 RestrainWarning,
