@@ -166,3 +166,13 @@ def test_load_is_public_and_lazy():
 
     assert rs.load is load
     assert "load" in dir(rs)
+
+
+def test_a_header_of_any_length(tmp_path):
+    model = rs.Regressor(hidden=(), epochs=1).fit(np.eye(4), np.arange(4.0))
+    firsts = set()
+    for length in range(0, 256, 8):  # of 0x80 the file begins as a pickle does
+        path = files.save(model, tmp_path / "m", {"x": "-" * length})
+        firsts.add(path.read_bytes()[0])
+        assert rs.load(path).n_features_in_ == 4
+    assert 0x80 in firsts

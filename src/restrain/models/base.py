@@ -35,7 +35,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data), `history_` (a dict
     an epoch), `input_scale_` and `target_scale_` (what standardises, or None), `n_features_in_`, `n_iter_` (epochs so
-    far), `seed_`.
+    far), `seed_`, `compiled_` (what of an update was compiled, or why nothing).
     """
 
     __init__ = Init()
@@ -46,6 +46,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     input_scale_: Standardize | None
     target_scale_: Standardize | None
     n_iter_: int
+    compiled_: str
     seed_: int
 
     def __getattr__(self, name: str) -> Any:
@@ -160,12 +161,13 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             for train, valid in training.epochs():
                 self.history_ = earlier + training.history
                 bar.update(training.done - bar.n)
-                bar.set_postfix(loss=f"{train['loss']:.4g}", refresh=False)
+                bar.set_postfix(loss=f"{train['loss']:.4g}", compiled=training.said, refresh=False)
                 yield train, valid
         finally:
             bar.close()
             self.history_ = earlier + training.history
             self.n_iter_ = training.before + training.done
+            self.compiled_ = training.said
             algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
             self._optimizer = ((algo, chosen.momentum), training.optimizer.state_dict())
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from restrain.errors import PlanError
 from restrain.transforms.normalization import Standardize
 
+_LOADED = 2**30  # bytes of samples that are made tensors at once
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -45,6 +47,7 @@ class Samples:
     dtype: torch.dtype = torch.float32
     labels: bool = False  # targets are class indices
     scale: Scale | None = None
+    tensors: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # all of it, once it is loaded
 
     def __len__(self) -> int:
         return len(self.x) if self.rows is None else len(self.rows)
@@ -60,10 +63,30 @@ class Samples:
     def part(self, rows: Any) -> Samples:
         """Some of the rows, by their numbers here."""
         rows = np.asarray(rows)
-        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+        return replace(self, tensors=None, rows=rows if self.rows is None else self.rows[rows])
+
+    def load(self) -> None:
+        """Make tensors of all rows, where the arrays are in memory and the tensors take little of it.
+
+        Rows of bytes stay bytes; `batch` and the compiled update make numbers of them.
+        """
+        some = [array for array in (self.x, self.y, self.weight) if array is not None]
+        size = sum(len(self) * array[:1].size for array in some) * self.dtype.itemsize
+        if self.tensors is not None or size > _LOADED or any(map(_is_mapped, some)):
+            return
+        if self.scale is not None or self.x.dtype != np.uint8:
+            self.tensors = self.batch(slice(None))
+        else:
+            x = np.ascontiguousarray(self.x if self.rows is None else self.x[self.rows])
+            self.tensors = (torch.tensor(x), *replace(self, x=self.x[:, :0]).batch(slice(None))[1:])
 
     def batch(self, which: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Inputs, targets and weights of some rows, as tensors of their own."""
+        if self.tensors is not None:
+            where = torch.from_numpy(which)
+            x, y, weight = (None if t is None else t.index_select(0, where) for t in self.tensors)
+            assert x is not None
+            return x.to(self.dtype), y, weight
         index = which if self.rows is None else self.rows[which]
         scale_x = None if self.scale is None else self.scale.inputs
         scale_y = None if self.scale is None or self.labels else self.scale.targets
@@ -71,6 +94,13 @@ class Samples:
         kind = torch.long if self.labels else self.dtype
         y = None if self.y is None else _tensor(self.y, index, kind, scale_y)
         return x, y, None if self.weight is None else _tensor(self.weight, index, self.dtype)
+
+
+def _is_mapped(array: Any) -> bool:
+    """Whether an array is, or is a part of, a file."""
+    while array is not None and not isinstance(array, np.memmap):
+        array = getattr(array, "base", None)
+    return array is not None
 
 
 def _tensor(array: Any, index: Any, dtype: torch.dtype, scale: Any = None) -> Tensor:
@@ -125,7 +155,7 @@ def fingerprint(samples: Samples | None) -> list[Any]:
         return []
     digest = hashlib.blake2b(digest_size=16)
     where = np.unique(np.linspace(0, len(samples) - 1, min(len(samples), 256)).astype(int))
-    for tensor in replace(samples, scale=None).batch(where):
+    for tensor in replace(samples, scale=None, tensors=None).batch(where):
         if tensor is not None:
             digest.update(tensor.numpy().tobytes())
     return [len(samples), list(samples.x.shape), digest.hexdigest()]

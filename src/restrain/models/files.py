@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,13 +113,13 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
 
 def _header(file: Path, content: bytes) -> dict[str, Any]:
     """The header of a safetensors file that is as long as it says."""
-    for magic, what in _FOREIGN.items():
-        if content.startswith(magic):
-            raise _foreign(file, what)
-    if len(content) < 9:
-        raise _cut(file, len(content), "at least 9")
-    (length,) = struct.unpack("<Q", content[:8])
-    if content[8:9] != b"{" or length > 100_000_000:  # the format's own bound
+    length = int.from_bytes(content[:8], "little")
+    if content[8:9] != b"{" or length > 100_000_000:  # the format's own bound; else the length may look like a magic
+        for magic, what in _FOREIGN.items():
+            if content.startswith(magic):
+                raise _foreign(file, what)
+        if len(content) < 9:
+            raise _cut(file, len(content), "at least 9")
         raise _foreign(file, "no safetensors file")
     if len(content) < 8 + length:
         raise _cut(file, len(content), f"at least {8 + length:,}")

@@ -31,6 +31,7 @@ class Settings:
         max_gradient_norm: longer gradients (of all parameters together) are scaled down to that length.
         progress: a progress bar: None where stderr is a terminal, True or False always or never.
         checkpoint: a file, written after every epoch; a fit that finds one there goes on from it.
+        compile: whether the whole update is compiled (CPU, one process): True, False, or "auto", for long trainings.
         device, precision: "cuda", "cuda:1", "mps"; "32", "64", "16-mixed", "bf16-mixed".
     """
 
@@ -46,6 +47,7 @@ class Settings:
     max_gradient_norm: float | None = None
     progress: bool | None = None
     checkpoint: str | Path | None = None
+    compile: bool | str = "auto"
     device: str | None = None
     precision: str | None = None
 
@@ -64,11 +66,16 @@ class Settings:
             raise PlanError(f"max_gradient_norm= is a number above zero or None; got {self.max_gradient_norm!r}")
         if self.checkpoint is not None and not isinstance(self.checkpoint, (str, Path)):
             raise PlanError(f"checkpoint= is the name of a file or None; got {self.checkpoint!r}")
+        if not isinstance(self.compile, bool) and self.compile != "auto":
+            raise PlanError(f'compile= is True, False or "auto"; got {self.compile!r}')
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with: all that changes the result."""
-        found = {name: getattr(self, name) for name in NAMES if name not in ("progress", "checkpoint", "device")}
+        found = {name: getattr(self, name) for name in NAMES if name not in _OUTSIDE}
         return {name: _plain(value) for name, value in found.items()}
+
+
+_OUTSIDE = ("progress", "checkpoint", "device", "compile")  # what a checkpoint needn't agree with, or says itself
 
 
 def _plain(value: Any) -> Any:

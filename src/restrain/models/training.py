@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ from restrain.models.running import Plain
 from restrain.models.settings import Settings
 from restrain.penalties.derivative import OnDerivatives
 from restrain.rules import Rule
+
+if TYPE_CHECKING:
+    from restrain.models.program import Program
+
+_LONG = 20_000  # updates of a small network after which compiling has paid
+_HEAVY = 1e7  # entries × samples whose update saves as much again
 
 
 class Task(Protocol):
@@ -94,6 +100,11 @@ class Training:
         if self.state is not None:
             self.optimizer.load_state_dict(self.state)
         self.done, self.best = 0, Best()
+        self.program: Program | None = None
+        self.compiled: bool | str = self._is_long() if self.settings.compile == "auto" else self.settings.compile
+        self.resumed = False  # with that decision
+        self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
+        self.train.load()
         self.derivatives = any(isinstance(rule.what, OnDerivatives) for rule in self.rules)
         self.mean_weight = self.train.mean_weight
         for rule in self.rules:
@@ -153,8 +164,7 @@ class Training:
         order = shuffled(len(self.train), self.seed, 2, number) if self.settings.shuffle else None
         self.model.train()
         with self.place.seeded(generator(self.seed, 3, number).initial_seed() >> 1):
-            for rows in batches(len(self.train), self.settings.batch_size, order, pairs=self.network.needs_pairs):
-                self._step(rows, means)
+            self._updates(order, means)
         found = means.read(penalties(self.reg))
         if not math.isfinite(found["loss"]):
             raise TrainingError(
@@ -162,6 +172,23 @@ class Training:
                 "normalize=True or a smaller strength would keep it finite"
             )
         return found
+
+    def _updates(self, order: Any, means: Means) -> None:
+        """The updates of an epoch: full batches compiled, where that is decided; others as `_step` writes them."""
+        size, waiting = self.settings.batch_size, 0
+        for rows in batches(len(self.train), size, order, pairs=self.network.needs_pairs):
+            if self.compiled and self.program is None:
+                self._compile()
+            if self.program is not None and len(rows) == size:
+                self.program.update(rows)
+                waiting += size
+                continue
+            if self.program is not None:
+                self.program.settle(means, waiting)
+                waiting = 0
+            self._step(rows, means)
+        if self.program is not None:
+            self.program.settle(means, waiting)
 
     def _step(self, rows: Any, means: Means) -> None:
         mine = rows[self.place.rank :: self.place.ranks]  # the share of this process
@@ -223,6 +250,42 @@ class Training:
         """Data loss and scores by the weights."""
         return self._values(self.network(x), x if y is None else y, weight * (self.mean_weight / mean))
 
+    # ---------------------------------------------------------------- compilation
+
+    def _is_long(self) -> bool:
+        """Whether compiling is worth its seconds: some ten thousand updates, of large networks fewer."""
+        updates = self.settings.epochs * (len(self.train) // self.settings.batch_size)
+        entries = sum(p.numel() for p in self.network.parameters())
+        return updates * (1 + entries * self.settings.batch_size / _HEAVY) >= _LONG
+
+    def _compile(self) -> None:
+        """Compile the update, as soon as the optimizer has its state; or say why not."""
+        from restrain.models import program  # torch's compiler is slow to import
+
+        try:
+            program.check(self)
+            if not program.ready(self):
+                return
+            known = "it was so before" if self.compiled == "recorded" else ""
+            self.program = program.Program(self, known)
+        except program.UnfitError as reason:
+            self._without(f"nothing: {reason}", False)
+        else:
+            self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
+            if self.program.recorded:
+                said = f"nothing: {self.program.recorded}. The update's operations run one by one"
+                self._without(said, "recorded", expected=bool(known))
+
+    def _without(self, said: str, compiled: bool | str, *, expected: bool = False) -> None:
+        """Go on without compiled code."""
+        if not expected and (self.settings.compile is True or self.resumed):
+            warnings.warn(
+                f"compile={self.settings.compile!r}, but compiled is {said}; compile=False would say that you know",
+                RestrainWarning,
+                stacklevel=3,
+            )
+        self.said, self.compiled = said, compiled
+
     # ---------------------------------------------------------------- checkpoints
 
     def _identity(self) -> dict[str, Any]:
@@ -249,6 +312,7 @@ class Training:
             "rules": None if self.reg is None else self.reg.state_dict(),
             "best": vars(self.best),
             "history": self.history,
+            "compiled": self.compiled,
         }
         checkpoints.write(self.settings.checkpoint, state)
 
@@ -258,12 +322,22 @@ class Training:
         state = checkpoints.read(self.settings.checkpoint, self._identity())
         if state is None:
             return
+        self._decided(state.get("compiled", False))
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reg is not None:
             self.reg.load_state_dict(state["rules"])
         self.done, self.best = state["done"], Best(**state["best"])
         self.history[:] = state["history"]
+
+    def _decided(self, compiled: bool | str) -> None:
+        """The training that goes on was compiled, or not; other code would round otherwise."""
+        if self.settings.compile not in ("auto", bool(compiled)):
+            raise PlanError(
+                f"the checkpoint {str(self.settings.checkpoint)!r} is of a training with compile={bool(compiled)}, "
+                f'which rounds otherwise: write that, or compile="auto". Got compile={self.settings.compile}'
+            )
+        self.compiled, self.resumed = compiled, bool(compiled)
 
     # ---------------------------------------------------------------- what went wrong
 

@@ -1,0 +1,94 @@
+"""The updates of the optimizers that a compiled step carries out itself, on the optimizer's own state.
+
+    SGD     g += decay p;  b = μ b + (1 - dampening) g;  p -= lr (g + μ b if nesterov else b)
+    Adam    m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;  p -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
+
+AdamW is Adam with p *= 1 - lr decay before it instead of g += decay p. What changes from update to update is a row of
+a table, so that the compiled code stays one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+_PLAIN = {"capturable": False, "differentiable": False, "amsgrad": False}
+
+
+class Formula:
+    """The update of one optimizer, of one group of parameters that all have its state."""
+
+    names: tuple[str, ...] = ()  # of the tensors that it keeps for each parameter
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.group = optimizer, optimizer.param_groups[0]
+        self.params: list[Tensor] = list(self.group["params"])
+
+    def state(self) -> list[list[Tensor]]:
+        """What it keeps, a list a parameter."""
+        return [[self.optimizer.state[p][name] for name in self.names] for p in self.params]
+
+    def table(self, updates: int) -> Tensor:
+        """What changes, a row for each of the next updates."""
+        return torch.full((updates, 1), float(self.group["lr"]), dtype=torch.float64)
+
+    def took(self, updates: int) -> None:
+        """So many updates were carried out."""
+
+    def apply(self, p: Tensor, g: Tensor, state: list[Tensor], row: Tensor) -> None:
+        """One update of one parameter, in place."""
+        raise NotImplementedError
+
+
+class _Sgd(Formula):
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer)
+        self.names = ("momentum_buffer",) if self.group["momentum"] else ()
+
+    def apply(self, p: Tensor, g: Tensor, state: list[Tensor], row: Tensor) -> None:
+        momentum, decay = self.group["momentum"], self.group["weight_decay"]
+        g = -g if self.group["maximize"] else g
+        g = g + decay * p if decay else g
+        if momentum:
+            buffer = state[0].mul_(momentum).add_(g, alpha=1 - self.group["dampening"])
+            g = g + momentum * buffer if self.group["nesterov"] else buffer
+        p.sub_(row[0] * g)
+
+
+class _Adam(Formula):
+    names = ("exp_avg", "exp_avg_sq")
+
+    def table(self, updates: int) -> Tensor:
+        (one, two), rate = self.group["betas"], float(self.group["lr"])
+        times = float(self.optimizer.state[self.params[0]]["step"]) + torch.arange(1, updates + 1, dtype=torch.float64)
+        steps, roots = rate / (1 - one**times), (1 - two**times).sqrt()
+        return torch.stack([torch.full_like(steps, rate), steps, roots], 1)
+
+    def took(self, updates: int) -> None:
+        for p in self.params:
+            self.optimizer.state[p]["step"] += updates
+
+    def apply(self, p: Tensor, g: Tensor, state: list[Tensor], row: Tensor) -> None:
+        (one, two), decay = self.group["betas"], self.group["weight_decay"]
+        g = -g if self.group["maximize"] else g
+        if decay and self.group["decoupled_weight_decay"]:
+            p.mul_(1 - row[0] * decay)
+        elif decay:
+            g = g + decay * p
+        mean, square = state[0].lerp_(g, 1 - one), state[1].mul_(two).addcmul_(g, g, value=1 - two)
+        p.sub_(row[1] * (mean / (square.sqrt() / row[2] + self.group["eps"])))
+
+
+def formula_of(optimizer: Any) -> Formula | None:
+    """The formula of an optimizer; None where its own `step` is to be called."""
+    kind = {SGD: _Sgd, Adam: _Adam, AdamW: _Adam}.get(type(optimizer))
+    if kind is None or len(optimizer.param_groups) != 1:
+        return None
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return None  # rules that act at the step
+    group = optimizer.param_groups[0]
+    plain = all(group.get(name, value) == value for name, value in _PLAIN.items())
+    return kind(optimizer) if plain and not isinstance(group["lr"], Tensor) else None

@@ -1,0 +1,299 @@
+"""One update as compiled code: rows gathered, forward, rules, backward, and the optimizer's formula where it has one.
+
+The update is run once on tensors without data, which records its operations; hooks of rules act there as they do in
+any forward. What can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by
+`UnfitError`, and the training goes on as it is written. Where there is no compiler, the recorded operations are carried
+out one by one. Large products of matrices go to oneDNN, which on processors of
+other makers than MKL's takes half of its time. The compiled code works on the parameters, the optimizer's state and
+the sums of the monitors in place, and nothing waits for a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from restrain.models import drawing
+from restrain.models.formulas import formula_of
+from restrain.models.monitors import Means, training_values
+from restrain.models.specs import RECURRENT
+from restrain.transforms import Noise
+
+if TYPE_CHECKING:
+    from restrain.models.training import Training
+
+_AT_ONCE = 1024  # updates whose keys and table are made at a time
+_CHUNK = 2**15  # entries for which another thread pays
+_WIDTH = 3  # of the table
+_LARGE = 2**18  # products of so many factors and more go to oneDNN
+
+
+class UnfitError(Exception):
+    """An update that can't be compiled; says why."""
+
+
+class _Loss(nn.Module):
+    """The loss of a batch, and the values of the monitors."""
+
+    def __init__(self, training: Training) -> None:
+        super().__init__()
+        self.network = training.network
+        self.training_of = (training,)  # not a part of the module
+
+    def forward(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both."""
+        training = self.training_of[0]
+        values = training._values(self.network(x), x if y is None else y, weight)
+        loss = values["data_loss"]
+        loss = loss if training.reg is None else training.reg.loss(loss)
+        return loss, {key: value.detach() for key, value in {**values, **training_values(training.reg)}.items()}
+
+
+def _said(error: Exception) -> str:
+    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
+        return "a rule decides by a number that it has computed"
+    return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+
+
+class Program:
+    """The compiled update of a training; made when its optimizer has its state.
+
+    Args:
+        training: whose update it is.
+        recorded: carry out the recorded operations one by one, as it is done where the compiler fails; afterwards
+            what it failed of.
+
+    Raises:
+        UnfitError: it can't be recorded.
+    """
+
+    def __init__(self, training: Training, recorded: str = "") -> None:
+        check(training)
+        self.recorded = recorded
+        self.training, self.formula = training, formula_of(training.optimizer)
+        self.size = training.settings.batch_size
+        self.params = dict(training.network.named_parameters())
+        self.buffers = dict(training.network.named_buffers())
+        self.state = [] if self.formula is None else self.formula.state()
+        self.names: list[str] = []
+        self.draws = 0
+        self._sums = torch.zeros(16 + len(training.rules), dtype=torch.float64)
+        self._rows: Iterator[Any] = iter(())
+        self._made = self._done = 0
+        self._call = self._compiled()
+
+    # ---------------------------------------------------------------- making it
+
+    def _fixed(self) -> list[Tensor]:
+        state = [t for kept in self.state for t in kept]
+        held = [p.detach() for p in self.params.values()]
+        return [self._sums, *held, *self.buffers.values(), *state]
+
+    def _compiled(self) -> Callable[..., Any]:
+        training = self.training
+        dtype = next(iter(self.params.values())).dtype
+        row = (torch.zeros(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
+        batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
+        given: list[Any] = [*self._fixed(), *row, *batch]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                graph = make_fx(self._update, tracing_mode="fake")(*given)
+            check_graph(graph)
+        except UnfitError:
+            raise
+        except Exception as error:  # whatever the rules and torch raise on tensors without data
+            raise UnfitError(f"recording it failed: {_said(error)}") from error
+        finally:
+            self._forget()
+        improve(graph)
+        if self.recorded:
+            return graph
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
+        except Exception as error:  # no compiler, or one that fails
+            self.recorded = _said(error)
+            return graph
+
+    def _forget(self) -> None:
+        """What the recording left with the rules belongs to no step."""
+        if self.training.reg is not None:
+            self.training.reg._forwards.stepped()
+            self.training.reg._tripwire.collected = self.training.reg._forwards.ran = False
+
+    def _update(self, sums: Tensor, *rest: Tensor) -> list[Tensor]:
+        """One update on flat arguments: its gradients, where the optimizer is to carry them out."""
+        given = iter(rest)
+        params = {f"network.{name}": next(given) for name in self.params}
+        buffers = {f"network.{name}": next(given) for name in self.buffers}
+        state = [[next(given) for _ in kept] for kept in self.state]
+        row, key = next(given), next(given)
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        x = next(given)
+        y = None if self.training.train.y is None else next(given)
+        with drawing.Drawing(key) as drawn:
+            batch = (x, y, next(given, None))
+            loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
+        self.names, self.draws = list(values), drawn.count
+        sums[: len(values)] += torch.stack([value.double() * self.size for value in values.values()])
+        gradients = list(torch.autograd.grad(loss, list(leaves.values())))
+        limit = self.training.settings.max_gradient_norm
+        if limit is not None:
+            length = torch.nn.utils.get_total_norm(gradients)
+            gradients = [g * torch.clamp(limit / (length + 1e-6), max=1.0) for g in gradients]
+        if self.formula is None:
+            return gradients
+        for p, g, kept in zip(params.values(), gradients, state, strict=True):
+            self.formula.apply(p, g, kept, row)
+        return []
+
+    # ---------------------------------------------------------------- running it
+
+    def update(self, rows: Any) -> None:
+        """Carry out the update on a batch of those rows."""
+        if self._done == self._made:
+            self._begin()
+        self._done += 1
+        batch = [t for t in self.training.train.batch(rows) if t is not None]
+        with torch.no_grad():
+            gradients = self._call(*self._fixed_now, *next(self._rows), *batch)
+        if self.formula is None:
+            for p, g in zip(self.params.values(), gradients, strict=True):
+                p.grad = g
+            self.training.optimizer.step()
+
+    def _begin(self) -> None:
+        """The numbers of the next updates."""
+        self._took()
+        count = min(_AT_ONCE, len(self.training.train) // self.size)
+        table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype)
+        if self.formula is not None:
+            changing = self.formula.table(count)
+            table[:, : changing.shape[1]] = changing
+        keys = drawing.keys(count) if self.draws else torch.zeros(count, drawing.DRAWS, 2, dtype=torch.int32)
+        self._rows = zip(table.unbind(), keys.unbind(), strict=True)
+        self._made, self._done, self._fixed_now = count, 0, self._fixed()
+
+    def _took(self) -> None:
+        if self.formula is not None and self._done:
+            self.formula.took(self._done)
+        self._made = self._done = 0
+
+    def settle(self, means: Means, rows: int) -> None:
+        """After the last update of an epoch, and before one that isn't compiled: hand over what was added up."""
+        self._took()
+        if rows:
+            means.take(dict(zip(self.names, self._sums.unbind(), strict=False)), rows)
+        self._sums = torch.zeros_like(self._sums)
+
+
+def check(training: Training) -> None:
+    """Whether an update can be compiled at all.
+
+    Raises:
+        UnfitError: it can't.
+    """
+    place, optimizer = training.place, training.optimizer
+    if place.device.type != "cpu" or place.ranks > 1 or type(place).__name__ != "Plain":
+        raise UnfitError("it runs by Lightning Fabric")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise UnfitError("LBFGS calls the loss as often as it likes")
+    if len(training.train) < training.settings.batch_size:
+        raise UnfitError("no batch is a full one")
+    if any(type(layer).__name__.lower() in RECURRENT for layer in training.network.children()):
+        raise UnfitError("recurrent layers aren't recorded")
+    for rule in training.rules:
+        if rule.how in ("loss", "forward") and (rule.every, rule.start) != (1, 0):
+            raise UnfitError(f"{rule.label} acts now and then")
+        if isinstance(rule.what, Noise) and not rule.at_places:
+            raise UnfitError(f"{rule.label}: noise on weights isn't recorded")
+
+
+def check_graph(graph: GraphModule) -> None:
+    """Refuse what a recording would freeze.
+
+    Raises:
+        UnfitError: tensors that aren't arguments, or random numbers other than ours.
+    """
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            raise UnfitError("a rule keeps numbers in a tensor of its own")
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            raise UnfitError(f"it draws random numbers by {node.target}")
+
+
+def ready(training: Training) -> bool:
+    """Whether the optimizer has its state, which its own first step makes."""
+    formula = formula_of(training.optimizer)
+    return formula is None or all(
+        training.optimizer.state[p].get(name) is not None for p in formula.params for name in formula.names
+    )
+
+
+# ---------------------------------------------------------------- products of matrices
+
+
+def improve(graph: GraphModule) -> None:
+    """Let oneDNN carry out the large products of float32 matrices in a graph, and add up matrices row by row."""
+    aten, ours = torch.ops.aten, _product()
+    for node in list(graph.graph.nodes):
+        if node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
+            _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # a single sum waits for each addition
+        elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
+            bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
+            found, inner = node.meta["val"], x.meta["val"].shape[1]
+            large = found.dtype == torch.float32 and found.numel() * inner >= _LARGE
+            if large and (bias is None or bias.meta["val"].dim() == 1):
+                (x, turn_x), (w, turn_w) = _unturned(x), _unturned(w)
+                _replace(graph, node, ours, (x, w, bias, turn_x, turn_w))
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _unturned(node: Node) -> tuple[Any, bool]:
+    """What a matrix is the transpose of, and whether it is one."""
+    return (node.args[0], True) if node.target is torch.ops.aten.t.default else (node, False)
+
+
+def _replace(graph: GraphModule, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.graph.inserting_before(node):
+        new = graph.graph.call_function(target, args)
+        if target is torch.ops.aten.sum.dim_IntList:
+            new.meta["val"] = node.args[0].meta["val"].sum(-1)  # type: ignore[union-attr]
+            new = graph.graph.call_function(torch.ops.aten.sum.default, (new,))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
+
+
+_library: torch.library.Library | None = None
+
+
+def _product() -> Any:
+    """x w + b by oneDNN, of transposes where said, as an operation that inductor takes as it is.
+
+    None where this torch has none.
+    """
+    global _library
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    if _library is None:
+        linear = torch.ops.mkldnn._linear_pointwise.default
+
+        def product(x: Tensor, w: Tensor, b: Tensor | None, turn_x: bool, turn_w: bool) -> Tensor:
+            return linear(x.t() if turn_x else x, w if turn_w else w.t(), b, "none", [], "")  # type: ignore[no-any-return]
+
+        def shape(x: Tensor, w: Tensor, b: Tensor | None, turn_x: bool, turn_w: bool) -> Tensor:
+            return x.new_empty(x.shape[1 if turn_x else 0], w.shape[0 if turn_w else 1])
+
+        _library = torch.library.Library("restrain", "FRAGMENT")
+        _library.define("product(Tensor x, Tensor w, Tensor? b, bool turn_x, bool turn_w) -> Tensor")
+        _library.impl("product", product, "CPU")
+        _library.impl("product", shape, "Meta")
+    return torch.ops.restrain.product.default
