@@ -6,47 +6,26 @@ that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.feasible import hold
-from restrain.engine.kernels import add_gradient, apply_prox, decay
-from restrain.engine.metric import Taken, looks_before, metric_of
+from restrain.engine.feasible import hold, single
+from restrain.engine.held import Held, Member, Plans, Work
+from restrain.engine.kernels import Act, Given
+from restrain.engine.metric import Metric, Taken, looks_before, metric_of
+from restrain.engine.passes import Compile, Passes
 from restrain.engine.ranks import agreed_seed, common_generator
 from restrain.engine.shards import Term, acting, blank, local, part, ranks_of, totals, value_of
-from restrain.errors import DetachedError, HowError, OptimizerError, RestrainWarning
-from restrain.penalties import Penalty
-from restrain.rules import Rule
-from restrain.sites import Handle
-from restrain.transforms import Constraint, GradientNoise
-
-
-@dataclass
-class Work:
-    """All that is done to one parameter around a step."""
-
-    handle: Handle
-    gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    noise: list[tuple[Rule, GradientNoise]] = field(default_factory=list)
-    decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    project: list[tuple[Rule, Constraint]] = field(default_factory=list)
-    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
-    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
-
-
-def due(timed: list[tuple[Rule, Any]], step: int) -> list[Any]:
-    """What acts at a step (steps are counted from zero)."""
-    return [what for rule, what in timed if rule.due(step)]
+from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.sites import Handle, is_sharded
 
 
 def _refuse_sparse(work: Work, p: Tensor) -> None:
@@ -55,11 +34,6 @@ def _refuse_sparse(work: Work, p: Tensor) -> None:
             f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
             "how='loss' with an optimizer for dense gradients, or sparse=False"
         )
-
-
-def total(penalties: list[Penalty]) -> Penalty:
-    """The sum of penalties as one."""
-    return functools.reduce(lambda a, b: a + b, penalties)
 
 
 def real_step(optimizer: Optimizer) -> bool:
@@ -88,10 +62,13 @@ def nested(optimizer: Optimizer) -> bool:
 class Stepper:
     """The work of all rules on the parameters of one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module], compile: Compile = "auto"
+    ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._summed: dict[tuple[int, ...], Penalty] = {}
+        self._held, self._plans = Held(works, root), Plans()
+        self._passes = Passes(compile)
         self._handles = []
         self._looks = looks_before(optimizer)
         self._seed = agreed_seed() if any(work.noise for work in works) else None
@@ -113,36 +90,57 @@ class Stepper:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._add_gradients(optimizer)
-            self._decay(optimizer)
+            self._before(optimizer, ("gradient", "decoupled"))
             return None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
-            added = self._add_gradients(optimizer, with_value=True)
+            added = self._before(optimizer, ("gradient",), with_value=True)
             if next(calls) == 0:
-                self._decay(optimizer)
+                self._before(optimizer, ("decoupled",))
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
-    def _add_gradients(self, optimizer: Optimizer, with_value: bool = False) -> Tensor:
+    def _before(self, optimizer: Optimizer, kinds: tuple[str, ...], with_value: bool = False) -> Tensor:
+        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for."""
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        for work, p, _ in self._held(optimizer):
-            penalties = due(work.gradient, self.steps)
-            if p.grad is not None and work.noise:
-                self._add_noise(work, p.grad, scale)
-            if not penalties or p.grad is None:
-                continue
-            penalty = self._sum(penalties)
-            _refuse_sparse(work, p)
-            for (own,), (grad, w), _ in acting([penalty], p.grad, p):
-                add_gradient(grad, w, own, scale)
+        held = self._held.by(optimizer)
+        noisy = [(work, p.grad) for work, p, _ in held if work.noise and "gradient" in kinds and p.grad is not None]
+        for work, grad in noisy:
+            self._add_noise(work, grad, scale)
+        moves = "decoupled" in kinds and real_step(optimizer)
+        for job in self._plans.of(held, kinds, self.steps):
+            members = [(work, p, p.grad) for work, p in job.members if p.grad is not None]
+            for work, p, _ in members:
+                _refuse_sparse(work, p)
+            acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
+            self._act(acts, Given(job.group["lr"], scale), [(p, grad) for _, p, grad in members])
             if with_value:
-                values.append(value_of(penalty, p))
+                values += [value_of(act.what, p) for _, p, _ in members for act in acts]
+        if moves and self._looks:
+            self._remember(held, scale)
         return totals([values])[0]
+
+    def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
+        """Weights and gradients before the step, where the metric needs them."""
+        for work, p, group in held:
+            if work.proximal and p.grad is not None and group["lr"] != 0:
+                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
+
+    def _act(self, acts: Sequence[Act], given: Given, members: Sequence[tuple[Tensor, ...]]) -> None:
+        """Do the acts to the members, of which some may be sharded."""
+        if not acts or not members:
+            return
+        whole = [tensors for tensors in members if not is_sharded(tensors[0])]
+        self._passes(acts, given, whole, self.steps)
+        for tensors in members:
+            if is_sharded(tensors[0]):
+                for whats, parts, _ in acting([act.what for act in acts], *tensors):
+                    own = [replace(act, what=what) for act, what in zip(acts, whats, strict=True)]
+                    self._passes(own, given, [tuple(parts)], self.steps)
 
     def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
@@ -158,48 +156,39 @@ class Stepper:
                 local(grad).add_(added if scale is None else added * scale.to(added.dtype))
 
     @torch.no_grad()
-    def _decay(self, optimizer: Optimizer) -> None:
-        """w -= lr · gradient of the penalty, of every parameter that the coming step will move."""
-        if not real_step(optimizer):
-            return
-        for work, p, group in self._held(optimizer):
-            if p.grad is None or group["lr"] == 0:
-                continue
-            penalties = due(work.decoupled, self.steps)
-            if penalties:
-                _refuse_sparse(work, p)
-                for (own,), (w,), _ in acting([self._sum(penalties)], p):
-                    decay(w, own, group["lr"])
-            if work.proximal and self._looks:
-                scale = getattr(optimizer, "grad_scale", None)
-                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
-
-    @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Prox, then projection, of every parameter that the step moved."""
         if nested(optimizer) or not real_step(optimizer):
             return
-        for work, p, group in self._held(optimizer):
-            if work.proximal and p.grad is not None and group["lr"] != 0:
-                self._prox(optimizer, work, p, group)
+        held = self._held.by(optimizer)
+        metrics = self._metrics(optimizer, held)
+        for job in self._plans.of(held, ("proximal", "project"), self.steps):
+            alike: dict[Any, tuple[Metric, list[tuple[Tensor, ...]]]] = {}
+            for _, p in job.members:
+                metric = metrics.get(id(p))
+                key = None if metric is None else metric.key
+                alike.setdefault(key, (metric or Metric(0.0), []))[1].append((p, *(metric.moments if metric else ())))
+            for key, (metric, members) in alike.items():
+                acts = [act for act in job.acts if key is not None or act.kind == "project"]
+                self._act(acts, Given(metric=metric), members)
+        for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
-            if constraints:
+            if constraints and not single(constraints):
                 hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
         self.steps += 1
         if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
             self._warn_of_empty()
 
-    def _prox(self, optimizer: Optimizer, work: Work, p: Tensor, group: dict[str, Any]) -> None:
-        """The prox of one parameter; its metric follows each step, also those where no rule is due."""
-        _refuse_sparse(work, p)
-        before, work.before = work.before, None
-        if self._looks and before is None:  # the closure was never called
-            return
-        metric = metric_of(optimizer)(Taken(group, optimizer.state[p], p, work.kept, before))
-        penalties = due(work.proximal, self.steps)
-        if penalties:
-            for (own,), (w, *moments), _ in acting([self._sum(penalties)], p, *metric.moments):
-                apply_prox(w, own, replace(metric, moments=tuple(moments)))
+    def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
+        """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
+        found, measure = dict[int, Metric](), metric_of(optimizer)
+        for work, p, group in held:
+            if work.proximal and p.grad is not None and group["lr"] != 0:
+                _refuse_sparse(work, p)
+                before, work.before = work.before, None
+                if not self._looks or before is not None:  # else the closure was never called
+                    found[id(p)] = measure(Taken(group, optimizer.state[p], p, work.kept, before))
+        return found
 
     def _warn_of_empty(self) -> None:
         """Warn once of each weight that proximal rules and constraints have emptied."""
@@ -218,25 +207,3 @@ class Stepper:
                     RestrainWarning,
                     stacklevel=2,
                 )
-
-    def _held(self, optimizer: Optimizer) -> Iterator[tuple[Work, Tensor, dict[str, Any]]]:
-        """The parameters with work that the optimizer holds now and that aren't frozen, each with its group."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        root = self.root()
-        for work in self.works:
-            p = work.handle.find(root)
-            if not isinstance(p, nn.Parameter):
-                raise DetachedError(
-                    f"{work.handle.name!r} was parametrised since rules were attached that would act on a temporary "
-                    "at the step. Parametrise first, or in the same plan, and detach before"
-                )
-            group = groups.get(id(p))
-            if group is not None and p.requires_grad:
-                yield work, p, group
-
-    def _sum(self, penalties: list[Penalty]) -> Penalty:
-        """Their sum; kept, as composing it costs more than a small tensor's prox."""
-        key = tuple(map(id, penalties))
-        if key not in self._summed:
-            self._summed[key] = total(penalties)
-        return self._summed[key]
