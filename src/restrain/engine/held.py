@@ -64,7 +64,7 @@ class Held:
         was, edges, frozen, groups = self._seen
         return (
             was is root
-            and all([members.get(key) is member for members, key, member in edges])
+            and all(members.get(key) is member for members, key, member in edges)
             and [member.requires_grad for _, _, member in edges[-len(frozen) :]] == frozen
             and groups == _groups(optimizer)
         )
