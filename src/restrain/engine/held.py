@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -41,31 +42,60 @@ class Work:
 Member: TypeAlias = tuple[Work, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
 
 
+@dataclass(frozen=True)
+class Job:
+    """The same acts on several parameters of one group."""
+
+    acts: list[Act]
+    group: dict[str, Any]
+    members: list[tuple[Work, nn.Parameter]]
+
+
 class Held:
-    """Finds the parameters with work that an optimizer holds now and that aren't frozen."""
+    """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
 
     def __init__(self, works: Sequence[Work], root: Callable[[], nn.Module]) -> None:
         self.works, self.root = works, root
+        self.sharded = False  # whether there may be some of which each process holds a part
+        self._forget()
+
+    def _forget(self, gone: object = None) -> None:
         self._seen: Any = None
         self._found: list[Member] = []
+        self._rules: dict[Any, list[Rule]] = {}
+        self._jobs: dict[Any, list[Job]] = {}
 
     def by(self, optimizer: Optimizer) -> list[Member]:
-        """Them, each with its group: the same list as long as nothing has changed.
+        """Them, each with its group.
 
         Raises:
             DetachedError: one was parametrised since the rules were attached.
         """
         root = self.root()
         if self._seen is None or not self._as_seen(root, optimizer):
+            self._forget()
             self._found = self._find(root, optimizer)
         return self._found
 
+    def jobs(self, kinds: tuple[str, ...], step: int) -> list[Job]:
+        """What is to be done to those that were found, at a step (they are counted from zero), by rules of these kinds."""
+        if kinds not in self._rules:
+            timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
+            self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
+        key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
+        if key not in self._jobs:
+            self._jobs[key] = _jobs(self._found, kinds, step)
+        return self._jobs[key]
+
     def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:
-        was, edges, frozen, groups = self._seen
+        was, ways, ends, groups = self._seen
         return (
-            was is root
-            and all(members.get(key) is member for members, key, member in edges)
-            and [member.requires_grad for _, _, member in edges[-len(frozen) :]] == frozen
+            was() is root
+            and all((now := module()) is not None and now._modules.get(key) is to() for module, key, to in ways)
+            and all(
+                (now := owner()) is not None and now._parameters.get(key) is p and p.requires_grad == free
+                for owner, key, p, free in ends
+            )
             and groups == _groups(optimizer)
         )
 
@@ -81,6 +111,7 @@ class Held:
                 )
             parameters.append(p)
         self._seen = self._look(root, optimizer, parameters)
+        self.sharded = self._seen is None
         return [
             (work, p, holding[id(p)])
             for work, p in zip(self.works, parameters, strict=True)
@@ -91,51 +122,20 @@ class Held:
         """All that what was found depends on; None where FSDP2 puts other tensors there, time and again."""
         if any(map(is_sharded, parameters)) or fully_sharded(root.modules()):
             return None
-        edges: dict[Any, Any] = {}
-        for work in self.works:
-            module = root
-            for key in work.handle.path:
-                edges[id(module), key] = (module._modules, key, module := module._modules[key])  # type: ignore[assignment]
+        ways: dict[Any, Any] = {}
         ends = []
         for work, p in zip(self.works, parameters, strict=True):
-            owner = work.handle.find_owner(root)
-            assert owner is not None
-            ends.append((owner._parameters, work.handle.attribute, p))
-        return root, [*edges.values(), *ends], [p.requires_grad for p in parameters], _groups(optimizer)
+            module: Any = root
+            for key in work.handle.path:
+                child = module._modules[key]
+                ways[id(module), key] = (weakref.ref(module), key, weakref.ref(child))
+                module = child
+            ends.append((weakref.ref(module), work.handle.attribute, p, p.requires_grad))
+        return weakref.ref(root, self._forget), list(ways.values()), ends, _groups(optimizer)
 
 
 def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The same acts on several parameters of one group."""
-
-    acts: list[Act]
-    group: dict[str, Any]
-    members: list[tuple[Work, nn.Parameter]]
-
-
-class Plans:
-    """What is to be done to which parameters, for each set of rules that are due at a step."""
-
-    def __init__(self) -> None:
-        self._held: Sequence[Member] | None = None
-        self._rules: dict[Any, list[Rule]] = {}
-        self._jobs: dict[Any, list[Job]] = {}
-
-    def of(self, held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Job]:
-        """The jobs at a step (they are counted from zero), of rules of these kinds."""
-        if held is not self._held:
-            self._held, self._rules, self._jobs = held, {}, {}
-        if kinds not in self._rules:
-            timed = [rule for work, _, _ in held for kind in kinds for rule, _ in getattr(work, kind)]
-            self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
-        key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
-        if key not in self._jobs:
-            self._jobs[key] = _jobs(held, kinds, step)
-        return self._jobs[key]
 
 
 def _jobs(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Job]:

@@ -9,7 +9,7 @@ that another device holds) is done by `slowly`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import isfinite
 from typing import Any, Literal, TypeAlias
@@ -46,11 +46,11 @@ class Given:
 
     rate: float | Tensor = 0.0
     scale: Tensor | None = None  # of the gradients, where a loss scaler has scaled them
-    metric: Metric = Metric(0.0)
+    metric: Metric = field(default_factory=lambda: Metric(0.0))
 
 
-# Steps: functions of the weights, of the gradient (before an optimizer's step) or the moments (after it), all in float32
-# or wider, and of their numbers. They give the new weights, which may be made in place; the gradient is, always.
+# Steps: functions of the weights, of the gradient (before a step of the optimizer) or the moments (after it), all in
+# float32 or wider, and of their numbers. They give the new weights, which may be the old ones; gradients change in place.
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,11 @@ def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
     return next((METRICS[base] for base in bases), _measured)
 
 
+def common(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether all parameters of a group have one metric, which follows from its settings alone."""
+    return metric_of(optimizer) is _sgd and not float(group["momentum"])
+
+
 def known(optimizer: Optimizer) -> bool:
     """Whether its metric is known by a formula: that of the first of its bases whose step it has not overridden."""
     return metric_of(optimizer) is not _measured

@@ -36,7 +36,7 @@ class Passes:
 
     def __init__(self, compile: Compile) -> None:
         self.compile = compile
-        self._gathered: dict[Any, list[_Gathered]] = {}
+        self._sizes: dict[Any, _Sizes] = {}
         self._said = False
 
     def __call__(self, acts: Sequence[Act], given: Given, members: Sequence[Tensors], steps: int = 0) -> None:
@@ -48,11 +48,7 @@ class Passes:
             members: the weights, then the gradient if the acts are before a step, else the moments of the metric.
             steps: how many have been done like it.
         """
-        alike: dict[Any, list[Tensors]] = {}
-        for tensors in members:
-            if tensors[0].numel():
-                alike.setdefault(tuple([(t.dtype, t.device, t.layout) for t in tensors]), []).append(tensors)
-        for group in alike.values():
+        for group in _alike(members):
             lowered = lower(acts, given, group[0][0])
             if lowered is None:
                 for tensors in group:
@@ -60,25 +56,30 @@ class Passes:
             elif lowered:
                 self._quickly(lowered, group, steps)
 
-    def _quickly(self, lowered: Lowered, members: list[Tensors], steps: int) -> None:
-        compiled = self._compiled(lowered, members, steps)
-        small = [tensors for tensors in members if tensors[0].numel() <= SMALL]
-        large = [tensors for tensors in members if tensors[0].numel() > SMALL] if len(small) > 1 else members
-        for tensors in large:
-            _one(lowered, tensors, compiled)
-        if len(small) > 1:
-            for gathered in self._gathering(small):
-                gathered.fill(small)
-                _one(lowered, gathered.buffers, compiled)
-                gathered.empty(small, lowered)
+    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int) -> None:
+        sizes = self._of_sizes(members)
+        compiled = self._compiled(lowered, members[0], steps * sizes.entries)
+        for number in sizes.alone:
+            _one(lowered, members[number], compiled)
+        for gathered in sizes.gathered:
+            gathered.fill(members)
+            _one(lowered, gathered.buffers, compiled)
+            gathered.empty(members, lowered)
 
-    def _compiled(self, lowered: Lowered, members: list[Tensors], steps: int) -> Any:
+    def _of_sizes(self, members: Sequence[Tensors]) -> _Sizes:
+        kinds = tuple([(t.dtype, t.device) for t in members[0]])
+        key = (kinds, tuple([tensors[0].shape for tensors in members]))
+        if key not in self._sizes:
+            if len(self._sizes) > 32:  # of sets of tensors that have changed again and again
+                self._sizes.clear()
+            self._sizes[key] = _sizes(members)
+        return self._sizes[key]
+
+    def _compiled(self, lowered: Lowered, like: Tensors, done: int) -> Any:
         """The kernel and its numbers, if it is time for one and it can be had."""
-        if self.compile is False:
+        if self.compile is False or (self.compile == "auto" and done < WORTH):
             return None
-        if self.compile == "auto" and steps * sum(tensors[0].numel() for tensors in members) < WORTH:
-            return None
-        run = kernel(lowered, members[0])
+        run = kernel(lowered, like)
         if run is None and self.compile is True and not self._said:
             self._said = True
             warnings.warn(
@@ -87,10 +88,12 @@ class Passes:
                 RestrainWarning,
                 stacklevel=2,
             )
-        return None if run is None else (run, packed(lowered, members[0][0]))
+        return None if run is None else (run, packed(lowered, like[0]))
 
     def _slowly(self, acts: Sequence[Act], given: Given, tensors: Tensors, steps: int) -> None:
         w = tensors[0]
+        if not w.numel():
+            return
         if all(act.by_entry for act in acts):
             for block in _blocks(tensors):
                 slowly(acts, given, block)
@@ -109,13 +112,16 @@ class Passes:
         for act in acts:
             self((act,), given, [tensors], steps)
 
-    def _gathering(self, members: list[Tensors]) -> list[_Gathered]:
-        key = (tuple([(t.dtype, t.device) for t in members[0]]), tuple([tensors[0].shape for tensors in members]))
-        if key not in self._gathered:
-            if len(self._gathered) > 32:  # of sets of tensors that have changed again and again
-                self._gathered.clear()
-            self._gathered[key] = list(_gather(members))
-        return self._gathered[key]
+
+def _alike(members: Sequence[Tensors]) -> Iterable[Sequence[Tensors]]:
+    """The members by dtypes and device; those without entries are left out."""
+    kinds = {(t.dtype, t.get_device()) for tensors in members for t in tensors}
+    if len(kinds) == 1:
+        return [members]
+    alike: dict[Any, list[Tensors]] = {}
+    for tensors in members:
+        alike.setdefault(tuple([(t.dtype, t.device) for t in tensors]), []).append(tensors)
+    return alike.values()
 
 
 def _one(lowered: Lowered, tensors: Tensors, compiled: Any) -> None:
@@ -151,36 +157,51 @@ def _by_rows(acts: Sequence[Act], w: Tensor, rows: int) -> list[Act] | None:
     return None if None in found else [replace(act, what=own) for act, own in zip(acts, found, strict=True)]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Gathered:
-    """Buffers for small tensors: those of a stretch of the members."""
+    """Buffers for some of the members, all of them small."""
 
-    span: slice
+    numbers: list[int]
     buffers: Tensors
     views: list[list[Tensor]]  # of each buffer, in the members' shapes
 
-    def fill(self, members: list[Tensors]) -> None:
+    def fill(self, members: Sequence[Tensors]) -> None:
         """Copy the members in."""
-        for number, views in enumerate(self.views):
-            torch._foreach_copy_(views, [tensors[number] for tensors in members[self.span]])
+        for role, views in enumerate(self.views):
+            torch._foreach_copy_(views, [members[number][role] for number in self.numbers])
 
-    def empty(self, members: list[Tensors], lowered: Lowered) -> None:
+    def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
         """Copy what the steps have changed back."""
-        changed = {int(isinstance(step, Gradient)) for step, _ in lowered}
-        for number in changed:
-            torch._foreach_copy_([tensors[number] for tensors in members[self.span]], self.views[number])
+        for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
+            torch._foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
 
 
-def _gather(members: list[Tensors]) -> Iterator[_Gathered]:
-    """Buffers for stretches of the members that together have no more entries than a block."""
-    ends, begin = list(accumulate(tensors[0].numel() for tensors in members)), 0
+@dataclass(frozen=True)
+class _Sizes:
+    """Which of the members go alone, and which are gathered."""
+
+    entries: int
+    alone: list[int]
+    gathered: list[_Gathered]
+
+
+def _sizes(members: Sequence[Tensors]) -> _Sizes:
+    sizes = [tensors[0].numel() for tensors in members]
+    small = [number for number, size in enumerate(sizes) if 0 < size <= SMALL]
+    alone = [number for number, size in enumerate(sizes) if size > SMALL or (size and len(small) == 1)]
+    return _Sizes(sum(sizes), alone, list(_gather(members, small)) if len(small) > 1 else [])
+
+
+def _gather(members: Sequence[Tensors], small: Sequence[int]) -> Iterator[_Gathered]:
+    """Buffers for stretches of the small ones that together have no more entries than a block."""
+    ends, begin = list(accumulate(members[number][0].numel() for number in small)), 0
     common = [torch.empty(min(BLOCK, ends[-1]), dtype=t.dtype, device=t.device) for t in members[0]]
-    while begin < len(members):
+    while begin < len(small):
         before = ends[begin - 1] if begin else 0
         end = bisect_right(ends, before + BLOCK)
-        shapes = [tensors[0].shape for tensors in members[begin:end]]
+        shapes = [members[number][0].shape for number in small[begin:end]]
         buffers = tuple([t[: ends[end - 1] - before] for t in common])
         parts = [t.split([shape.numel() for shape in shapes]) for t in buffers]
         views = [[one.view(shape) for one, shape in zip(split, shapes, strict=True)] for split in parts]
-        yield _Gathered(slice(begin, end), buffers, views)
+        yield _Gathered(list(small[begin:end]), buffers, views)
         begin = end

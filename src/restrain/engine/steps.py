@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.feasible import hold, single
-from restrain.engine.held import Held, Member, Plans, Work
+from restrain.engine.held import Held, Job, Member, Work
 from restrain.engine.kernels import Act, Given
-from restrain.engine.metric import Metric, Taken, looks_before, metric_of
+from restrain.engine.metric import Metric, Taken, common, looks_before, metric_of
 from restrain.engine.passes import Compile, Passes
 from restrain.engine.ranks import agreed_seed, common_generator
 from restrain.engine.shards import Term, acting, blank, local, part, ranks_of, totals, value_of
@@ -28,12 +28,13 @@ from restrain.errors import HowError, OptimizerError, RestrainWarning
 from restrain.sites import Handle, is_sharded
 
 
-def _refuse_sparse(work: Work, p: Tensor) -> None:
-    if p.grad is not None and p.grad.is_sparse:
-        raise HowError(
-            f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
-            "how='loss' with an optimizer for dense gradients, or sparse=False"
-        )
+def _refuse_sparse(members: Iterable[tuple[Work, Tensor]]) -> None:
+    for work, p in members:
+        if p.grad is not None and p.grad.is_sparse:
+            raise HowError(
+                f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
+                "how='loss' with an optimizer for dense gradients, or sparse=False"
+            )
 
 
 def real_step(optimizer: Optimizer) -> bool:
@@ -59,6 +60,20 @@ def nested(optimizer: Optimizer) -> bool:
     return found > 1
 
 
+def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | None, list[Any]]]:
+    """The parameters of a job with their moments, by the numbers of their metrics; None: the step moved nothing."""
+    alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
+    keys: dict[int, Any] = {}
+    for _, p in job.members:
+        metric = metrics.get(id(p))
+        if id(metric) not in keys:
+            keys[id(metric)] = key = None if metric is None else metric.key
+        else:
+            key = keys[id(metric)]
+        alike.setdefault(key, (metric, []))[1].append((p, () if metric is None else metric.moments))
+    return alike.values()
+
+
 class Stepper:
     """The work of all rules on the parameters of one optimizer."""
 
@@ -67,11 +82,12 @@ class Stepper:
     ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._held, self._plans = Held(works, root), Plans()
+        self._held = Held(works, root)
         self._passes = Passes(compile)
         self._handles = []
         self._looks = looks_before(optimizer)
-        self._seed = agreed_seed() if any(work.noise for work in works) else None
+        self._noisy = any(work.noise for work in works)
+        self._seed = agreed_seed() if self._noisy else None
         if any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -108,18 +124,18 @@ class Stepper:
         """What comes before the step; the value of the penalties whose gradient was added, if it is asked for."""
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
         held = self._held.by(optimizer)
-        noisy = [(work, p.grad) for work, p, _ in held if work.noise and "gradient" in kinds and p.grad is not None]
-        for work, grad in noisy:
-            self._add_noise(work, grad, scale)
+        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
+            if p.grad is not None:
+                self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
-        for job in self._plans.of(held, kinds, self.steps):
-            members = [(work, p, p.grad) for work, p in job.members if p.grad is not None]
-            for work, p, _ in members:
-                _refuse_sparse(work, p)
+        for job in self._held.jobs(kinds, self.steps):
+            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
+            if any(grad.is_sparse for _, grad in members):
+                _refuse_sparse(job.members)
             acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
-            self._act(acts, Given(job.group["lr"], scale), [(p, grad) for _, p, grad in members])
+            self._act(acts, Given(job.group["lr"], scale), members)
             if with_value:
-                values += [value_of(act.what, p) for _, p, _ in members for act in acts]
+                values += [value_of(act.what, p) for p, _ in members for act in acts]
         if moves and self._looks:
             self._remember(held, scale)
         return totals([values])[0]
@@ -134,8 +150,10 @@ class Stepper:
         """Do the acts to the members, of which some may be sharded."""
         if not acts or not members:
             return
-        whole = [tensors for tensors in members if not is_sharded(tensors[0])]
-        self._passes(acts, given, whole, self.steps)
+        if not self._held.sharded:
+            self._passes(acts, given, members, self.steps)
+            return
+        self._passes(acts, given, [tensors for tensors in members if not is_sharded(tensors[0])], self.steps)
         for tensors in members:
             if is_sharded(tensors[0]):
                 for whats, parts, _ in acting([act.what for act in acts], *tensors):
@@ -162,15 +180,11 @@ class Stepper:
             return
         held = self._held.by(optimizer)
         metrics = self._metrics(optimizer, held)
-        for job in self._plans.of(held, ("proximal", "project"), self.steps):
-            alike: dict[Any, tuple[Metric, list[tuple[Tensor, ...]]]] = {}
-            for _, p in job.members:
-                metric = metrics.get(id(p))
-                key = None if metric is None else metric.key
-                alike.setdefault(key, (metric or Metric(0.0), []))[1].append((p, *(metric.moments if metric else ())))
-            for key, (metric, members) in alike.items():
-                acts = [act for act in job.acts if key is not None or act.kind == "project"]
-                self._act(acts, Given(metric=metric), members)
+        for job in self._held.jobs(("proximal", "project"), self.steps):
+            for metric, parameters in _by_metric(job, metrics):
+                acts = [act for act in job.acts if metric is not None or act.kind == "project"]
+                members = [(p, *own) for p, own in parameters]
+                self._act(acts, Given(metric=metric or Metric(0.0)), members)
         for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
@@ -181,13 +195,21 @@ class Stepper:
 
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
-        found, measure = dict[int, Metric](), metric_of(optimizer)
+        found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         for work, p, group in held:
-            if work.proximal and p.grad is not None and group["lr"] != 0:
-                _refuse_sparse(work, p)
-                before, work.before = work.before, None
-                if not self._looks or before is not None:  # else the closure was never called
-                    found[id(p)] = measure(Taken(group, optimizer.state[p], p, work.kept, before))
+            if not work.proximal or p.grad is None or group["lr"] == 0:
+                continue
+            if p.grad.is_sparse:
+                _refuse_sparse([(work, p)])
+            before, work.before = work.before, None
+            if self._looks and before is None:  # the closure was never called
+                continue
+            known = shared.get(id(group))
+            if known is None:
+                known = measure(Taken(group, optimizer.state[p], p, work.kept, before))
+                if common(optimizer, group):
+                    shared[id(group)] = known
+            found[id(p)] = known
         return found
 
     def _warn_of_empty(self) -> None:
