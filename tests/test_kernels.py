@@ -80,7 +80,8 @@ def compare(shapes, dtypes, kind, penalties, box=None, compile=False):
     """Train by the library and by the formulas."""
     model = model_of(shapes, dtypes)
     reference = copy.deepcopy(model).double()
-    plan = [penalty.on("*", how=how) for how, penalty in penalties.items()] + [rs.Box(-box, box).on("*")] * bool(box)
+    plan = [penalty.on("*", how=how) for how, penalty in penalties.items()]
+    plan += [rs.Box(-box, box).on("*")] if box else []
     optimizer = kind(model.parameters(), lr=RATE)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*(small changes|Euclidean)", RestrainWarning)

@@ -78,7 +78,7 @@ class Held:
         return self._found
 
     def jobs(self, kinds: tuple[str, ...], step: int) -> list[Job]:
-        """What is to be done to those that were found, at a step (they are counted from zero), by rules of these kinds."""
+        """What rules of these kinds do, at a step (they are counted from zero), to the parameters that were found."""
         if kinds not in self._rules:
             timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())

@@ -49,8 +49,8 @@ class Given:
     metric: Metric = field(default_factory=lambda: Metric(0.0))
 
 
-# Steps: functions of the weights, of the gradient (before a step of the optimizer) or the moments (after it), all in
-# float32 or wider, and of their numbers. They give the new weights, which may be the old ones; gradients change in place.
+# Steps: functions of the weights, of the gradient (before an optimizer step) or the moments (after it), all in float32
+# or wider, and of their numbers. They give the new weights, which may be the old ones; gradients change in place.
 
 
 @dataclass(frozen=True)
