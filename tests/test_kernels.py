@@ -11,7 +11,7 @@ from torch import nn
 
 import restrain as rs
 from restrain.engine import fused, kernels, passes
-from restrain.errors import RestrainWarning
+from restrain.errors import PlanError, RestrainWarning
 
 SHAPES = [(3, 5), (), (0, 4), (2, 2, 3, 3), (40,), (7, 30), (1,), (6,), (5, 0)]
 PENALTIES = [
@@ -168,7 +168,7 @@ def test_no_schedule_and_no_shape_compiles_anew(small_blocks, monkeypatch):
     monkeypatch.setattr(fused, "_made", lambda *given: made.append(given) or make(*given))
     model = model_of(SHAPES)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    rule = rs.schedule.linear(0.5, 0.1, steps=6) * rs.L1()
+    rule = rs.schedules.Linear(0.5, 0.1, steps=6) * rs.L1()
     reg = rs.attach(model, [rule.on("*", how="proximal"), rule.on("*", how="gradient")], optimizer, compile=True)
     trained(model, reg, optimizer, 2)
     counted, dynamo = len(made), dict(torch._dynamo.utils.counters["stats"])
@@ -225,7 +225,7 @@ def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(monkeypatch):
 
 
 def test_compile_is_one_of_three():
-    with pytest.raises(rs.PlanError, match="compile= is True, False or 'auto', got 'always'"):
+    with pytest.raises(PlanError, match="compile= is True, False or 'auto', got 'always'"):
         rs.attach(nn.Linear(2, 2), 0.1 * rs.L1().on("*"), compile="always")
 
 
