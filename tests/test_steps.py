@@ -9,7 +9,7 @@ from benchmarks.metric import OPTIMIZERS
 from torch import nn
 
 import restrain as rs
-from restrain.engine.kernels import BLOCK
+from restrain.engine.passes import BLOCK
 from restrain.errors import HowError, RestrainWarning
 
 

@@ -18,10 +18,12 @@ from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, set_cells
 from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
+from restrain.engine.held import Work
 from restrain.engine.hooks import Hooks
 from restrain.engine.injection import Root
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
-from restrain.engine.steps import Stepper, Work
+from restrain.engine.passes import Compile
+from restrain.engine.steps import Stepper
 from restrain.engine.strengths import Strengths
 from restrain.engine.tensorparallel import Parts
 from restrain.engine.terms import at_steps, network_value, parameter_values
@@ -39,13 +41,22 @@ _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
 
 
-def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> Attachment:
+def attach(
+    model: nn.Module,
+    plan: Any = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    compile: Compile = "auto",
+) -> Attachment:
     """Bind a plan, and what the model's layers declare, to a model and its optimizer.
 
     Args:
         model: any module; wrappers (compiled, DDP) are seen through. It is neither wrapped nor changed.
         plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
         optimizer: the one that trains it, a list of them, or None if no rule acts at the optimizer's step.
+        compile: whether what rules do at the optimizer's step is compiled to kernels, which takes some seconds: True,
+            False, or "auto", after as many steps as make up for it. Results differ by rounding. Where there is no
+            compiler it is done without.
 
     Returns:
         The attachment; also a context manager that detaches at the end.
@@ -53,7 +64,7 @@ def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[O
     Raises:
         SelectionError: a rule matches nothing.
         HowError, OptimizerError, NoProxError: a rule that can't be carried out as said.
-        PlanError: there is nothing to attach.
+        PlanError: there is nothing to attach; another `compile`.
 
     >>> model = nn.Linear(3, 2)
     >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
@@ -61,12 +72,14 @@ def attach(model: nn.Module, plan: Any = None, optimizer: Optimizer | Sequence[O
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
+    if compile != "auto" and not isinstance(compile, bool):
+        raise PlanError(f"compile= is True, False or 'auto', got {compile!r}")
     declared, modules = declared_rules(model, skip=_claimed)
     rules = Plan.of(plan) + Plan(tuple(declared))
     refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
-    return Attachment(unwrap(model), rules, _optimizers(optimizer), modules)
+    return Attachment(unwrap(model), rules, _optimizers(optimizer), modules, compile)
 
 
 def _optimizers(given: Any) -> list[Optimizer]:
@@ -81,7 +94,14 @@ def _optimizers(given: Any) -> list[Optimizer]:
 class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
-    def __init__(self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizers: list[Optimizer],
+        declaring: list[nn.Module],
+        compile: Compile = "auto",
+    ) -> None:
         self._model = weakref.ref(model)
         self._bounds = bind(plan, model)
         check_optimizers(self._bounds, model, optimizers)
@@ -108,14 +128,14 @@ class Attachment:
             self._weight_noise.begin(self._bounds, model)
             if self._hooks.at_layers or self._weight_noise.hooks:
                 forget_compiled_code()
-            self._attach_steps(model, optimizers)
+            self._attach_steps(model, optimizers, compile)
             if any(isinstance(bound.rule.what, Noise) and (bound.spots or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
         except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
             self.detach()
             raise
 
-    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
         works: dict[str, Work] = {}
         for bound in self._bounds:
@@ -125,7 +145,8 @@ class Attachment:
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
                     getattr(work, kind).append((bound.rule, what))
         if works:
-            self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
+            whole = list(works.values())
+            self._steppers = [Stepper(optimizer, whole, lambda: self.model, compile) for optimizer in optimizers]
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])

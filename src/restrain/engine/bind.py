@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from restrain.engine import padding, shards
 from restrain.engine.derivative import Derivative
+from restrain.engine.held import total
 from restrain.engine.metric import diagonal, known, looks_before
-from restrain.engine.steps import total
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of

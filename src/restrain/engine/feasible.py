@@ -82,6 +82,11 @@ def _length(x: Tensor) -> Tensor:
     return x.abs().square().sum().sqrt()
 
 
+def single(timed: Timed) -> bool:
+    """Whether it is one constraint that leaves the momentum alone: then its projection is all that is done."""
+    return len(timed) == 1 and timed[0][0].momentum != "tangent"
+
+
 @torch.no_grad()
 def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any]) -> None:
     """After a step: project a parameter, and take out of its momentum what leaves the sets of rules that say so.

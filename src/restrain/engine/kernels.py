@@ -1,65 +1,344 @@
-"""In-place forms of gradient, decay and prox that read and write each weight about once.
+"""What rules do in place to the entries of a tensor: gradient, decay, prox, projection.
 
-A uniform entrywise penalty may be run on any part of a tensor, so that large ones are done in blocks which stay in the
-cache; its temporaries then cost no memory traffic. Other penalties take the tensor whole.
+Most rules are sums over entries: a Σ|x| + c Σ|x|² and few others. `lower` turns these into steps and their numbers. A
+step knows what kind of thing is done, but no strength and no learning rate: so one step serves all strengths, and code
+that is compiled of it (`fused`) takes the numbers as inputs. What can't be lowered (groups, complex entries, numbers
+that another device holds) is done by `slowly`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import Any, Literal, TypeAlias
+
 import torch
 from torch import Tensor
 
-from restrain.engine.metric import Metric
+from restrain.engine.metric import ENDLESS, Metric, rooted
 from restrain.penalties import Penalty
-from restrain.penalties.shrink import at_least_float32
+from restrain.penalties.shrink import at_least_float32, shrink_entries
+from restrain.transforms import Box, Constraint, NonNegative
 
-BLOCK = 1 << 18  # entries
-
-
-def add_gradient(grad: Tensor, w: Tensor, penalty: Penalty, scale: Tensor | None = None) -> None:
-    """grad += gradient of the penalty at w, times `scale` where the gradients are scaled."""
-    for g, x in zip(*_parts(penalty, grad, w), strict=True):
-        added = penalty.gradient(x)
-        g.add_(added if scale is None else added * scale.to(added.dtype))
+Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in code that is compiled
 
 
-def decay(w: Tensor, penalty: Penalty, rate: float | Tensor) -> None:
-    """w -= rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero.
+@dataclass(frozen=True)
+class Act:
+    """What a rule, or the sum of several, does to a tensor."""
+
+    kind: Literal["gradient", "decay", "prox", "project"]
+    what: Any  # a penalty, or a constraint for "project"
+
+    @cached_property
+    def by_entry(self) -> bool:
+        """Whether it may be done to any part of a tensor."""
+        if isinstance(self.what, Constraint):
+            return isinstance(self.what, NonNegative | Box)
+        return bool(self.what.entrywise and self.what.uniform)
+
+
+@dataclass(frozen=True)
+class Given:
+    """The numbers of a step of the optimizer."""
+
+    rate: float | Tensor = 0.0
+    scale: Tensor | None = None  # of the gradients, where a loss scaler has scaled them
+    metric: Metric = field(default_factory=lambda: Metric(0.0))
+
+
+# Steps: functions of the weights, of the gradient (before an optimizer step) or the moments (after it), all in float32
+# or wider, and of their numbers. They give the new weights, which may be the old ones; gradients change in place.
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """gradient += a sgn(w) + 2 c w + Σ s · gradient of each of the others."""
+
+    l1: bool
+    l2: bool
+    others: tuple[Penalty, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it calls."""
+        return tuple(map(type, self.others))
+
+    def terms(self, w: Tensor) -> list[Callable[[], Tensor]]:
+        """What is added, each to be multiplied by a number."""
+        elastic = [w.sgn] * self.l1 + [lambda: w] * self.l2
+        return elastic + [lambda one=one: one.gradient(w) for one in self.others]
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        for number, term in zip(numbers, self.terms(w), strict=True):
+            if isinstance(number, Tensor):
+                others[0].add_(term() * number)
+            else:
+                others[0].add_(term(), alpha=number)
+        return w
+
+
+@dataclass(frozen=True)
+class Decay:
+    """w -= the same sum; where every penalty shrinks, entries stop at zero."""
+
+    sum: Gradient
+    shrinks: bool
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it calls."""
+        return self.sum.parts
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        new = w
+        for number, term in zip(numbers, self.sum.terms(w), strict=True):
+            new = new - term() * number
+        return new.clamp(w.clamp_max(0), w.clamp_min(0)) if self.shrinks else new
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Entries are scaled by a number, then go towards zero by another."""
+
+    scaled: bool
+    soft: bool
+    parts = ()
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        if self.scaled:
+            w = w.mul_(numbers[0])
+        return _soft(w, numbers[-1]) if self.soft else w
+
+
+@dataclass(frozen=True)
+class RootedShrink:
+    """The prox of a Σ|x| + c Σ|x|² with the step 1 / (√second · r + e) of each entry: see `_rooted_shrink`."""
+
+    scaled: bool
+    soft: bool
+    parts = ()
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        root, eps, *strengths = numbers
+        size = others[0].sqrt().mul_(root).add_(eps)
+        if not self.scaled:
+            return _soft(w, size.reciprocal_())
+        inverse = (size + strengths[0]).reciprocal_()
+        w = w.mul_(size).mul_(inverse)
+        return _soft(w, inverse.mul_(strengths[1])) if self.soft else w
+
+
+@dataclass(frozen=True)
+class Prox:
+    """The prox of a Σ|x| + c Σ|x|² + s · one other, with a step of each entry, or of all."""
+
+    l1: bool
+    l2: bool
+    other: Penalty | None = None
+    size: Callable[..., Tensor] | None = None  # of a metric
+    counted: int = 0  # the numbers that it takes
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it calls."""
+        return (self.size or Prox, Prox if self.other is None else type(self.other))
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        left = list(numbers)
+        step: Any = left.pop(0)
+        if self.size is not None:
+            size = self.size(*others, *[left.pop(0) for _ in range(self.counted)])
+            step = (size.reciprocal_() * step).clamp_max_(ENDLESS)
+        l1 = left.pop(0) if self.l1 else 0.0
+        l2 = left.pop(0) if self.l2 else 0.0
+        if self.l1 or self.l2:
+            w = shrink_entries(w, step, l1, l2)
+        if self.other is not None:
+            w = self.other.prox(w, left.pop(0) * (step / (1 + 2 * l2 * step) if self.l2 else step))
+        return w
+
+
+@dataclass(frozen=True)
+class Project:
+    """w = the nearest point of a set."""
+
+    constraint: Constraint
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What it calls."""
+        return (type(self.constraint),)
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
+        return self.constraint.project(w)
+
+
+Step: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project
+Lowered: TypeAlias = Sequence[tuple[Step, Sequence[Any]]]
+
+
+def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
+    """The soft threshold; +0.0 for a zero."""
+    if isinstance(threshold, Tensor):
+        return w.sub_(w.clamp(-threshold, threshold))
+    return torch._C._nn.softshrink(w, threshold, out=w).add_(0.0)  # type: ignore[call-arg]
+
+
+def quickly(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
+    """Do in place what was lowered, to the weights and their gradient, or to the weights by their moments."""
+    w, *others = map(at_least_float32, tensors)
+    new = w
+    for step, numbers in lowered:
+        new = step(new, others, numbers)
+    adds = any(isinstance(step, Gradient) for step, _ in lowered)
+    for old, now in zip(tensors, [new, *others[:adds]], strict=False):
+        if now is not old:
+            old.copy_(now)
+
+
+def lower(acts: Sequence[Act], given: Given, w: Tensor) -> Lowered | None:
+    """The steps that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
+    half = w.dtype.itemsize < 4 and any(act.kind == "project" for act in acts)  # a bound holds for what is rounded
+    if w.is_complex() or half or not all(act.by_entry for act in acts):
+        return None
+    try:
+        return [step for act in acts for step in _LOWER[act.kind](act.what, given)]
+    except _UnknownError:
+        return None
+
+
+class _UnknownError(Exception):
+    """A number that isn't at hand."""
+
+
+def _float(number: float | Tensor) -> float:
+    if isinstance(number, Tensor) and number.device.type != "cpu":
+        raise _UnknownError
+    if not isfinite(number := float(number)):
+        raise _UnknownError
+    return number
+
+
+def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Penalty]]]:
+    l1, l2, others = penalty.split()
+    pairs = [(_float(strength), other) for strength, other in others]
+    return _float(l1), _float(l2), [(strength, other) for strength, other in pairs if strength]
+
+
+def _gradient(penalty: Penalty, given: Given) -> Lowered:
+    step, numbers = _sum(penalty, 1.0 if given.scale is None else _float(given.scale))
+    return [(step, numbers)] if numbers else []
+
+
+def _sum(penalty: Penalty, factor: float) -> tuple[Gradient, tuple[float, ...]]:
+    l1, l2, others = _split(penalty)
+    strengths = [l1] * (l1 > 0) + [2 * l2] * (l2 > 0) + [strength for strength, _ in others]
+    step = Gradient(l1 > 0, l2 > 0, tuple([other for _, other in others]))
+    return step, tuple([factor * strength for strength in strengths])
+
+
+def _decay(penalty: Penalty, given: Given) -> Lowered:
+    rate = _float(given.rate)
+    step, numbers = _sum(penalty, rate)
+    shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
+    if shrinks and not step.others and rate >= 0:
+        l1, l2, _ = _split(penalty)
+        return _shrink(max(1 - 2 * l2 * rate, 0.0), l1 * rate)
+    return [(Decay(step, shrinks), numbers)] if numbers else []
+
+
+def _shrink(scale: float, threshold: float) -> Lowered:
+    numbers = (scale,) * (scale != 1) + (threshold,) * (threshold > 0)
+    return [(Shrink(scale != 1, threshold > 0), numbers)] if numbers else []
+
+
+def _prox(penalty: Penalty, given: Given) -> Lowered:
+    metric, (l1, l2, others) = given.metric, _split(penalty)
+    scale = _float(metric.scale)
+    if scale < 0 or len(others) > 1:
+        raise _UnknownError
+    strength, other = others[0] if others else (0.0, None)
+    if not metric.moments:
+        rest = scale / (1 + 2 * l2 * scale)
+        last: list[tuple[Step, Sequence[float]]] = (
+            [] if other is None else [(Prox(False, False, other), (rest, strength))]
+        )
+        return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
+    sizes = tuple(map(_float, metric.numbers))
+    if not (l1 or l2 or strength):
+        return []
+    if metric.size is rooted and other is None and scale and sizes[1]:
+        return _rooted_shrink(l1, l2, scale, *sizes)
+    numbers = (scale, *sizes) + (l1,) * (l1 > 0) + (l2,) * (l2 > 0) + (strength,) * (other is not None)
+    return [(Prox(l1 > 0, l2 > 0, other, metric.size, len(sizes)), numbers)]
+
+
+def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) -> Lowered:
+    """With the size s = √second / root + eps and the step t = scale / s of an entry.
+
+    Without c the threshold is a t = 1 / (s / (a scale)). With it, x is scaled by 1 / (1 + 2 c t) = s / (s + 2 c scale),
+    and the threshold is a scale / (s + 2 c scale). No step is longer than ENDLESS, so no s is below scale / ENDLESS.
+    """
+    eps = max(eps, scale / ENDLESS)
+    if not l2:
+        numbers: tuple[float, ...] = (1 / (root * l1 * scale), eps / (l1 * scale))
+    else:
+        numbers = (1 / root, eps, 2 * l2 * scale) + (l1 * scale,) * (l1 > 0)
+    return [(RootedShrink(l2 > 0, l1 > 0), tuple(map(_float, numbers)))]
+
+
+def _project(constraint: Constraint, given: Given) -> Lowered:
+    return [(Project(constraint), ())]
+
+
+_LOWER: dict[str, Callable[[Any, Given], Lowered]] = {
+    "gradient": _gradient,
+    "decay": _decay,
+    "prox": _prox,
+    "project": _project,
+}
+
+
+# What can't be lowered
+
+
+def slowly(acts: Sequence[Act], given: Given, tensors: Sequence[Tensor]) -> None:
+    """Do in place what the acts say, by the formulas, to tensors as `quickly` takes them.
 
     Entries that are NaN don't spread; see `put`.
     """
-    shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
-    for (x,) in zip(*_parts(penalty, w), strict=True):
-        wide = at_least_float32(x)
-        new = (penalty.gradient(wide) * -rate).add_(wide)
-        if shrinks and wide.is_complex():
-            new = torch.where((new * wide.conj()).real < 0, 0, new)
-        elif shrinks:
-            new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
-        x.copy_(new) if penalty.entrywise else put(x, new)
+    w, *others = tensors
+    for act in acts:
+        if act.kind == "gradient":
+            added = act.what.gradient(w)
+            others[0].add_(added if given.scale is None else added * given.scale.to(added.dtype))
+            continue
+        if act.kind == "decay":
+            new = decayed(w, act.what, given.rate)
+        elif act.kind == "prox":
+            new = act.what.prox(w, given.metric.steps(*others))
+        else:
+            new = act.what.project(w)
+        w.copy_(new) if act.by_entry else put(w, new)
 
 
-def apply_prox(w: Tensor, penalty: Penalty, metric: Metric) -> None:
-    """w = prox of the penalty at w, with the steps of the optimizer's metric; entries that are NaN don't spread."""
-    for x, *moments in zip(*_parts(penalty, w, *metric.moments), strict=True):
-        new = penalty.prox(x, metric.steps(*moments))
-        x.copy_(new) if penalty.entrywise else put(x, new)
+def decayed(w: Tensor, penalty: Penalty, rate: float | Tensor) -> Tensor:
+    """w - rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero."""
+    wide = at_least_float32(w)
+    new = (penalty.gradient(wide) * -rate).add_(wide)
+    if not all(leaf.shrinks for _, leaf in penalty.leaves()):
+        return new
+    if wide.is_complex():
+        return torch.where((new * wide.conj()).real < 0, 0, new)
+    return new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
 
 
 def put(w: Tensor, new: Tensor) -> None:
     """w = new, but where that isn't finite and w is: one NaN of a group or matrix would make all of it NaN."""
+    if w.device.type == "cpu" and isfinite(float((new.abs() if new.is_complex() else at_least_float32(new)).sum())):
+        w.copy_(new)
+        return
     w.copy_(torch.where(new.isfinite() | ~w.isfinite(), new, w))
-
-
-def _parts(penalty: Penalty, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each tensor in blocks of the same entries; in one part where it can't be cut."""
-    if penalty.entrywise and penalty.uniform and tensors[0].numel() > BLOCK:
-        strides = tensors[0].stride()
-        if all(t.layout == torch.strided and t.stride() == strides for t in tensors) and _dense(tensors[0]):
-            return [t.as_strided((t.numel(),), (1,)).split(BLOCK) for t in tensors]
-    return [(t,) for t in tensors]
-
-
-def _dense(t: Tensor) -> bool:
-    """Whether the entries fill one stretch of memory, in whatever order (channels_last does)."""
-    return torch.ops.aten.is_non_overlapping_and_dense(t)  # type: ignore[no-any-return]

@@ -23,23 +23,32 @@ ENDLESS = 1e18  # a step this long is as good as infinite, and its products with
 MEMORY = 0.98  # of the averages by which an unknown metric is measured
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, as making one for each tensor and step would take four times as long
 class Metric:
-    """The step of each entry: scale / size(moments), or the scale alone where there are no moments."""
+    """The step of each entry: scale / size(*moments, *numbers), or the scale alone where there are no moments."""
 
     scale: float | Tensor
     moments: tuple[Tensor, ...] = ()
-    size: Callable[..., Tensor] = torch.sqrt  # gives a new tensor
+    size: Callable[..., Tensor] = torch.sqrt  # gives a new tensor; one of this module, so that it can be compiled
+    numbers: tuple[float | Tensor, ...] = ()
+
+    @property
+    def key(self) -> Any:
+        """Equal for metrics with the same numbers; those that another device holds aren't looked at."""
+        given = (self.scale, *self.numbers)
+        if any(isinstance(number, Tensor) and number.device.type != "cpu" for number in given):
+            return id(self)
+        return (self.size, *map(float, given))
 
     def steps(self, *moments: Tensor) -> float | Tensor:
         """The steps of the entries whose moments are given."""
         if not moments:
             return self.scale
-        size = self.size(*map(at_least_float32, moments))
+        size = self.size(*map(at_least_float32, moments), *self.numbers)
         return size.reciprocal_().mul_(self.scale).clamp_max_(ENDLESS)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Taken:
     """A step that was taken for one parameter."""
 
@@ -70,8 +79,9 @@ def _count(step: float | Tensor) -> float | Tensor:
     return float(step) if not isinstance(step, Tensor) or step.device.type == "cpu" else step
 
 
-def _rooted(root: float | Tensor, eps: float) -> Callable[[Tensor], Tensor]:
-    return lambda second: second.sqrt().div_(root).add_(eps)
+def rooted(second: Tensor, root: float | Tensor, eps: float) -> Tensor:
+    """√second / root + eps."""
+    return second.sqrt().div_(root).add_(eps)
 
 
 def _sgd(taken: Taken) -> Metric:
@@ -90,7 +100,7 @@ def _adam(taken: Taken) -> Metric:
     group, state = taken.group, taken.state
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
     decay = group["betas"][1] ** _count(state["step"])
-    return Metric(group["lr"], (second,), _rooted((1 - decay) ** 0.5, group["eps"]))
+    return Metric(group["lr"], (second,), rooted, ((1 - decay) ** 0.5, group["eps"]))
 
 
 def _nadam(taken: Taken) -> Metric:
@@ -99,7 +109,7 @@ def _nadam(taken: Taken) -> Metric:
     count, (beta1, beta2), product = _count(state["step"]), group["betas"], _count(state["mu_product"])
     now, coming = (beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (count, count + 1))
     gain = (1 - now) / (1 - product) + coming * (1 - beta1**count) / (1 - product * coming)
-    return Metric(group["lr"] * gain, (state["exp_avg_sq"],), _rooted((1 - beta2**count) ** 0.5, group["eps"]))
+    return Metric(group["lr"] * gain, (state["exp_avg_sq"],), rooted, ((1 - beta2**count) ** 0.5, group["eps"]))
 
 
 def _radam(taken: Taken) -> Metric:
@@ -112,12 +122,12 @@ def _radam(taken: Taken) -> Metric:
         return Metric(group["lr"])
     known = length.clamp_min(5) if isinstance(length, Tensor) else length
     rectified = ((known - 4) * (known - 2) * most / ((most - 4) * (most - 2) * known) * bias) ** 0.5
+    return Metric(group["lr"], (state["exp_avg_sq"],), _rectified, (length, rectified, group["eps"]))
 
-    def size(second: Tensor) -> Tensor:
-        adapted = second.sqrt().add_(group["eps"]).div_(rectified)
-        return torch.where(length > 5, adapted, 1.0) if isinstance(length, Tensor) else adapted
 
-    return Metric(group["lr"], (state["exp_avg_sq"],), size)
+def _rectified(second: Tensor, length: float | Tensor, rectified: float | Tensor, eps: float) -> Tensor:
+    adapted = second.sqrt().add_(eps).div_(rectified)
+    return torch.where(length > 5, adapted, 1.0) if isinstance(length, Tensor) else adapted
 
 
 def _adamax(taken: Taken) -> Metric:
@@ -129,34 +139,37 @@ def _rmsprop(taken: Taken) -> Metric:
     group, state = taken.group, taken.state
     scale, eps = group["lr"] * _gain(taken), group["eps"]
     if not group["centered"]:
-        return Metric(scale, (state["square_avg"],), _rooted(1.0, eps))
+        return Metric(scale, (state["square_avg"],), rooted, (1.0, eps))
+    return Metric(scale, (state["square_avg"], state["grad_avg"]), _centered, (eps,))
 
-    def size(second: Tensor, first: Tensor) -> Tensor:
-        return second.addcmul(first, first, value=-1).clamp_min_(0).sqrt_().add_(eps)
 
-    return Metric(scale, (state["square_avg"], state["grad_avg"]), size)
+def _centered(second: Tensor, first: Tensor, eps: float) -> Tensor:
+    return second.addcmul(first, first, value=-1).clamp_min_(0).sqrt_().add_(eps)
 
 
 def _adagrad(taken: Taken) -> Metric:
     group, state = taken.group, taken.state
     rate = group["lr"] / (1 + (_count(state["step"]) - 1) * group["lr_decay"])
-    return Metric(rate, (state["sum"],), _rooted(1.0, group["eps"]))
+    return Metric(rate, (state["sum"],), rooted, (1.0, group["eps"]))
 
 
 def _adadelta(taken: Taken) -> Metric:
     # the step used the average of squared movements from before it, which this finds again: with r = g² / (second +
     # eps) that average became rho · before + (1 - rho) (before + eps) r. With weight decay g isn't known any more
     group, state = taken.group, taken.state
-    rho, eps, decayed = group["rho"], group["eps"], group["weight_decay"] != 0
+    if group["weight_decay"] != 0:
+        return Metric(group["lr"], (state["square_avg"], state["acc_delta"]), _moved_least, (group["eps"],))
+    moments = (state["square_avg"], state["acc_delta"], taken.gradient)
+    return Metric(group["lr"], moments, _moved_before, (group["eps"], group["rho"]))
 
-    def size(second: Tensor, movement: Tensor, grad: Tensor) -> Tensor:
-        second = second + eps
-        if not decayed:
-            ratio = grad.square().div_(second).mul_(1 - rho)
-            movement = (movement - eps * ratio).div_(ratio + rho).clamp_min_(0)
-        return second.div_(movement + eps).sqrt_()
 
-    return Metric(group["lr"], (state["square_avg"], state["acc_delta"], taken.gradient), size)
+def _moved_least(second: Tensor, movement: Tensor, eps: float) -> Tensor:
+    return (second + eps).div_(movement + eps).sqrt_()
+
+
+def _moved_before(second: Tensor, movement: Tensor, grad: Tensor, eps: float, rho: float) -> Tensor:
+    ratio = grad.square().div_(second + eps).mul_(1 - rho)
+    return _moved_least(second, (movement - eps * ratio).div_(ratio + rho).clamp_min_(0), eps)
 
 
 def _adafactor(taken: Taken) -> Metric:
@@ -190,12 +203,12 @@ def _measured(taken: Taken) -> Metric:
         square = kept.setdefault(f"{name}_square", torch.zeros_like(now))
         mean.lerp_(now, 1 - MEMORY)
         square.lerp_(mean.square(), 1 - MEMORY)
+    return Metric(1.0, (kept["movement_square"], kept["gradient_square"]), _quotient)
 
-    def size(movement: Tensor, gradient: Tensor) -> Tensor:
-        still = (movement == 0) | (gradient == 0)
-        return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
 
-    return Metric(1.0, (kept["movement_square"], kept["gradient_square"]), size)
+def _quotient(movement: Tensor, gradient: Tensor) -> Tensor:
+    still = (movement == 0) | (gradient == 0)
+    return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
 
 
 METRICS: dict[type[Optimizer], Callable[[Taken], Metric]] = {
@@ -218,6 +231,11 @@ def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
     cls = type(optimizer)
     bases = (base for base in cls.__mro__ if base in METRICS and _step_of(cls) is _step_of(base))
     return next((METRICS[base] for base in bases), _measured)
+
+
+def common(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+    """Whether all parameters of a group have one metric, which follows from its settings alone."""
+    return metric_of(optimizer) is _sgd and not float(group["momentum"])
 
 
 def known(optimizer: Optimizer) -> bool:

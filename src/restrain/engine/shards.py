@@ -97,6 +97,14 @@ def fitted(what: Any, t: Any) -> Any:
     return _regrouped(what, t) if all(_by_entry(leaf) or _within(leaf, t) for leaf in leaves) else None
 
 
+def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
+    """What does to some rows of a tensor of this shape what `what` does to all; None where it takes more than rows."""
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
+    if not all(_by_entry(leaf) or _within(leaf, shape, {0}) for leaf in leaves):
+        return None
+    return _regrouped(what, (rows, *shape[1:]))
+
+
 def _by_entry(leaf: Any) -> bool:
     return isinstance(leaf, NonNegative | Box) or (isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform)
 

@@ -6,60 +6,35 @@ that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter 
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.feasible import hold
-from restrain.engine.kernels import add_gradient, apply_prox, decay
-from restrain.engine.metric import Taken, looks_before, metric_of
+from restrain.engine.feasible import hold, single
+from restrain.engine.held import Held, Job, Member, Work
+from restrain.engine.kernels import Act, Given
+from restrain.engine.metric import Metric, Taken, common, looks_before, metric_of
+from restrain.engine.passes import Compile, Passes
 from restrain.engine.ranks import agreed_seed, common_generator
 from restrain.engine.shards import Term, acting, blank, local, part, ranks_of, totals, value_of
-from restrain.errors import DetachedError, HowError, OptimizerError, RestrainWarning
-from restrain.penalties import Penalty
-from restrain.rules import Rule
-from restrain.sites import Handle
-from restrain.transforms import Constraint, GradientNoise
+from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.sites import Handle, is_sharded
 
 
-@dataclass
-class Work:
-    """All that is done to one parameter around a step."""
-
-    handle: Handle
-    gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    noise: list[tuple[Rule, GradientNoise]] = field(default_factory=list)
-    decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
-    project: list[tuple[Rule, Constraint]] = field(default_factory=list)
-    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
-    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
-
-
-def due(timed: list[tuple[Rule, Any]], step: int) -> list[Any]:
-    """What acts at a step (steps are counted from zero)."""
-    return [what for rule, what in timed if rule.due(step)]
-
-
-def _refuse_sparse(work: Work, p: Tensor) -> None:
-    if p.grad is not None and p.grad.is_sparse:
-        raise HowError(
-            f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
-            "how='loss' with an optimizer for dense gradients, or sparse=False"
-        )
-
-
-def total(penalties: list[Penalty]) -> Penalty:
-    """The sum of penalties as one."""
-    return functools.reduce(lambda a, b: a + b, penalties)
+def _refuse_sparse(members: Iterable[tuple[Work, Tensor]]) -> None:
+    for work, p in members:
+        if p.grad is not None and p.grad.is_sparse:
+            raise HowError(
+                f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
+                "how='loss' with an optimizer for dense gradients, or sparse=False"
+            )
 
 
 def real_step(optimizer: Optimizer) -> bool:
@@ -85,16 +60,34 @@ def nested(optimizer: Optimizer) -> bool:
     return found > 1
 
 
+def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | None, list[Any]]]:
+    """The parameters of a job with their moments, by the numbers of their metrics; None: the step moved nothing."""
+    alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
+    keys: dict[int, Any] = {}
+    for _, p in job.members:
+        metric = metrics.get(id(p))
+        if id(metric) not in keys:
+            keys[id(metric)] = key = None if metric is None else metric.key
+        else:
+            key = keys[id(metric)]
+        alike.setdefault(key, (metric, []))[1].append((p, () if metric is None else metric.moments))
+    return alike.values()
+
+
 class Stepper:
     """The work of all rules on the parameters of one optimizer."""
 
-    def __init__(self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module], compile: Compile = "auto"
+    ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._summed: dict[tuple[int, ...], Penalty] = {}
+        self._held = Held(works, root)
+        self._passes = Passes(compile)
         self._handles = []
         self._looks = looks_before(optimizer)
-        self._seed = agreed_seed() if any(work.noise for work in works) else None
+        self._noisy = any(work.noise for work in works)
+        self._seed = agreed_seed() if self._noisy else None
         if any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -113,36 +106,59 @@ class Stepper:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._add_gradients(optimizer)
-            self._decay(optimizer)
+            self._before(optimizer, ("gradient", "decoupled"))
             return None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
-            added = self._add_gradients(optimizer, with_value=True)
+            added = self._before(optimizer, ("gradient",), with_value=True)
             if next(calls) == 0:
-                self._decay(optimizer)
+                self._before(optimizer, ("decoupled",))
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
-    def _add_gradients(self, optimizer: Optimizer, with_value: bool = False) -> Tensor:
+    def _before(self, optimizer: Optimizer, kinds: tuple[str, ...], with_value: bool = False) -> Tensor:
+        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for."""
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        for work, p, _ in self._held(optimizer):
-            penalties = due(work.gradient, self.steps)
-            if p.grad is not None and work.noise:
+        held = self._held.by(optimizer)
+        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
+            if p.grad is not None:
                 self._add_noise(work, p.grad, scale)
-            if not penalties or p.grad is None:
-                continue
-            penalty = self._sum(penalties)
-            _refuse_sparse(work, p)
-            for (own,), (grad, w), _ in acting([penalty], p.grad, p):
-                add_gradient(grad, w, own, scale)
+        moves = "decoupled" in kinds and real_step(optimizer)
+        for job in self._held.jobs(kinds, self.steps):
+            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
+            if any(grad.is_sparse for _, grad in members):
+                _refuse_sparse(job.members)
+            acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
+            self._act(acts, Given(job.group["lr"], scale), members)
             if with_value:
-                values.append(value_of(penalty, p))
+                values += [value_of(act.what, p) for p, _ in members for act in acts]
+        if moves and self._looks:
+            self._remember(held, scale)
         return totals([values])[0]
+
+    def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
+        """Weights and gradients before the step, where the metric needs them."""
+        for work, p, group in held:
+            if work.proximal and p.grad is not None and group["lr"] != 0:
+                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
+
+    def _act(self, acts: Sequence[Act], given: Given, members: Sequence[tuple[Tensor, ...]]) -> None:
+        """Do the acts to the members, of which some may be sharded."""
+        if not acts or not members:
+            return
+        if not self._held.sharded:
+            self._passes(acts, given, members, self.steps)
+            return
+        self._passes(acts, given, [tensors for tensors in members if not is_sharded(tensors[0])], self.steps)
+        for tensors in members:
+            if is_sharded(tensors[0]):
+                for whats, parts, _ in acting([act.what for act in acts], *tensors):
+                    own = [replace(act, what=what) for act, what in zip(acts, whats, strict=True)]
+                    self._passes(own, given, [tuple(parts)], self.steps)
 
     def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
@@ -158,48 +174,43 @@ class Stepper:
                 local(grad).add_(added if scale is None else added * scale.to(added.dtype))
 
     @torch.no_grad()
-    def _decay(self, optimizer: Optimizer) -> None:
-        """w -= lr · gradient of the penalty, of every parameter that the coming step will move."""
-        if not real_step(optimizer):
-            return
-        for work, p, group in self._held(optimizer):
-            if p.grad is None or group["lr"] == 0:
-                continue
-            penalties = due(work.decoupled, self.steps)
-            if penalties:
-                _refuse_sparse(work, p)
-                for (own,), (w,), _ in acting([self._sum(penalties)], p):
-                    decay(w, own, group["lr"])
-            if work.proximal and self._looks:
-                scale = getattr(optimizer, "grad_scale", None)
-                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
-
-    @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Prox, then projection, of every parameter that the step moved."""
         if nested(optimizer) or not real_step(optimizer):
             return
-        for work, p, group in self._held(optimizer):
-            if work.proximal and p.grad is not None and group["lr"] != 0:
-                self._prox(optimizer, work, p, group)
+        held = self._held.by(optimizer)
+        metrics = self._metrics(optimizer, held)
+        for job in self._held.jobs(("proximal", "project"), self.steps):
+            for metric, parameters in _by_metric(job, metrics):
+                acts = [act for act in job.acts if metric is not None or act.kind == "project"]
+                members = [(p, *own) for p, own in parameters]
+                self._act(acts, Given(metric=metric or Metric(0.0)), members)
+        for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
-            if constraints:
+            if constraints and not single(constraints):
                 hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
         self.steps += 1
         if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
             self._warn_of_empty()
 
-    def _prox(self, optimizer: Optimizer, work: Work, p: Tensor, group: dict[str, Any]) -> None:
-        """The prox of one parameter; its metric follows each step, also those where no rule is due."""
-        _refuse_sparse(work, p)
-        before, work.before = work.before, None
-        if self._looks and before is None:  # the closure was never called
-            return
-        metric = metric_of(optimizer)(Taken(group, optimizer.state[p], p, work.kept, before))
-        penalties = due(work.proximal, self.steps)
-        if penalties:
-            for (own,), (w, *moments), _ in acting([self._sum(penalties)], p, *metric.moments):
-                apply_prox(w, own, replace(metric, moments=tuple(moments)))
+    def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
+        """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
+        found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
+        for work, p, group in held:
+            if not work.proximal or p.grad is None or group["lr"] == 0:
+                continue
+            if p.grad.is_sparse:
+                _refuse_sparse([(work, p)])
+            before, work.before = work.before, None
+            if self._looks and before is None:  # the closure was never called
+                continue
+            known = shared.get(id(group))
+            if known is None:
+                known = measure(Taken(group, optimizer.state[p], p, work.kept, before))
+                if common(optimizer, group):
+                    shared[id(group)] = known
+            found[id(p)] = known
+        return found
 
     def _warn_of_empty(self) -> None:
         """Warn once of each weight that proximal rules and constraints have emptied."""
@@ -218,25 +229,3 @@ class Stepper:
                     RestrainWarning,
                     stacklevel=2,
                 )
-
-    def _held(self, optimizer: Optimizer) -> Iterator[tuple[Work, Tensor, dict[str, Any]]]:
-        """The parameters with work that the optimizer holds now and that aren't frozen, each with its group."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        root = self.root()
-        for work in self.works:
-            p = work.handle.find(root)
-            if not isinstance(p, nn.Parameter):
-                raise DetachedError(
-                    f"{work.handle.name!r} was parametrised since rules were attached that would act on a temporary "
-                    "at the step. Parametrise first, or in the same plan, and detach before"
-                )
-            group = groups.get(id(p))
-            if group is not None and p.requires_grad:
-                yield work, p, group
-
-    def _sum(self, penalties: list[Penalty]) -> Penalty:
-        """Their sum; kept, as composing it costs more than a small tensor's prox."""
-        key = tuple(map(id, penalties))
-        if key not in self._summed:
-            self._summed[key] = total(penalties)
-        return self._summed[key]

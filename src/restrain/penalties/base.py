@@ -172,6 +172,22 @@ class Penalty(What, ABC, register=False):
         """The penalties that it is a sum of, each with its strength."""
         return [(1.0, self)]
 
+    def split(self) -> tuple[Any, Any, list[tuple[Any, Penalty]]]:
+        """a, c and the others, equal ones joined, each with its strength: numbers, or 0-d tensors of what moves."""
+        l1: Any = 0.0
+        l2: Any = 0.0
+        others: list[tuple[Any, Penalty]] = []
+        for strength, leaf in self.leaves():
+            if leaf.elastic is not None:
+                l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
+                continue
+            same = next((i for i, (_, other) in enumerate(others) if other == leaf), None)
+            if same is None:
+                others.append((strength, leaf))
+            else:
+                others[same] = (others[same][0] + strength, leaf)
+        return l1, l2, others
+
     def __mul__(self, strength: Any) -> Penalty:
         refuse_tensor(strength)
         return NotImplemented if not isinstance(strength, (Real, Strength)) else _scaled(strength, self)
@@ -307,7 +323,7 @@ class Sum(Penalty, register=False):
     @property
     def has_prox(self) -> bool:
         leaves = [leaf for _, leaf in self.leaves()]
-        others = [leaf for _, leaf in self._split()[2]]
+        others = [leaf for _, leaf in self.split()[2]]
         soft = any(leaf.elastic is not None and leaf.elastic[0] for leaf in leaves)
         return len(others) <= 1 and all(
             leaf.has_prox and (leaf.shrinks or leaf.soft_after or not soft) for leaf in others
@@ -326,7 +342,7 @@ class Sum(Penalty, register=False):
         Raises:
             NoProxError: more remains, or the prox of f isn't known or doesn't shrink.
         """
-        l1, l2, others = self._split()
+        l1, l2, others = self.split()
         if not self.has_prox:
             members = ", ".join(repr(leaf) for _, leaf in self.leaves())
             raise NoProxError(
@@ -342,22 +358,6 @@ class Sum(Penalty, register=False):
         for strength, leaf in (pair for pair in others if not is_off(pair[0])):
             x = leaf.prox(x, strength * rest)
         return (shrink_entries(x, rest, l1, 0.0) if after else x).to(w.dtype)
-
-    def _split(self) -> tuple[Any, Any, list[tuple[Any, Penalty]]]:
-        """a, c and the others, equal ones joined, each with its strength: numbers, or 0-d tensors of what moves."""
-        l1: Any = 0.0
-        l2: Any = 0.0
-        others: list[tuple[Any, Penalty]] = []
-        for strength, leaf in self.leaves():
-            if leaf.elastic is not None:
-                l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
-                continue
-            same = next((i for i, (_, other) in enumerate(others) if other == leaf), None)
-            if same is None:
-                others.append((strength, leaf))
-            else:
-                others[same] = (others[same][0] + strength, leaf)
-        return l1, l2, others
 
     def gradient(self, w: Tensor) -> Tensor:
         x = at_least_float32(w)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at
+from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
 from restrain.penalties.shrink import exact
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.sites import Location
@@ -179,6 +179,9 @@ def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
 def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0) -> Tensor:
     """Each group scaled so that its length is between `low` and `high`, or for a rate below one nearer to that."""
     x = groups.view(wide(w))
+    if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
+        inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
+        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w)
     unit, norms = _lengths(x, groups)
     length = unit * norms
     inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
@@ -189,6 +192,15 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
     return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
+
+
+def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
+    """The length of each group in half the passes; None where a square might overflow or vanish."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
+        return None
+    squares = groups.sum(squared(x))
+    least, greatest = squares.aminmax()
+    return squares.sqrt() if float(least) > 1e-24 and float(greatest) < 1e30 else None
 
 
 def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: float) -> Tensor:

@@ -1,0 +1,207 @@
+"""How acts are carried out on many tensors, by the way that is fastest for each.
+
+* Small tensors are copied into one buffer, in which the act is done to all at once, and back.
+* Large ones are gone through in blocks that stay in the cache with all that is computed of them: of entries where each
+  is for itself, of rows where groups are of rows.
+* Or a compiled kernel takes a whole tensor, where there is a compiler and as many steps are taken as make it pay.
+"""
+
+from __future__ import annotations
+
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from restrain.engine.fused import kernel, packed
+from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, slowly
+from restrain.engine.shards import of_rows
+from restrain.errors import RestrainWarning
+
+BLOCK = 1 << 18  # entries
+SMALL = 1 << 13  # entries of a tensor that is copied beside others
+WORTH = 2 * 10**10  # entries × steps, after which what a kernel saves has made up for the seconds that compiling takes
+
+Compile: TypeAlias = "bool | Literal['auto']"
+Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights, and their gradient or moments
+
+
+class Passes:
+    """Carries out acts; keeps buffers from step to step."""
+
+    def __init__(self, compile: Compile) -> None:
+        self.compile = compile
+        self._sizes: dict[Any, _Sizes] = {}
+        self._said = False
+
+    def __call__(self, acts: Sequence[Act], given: Given, members: Sequence[Tensors], steps: int = 0) -> None:
+        """Do the acts in place to the first of each member's tensors, or to its gradient.
+
+        Args:
+            acts: one after the other.
+            given: the numbers, which are the same for all members.
+            members: the weights, then the gradient if the acts are before a step, else the moments of the metric.
+            steps: how many have been done like it.
+        """
+        for group in _alike(members):
+            lowered = lower(acts, given, group[0][0])
+            if lowered is None:
+                for tensors in group:
+                    self._slowly(acts, given, tensors, steps)
+            elif lowered:
+                self._quickly(lowered, group, steps)
+
+    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int) -> None:
+        sizes = self._of_sizes(members)
+        compiled = self._compiled(lowered, members[0], steps * sizes.entries)
+        for number in sizes.alone:
+            _one(lowered, members[number], compiled)
+        for gathered in sizes.gathered:
+            gathered.fill(members)
+            _one(lowered, gathered.buffers, compiled)
+            gathered.empty(members, lowered)
+
+    def _of_sizes(self, members: Sequence[Tensors]) -> _Sizes:
+        kinds = tuple([(t.dtype, t.device) for t in members[0]])
+        key = (kinds, tuple([tensors[0].shape for tensors in members]))
+        if key not in self._sizes:
+            if len(self._sizes) > 32:  # of sets of tensors that have changed again and again
+                self._sizes.clear()
+            self._sizes[key] = _sizes(members)
+        return self._sizes[key]
+
+    def _compiled(self, lowered: Lowered, like: Tensors, done: int) -> Any:
+        """The kernel and its numbers, if it is time for one and it can be had."""
+        if self.compile is False or (self.compile == "auto" and done < WORTH):
+            return None
+        run = kernel(lowered, like)
+        if run is None and self.compile is True and not self._said:
+            self._said = True
+            warnings.warn(
+                "compile=True, but rules at the optimizer's step can't be compiled here (is there a C++ compiler?): "
+                "they are done without, with the same result",
+                RestrainWarning,
+                stacklevel=2,
+            )
+        return None if run is None else (run, packed(lowered, like[0]))
+
+    def _slowly(self, acts: Sequence[Act], given: Given, tensors: Tensors, steps: int) -> None:
+        w = tensors[0]
+        if not w.numel():
+            return
+        if all(act.by_entry for act in acts):
+            for block in _blocks(tensors):
+                slowly(acts, given, block)
+            return
+        rows = max(BLOCK * w.shape[0] // w.numel(), 1) if w.dim() > 1 else 1
+        if w.dim() > 1 and rows < w.shape[0]:
+            found = {count: _by_rows(acts, w, count) for count in {rows, w.shape[0] % rows or rows}}
+            own = {count: cut for count, cut in found.items() if cut is not None}
+            if len(own) == len(found):
+                for block in zip(*[t.split(rows) for t in tensors], strict=True):
+                    slowly(own[len(block[0])], given, block)
+                return
+        if len(acts) == 1:
+            slowly(acts, given, tensors)
+            return
+        for act in acts:
+            self((act,), given, [tensors], steps)
+
+
+def _alike(members: Sequence[Tensors]) -> Iterable[Sequence[Tensors]]:
+    """The members by dtypes and device; those without entries are left out."""
+    kinds = {(t.dtype, t.get_device()) for tensors in members for t in tensors}
+    if len(kinds) == 1:
+        return [members]
+    alike: dict[Any, list[Tensors]] = {}
+    for tensors in members:
+        alike.setdefault(tuple([(t.dtype, t.device) for t in tensors]), []).append(tensors)
+    return alike.values()
+
+
+def _one(lowered: Lowered, tensors: Tensors, compiled: Any) -> None:
+    """The steps on one tensor."""
+    flat = _flat(tensors) if compiled else None
+    if flat is not None:
+        run, numbers = compiled
+        run(*flat, numbers)
+        return
+    for block in _blocks(tensors):
+        quickly(lowered, block)
+
+
+def _blocks(tensors: Tensors) -> Iterable[Tensors]:
+    """Each tensor in blocks of the same entries; in one part where it can't be cut."""
+    flat = _flat(tensors) if tensors[0].numel() > BLOCK else None
+    return [tensors] if flat is None else zip(*[t.split(BLOCK) for t in flat], strict=True)
+
+
+def _flat(tensors: Tensors) -> list[Tensor] | None:
+    """The tensors as stretches of memory; None where their entries don't lie alike, each filling one."""
+    first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
+    if any(t.stride() != first.stride() for t in tensors) or not torch.ops.aten.is_non_overlapping_and_dense(first):
+        return None
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def _by_rows(acts: Sequence[Act], w: Tensor, rows: int) -> list[Act] | None:
+    """What does to some rows what the acts do to all; None where one takes more than rows."""
+    found = [of_rows(act.what, tuple(w.shape), rows) for act in acts]
+    return None if None in found else [replace(act, what=own) for act, own in zip(acts, found, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Buffers for some of the members, all of them small."""
+
+    numbers: list[int]
+    buffers: Tensors
+    views: list[list[Tensor]]  # of each buffer, in the members' shapes
+
+    def fill(self, members: Sequence[Tensors]) -> None:
+        """Copy the members in."""
+        for role, views in enumerate(self.views):
+            torch._foreach_copy_(views, [members[number][role] for number in self.numbers])
+
+    def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
+        """Copy what the steps have changed back."""
+        for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
+            torch._foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Which of the members go alone, and which are gathered."""
+
+    entries: int
+    alone: list[int]
+    gathered: list[_Gathered]
+
+
+def _sizes(members: Sequence[Tensors]) -> _Sizes:
+    sizes = [tensors[0].numel() for tensors in members]
+    small = [number for number, size in enumerate(sizes) if 0 < size <= SMALL]
+    alone = [number for number, size in enumerate(sizes) if size > SMALL or (size and len(small) == 1)]
+    return _Sizes(sum(sizes), alone, list(_gather(members, small)) if len(small) > 1 else [])
+
+
+def _gather(members: Sequence[Tensors], small: Sequence[int]) -> Iterator[_Gathered]:
+    """Buffers for stretches of the small ones that together have no more entries than a block."""
+    ends, begin = list(accumulate(members[number][0].numel() for number in small)), 0
+    common = [torch.empty(min(BLOCK, ends[-1]), dtype=t.dtype, device=t.device) for t in members[0]]
+    while begin < len(small):
+        before = ends[begin - 1] if begin else 0
+        end = bisect_right(ends, before + BLOCK)
+        shapes = [members[number][0].shape for number in small[begin:end]]
+        buffers = tuple([t[: ends[end - 1] - before] for t in common])
+        parts = [t.split([shape.numel() for shape in shapes]) for t in buffers]
+        views = [[one.view(shape) for one, shape in zip(split, shapes, strict=True)] for split in parts]
+        yield _Gathered(list(small[begin:end]), buffers, views)
+        begin = end

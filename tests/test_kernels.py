@@ -1,0 +1,268 @@
+"""The fast ways of rules at the optimizer's step, held to one tensor after the other in float64."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import restrain as rs
+from restrain.engine import fused, kernels, passes
+from restrain.errors import PlanError, RestrainWarning
+
+SHAPES = [(3, 5), (), (0, 4), (2, 2, 3, 3), (40,), (7, 30), (1,), (6,), (5, 0)]
+PENALTIES = [
+    0.3 * rs.L1(),
+    0.2 * rs.L2(),
+    rs.ElasticNet(0.2, 0.3),
+    0.1 * rs.L1() + 0.2 * rs.Huber(0.5),
+    0.3 * rs.SCAD(0.3, 1.1),
+    0.1 * rs.SoftBox(-0.5, 0.5),
+    0.2 * rs.GroupLasso(0) + 0.1 * rs.L1(),
+]
+RATE, STEPS = 0.1, 3
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Few entries in a block, so that the tensors of the tests are cut, and some are gathered."""
+    monkeypatch.setattr(passes, "BLOCK", 32)
+    monkeypatch.setattr(passes, "SMALL", 16)
+
+
+def model_of(shapes, dtypes=(torch.float32,), seed=0):
+    draws, model = torch.Generator().manual_seed(seed), nn.Module()
+    for number, shape in enumerate(shapes):
+        w = torch.randn(shape, generator=draws, dtype=torch.float64).to(dtypes[number % len(dtypes)])
+        w = w.to(memory_format=torch.channels_last) if w.dim() == 4 else w.T.contiguous().T if w.dim() == 2 else w
+        model.register_parameter(f"p{number}", nn.Parameter(w))
+    return model
+
+
+def gradients(model, seed):
+    draws = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draws, dtype=torch.float64).to(p.dtype)
+
+
+def adam_steps(optimizer, p):
+    if isinstance(optimizer, torch.optim.SGD):
+        return RATE
+    state = optimizer.state[p]
+    return RATE / ((state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))).sqrt() + 1e-8)
+
+
+@torch.no_grad()
+def slowly(model, kind, penalties, box):
+    """What the rules say, of each tensor alone, in float64."""
+    optimizer = kind(model.parameters(), lr=RATE)
+    for step in range(STEPS):
+        gradients(model, step)
+        for p in model.parameters():
+            if "gradient" in penalties:
+                p.grad += penalties["gradient"].gradient(p)
+            if "decoupled" in penalties:
+                new = p - RATE * penalties["decoupled"].gradient(p)
+                shrinks = all(leaf.shrinks for _, leaf in penalties["decoupled"].leaves())
+                p.copy_(torch.where((new * p < 0) & shrinks, 0, new))
+        optimizer.step()
+        for p in model.parameters():
+            if "proximal" in penalties and p.numel():
+                p.copy_(penalties["proximal"].prox(p, adam_steps(optimizer, p)))
+            if box:
+                p.clamp_(-box, box)
+
+
+def compare(shapes, dtypes, kind, penalties, box=None, compile=False):
+    """Train by the library and by the formulas."""
+    model = model_of(shapes, dtypes)
+    reference = copy.deepcopy(model).double()
+    plan = [penalty.on("*", how=how) for how, penalty in penalties.items()]
+    plan += [rs.Box(-box, box).on("*")] if box else []
+    optimizer = kind(model.parameters(), lr=RATE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*(small changes|Euclidean)", RestrainWarning)
+        reg = rs.attach(model, plan, optimizer, compile=compile)
+    if box:
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.clamp_(-box, box)
+    for step in range(STEPS):
+        gradients(model, step)
+        optimizer.step()
+    slowly(reference, kind, penalties, box)
+    for p, wanted in zip(model.parameters(), reference.parameters(), strict=True):
+        near = {torch.float32: 3e-5, torch.float64: 1e-12, torch.bfloat16: 6e-2}[p.dtype]
+        torch.testing.assert_close(p.double(), wanted, rtol=near, atol=near, msg=lambda told, p=p: f"{p.dtype} {told}")
+    reg.detach()
+
+
+def of_groups(penalty):
+    return any(leaf.groupwise for _, leaf in penalty.leaves())
+
+
+@pytest.mark.parametrize("how", ["gradient", "decoupled", "proximal"])
+@pytest.mark.parametrize("penalty", PENALTIES, ids=repr)
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_blocks_and_gathered_tensors_are_as_one_after_the_other(small_blocks, penalty, how, kind):
+    shapes = [shape for shape in SHAPES if len(shape) > 1 and 0 not in shape] if of_groups(penalty) else SHAPES
+    compare(shapes, (torch.float32, torch.float64), kind, {how: penalty}, 0.8)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_all_moments_at_once(small_blocks, kind):
+    penalties = {"gradient": 0.1 * rs.L1(), "decoupled": rs.ElasticNet(0.1, 0.2), "proximal": 0.05 * rs.L1()}
+    for compile in (False, True):
+        compare(SHAPES, (torch.float64,), kind, penalties, 0.7, compile)
+
+
+def test_half_precision_is_computed_wide(small_blocks):
+    for how in ("gradient", "decoupled", "proximal"):
+        compare(SHAPES, (torch.bfloat16,), torch.optim.SGD, {how: rs.ElasticNet(0.2, 0.3)}, compile=how == "proximal")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize(
+    "penalty", [penalty if i in (0, 2, 4) else pytest.param(penalty, marks=pytest.mark.slow) for i, penalty in
+                enumerate(PENALTIES[:-1])], ids=repr,
+)  # fmt: skip
+def test_compiled_kernels_are_as_one_after_the_other(small_blocks, penalty, kind):
+    before = set(fused._kernels)
+    compare(SHAPES, (torch.float32,), kind, {"gradient": penalty, "proximal": penalty}, 0.8, compile=True)
+    made = [fused._kernels[key] for key in fused._kernels if key not in before]
+    assert all(one is not None for one in made), "nothing was compiled"
+
+
+@given(st.lists(st.lists(st.integers(0, 7), max_size=3).map(tuple), min_size=1, max_size=9), st.data())
+def test_any_shapes(shapes, data):
+    dtypes = data.draw(st.lists(st.sampled_from([torch.float32, torch.float64]), min_size=1, max_size=3))
+    how = data.draw(st.sampled_from(["gradient", "decoupled", "proximal"]))
+    penalty = data.draw(st.sampled_from(PENALTIES[:4]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passes, "BLOCK", 32)
+        patch.setattr(passes, "SMALL", 16)
+        compare(
+            shapes,
+            dtypes,
+            torch.optim.SGD,
+            {how: penalty},
+            compile=data.draw(st.booleans()) and how == "gradient" and penalty is PENALTIES[0],
+        )
+
+
+def test_the_comparison_finds_a_wrong_kernel(small_blocks, monkeypatch):
+    monkeypatch.setattr(kernels, "_soft", lambda w, threshold: w.sub_(w.clamp(-threshold, 1.01 * threshold)))
+    with pytest.raises(AssertionError, match=r"torch.float32"):
+        compare(SHAPES, (torch.float32,), torch.optim.SGD, {"proximal": 0.3 * rs.L1()})
+
+
+# Compiling
+
+
+def trained(model, reg, optimizer, steps):
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + step)
+        gradients(model, step)
+        optimizer.step()
+
+
+def test_no_schedule_and_no_shape_compiles_anew(small_blocks, monkeypatch):
+    made, make = [], fused._made
+    monkeypatch.setattr(fused, "_made", lambda *given: made.append(given) or make(*given))
+    model = model_of(SHAPES)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    rule = rs.schedules.Linear(0.5, 0.1, steps=6) * rs.L1()
+    reg = rs.attach(model, [rule.on("*", how="proximal"), rule.on("*", how="gradient")], optimizer, compile=True)
+    trained(model, reg, optimizer, 2)
+    counted, dynamo = len(made), dict(torch._dynamo.utils.counters["stats"])
+    torch.compiler.reset()
+    trained(model, reg, optimizer, 5)
+    larger = model_of([(50, 3), (9, 9), (4,)])
+    optimizer = torch.optim.Adam(larger.parameters(), lr=0.3)
+    reg = rs.attach(larger, 0.7 * rs.L1().on("*", how="proximal"), optimizer, compile=True)
+    trained(larger, reg, optimizer, 3)
+    assert len(made) == counted <= 2
+    assert dict(torch._dynamo.utils.counters["stats"]) == dynamo
+
+
+def test_without_a_compiler_it_is_done_without(monkeypatch):
+    def fails(*given, **settings):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch._inductor, "standalone_compile", fails)
+    monkeypatch.setattr(fused, "_kernels", {})
+    found = []
+    for compile in (False, "auto", True):
+        monkeypatch.setattr(passes, "WORTH", 0)
+        model = model_of(SHAPES)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer, compile=compile)
+        with pytest.warns(RestrainWarning, match="can't be compiled") if compile is True else warnings.catch_warnings():
+            trained(model, reg, optimizer, 3)
+        found.append([p.detach() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, *others in zip(*found, strict=True) for b in others)
+
+
+def test_it_compiles_when_it_pays_and_leaves_no_trace(monkeypatch):
+    asked = []
+    monkeypatch.setattr(passes, "kernel", lambda lowered, like: asked.append(reg._steppers[0].steps))
+    model = model_of([(10, 10)])
+    monkeypatch.setattr(passes, "WORTH", 300)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer)
+    trained(model, reg, optimizer, 5)
+    assert asked == [3, 4]
+
+
+def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(monkeypatch):
+    monkeypatch.setattr(fused, "_kernels", {})
+    model = model_of([(40, 40)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer, compile=True)
+    gradients(model, 0)
+    versions, random = model.p0._version, torch.get_rng_state()
+    reg._steppers[0].after(optimizer, (), {})
+    assert model.p0._version > versions
+    assert torch.equal(torch.get_rng_state(), random)
+    assert next(iter(fused._kernels.values())) is not None
+
+
+def test_compile_is_one_of_three():
+    with pytest.raises(PlanError, match="compile= is True, False or 'auto', got 'always'"):
+        rs.attach(nn.Linear(2, 2), 0.1 * rs.L1().on("*"), compile="always")
+
+
+# Changes of the model
+
+
+def test_what_changes_between_steps_is_noticed():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, 1e6 * rs.L1().on("*weight", how="proximal"), optimizer)
+
+    def emptied():
+        for p in model.parameters():
+            p.data.fill_(1.0)
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        return [not bool(model[0].weight.any()), not bool(model[1][0].weight.any())]
+
+    assert emptied() == emptied() == [True, True]
+    model[0].weight.requires_grad_(False)
+    assert emptied() == [False, True]
+    model[0].weight.requires_grad_(True)
+    assert emptied() == [True, True]
+    model[0].weight = nn.Parameter(torch.ones(3, 3))  # not the optimizer's
+    assert emptied() == [False, True]
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+    assert emptied() == [True, True]
+    model[1] = nn.Sequential(nn.Linear(3, 3))
+    assert emptied() == [True, False]
+    optimizer.add_param_group({"params": list(model[1].parameters())})
+    assert emptied() == [True, True]
+    model[0].weight.data = torch.ones(3, 3, dtype=torch.float64)
+    assert emptied() == [True, True]
+    reg.detach()
