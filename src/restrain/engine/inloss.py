@@ -24,7 +24,7 @@ from restrain.engine.blocks import Act, Parts, acts_of, dense, flattened, fresh,
 from restrain.engine.shards import Term, own_part, value_on_part
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum
-from restrain.penalties.checks import is_off, times
+from restrain.penalties.checks import batch_size, is_off, times
 from restrain.penalties.entrywise import Entrywise
 from restrain.penalties.shrink import at_least_float32
 from restrain.schedule import Strength
@@ -47,6 +47,15 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
         alike.setdefault((key, x.dtype, x.device, x.requires_grad, ranks), []).append(member)
     bundles = [bundle for members in alike.values() for bundle in _bundles(members)]
     return terms + [(_value(bundle), bundle[0].ranks) for bundle in bundles]
+
+
+def over_batch(penalty: Penalty, h: Tensor, dim: int | None) -> Tensor:
+    """`penalty.over_batch(h, dim)`."""
+    key = _key(penalty, h) if _plain(h) and penalty.entrywise and _by_blocks() else None
+    if key is None:
+        return penalty.over_batch(h, dim)
+    size = 1 if dim is None else batch_size(h, dim)
+    return _value([_Member(h, penalty, (), 1 / size)])
 
 
 def _by_blocks() -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import padding, structures
+from restrain.engine.inloss import over_batch
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
@@ -128,7 +129,7 @@ class Tap(Watch):
         batch = batch_dim(self.spot.place.batch_dim, module, h)
         mask = None if inputs is None else padding.mask_of(self.spot.place, inputs, h, batch)
         if not self.mean:
-            return self.penalty.over_batch(h, batch, mask)
+            return over_batch(self.penalty, h, batch) if mask is None else self.penalty.over_batch(h, batch, mask)
         if mask is None:
             return self.penalty.mean(h)
         return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)
