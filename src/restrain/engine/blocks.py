@@ -38,12 +38,13 @@ def simple(x: Tensor) -> bool:
 
 def flattened(x: Tensor) -> Tensor:
     """Its entries in one dim, in whatever order; in its own memory if they fill one stretch of it."""
-    return x.as_strided((x.numel(),), (1,)) if dense(x) else x.reshape(-1)
+    return x.as_strided((x.numel(),), (1,)) if not x.is_contiguous() and dense(x) else x.reshape(-1)
 
 
 def fresh(x: Tensor) -> Tensor:
     """A tensor of the same shape, and of the same strides if entries fill a stretch of memory."""
-    out = torch.empty_like(x) if dense(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    known = x.is_contiguous() or dense(x)
+    out = torch.empty_like(x) if known else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.device.type == "cpu" and out.nbytes >= _LARGE and type(out) is Tensor:
         _in_huge_pages(out)
     return out

@@ -31,6 +31,8 @@ from restrain.schedule import Strength
 
 SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
 
+_KEPT = 32  # sizes of batches
+
 
 def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[Term]:
     """Terms whose sum is that of the penalties' values, each on its tensor (or those divided by numbers of entries)."""
@@ -49,13 +51,27 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
     return terms + [(_value(bundle), bundle[0].ranks) for bundle in bundles]
 
 
-def over_batch(penalty: Penalty, h: Tensor, dim: int | None) -> Tensor:
-    """`penalty.over_batch(h, dim)`."""
-    key = _key(penalty, h) if _plain(h) and penalty.entrywise and _by_blocks() else None
-    if key is None:
-        return penalty.over_batch(h, dim)
-    size = 1 if dim is None else batch_size(h, dim)
-    return _value([_Member(h, penalty, (), 1 / size)])
+class AtPlace:
+    """A penalty on the outputs of a layer, averaged over the batch; what is known of it is kept from call to call."""
+
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
+        self._fixed = penalty.entrywise and all(isinstance(strength, float) for strength, _ in penalty.leaves())
+        self._jobs: dict[Any, _Job | None] = {}
+
+    def value(self, h: Tensor, dim: int | None) -> Tensor:
+        """`penalty.over_batch(h, dim)`."""
+        if not (self._fixed and _plain(h) and _by_blocks()):
+            return self.penalty.over_batch(h, dim)
+        size = 1 if dim is None else batch_size(h, dim)
+        known = h.dtype, size
+        if known not in self._jobs:
+            if len(self._jobs) == _KEPT:
+                self._jobs.clear()
+            member = _Member(h, self.penalty, (), 1 / size)
+            self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
+        job = self._jobs[known]
+        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
 
 
 def _by_blocks() -> bool:
@@ -122,8 +138,18 @@ def _bundles(members: Sequence[_Member]) -> Iterator[list[_Member]]:
 
 
 def _value(bundle: Sequence[_Member]) -> Tensor:
-    tensors, parts = [one.x for one in bundle], bundle[0].what.leaves()
-    job = _Job([one.what for one in bundle], [one.weight for one in bundle], parts, acts_of(parts, tensors[0]))
+    return _apply(_job(bundle), *[one.x for one in bundle])
+
+
+def _job(bundle: Sequence[_Member]) -> _Job:
+    parts, weights = bundle[0].what.leaves(), [one.weight for one in bundle]
+    alike = len(set(weights)) == 1
+    common = weights[0] if alike else 1.0
+    acts = acts_of([(strength * common, leaf) for strength, leaf in parts], bundle[0].x)
+    return _Job([one.what for one in bundle], weights, alike, parts, acts)
+
+
+def _apply(job: _Job, *tensors: Tensor) -> Tensor:
     if torch.is_grad_enabled() and tensors[0].requires_grad:
         return _Total.apply(job, *tensors)  # type: ignore[no-untyped-call, no-any-return]
     with torch.no_grad():
@@ -154,28 +180,37 @@ class _Job:
 
     whats: list[Penalty]
     weights: list[float]
+    alike: bool  # all weights; then the acts have it in their strengths
     parts: Parts  # of the first, with strengths as they are at the forward
     acts: list[Act]
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """The sum of the values."""
-        if len(tensors) == 1 or len(set(self.weights)) == 1:
-            value = self._of(_joined(tensors))
-            return value if self.weights[0] == 1 else value * self.weights[0]
+        if self.alike:
+            return self._of(_joined(tensors))
         of_each = [self._of(flattened(x)) * weight for x, weight in zip(tensors, self.weights, strict=True)]
         return torch.stack(of_each).sum()
 
     def _of(self, flat: Tensor) -> Tensor:
-        found = [[act.value(block) for act in self.acts] for block in self._blocks(flat)]
-        sums = found[0] if len(found) == 1 else [torch.stack(of_blocks).sum() for of_blocks in zip(*found, strict=True)]
-        of_acts = [times(act.strength, value) for act, value in zip(self.acts, sums, strict=True)]
-        return functools.reduce(operator.add, of_acts)
+        parts = self._blocks(flat)
+        total: Tensor | None = None
+        if len(parts) == 1:
+            sums = [act.value(flat) for act in self.acts]
+        else:  # all that is to be done to a block at once
+            found = [[act.value(part) for act in self.acts] for part in parts]
+            sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
+        for act, value in zip(self.acts, sums, strict=True):
+            own = times(act.strength, value)
+            total = own if total is None else total + own
+        assert total is not None
+        return total
 
     def _blocks(self, flat: Tensor) -> Sequence[Tensor]:
         """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
-        width, block = max(act.width for act in self.acts), min(act.block for act in self.acts)
-        if flat.device.type != "cpu" or flat.numel() <= block:
-            return [flat]
+        block = min([act.block for act in self.acts])
+        if flat.numel() <= block or flat.device.type != "cpu":
+            return (flat,)
+        width = max([act.width for act in self.acts])
         parts: Sequence[Tensor] = flat.split(max(block // width, 1) * width)
         return parts
 
@@ -183,13 +218,13 @@ class _Job:
         """factor · gradient for each tensor, each in memory of its own."""
         if len(tensors) == 1:
             out = fresh(tensors[0])
-            self._put(flattened(tensors[0]), factor * self.weights[0], flattened(out))
-            return [out]
+            self._put(flattened(tensors[0]), factor, flattened(out))
+            return (out,)
         flat = _joined(tensors)
         out = torch.empty_like(flat)
         self._put(flat, factor, out)
         views = torch._utils._unflatten_dense_tensors(out, tensors)
-        return list(torch._foreach_mul(views, self.weights))
+        return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(act.strength, factor) for act in self.acts]
