@@ -206,16 +206,15 @@ def location(slot: Slot, what: What) -> Location:
     return dataclasses.replace(at, tensor=whole(at.tensor.detach()))
 
 
-def check(rule: Rule, slot: Slot) -> None:
+def check(rule: Rule, name: str, tensor: Any) -> None:
     """Refuse what can't be done to a sharded parameter.
 
     Raises:
         HowError: so it is.
     """
-    tensor: Any = slot.tensor()
     if not is_sharded(tensor):
         return
-    whose = f"{slot.name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
+    whose = f"{name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
     if rule.how == "parametrize":
         raise HowError(f"{whose}: attach rules with how='parametrize' before fully_shard(model), or use how='project'")
     if isinstance(rule.what, Noise) and rule.how == "forward":
@@ -234,6 +233,8 @@ def check(rule: Rule, slot: Slot) -> None:
 
 def note_gathered(bounds: Sequence[Bound], root: nn.Module) -> None:
     """Let the table say which tensors are gathered, and how large they are."""
+    if not any(map(is_sharded, root.parameters())):
+        return
     for bound in bounds:
         network = isinstance(bound.rule.what, NetworkPenalty)
         found = [(handle.name, handle.find(root), what) for handle, what in bound.parameters]
