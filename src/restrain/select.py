@@ -11,7 +11,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -68,6 +68,11 @@ class Glob(Where):
 
     def takes(self, layer: Layer, key: str | None) -> bool:
         return fnmatchcase(_full(layer, key), self.pattern)
+
+    def taken(self, names: Sequence[Sequence[str]]) -> list[int]:
+        """The numbers of those any of whose names it matches."""
+        match = re.compile(translate(self.pattern)).match
+        return [i for i, own in enumerate(names) if match(own[0]) or any(map(match, own[1:]))]
 
     def __repr__(self) -> str:
         return repr(self.pattern)
@@ -244,7 +249,13 @@ def select_parameters(where: Where, slots: Sequence[Slot]) -> list[Slot]:
         SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
     """
     names = [slot.name for slot in slots]
-    taken = chosen(where, lambda leaf: [i for i, s in enumerate(slots) if any(leaf.takes(*x) for x in s.sites)], names)
+
+    def matches(leaf: Where) -> list[int]:
+        if type(leaf) is Glob:
+            return leaf.taken([slot.names for slot in slots])
+        return [i for i, slot in enumerate(slots) if any(leaf.takes(*site) for site in slot.sites)]
+
+    taken = chosen(where, matches, names)
     if not taken:
         places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
         raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), names)}")

@@ -7,6 +7,7 @@ user calls `encoder.fc1` has that name whichever of them stand around it. A para
 from __future__ import annotations
 
 import difflib
+import functools
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -80,12 +81,12 @@ class Slot:
     sites: list[tuple[Layer, str]] = field(default_factory=list)  # (owner, attribute), the first gives the name
     parametrized: bool = False
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The first of its names."""
         return self.names[0]
 
-    @property
+    @functools.cached_property
     def names(self) -> list[str]:
         """All its names."""
         return [f"{layer.name}.{key}" if layer.name else key for layer, key in self.sites]
@@ -100,7 +101,7 @@ class Slot:
         """Its attribute on the owner."""
         return self.sites[0][1]
 
-    @property
+    @functools.cached_property
     def handle(self) -> Handle:
         """Where to look it up at each step."""
         layer, key = self.sites[0]
@@ -220,6 +221,8 @@ _shards: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor] | No
 
 def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, path: Sequence[str]) -> Tensor:
     """The tensor that is trained, where FSDP2 may have put a gathered one in its place, from forward to backward."""
+    if not _shards and type(found) is nn.Parameter and not _loaded("torch.distributed.fsdp", "FSDPModule"):
+        return found  # none of this is in use
     known = _shards.get(owner, {})
     reference = known.get(attribute)
     shard: Any = None if reference is None else reference()

@@ -189,9 +189,10 @@ class Attachment:
             raise PenaltyError(
                 f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()"
             )
-        direct, hidden = self._terms(loss if isinstance(share, float) and share == 1 else loss / share)
+        all_of_it = isinstance(share, float | int) and share == 1
+        direct, hidden = self._terms(loss if all_of_it else loss / share)
         for term in direct:
-            loss = loss + share * term.to(loss.device)
+            loss = loss + (term if all_of_it else share * term).to(loss.device)
         if not hidden:
             return loss
         value, write = self._hidden(hidden, share)

@@ -108,7 +108,7 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
     computed = {
         handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
     }
-    for bound in bounds:
+    for bound in bounds if computed else ():
         for handle, _ in bound.parameters:
             first = computed.get(handle.name, bound)
             if first is not bound and bound.rule.how != "loss":
@@ -148,7 +148,8 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
         if not rule.optional:
             raise
         chosen = []
-    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot)) for slot in chosen]
+    anywhere = _same_anywhere(bound.what)
+    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot, anywhere)) for slot in chosen]
     if rule.how == "forward":
         bound.noisy = [
             (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
@@ -203,7 +204,13 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
     return [Spot.of(target) for target in targets]
 
 
-def _resolve(rule: Rule, what: What, slot: Slot) -> What:
+def _same_anywhere(what: What) -> bool:
+    """Whether it needn't know of the tensor that it is bound to."""
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    return bool(leaves) and all(type(leaf).bound_to is Penalty.bound_to for leaf in leaves)
+
+
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -221,16 +228,17 @@ def _resolve(rule: Rule, what: What, slot: Slot) -> What:
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    shards.check(rule, slot)
+    tensor = slot.tensor()
+    shards.check(rule, slot.name, tensor)
     if rule.how == "loss" and not isinstance(what, Penalty):
         return what
-    if is_lazy(slot.tensor()):
+    if is_lazy(tensor):
         if rule.how == "loss" and what.entrywise:
             return what
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return what.bound_to(shards.location(slot, what))
+    return what if anywhere else what.bound_to(shards.location(slot, what))
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

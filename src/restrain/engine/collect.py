@@ -167,7 +167,10 @@ class Forwards:
 
     @property
     def _watches(self) -> list[Watch]:
-        return [*self.taps, *self.raws, *(watch for rule in self.derived for watch in rule.watches)]
+        watches = [*self.taps, *self.raws]
+        for rule in self.derived:
+            watches += rule.watches
+        return watches
 
     def forward_of(self, tensor: Tensor) -> int:
         """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
@@ -262,7 +265,8 @@ def _drain(tap: Tap, stray: set[int]) -> Collected:
         unseen = tap.total[0].clone() if unseen is None else tap.total[0] + unseen
         calls = tap.count[0].clone() + calls
     share = tap.weight / (calls if tap.spot.place.calls == "mean" else 1) if direct or unseen is not None else 0.0
-    seen = torch.stack(direct).sum() * share if direct else None
+    seen = torch.stack(direct).sum() if len(direct) > 1 else direct[0] if direct else None
+    seen = seen * share if seen is not None and not (isinstance(share, float | int) and share == 1) else seen
     unseen = None if unseen is None else unseen * share
     tap.rooted = bool(hidden)
     tap.last = [part.detach() for part in (seen, unseen) if part is not None]

@@ -186,15 +186,26 @@ def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[S
             local(t).copy_(part(full, t))
 
 
-def value_of(what: Penalty, p: Tensor, mean: bool = False) -> Term:
-    """The value of a penalty on a parameter, or that divided by the number of entries."""
-    own = fitted(what, p) if is_sharded(p) else None
-    if own is None:
-        x = whole(p)
-        return what.mean(x) if mean else what(x), ()
-    x = local(p)
-    value = own(x) if x.numel() else x.abs().sum().to(torch.promote_types(x.real.dtype, torch.float32))
-    return value / max(p.numel(), 1) if mean else value, ranks_of(p)
+def own_part(what: Penalty, p: Tensor) -> tuple[Penalty, Tensor, Ranks]:
+    """What acts, on what, and over what its values have to be summed: on the process's own part if that can be."""
+    if not is_sharded(p):
+        return what, p, ()
+    own = fitted(what, p)
+    return (what, whole(p), ()) if own is None else (own, local(p), ranks_of(p))
+
+
+def value_on_part(what: Penalty, x: Tensor, p: Tensor, mean: bool) -> Tensor:
+    """The value on a process's own part of p, or that divided by the number of all entries; zero if it has none."""
+    if x is p:
+        return what.mean(x) if mean else what(x)
+    value = what(x) if x.numel() else x.abs().sum().to(torch.promote_types(x.real.dtype, torch.float32))
+    return value / max(p.numel(), 1) if mean else value
+
+
+def value_of(what: Penalty, p: Tensor) -> Term:
+    """The value of a penalty on a parameter."""
+    own, x, ranks = own_part(what, p)
+    return value_on_part(own, x, p, mean=False), ranks
 
 
 def totals(rules: Sequence[Sequence[Term]]) -> list[Tensor]:
@@ -240,16 +251,15 @@ def location(slot: Slot, what: What) -> Location:
     return dataclasses.replace(at, tensor=whole(at.tensor.detach()))
 
 
-def check(rule: Rule, slot: Slot) -> None:
+def check(rule: Rule, name: str, tensor: Any) -> None:
     """Refuse what can't be done to a sharded parameter.
 
     Raises:
         HowError: so it is.
     """
-    tensor: Any = slot.tensor()
     if not is_sharded(tensor):
         return
-    whose = f"{slot.name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
+    whose = f"{name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
     if rule.how == "parametrize":
         raise HowError(f"{whose}: attach rules with how='parametrize' before fully_shard(model), or use how='project'")
     if isinstance(rule.what, Noise) and rule.how == "forward" and not fully_sharded(slot.owners[0][0].chain):
@@ -265,6 +275,8 @@ def check(rule: Rule, slot: Slot) -> None:
 
 def note_gathered(bounds: Sequence[Bound], root: nn.Module) -> None:
     """Let the table say which tensors are gathered, and how large they are."""
+    if not any(map(is_sharded, root.parameters())):
+        return
     for bound in bounds:
         network = isinstance(bound.rule.what, NetworkPenalty)
         found = [(handle.name, handle.find(root), what) for handle, what in bound.parameters]

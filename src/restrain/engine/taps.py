@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import padding, structures
+from restrain.engine.inloss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
@@ -98,6 +99,7 @@ class Tap(Watch):
     def __init__(self, watch: Watch, penalty: Penalty, device: torch.device, *, mean: bool, weight: float) -> None:
         super().__init__(watch.rule, watch.spot, watch.optional)
         self.penalty, self.mean, self.weight = penalty, mean, weight
+        self._at_place = AtPlace(penalty)
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
@@ -128,7 +130,7 @@ class Tap(Watch):
         batch = batch_dim(self.spot.place.batch_dim, module, h)
         mask = None if inputs is None else padding.mask_of(self.spot.place, inputs, h, batch)
         if not self.mean:
-            return self.penalty.over_batch(h, batch, mask)
+            return self._at_place.value(h, batch) if mask is None else self.penalty.over_batch(h, batch, mask)
         if mask is None:
             return self.penalty.mean(h)
         return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)

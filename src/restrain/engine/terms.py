@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from restrain.engine import inloss
 from restrain.engine.bind import Bound
-from restrain.engine.shards import totals, value_of, whole
+from restrain.engine.shards import totals, whole
 from restrain.penalties import NetworkPenalty, Scaled
 from restrain.rules import What
 from restrain.sites import Handle
@@ -19,11 +20,9 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
     Frozen tensors are left out unless asked for; a rule whose tensors all are has the value zero.
     """
     means = [bound.rule.reduce == "mean" for bound in bounds]
-    terms = [
-        [value_of(what, p, mean) for p, what in bound.tensors(root, frozen)]
-        for bound, mean in zip(bounds, means, strict=True)
-    ]
-    counts = [len(own) if mean and own else 1 for own, mean in zip(terms, means, strict=True)]
+    tensors = [bound.tensors(root, frozen) for bound in bounds]
+    terms = [inloss.values(own, mean) for own, mean in zip(tensors, means, strict=True)]
+    counts = [len(own) if mean and own else 1 for own, mean in zip(tensors, means, strict=True)]
     return [value if count == 1 else value / count for value, count in zip(totals(terms), counts, strict=True)]
 
 

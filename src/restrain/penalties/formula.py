@@ -43,8 +43,8 @@ def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
 
     @functools.wraps(formula)
     def call(self: Any, w: Tensors) -> Tensor:
-        if type(w).__module__.partition(".")[0] == "keras":  # a variable of a Keras 3 layer, on its torch backend
-            w = w.value
+        if not isinstance(w, Tensor) and type(w).__module__.partition(".")[0] == "keras":
+            w = w.value  # of a variable of a Keras 3 layer, on its torch backend
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
         if isinstance(w, nn.Module) or not isinstance(w, Iterable):
