@@ -229,7 +229,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
             "how='project', or tie the layers by calling one module twice"
         )
     tensor = slot.tensor()
-    shards.check(rule, slot.name, tensor)
+    shards.check(rule, slot, tensor)
     if rule.how == "loss" and not isinstance(what, Penalty):
         return what
     if is_lazy(tensor):

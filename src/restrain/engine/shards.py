@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -94,15 +94,25 @@ def _split(t: Any) -> list[tuple[int, Any]]:
 def fitted(what: Any, t: Any) -> Any:
     """What does to a process's own part of `t` what `what` does to all; None where that takes the whole tensor."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    return _regrouped(what, t) if all(_by_entry(leaf) or _within(leaf, t) for leaf in leaves) else None
+    if not all(_by_entry(leaf) or _within(leaf, t) for leaf in leaves):
+        return None
+    return _regrouped(what, lambda groups: _own_view(groups, t) or groups.shape)
 
 
 def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
     """What does to some rows of a tensor of this shape what `what` does to all; None where it takes more than rows."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    if not all(_by_entry(leaf) or _within(leaf, shape, {0}) for leaf in leaves):
+    for groups in [leaf.per for leaf in leaves if isinstance(leaf, GroupPenalty | ByGroup)]:
+        if (
+            not isinstance(groups, Grouping)
+            or groups.lists is not None
+            or groups.shape != shape
+            or 0 not in groups.keep
+        ):
+            return None
+    if not all(_by_entry(leaf) or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves):
         return None
-    return _regrouped(what, (rows, *shape[1:]))
+    return _regrouped(what, lambda groups: (rows, *shape[1:]))
 
 
 def _by_entry(leaf: Any) -> bool:
@@ -150,17 +160,17 @@ def _dim_of_view(groups: Grouping, shape: tuple[int, ...], dim: int) -> int | No
     return at if shape[dim] % max(groups.shape[at], 1) == 0 else None
 
 
-def _regrouped(what: Any, t: Any) -> Any:
-    """The same, for groups along the same dims of a process's own part of `t`."""
+def _regrouped(what: Any, view: Callable[[Grouping], tuple[int, ...]]) -> Any:
+    """The same, for groups along the same dims of a tensor in another view."""
     if isinstance(what, Grouping):
-        return dataclasses.replace(what, shape=_own_view(what, t) or what.shape)
+        return dataclasses.replace(what, shape=view(what))
     if isinstance(what, tuple):
-        return tuple(_regrouped(one, t) for one in what)
+        return tuple(_regrouped(one, view) for one in what)
     if not (isinstance(what, What) and dataclasses.is_dataclass(what)):
         return what
     fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
     members = {key: value for key, value in fields.items() if isinstance(value, Grouping | What | tuple)}
-    return dataclasses.replace(what, **{key: _regrouped(value, t) for key, value in members.items()})
+    return dataclasses.replace(what, **{key: _regrouped(value, view) for key, value in members.items()})
 
 
 def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[Sequence[Any], list[Tensor], Ranks]]:
@@ -251,7 +261,7 @@ def location(slot: Slot, what: What) -> Location:
     return dataclasses.replace(at, tensor=whole(at.tensor.detach()))
 
 
-def check(rule: Rule, name: str, tensor: Any) -> None:
+def check(rule: Rule, slot: Slot, tensor: Any) -> None:
     """Refuse what can't be done to a sharded parameter.
 
     Raises:
@@ -259,7 +269,7 @@ def check(rule: Rule, name: str, tensor: Any) -> None:
     """
     if not is_sharded(tensor):
         return
-    whose = f"{name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
+    whose = f"{slot.name!r} of shape {tuple(tensor.shape)} is sharded (FSDP2, a DTensor)"
     if rule.how == "parametrize":
         raise HowError(f"{whose}: attach rules with how='parametrize' before fully_shard(model), or use how='project'")
     if isinstance(rule.what, Noise) and rule.how == "forward" and not fully_sharded(slot.owners[0][0].chain):
