@@ -59,7 +59,7 @@ class Run:
 
     def loss(self, x, y):
         """Data loss and penalties of one forward."""
-        out = (self.call or self.model)(x)
+        out = (self.model if self.call is None else self.call)(x)
         return self.reg.loss(F.cross_entropy(out, y))
 
     def backward(self, step):

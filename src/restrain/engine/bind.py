@@ -218,9 +218,8 @@ def _resolve(rule: Rule, what: What, slot: Slot) -> What:
             "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
         )
     if rule.how not in ("loss", "project") and getattr(slot.owner, "sparse", False) is True:
-        raise HowError(
-            f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
-        )
+        way = "use how='loss'" if isinstance(what, Penalty) else "make the layer with sparse=False"
+        raise HowError(f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: {way}")
     if rule.how in ("parametrize", "forward"):
         check_computable(slot)
     if rule.how == "parametrize" and len(slot.owners) > 1:
@@ -263,6 +262,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
+            if bound.rule.how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam):
+                _check_kind(bound, holder, group)
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
             if group.get("weight_decay") and _decays(what) and handle.name not in computed:
@@ -350,7 +351,8 @@ def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> No
             "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
         )
     if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
-        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} needs dense ones: use Adam")
+        ways = "use Adam, for an embedding with sparse=False, or leave its weight out of the rule"
+        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} makes them dense: {ways}")
     if group.get("differentiable"):
         raise OptimizerError(
             f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "
