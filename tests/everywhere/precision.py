@@ -213,7 +213,7 @@ NO_ORDER = {
     "projection": "has no order",
     "parametrisation": "has no order",
     "dropout": "there is no dropout of complex tensors",
-    "weight-noise": "there is no dropout of complex tensors",
+    "weight-noise": "needs a real floating-point weight",
     "statistic-of-the-batch": "is for real activations",
     "Jacobian-penalty": "derivatives are of real tensors",
 }
