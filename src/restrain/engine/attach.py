@@ -77,7 +77,7 @@ def _optimizers(given: Any) -> list[Optimizer]:
     return inner
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined, untyped-decorator]
+@torch._disable_dynamo  # type: ignore[attr-defined]
 def _eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
     """Call it outside of compiled code: what joins the loss depends on what the forwards have left behind."""
     return call(*args, **kwargs)
