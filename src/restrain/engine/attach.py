@@ -91,6 +91,12 @@ def _optimizers(given: Any) -> list[Optimizer]:
     return inner
 
 
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def _eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call it outside of compiled code: what joins the loss depends on what the forwards have left behind."""
+    return call(*args, **kwargs)
+
+
 class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
@@ -184,6 +190,8 @@ class Attachment:
             PenaltyError: the loss isn't a scalar.
             DetachedError: the rules were detached.
         """
+        if torch.compiler.is_compiling():  # a whole step was given to torch.compile
+            return _eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PenaltyError(
@@ -205,6 +213,8 @@ class Attachment:
         In compiled models and inside reentrant checkpoints, the gradient of penalties on activations travels with the
         backward of the data loss: there use it in one sum with that loss, by `backward()`; `reg.loss` always works.
         """
+        if torch.compiler.is_compiling():
+            return _eagerly(self.penalty)  # type: ignore[no-any-return]
         direct, hidden = self._terms()
         total = torch.zeros((), dtype=torch.float32)
         if direct:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from restrain.engine import padding, shards
 from restrain.engine.derivative import Derivative
+from restrain.engine.functional import Lent
 from restrain.engine.held import total
 from restrain.engine.metric import diagonal, known, looks_before
 from restrain.engine.strengths import Moving, tensor_of
@@ -24,6 +25,7 @@ from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties.wrapped import trained
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
@@ -49,6 +51,7 @@ class Bound:
     notes: list[str] = field(default_factory=list)  # what the table says of it
     moving: list[Moving] = field(default_factory=list)  # its strengths that move
     what: Any = None  # what the rule does, with the tensors of such strengths in it
+    lent: Lent = field(default_factory=Lent)  # what stands in the place of parameters for a forward
 
     @property
     def watches(self) -> list[Watch]:
@@ -66,8 +69,12 @@ class Bound:
 
     def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
         """The same, each with its address."""
-        found = [(handle, handle.find(root), what) for handle, what in self.parameters]
-        return [(h, p, what) for h, p, what in found if (frozen or trains(h, p, root)) and not is_lazy(p)]
+        lent, standing = self.lent.now(root), []
+        for handle, what in self.parameters:
+            p = lent[handle.name] if handle.name in lent else handle.find(root)
+            moves = frozen or (trained(p) if handle.name in lent else trains(handle, p, root))
+            standing += [(handle, p, what)] * (moves and not is_lazy(p))
+        return standing
 
 
 def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
@@ -218,9 +225,8 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
             "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
         )
     if rule.how not in ("loss", "project") and getattr(slot.owner, "sparse", False) is True:
-        raise HowError(
-            f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: use how='loss'"
-        )
+        way = "use how='loss'" if isinstance(what, Penalty) else "make the layer with sparse=False"
+        raise HowError(f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: {way}")
     if rule.how in ("parametrize", "forward"):
         check_computable(slot)
     if rule.how == "parametrize" and len(slot.owners) > 1:
@@ -250,6 +256,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
+    _check_counted(bounds, root, holders)
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     for bound in bounds:
@@ -263,6 +270,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
+            if bound.rule.how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam):
+                _check_kind(bound, holder, group)
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
             if group.get("weight_decay") and _decays(what) and handle.name not in computed:
@@ -280,6 +289,18 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
     _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
+
+
+def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:
+    """Refuse optimizers of other tensors, as of those of `functional_call`, where steps are to be counted."""
+    if not holders or any(id(p) in holders for p in root.parameters()):
+        return
+    for bound in bounds:
+        if bound.moving or bound.rule.every > 1 or bound.rule.start:
+            raise OptimizerError(
+                f"{bound.key!r} changes with the optimizer's steps, but no given optimizer holds any parameter of the "
+                "model, so none would be counted: train the model's own parameters, or use a constant strength"
+            )
 
 
 def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
@@ -338,7 +359,8 @@ def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> No
             "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
         )
     if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
-        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} needs dense ones: use Adam")
+        ways = "use Adam, for an embedding with sparse=False, or leave its weight out of the rule"
+        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} makes them dense: {ways}")
     if group.get("differentiable"):
         raise OptimizerError(
             f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "

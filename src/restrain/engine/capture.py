@@ -24,6 +24,7 @@ from restrain.engine.injection import Inject, recomputing_saved_tensors
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Spot, Tap, Watch, batch_dim
 from restrain.errors import CaptureError, RestrainWarning
+from restrain.penalties.wrapped import wrapped
 from restrain.transforms.base import Noise
 from restrain.transforms.layout import Layout
 
@@ -101,8 +102,8 @@ class LayerHook(Draws):
 
     def _penalize(self, tap: Tap, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
         way = way_to(structure, tap.spot)
-        if mode != "compiled" and torch._C._functorch.is_functorch_wrapped_tensor(structures.get(structure, way)):
-            return result  # inside torch.func, a value can't leave
+        if mode == "recompute" and wrapped(structures.get(structure, way)):
+            return result
         inputs = None
         if tap.spot.place.padded:
             if mode != "recompute" or recomputing_saved_tensors():
@@ -138,7 +139,7 @@ class LayerHook(Draws):
                 "use checkpoint(..., use_reentrant=False)"
             )
         tensor = raw.spot.seen(structures.get(structure, way_to(structure, raw.spot)))
-        raw.records.append((self.gate.forward_of(tensor), tensor))
+        raw.keep(self.gate.forward_of(tensor), tensor)
         if mode != "compiled":
             raw.versions.append((tensor, tensor._version))
 

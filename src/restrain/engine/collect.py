@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from restrain.engine import structures
 from restrain.engine.capture import DeadHook
+from restrain.engine.functional import Lent
 from restrain.engine.injection import checkpoint_frame, in_backward
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Tap, Watch
 from restrain.errors import CaptureError, NeverFiredError
+from restrain.penalties.wrapped import unwrapped
 
 
 class _Pause(threading.local):
@@ -54,6 +56,10 @@ class Derived(Protocol):
 
     watches: list[Watch]
 
+    @property
+    def known(self) -> bool:
+        """Whether it has collected anything."""
+
     def collect(self, stray: set[int]) -> None:
         """Take what the forwards gave, but for some of them."""
 
@@ -87,6 +93,7 @@ class Forwards:
         self._training = False  # inside a forward that began in training and with gradients on
         self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
         self._inputs: list[Inputs] = []  # of the forwards of the model that run, the innermost last
+        self.lent = Lent()
         self._of_frames: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
 
     def mode(self) -> str:
@@ -113,6 +120,8 @@ class Forwards:
                 self.ran = True
             return
         self._depth += 1
+        if self._depth == 1 and not _pause.depth:
+            self.lent.look(model)
         if self._depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
             self.ran = self._training = True
             self.number += 1
@@ -192,6 +201,7 @@ class Forwards:
     def stepped(self) -> None:
         """An optimizer took a step: what was not collected by then belongs to no loss to come."""
         self.clear()
+        self.lent.forget()
         self.current, self.outputs = [], {}
         for rule in self.derived:
             rule.forget()
@@ -199,7 +209,7 @@ class Forwards:
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
         parts = [part for watch in self._watches if watch.rule == rule for part in watch.last]
-        return sum(float(part) for part in parts) if parts else float("nan")
+        return sum(float(part.mean()) for part in parts) if parts else float("nan")
 
     def collect(self, loss: Tensor | None = None) -> None:
         """Put what the forwards since the last collection gave into `current`; the same stays if there was none since.
@@ -209,7 +219,15 @@ class Forwards:
         Raises:
             NeverFiredError: a place was never reached.
         """
-        if any(watch.has_fired() for watch in self._watches):
+        lost = [watch for watch in self._watches if watch.leave()]
+        fired = any(watch.has_fired() for watch in self._watches)
+        known = self.current or self.outputs or any(rule.known for rule in self.derived)
+        if lost and (fired or not known):
+            raise CaptureError(
+                f"{lost[0].rule}: the {lost[0].spot} were seen inside a transform of torch.func (grad, vmap, ...), "
+                f"which nothing can leave. {lost[0].way_out}"
+            )
+        if fired:
             self._check_fired()
             stray = self._stray(loss)
             self.current = [_drain(tap, stray) for tap in self.taps]
@@ -269,7 +287,7 @@ def _drain(tap: Tap, stray: set[int]) -> Collected:
     seen = seen * share if seen is not None and not (isinstance(share, float | int) and share == 1) else seen
     unseen = None if unseen is None else unseen * share
     tap.rooted = bool(hidden)
-    tap.last = [part.detach() for part in (seen, unseen) if part is not None]
+    tap.last = [unwrapped(part) for part in (seen, unseen) if part is not None]
     tap.clear()
     return Collected(tap, seen, unseen, share)
 

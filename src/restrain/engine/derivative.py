@@ -26,6 +26,7 @@ from restrain.penalties.again import Randomness
 from restrain.penalties.checks import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
+from restrain.penalties.wrapped import transforming
 from restrain.places import Place
 from restrain.sites import fully_sharded, is_sharded
 
@@ -73,6 +74,7 @@ class Probe(Watch):
     """A place of a rule on derivatives; its records are batches."""
 
     records: list[Any]
+    way_out = "Penalties on derivatives aren't known there: use loss.backward() on a plain call of the model"
 
     def __init__(self, rule: Derivative, spot: Spot, optional: bool) -> None:
         super().__init__(rule.key, spot, optional)
@@ -91,7 +93,8 @@ class Probe(Watch):
             return result
         way = self._way(structure)
         h = structures.get(result, way)  # with what rules before have put there
-        if mode != "again" and torch._C._functorch.is_functorch_wrapped_tensor(h):
+        if mode != "again" and transforming():
+            self.lost = True
             return result  # inside torch.func, nothing can leave
         if not torch.is_grad_enabled():
             raise CaptureError(
@@ -264,6 +267,11 @@ class Derivative:
             self._pending = None  # not due, or optional places that were not reached
         for watch in self.watches:
             watch.clear()
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was collected since the last step."""
+        return self._pending is not None or self._term is not None
 
     def forget(self) -> None:
         """Forget what was collected."""

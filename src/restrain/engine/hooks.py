@@ -11,6 +11,7 @@ from torch import nn
 from restrain.engine.bind import Bound
 from restrain.engine.capture import InputHook, LayerHook
 from restrain.engine.collect import Forwards, RootBegins, RootEnds
+from restrain.engine.functional import Lent
 from restrain.engine.padding import positional
 from restrain.engine.taps import Spot
 from restrain.transforms import Noise
@@ -27,6 +28,11 @@ class Hooks:
     def put(self, bounds: Sequence[Bound], model: nn.Module, on_root: bool, steps: Callable[[], int]) -> None:
         """Put them all there; two on the model itself if penalties are to join the loss (`on_root`)."""
         if on_root:
+            acting = [bound for bound in bounds if bound.rule.how == "loss" and bound.parameters]
+            self.forwards.lent = Lent(handle for bound in acting for handle, _ in bound.parameters)
+            self.forwards.lent.remember(model)
+            for bound in acting:
+                bound.lent = self.forwards.lent
             padded = any(tap.spot.place.padded for bound in bounds for tap in bound.taps)
             self.forwards.names = positional(model) if padded else None
             begins = RootBegins(self.forwards)

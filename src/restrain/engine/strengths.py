@@ -20,6 +20,7 @@ from restrain.engine.shards import Term, acting, local, ranks_of, totals
 from restrain.errors import HowError, PenaltyError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties.wrapped import as_plain
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 
@@ -45,8 +46,10 @@ class Activity:
 
     def add(self, h: Tensor) -> None:
         """Look at one output."""
-        if h.numel():
-            self.total.add_((h.detach().abs() > self.above).to(self.total.dtype).mean())
+        if not h.numel():
+            return
+        with as_plain(h) as plain:
+            self.total.add_((plain.abs() > self.above).to(self.total.dtype).mean())
             self.count.add_(1)
 
     def take(self) -> float | None:

@@ -14,6 +14,7 @@ from restrain.engine.inloss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties import Penalty
+from restrain.penalties.wrapped import life, over, wrapped
 from restrain.places import Place, Target
 
 Record: TypeAlias = tuple[int, Tensor]  # the number of the forward, and what it gave
@@ -58,12 +59,16 @@ class Watch:
     For a penalty on the whole network these are the tensors themselves.
     """
 
+    way_out = "Call reg.loss inside the function that is transformed"
+
     def __init__(self, rule: str, spot: Spot, optional: bool) -> None:
         self.rule, self.spot, self.optional = rule, spot, optional
         self.records: list[Record] = []  # with their graphs
+        self.lives: dict[int, Tensor | None] = {}  # of the records that live inside a transform of torch.func
         self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
         self.last: list[Tensor] = []  # the value that was last collected, in parts without a graph
         self.fired = False  # ever
+        self.lost = False  # whether a transform of torch.func kept what was seen since the last collection
 
     def has_fired(self) -> bool:
         """Whether it gave anything since the last collection."""
@@ -75,7 +80,20 @@ class Watch:
 
     def clear(self) -> None:
         """Forget what was collected."""
-        self.records, self.versions = [], []
+        self.records, self.versions, self.lives, self.lost = [], [], {}, False
+
+    def keep(self, forward: int, tensor: Tensor) -> None:
+        """Keep what a forward gave."""
+        self.records.append((forward, tensor))
+        if not torch.compiler.is_compiling() and wrapped(tensor):
+            self.lives[id(tensor)] = life()
+
+    def leave(self) -> bool:
+        """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
+        alive = [record for record in self.records if not over(self.lives.get(id(record[1])))]
+        lost = (self.lost or len(alive) < len(self.records)) and not alive
+        self.records, self.lost = alive, False
+        return lost
 
     def settle(self) -> None:
         """Before the records are used.
@@ -138,7 +156,7 @@ class Tap(Watch):
     def record(self, forward: int, value: Tensor) -> None:
         """Keep a value that a forward gave."""
         if torch.is_grad_enabled():
-            self.records.append((forward, value))
+            self.keep(forward, value)
         else:
             self.hidden.append((forward, value))
             self.rooted = True

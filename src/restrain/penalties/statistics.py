@@ -16,6 +16,7 @@ from restrain.errors import PenaltyError
 from restrain.penalties.across import over_processes
 from restrain.penalties.base import Penalty, Tensors, in_float32
 from restrain.penalties.checks import batch_size, checked_axis, checked_flag, checked_setting
+from restrain.penalties.wrapped import as_plain
 
 _EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
 _ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
@@ -150,7 +151,8 @@ def _check_unit_interval(x: Tensor, penalty: Penalty) -> None:
         raise PenaltyError(f"{penalty!r} is for real activations in [0, 1], got {x.dtype}")
     if torch.compiler.is_compiling() or not x.numel() or x.device.type == "meta":
         return
-    low, high = x.detach().aminmax()
+    with as_plain(x) as plain:
+        low, high = plain.aminmax()
     if bool((low < -_ROUNDING) | (high > 1 + _ROUNDING)):
         raise PenaltyError(
             f"{penalty!r} compares means of activations in [0, 1], got values from {float(low):.4g} to "
