@@ -24,7 +24,7 @@ from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.strengths import Strengths
 from restrain.engine.terms import at_steps, network_value, parameter_values
-from restrain.engine.tripwire import Tripwire
+from restrain.engine.tripwire import Strangers, Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
@@ -124,6 +124,8 @@ class Attachment:
                     getattr(work, kind).append((bound.rule, what))
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
+            strangers = Strangers(optimizers, [work.handle for work in works.values()])
+            self._clock.on_real.append(strangers.after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])

@@ -46,7 +46,8 @@ class Activity:
     def add(self, h: Tensor) -> None:
         """Look at one output."""
         if h.numel():
-            self.total.add_((h.detach().abs() > self.above).to(self.total.dtype).mean())
+            active = (h.detach().abs() > self.above).to(self.total.dtype).mean()
+            self.total.add_(active.to(self.total.device))  # of a model that was moved since it was attached
             self.count.add_(1)
 
     def take(self) -> float | None:
