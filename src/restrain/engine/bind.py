@@ -265,6 +265,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _check_held(bound, handle, p, holder, group)
             if holder is None or group is None:
                 continue
+            _check_sparse(bound, handle.name, holder)
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
             if group.get("weight_decay") and _decays(what) and handle.name not in computed:
@@ -282,6 +283,14 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
     _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
+
+
+def _check_sparse(bound: Bound, name: str, holder: Optimizer) -> None:
+    if bound.rule.how == "loss" and isinstance(holder, torch.optim.SparseAdam):
+        raise OptimizerError(
+            f"{bound.key!r} would make the gradient of {name!r} dense, which SparseAdam doesn't take: leave it out of the "
+            "rule, or use sparse=False and Adam"
+        )
 
 
 def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
