@@ -24,6 +24,7 @@ from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.steps import Stepper, Work
 from restrain.engine.strengths import Strengths
 from restrain.engine.terms import at_steps, network_value, parameter_values
+from restrain.engine.together import join, leave
 from restrain.engine.tripwire import Strangers, Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -122,6 +123,7 @@ class Attachment:
                     work = works.setdefault(handle.name, Work(handle))
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
                     getattr(work, kind).append((bound.rule, what))
+        join(self, list(works.values()), model)
         if works:
             self._steppers = [Stepper(optimizer, list(works.values()), lambda: self.model) for optimizer in optimizers]
             strangers = Strangers(optimizers, [work.handle for work in works.values()])
@@ -287,6 +289,7 @@ class Attachment:
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
         self._steppers, self._detached = [], True
+        leave(self)
         self._forwards.stepped()
 
     def _acting(self) -> Iterator[tuple[str, What, Handle | None]]:

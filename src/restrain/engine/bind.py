@@ -288,8 +288,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
 def _check_sparse(bound: Bound, name: str, holder: Optimizer) -> None:
     if bound.rule.how == "loss" and isinstance(holder, torch.optim.SparseAdam):
         raise OptimizerError(
-            f"{bound.key!r} would make the gradient of {name!r} dense, which SparseAdam doesn't take: leave it out of the "
-            "rule, or use sparse=False and Adam"
+            f"{bound.key!r} would make the gradient of {name!r} dense, which SparseAdam doesn't take: leave it out of "
+            "the rule, or use sparse=False and Adam"
         )
 
 
