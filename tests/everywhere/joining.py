@@ -45,7 +45,7 @@ def one(plan):
     return Run(model, optimizer, rs.attach(model, plan, optimizer)).steps().result()
 
 
-PARAMETRISED = {"parametrisation": "is parametrised.*Use how='loss'"}
+PARAMETRISED = {"parametrisation": "parametrised.*(Parametrise first|Use how='loss')"}
 
 
 @column("two attachments that overlap, against one with all rules", GROUP, fast=True, refuses=PARAMETRISED)
@@ -53,17 +53,21 @@ def two(kind):
     return both(MORE, kind.make()), one([*MORE, *kind.make()])
 
 
+NOISE = dict.fromkeys(("noise", "dropout"), "another attachment has noise at 'act'.* put both into one plan")
 ORDER = {"decoupled-decay": "another attachment acts on .* Put them into one plan"}
 
 
-@column("the same in the other order", GROUP, fast=True, refuses=ORDER | PARAMETRISED)
+@column("the same in the other order", GROUP, fast=True, refuses=ORDER | PARAMETRISED | NOISE)
 def two_the_other_way(kind):
     return both(kind.make(), MORE), one([*kind.make(), *MORE])
 
 
 CLASH = dict.fromkeys(
     ("decoupled-decay", "proximal-penalty", "proximal-group-penalty", "projection", "target"), ORDER["decoupled-decay"]
-) | {"parametrisation": "is parametrised"}
+) | {
+    "parametrisation": "is parametrised",
+    "weight-noise": "another attachment has noise on the weights of 'first'.* put both into one plan",
+}
 
 
 @column("the same rules attached twice, against one plan with both", GROUP, fast=True, refuses=CLASH)

@@ -173,7 +173,7 @@ class Embedded(Net):
 
 def sparse_and_adam(model):
     dense = [p for p in model.parameters() if p is not model.words.weight]
-    return [optim.SparseAdam([model.words.weight], lr=0.05), adam(dense)]
+    return [adam(dense), optim.SparseAdam([model.words.weight], lr=0.05)]
 
 
 def halves(model):

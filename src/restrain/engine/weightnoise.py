@@ -166,6 +166,11 @@ class WeightNoise:
     def _hook(self, root: nn.Module, path: tuple[str, ...]) -> None:
         module = follow(root, path)
         assert module is not None
+        if any(isinstance(hook, Disturb) for hook in module._forward_pre_hooks.values()):
+            raise HowError(
+                f"another attachment has noise on the weights of {'.'.join(path) or 'the model'!r}, of which one would "
+                "undo the other: put both into one plan"
+            )
         disturb = self.hooks[path] = Disturb()
         # before any other: hooks of the old weight_norm read what we disturb
         self.handles.append(module.register_forward_pre_hook(disturb, prepend=True))
