@@ -202,65 +202,65 @@ def two_optimizers(kind):
     return compared(kind, halves)
 
 
+def critic():
+    return fresh(lambda: nn.Linear(3, 1), seed=9)
+
+
+def in_turns(out_of, generator, judge, step_generator, with_l2):
+    """The critic's weights after the training; `out_of` gives fakes and what adds penalties to the generator's loss."""
+    judging = optim.SGD(judge.parameters(), lr=0.1)
+    for step in range(STEPS):
+        x, y = batch(step)
+        real = F.one_hot(y, 3).to(x)
+        judging.zero_grad()
+        seed(step)
+        fake = out_of(x)[0].detach()
+        with_l2(F.softplus(-judge(real)).mean() + F.softplus(judge(fake)).mean()).backward()
+        judging.step()
+        generator.zero_grad()
+        seed(step, 1)
+        out, add = out_of(x)
+        add(F.softplus(-judge(out)).mean()).backward()
+        step_generator(step)
+    return [p.detach().clone() for p in judge.parameters()]
+
+
+def adversary_by_hand(kind, strengths):
+    model, judge = fresh(), critic()
+    by_hand = Hand(kind, model, [adam(model.parameters())], strengths)
+
+    def out_of(x):
+        out, penalty = by_hand.out(x)
+        return out, lambda loss: loss + penalty
+
+    def step_generator(step):
+        if kind.name == "parameter-penalty-as-gradient":
+            by_hand.elastic().backward()
+        by_hand.step()
+
+    def with_l2(loss):
+        return loss + 0.1 * judge.weight.square().sum()
+
+    return in_turns(out_of, model, judge, step_generator, with_l2) + by_hand.weights()
+
+
 @column("an adversary (GAN): two models, their optimizers in turns", GROUP, fast=True)
 def adversary(kind):
     """The generator has the rules of a kind, the critic an L2; each has an attachment of its own."""
-
-    def critic():
-        return fresh(lambda: nn.Linear(3, 1), seed=9)
-
-    def losses(critic, real, fake):
-        return F.softplus(-critic(real)).mean() + F.softplus(critic(fake)).mean()
-
-    def training(out_of, generator, judge, step_generator, l2_of, strengths=None):
-        judging = optim.SGD(judge.parameters(), lr=0.1)
-        for step in range(STEPS):
-            x, y = batch(step)
-            real = F.one_hot(y, 3).to(x)
-            judging.zero_grad()
-            seed(step)
-            l2_of(losses(judge, real, out_of(x)[0].detach()), judging).backward()
-            judging.step()
-            generator.zero_grad()
-            seed(step, 1)
-            out, add = out_of(x)
-            add(F.softplus(-judge(out)).mean()).backward()
-            step_generator(step)
-        return [p.detach().clone() for p in judge.parameters()]
-
     model, judge = fresh(), critic()
     optimizer = adam(model.parameters())
     torch.manual_seed(5)
     reg, strengths = rs.attach(model, kind.make(), optimizer), []
     of_judge = rs.attach(judge, 0.1 * rs.L2().on("weight"))
 
-    def step_attached(step):
-        strengths.append(before[:])
+    def step_generator(step):
+        strengths.append(list(reg.strengths().values()))
         optimizer.step()
-        before[:] = reg.strengths().values()
         PROGRESS.append(step)
 
-    before = list(reg.strengths().values())
-    found = training(lambda x: (model(x), reg.loss), model, judge, step_attached, lambda loss, _: of_judge.loss(loss))
+    found = in_turns(lambda x: (model(x), reg.loss), model, judge, step_generator, of_judge.loss)
     reg.detach()
-    found += [p.detach().clone() for p in model.parameters()]
-
-    alone, judge = fresh(), critic()
-    by_hand = Hand(kind, alone, [adam(alone.parameters())], strengths)
-
-    def out_of(x):
-        out, penalty = by_hand.out(x)
-        return out, lambda loss: loss + penalty
-
-    def step_by_hand(step):
-        if kind.name == "parameter-penalty-as-gradient":
-            by_hand.elastic().backward()
-        by_hand.step()
-
-    def l2(loss, _):
-        return loss + 0.1 * judge.weight.square().sum()
-
-    return found, training(out_of, alone, judge, step_by_hand, l2) + by_hand.weights()
+    return found + [p.detach().clone() for p in model.parameters()], adversary_by_hand(kind, strengths)
 
 
 # Settings
