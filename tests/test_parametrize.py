@@ -1,7 +1,6 @@
 """Weights that are computed at each forward: constraints and normalisations by how="parametrize"."""
 
 import copy
-import io
 import pickle
 import warnings
 
@@ -300,8 +299,12 @@ def test_copies():
         twin[0].parametrizations.weight.original.mul_(3).add_(1)
     torch.testing.assert_close(twin[0].weight.norm(dim=1), torch.ones(8).double())
     assert not torch.allclose(twin[0].weight, model[0].weight)
-    with pytest.raises(RuntimeError, match="only supported through state_dict"):  # torch's own limit
-        torch.save(model, io.BytesIO())
+    plain, x = pickle.loads(pickle.dumps(model)), torch.randn(2, 4, dtype=torch.float64)
+    assert list(plain.state_dict()) == list(network().state_dict())
+    assert type(plain[0]) is nn.Linear
+    assert torch.equal(plain[0].weight, model[0].weight)
+    assert plain[0].weight.requires_grad
+    assert torch.equal(plain(x), model(x))
     third = network()
     rs.attach(third, reg.plan)
     third.load_state_dict(model.state_dict())

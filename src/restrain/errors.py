@@ -63,3 +63,7 @@ class TrainingError(RestrainError, RuntimeError):
 
 class RestrainWarning(UserWarning):
     """Something is likely not what was meant."""
+
+
+class ExportError(RestrainError, AttributeError):
+    """A model with rules attached can't be made into this: torch would compile the hooks, or a parametrisation."""

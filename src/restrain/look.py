@@ -9,22 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook, forget_compiled_code
+from restrain.engine.capture import forget_compiled_code
 from restrain.engine.collect import paused
+from restrain.engine.hanging import Hook
 from restrain.engine.taps import Spot
 from restrain.places import Places, outputs, select_places
 from restrain.select import as_where
 from restrain.sites import layers, unwrap
 
 
-class _Dying:
-    """A hook that is dead in a copy or a pickle of its model."""
-
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
-
-class _Begins(_Dying):
+class _Begins(Hook):
     """At the model's own input: a new forward begins."""
 
     def __init__(self, seen: dict[str, Tensor]) -> None:
@@ -34,7 +28,7 @@ class _Begins(_Dying):
         self.seen.clear()
 
 
-class _Records(_Dying):
+class _Records(Hook):
     """Keeps a layer's tensor under its name; of a further call under name#2, name#3, and so on."""
 
     def __init__(self, seen: dict[str, Tensor], spot: Spot, copy: bool) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from restrain.engine.capture import DeadHook
 from restrain.engine.draws import Draws
+from restrain.engine.hanging import Hook
 from restrain.errors import SelectionError
 from restrain.places import outputs, select_places
 from restrain.select import as_where
@@ -92,11 +92,8 @@ class _Flags:
                     heir.before[module] = training
 
 
-class _Switch:
+class _Switch(Hook):
     """Before a random layer's forward: it is on, although the model may have been put into evaluation since."""
-
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not module.training:

@@ -27,7 +27,8 @@ from restrain.engine.steps import Stepper
 from restrain.engine.strengths import Strengths
 from restrain.engine.tensorparallel import Parts
 from restrain.engine.terms import at_steps, network_value, parameter_values
-from restrain.engine.tripwire import Tripwire
+from restrain.engine.together import join, leave
+from restrain.engine.tripwire import Strangers, Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.penalties import NetworkPenalty, Penalty
@@ -150,9 +151,12 @@ class Attachment:
                     work = works.setdefault(handle.name, Work(handle))
                     kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
                     getattr(work, kind).append((bound.rule, what))
+        join(self, list(works.values()), model)
         if works:
             whole = list(works.values())
             self._steppers = [Stepper(optimizer, whole, lambda: self.model, compile) for optimizer in optimizers]
+            strangers = Strangers(optimizers, [work.handle for work in whole])
+            self._clock.on_real.append(strangers.after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])
@@ -320,6 +324,7 @@ class Attachment:
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
         self._steppers, self._detached = [], True
+        leave(self)
         self._forwards.stepped()
 
     def _acting(self) -> Iterator[tuple[str, What, Handle | None]]:

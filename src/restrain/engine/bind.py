@@ -132,7 +132,7 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
 
 def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     rule, mean = bound.rule, bound.rule.reduce == "mean"
-    device = next((p.device for p in sites[0].module.parameters()), torch.device("cpu"))
+    device = next((p.device for p in sites[0].module.parameters() if not p.is_meta), torch.device("cpu"))
     bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
     if isinstance(rule.where, Places):
         bound.spots = _spots(rule, rule.where, sites)
@@ -236,6 +236,11 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
         )
     tensor = slot.tensor()
     shards.check(rule, slot, tensor)
+    if rule.how not in ("loss", "forward") and tensor.is_meta:
+        raise HowError(
+            f"{slot.name!r} is on the meta device, where it has no values yet, and to_empty() puts another tensor in "
+            f"its place, so how={rule.how!r} can't be attached now: to_empty(), load, make the optimizer, then attach"
+        )
     if rule.how == "loss" and not isinstance(what, Penalty):
         return what
     if is_lazy(tensor):
@@ -244,7 +249,12 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    return what if anywhere else what.bound_to(shards.location(slot, what))
+    bound = what if anywhere else what.bound_to(shards.location(slot, what))
+    if tensor.is_meta and bound.state():
+        raise HowError(
+            f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
+        )
+    return bound
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from restrain.engine import structures
 from restrain.engine.draws import Draws
+from restrain.engine.hanging import Hook
 from restrain.engine.injection import Inject, recomputing_saved_tensors
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Spot, Tap, Watch, batch_dim
@@ -49,11 +50,10 @@ class Probe(Protocol):
         """The result, or one with another tensor at the place."""
 
 
-class LayerHook(Draws):
+class LayerHook(Draws, Hook):
     """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
 
-    Inside `rs.sampling` its noise alone, in whatever mode the layer is. A copy or a pickle of a hook is dead: a copied
-    model is free of the rules.
+    Inside `rs.sampling` its noise alone, in whatever mode the layer is.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -64,16 +64,13 @@ class LayerHook(Draws):
         self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Spot]] = []
 
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
     @property
     def random(self) -> bool:
         """Whether there is noise here."""
         return bool(self.noises)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        return self.act(module, output, args, kwargs) if module.training or self.sampling.depth else None
+        return self.act(module, output, args, kwargs) if self.draws(module) else None
 
     def act(self, module: nn.Module, structure: Any, args: Any, kwargs: Any) -> Any:
         """The structure with penalties injected and noise added; the same object where neither was."""
@@ -148,20 +145,13 @@ class InputHook(LayerHook):
     """The same at a layer's inputs: positional ones have numbers, keyword ones names."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:  # type: ignore[override]
-        if not (module.training or self.sampling.depth):
+        if not self.draws(module):
             return None
         given = structures.arguments(args, kwargs)
         result = self.act(module, given, args, kwargs)
         if result is given:
             return None
         return tuple(result[i] for i in range(len(args))), {key: result[key] for key in kwargs}
-
-
-class DeadHook:
-    """What a hook becomes in a copy or a pickle of its model."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 def way_to(structure: Any, spot: Spot) -> structures.Way:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook
+from restrain.engine.draws import exporting
 from restrain.engine.functional import Lent
+from restrain.engine.hanging import Hook
 from restrain.engine.injection import checkpoint_frame, in_backward
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Tap, Watch
@@ -311,16 +312,15 @@ def set_cells(collected: Sequence[Collected], gradient: Tensor | None) -> None:
             one.tap.cell.data.fill_(gradient * one.share) if gradient is not None else one.tap.cell.data.zero_()
 
 
-class RootBegins:
+class RootBegins(Hook):
     """Pre-hook of the model itself."""
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
 
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
+        if exporting():
+            return
         names = self.forwards.names
         self.forwards.begin(module, None if names is None else (args, kwargs, names))
 
@@ -329,4 +329,5 @@ class RootEnds(RootBegins):
     """Post-hook of the model itself; called after an exception too, with None for the output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
-        self.forwards.end(output)
+        if not exporting():
+            self.forwards.end(output)

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook, way_to
+from restrain.engine.capture import way_to
 from restrain.engine.collect import Forwards, paused
+from restrain.engine.draws import exporting
+from restrain.engine.hanging import Hook
 from restrain.engine.injection import in_checkpoint
 from restrain.engine.taps import Spot, Watch, batch_dim
 from restrain.errors import CaptureError
@@ -161,7 +163,7 @@ class Moved(Probe):
         return result if h is batch.tensor else structures.put(result, way, h)
 
 
-class Arguments(Watch):
+class Arguments(Watch, Hook):
     """The pre-hook of the model that keeps what it is called with, where it may have to run again."""
 
     records: list[Any]
@@ -170,10 +172,9 @@ class Arguments(Watch):
         super().__init__(rule.key, Spot("", (), Place("inputs")), optional=True)
         self.whose = rule
 
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if exporting():
+            return
         if torch.compiler.is_compiling():
             if module.training and torch.is_grad_enabled():
                 self.records.append((0, (args, kwargs)))

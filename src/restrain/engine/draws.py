@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import torch
+from torch import nn
+
 
 class _Sampling(threading.local):
     """How many `rs.sampling` of this thread something is in.
@@ -16,6 +19,14 @@ class _Sampling(threading.local):
         self.depth = 0
 
 
+def exporting() -> bool:
+    """Whether a model is being exported or traced. Hooks do nothing then: what is made is the model without rules."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+
+
 class Draws:
     """Base of hooks (or parts of a model) that draw in training, and where `self.sampling.depth` is above zero."""
 
@@ -26,3 +37,7 @@ class Draws:
     def random(self) -> bool:
         """Whether there is anything that it draws."""
         return True
+
+    def draws(self, module: nn.Module) -> bool:
+        """Whether it draws in a forward of this module now."""
+        return bool(self.sampling.depth) or (module.training and not exporting())

@@ -14,6 +14,7 @@ from restrain.engine.collect import Forwards, RootBegins, RootEnds
 from restrain.engine.functional import Lent
 from restrain.engine.padding import positional
 from restrain.engine.taps import Spot
+from restrain.errors import HowError
 from restrain.transforms import Noise
 
 
@@ -51,6 +52,7 @@ class Hooks:
         self.forwards.taps += bound.taps
         self.forwards.raws += bound.raws
         for tap in bound.taps:
+            self._refuse_noise_of_another(model, tap.spot)
             self._at(model, tap.spot).taps.append(tap)
         for raw in bound.raws:
             self._at(model, raw.spot).raws.append(raw)
@@ -59,6 +61,15 @@ class Hooks:
         if isinstance(bound.rule.what, Noise):
             for spot in bound.spots:
                 self._at(model, spot).noises.append((bound.rule.what, spot))
+
+    def _refuse_noise_of_another(self, model: nn.Module, spot: Spot) -> None:
+        module, own = spot.find(model), self.at_layers.values()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if isinstance(hook, LayerHook) and hook.noises and hook not in own:
+                raise HowError(
+                    f"another attachment has noise at {spot.name!r}, which this one's penalty would see: put both into "
+                    "one plan, or attach the noise last"
+                )
 
     def _at(self, model: nn.Module, spot: Spot) -> LayerHook:
         module, kind = spot.find(model), spot.place.kind

@@ -1,12 +1,14 @@
 """Rules with how="parametrize": the weight is computed from the stored tensor at each forward, by torch's parametrize.
 
 The stored tensor stays the Parameter that it was, so that an optimizer goes on holding it. These rules alone rename
-`state_dict` keys (`parametrizations.weight.original`), until they are detached.
+`state_dict` keys (`parametrizations.weight.original`), until they are detached. A deepcopy stays parametrised, as torch
+makes it; a pickle, which torch would refuse, is of the plain layer with the effective weights.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +19,10 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from restrain.engine.bind import Bound
+from restrain.engine.weightnoise import keep_flat
 from restrain.errors import HowError, RestrainWarning
 from restrain.plans import Plan
-from restrain.sites import Handle, fully_sharded, is_sharded
+from restrain.sites import Handle, at_rest, fully_sharded, is_sharded
 from restrain.transforms.base import Reparametrization
 
 _SHARING = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
@@ -37,6 +40,30 @@ def refuse_wrapped(model: nn.Module, rules: Plan) -> None:
             f"how='parametrize' on a model that {type(wrapped[0]).__name__} has wrapped: its gradients would not be "
             "averaged over the processes. Attach to the bare model first, then wrap it"
         )
+
+
+# Our parametrisations, each with the order of its owner's parameters before it.
+_orders: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _reduce_plain(owner: nn.Module, protocol: Any) -> Any:
+    """A pickle of a layer with our parametrisations is that of the plain layer, with the effective weights."""
+    stored: dict[str, Any] = dict(owner.parametrizations.items())  # type: ignore[union-attr, operator]
+    if not all(len(one) == 1 and one[0] in _orders for one in stored.values()):
+        return object.__reduce_ex__(owner, protocol)  # where torch refuses
+    cls: type[nn.Module] = type(owner).__mro__[1]
+    plain = cls.__new__(cls)
+    plain.__dict__.update(vars(owner))
+    plain._modules = {name: m for name, m in owner._modules.items() if name != "parametrizations"}
+    plain._parameters = dict(owner._parameters)
+    with torch.no_grad(), at_rest(owner.parametrizations):
+        for name, one in stored.items():
+            trained = any(p.requires_grad for p in one.parameters())
+            plain._parameters[name] = nn.Parameter(getattr(owner, name).detach().clone(), trained)
+    for one in reversed(stored.values()):
+        _put_in_order(plain, _orders[one[0]])
+    keep_flat(plain)
+    return plain.__reduce_ex__(0)  # names the class in an argument; later protocols demand that the owner be of it
 
 
 @dataclass
@@ -68,6 +95,8 @@ class Parametrized:
             raise HowError(f"how='parametrize' on {handle.name!r}, which has NaN or infinite entries")
         module, order = what.parametrization(w), list(owner._parameters)
         parametrize.register_parametrization(owner, handle.attribute, module)
+        _orders.setdefault(module, order)
+        type(owner).__reduce_ex__ = _reduce_plain  # type: ignore[assignment]  # a class that torch made for this owner
         self._done.append(_Done(handle, module, order))
 
     @torch.no_grad()

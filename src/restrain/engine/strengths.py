@@ -49,7 +49,8 @@ class Activity:
         if not h.numel():
             return
         with as_plain(h) as plain:
-            self.total.add_((plain.abs() > self.above).to(self.total.dtype).mean())
+            active = (plain.abs() > self.above).to(self.total.dtype).mean()
+            self.total.add_(active.to(self.total.device))  # of a model that was moved since it was attached
             self.count.add_(1)
 
     def take(self) -> float | None:

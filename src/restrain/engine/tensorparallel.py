@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from restrain.engine import structures
-from restrain.engine.capture import DeadHook, way_to
+from restrain.engine.capture import way_to
+from restrain.engine.hanging import Hook
 from restrain.engine.taps import Spot
 from restrain.errors import CaptureError
 from restrain.sites import fully_sharded, is_sharded
@@ -54,10 +55,8 @@ class Parts:
         for spot in dict.fromkeys(spots):
             for group in found:
                 hook, module = Compared(spot, group), spot.find(model)
-                if spot.place.kind == "outputs":
-                    hook.handle = module.register_forward_hook(hook.of_outputs, with_kwargs=True)
-                else:
-                    hook.handle = module.register_forward_pre_hook(hook.of_inputs, with_kwargs=True)
+                put = module.register_forward_hook if spot.place.kind == "outputs" else module.register_forward_pre_hook
+                hook.handle = put(hook, with_kwargs=True)
                 self.handles.append(hook.handle)
 
     def end(self) -> None:
@@ -67,23 +66,15 @@ class Parts:
         self.handles = []
 
 
-class Compared:
+class Compared(Hook):
     """A hook for one forward."""
 
     def __init__(self, spot: Spot, group: Any) -> None:
         self.spot, self.group, self.name = spot, group, f"the {spot}"
         self.handle: Any = None
 
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
-    def of_outputs(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Compare what a layer gave."""
-        self._compare(module, output)
-
-    def of_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Compare what a layer was given."""
-        self._compare(module, structures.arguments(args, kwargs))
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, *output: Any) -> None:
+        self._compare(module, output[0] if output else structures.arguments(args, kwargs))
 
     def _compare(self, module: nn.Module, structure: Any) -> None:
         if not module.training:

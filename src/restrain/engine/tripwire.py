@@ -1,6 +1,10 @@
-"""A penalty that was meant for the loss but was never collected is an error at the optimizer's step."""
+"""Errors at the optimizer's step: a penalty that was meant for the loss but never collected; another optimizer."""
 
 from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -8,7 +12,8 @@ from torch.optim import Optimizer
 from restrain.engine.bind import Bound
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards
-from restrain.errors import NotCollectedError
+from restrain.errors import NotCollectedError, OptimizerError
+from restrain.sites import Handle
 
 
 class Tripwire:
@@ -45,3 +50,41 @@ class Tripwire:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         return any(id(p) in held for handle, _, _ in bound.standing(root) for p in handle.stored(root))
+
+
+class Strangers:
+    """Sees to it that what rules act on at the step is stepped by the optimizers that were given to `attach`."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], handles: Sequence[Handle]) -> None:
+        self.known, self.handles = weakref.WeakSet(optimizers), handles
+        self.stepped = False  # whether a known one has, since a stranger did: one may be a part of the other
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a real step.
+
+        Raises:
+            OptimizerError: of another optimizer, which moved such a parameter without its rules.
+        """
+        if optimizer in self.known:
+            self.stepped = True
+            return
+        stepped, self.stepped = self.stepped, False
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        found = [(handle.name, handle.find(root)) for handle in self.handles]
+        moved = [name for name, p in found if id(p) in held and p.requires_grad]
+        if moved and not stepped and not self._within():
+            raise OptimizerError(
+                f"{', '.join(map(repr, moved[:5]))} {'was' if len(moved) == 1 else 'were'} moved by a "
+                f"{type(optimizer).__name__} that wasn't given to rs.attach, so the rules at the optimizer's step "
+                "never came: reg.detach(), then rs.attach(model, reg.plan, optimizer) with the one that trains it"
+            )
+
+    def _within(self) -> bool:
+        """Whether a step of a known optimizer runs, of which this one is a part."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            known = frame.f_code.co_name == "step" and frame.f_locals.get("self")
+            if isinstance(known, Optimizer) and known in self.known:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False

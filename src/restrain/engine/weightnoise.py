@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.capture import DeadHook
 from restrain.engine.draws import Draws
+from restrain.engine.hanging import Hook
 from restrain.engine.shards import NOISE_ON_PARTS
 from restrain.errors import DetachedError, HowError, NeverFiredError
 from restrain.sites import Layer, Slot, follow, fully_sharded, is_sharded
@@ -77,7 +77,7 @@ def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
     return type(chain[i]).forward is not nn.Module.forward and not inside
 
 
-class Disturb(Draws):
+class Disturb(Draws, Hook):
     """Forward pre-hook: puts the disturbed weights before the stored ones."""
 
     def __init__(self) -> None:
@@ -93,13 +93,10 @@ class Disturb(Draws):
         else:
             known.append(noise)
 
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
-
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             restore(module, self.noises)  # after an interrupt that no hook sees
-        if not (module.training or self.sampling.depth):
+        if not self.draws(module):
             return
         self.fired = True
         for site, noises in self.noises:
@@ -116,17 +113,14 @@ class Disturb(Draws):
             for noise in noises:
                 disturbed = noise.of_weight(disturbed)
             owner.__dict__[site.attribute] = disturbed
-            _keep_flat(owner)
+            keep_flat(owner)
 
 
-class Restore:
+class Restore(Hook):
     """Forward hook, also called after an exception: takes the disturbed weights away."""
 
     def __init__(self, disturb: Disturb) -> None:
         self.disturb = disturb
-
-    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
-        return (DeadHook, ())
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         restore(module, self.disturb.noises)
@@ -138,7 +132,7 @@ def restore(module: nn.Module, noisy: list[tuple[Site, list[Noise]]]) -> None:
         owner = _owner(module, site)
         if site.attribute in owner.__dict__:
             owner.__dict__.pop(site.attribute)
-            _keep_flat(owner)
+            keep_flat(owner)
 
 
 def _owner(module: nn.Module, site: Site) -> nn.Module:
@@ -147,7 +141,7 @@ def _owner(module: nn.Module, site: Site) -> nn.Module:
     return module
 
 
-def _keep_flat(owner: nn.Module) -> None:
+def keep_flat(owner: nn.Module) -> None:
     """The list of its weights that a recurrent layer hands to its kernel, as they are now."""
     if isinstance(owner, nn.RNNBase):
         owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
@@ -175,6 +169,11 @@ class WeightNoise:
     def _hook(self, root: nn.Module, path: tuple[str, ...]) -> None:
         module = follow(root, path)
         assert module is not None
+        if any(isinstance(hook, Disturb) for hook in module._forward_pre_hooks.values()):
+            raise HowError(
+                f"another attachment has noise on the weights of {'.'.join(path) or 'the model'!r}, of which one would "
+                "undo the other: put both into one plan"
+            )
         disturb = self.hooks[path] = Disturb()
         # before any other, as hooks of the old weight_norm read what we disturb; but after FSDP2 has gathered it
         first = not fully_sharded([module])

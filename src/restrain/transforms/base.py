@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain import registry
-from restrain.errors import SelectionError, TransformError
+from restrain.errors import ExportError, SelectionError, TransformError
 from restrain.fields import is_number
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
@@ -152,6 +152,12 @@ class Computed(nn.Module):
         for name, value in self.what.learned(w).items():
             self._parameters[name].copy_(value)  # type: ignore[union-attr]
         return in_float32(self.what.to_free, w).to(w.dtype)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ExportError(
+            "torch.jit.script compiles no parametrisation: reg.detach() before it, which leaves the effective weights, "
+            "and attach reg.plan again; or use torch.export or torch.jit.trace"
+        )
 
     def extra_repr(self) -> str:
         return repr(self.what)

@@ -1,0 +1,33 @@
+"""What hangs on a model: base of all hooks, and what becomes of them in a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from restrain.errors import ExportError
+
+
+class Hook:
+    """Base of the hooks on a model's layers. A copy or a pickle of one is dead: a copied model is free of the rules."""
+
+    def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
+        return (DeadHook, ())
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks for first, before it would compile a hook.
+
+        Raises:
+            ExportError: always.
+        """
+        raise ExportError(
+            "torch.jit.script compiles a model's hooks, which these can't be: reg.detach() before it (or before the "
+            "copy that is scripted), and attach reg.plan again; or use torch.export or torch.jit.trace"
+        )
+
+
+class DeadHook(Hook):
+    """What a hook becomes in a copy or a pickle of its model."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        return None
