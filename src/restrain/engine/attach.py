@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
-from restrain.engine import ranks, report, shards
-from restrain.engine.bind import bind, check_optimizers
+from restrain.engine import ranks, report, saved, shards
+from restrain.engine.bind import bind
 from restrain.engine.capture import forget_compiled_code
 from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, set_cells
@@ -21,6 +21,7 @@ from restrain.engine.feasible import hold_from_now
 from restrain.engine.held import Work
 from restrain.engine.hooks import Hooks
 from restrain.engine.injection import Root
+from restrain.engine.optimizers import check_optimizers, given_optimizers
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
 from restrain.engine.passes import Compile
 from restrain.engine.steps import Stepper
@@ -39,7 +40,6 @@ from restrain.transforms import GradientNoise, Noise
 
 # Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-_WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
 
 
 def attach(
@@ -80,16 +80,7 @@ def attach(
     refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
-    return Attachment(unwrap(model), rules, _optimizers(optimizer), modules, compile)
-
-
-def _optimizers(given: Any) -> list[Optimizer]:
-    members = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
-    inner = [getattr(o, _WRAPPED_OPTIMIZERS.get(type(o).__name__, ""), o) for o in members]
-    for optimizer in inner:
-        if not isinstance(optimizer, Optimizer):
-            raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(optimizer).__name__}")
-    return inner
+    return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
 
 
 @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -367,14 +358,7 @@ class Attachment:
             PlanError: it belongs to other rules, or a part of it is missing; nothing is changed then.
         """
         mine = self.state_dict()
-        if (
-            state.get("version") != 1
-            or state.get("rules") != mine["rules"]
-            or len(state.get("optimizer_steps", ())) != len(self._steppers)
-        ):
-            raise PlanError(f"this state belongs to other rules: expected {mine['rules']}, got {state.get('rules')}")
-        if lost := list(_lost(mine, state)):
-            raise PlanError(f"this state isn't whole, it lacks {', '.join(lost)}: save what reg.state_dict() gives")
+        saved.check(state, mine)
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
@@ -382,13 +366,7 @@ class Attachment:
         for work in self._works():
             kept, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
             work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
-        for name, kept in mine["kept"].items():
-            for key, tensor in kept.items():
-                saved = state["kept"][name][key]
-                if tensor.numel():
-                    tensor.copy_(saved)
-                else:  # it has the size and type that a first batch gives
-                    tensor.data = saved.detach().clone()
+        saved.fill(mine["kept"], state["kept"])
         self._clock.epochs = state["epochs"]
         self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
 
@@ -408,12 +386,3 @@ class Attachment:
 
     def __reduce__(self) -> Any:
         return (DetachedAttachment, (self.plan,))
-
-
-def _lost(mine: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[str]:
-    """What a saved state lacks of one like mine; the optimizers' metrics come with the first step."""
-    for key in mine:
-        if key not in state:
-            yield key
-        elif isinstance(mine[key], dict) and key != "metrics":
-            yield from (f"{key}[{name!r}]" for name in _lost(mine[key], state[key]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,24 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
 from restrain.engine import padding, shards
 from restrain.engine.derivative import Derivative
 from restrain.engine.functional import Lent
-from restrain.engine.held import total
-from restrain.engine.metric import diagonal, known, looks_before
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch
 from restrain.engine.weightnoise import Site, check_computable, sites_of
-from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning, SelectionError
+from restrain.errors import HowError, SelectionError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.wrapped import trained
 from restrain.places import Places, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, select_parameters
-from restrain.sites import Handle, Layer, Slot, is_sharded, layers, parameters
+from restrain.sites import Handle, Layer, Slot, layers, parameters
 from restrain.transforms.base import Noise
 
 
@@ -255,159 +251,3 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
         )
     return bound
-
-
-def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse rules that the optimizers can't carry out, and warn of what is likely not meant.
-
-    Raises:
-        OptimizerError: no given optimizer holds a parameter, or the one that does can't do it.
-        NoProxError: proximal rules on one tensor whose sum has no known prox.
-        HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
-    """
-    holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
-    _check_counted(bounds, root, holders)
-    proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
-    computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
-    for bound in bounds:
-        decayed = []
-        for handle, what in bound.parameters:
-            p = handle.find(root)
-            holder, group = holders.get(id(p), (None, None))
-            if bound.rule.how == "parametrize":
-                _check_decay(handle.name, what, group)
-            if bound.rule.how in ("gradient", "decoupled", "proximal", "project") and p.requires_grad:
-                _check_held(bound, handle, p, holder, group)
-            if holder is None or group is None:
-                continue
-            if bound.rule.how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam):
-                _check_kind(bound, holder, group)
-            if bound.rule.how == "proximal":
-                proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
-            if group.get("weight_decay") and _decays(what) and handle.name not in computed:
-                decayed.append(handle.name)
-            if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
-                metric = f"while {type(holder).__name__} moves each entry by a step of its own"
-                bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
-            if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
-                _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
-        if decayed:
-            _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
-        measured = {type(holder).__name__ for _, _, holder in proximal.values() if not known(holder)}
-        if bound.rule.how == "proximal" and measured:
-            bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(measured))} are measured"]
-    for name, (p, penalties, optimizer) in proximal.items():
-        _check_prox(name, p, total(penalties), optimizer)
-    _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
-
-
-def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:
-    """Refuse optimizers of other tensors, as of those of `functional_call`, where steps are to be counted."""
-    if not holders or any(id(p) in holders for p in root.parameters()):
-        return
-    for bound in bounds:
-        if bound.moving or bound.rule.every > 1 or bound.rule.start:
-            raise OptimizerError(
-                f"{bound.key!r} changes with the optimizer's steps, but no given optimizer holds any parameter of the "
-                "model, so none would be counted: train the model's own parameters, or use a constant strength"
-            )
-
-
-def _check_decay(name: str, what: Any, group: dict[str, Any] | None) -> None:
-    if group is not None and group.get("weight_decay") and what.decays_to:
-        _warn(
-            f"the optimizer's weight_decay pulls {name!r} to {what.decays_to}, as it decays the free tensor behind it "
-            f"({what!r}): put it into a parameter group with weight_decay=0, and write 1e-4 * rs.L2() in the loss"
-        )
-
-
-def _decays(what: Any) -> bool:
-    """Whether it is a penalty with a sum of squares in it."""
-    return isinstance(what, Penalty) and any(leaf.elastic is not None and leaf.elastic[1] for _, leaf in what.leaves())
-
-
-def _check_held(
-    bound: Bound, handle: Handle, p: Tensor, holder: Optimizer | None, group: dict[str, Any] | None
-) -> None:
-    if holder is None or group is None:
-        raise OptimizerError(
-            f"{bound.key!r} acts at the optimizer's step (how={bound.rule.how!r}), but no given optimizer holds "
-            f"{handle.name!r}: write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
-        )
-    _check_kind(bound, holder, group)
-    if is_sharded(p) and (
-        isinstance(holder, torch.optim.LBFGS) or (bound.rule.how == "proximal" and looks_before(holder))
-    ):
-        raise OptimizerError(
-            f"{bound.key!r}: {handle.name!r} is sharded, where how={bound.rule.how!r} isn't known with "
-            f"{type(holder).__name__}: use how='loss', how='gradient' or how='decoupled', or Adam, AdamW, SGD"
-        )
-    if not isinstance(bound.rule.what, Penalty):
-        return
-    if group.get("maximize"):
-        raise OptimizerError(
-            f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
-        )
-    if p.dtype in (torch.bfloat16, torch.float16):
-        _warn(
-            f"{handle.name!r} is {str(p.dtype)[6:]}: small changes by {bound.key!r} are lost to rounding; keep weights "
-            "in float32"
-        )
-
-
-def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Refuse optimizers that can't do what the rule says, whatever the parameter."""
-    how, name = bound.rule.how, type(optimizer).__name__
-    if how in ("decoupled", "proximal") and isinstance(optimizer, torch.optim.LBFGS):
-        raise OptimizerError(
-            f"{bound.key!r}: {name} calls its closure several times a step and searches along a line, which "
-            f"how={how!r} knows nothing of. Use how='loss' or how='gradient', whose value and gradient join each call"
-        )
-    if how == "proximal" and isinstance(optimizer, torch.optim.Rprop):
-        raise OptimizerError(
-            f"{bound.key!r}: {name} follows the sign of the data's gradient alone, and lengthens its steps as long as "
-            "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
-        )
-    if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
-        ways = "use Adam, for an embedding with sparse=False, or leave its weight out of the rule"
-        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} makes them dense: {ways}")
-    if group.get("differentiable"):
-        raise OptimizerError(
-            f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "
-            "how='loss'"
-        )
-    if how == "proximal" and float(group.get("momentum", 0)) >= 1:
-        raise OptimizerError(f"{bound.key!r}: with momentum={group['momentum']} a gradient is never forgotten")
-
-
-def _warn_of_measured(optimizers: Iterable[Optimizer]) -> None:
-    names = sorted({type(optimizer).__name__ for optimizer in optimizers if not known(optimizer)})
-    if names:
-        _warn(
-            f"how='proximal' with {', '.join(names)}: no formula is known for the steps that it takes, so they are "
-            "measured, as movement / gradient of each entry, averaged over about 50 steps. That is right where the "
-            "optimizer settles, for weight_decay=0, and an estimate before (docs/how.md)"
-        )
-
-
-def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) -> None:
-    by_entry = diagonal(optimizer)
-    if by_entry and p.is_complex():
-        raise HowError(
-            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves the real and the imaginary part of "
-            "a complex entry by steps of their own, for which no prox is known. Use SGD, or how='gradient'"
-        )
-    if not penalty.has_prox:
-        try:
-            penalty.prox(torch.zeros_like(p))
-        except NoProxError as error:
-            raise NoProxError(f"how='proximal' on {name!r}: {error}") from None
-    if by_entry and not (penalty.entrywise or penalty.groupwise):
-        raise HowError(
-            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves each entry by a step of its own, for which "
-            f"{penalty!r} has no prox (it is neither entrywise nor by group). Use SGD, or how='gradient'"
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RestrainWarning, stacklevel=5)

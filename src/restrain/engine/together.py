@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from restrain.engine.steps import Work
+from restrain.engine.held import Work
 from restrain.errors import HowError
 
 # What acts on the parameters of a model at its optimizers' steps, by those who attached it.
