@@ -1,9 +1,12 @@
 import os
+import sys
 
 import pytest
 import torch
 from hypothesis import settings
 from torch import nn
+
+collect_ignore_glob = ["tests/everywhere/*"]  # imported by name; each column is made once
 
 settings.register_profile("quick", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
@@ -18,6 +21,15 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled():
+    """Compiled code makes `attach` warn, in tests to come."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and len(dynamo.convert_frame.output_codes.seen):
+        torch.compiler.reset()
 
 
 @pytest.fixture(autouse=True, scope="session")

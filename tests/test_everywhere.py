@@ -29,12 +29,6 @@ def cells():
     ]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_compiled():
-    yield
-    torch.compiler.reset()
-
-
 @pytest.fixture
 def note(request):
     """Writes what a cell gave."""

@@ -18,6 +18,7 @@ RESERVED = frozenset(
         "algo",
         "batch_size",
         "checkpoint",
+        "compile",
         "device",
         "epochs",
         "hidden",

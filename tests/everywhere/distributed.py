@@ -1,6 +1,7 @@
 """Several gloo processes: DDP, FSDP2, tensor parallelism, alone and with compilation, checkpoints, mixed precision."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -101,9 +102,17 @@ def train_fsdp(name, first=False, reentrant=None, mesh=None, backend=None, dtype
     return result_of(run.steps())
 
 
+class Wide(Net):
+    """Whose hidden units four processes can share."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+
+
 def train_tensor_parallel(name, rank, ranks, replicas=1):
     """Columns of the first layer and rows of the second, alone and with FSDP2 around them."""
-    model, mesh = fresh(), init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("data", "tensor"))
+    model, mesh = fresh(Wide), init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("data", "tensor"))
     parallelize_module(model, mesh["tensor"], {"first": ColwiseParallel(), "head": RowwiseParallel()})
     if replicas > 1:
         fully_shard(model, mesh=mesh["data"])
@@ -129,7 +138,8 @@ def shards(
     )
     def run(kind):
         found = together(ranks, train, name=kind.name, **how)
-        return compared(found, reference(kind, parts or ranks, optimizer=optimizer))
+        make = Wide if train is train_tensor_parallel else Net
+        return compared(found, reference(kind, parts or ranks, make=make, optimizer=optimizer))
 
 
 JACOBIAN = {"Jacobian-penalty": "can't be differentiated twice: use estimator='jvp', or estimator='difference'"}

@@ -221,7 +221,7 @@ NO_DENSE = dict.fromkeys(("parameter-penalty-in-the-loss", "group-penalty-in-the
 
 
 @column("the same with SparseAdam", GROUP, fast=True, refuses=NEED_DENSE | NO_DENSE)
-def sparse_adam(kind):
+def sparse_adam_alone(kind):
     run = Sparse(**vars(attached(kind, fresh(Tokens), partial(Both, first=torch.optim.SparseAdam))))
     return run.steps().result(), plain(kind, DenseTokens, partial(Both, first=LazilyMoved))
 

@@ -19,7 +19,7 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.act, self.head = nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)
+        self.first, self.act, self.head = nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)
 
     def block(self, x):
         return self.act(self.first(x))

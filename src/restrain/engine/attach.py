@@ -18,6 +18,7 @@ from restrain.engine.clock import Clock
 from restrain.engine.collect import Forwards, set_cells
 from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
+from restrain.engine.hanging import eagerly
 from restrain.engine.held import Work
 from restrain.engine.hooks import Hooks
 from restrain.engine.injection import Root
@@ -81,12 +82,6 @@ def attach(
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
-
-
-@torch._disable_dynamo  # type: ignore[attr-defined]
-def _eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call it outside of compiled code: what joins the loss depends on what the forwards have left behind."""
-    return call(*args, **kwargs)
 
 
 class Attachment:
@@ -186,7 +181,7 @@ class Attachment:
             DetachedError: the rules were detached.
         """
         if torch.compiler.is_compiling():  # a whole step was given to torch.compile
-            return _eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
+            return eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PenaltyError(
@@ -209,7 +204,7 @@ class Attachment:
         backward of the data loss: there use it in one sum with that loss, by `backward()`; `reg.loss` always works.
         """
         if torch.compiler.is_compiling():
-            return _eagerly(self.penalty)  # type: ignore[no-any-return]
+            return eagerly(self.penalty)  # type: ignore[no-any-return]
         direct, hidden = self._terms()
         total = torch.zeros((), dtype=torch.float32)
         if direct:

@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from restrain.engine.hanging import eagerly
 from restrain.engine.steps import nested, real_step
 
 Listener = Callable[[Optimizer, nn.Module], None]
@@ -36,6 +38,8 @@ class Clock:
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """Called after a step of any optimizer in the process."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
         if nested(optimizer):
             return
         for listener in self.on_any:

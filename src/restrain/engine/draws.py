@@ -24,7 +24,8 @@ def exporting() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    # make_fx records what runs, hooks too, and sets the same flag; no mode is at work in a symbolic trace
+    return tracing or (torch.fx._symbolic_trace.is_fx_symbolic_tracing() and not torch._C._len_torch_dispatch_stack())
 
 
 class Draws:

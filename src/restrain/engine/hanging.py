@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from restrain.errors import ExportError
 
 
@@ -24,6 +26,15 @@ class Hook:
             "torch.jit.script compiles a model's hooks, which these can't be: reg.detach() before it (or before the "
             "copy that is scripted), and attach reg.plan again; or use torch.export or torch.jit.trace"
         )
+
+
+@torch._disable_dynamo  # type: ignore[attr-defined]
+def eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call it outside of compiled code, which the function would be traced into.
+
+    What joins the loss depends on what the forwards have left behind, what is done at a step on what stands in it.
+    """
+    return call(*args, **kwargs)
 
 
 class DeadHook(Hook):

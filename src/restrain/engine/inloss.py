@@ -81,6 +81,7 @@ def _by_blocks() -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
     )
 
 

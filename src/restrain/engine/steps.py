@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.feasible import hold, single
+from restrain.engine.hanging import eagerly
 from restrain.engine.held import Held, Job, Member, Work
 from restrain.engine.kernels import Act, Given
 from restrain.engine.metric import Metric, Taken, common, looks_before, metric_of
@@ -102,6 +103,8 @@ class Stepper:
 
         Each call of it gives gradient and value; the decay follows the first.
         """
+        if torch.compiler.is_compiling():
+            return eagerly(self.before, optimizer, args, kwargs)
         if nested(optimizer):
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -176,6 +179,8 @@ class Stepper:
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Prox, then projection, of every parameter that the step moved."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
         if nested(optimizer) or not real_step(optimizer):
             return
         held = self._held.by(optimizer)

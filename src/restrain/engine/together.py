@@ -35,9 +35,7 @@ def join(owner: object, works: Sequence[Work], model: nn.Module) -> None:
             continue
         for other in others:
             work = mine.get(id(other.handle.find(root)))
-            clash = [
-                pair for pair in _CLASHES if work is not None and getattr(other, pair[0]) and getattr(work, pair[1])
-            ]
+            clash = [] if work is None else _clashes(other, work)
             if work is not None and clash:
                 earlier, later = min(clash)
                 raise HowError(
@@ -47,6 +45,12 @@ def join(owner: object, works: Sequence[Work], model: nn.Module) -> None:
                 )
     if works:
         _living[owner] = (weakref.ref(model), works)
+
+
+def _clashes(earlier: Work, later: Work) -> list[tuple[str, str]]:
+    found = [pair for pair in _CLASHES if getattr(earlier, pair[0]) and getattr(later, pair[1])]
+    same = all(what == earlier.project[0][1] for _, what in earlier.project + later.project)
+    return [pair for pair in found if not (pair == ("project", "project") and same)]
 
 
 def leave(owner: object) -> None:
