@@ -8,8 +8,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from everywhere.column import column
-from everywhere.kinds import KINDS
-from everywhere.running import RECOMPUTED, checkpointed
+from everywhere.kinds import KINDS, PROJECTED
+from everywhere.running import checkpointed
 from everywhere.training import Net, Run, adam, attached, fresh, plain, sgd
 from everywhere.workers import together
 from restrain import attach
@@ -24,6 +24,8 @@ SAMPLE = (
     "statistic-of-the-batch",
     "noise",
 )
+
+OTHERS = {PROJECTED.name: PROJECTED}
 
 
 def result_of(run):
@@ -53,7 +55,7 @@ def reference(kind, parts, **options):
 
 def train_ddp(name, wrapping=None, backend=None, order=None, first=False, **ours):
     """By DDP; compiled in either order; rules attached before or after the wrapping."""
-    kind, model = KINDS[name], fresh()
+    kind, model = (KINDS | OTHERS)[name], fresh()
     run = attached(kind, model, **ours) if first else None
     if order == "inside":
         model = torch.compile(model, backend=backend, fullgraph=True)
@@ -88,7 +90,7 @@ ddp("DDP(torch.compile(model)), inductor", 2, "ddp_of_inductor", backend="induct
 
 def train_fsdp(name, first=False, reentrant=None, mesh=None, backend=None, dtype=torch.float64, mixed=False, **ours):
     """By FSDP2; on a mesh of replicas, with checkpoints, compiled, in mixed precision."""
-    kind, model = KINDS[name], fresh(Net if reentrant is None else checkpointed(reentrant), dtype)
+    kind, model = (KINDS | OTHERS)[name], fresh(Net if reentrant is None else checkpointed(reentrant), dtype)
     reg = attach(model, kind.make()) if first else None  # fully_shard makes other parameters than it had
     names = ("copies", "shards")
     options = {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=names)} if mesh else {}
@@ -152,7 +154,7 @@ MIXED = {"dtype": torch.float32, "mixed": True, "optimizer": sgd, "rounding": 2e
 for number in (2, 4):
     shards(f"FSDP2, {number} processes", number, f"fsdp_{number}", fast=SAMPLE if number == 2 else ())
     title = f"FSDP2 and non-reentrant checkpoints, {number} processes"
-    shards(title, number, f"fsdp_checkpoint_{number}", refuses=REFUSED | RECOMPUTED, reentrant=False)
+    shards(title, number, f"fsdp_checkpoint_{number}", reentrant=False)
     title = f"tensor parallelism, {number} processes"
     shards(title, number, f"tensor_{number}", train_tensor_parallel, parts=1, refuses=PARTS)
 shards("FSDP2 on a mesh of 2 × 2", 4, "fsdp_mesh", mesh=(2, 2))
@@ -169,6 +171,6 @@ shards(
 shards("rules attached before FSDP2", 2, "fsdp_after", refuses=JACOBIAN | AT_STEPS, first=True)
 shards("FSDP2 and torch.compile, aot_eager", 2, "fsdp_compiled", backend="aot_eager")
 title = "FSDP2, non-reentrant checkpoints, bfloat16, to 2 %"
-shards(title, 2, "fsdp_mixed", refuses=REFUSED | RECOMPUTED, reentrant=False, **MIXED)
+shards(title, 2, "fsdp_mixed", reentrant=False, **MIXED)
 title = "FSDP2, non-reentrant checkpoints, bfloat16 and torch.compile, to 2 %"
 shards(title, 2, "fsdp_mixed_compiled", refuses=REFUSED, reentrant=False, backend="aot_eager", **MIXED)
