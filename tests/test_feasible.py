@@ -224,11 +224,12 @@ def test_fixed_zeros_of_a_pruned_layer():
     layer = nn.Linear(6, 3)
     with torch.no_grad():
         layer.weight[:, ::2] = 0
-    rs.attach(layer, rs.Fixed(layer.weight == 0).on("weight"), optimizer := torch.optim.Adam(layer.parameters()))
+    reg = rs.attach(layer, rs.Fixed(layer.weight == 0).on("weight"), optimizer := torch.optim.Adam(layer.parameters()))
     layer(torch.randn(8, 6)).square().sum().backward()
     optimizer.step()
     assert layer.weight[:, ::2].eq(0).all()
     assert layer.weight[:, 1::2].ne(0).all()
+    reg.detach()
     layer.double()
     layer(torch.randn(8, 6).double()).square().sum().backward()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

@@ -88,12 +88,7 @@ class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        optimizers: list[Optimizer],
-        declaring: list[nn.Module],
-        compile: Compile = "auto",
+        self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
     ) -> None:
         self._model = weakref.ref(model)
         self._bounds = bind(plan, model)
@@ -102,14 +97,13 @@ class Attachment:
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
         self._detached = False
-        self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
         self._clock = Clock(self._model)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
-        self._strengths = Strengths(self._bounds)
+        self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
         self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
@@ -124,8 +118,8 @@ class Attachment:
             self._attach_steps(model, optimizers, compile)
             if any(isinstance(bound.rule.what, Noise) and (bound.spots or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
-        except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
-            self.detach()
+        except BaseException:  # a warning that is an error, a user's projection that fails
+            self.detach()  # leave no hook behind
             raise
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:

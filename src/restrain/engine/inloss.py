@@ -170,8 +170,8 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return None, *ctx.job.differentiable(ctx.saved_tensors, factor)
-        batched = torch._C._functorch.is_legacy_batchedtensor(factor)  # of autograd.grad(is_grads_batched=True)
-        fast = _by_blocks() and not batched
+        # batched is it by autograd.grad(is_grads_batched=True)
+        fast = _by_blocks() and not torch._C._functorch.is_legacy_batchedtensor(factor)
         return None, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
 
 

@@ -87,6 +87,8 @@ class Watch:
         self.records.append((forward, tensor))
         if not torch.compiler.is_compiling() and wrapped(tensor):
             self.lives[id(tensor)] = life()
+        elif self.lives:
+            self.lives.pop(id(tensor), None)  # the address of one that is gone
 
     def leave(self) -> bool:
         """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
