@@ -1,5 +1,6 @@
 """Lists of parameters as real models have them, and the forms that one writes by hand for rules on them."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -45,6 +46,15 @@ def model_of(shapes):
         p.grad = torch.randn_like(p) / 30
         model.register_parameter(f"{'w' if len(shape) > 1 else 'b'}{number}", p)
     return model
+
+
+def twin(model):
+    """The same memory as parameters of another model: what is attached to one is nothing to the other."""
+    known = {id(b): b for b in model.buffers()}
+    for p in model.parameters():
+        known[id(p)] = nn.Parameter(p.detach())
+        known[id(p)].grad = p.grad
+    return copy.deepcopy(model, known)
 
 
 def soft_threshold(ps, threshold=STRENGTH * RATE):

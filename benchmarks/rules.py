@@ -8,12 +8,13 @@ be read and written: `a += b` where there are two to read and one to write, `a *
 write, over two flat tensors of as many entries, in the same rounds.
 """
 
+import functools
 import os
 import tempfile
 import warnings
 
 import torch
-from lists import LISTS, RATE, RULES, STRENGTH, model_of, tiny
+from lists import LISTS, RATE, RULES, STRENGTH, model_of, tiny, twin
 from measure import Section, child, digits, judged, options, paired, quartiles, ratios, spread, times
 
 import restrain as rs
@@ -30,13 +31,14 @@ def hooks(optimizer, how):
 
 
 def attached(model, rule, how, on="*", make=None):
-    """A job: what a rule does around a step of an optimizer of its own."""
+    """A job: what a rule does around a step of an optimizer of its own, on the model's memory."""
+    model = twin(model)
     optimizer = make(model.parameters()) if make else torch.optim.SGD(model.parameters(), lr=RATE)
     if make:
         optimizer.step()  # so that it has a state
     scaled = rule if how == "project" else STRENGTH * rule
-    rs.attach(model, scaled.on(on, how=how), optimizer)
-    job = hooks(optimizer, how)
+    rs.attach(model, scaled.on(on, how=how), optimizer, compile=True)  # without a compiler it is done without
+    job, optimizer.model = hooks(optimizer, how), model  # attachments hold models weakly
     p = max(model.parameters(), key=torch.Tensor.numel)
     seen = p.grad if how == "gradient" else p
     if how == "project":
@@ -183,10 +185,12 @@ def two_rules(section, title, shapes, quick):
     """Two rules on the same tensors by the same how, against one and against the other alone."""
     model, rows, l1, l2 = model_of(shapes), [], STRENGTH * rs.L1(), STRENGTH * rs.L2()
     for how in ("gradient", "decoupled", "proximal"):
-        jobs = {}
+        jobs, twins = {}, []
         for label, plan in {"L1": [l1], "L2": [l2], "both": [l1, l2]}.items():
-            optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-            rs.attach(model, [rule.on("*", how=how, name=f"{label} {n}") for n, rule in enumerate(plan)], optimizer)
+            twins.append(twin(model))
+            optimizer = torch.optim.SGD(twins[-1].parameters(), lr=RATE)
+            rules = [rule.on("*", how=how, name=f"{label} {n}") for n, rule in enumerate(plan)]
+            rs.attach(twins[-1], rules, optimizer, compile=True)
             jobs[label] = hooks(optimizer, how)
         seconds = paired(jobs, rounds_of(title, quick), budget=8)
         over = ratios(seconds, "both", "L1")
@@ -199,27 +203,31 @@ def optimizers(model):
     """{whole step: (a function, what it is compared with)}; each optimizer has its own state."""
     ps, made = list(model.parameters()), {}
 
-    def add(label, optimizer, rule=None, against=None):
+    def add(label, make, rule=None, against=None):
+        own = twin(model)
+        optimizer = make(own.parameters())
         if rule is not None:
-            rs.attach(model, rule, optimizer)
-        made[label] = (optimizer.step, against)
+            rs.attach(own, rule, optimizer, compile=True)
+        made[label], optimizer.model = (optimizer.step, against), own
 
-    sgd = lambda **given: torch.optim.SGD(ps, lr=RATE, **given)  # noqa: E731
-    add("SGD", sgd())
-    add("SGD, its own weight_decay", sgd(weight_decay=2 * STRENGTH), against="SGD")
+    sgd = functools.partial(torch.optim.SGD, lr=RATE)
+    add("SGD", sgd)
+    add("SGD, its own weight_decay", functools.partial(sgd, weight_decay=2 * STRENGTH), against="SGD")
     for how in ("gradient", "decoupled"):
-        add(f'SGD, restrain L2, how="{how}"', sgd(), STRENGTH * rs.L2().on("*", how=how), "SGD")
-    add('SGD, restrain L1, how="proximal"', sgd(), STRENGTH * rs.L1().on("*", how="proximal"), "SGD")
-    adam = lambda: torch.optim.Adam(ps, lr=1e-4, fused=True)  # noqa: E731
-    add("Adam, fused", adam())
+        add(f'SGD, restrain L2, how="{how}"', sgd, STRENGTH * rs.L2().on("*", how=how), "SGD")
+    add('SGD, restrain L1, how="proximal"', sgd, STRENGTH * rs.L1().on("*", how="proximal"), "SGD")
+    adam = functools.partial(torch.optim.Adam, lr=1e-4, fused=True)
+    add("Adam, fused", adam)
     rule = STRENGTH * rs.L1().on("*", how="proximal")
-    add('Adam, fused, restrain L1, how="proximal"', adam(), rule, "Adam, fused")
+    add('Adam, fused, restrain L1, how="proximal"', adam, rule, "Adam, fused")
     try:
         from torchao.prototype.pat.optim import PruneOptimizer
 
         group = {"params": ps, "prox_type": "ProxLasso", "group_type": "ElemGrouper"}
-        base = torch.optim.Adam([group], lr=1e-4, fused=True)
-        add("Adam, fused, torchao PruneOptimizer", PruneOptimizer(base, reg_lambda=STRENGTH), against="Adam, fused")
+        made["Adam, fused, torchao PruneOptimizer"] = (
+            PruneOptimizer(adam([group]), reg_lambda=STRENGTH).step,
+            "Adam, fused",
+        )
     except ImportError as error:
         made["torchao PruneOptimizer"] = (None, str(error)[:80])
     return made

@@ -9,11 +9,11 @@ state, so that they differ in the rule only. Peak memory is the most that torch'
 step, above what it held before, as its profiler reports it.
 """
 
-import copy
 import warnings
 
 import lists
 import torch
+from lists import twin
 from measure import Section, digits, judged, options, paired, ratios, spread, times
 from torch import nn
 from torch.autograd import profiler
@@ -23,11 +23,6 @@ import restrain as rs
 
 STRENGTH = 1e-6
 HEAD = ["step", "ms", "× plain", "goal"]
-
-
-def twin(model):
-    """The same parameters and buffers in modules of their own."""
-    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class Bottleneck(nn.Module):
@@ -89,13 +84,11 @@ def large(section, title, load, quick):
             ("L1", rs.L1(), "proximal"),
         )
     }
-    jobs, state = {}, None
+    jobs = {}
     for label, rule in rules.items():
         net = twin(model)
         optimizer = make(net.parameters())
-        state = optimizer.state if state is None else state
-        optimizer.state = state
-        reg = None if rule is None else rs.attach(net, rule, optimizer)
+        reg = None if rule is None else rs.attach(net, rule, optimizer, compile=True)
 
         def step(net=net, optimizer=optimizer, reg=reg):
             optimizer.zero_grad()
