@@ -49,7 +49,8 @@ def join(owner: object, works: Sequence[Work], model: nn.Module) -> None:
 
 def _clashes(earlier: Work, later: Work) -> list[tuple[str, str]]:
     found = [pair for pair in _CLASHES if getattr(earlier, pair[0]) and getattr(later, pair[1])]
-    same = all(what == earlier.project[0][1] for _, what in earlier.project + later.project)
+    held = [what for _, what in earlier.project + later.project]
+    same = all(what == held[0] for what in held)
     return [pair for pair in found if not (pair == ("project", "project") and same)]
 
 
