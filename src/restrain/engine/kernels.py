@@ -171,7 +171,7 @@ class Prox:
 class Project:
     """w = the nearest point of a set."""
 
-    constraint: Constraint
+    constraint: Any  # NonNegative or Box
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -179,7 +179,10 @@ class Project:
         return (type(self.constraint),)
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        return self.constraint.project(w)
+        bounds = (
+            (0.0, None) if isinstance(self.constraint, NonNegative) else (self.constraint.low, self.constraint.high)
+        )
+        return w.clamp_(*bounds).add_(0.0)  # -0.0 becomes +0.0
 
 
 Step: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows

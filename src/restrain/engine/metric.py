@@ -35,10 +35,13 @@ class Metric:
     @property
     def key(self) -> Any:
         """Equal for metrics with the same numbers; those that another device holds aren't looked at."""
-        given = (self.scale, *self.numbers)
-        if any(isinstance(number, Tensor) and number.device.type != "cpu" for number in given):
-            return id(self)
-        return (self.size, *map(float, given))
+        found = [self.size, self.scale, *self.numbers]
+        for at, number in enumerate(found):
+            if isinstance(number, Tensor):
+                if number.device.type != "cpu":
+                    return id(self)
+                found[at] = float(number)
+        return tuple(found)
 
     def steps(self, *moments: Tensor) -> float | Tensor:
         """The steps of the entries whose moments are given."""
@@ -233,9 +236,9 @@ def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
     return next((METRICS[base] for base in bases), _measured)
 
 
-def common(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+def common(measure: Callable[[Taken], Metric], group: dict[str, Any]) -> bool:
     """Whether all parameters of a group have one metric, which follows from its settings alone."""
-    return metric_of(optimizer) is _sgd and not float(group["momentum"])
+    return measure is _sgd and not float(group["momentum"])
 
 
 def known(optimizer: Optimizer) -> bool:

@@ -47,8 +47,10 @@ class ShrinkRows:
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
         scale = (1 - numbers[0] / lengths(w)).clamp_min_(0)
-        scale = torch.where(scale.isnan(), 1, scale)
-        return torch.addcmul(w.new_zeros(()), w, scale, out=w)  # -0.0 becomes +0.0
+        w = w.mul_(torch.where(scale.isnan(), 1, scale))
+        if w.device.type != "cpu" or not bool(scale.all()):
+            w = w.add_(0.0)  # -0.0 becomes +0.0
+        return w
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,16 @@ def nested(optimizer: Optimizer) -> bool:
 def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | None, list[Any]]]:
     """The parameters of a job with their moments, by the numbers of their metrics; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
-    keys: dict[int, Any] = {}
+    last, key = None, None
     for _, p in job.members:
         metric = metrics.get(id(p))
-        if id(metric) not in keys:
-            keys[id(metric)] = key = None if metric is None else metric.key
+        if metric is not last:
+            last, key = metric, None if metric is None else metric.key
+        own = (p,) if metric is None else (p, *metric.moments)
+        if key in alike:
+            alike[key][1].append(own)
         else:
-            key = keys[id(metric)]
-        alike.setdefault(key, (metric, []))[1].append((p, () if metric is None else metric.moments))
+            alike[key] = (metric, [own])
     return alike.values()
 
 
@@ -186,9 +188,8 @@ class Stepper:
         held = self._held.by(optimizer)
         metrics = self._metrics(optimizer, held)
         for job in self._held.jobs(("proximal", "project"), self.steps):
-            for metric, parameters in _by_metric(job, metrics):
+            for metric, members in _by_metric(job, metrics):
                 acts = [act for act in job.acts if metric is not None or act.kind == "project"]
-                members = [(p, *own) for p, own in parameters]
                 self._act(acts, Given(metric=metric or Metric(0.0)), members)
         for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
@@ -212,7 +213,7 @@ class Stepper:
             known = shared.get(id(group))
             if known is None:
                 known = measure(Taken(group, optimizer.state[p], p, work.kept, before))
-                if common(optimizer, group):
+                if common(measure, group):
                     shared[id(group)] = known
             found[id(p)] = known
         return found
