@@ -32,6 +32,10 @@ class Metric:
     size: Callable[..., Tensor] = torch.sqrt  # gives a new tensor; one of this module, so that it can be compiled
     numbers: tuple[float | Tensor, ...] = ()
 
+    def like(self, other: Metric) -> bool:
+        """Whether its numbers are the very same objects, as they are for most tensors of a group."""
+        return self.numbers is other.numbers and self.scale is other.scale and self.size is other.size
+
     @property
     def key(self) -> Any:
         """Equal for metrics with the same numbers; those that another device holds aren't looked at."""
@@ -60,6 +64,7 @@ class Taken:
     w: Tensor
     kept: dict[str, Any] = field(default_factory=dict)  # ours, from step to step
     before: tuple[Tensor, Tensor] | None = None  # weights and gradient before it, for metrics that need them
+    same: dict[Any, tuple[float | Tensor, ...]] = field(default_factory=dict)  # numbers by count, for all of the group
 
     @property
     def gradient(self) -> Tensor:
@@ -102,8 +107,10 @@ def _asgd(taken: Taken) -> Metric:
 def _adam(taken: Taken) -> Metric:
     group, state = taken.group, taken.state
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    decay = group["betas"][1] ** _count(state["step"])
-    return Metric(group["lr"], (second,), rooted, ((1 - decay) ** 0.5, group["eps"]))
+    count = _count(state["step"])
+    if (numbers := taken.same.get(count)) is None:
+        numbers = taken.same[count] = ((1 - group["betas"][1] ** count) ** 0.5, group["eps"])
+    return Metric(group["lr"], (second,), rooted, numbers)
 
 
 def _nadam(taken: Taken) -> Metric:

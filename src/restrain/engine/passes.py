@@ -59,10 +59,10 @@ class Passes:
             elif lowered:
                 self._on_rows(acts, given, lowered, group, steps)
 
-    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int, rows: bool = False) -> None:
+    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int, length: int = 0) -> None:
+        """What was lowered for entries, or for rows of a length."""
         sizes = self._of_sizes(members)
-        compiled = None if rows else self._compiled(lowered, members[0], steps * sizes.entries)
-        length = members[0][0].shape[1] if rows else 0
+        compiled = None if length else self._compiled(lowered, members[0], steps * sizes.entries)
         for number in sizes.alone:
             _one(lowered, members[number], compiled, length)
         for gathered in sizes.gathered:
@@ -73,16 +73,16 @@ class Passes:
     def _on_rows(
         self, acts: Sequence[Act], given: Given, lowered: Lowered, members: Sequence[Tensors], steps: int
     ) -> None:
-        """What was lowered for rows, to members whose memory is rows; they all have one shape, as their groups have."""
-        keep, fit = rows_of(acts, members[0][0]), []
+        """What was lowered for rows, to members whose memory is rows, those of one length at once."""
+        keep, fit = rows_of(acts, members[0][0]), dict[int, list[Tensors]]()
         for tensors in members:
             rows = None if keep is None else as_rows(tensors, keep)
             if rows is None:
                 self._slowly(acts, given, tensors, steps)
             else:
-                fit.append(rows)
-        if fit:
-            self._quickly(lowered, fit, steps, rows=True)
+                fit.setdefault(rows[0].shape[1], []).append(rows)
+        for length, alike in fit.items():
+            self._quickly(lowered, alike, steps, length)
 
     def _of_sizes(self, members: Sequence[Tensors]) -> _Sizes:
         kinds = tuple([(t.dtype, t.device) for t in members[0]])

@@ -67,7 +67,7 @@ def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | 
     last, key = None, None
     for _, p in job.members:
         metric = metrics.get(id(p))
-        if metric is not last:
+        if metric is not last and (metric is None or last is None or not metric.like(last)):
             last, key = metric, None if metric is None else metric.key
         own = (p,) if metric is None else (p, *metric.moments)
         if key in alike:
@@ -202,17 +202,18 @@ class Stepper:
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
+        same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or p.grad is None or group["lr"] == 0:
+            if not work.proximal or (grad := p.grad) is None or group["lr"] == 0:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 _refuse_sparse([(work, p)])
             before, work.before = work.before, None
             if self._looks and before is None:  # the closure was never called
                 continue
             known = shared.get(id(group))
             if known is None:
-                known = measure(Taken(group, optimizer.state[p], p, work.kept, before))
+                known = measure(Taken(group, optimizer.state[p], p, work.kept, before, same[id(group)]))
                 if common(measure, group):
                     shared[id(group)] = known
             found[id(p)] = known
