@@ -182,14 +182,14 @@ def rows_only(small_blocks, monkeypatch):
     monkeypatch.setattr(passes, "slowly", lambda *given: pytest.fail("slowly"))
 
 
-def on_rows(rules, dtype=torch.float32, layout=False, spoil=None, kind=torch.optim.SGD):
+def on_rows(rules, dtype=torch.float32, layout=False, spoil=None, compile=False):
     """The same rules by rows and by the formulas, in float64, at one step of rate 0.1; both results."""
     model = rows_of(ROWS, dtype, layout)
     wanted = copy.deepcopy(model).double()
-    optimizer = kind(model.parameters(), lr=RATE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*(small changes|Euclidean|attaching)", RestrainWarning)
-        reg = rs.attach(model, [what.on("*", how=how) for how, what in rules], optimizer)
+        reg = rs.attach(model, [what.on("*", how=how) for how, what in rules], optimizer, compile=compile)
     model.load_state_dict(wanted.state_dict())  # attaching has projected them
     gradients(model, 1)
     for p in model.parameters():
@@ -236,6 +236,19 @@ def test_rows_are_as_by_the_formulas(rows_only, rules, layout):
         for found, wanted in zip(*on_rows(rules, dtype, layout), strict=True):
             torch.testing.assert_close(found.double(), wanted, rtol=near, atol=near)
             assert not bool(((found == 0) & found.signbit()).any()) or rules[0][0] != "proximal"
+
+
+@pytest.mark.parametrize("number", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_rows_compiled_are_as_by_the_formulas(rows_only, number):
+    before = set(fused._kernels)
+    for layout in (False, True):
+        for spoil in (None, float("nan"))[: 2 if number == 3 else 1]:
+            for found, wanted in zip(*on_rows(BY_ROWS[number], layout=layout, spoil=spoil, compile=True), strict=True):
+                torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
+                assert not bool(((found == 0) & found.signbit()).any())
+    made = [fused._kernels[key] for key in fused._kernels if key not in before]
+    assert made, "nothing was compiled"
+    assert all(one is not None for one in made)
 
 
 def test_the_comparison_finds_wrong_rows(rows_only, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from restrain.engine.fused import kernel, packed
+from restrain.engine.fused import compiles, kernel, packed
 from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, rows_of, slowly
 from restrain.engine.rows import as_rows
 from restrain.engine.shards import of_rows
@@ -62,7 +62,9 @@ class Passes:
     def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int, length: int = 0) -> None:
         """What was lowered for entries, or for rows of a length."""
         sizes = self._of_sizes(members)
-        compiled = None if length else self._compiled(lowered, members[0], steps * sizes.entries)
+        compiled = None
+        if not length or compiles(lowered):
+            compiled = self._compiled(lowered, members[0], steps * sizes.entries)
         for number in sizes.alone:
             _one(lowered, members[number], compiled, length)
         for gathered in sizes.gathered:
@@ -144,16 +146,14 @@ def _alike(members: Sequence[Tensors]) -> Iterable[Sequence[Tensors]]:
 
 def _one(lowered: Lowered, tensors: Tensors, compiled: Any, length: int = 0) -> None:
     """The steps on one tensor; of rows, if they have a length."""
-    if length:
-        count = max(BLOCK // length, 1)
-        blocks: Iterable[Tensors] = zip(*[t.view(-1, length).split(count) for t in tensors], strict=True)
-    else:
-        flat = _flat(tensors) if compiled else None
-        if flat is not None:
-            run, numbers = compiled
-            run(*flat, numbers)
-            return
-        blocks = _blocks(tensors)
+    rows = tuple([t.view(-1, length) for t in tensors]) if length else None
+    whole = (rows or _flat(tensors)) if compiled else None
+    if whole is not None:
+        run, numbers = compiled
+        run(*whole, numbers)
+        return
+    count = max(BLOCK // length, 1) if length else 0
+    blocks = _blocks(tensors) if rows is None else zip(*[t.split(count) for t in rows], strict=True)
     for block in blocks:
         quickly(lowered, block)
 

@@ -46,9 +46,11 @@ class ShrinkRows:
     parts = ()
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
-        scale = (1 - numbers[0] / lengths(w)).clamp_min_(0)
+        compiled = isinstance(numbers[0], Tensor)  # which sums many squares side by side, and knows no parts
+        size = torch.linalg.vector_norm(w, dim=1, keepdim=True) if compiled else lengths(w)
+        scale = (1 - numbers[0] / size).clamp_min_(0)
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
-        if w.device.type != "cpu" or not bool(scale.all()):
+        if compiled or w.device.type != "cpu" or not bool(scale.all()):
             w = w.add_(0.0)  # -0.0 becomes +0.0
         return w
 
@@ -124,6 +126,8 @@ def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, .
     count = first.shape[keep[0]] if keep else 1
     length = first.numel() // max(count, 1)
     dense = torch.ops.aten.is_non_overlapping_and_dense
+    if length and keep in ((), (0,)) and all(t.is_contiguous() for t in tensors):
+        return tuple([t.view(count, length) for t in tensors])
     if not length or any(t.stride() != first.stride() for t in tensors) or not dense(first):
         return None
     if count > 1 and first.stride(keep[0]) != length:
