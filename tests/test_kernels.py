@@ -153,6 +153,13 @@ def test_any_shapes(shapes, data):
         )
 
 
+def test_an_endless_moment_moves_nothing():
+    w, second = torch.tensor([0.5, -1e-12, 0.3]), torch.tensor([torch.inf, 1.0, 0.0])
+    found = kernels.RootedShrink(scaled=False, soft=True)(w, [second], (1.0, 1e-8, 1e-9))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, 0.2]))
+    assert not bool(found.signbit().any())
+
+
 def test_the_comparison_finds_a_wrong_kernel(small_blocks, monkeypatch):
     monkeypatch.setattr(kernels, "_soft", lambda w, threshold: w.sub_(w.clamp(-threshold, 1.01 * threshold)))
     with pytest.raises(AssertionError, match=r"torch.float32"):
