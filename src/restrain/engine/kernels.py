@@ -2,8 +2,8 @@
 
 Most rules are sums over entries: a Σ|x| + c Σ|x|² and few others. `lower` turns these into steps and their numbers. A
 step knows what kind of thing is done, but no strength and no learning rate: so one step serves all strengths, and code
-that is compiled of it (`fused`) takes the numbers as inputs. Groups that are rows have their own (`rows`). What can't be
-lowered (other groups, complex entries, numbers that another device holds) is done by `slowly`.
+that is compiled of it (`fused`) takes the numbers as inputs. Groups that are rows have their own (`rows`). What can't
+be lowered (other groups, complex entries, numbers that another device holds) is done by `slowly`.
 """
 
 from __future__ import annotations
