@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import restrain as rs
-from restrain.engine import fused, kernels, passes
+from restrain.engine import fused, kernels, passes, rows
 from restrain.errors import PlanError, RestrainWarning
 
 SHAPES = [(3, 5), (), (0, 4), (2, 2, 3, 3), (40,), (7, 30), (1,), (6,), (5, 0)]
@@ -153,10 +153,136 @@ def test_any_shapes(shapes, data):
         )
 
 
+def test_an_endless_moment_moves_nothing():
+    w, second = torch.tensor([0.5, -1e-12, 0.3]), torch.tensor([torch.inf, 1.0, 0.0])
+    found = kernels.RootedShrink(scaled=False, soft=True)(w, [second], (1.0, 1e-8, 1e-9))
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.0, 0.2]))
+    assert not bool(found.signbit().any())
+
+
 def test_the_comparison_finds_a_wrong_kernel(small_blocks, monkeypatch):
     monkeypatch.setattr(kernels, "_soft", lambda w, threshold: w.sub_(w.clamp(-threshold, 1.01 * threshold)))
     with pytest.raises(AssertionError, match=r"torch.float32"):
         compare(SHAPES, (torch.float32,), torch.optim.SGD, {"proximal": 0.3 * rs.L1()})
+
+
+# Groups that are rows
+
+ROWS = [(3, 50), (7, 5), (4, 5), (40, 1), (1, 6), (2, 5)]  # with blocks of 32: longer than one, cut, gathered
+
+
+def rows_of(shapes, dtype, layout):
+    """Parameters with some rows of zeros, of great and of small length."""
+    draws, model = torch.Generator().manual_seed(3), nn.Module()
+    for number, shape in enumerate(shapes):
+        w = torch.randn(shape, generator=draws, dtype=torch.float64)
+        w = w * torch.logspace(-1, 1, shape[0], dtype=torch.float64)[torch.randperm(shape[0], generator=draws), None]
+        w[shape[0] // 2 : shape[0] // 2 + (shape[0] > 2)] = 0
+        w = w[..., None, None].expand(*shape, 2, 2).contiguous().to(memory_format=torch.channels_last) if layout else w
+        model.register_parameter(f"p{number}", nn.Parameter(w.to(dtype)))
+    return model
+
+
+@pytest.fixture
+def rows_only(small_blocks, monkeypatch):
+    """Nothing may fall back to the formulas."""
+    monkeypatch.setattr(passes, "slowly", lambda *given: pytest.fail("slowly"))
+
+
+def on_rows(rules, dtype=torch.float32, layout=False, spoil=None, compile=False):
+    """The same rules by rows and by the formulas, in float64, at one step of rate 0.1; both results."""
+    model = rows_of(ROWS, dtype, layout)
+    wanted = copy.deepcopy(model).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*(small changes|Euclidean|attaching)", RestrainWarning)
+        reg = rs.attach(model, [what.on("*", how=how) for how, what in rules], optimizer, compile=compile)
+    model.load_state_dict(wanted.state_dict())  # attaching has projected them
+    gradients(model, 1)
+    for p in model.parameters():
+        p.grad = torch.empty_like(p).copy_(p.grad)  # in its layout
+    if spoil:
+        for one in (model, wanted):
+            next(one.parameters()).data[0, 3] = spoil
+    optimizer.step()
+    reg.detach()
+    gradients(wanted, 1)
+    with torch.no_grad():
+        for p in wanted.parameters():
+            for how, what in rules:
+                if how == "gradient":
+                    p.grad += what.gradient(p)
+                if how == "decoupled":
+                    p.copy_(kernels.decayed(p, what, RATE))
+            p.sub_(RATE * p.grad)
+            for how, what in rules:
+                if how in ("proximal", "project"):
+                    kernels.put(p, what.prox(p, RATE) if how == "proximal" else what.project(p))
+    return list(model.parameters()), list(wanted.parameters())
+
+
+BY_ROWS = [
+    [("gradient", 0.7 * rs.GroupLasso(0))],
+    [("decoupled", 0.7 * rs.GroupLasso(0))],
+    [("decoupled", 0.7 * rs.GroupLasso(0) + rs.ElasticNet(0.1, 0.2))],
+    [("proximal", 0.7 * rs.GroupLasso(0))],
+    [("proximal", rs.ElasticNet(0.5, 0.2) + 0.7 * rs.GroupLasso("row"))],
+    [("project", rs.MaxNorm(0.5, per=0))],
+    [("project", rs.MaxNorm(0.5, per=None))],
+    [("project", rs.UnitNorm(per=0))],
+    [("project", rs.MinMaxNorm(0.3, 0.6, per=0))],
+    [("proximal", 0.7 * rs.GroupLasso(0)), ("project", rs.MaxNorm(0.5, per=0))],
+    [("proximal", 0.7 * rs.L1()), ("project", rs.MaxNorm(0.5, per=0))],
+]
+
+
+@pytest.mark.parametrize("layout", [False, True], ids=["matrices", "channels_last"])
+@pytest.mark.parametrize("rules", BY_ROWS, ids=repr)
+def test_rows_are_as_by_the_formulas(rows_only, rules, layout):
+    for dtype, near in ((torch.float32, 2e-6), (torch.float64, 1e-14)):
+        for found, wanted in zip(*on_rows(rules, dtype, layout), strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=near, atol=near)
+            assert not bool(((found == 0) & found.signbit()).any()) or rules[0][0] != "proximal"
+
+
+@pytest.mark.parametrize("number", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_rows_compiled_are_as_by_the_formulas(rows_only, number):
+    before = set(fused._kernels)
+    for layout in (False, True):
+        for spoil in (None, float("nan"))[: 2 if number == 3 else 1]:
+            for found, wanted in zip(*on_rows(BY_ROWS[number], layout=layout, spoil=spoil, compile=True), strict=True):
+                torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
+                assert not bool(((found == 0) & found.signbit()).any())
+    made = [fused._kernels[key] for key in fused._kernels if key not in before]
+    assert made, "nothing was compiled"
+    assert all(one is not None for one in made)
+
+
+def test_the_comparison_finds_wrong_rows(rows_only, monkeypatch):
+    lengths = rows.lengths
+    monkeypatch.setattr(rows, "lengths", lambda one: 1.001 * lengths(one))
+    found, wanted = on_rows(BY_ROWS[3])
+    assert any(not torch.allclose(a.double(), b, rtol=2e-6, atol=2e-6) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("rules", [BY_ROWS[3], BY_ROWS[5], BY_ROWS[7]], ids=repr)
+@pytest.mark.parametrize("spoil", [float("nan"), float("inf"), 1e30], ids=str)
+def test_what_is_not_finite_stays_in_its_place(small_blocks, rules, spoil):
+    for found, wanted in zip(*on_rows(rules, spoil=spoil), strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@given(st.integers(1, 9000), st.sampled_from([1e-6, 1.0, 1e6]))
+def test_lengths_are_exact_for_any_length(length, size):
+    one = size * torch.rand(2, length, generator=torch.Generator().manual_seed(length))
+    torch.testing.assert_close(rows.lengths(one).double(), one.double().norm(dim=1, keepdim=True), rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("constraint", [rs.MaxNorm(0.5, per=0), rs.UnitNorm(per=0)], ids=repr)
+def test_rows_that_fit_are_not_touched(small_blocks, constraint):
+    fit = rows.fit_of(constraint)
+    once = fit(torch.randn(50, 3000), (), ())
+    assert torch.equal(once, fit(once.clone(), (), ()))
 
 
 # Compiling

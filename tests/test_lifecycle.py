@@ -151,6 +151,14 @@ def test_two_attachments_add_up_and_declared_rules_count_once():
     torch.testing.assert_close(rs.attach(model).penalty(), 0.7 * rs.L2()(model[0].weight))
 
 
+def test_a_constraint_joins_an_earlier_penalty():
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rs.attach(model, 0.1 * rs.L1().on("*.weight", how="gradient"), optimizer)
+    rs.attach(model, rs.MaxNorm(1e-3).on("*.weight"), optimizer)
+    assert all(float(layer.weight.detach().norm(dim=1).max()) <= 1.001e-3 for layer in (model[0], model[2]))
+
+
 @pytest.fixture(autouse=True)
 def nothing_compiled():
     torch.compiler.reset()

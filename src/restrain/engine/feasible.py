@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain.engine.kernels import put
+from restrain.engine.rows import put
 from restrain.engine.shards import acting, local, total
 from restrain.errors import HowError, RestrainWarning
 from restrain.penalties.shrink import at_least_float32

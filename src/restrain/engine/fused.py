@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain.engine.kernels import Lowered, Step, quickly
+from restrain.engine.kernels import Lowered, Shrink, Step, quickly
+from restrain.engine.rows import ShrinkRows
 
-_EXAMPLE = 70001  # entries; a multiple of nothing, so that nothing is taken for granted
+_ENTRIES, _ROWS = (70001,), (307, 233)  # sizes of examples: multiples of nothing, so that nothing is taken for granted
 
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
 def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """What does these steps in place to tensors like these of one dimension, called with them and `packed` numbers.
+    """What does these steps in place to tensors like these, of one dim or rows, called with them and `packed` numbers.
 
     None if there is no such kernel.
     """
@@ -36,6 +37,12 @@ def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | 
     if not known:
         _kernels[key] = _made(steps, tensors)
     return _kernels[key]
+
+
+def compiles(lowered: Lowered) -> bool:
+    """Whether steps of which some are on rows may be in one kernel."""
+    kinds = {type(step) for step, _ in lowered}
+    return ShrinkRows in kinds and kinds <= {Shrink, ShrinkRows}
 
 
 def packed(lowered: Lowered, w: Tensor) -> Tensor:
@@ -54,7 +61,8 @@ def _made(steps: Sequence[tuple[Step, int]], tensors: Sequence[Tensor]) -> Calla
         quickly([(step, [numbers[next(counted)] for _ in range(count)]) for step, count in steps], blocks)
         return ()
 
-    examples: list[Any] = [torch.ones(_EXAMPLE, dtype=t.dtype, device=t.device) for t in tensors]
+    sizes = _ROWS if any(isinstance(step, ShrinkRows) for step, _ in steps) else _ENTRIES
+    examples: list[Any] = [torch.ones(sizes, dtype=t.dtype, device=t.device) for t in tensors]
     examples.append(packed([(step, (1.0,) * count) for step, count in steps], examples[0]))
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

@@ -2,8 +2,8 @@
 
 Most rules are sums over entries: a Σ|x| + c Σ|x|² and few others. `lower` turns these into steps and their numbers. A
 step knows what kind of thing is done, but no strength and no learning rate: so one step serves all strengths, and code
-that is compiled of it (`fused`) takes the numbers as inputs. What can't be lowered (groups, complex entries, numbers
-that another device holds) is done by `slowly`.
+that is compiled of it (`fused`) takes the numbers as inputs. Groups that are rows have their own (`rows`). What can't
+be lowered (other groups, complex entries, numbers that another device holds) is done by `slowly`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from restrain.engine.metric import ENDLESS, Metric, rooted
-from restrain.penalties import Penalty
+from restrain.engine.rows import FitRows, Lengths, ShrinkRows, fit_of, kept, length_of, put
+from restrain.penalties import GroupLasso, Penalty
 from restrain.penalties.shrink import at_least_float32, shrink_entries
 from restrain.transforms import Box, Constraint, NonNegative
 
@@ -110,7 +111,7 @@ class Shrink:
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         if self.scaled:
             w = w.mul_(numbers[0])
-        return _soft(w, numbers[-1]) if self.soft else w
+        return _soft(w, numbers[-1]).add_(0.0) if self.soft else w
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,17 @@ class RootedShrink:
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         root, eps, *strengths = numbers
-        size = others[0].sqrt().mul_(root).add_(eps)
-        if not self.scaled:
-            return _soft(w, size.reciprocal_())
-        inverse = (size + strengths[0]).reciprocal_()
-        w = w.mul_(size).mul_(inverse)
-        return _soft(w, inverse.mul_(strengths[1])) if self.soft else w
+        size = others[0].sqrt()
+        if isinstance(root, Tensor):
+            size = size.mul_(root).add_(eps)
+        else:  # in one pass
+            size = torch.add(torch.full((), eps, dtype=w.dtype, device=w.device), size, alpha=root, out=size)
+        w = w.mul_(size.clamp_max_(ENDLESS))
+        if self.soft:
+            w = _soft(w, strengths[0])
+        if self.scaled:
+            size = size.add_(strengths[-1])
+        return torch.addcdiv(w.new_zeros(()), w, size, out=w)  # -0.0 becomes +0.0
 
 
 @dataclass(frozen=True)
@@ -165,7 +171,7 @@ class Prox:
 class Project:
     """w = the nearest point of a set."""
 
-    constraint: Constraint
+    constraint: Any  # NonNegative or Box
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -173,18 +179,21 @@ class Project:
         return (type(self.constraint),)
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        return self.constraint.project(w)
+        bounds = (
+            (0.0, None) if isinstance(self.constraint, NonNegative) else (self.constraint.low, self.constraint.high)
+        )
+        return w.clamp_(*bounds).add_(0.0)  # -0.0 becomes +0.0
 
 
-Step: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project
+Step: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
 Lowered: TypeAlias = Sequence[tuple[Step, Sequence[Any]]]
 
 
 def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
-    """The soft threshold; +0.0 for a zero."""
+    """The soft threshold; some zeros are -0.0."""
     if isinstance(threshold, Tensor):
         return w.sub_(w.clamp(-threshold, threshold))
-    return torch._C._nn.softshrink(w, threshold, out=w).add_(0.0)  # type: ignore[call-arg]
+    return torch._C._nn.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
 
 
 def quickly(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
@@ -202,12 +211,20 @@ def quickly(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
 def lower(acts: Sequence[Act], given: Given, w: Tensor) -> Lowered | None:
     """The steps that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
     half = w.dtype.itemsize < 4 and any(act.kind == "project" for act in acts)  # a bound holds for what is rounded
-    if w.is_complex() or half or not all(act.by_entry for act in acts):
+    if w.is_complex() or half or not (all(act.by_entry for act in acts) or rows_of(acts, w) is not None):
         return None
     try:
         return [step for act in acts for step in _LOWER[act.kind](act.what, given)]
     except _UnknownError:
         return None
+
+
+def rows_of(acts: Sequence[Act], w: Tensor) -> tuple[int, ...] | None:
+    """The dims by which a tensor is cut into rows for acts of which some are on rows; None if that can't be."""
+    whats = [act.what for act in acts if not act.by_entry]
+    if any(isinstance(what, Constraint) for what in whats) and w.device.type != "cpu":
+        return None  # it looks at the lengths
+    return kept(whats, tuple(w.shape))
 
 
 class _UnknownError(Exception):
@@ -222,10 +239,17 @@ def _float(number: float | Tensor) -> float:
     return number
 
 
-def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Penalty]]]:
+def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Any]]]:
     l1, l2, others = penalty.split()
-    pairs = [(_float(strength), other) for strength, other in others]
+    pairs = [_by_row(_float(strength), other) for strength, other in others]
     return _float(l1), _float(l2), [(strength, other) for strength, other in pairs if strength]
+
+
+def _by_row(strength: float, penalty: Any) -> tuple[float, Any]:
+    """The same of the lengths of rows, where the groups are rows."""
+    if isinstance(penalty, GroupLasso):
+        return strength * length_of(penalty.per) ** 0.5, Lengths()
+    return strength, penalty
 
 
 def _gradient(penalty: Penalty, given: Given) -> Lowered:
@@ -247,6 +271,8 @@ def _decay(penalty: Penalty, given: Given) -> Lowered:
     if shrinks and not step.others and rate >= 0:
         l1, l2, _ = _split(penalty)
         return _shrink(max(1 - 2 * l2 * rate, 0.0), l1 * rate)
+    if not (step.l1 or step.l2) and list(map(type, step.others)) == [Lengths] and rate >= 0:
+        return [(ShrinkRows(), numbers)]
     return [(Decay(step, shrinks), numbers)] if numbers else []
 
 
@@ -263,10 +289,14 @@ def _prox(penalty: Penalty, given: Given) -> Lowered:
     strength, other = others[0] if others else (0.0, None)
     if not metric.moments:
         rest = scale / (1 + 2 * l2 * scale)
-        last: list[tuple[Step, Sequence[float]]] = (
-            [] if other is None else [(Prox(False, False, other), (rest, strength))]
-        )
+        last: list[tuple[Step, Sequence[float]]] = []
+        if isinstance(other, Lengths):
+            last = [(ShrinkRows(), (strength * rest,))]
+        elif other is not None:
+            last = [(Prox(False, False, other), (rest, strength))]
         return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
+    if isinstance(other, Lengths):  # with steps that differ within a group
+        raise _UnknownError
     sizes = tuple(map(_float, metric.numbers))
     if not (l1 or l2 or strength):
         return []
@@ -279,19 +309,16 @@ def _prox(penalty: Penalty, given: Given) -> Lowered:
 def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) -> Lowered:
     """With the size s = √second / root + eps and the step t = scale / s of an entry.
 
-    Without c the threshold is a t = 1 / (s / (a scale)). With it, x is scaled by 1 / (1 + 2 c t) = s / (s + 2 c scale),
-    and the threshold is a scale / (s + 2 c scale). No step is longer than ENDLESS, so no s is below scale / ENDLESS.
+    The soft threshold of x at a t, divided by 1 + 2 c t, is that of s x at a scale, divided by s + 2 c scale. No step
+    is longer than ENDLESS, so no s is below scale / ENDLESS.
     """
     eps = max(eps, scale / ENDLESS)
-    if not l2:
-        numbers: tuple[float, ...] = (1 / (root * l1 * scale), eps / (l1 * scale))
-    else:
-        numbers = (1 / root, eps, 2 * l2 * scale) + (l1 * scale,) * (l1 > 0)
+    numbers = (1 / root, eps) + (l1 * scale,) * (l1 > 0) + (2 * l2 * scale,) * (l2 > 0)
     return [(RootedShrink(l2 > 0, l1 > 0), tuple(map(_float, numbers)))]
 
 
 def _project(constraint: Constraint, given: Given) -> Lowered:
-    return [(Project(constraint), ())]
+    return [(fit_of(constraint) or Project(constraint), ())]
 
 
 _LOWER: dict[str, Callable[[Any, Given], Lowered]] = {
@@ -334,11 +361,3 @@ def decayed(w: Tensor, penalty: Penalty, rate: float | Tensor) -> Tensor:
     if wide.is_complex():
         return torch.where((new * wide.conj()).real < 0, 0, new)
     return new.clamp_(wide.clamp_max(0), wide.clamp_min(0))  # much faster than `where`
-
-
-def put(w: Tensor, new: Tensor) -> None:
-    """w = new, but where that isn't finite and w is: one NaN of a group or matrix would make all of it NaN."""
-    if w.device.type == "cpu" and isfinite(float((new.abs() if new.is_complex() else at_least_float32(new)).sum())):
-        w.copy_(new)
-        return
-    w.copy_(torch.where(new.isfinite() | ~w.isfinite(), new, w))

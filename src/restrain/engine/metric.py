@@ -32,13 +32,20 @@ class Metric:
     size: Callable[..., Tensor] = torch.sqrt  # gives a new tensor; one of this module, so that it can be compiled
     numbers: tuple[float | Tensor, ...] = ()
 
+    def like(self, other: Metric) -> bool:
+        """Whether its numbers are the very same objects, as they are for most tensors of a group."""
+        return self.numbers is other.numbers and self.scale is other.scale and self.size is other.size
+
     @property
     def key(self) -> Any:
         """Equal for metrics with the same numbers; those that another device holds aren't looked at."""
-        given = (self.scale, *self.numbers)
-        if any(isinstance(number, Tensor) and number.device.type != "cpu" for number in given):
-            return id(self)
-        return (self.size, *map(float, given))
+        found = [self.size, self.scale, *self.numbers]
+        for at, number in enumerate(found):
+            if isinstance(number, Tensor):
+                if number.device.type != "cpu":
+                    return id(self)
+                found[at] = float(number)
+        return tuple(found)
 
     def steps(self, *moments: Tensor) -> float | Tensor:
         """The steps of the entries whose moments are given."""
@@ -57,6 +64,7 @@ class Taken:
     w: Tensor
     kept: dict[str, Any] = field(default_factory=dict)  # ours, from step to step
     before: tuple[Tensor, Tensor] | None = None  # weights and gradient before it, for metrics that need them
+    same: dict[Any, tuple[float | Tensor, ...]] = field(default_factory=dict)  # numbers by count, for all of the group
 
     @property
     def gradient(self) -> Tensor:
@@ -99,8 +107,10 @@ def _asgd(taken: Taken) -> Metric:
 def _adam(taken: Taken) -> Metric:
     group, state = taken.group, taken.state
     second = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
-    decay = group["betas"][1] ** _count(state["step"])
-    return Metric(group["lr"], (second,), rooted, ((1 - decay) ** 0.5, group["eps"]))
+    count = _count(state["step"])
+    if (numbers := taken.same.get(count)) is None:
+        numbers = taken.same[count] = ((1 - group["betas"][1] ** count) ** 0.5, group["eps"])
+    return Metric(group["lr"], (second,), rooted, numbers)
 
 
 def _nadam(taken: Taken) -> Metric:
@@ -233,9 +243,9 @@ def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
     return next((METRICS[base] for base in bases), _measured)
 
 
-def common(optimizer: Optimizer, group: dict[str, Any]) -> bool:
+def common(measure: Callable[[Taken], Metric], group: dict[str, Any]) -> bool:
     """Whether all parameters of a group have one metric, which follows from its settings alone."""
-    return metric_of(optimizer) is _sgd and not float(group["momentum"])
+    return measure is _sgd and not float(group["momentum"])
 
 
 def known(optimizer: Optimizer) -> bool:

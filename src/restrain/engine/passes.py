@@ -18,8 +18,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from restrain.engine.fused import kernel, packed
-from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, slowly
+from restrain.engine.fused import compiles, kernel, packed
+from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, rows_of, slowly
+from restrain.engine.rows import as_rows
 from restrain.engine.shards import of_rows
 from restrain.errors import RestrainWarning
 
@@ -53,18 +54,37 @@ class Passes:
             if lowered is None:
                 for tensors in group:
                     self._slowly(acts, given, tensors, steps)
-            elif lowered:
+            elif lowered and all(act.by_entry for act in acts):
                 self._quickly(lowered, group, steps)
+            elif lowered:
+                self._on_rows(acts, given, lowered, group, steps)
 
-    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int) -> None:
+    def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int, length: int = 0) -> None:
+        """What was lowered for entries, or for rows of a length."""
         sizes = self._of_sizes(members)
-        compiled = self._compiled(lowered, members[0], steps * sizes.entries)
+        compiled = None
+        if not length or compiles(lowered):
+            compiled = self._compiled(lowered, members[0], steps * sizes.entries)
         for number in sizes.alone:
-            _one(lowered, members[number], compiled)
+            _one(lowered, members[number], compiled, length)
         for gathered in sizes.gathered:
             gathered.fill(members)
-            _one(lowered, gathered.buffers, compiled)
+            _one(lowered, gathered.buffers, compiled, length)
             gathered.empty(members, lowered)
+
+    def _on_rows(
+        self, acts: Sequence[Act], given: Given, lowered: Lowered, members: Sequence[Tensors], steps: int
+    ) -> None:
+        """What was lowered for rows, to members whose memory is rows, those of one length at once."""
+        keep, fit = rows_of(acts, members[0][0]), dict[int, list[Tensors]]()
+        for tensors in members:
+            rows = None if keep is None else as_rows(tensors, keep)
+            if rows is None:
+                self._slowly(acts, given, tensors, steps)
+            else:
+                fit.setdefault(rows[0].shape[1], []).append(rows)
+        for length, alike in fit.items():
+            self._quickly(lowered, alike, steps, length)
 
     def _of_sizes(self, members: Sequence[Tensors]) -> _Sizes:
         kinds = tuple([(t.dtype, t.device) for t in members[0]])
@@ -124,14 +144,17 @@ def _alike(members: Sequence[Tensors]) -> Iterable[Sequence[Tensors]]:
     return alike.values()
 
 
-def _one(lowered: Lowered, tensors: Tensors, compiled: Any) -> None:
-    """The steps on one tensor."""
-    flat = _flat(tensors) if compiled else None
-    if flat is not None:
+def _one(lowered: Lowered, tensors: Tensors, compiled: Any, length: int = 0) -> None:
+    """The steps on one tensor; of rows, if they have a length."""
+    rows = tuple([t.view(-1, length) for t in tensors]) if length else None
+    whole = (rows or _flat(tensors)) if compiled else None
+    if whole is not None:
         run, numbers = compiled
-        run(*flat, numbers)
+        run(*whole, numbers)
         return
-    for block in _blocks(tensors):
+    count = max(BLOCK // length, 1) if length else 0
+    blocks = _blocks(tensors) if rows is None else zip(*[t.split(count) for t in rows], strict=True)
+    for block in blocks:
         quickly(lowered, block)
 
 

@@ -64,14 +64,16 @@ def nested(optimizer: Optimizer) -> bool:
 def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | None, list[Any]]]:
     """The parameters of a job with their moments, by the numbers of their metrics; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
-    keys: dict[int, Any] = {}
+    last, key = None, None
     for _, p in job.members:
         metric = metrics.get(id(p))
-        if id(metric) not in keys:
-            keys[id(metric)] = key = None if metric is None else metric.key
+        if metric is not last and (metric is None or last is None or not metric.like(last)):
+            last, key = metric, None if metric is None else metric.key
+        own = (p,) if metric is None else (p, *metric.moments)
+        if key in alike:
+            alike[key][1].append(own)
         else:
-            key = keys[id(metric)]
-        alike.setdefault(key, (metric, []))[1].append((p, () if metric is None else metric.moments))
+            alike[key] = (metric, [own])
     return alike.values()
 
 
@@ -186,9 +188,8 @@ class Stepper:
         held = self._held.by(optimizer)
         metrics = self._metrics(optimizer, held)
         for job in self._held.jobs(("proximal", "project"), self.steps):
-            for metric, parameters in _by_metric(job, metrics):
+            for metric, members in _by_metric(job, metrics):
                 acts = [act for act in job.acts if metric is not None or act.kind == "project"]
-                members = [(p, *own) for p, own in parameters]
                 self._act(acts, Given(metric=metric or Metric(0.0)), members)
         for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
@@ -201,18 +202,19 @@ class Stepper:
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
+        same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or p.grad is None or group["lr"] == 0:
+            if not work.proximal or (grad := p.grad) is None or group["lr"] == 0:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 _refuse_sparse([(work, p)])
             before, work.before = work.before, None
             if self._looks and before is None:  # the closure was never called
                 continue
             known = shared.get(id(group))
             if known is None:
-                known = measure(Taken(group, optimizer.state[p], p, work.kept, before))
-                if common(optimizer, group):
+                known = measure(Taken(group, optimizer.state[p], p, work.kept, before, same[id(group)]))
+                if common(measure, group):
                     shared[id(group)] = known
             found[id(p)] = known
         return found
