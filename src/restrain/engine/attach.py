@@ -110,9 +110,10 @@ class Attachment:
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths = Strengths(self._bounds)
-        self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
-        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
+        keep_up = [self._keep_up] * bool(self._keeping or self._strengths.bounds)
+        self._clock.on_real += keep_up + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
@@ -229,7 +230,7 @@ class Attachment:
         self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
         due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
         on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
-        terms = parameter_values(on_parameters, model)
+        terms = parameter_values(on_parameters, model) if on_parameters else []
         recorded = self._collect(loss)
         for bound in due.values():
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):
