@@ -20,7 +20,7 @@ from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Work
-from restrain.engine.hooks import Hooks
+from restrain.engine.hooks import Hooks, uncollected
 from restrain.engine.injection import Root
 from restrain.engine.optimizers import check_optimizers, given_optimizers
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
@@ -81,7 +81,8 @@ def attach(
     refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
-    return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
+    with uncollected():
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
 
 
 class Attachment:
@@ -111,9 +112,7 @@ class Attachment:
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths = Strengths(self._bounds)
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
-        keep_up = [self._keep_up] * bool(self._keeping or self._strengths.bounds)
-        self._clock.on_real += keep_up + [self._tripwire.after] * bool(self._loss_rules)
-        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
+        self._listen()
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
@@ -128,6 +127,12 @@ class Attachment:
         except BaseException:  # a warning that is an error, a user's projection that fails: leave no hook behind
             self.detach()
             raise
+
+    def _listen(self) -> None:
+        """To real steps of the optimizers."""
+        keep_up = [self._keep_up] * bool(self._keeping or self._strengths.bounds)
+        self._clock.on_real += keep_up + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""

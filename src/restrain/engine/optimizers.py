@@ -46,10 +46,13 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     _check_counted(bounds, root, holders)
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
+    standing: dict[str, Tensor] = {}
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
-            p = handle.find(root)
+            if handle.name not in standing:
+                standing[handle.name] = handle.find(root)
+            p = standing[handle.name]
             holder, group = holders.get(id(p), (None, None))
             if bound.rule.how == "parametrize":
                 _check_decay(handle.name, what, group)

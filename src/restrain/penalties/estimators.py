@@ -253,9 +253,9 @@ class _Tangent(_Shift):
 
     def __call__(self, x: Batch) -> Tensor:
         u, h = self.direction(x.tensor), x.tensor
-        if forward_ad.unpack_dual(h).tangent is None:
-            return forward_ad.make_dual(h, u)
-        return h + forward_ad.make_dual(torch.zeros_like(u), u)  # it depends on another place that was moved
+        first = forward_ad.unpack_dual(h).tangent is None  # else it depends on another place that was moved
+        moved: Tensor = forward_ad.make_dual(h if first else torch.zeros_like(u), u)
+        return moved if first else h + moved
 
 
 def _width(h: Tensor) -> Tensor:
