@@ -214,7 +214,8 @@ def _loaded(module: str, name: str) -> Any:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which each process holds a part."""
-    return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
+    # a Parameter made of a DTensor is of the class DTensor
+    return type(tensor) is not nn.Parameter and isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
