@@ -46,13 +46,12 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     _check_counted(bounds, root, holders)
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
-    standing: dict[str, Tensor] = {}
+    handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
+    standing = {name: handle.find(root) for name, handle in handles.items()}
     moving: dict[int, Optimizer] = {}  # those of proximal rules
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
-            if handle.name not in standing:
-                standing[handle.name] = handle.find(root)
             p = standing[handle.name]
             holder, group = holders.get(id(p), (None, None))
             if bound.rule.how == "parametrize":
