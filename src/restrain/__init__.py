@@ -7,93 +7,102 @@
 >>> loss = reg.loss(model(torch.randn(3, 4)).square().mean())
 """
 
-from restrain import errors
-from restrain import schedule as schedules
-from restrain.declare import regularized, scope
-from restrain.engine.attach import Attachment, attach
-from restrain.look import activations, recording
-from restrain.penalties import (
-    L0,
-    L1,
-    L2,
-    MCP,
-    SCAD,
-    SLOPE,
-    Confidence,
-    Contractive,
-    DecoderL1,
-    Decorrelation,
-    Distance,
-    ElasticNet,
-    Entropy,
-    ExclusiveLasso,
-    FusedLasso,
-    GradientPenalty,
-    GroupLasso,
-    GroupLInf,
-    Hoyer,
-    Huber,
-    JacobianNorm,
-    KLSparsity,
-    LogSum,
-    Lp,
-    NetworkPenalty,
-    Norm,
-    NormChange,
-    NuclearNorm,
-    Orthogonality,
-    Penalty,
-    ProductNorm,
-    SoftBox,
-    SparseGroupLasso,
-    SpectralNorm,
-    StateChange,
-    Tie,
-    TotalVariation,
-    Weighted,
-)
-from restrain.places import inputs, outputs
-from restrain.plans import Plan
-from restrain.rules import Rule
-from restrain.sampling import sampling
-from restrain.schedule import Target
-from restrain.select import biases, embeddings, glob, norms, weights
-from restrain.transforms import (
-    NM,
-    AlphaDropout,
-    BlockDropout,
-    Box,
-    Constraint,
-    DropConnect,
-    Dropout,
-    DropPath,
-    EmbeddingDropout,
-    Fixed,
-    GaussianDropout,
-    GaussianNoise,
-    GradientNoise,
-    L1Ball,
-    LowRank,
-    MaxNorm,
-    MinMaxNorm,
-    Noise,
-    NonNegative,
-    NuclearBall,
-    Orthogonal,
-    Reparametrization,
-    Signs,
-    Simplex,
-    SpectralBall,
-    SpectralNormalization,
-    Symmetric,
-    TopK,
-    Transform,
-    UniformNoise,
-    UnitNorm,
-    WeightNormalization,
-    WeightStandardization,
-)
-from restrain.transforms.normalization import RobustScale, Standardize
+import gc
+
+_collecting = gc.isenabled()
+gc.disable()  # a full collection is due soon after `import torch`, and takes longer than all that is imported here
+try:
+    from restrain import errors
+    from restrain import schedule as schedules
+    from restrain.declare import regularized, scope
+    from restrain.engine.attach import Attachment, attach
+    from restrain.look import activations, recording
+    from restrain.penalties import (
+        L0,
+        L1,
+        L2,
+        MCP,
+        SCAD,
+        SLOPE,
+        Confidence,
+        Contractive,
+        DecoderL1,
+        Decorrelation,
+        Distance,
+        ElasticNet,
+        Entropy,
+        ExclusiveLasso,
+        FusedLasso,
+        GradientPenalty,
+        GroupLasso,
+        GroupLInf,
+        Hoyer,
+        Huber,
+        JacobianNorm,
+        KLSparsity,
+        LogSum,
+        Lp,
+        NetworkPenalty,
+        Norm,
+        NormChange,
+        NuclearNorm,
+        Orthogonality,
+        Penalty,
+        ProductNorm,
+        SoftBox,
+        SparseGroupLasso,
+        SpectralNorm,
+        StateChange,
+        Tie,
+        TotalVariation,
+        Weighted,
+    )
+    from restrain.places import inputs, outputs
+    from restrain.plans import Plan
+    from restrain.rules import Rule
+    from restrain.sampling import sampling
+    from restrain.schedule import Target
+    from restrain.select import biases, embeddings, glob, norms, weights
+    from restrain.transforms import (
+        NM,
+        AlphaDropout,
+        BlockDropout,
+        Box,
+        Constraint,
+        DropConnect,
+        Dropout,
+        DropPath,
+        EmbeddingDropout,
+        Fixed,
+        GaussianDropout,
+        GaussianNoise,
+        GradientNoise,
+        L1Ball,
+        LowRank,
+        MaxNorm,
+        MinMaxNorm,
+        Noise,
+        NonNegative,
+        NuclearBall,
+        Orthogonal,
+        Reparametrization,
+        Signs,
+        Simplex,
+        SpectralBall,
+        SpectralNormalization,
+        Symmetric,
+        TopK,
+        Transform,
+        UniformNoise,
+        UnitNorm,
+        WeightNormalization,
+        WeightStandardization,
+    )
+    from restrain.transforms.normalization import RobustScale, Standardize
+finally:
+    if _collecting:
+        gc.enable()
+    del _collecting
 
 __version__ = "0.1.0"
 

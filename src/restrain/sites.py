@@ -199,6 +199,14 @@ def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
     return found
 
 
+def _along(module: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
+    """The modules on such a way, both ends included."""
+    yield module
+    for key in path:
+        module = module._modules[key]  # type: ignore[assignment]
+        yield module
+
+
 def _loaded(module: str, name: str) -> Any:
     """A class of torch's, if anything has imported it."""
     return getattr(sys.modules.get(module), name, ())
@@ -206,7 +214,8 @@ def _loaded(module: str, name: str) -> Any:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether it is a DTensor, of which each process holds a part."""
-    return isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
+    # a Parameter made of a DTensor is of the class DTensor
+    return type(tensor) is not nn.Parameter and isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
@@ -233,7 +242,7 @@ def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, p
         return found
     if attribute in known:
         return found if shard is None else shard
-    around = fully_sharded(follow(root, path[:i]) for i in range(len(path) + 1))  # type: ignore[misc]
+    around = fully_sharded(_along(root, path))
     if not around:
         return found
     for module in around:

@@ -20,7 +20,7 @@ from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Work
-from restrain.engine.hooks import Hooks
+from restrain.engine.hooks import Hooks, uncollected
 from restrain.engine.injection import Root
 from restrain.engine.optimizers import check_optimizers, given_optimizers
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
@@ -81,7 +81,8 @@ def attach(
     refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
-    return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
+    with uncollected():
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
 
 
 class Attachment:
@@ -104,9 +105,8 @@ class Attachment:
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
-        self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
-        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
+        self._listen()
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
@@ -121,6 +121,12 @@ class Attachment:
         except BaseException:  # a warning that is an error, a user's projection that fails
             self.detach()  # leave no hook behind
             raise
+
+    def _listen(self) -> None:
+        """To real steps of the optimizers."""
+        keep_up = [self._keep_up] * bool(self._keeping or self._strengths.bounds)
+        self._clock.on_real += keep_up + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
@@ -223,7 +229,7 @@ class Attachment:
         self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
         due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
         on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
-        terms = parameter_values(on_parameters, model)
+        terms = parameter_values(on_parameters, model) if on_parameters else []
         recorded = self._collect(loss)
         for bound in due.values():
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):

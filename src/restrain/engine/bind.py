@@ -88,11 +88,12 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
     shards.at_rest(model)
     sites, slots = list(layers(model)), parameters(model)
     bounds: list[Bound] = []
+    standing: dict[str, Tensor] = {}  # parameters that a rule has been bound to
     for rule in rules:
         key, number = rule.label, 2
         while any(bound.key == key for bound in bounds):
             key, number = f"{rule.label} #{number}", number + 1
-        bounds.append(_bind(Bound(rule, key), sites, slots))
+        bounds.append(_bind(Bound(rule, key), sites, slots, standing))
         _check_network(bounds[-1], model)
     _check_parametrized(bounds)
     return bounds
@@ -126,21 +127,14 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
                 )
 
 
-def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
-    rule, mean = bound.rule, bound.rule.reduce == "mean"
+def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot], standing: dict[str, Tensor]) -> Bound:
+    rule = bound.rule
     device = next((p.device for p in sites[0].module.parameters() if not p.is_meta), torch.device("cpu"))
     bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
     if isinstance(rule.where, Places):
         bound.spots = _spots(rule, rule.where, sites)
         if isinstance(rule.what, Penalty):
-            weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
-            watches = [Watch(bound.key, spot, rule.optional) for spot in bound.spots]
-            what = bound.what.bound_in(sites[0].module)
-            for place in {spot.place for spot in bound.spots if spot.place.padded}:
-                padding.check(place, what, sites[0].module)
-            bound.taps = [Tap(watch, what.bound_at_place(), device, mean=mean, weight=weight) for watch in watches]
-            for tap in bound.taps:
-                tap.activities = [moving.activity for moving in bound.moving if moving.activity is not None]
+            bound.taps = _taps(bound, sites[0].module, device)
         bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
             _bind_derivative(bound, bound.what, sites)
@@ -152,7 +146,7 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
             raise
         chosen = []
     anywhere = _same_anywhere(bound.what)
-    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot, anywhere)) for slot in chosen]
+    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot, anywhere, standing)) for slot in chosen]
     if rule.how == "forward":
         bound.noisy = [
             (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
@@ -162,6 +156,21 @@ def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot]) -> Bound:
     where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
     bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
     return bound
+
+
+def _taps(bound: Bound, model: nn.Module, device: torch.device) -> list[Tap]:
+    mean = bound.rule.reduce == "mean"
+    weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
+    what = bound.what.bound_in(model)
+    for place in {spot.place for spot in bound.spots if spot.place.padded}:
+        padding.check(place, what, model)
+    alike = _same_anywhere(what, "bound_at_place")
+    taps = []
+    for spot in bound.spots:
+        watch, own = Watch(bound.key, spot, bound.rule.optional), what if alike else what.bound_at_place()
+        taps.append(Tap(watch, own, device, mean=mean, weight=weight))
+        taps[-1].activities = [moving.activity for moving in bound.moving if moving.activity is not None]
+    return taps
 
 
 def _bind_derivative(bound: Bound, what: OnDerivatives, sites: Sequence[Layer]) -> None:
@@ -207,13 +216,13 @@ def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
     return [Spot.of(target) for target in targets]
 
 
-def _same_anywhere(what: What) -> bool:
-    """Whether it needn't know of the tensor that it is bound to."""
+def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
+    """Whether it needn't know of the tensor or place that it is bound to."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
-    return bool(leaves) and all(type(leaf).bound_to is Penalty.bound_to for leaf in leaves)
+    return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
-def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, standing: dict[str, Tensor]) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -230,7 +239,9 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool) -> What:
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    tensor = slot.tensor()
+    if slot.name not in standing:
+        standing[slot.name] = slot.tensor()
+    tensor = standing[slot.name]
     shards.check(rule, slot, tensor)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(

@@ -71,6 +71,9 @@ def _in_huge_pages(t: Tensor) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(14))  # MADV_HUGEPAGE
 
 
+_PARTS = 64  # of the memory for blocks that are remembered
+
+
 class Scratch(threading.local):
     """Memory for what is computed of a block.
 
@@ -79,18 +82,29 @@ class Scratch(threading.local):
 
     def __init__(self) -> None:
         self.held: dict[tuple[torch.dtype, int], Tensor] = {}
+        self.parts: dict[tuple[torch.dtype, int, int], Tensor] = {}  # of these, as were wanted before
 
     def like(self, x: Tensor, number: int = 0) -> Tensor:
         """A tensor of the size of a flat one, with anything in it; one of each number."""
-        if x.device.type != "cpu" or x.numel() > BLOCK:
+        if not x.is_cpu or x.numel() > BLOCK:
             return torch.empty_like(x)
+        size = x.numel()
+        part = self.parts.get((x.dtype, number, size))
+        return self._part(x, number, size) if part is None else part
+
+    def _part(self, x: Tensor, number: int, size: int) -> Tensor:
         held = self.held.get((x.dtype, number))
         if held is None:
             with torch.inference_mode(False):
                 held = torch.empty(BLOCK, dtype=x.dtype, device=x.device)
-            if type(held) is Tensor:  # not what a mode makes of it
-                self.held[x.dtype, number] = held
-        return held if x.numel() == BLOCK else held[: x.numel()]
+            if type(held) is not Tensor:
+                return held[:size]  # what a mode makes of it
+            self.held[x.dtype, number] = held
+        if len(self.parts) == _PARTS:
+            self.parts.clear()
+        with torch.inference_mode(False):
+            part = self.parts[x.dtype, number, size] = held.detach()[:size]
+        return part
 
 
 scratch = Scratch()

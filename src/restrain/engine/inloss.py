@@ -185,8 +185,15 @@ class _Job:
     parts: Parts  # of the first, with strengths as they are at the forward
     acts: list[Act]
 
+    @functools.cached_property
+    def _simplest(self) -> Act | None:
+        """The act, where it is one, of one tensor: a place's, whose layer may be called thousands of times a second."""
+        return self.acts[0] if len(self.acts) == len(self.whats) == 1 and self.alike else None
+
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """The sum of the values."""
+        if (act := self._simplest) is not None and tensors[0].numel() <= act.block:
+            return times(act.strength, act.value(flattened(tensors[0])))
         if self.alike:
             return self._of(_joined(tensors))
         of_each = [self._of(flattened(x)) * weight for x, weight in zip(tensors, self.weights, strict=True)]
@@ -219,6 +226,9 @@ class _Job:
         """factor · gradient for each tensor, each in memory of its own."""
         if len(tensors) == 1:
             out = fresh(tensors[0])
+            if (act := self._simplest) is not None and out.numel() <= act.block:
+                act.gradient(flattened(tensors[0]), times(act.strength, factor), flattened(out))
+                return (out,)
             self._put(flattened(tensors[0]), factor, flattened(out))
             return (out,)
         flat = _joined(tensors)

@@ -46,10 +46,13 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     _check_counted(bounds, root, holders)
     proximal: dict[str, tuple[Tensor, list[Penalty], Optimizer]] = {}
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
+    handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
+    standing = {name: handle.find(root) for name, handle in handles.items()}
+    moving: dict[int, Optimizer] = {}  # those of proximal rules
     for bound in bounds:
         decayed = []
         for handle, what in bound.parameters:
-            p = handle.find(root)
+            p = standing[handle.name]
             holder, group = holders.get(id(p), (None, None))
             if bound.rule.how == "parametrize":
                 _check_decay(handle.name, what, group)
@@ -61,6 +64,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _check_kind(bound, holder, group)
             if bound.rule.how == "proximal":
                 proximal.setdefault(handle.name, (p, [], holder))[1].append(what)
+                moving[id(holder)] = holder
             if group.get("weight_decay") and _decays(what) and handle.name not in computed:
                 decayed.append(handle.name)
             if bound.rule.how == "project" and not isinstance(holder, torch.optim.SGD):
@@ -70,12 +74,12 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
                 _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
         if decayed:
             _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
-        measured = {type(holder).__name__ for _, _, holder in proximal.values() if not known(holder)}
+        measured = {type(holder).__name__ for holder in moving.values() if not known(holder)}
         if bound.rule.how == "proximal" and measured:
             bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(measured))} are measured"]
     for name, (p, penalties, optimizer) in proximal.items():
         _check_prox(name, p, total(penalties), optimizer)
-    _warn_of_measured({id(optimizer): optimizer for _, _, optimizer in proximal.values()}.values())
+    _warn_of_measured(moving.values())
 
 
 def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:

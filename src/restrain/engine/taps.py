@@ -85,7 +85,10 @@ class Watch:
     def keep(self, forward: int, tensor: Tensor) -> None:
         """Keep what a forward gave."""
         self.records.append((forward, tensor))
-        if not torch.compiler.is_compiling() and wrapped(tensor):
+        if torch.compiler.is_compiling():
+            return
+        self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
+        if wrapped(tensor):
             self.lives[id(tensor)] = life()
         elif self.lives:
             self.lives.pop(id(tensor), None)  # the address of one that is gone

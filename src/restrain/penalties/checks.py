@@ -63,7 +63,7 @@ def at_hand(strength: Any, penalty: object) -> Any:
 
 def times(strength: Any, value: Tensor) -> Tensor:
     """strength · value, in the value's own dtype."""
-    result: Tensor = (strength.to(value.dtype) if isinstance(strength, Tensor) else strength) * value
+    result: Tensor = value * (strength.to(value.dtype) if isinstance(strength, Tensor) else strength)
     return result
 
 
