@@ -90,8 +90,6 @@ class Watch:
         self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
         if wrapped(tensor):
             self.lives[id(tensor)] = life()
-        elif self.lives:
-            self.lives.pop(id(tensor), None)  # the address of one that is gone
 
     def leave(self) -> bool:
         """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
