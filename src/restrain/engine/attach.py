@@ -105,13 +105,16 @@ class Attachment:
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
-        self._clock = Clock(self._model)
+        self._clock = Clock(self._model, optimizers)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths = Strengths(self._bounds)
-        self._clock.on_real += [self._keep_up] + [self._tripwire.after] * bool(self._loss_rules)
-        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
+        self._clock.on_end.append(self._keep_up)
+        self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules) + [
+            self._parametrized.watch(lambda: self._clock.steps),
+            self._weight_noise.after,
+        ]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:
@@ -220,6 +223,8 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model = self.model
+        if torch.is_grad_enabled():
+            self._clock.end()
         if self._detached:
             raise DetachedError(
                 "these rules were detached: attach the plan again, rs.attach(model, reg.plan, optimizer)"
@@ -289,6 +294,7 @@ class Attachment:
 
     def next_epoch(self) -> None:
         """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.end()
         self._clock.epochs += 1
         self._strengths.refill(self._clock.steps, self._clock.epochs)
 
@@ -322,8 +328,8 @@ class Attachment:
                 yield f"{bound.key}: {tap.spot.key}", tap.penalty, None
 
     @torch.no_grad()
-    def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step: let those that keep tensors bring them up to date, and strengths move."""
+    def _keep_up(self, root: nn.Module) -> None:
+        """After a training step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
             what.stepped(None if handle is None else shards.whole(handle.find(root)))
         self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
@@ -334,6 +340,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
+        self._clock.end()
         return {
             "version": 1,
             "rules": [bound.key for bound in self._bounds],
