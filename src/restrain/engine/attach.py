@@ -105,16 +105,13 @@ class Attachment:
         self._steppers: list[Stepper] = []
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
-        self._clock = Clock(self._model, optimizers)
+        self._clock = Clock(self._model, optimizers, self._keep_up)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths = Strengths(self._bounds)
-        self._clock.on_end.append(self._keep_up)
-        self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules) + [
-            self._parametrized.watch(lambda: self._clock.steps),
-            self._weight_noise.after,
-        ]
+        self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
         self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
         _claimed.update(declaring)
         try:

@@ -25,12 +25,14 @@ class Clock:
     loss, or before another steps again.
     """
 
-    def __init__(self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer] = ()) -> None:
+    def __init__(
+        self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer], on_end: Callable[[nn.Module], None]
+    ) -> None:
         self.model, self.steps, self._from = model, 0, 0
+        self.on_end = on_end  # called after a training step
         self.epochs = 0  # as the user counts them
         self.on_any: list[Listener] = []  # called after any step in the process
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
-        self.on_end: list[Callable[[nn.Module], None]] = []  # called after a training step
         self._given, self._came = weakref.WeakSet(given), weakref.WeakSet[Optimizer]()
         self._moved = False  # whether there was a real step since the last training step ended
         self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
@@ -76,12 +78,12 @@ class Clock:
         self._came.clear()
         moved, self._moved, root = self._moved, False, self.model()
         if moved and root is not None:
-            for listener in self.on_end:
-                listener(root)
+            self.on_end(root)
 
     def resume(self, steps: int) -> None:
         """Go on counting from so many steps."""
-        self.steps = steps
+        self.steps, self._moved = steps, False
+        self._came.clear()
         self._counts.clear()
         self._from = steps
 
