@@ -5,6 +5,7 @@ import pickle
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ def of_samples(rule):
 
 
 def in_whole(plan):
-    """Without what may be cut apart only before the weight is computed (`parametrize`)."""
+    """Without parametrised weights, which aren't the parameters that could be frozen by their names."""
     return [rule for rule in plan if rule.how != "parametrize"]
 
 
@@ -162,7 +163,7 @@ class Environment:
 ENVIRONMENTS = [
     *map(Environment, (checkpointed, called_functionally, copied, evaluated, together, reloaded)),
     Environment(accumulated, fits=lambda plan: [rule for rule in plan if of_samples(rule)]),
-    Environment(split, lambda name, optimizer, plan: trained(name, optimizer, sum(halves(plan), []))),
+    Environment(split, lambda name, optimizer, plan: trained(name, optimizer, list(chain(*halves(plan))))),
     Environment(frozen_later, frozen, in_whole),
     Environment(clipped, partial(clipped, clip=by_hand)),
 ]

@@ -99,7 +99,7 @@ def test_an_optimizer_that_steps_now_and_then():
 def test_without_a_loss_the_next_step_ends_the_one_before():
     model = network()
     often, seldom = halves(model, lr=0.01)
-    reg = counting(model, [often, seldom], how="proximal")
+    counting(model, [often, seldom], how="proximal")
     seen = []
     for number in range(4):
         before = model[0].weight.detach().clone()
