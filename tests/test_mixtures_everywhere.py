@@ -145,12 +145,17 @@ def of_samples(rule):
     """Whether a rule is on parameters, or gives the same for the whole batch as for its parts on average."""
     leaf = getattr(rule.what, "leaf", rule.what)
     by_sample = isinstance(leaf, Entrywise | rs.Contractive) and not getattr(rule.where, "padded", False)
-    return not random(rule) and not of_loss(rule) and (by_sample or not rule.at_places)
+    of_forwards = getattr(leaf, "iterations", None)  # of the power method: by one more at each forward
+    return not random(rule) and not of_loss(rule) and not of_forwards and (by_sample or not rule.at_places)
 
 
-def in_whole(plan):
-    """Without parametrised weights, which aren't the parameters that could be frozen by their names."""
-    return [rule for rule in plan if rule.how != "parametrize"]
+def certain(plan):
+    return [rule for rule in plan if not random(rule)]
+
+
+def unmoved(plan):
+    """Without constraints, which move at attach what isn't frozen, and parametrised weights, whose names go."""
+    return [rule for rule in plan if rule.how not in ("parametrize", "project")]
 
 
 @dataclass(frozen=True)
@@ -163,11 +168,11 @@ class Environment:
 ENVIRONMENTS = [
     *map(Environment, (checkpointed, called_functionally, copied, evaluated, together, reloaded)),
     Environment(accumulated, fits=lambda plan: [rule for rule in plan if of_samples(rule)]),
-    Environment(split, lambda name, optimizer, plan: trained(name, optimizer, list(chain(*halves(plan))))),
-    Environment(frozen_later, frozen, in_whole),
+    Environment(split, lambda name, optimizer, plan: trained(name, optimizer, list(chain(*halves(plan)))), certain),
+    Environment(frozen_later, frozen, unmoved),
     Environment(clipped, partial(clipped, clip=by_hand)),
 ]
-COMPILED = Environment(compiled, fits=lambda plan: [rule for rule in plan if not random(rule)])
+COMPILED = Environment(compiled, fits=certain)
 
 
 @contextmanager

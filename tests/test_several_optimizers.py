@@ -96,6 +96,22 @@ def test_an_optimizer_that_steps_now_and_then():
     assert reg.state_dict()["strengths"]["rule"]["strength"] == 8
 
 
+def test_outputs_too():
+    """Here the next forward ends it, as what it measures has its strength already."""
+    model = network()
+    often, seldom = halves(model, lr=0.01)
+    reg = rs.attach(model, COUNTED * rs.L2().on(rs.outputs("1"), name="rule"), [often, seldom])
+    for number in range(4):
+        hidden = model[:2](torch.ones(2, 3, dtype=torch.float64)).detach()
+        data = model(torch.ones(2, 3, dtype=torch.float64)).square().mean()
+        loss = reg.loss(data)
+        assert (loss - data).item() == pytest.approx((1 + number) * hidden.square().sum().item() / 2, rel=1e-12)
+        loss.backward()
+        often.step()
+        if number == 1:
+            seldom.step()
+
+
 def test_without_a_loss_the_next_step_ends_the_one_before():
     model = network()
     often, seldom = halves(model, lr=0.01)

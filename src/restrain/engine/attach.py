@@ -101,8 +101,7 @@ class Attachment:
         shards.note_gathered(self._bounds, model)
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
-        self._detached = False
-        self._steppers: list[Stepper] = []
+        self._detached, self._steppers = False, list[Stepper]()
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
         self._clock = Clock(self._model, optimizers, self._keep_up)
@@ -130,6 +129,7 @@ class Attachment:
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
+        self._forwards.began = self._clock.end
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
@@ -220,7 +220,7 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model = self.model
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._watching():  # what a forward measured has the strength that it had
             self._clock.end()
         if self._detached:
             raise DetachedError(
@@ -246,11 +246,13 @@ class Attachment:
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
-        watching = bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
-        if watching and self.model.training and torch.is_grad_enabled():
+        if self._watching() and self.model.training and torch.is_grad_enabled():
             self._forwards.collect(loss)
             return True
         return False
+
+    def _watching(self) -> bool:
+        return bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
 
     def _hidden(self, hidden: list[Any], share: float | Tensor = 1.0) -> tuple[Tensor, Any]:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""

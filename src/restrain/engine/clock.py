@@ -21,8 +21,8 @@ class Clock:
     """The number of real steps that were taken in training a model; of several optimizers, of the one with the most.
 
     A real step wasn't skipped by a loss scaler, and its learning rate isn't zero. Of several given optimizers, each
-    does its part of a training step. That ends with the last of them; where one doesn't step this time, with the next
-    loss, or before another steps again.
+    does its part of a training step. That ends with the last of them; where one doesn't step this time, as the next
+    begins: with a forward or loss (`end`), or before another steps again.
     """
 
     def __init__(
