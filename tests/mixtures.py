@@ -251,19 +251,29 @@ class Run:
     regs: list = field(default_factory=list)
     call: object = None
     losses: list = field(default_factory=list)
+    parts: int = 1  # micro-batches
+    clip: object = None  # called with the parameters before the optimizer's step
 
     def step(self, number):
         torch.manual_seed(100 + number)
-        x, y = batch(self.name, number)
         self.optimizer.zero_grad()
-        lengths = {"lengths": torch.arange(len(x)) % x.shape[1] + 1} if KINDS[self.name].lengths else {}
-        out = (self.model if self.call is None else self.call)(x, **lengths)
-        loss = F.mse_loss(out, y)
+        self.losses.append(0.0)
+        x, y = batch(self.name, number)
+        lengths = torch.arange(len(x)) % x.shape[1] + 1
+        for part in zip(*(tensor.chunk(self.parts) for tensor in (x, y, lengths)), strict=True):
+            self.backward(*part)
+        if self.clip is not None:
+            self.clip([p for p in self.model.parameters() if p.grad is not None])
+        self.optimizer.step()
+
+    def backward(self, x, y, lengths):
+        given = {"lengths": lengths} if KINDS[self.name].lengths else {}
+        loss = F.mse_loss((self.model if self.call is None else self.call)(x, **given), y)
         for reg in self.regs:
             loss = reg.loss(loss)
+        loss = loss / self.parts
         loss.backward()
-        self.losses.append(loss.item())
-        self.optimizer.step()
+        self.losses[-1] += loss.item()
 
     def weights(self):
         return {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
@@ -292,9 +302,11 @@ def fresh(name):
     return copy.deepcopy(_made(name))
 
 
-def begin(name, optimizer, *plans):
-    """A fresh model with these plans attached."""
+def begin(name, optimizer, *plans, prepare=None):
+    """A fresh model with these plans attached; `prepare` is called with it before."""
     model = fresh(name)
+    if prepare is not None:
+        prepare(model)
     run = Run(name, model, OPTIMIZERS[optimizer](model.parameters()))
     torch.manual_seed(5)
     for plan in plans:

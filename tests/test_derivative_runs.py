@@ -3,6 +3,7 @@
 import copy
 import os
 import socket
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
 from jacobians import CODE, ESTIMATORS, Attend, Widened, equal, gradients, made, reference, regularized
@@ -23,6 +25,18 @@ from restrain.penalties import estimators
 def test_non_reentrant_checkpoints(estimator):
     model, x = made(reentrant=False)
     equal(regularized(model, x, 0.5 * rs.JacobianNorm(estimator=estimator).on()), reference(x))
+
+
+def test_the_whole_model_in_a_checkpoint():
+    """Between its first pass and its recomputation, the closed form becomes known, which needs no twin of the input."""
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(5, 4).double()
+    reg = rs.attach(model, 0.5 * rs.Contractive(estimator="exact").on(rs.inputs("2")))
+    found = []
+    for call in (partial(checkpoint, model, use_reentrant=False), model):
+        model.zero_grad()
+        reg.loss(call(x).square().mean()).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
 
 
 def test_places_in_a_checkpoint():

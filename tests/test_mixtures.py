@@ -141,16 +141,21 @@ def of_loss(rule):
     return bool(getattr(getattr(rule.what, "leaf", None), "of_loss", False))
 
 
-def check_halves(name, optimizer, plan):
-    """Two attachments are one of both; what acts on the weights themselves stays in one, after all gradients."""
+def halves(plan):
+    """Two plans that together are this one, without what is random; of what acts on the weights, all in the second."""
     plan = [rule for rule in plan if not random(rule)]
     late = [rule for rule in plan if rule.how not in ("loss", "gradient")]
     early = [rule for rule in plan if rule.how in ("loss", "gradient")]
     early.sort(key=of_loss, reverse=True)
     first = max(len(early) // 2, sum(map(of_loss, early)))
-    halves = early[:first], early[first:] + late  # the second's loss has the first's penalties in it
-    if all(halves):
-        whole, split = trained(name, optimizer, plan), trained(name, optimizer, *halves)
+    return early[:first], early[first:] + late  # the second's loss has the first's penalties in it
+
+
+def check_halves(name, optimizer, plan):
+    """Two attachments are one of both; what acts on the weights themselves stays in one, after all gradients."""
+    first, second = halves(plan)
+    if first and second:
+        whole, split = trained(name, optimizer, [*first, *second]), trained(name, optimizer, first, second)
         same(split.weights(), whole.weights(), rtol=1e-9, atol=1e-9)
 
 

@@ -299,5 +299,7 @@ def test_what_goes_where():
             rs.DropConnect(rate)
     with pytest.raises(TransformError, match="complex64"):
         rs.DropConnect(0.1)(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TransformError, match=r"complex64.*take GaussianNoise"):
+        rs.attach(nn.Linear(2, 2, dtype=torch.complex64), rs.DropConnect(0.1).on("weight"))
     plan = rs.Plan.of([rs.DropConnect(0.1).on("0.weight"), rs.GaussianNoise(0.1).on("0.bias")])
     assert rs.Plan.from_dict(plan.to_dict()) == plan

@@ -13,9 +13,6 @@ SAMPLE = ("parameter-penalty-in-the-loss", "output-penalty")
 DRAWS = torch._inductor.config.patch(fallback_random=True)  # inductor draws eager's numbers then
 
 
-UNSAFE = {"weight-noise": "torch raises `HOP: Unsafe side effect`: take the checkpoint or the compilation away"}
-
-
 def compiled(model, way, backend):
     """The model compiled; what is to be called."""
     if way == "model.compile()":
@@ -61,12 +58,12 @@ for way in ("torch.compile(model)", "model.compile()"):
             add(way, backend, after)
 
 
-@column("`torch.compile(model)`, aot_eager, fullgraph, with non-reentrant checkpoints inside", GROUP, senseless=UNSAFE)
+@column("`torch.compile(model)`, aot_eager, fullgraph, with non-reentrant checkpoints inside", GROUP)
 def compiled_checkpoint(kind):
     return model_compiled(kind, "torch.compile(model)", "aot_eager", model=fresh(checkpointed(False)))
 
 
-@column("the same with inductor", GROUP, senseless=UNSAFE)
+@column("the same with inductor", GROUP)
 def compiled_checkpoint_inductor(kind):
     return model_compiled(kind, "torch.compile(model)", "inductor", model=fresh(checkpointed(False)))
 

@@ -63,12 +63,12 @@ def in_float32(kind):
     return rounded(kind)
 
 
-@column("bfloat16 parameters", GROUP, fast=True, rounding=3e-2)
+@column("bfloat16 parameters", GROUP, fast=True, rounding=8e-3)
 def in_bfloat16(kind):
     return rounded(kind, torch.bfloat16)
 
 
-@column("autocast to bfloat16", GROUP, fast=True, rounding=2e-2)
+@column("autocast to bfloat16", GROUP, fast=True, rounding=5e-3)
 def autocast_bfloat16(kind):
     return rounded(kind, autocast=torch.bfloat16)
 
@@ -117,13 +117,13 @@ def scaled(kind, optimizer, clips):
 
 
 @column(
-    "autocast to float16, GradScaler with `unscale_` and clipping, one skipped step", GROUP, fast=True, rounding=1e-2
+    "autocast to float16, GradScaler with `unscale_` and clipping, one skipped step", GROUP, fast=True, rounding=5e-4
 )
 def autocast_float16(kind):
     return scaled(kind, SGD, clips=True)
 
 
-@column("the same with a fused optimizer, without `unscale_`", GROUP, fast=True, rounding=1e-2)
+@column("the same with a fused optimizer, without `unscale_`", GROUP, fast=True, rounding=1e-3)
 def autocast_float16_fused(kind):
     return scaled(kind, partial(SGD, fused=True), clips=False)
 

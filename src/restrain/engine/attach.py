@@ -100,7 +100,7 @@ class Attachment:
         self._detached = False
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.watches)]
-        self._clock = Clock(self._model)
+        self._clock = Clock(self._model, optimizers, self._keep_up)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
@@ -124,12 +124,12 @@ class Attachment:
 
     def _listen(self) -> None:
         """To real steps of the optimizers."""
-        keep_up = [self._keep_up] * bool(self._keeping or self._strengths.bounds)
-        self._clock.on_real += keep_up + [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
+        self._forwards.began = self._clock.end
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
@@ -220,6 +220,8 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model = self.model
+        if torch.is_grad_enabled() and not self._watching():  # what a forward measured has the strength that it had
+            self._clock.end()
         if self._detached:
             raise DetachedError(
                 "these rules were detached: attach the plan again, rs.attach(model, reg.plan, optimizer)"
@@ -244,11 +246,13 @@ class Attachment:
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
-        watching = bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
-        if watching and self.model.training and torch.is_grad_enabled():
+        if self._watching() and self.model.training and torch.is_grad_enabled():
             self._forwards.collect(loss)
             return True
         return False
+
+    def _watching(self) -> bool:
+        return bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
 
     def _hidden(self, hidden: list[Any], share: float | Tensor = 1.0) -> tuple[Tensor, Any]:
         """The value of penalties whose gradient is injected, and what sets it off in backward."""
@@ -289,6 +293,7 @@ class Attachment:
 
     def next_epoch(self) -> None:
         """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.end()
         self._clock.epochs += 1
         self._strengths.refill(self._clock.steps, self._clock.epochs)
 
@@ -322,8 +327,8 @@ class Attachment:
                 yield f"{bound.key}: {tap.spot.key}", tap.penalty, None
 
     @torch.no_grad()
-    def _keep_up(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step: let those that keep tensors bring them up to date, and strengths move."""
+    def _keep_up(self, root: nn.Module) -> None:
+        """After a training step: let those that keep tensors bring them up to date, and strengths move."""
         for what, handle in self._keeping:
             what.stepped(None if handle is None else shards.whole(handle.find(root)))
         self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
@@ -334,6 +339,7 @@ class Attachment:
 
     def state_dict(self) -> dict[str, Any]:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
+        self._clock.end()
         return {
             "version": 1,
             "rules": [bound.key for bound in self._bounds],

@@ -108,8 +108,9 @@ class LayerHook(Draws, Hook):
             if inputs is None:
                 return result  # a layer that is called alone: which positions count isn't known
         if mode != "recompute":
-            for activity in tap.activities:
-                activity.add(tap.spot.seen(structures.get(structure, way)))
+            with torch.no_grad():  # a graph would be missed in a checkpoint's recomputation
+                for activity in tap.activities:
+                    activity.add(tap.spot.seen(structures.get(structure, way)))
         value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,21 +20,39 @@ Listener = Callable[[Optimizer, nn.Module], None]
 class Clock:
     """The number of real steps that were taken in training a model; of several optimizers, of the one with the most.
 
-    A real step wasn't skipped by a loss scaler, and its learning rate isn't zero.
+    A real step wasn't skipped by a loss scaler, and its learning rate isn't zero. Of several given optimizers, each
+    does its part of a training step. That ends with the last of them; where one doesn't step this time, as the next
+    begins: with a forward or loss (`end`), or before another steps again.
     """
 
-    def __init__(self, model: Callable[[], nn.Module | None]) -> None:
+    def __init__(
+        self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer], on_end: Callable[[nn.Module], None]
+    ) -> None:
         self.model, self.steps, self._from = model, 0, 0
+        self.on_end = on_end  # called after a training step
         self.epochs = 0  # as the user counts them
         self.on_any: list[Listener] = []  # called after any step in the process
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
+        self._given, self._came = weakref.WeakSet(given), weakref.WeakSet[Optimizer]()
+        self._moved = False  # whether there was a real step since the last training step ended
+        self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
         self._relevant: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._counts: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         _watchers.add(self)
 
     def remove(self) -> None:
         """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
         _watchers.remove(self)
+
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called before a step of one of several given optimizers."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.before, optimizer, args, kwargs)  # type: ignore[no-any-return]
+        if optimizer in self._came and not nested(optimizer):
+            self.end()
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """Called after a step of any optimizer in the process."""
@@ -44,15 +62,28 @@ class Clock:
             return
         for listener in self.on_any:
             listener(optimizer, root)
+        if optimizer in self._given:
+            self._came.add(optimizer)
         if real_step(optimizer) and self._trains(optimizer, root):
             self._counts[optimizer] = self._counts.get(optimizer, 0) + 1
             self.steps = max(self.steps, self._from + self._counts[optimizer])
+            self._moved = True
             for listener in self.on_real:
                 listener(optimizer, root)
+        if not self._came or all(one in self._came or _rests(one) for one in self._given):
+            self.end()
+
+    def end(self) -> None:
+        """A training step has ended, if one was begun."""
+        self._came.clear()
+        moved, self._moved, root = self._moved, False, self.model()
+        if moved and root is not None:
+            self.on_end(root)
 
     def resume(self, steps: int) -> None:
         """Go on counting from so many steps."""
-        self.steps = steps
+        self.steps, self._moved = steps, False
+        self._came.clear()
         self._counts.clear()
         self._from = steps
 
@@ -64,6 +95,11 @@ class Clock:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             known = self._relevant[optimizer] = (size, any(id(p) in held for p in root.parameters()))
         return known[1]
+
+
+def _rests(optimizer: Optimizer) -> bool:
+    """Whether an optimizer has nothing to step: all is frozen, or its learning rate is zero."""
+    return not any(float(g["lr"]) != 0 and any(p.requires_grad for p in g["params"]) for g in optimizer.param_groups)
 
 
 class _Watchers:

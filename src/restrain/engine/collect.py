@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -94,6 +94,7 @@ class Forwards:
         self._training = False  # inside a forward that began in training and with gradients on
         self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
         self._inputs: list[Inputs] = []  # of the forwards of the model that run, the innermost last
+        self.began: Callable[[], None] = lambda: None  # called when a training forward begins, in eager code
         self.lent = Lent()
         self._of_frames: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
 
@@ -124,6 +125,7 @@ class Forwards:
         if self._depth == 1 and not _pause.depth:
             self.lent.look(model)
         if self._depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
+            self.began()
             self.ran = self._training = True
             self.number += 1
             self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})

@@ -8,6 +8,7 @@ differentiated twice, that is all; elsewhere the model runs again on the inputs 
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from restrain.engine.capture import way_to
 from restrain.engine.collect import Forwards, paused
 from restrain.engine.draws import exporting
 from restrain.engine.hanging import Hook
-from restrain.engine.injection import in_checkpoint
+from restrain.engine.injection import checkpoint_frame, in_checkpoint
 from restrain.engine.taps import Spot, Watch, batch_dim
 from restrain.errors import CaptureError
 from restrain.penalties.again import Randomness
@@ -156,11 +157,20 @@ class Moved(Probe):
                     "are moved; use estimator='exact' or 'vjp', or a place outside of it"
                 )
         else:
-            keep = batch.tensor.requires_grad or self.whose.light
+            keep = batch.tensor.requires_grad or self._light(mode)
             h = batch.tensor if keep else batch.tensor.detach().requires_grad_()
             if mode == "record":
                 self.note(dataclasses.replace(batch, tensor=h))
         return result if h is batch.tensor else structures.put(result, way, h)
+
+    def _light(self, mode: str) -> bool:
+        """Whether inputs need no gradient; in a recomputation as it was at the first time."""
+        frame = checkpoint_frame()
+        if frame is None:
+            return self.whose.light
+        if mode == "record":
+            self.whose.light_of[frame] = self.whose.light
+        return self.whose.light_of.get(frame, self.whose.light)
 
 
 class Arguments(Watch, Hook):
@@ -208,6 +218,7 @@ class Derivative:
         self.watches: list[Watch] = [*self.probes, self.arguments]
         self.choice: Choice | None = None
         self.light = False  # the closed form was seen to hold, for which inputs need no gradient
+        self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # by checkpoint
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
         self._blind = False  # whether what is pending comes from compiled code, which no probe saw
         self._term: Tensor | None = None

@@ -264,9 +264,9 @@ class Strengths:
 
     @torch.no_grad()
     def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
-        """After a real step: so many were taken by now."""
+        """After a training step: so many were taken by now."""
         if steps == self.done:
-            return  # another optimizer's part of the same step
+            return  # of an optimizer that is behind another
         self.done = steps
         for bound in self.bounds:
             for moving in bound.moving:

@@ -84,6 +84,7 @@ class Disturb(Draws, Hook):
         super().__init__()
         self.noises: list[tuple[Site, list[Noise]]] = []
         self.fired = False
+        self.calls = torch.zeros(1)  # in compiled code: what is done in place leaves a compiled checkpoint, too
 
     def add(self, site: Site, noise: Noise) -> None:
         """One more noise on a weight, after those that it has."""
@@ -94,11 +95,15 @@ class Disturb(Draws, Hook):
             known.append(noise)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
+        compiled = torch.compiler.is_compiling()
+        if not compiled:
             restore(module, self.noises)  # after an interrupt that no hook sees
         if not self.draws(module):
             return
-        self.fired = True
+        if compiled:
+            self.calls.add_(1)
+        else:
+            self.fired = True
         for site, noises in self.noises:
             owner = _owner(module, site)
             w = owner._parameters.get(site.attribute)
@@ -112,7 +117,7 @@ class Disturb(Draws, Hook):
             disturbed: Tensor = w
             for noise in noises:
                 disturbed = noise.of_weight(disturbed)
-            owner.__dict__[site.attribute] = disturbed
+            _set(owner, site.attribute, disturbed)
             keep_flat(owner)
 
 
@@ -131,8 +136,25 @@ def restore(module: nn.Module, noisy: list[tuple[Site, list[Noise]]]) -> None:
     for site, _ in noisy:
         owner = _owner(module, site)
         if site.attribute in owner.__dict__:
-            owner.__dict__.pop(site.attribute)
+            _set(owner, site.attribute, None)
             keep_flat(owner)
+
+
+def _set(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
+    """Put a tensor before the stored one, or take it away; torch.compile sees in a checkpoint that it is both."""
+    if torch.compiler.is_compiling():
+        from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as undone
+
+        undone(_write, owner, key, tensor)
+    else:
+        _write(owner, key, tensor)
+
+
+def _write(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        owner.__dict__.pop(key)
+    else:
+        owner.__dict__[key] = tensor
 
 
 def _owner(module: nn.Module, site: Site) -> nn.Module:
@@ -197,6 +219,7 @@ class WeightNoise:
             NeverFiredError: a weight has a gradient, though the module that should have disturbed it was never called.
         """
         for disturb in self.hooks.values():
+            disturb.fired = disturb.fired or bool(disturb.calls)
             silent = [] if disturb.fired else [site for site, _ in disturb.noises if self.checked[site]]
             for site in silent:
                 owner = follow(root, site.caller + site.way)

@@ -33,7 +33,7 @@ class DropConnect(Noise):
         rate: the probability, from 0 to below 1.
 
     Raises:
-        TransformError: a `rate` outside of that; a complex weight.
+        TransformError: a `rate` outside of that; at attach, a complex weight.
 
     Source: Wan and others (2013); with the scaling done in training, and one mask a batch.
 
@@ -50,10 +50,20 @@ class DropConnect(Noise):
     def __post_init__(self) -> None:
         checked_number("rate", self.rate, "the probability of a zero, from 0 to below 1", 0, 1, closed=True)
 
+    def bound_to(self, at: Location) -> DropConnect:
+        self._check(at.tensor)
+        return self
+
     def __call__(self, x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            raise TransformError(f"{self!r} needs a real floating-point weight, got {x.dtype}")
+        self._check(x)
         return F.dropout(x, self.rate, training=True)
+
+    def _check(self, x: Tensor) -> None:
+        if not x.is_floating_point():
+            raise TransformError(
+                f"{self!r} needs a real floating-point weight, got {x.dtype}: torch has no dropout of complex tensors; "
+                "leave it out of the rule, or take GaussianNoise"
+            )
 
 
 @dataclass(frozen=True)
