@@ -138,7 +138,9 @@ class Stepper:
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(job.members)
             acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
-            self._act(acts, Given(job.group["lr"], scale), members)
+            adds = any(act.kind == "gradient" for act in acts)  # else gradients need be neither gathered nor copied
+            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in members]
+            self._act(acts, Given(job.group["lr"], scale), tensors)
             if with_value:
                 values += [value_of(act.what, p) for p, _ in members for act in acts]
         if moves and self._looks:
