@@ -1,7 +1,6 @@
 """Two gloo processes with half a batch each train as one process with the whole batch does."""
 
 import os
-import socket
 import warnings
 
 import pytest
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
 from restrain.errors import CaptureError
+from spawning import spawned
 
 RANKS, STEPS = 2, 4
 
@@ -162,14 +162,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def ranks():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, (port, results), nprocs=RANKS)
-        return dict(results)
+    return spawned(run_rank, RANKS)
 
 
 @pytest.mark.parametrize("case", cases(), ids=str)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 from functools import partial
 
 import pytest
@@ -17,6 +16,7 @@ import restrain as rs
 from jacobians import CODE, ESTIMATORS, Attend, Widened, equal, gradients, made, reference, regularized
 from restrain.errors import CaptureError, PenaltyError
 from restrain.penalties import estimators
+from spawning import spawned
 
 # Checkpoints
 
@@ -262,13 +262,7 @@ def sharded(rank, port, results):
 
 @pytest.mark.slow
 def test_two_ranks_that_share_the_parameters():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(sharded, (port, results), nprocs=2)
-        results = dict(results)
+    results = spawned(sharded, 2)
     for rank in range(2):
         assert "jvp, by a second forward (sharded parameters)" in results[rank, "auto"]
         assert "can't be differentiated twice: use estimator='jvp'" in results[rank, "exact"]

@@ -76,7 +76,7 @@ def same(ps, found, wanted):
 def block(request, monkeypatch):
     """As it is, and cut into blocks of few entries, of tensors that don't join."""
     if request.param:
-        monkeypatch.setattr(blocks.Act, "block", request.param)
+        monkeypatch.setattr(blocks.Piece, "block", request.param)
         monkeypatch.setattr(inloss, "SMALL", 8)
         monkeypatch.setattr(inloss, "JOINED", 12)
 

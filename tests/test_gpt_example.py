@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 import restrain as rs
-from test_shards import spawned
+from spawning import spawned
 
 ROOT = Path(__file__).parents[1]
 STEPS, HALF = 12, 6

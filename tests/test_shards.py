@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import warnings
 
 import pytest
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 import restrain as rs
 from restrain.engine import ranks, shards
 from restrain.errors import HowError, NotCollectedError, OptimizerError, PenaltyError, RestrainWarning
+from spawning import spawned
 
 RANKS, STEPS = 2, 3
 OPTIMIZERS = {
@@ -287,16 +287,6 @@ def run_rank(rank, port, results, cases):
     results[rank] = found
     dist.barrier()
     os._exit(0)  # gloo's threads sometimes abort the process while the interpreter shuts down
-
-
-def spawned(run, count, *arguments):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with torch.multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run, (port, results, *arguments), nprocs=count)
-        return dict(results)
 
 
 @pytest.fixture(scope="module")

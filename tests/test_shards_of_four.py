@@ -13,7 +13,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import restrain as rs
 from restrain.errors import RestrainWarning
-from test_shards import PLANS, SLOW, STEPS, W, equal, full, spawned, train
+from spawning import spawned
+from test_shards import PLANS, SLOW, STEPS, W, equal, full, train
 
 RANKS, MESHES = 4, ((1, 4), (2, 2))
 WIDE = [case for case in SLOW if case[0] != "proximal by block"]  # whose blocks don't divide the wider layers

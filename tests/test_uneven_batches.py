@@ -1,7 +1,6 @@
 """Processes with unequal parts of a batch, or unequal numbers of batches, as docs/trainers.md has it."""
 
 import os
-import socket
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import restrain as rs
+from spawning import spawned
 
 RANKS = 2
 PLAN = [
@@ -78,14 +78,7 @@ def run_rank(rank, port, results):
 
 @pytest.fixture(scope="module")
 def ranks():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(run_rank, (port, results), nprocs=RANKS)
-        return dict(results)
+    return spawned(run_rank, RANKS)
 
 
 @pytest.mark.slow

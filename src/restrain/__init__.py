@@ -7,11 +7,9 @@
 >>> loss = reg.loss(model(torch.randn(3, 4)).square().mean())
 """
 
-import gc
+from restrain.garbage import uncollected
 
-_collecting = gc.isenabled()
-gc.disable()  # a full collection is due soon after `import torch`, and takes longer than all that is imported here
-try:
+with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
     from restrain import errors
     from restrain import schedule as schedules
     from restrain.declare import regularized, scope
@@ -99,10 +97,6 @@ try:
         WeightStandardization,
     )
     from restrain.transforms.normalization import RobustScale, Standardize
-finally:
-    if _collecting:
-        gc.enable()
-    del _collecting
 
 __version__ = "0.1.0"
 

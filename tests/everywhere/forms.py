@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import restrain as rs
 from everywhere.column import column
-from everywhere.training import Net, Run, attached, batch, fresh, plain
+from everywhere.training import Net, Run, Several, attached, batch, fresh, plain
 
 GROUP = "Forms of models"
 
@@ -178,23 +178,10 @@ def sparse_sgd(kind):
     return run.steps().result(), plain(kind, DenseTokens, SGD)
 
 
-class Both:
-    """Two optimizers as one."""
-
-    def __init__(self, parameters, first):
-        one, *rest = parameters
-        self.members = [first([one], lr=0.05), torch.optim.Adam(rest, lr=0.05)]
-
-    def __iter__(self):
-        return iter(self.members)
-
-    def zero_grad(self):
-        for member in self.members:
-            member.zero_grad()
-
-    def step(self):
-        for member in self.members:
-            member.step()
+def both(parameters, first):
+    """One optimizer for the embedding, Adam for the rest."""
+    one, *rest = parameters
+    return Several([first([one], lr=0.05), torch.optim.Adam(rest, lr=0.05)])
 
 
 class LazilyMoved(torch.optim.Optimizer):
@@ -222,8 +209,8 @@ NO_DENSE = dict.fromkeys(("parameter-penalty-in-the-loss", "group-penalty-in-the
 
 @column("the same with SparseAdam", GROUP, fast=True, refuses=NEED_DENSE | NO_DENSE)
 def sparse_adam_alone(kind):
-    run = Sparse(**vars(attached(kind, fresh(Tokens), partial(Both, first=torch.optim.SparseAdam))))
-    return run.steps().result(), plain(kind, DenseTokens, partial(Both, first=LazilyMoved))
+    run = Sparse(**vars(attached(kind, fresh(Tokens), partial(both, first=torch.optim.SparseAdam))))
+    return run.steps().result(), plain(kind, DenseTokens, partial(both, first=LazilyMoved))
 
 
 # Parametrised, lazy, in containers

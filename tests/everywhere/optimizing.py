@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import restrain as rs
 from everywhere.by_hand import PROXIMAL, Hand, hand
 from everywhere.column import column
-from everywhere.training import DEVICE, PROGRESS, STEPS, Net, Run, adam, batch, fresh, seed
+from everywhere.training import DEVICE, PROGRESS, STEPS, Net, Run, Several, adam, batch, fresh, seed
 
 GROUP = "Optimizers"
 FAST = ("proximal-penalty", "group-penalty-in-the-loss")
@@ -28,21 +28,6 @@ def trained(kind, optimize, make=Net, between=lambda step, optimizers: None):
         between(step, optimizers)
     result = run.result()
     return {"weights": result["weights"], "losses": result["losses"]}, strengths
-
-
-class Several:
-    """Optimizers that step together."""
-
-    def __init__(self, optimizers):
-        self.optimizers = optimizers
-
-    def zero_grad(self):
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-
-    def step(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
 
 
 def compared(kind, *ways, make=Net, between=lambda step, optimizers: None):

@@ -45,6 +45,24 @@ def adam(parameters):
     return torch.optim.Adam(parameters, lr=0.05)
 
 
+class Several:
+    """Optimizers that step together."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+
+    def __iter__(self):
+        return iter(self.optimizers)
+
+    def zero_grad(self):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.5)
 

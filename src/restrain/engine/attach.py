@@ -20,7 +20,7 @@ from restrain.engine.detached import DetachedAttachment
 from restrain.engine.feasible import hold_from_now
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Work
-from restrain.engine.hooks import Hooks, uncollected
+from restrain.engine.hooks import Hooks
 from restrain.engine.injection import Root
 from restrain.engine.optimizers import check_optimizers, given_optimizers
 from restrain.engine.parametrized import Parametrized, refuse_wrapped
@@ -33,6 +33,7 @@ from restrain.engine.together import join, leave
 from restrain.engine.tripwire import Strangers, Tripwire
 from restrain.engine.weightnoise import WeightNoise
 from restrain.errors import DetachedError, PenaltyError, PlanError
+from restrain.garbage import uncollected
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.plans import Plan
 from restrain.rules import What
@@ -123,13 +124,13 @@ class Attachment:
             raise
 
     def _listen(self) -> None:
-        """To real steps of the optimizers."""
+        """To forwards, of which one begins another training step, and to real steps of the optimizers."""
+        self._forwards.began = self._clock.end
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
-        self._forwards.began = self._clock.end
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):

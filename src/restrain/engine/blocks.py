@@ -111,7 +111,7 @@ scratch = Scratch()
 
 
 @dataclass
-class Act:
+class Piece:
     """A part of a penalty on a flat tensor, or on any block of it."""
 
     strength: Any
@@ -127,7 +127,7 @@ class Act:
         raise NotImplementedError
 
 
-class _Absolute(Act):
+class _Absolute(Piece):
     def value(self, x: Tensor) -> Tensor:
         return torch.abs(x, out=scratch.like(x)).sum()
 
@@ -135,7 +135,7 @@ class _Absolute(Act):
         torch.sgn(x, out=out).mul_(factor)
 
 
-class _Squares(Act):
+class _Squares(Piece):
     def value(self, x: Tensor) -> Tensor:
         return torch.mul(x, x, out=scratch.like(x)).sum()
 
@@ -144,7 +144,7 @@ class _Squares(Act):
 
 
 @dataclass
-class _Huber(Act):
+class _Huber(Piece):
     """Σ c (|x| - c / 2), where c is |x| cut at delta."""
 
     delta: float
@@ -159,7 +159,7 @@ class _Huber(Act):
 
 
 @dataclass
-class _Logarithms(Act):
+class _Logarithms(Piece):
     """Σ log(1 + |x| / epsilon)."""
 
     epsilon: float
@@ -173,7 +173,7 @@ class _Logarithms(Act):
 
 
 @dataclass
-class _Lengths(Act):
+class _Lengths(Piece):
     """√width Σ‖row‖, of the tensor's rows."""
 
     width: int
@@ -193,7 +193,7 @@ class _Lengths(Act):
 
 
 @dataclass
-class _Entries(Act):
+class _Entries(Piece):
     """Any other function of each entry, and any other dtype."""
 
     leaf: Any
@@ -206,19 +206,19 @@ class _Entries(Act):
         torch.mul(self.leaf.slopes(at_least_float32(x)), factor, out=out)
 
 
-def acts_of(parts: Parts, x: Tensor) -> list[Act]:
+def pieces_of(parts: Parts, x: Tensor) -> list[Piece]:
     """What computes these parts on tensors like this one."""
-    acts: list[Act] = []
+    pieces: list[Piece] = []
     for strength, leaf in parts:
         if isinstance(leaf, GroupLasso):
-            acts.append(_Lengths(strength, x.numel() // x.shape[0]))
+            pieces.append(_Lengths(strength, x.numel() // x.shape[0]))
         elif isinstance(leaf, Huber) and simple(x):
-            acts.append(_Huber(strength, leaf.delta))
+            pieces.append(_Huber(strength, leaf.delta))
         elif isinstance(leaf, LogSum) and simple(x):
-            acts.append(_Logarithms(strength, leaf.epsilon))
+            pieces.append(_Logarithms(strength, leaf.epsilon))
         elif leaf.elastic is None or not any(leaf.elastic) or not simple(x):
-            acts.append(_Entries(strength, leaf))
+            pieces.append(_Entries(strength, leaf))
         else:
             one, two = leaf.elastic
-            acts += [_Absolute(strength * one)] * bool(one) + [_Squares(strength * two)] * bool(two)
-    return acts
+            pieces += [_Absolute(strength * one)] * bool(one) + [_Squares(strength * two)] * bool(two)
+    return pieces

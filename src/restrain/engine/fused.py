@@ -2,8 +2,8 @@
 
 A kernel belongs to steps, dtypes and a kind of device, and is made once in a process. Sizes, strengths, learning rates
 and the metric's numbers are its inputs, so that no schedule and no shape has it made anew. It is made by inductor
-itself, without Dynamo: no guards are looked at, `torch.compiler.reset()` doesn't concern it, and a call costs about
-7 µs. Where that fails, as it does without a C++ compiler, there is none.
+itself, without Dynamo: no guards are looked at, `torch.compiler.reset()` doesn't concern it, and a call costs
+microseconds. Where that fails, as it does without a C++ compiler, there is none.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -89,18 +87,6 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Within it no garbage is collected: thousands of objects that stay set off passes over all objects of torch."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from restrain.axes import Grouping
-from restrain.engine.blocks import Act, Parts, acts_of, dense, flattened, fresh, scratch, simple
+from restrain.engine.blocks import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
 from restrain.engine.shards import Term, own_part, value_on_part
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum
@@ -146,8 +146,8 @@ def _job(bundle: Sequence[_Member]) -> _Job:
     parts, weights = bundle[0].what.leaves(), [one.weight for one in bundle]
     alike = len(set(weights)) == 1
     common = weights[0] if alike else 1.0
-    acts = acts_of([(strength * common, leaf) for strength, leaf in parts], bundle[0].x)
-    return _Job([one.what for one in bundle], weights, alike, parts, acts)
+    pieces = pieces_of([(strength * common, leaf) for strength, leaf in parts], bundle[0].x)
+    return _Job([one.what for one in bundle], weights, alike, parts, pieces)
 
 
 def _apply(job: _Job, *tensors: Tensor) -> Tensor:
@@ -181,19 +181,19 @@ class _Job:
 
     whats: list[Penalty]
     weights: list[float]
-    alike: bool  # all weights; then the acts have it in their strengths
+    alike: bool  # all weights; then the pieces have it in their strengths
     parts: Parts  # of the first, with strengths as they are at the forward
-    acts: list[Act]
+    pieces: list[Piece]
 
     @functools.cached_property
-    def _simplest(self) -> Act | None:
-        """The act, where it is one, of one tensor: a place's, whose layer may be called thousands of times a second."""
-        return self.acts[0] if len(self.acts) == len(self.whats) == 1 and self.alike else None
+    def _simplest(self) -> Piece | None:
+        """The piece, where it is one, of one tensor: a place's, whose layer may be called thousands of times a second."""
+        return self.pieces[0] if len(self.pieces) == len(self.whats) == 1 and self.alike else None
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """The sum of the values."""
-        if (act := self._simplest) is not None and tensors[0].numel() <= act.block:
-            return times(act.strength, act.value(flattened(tensors[0])))
+        if (piece := self._simplest) is not None and tensors[0].numel() <= piece.block:
+            return times(piece.strength, piece.value(flattened(tensors[0])))
         if self.alike:
             return self._of(_joined(tensors))
         of_each = [self._of(flattened(x)) * weight for x, weight in zip(tensors, self.weights, strict=True)]
@@ -203,22 +203,22 @@ class _Job:
         parts = self._blocks(flat)
         total: Tensor | None = None
         if len(parts) == 1:
-            sums = [act.value(flat) for act in self.acts]
+            sums = [piece.value(flat) for piece in self.pieces]
         else:  # all that is to be done to a block at once
-            found = [[act.value(part) for act in self.acts] for part in parts]
+            found = [[piece.value(part) for piece in self.pieces] for part in parts]
             sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
-        for act, value in zip(self.acts, sums, strict=True):
-            own = times(act.strength, value)
+        for piece, value in zip(self.pieces, sums, strict=True):
+            own = times(piece.strength, value)
             total = own if total is None else total + own
         assert total is not None
         return total
 
     def _blocks(self, flat: Tensor) -> Sequence[Tensor]:
         """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
-        block = min([act.block for act in self.acts])
+        block = min([piece.block for piece in self.pieces])
         if flat.numel() <= block or flat.device.type != "cpu":
             return (flat,)
-        width = max([act.width for act in self.acts])
+        width = max([piece.width for piece in self.pieces])
         parts: Sequence[Tensor] = flat.split(max(block // width, 1) * width)
         return parts
 
@@ -226,8 +226,8 @@ class _Job:
         """factor · gradient for each tensor, each in memory of its own."""
         if len(tensors) == 1:
             out = fresh(tensors[0])
-            if (act := self._simplest) is not None and out.numel() <= act.block:
-                act.gradient(flattened(tensors[0]), times(act.strength, factor), flattened(out))
+            if (piece := self._simplest) is not None and out.numel() <= piece.block:
+                piece.gradient(flattened(tensors[0]), times(piece.strength, factor), flattened(out))
                 return (out,)
             self._put(flattened(tensors[0]), factor, flattened(out))
             return (out,)
@@ -238,12 +238,12 @@ class _Job:
         return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
-        factors = [times(act.strength, factor) for act in self.acts]
+        factors = [times(piece.strength, factor) for piece in self.pieces]
         for x, o in zip(self._blocks(flat), self._blocks(out), strict=True):
-            self.acts[0].gradient(x, factors[0], o)
-            for act, own in zip(self.acts[1:], factors[1:], strict=True):
+            self.pieces[0].gradient(x, factors[0], o)
+            for piece, own in zip(self.pieces[1:], factors[1:], strict=True):
                 more = scratch.like(x, 2)
-                act.gradient(x, own, more)
+                piece.gradient(x, own, more)
                 o.add_(more)
 
     def differentiable(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:

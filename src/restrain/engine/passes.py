@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from restrain.engine.blocks import dense
 from restrain.engine.fused import compiles, kernel, packed
 from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, rows_of, slowly
 from restrain.engine.rows import as_rows
@@ -26,7 +27,7 @@ from restrain.errors import RestrainWarning
 
 BLOCK = 1 << 18  # entries
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
-WORTH = 2 * 10**10  # entries × steps, after which what a kernel saves has made up for the seconds that compiling takes
+WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that compiling takes
 
 Compile: TypeAlias = "bool | Literal['auto']"
 Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights, and their gradient or moments
@@ -169,7 +170,7 @@ def _flat(tensors: Tensors) -> list[Tensor] | None:
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]
-    if any(t.stride() != first.stride() for t in tensors) or not torch.ops.aten.is_non_overlapping_and_dense(first):
+    if any(t.stride() != first.stride() for t in tensors) or not dense(first):
         return None
     return [t.as_strided((t.numel(),), (1,)) for t in tensors]
 

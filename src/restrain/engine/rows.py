@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import Grouping
+from restrain.engine.blocks import dense
 from restrain.penalties import GroupLasso, Penalty
 from restrain.penalties.shrink import at_least_float32
 from restrain.transforms import MaxNorm, MinMaxNorm, UnitNorm
@@ -125,7 +126,6 @@ def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, .
     first = tensors[0]
     count = first.shape[keep[0]] if keep else 1
     length = first.numel() // max(count, 1)
-    dense = torch.ops.aten.is_non_overlapping_and_dense
     if length and keep in ((), (0,)) and all(t.is_contiguous() for t in tensors):
         return tuple([t.view(count, length) for t in tensors])
     if not length or any(t.stride() != first.stride() for t in tensors) or not dense(first):

@@ -7,7 +7,6 @@ alone, with a value and statistics of it.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,8 +99,6 @@ class Compared(Hook):
         wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
         sums = [wide.real.sum(), wide.abs().sum(), torch.tensor(wide.numel(), device=wide.device).double()]
         least = torch.stack([*sums, *(-one for one in sums)])
-        with contextlib.suppress(AttributeError):
-            least = least.wait()  # type: ignore[attr-defined]  # of a layer whose message is still under way
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
         low, high = least[:3], -least[3:]
         return bool((high - low <= 1e-6 * high[1:].max()).all())
