@@ -187,7 +187,7 @@ class _Job:
 
     @functools.cached_property
     def _simplest(self) -> Piece | None:
-        """The piece, where it is one, of one tensor: a place's, whose layer may be called thousands of times a second."""
+        """The piece, where it is one, of one tensor: a layer may be called thousands of times a second."""
         return self.pieces[0] if len(self.pieces) == len(self.whats) == 1 and self.alike else None
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
