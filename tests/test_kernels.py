@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import restrain as rs
-from restrain.engine import fused, kernels, passes, rows
+from restrain.engine import fused, kernels, native, passes, rows
 from restrain.errors import PlanError, RestrainWarning
 
 SHAPES = [(3, 5), (), (0, 4), (2, 2, 3, 3), (40,), (7, 30), (1,), (6,), (5, 0)]
@@ -31,6 +31,13 @@ def small_blocks(monkeypatch):
     """Few entries in a block, so that the tensors of the tests are cut, and some are gathered."""
     monkeypatch.setattr(passes, "BLOCK", 32)
     monkeypatch.setattr(passes, "SMALL", 16)
+
+
+@pytest.fixture
+def by_inductor(monkeypatch):
+    """No loops of C: kernels of inductor are what is compiled."""
+    for name in ("loop", "rows"):
+        monkeypatch.setattr(native, name, lambda *given: None)
 
 
 def model_of(shapes, dtypes=(torch.float32,), seed=0):
@@ -129,7 +136,7 @@ def test_half_precision_is_computed_wide(small_blocks):
     "penalty", [penalty if i in (0, 2, 4) else pytest.param(penalty, marks=pytest.mark.slow) for i, penalty in
                 enumerate(PENALTIES[:-1])], ids=repr,
 )  # fmt: skip
-def test_compiled_kernels_are_as_one_after_the_other(small_blocks, penalty, kind):
+def test_compiled_kernels_are_as_one_after_the_other(small_blocks, by_inductor, penalty, kind):
     before = set(fused._kernels)
     compare(SHAPES, (torch.float32,), kind, {"gradient": penalty, "proximal": penalty}, 0.8, compile=True)
     made = [fused._kernels[key] for key in fused._kernels if key not in before]
@@ -246,7 +253,7 @@ def test_rows_are_as_by_the_formulas(rows_only, rules, layout):
 
 
 @pytest.mark.parametrize("number", [4, pytest.param(3, marks=pytest.mark.slow)])
-def test_rows_compiled_are_as_by_the_formulas(rows_only, number):
+def test_rows_compiled_are_as_by_the_formulas(rows_only, by_inductor, number):
     before = set(fused._kernels)
     for layout in (False, True):
         for spoil in (None, float("nan"))[: 2 if number == 3 else 1]:
@@ -295,7 +302,7 @@ def trained(model, reg, optimizer, steps):
         optimizer.step()
 
 
-def test_no_schedule_and_no_shape_compiles_anew(small_blocks, monkeypatch):
+def test_no_schedule_and_no_shape_compiles_anew(small_blocks, by_inductor, monkeypatch):
     made, make = [], fused._made
     monkeypatch.setattr(fused, "_made", lambda *given: made.append(given) or make(*given))
     model = model_of(SHAPES)
@@ -319,6 +326,9 @@ def test_without_a_compiler_it_is_done_without(monkeypatch):
         raise RuntimeError("no C++ compiler")
 
     monkeypatch.setattr(torch._inductor, "standalone_compile", fails)
+    monkeypatch.setattr(native, "compiled", lambda source: None)
+    for made in (native.loop, native.rows):
+        made.cache_clear()
     monkeypatch.setattr(fused, "_kernels", {})
     found = []
     for compile in (False, "auto", True):
@@ -343,7 +353,7 @@ def test_it_compiles_when_it_pays_and_leaves_no_trace(monkeypatch):
     assert asked == [3, 4]
 
 
-def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(monkeypatch):
+def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(by_inductor, monkeypatch):
     monkeypatch.setattr(fused, "_kernels", {})
     model = model_of([(40, 40)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -54,7 +54,7 @@ def test_loops_do_what_torch_does(name, dtype, threads):
     given = members(dtype, None if name == "rooted" else True)
     wanted = [[t.clone() for t in one] for one in given]
     versions = [t._version for one in given for t in one]
-    loop(given, numbers)
+    loop(given, numbers * len(given))
     for mine, theirs in zip(given, wanted, strict=True):
         quickly(lowered, theirs)
         for a, b in zip(mine, theirs, strict=True):

@@ -25,6 +25,8 @@ from restrain.transforms import Box, Constraint, NonNegative
 
 Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in code that is compiled
 
+Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights; before a step their gradient, after it the metric's moments
+
 
 @dataclass(frozen=True)
 class Act:
@@ -48,6 +50,20 @@ class Given:
     rate: float | Tensor = 0.0
     scale: Tensor | None = None  # of the gradients, where a loss scaler has scaled them
     metric: Metric = field(default_factory=lambda: Metric(0.0))
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Acts, with numbers that are the same for all of some members."""
+
+    acts: Sequence[Act]  # one after the other
+    given: Given
+    members: Sequence[Tensors]
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether every act may be done to any part of a tensor."""
+        return all(act.by_entry for act in self.acts)
 
 
 # Steps: functions of the weights, of the gradient (before an optimizer step) or the moments (after it), all in float32

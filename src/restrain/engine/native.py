@@ -15,13 +15,15 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+Stages: TypeAlias = "tuple[tuple[str, str, str], ...]"
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "_Float16"}
 
@@ -54,19 +56,60 @@ _SHARE = """
 """
 
 _LOOP = """
-void loop(void **at, const int64_t *ends, int64_t count, const double *numbers, int threads) {
+void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count, const double *numbers, int threads) {
   int64_t total = ends[count - 1];
-  %(numbers)s
   #pragma omp parallel num_threads(total < 32768 ? 1 : threads)
   {
     %(share)s
     for (; from < to; k++) {
       int64_t start = k ? ends[k - 1] : 0, stop = ends[k] < to ? ends[k] : to;
+      %(numbers)s
       %(arrays)s
       for (int64_t i = from - start; i < stop - start; i++) {
-        %(load)s
         %(body)s
-        %(store)s
+      }
+      from = stop;
+    }
+  }
+}
+"""
+
+# A row belongs to the thread in whose share it begins.
+_ROWS = """
+#include <float.h>
+#define LANES 64
+
+static double length_of(const %(type)s *a0, int64_t count) {
+  double sum = 0;
+  for (int64_t part = 0; part < count; part += 4096) {
+    int64_t end = part + 4096 < count ? part + 4096 : count, i = part;
+    wide lanes[LANES] = {0}, all = 0;
+    for (; i + LANES <= end; i += LANES)
+      for (int j = 0; j < LANES; j++) { wide x = %(entry)s; lanes[j] += x * x; }
+    for (int j = 0; i + j < end; j++) { wide x = %(entry)s; lanes[j] += x * x; }
+    for (int j = 0; j < LANES; j++) all += lanes[j];
+    sum += all;
+  }
+  if (sum != sum || (sum > 1e-24 && sum < 1e30)) return sqrt(sum);
+  double peak = 0;  /* squares may have overflowed or vanished */
+  for (int64_t i = 0, j = 0; i < count; i++) { double x = fabs((double)(%(entry)s)); peak = x > peak ? x : peak; }
+  if (peak == 0 || peak > DBL_MAX) return peak;
+  sum = 0;
+  for (int64_t i = 0, j = 0; i < count; i++) { double x = (double)(%(entry)s) / peak; sum += x * x; }
+  return peak * sqrt(sum);
+}
+
+void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count, const double *numbers, int threads) {
+  int64_t total = ends[count - 1];
+  #pragma omp parallel num_threads(total < 32768 ? 1 : threads)
+  {
+    %(share)s
+    for (; from < to; k++) {
+      int64_t start = k ? ends[k - 1] : 0, stop = ends[k] < to ? ends[k] : to, length = lengths[k];
+      %(numbers)s
+      for (int64_t row = (from - start + length - 1) / length; row * length < stop - start; row++) {
+        %(arrays)s
+        %(body)s
       }
       from = stop;
     }
@@ -105,52 +148,92 @@ def loop(kinds: tuple[torch.dtype, ...], body: str, numbers: int, changed: tuple
 
     Args:
         kinds: dtypes of the weights and of what else is read, entry by entry.
-        body: statements on `w`, `o0`, ... and on the numbers `n0`, `n1`, ...
+        body: statements on `w`, `o0`, ... and on the member's numbers `n0`, `n1`, ...
         numbers: how many.
         changed: which of the tensors the body changes.
     """
+    return _made(_LOOP % {**_parts(kinds, numbers), "body": _of_entry(kinds, body, changed)}, kinds, changed)
+
+
+@functools.cache
+def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: tuple[int, ...]) -> Loop | None:
+    """What does stages to each row, the tensors being rows in memory.
+
+    Args:
+        kinds: as of `loop`.
+        stages: one after the other, statements on the row, of `length` entries, the first of which is at `a0`, with
+            its Euclidean length as `length_of(a0, length)`; whether its entries change; statements on each entry.
+        numbers: how many.
+        changed: which of the tensors the stages change.
+    """
+    body = "\n".join(
+        f"{row}\nif ({changes}) for (int64_t i = 0; i < length; i++) {{ {_of_entry(kinds, entry, changed)} }}"
+        for row, changes, entry in stages
+    )
+    return _made(_ROWS % {**_parts(kinds, numbers, " + row * length"), "body": body}, kinds, changed)
+
+
+def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict[str, str]:
+    """What templates need of the C around a body."""
+    types = [TYPES.get(kind, "") for kind in kinds]
+    arrays = [f"{t} *restrict a{r} = ({t} *)at[{r} * count + k]{offset};" for r, t in enumerate(types)]
+    given = [f"const wide n{number} = (wide)numbers[k * {numbers} + {number}];" for number in range(numbers)]
+    return {
+        "share": _SHARE,
+        "arrays": " ".join(arrays),
+        "numbers": " ".join(given),
+        "type": types[0],
+        "entry": "load_bfloat(a0[i + j])" if types[0] == "bfloat" else "(wide)a0[i + j]",
+    }
+
+
+def _of_entry(kinds: Sequence[torch.dtype], body: str, changed: Sequence[int]) -> str:
+    """Statements on the entries numbered i: they are read, the body is done, those that changed are written."""
+    types, entries = [TYPES.get(kind, "") for kind in kinds], names(len(kinds))
+    load = [f"load_bfloat(a{r}[i])" if t == "bfloat" else f"(wide)a{r}[i]" for r, t in enumerate(types)]
+    store = [f"store_bfloat({e})" if t == "bfloat" else f"({t}){e}" for t, e in zip(types, entries, strict=True)]
+    return "\n".join(
+        [
+            " ".join(f"wide {entry} = {read};" for entry, read in zip(entries, load, strict=True)),
+            body,
+            " ".join(f"a{r}[i] = {store[r]};" for r in changed),
+        ]
+    )
+
+
+def _made(source: str, kinds: Sequence[torch.dtype], changed: Sequence[int]) -> Loop | None:
     if not all(kind in TYPES for kind in kinds):
         return None
     wide = "double" if torch.float64 in kinds else "float"
-    types, entries = [TYPES[kind] for kind in kinds], names(len(kinds))
-    parts = {
-        "numbers": " ".join(f"const wide n{number} = (wide)numbers[{number}];" for number in range(numbers)),
-        "share": _SHARE,
-        "arrays": " ".join(f"{t} *restrict a{r} = at[{r} * count + k];" for r, t in enumerate(types)),
-        "load": " ".join(
-            f"wide {name} = {f'load_bfloat(a{r}[i])' if types[r] == 'bfloat' else f'(wide)a{r}[i]'};"
-            for r, name in enumerate(entries)
-        ),
-        "body": body,
-        "store": " ".join(
-            f"a{r}[i] = {f'store_bfloat({entries[r]})' if types[r] == 'bfloat' else f'({types[r]}){entries[r]}'};"
-            for r in changed
-        ),
-    }
-    made = compiled(f"typedef {wide} wide;\n{PRELUDE}\n{_LOOP % parts}")
+    made = compiled(f"typedef {wide} wide;\n{PRELUDE}\n{source}")
     return None if made is None else Loop(made.loop, changed)
 
 
 class Loop:
     """A compiled loop, called with tensors whose entries lie alike in memory without gaps."""
 
-    def __init__(self, function: Callable[..., Any], changed: Sequence[int]) -> None:
+    def __init__(self, function: Any, changed: Sequence[int]) -> None:
         self._function, self._changed = function, changed
+        pointer, integer = ctypes.c_void_p, ctypes.c_int64
+        function.argtypes, function.restype = (pointer, pointer, pointer, integer, pointer, ctypes.c_int), None
 
-    def __call__(self, members: Sequence[Sequence[Tensor]], numbers: Sequence[float]) -> None:
-        """Do it to all members, each of which has a tensor for every role, none of them empty."""
+    def __call__(
+        self, members: Sequence[Sequence[Tensor]], numbers: Iterable[float], lengths: Iterable[int] = ()
+    ) -> None:
+        """Do it to all members, each of which has a tensor for every role, none of them empty.
+
+        Args:
+            members: each with its tensors.
+            numbers: of the first member, of the second, and so on.
+            lengths: of the rows of each, where it is done to rows.
+        """
         roles = list(zip(*members, strict=True))
-        at = array("q", [t.data_ptr() for role in roles for t in role])
-        ends = array("q", accumulate([t.numel() for t in roles[0]]))
-        given = array("d", numbers)
-        self._function(
-            ctypes.c_void_p(at.buffer_info()[0]),
-            ctypes.c_void_p(ends.buffer_info()[0]),
-            ctypes.c_int64(len(members)),
-            ctypes.c_void_p(given.buffer_info()[0]),
-            torch.get_num_threads(),
+        at = array("q", [address for role in roles for address in map(Tensor.data_ptr, role)])
+        ends, given, rows = (
+            array("q", accumulate(map(Tensor.numel, roles[0]))),
+            array("d", numbers),
+            array("q", lengths),
         )
-        torch.autograd.graph.increment_version(self._written(roles))
-
-    def _written(self, roles: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
-        return (t for role in self._changed for t in roles[role])
+        where = [one.buffer_info()[0] for one in (at, ends, rows)]
+        self._function(*where, len(members), given.buffer_info()[0], torch.get_num_threads())
+        torch.autograd.graph.increment_version([t for role in self._changed for t in roles[role]])

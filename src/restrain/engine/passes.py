@@ -12,7 +12,8 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,17 +21,20 @@ from torch import Tensor
 
 from restrain.engine.blocks import dense
 from restrain.engine.fused import compiles, kernel, packed
-from restrain.engine.kernels import Act, Given, Gradient, Lowered, lower, quickly, rows_of, slowly
+from restrain.engine.kernels import Act, Gradient, Lot, Lowered, Tensors, lower, quickly, rows_of, slowly
+from restrain.engine.loops import Calls
 from restrain.engine.rows import as_rows
 from restrain.engine.shards import of_rows
 from restrain.errors import RestrainWarning
 
 BLOCK = 1 << 18  # entries
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
-WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that compiling takes
+WORTH_C = 10**9  # entries × steps: an estimate of when a loop of C makes up for the time that compiling takes
+WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that inductor takes
+
+_dtype = attrgetter("dtype")
 
 Compile: TypeAlias = "bool | Literal['auto']"
-Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights, and their gradient or moments
 
 
 class Passes:
@@ -41,24 +45,38 @@ class Passes:
         self._sizes: dict[Any, _Sizes] = {}
         self._said = False
 
-    def __call__(self, acts: Sequence[Act], given: Given, members: Sequence[Tensors], steps: int = 0) -> None:
+    def __call__(self, lots: Iterable[Lot], steps: int = 0) -> None:
         """Do the acts in place to the first of each member's tensors, or to its gradient.
 
         Args:
-            acts: one after the other.
-            given: the numbers, which are the same for all members.
-            members: the weights, then the gradient if the acts are before a step, else the moments of the metric.
+            lots: of different members.
             steps: how many have been done like it.
         """
-        for group in _alike(members):
-            lowered = lower(acts, given, group[0][0])
-            if lowered is None:
-                for tensors in group:
-                    self._slowly(acts, given, tensors, steps)
-            elif lowered and all(act.by_entry for act in acts):
-                self._quickly(lowered, group, steps)
-            elif lowered:
-                self._on_rows(acts, given, lowered, group, steps)
+        calls = Calls()
+        for lot in lots:
+            for members in _alike(lot.members):
+                self._take(calls, Lot(lot.acts, lot.given, members), steps)
+        for call in calls:
+            if (self.compile is not True and steps * call.work() < WORTH_C) or not call.run():
+                for lot, lowered in call.lots:
+                    self._lowered(lot, lowered, steps)
+
+    def _take(self, calls: Calls, lot: Lot, steps: int) -> None:
+        """Do what a loop of C can't do, and keep the rest for one."""
+        lowered = lower(lot.acts, lot.given, lot.members[0][0])
+        if lowered is None:
+            for tensors in lot.members:
+                self._slowly(lot, tensors, steps)
+        elif lowered:
+            left = lot.members if self.compile is False else calls.take(lot, lowered)
+            self._lowered(Lot(lot.acts, lot.given, left), lowered, steps)
+
+    def _lowered(self, lot: Lot, lowered: Lowered, steps: int) -> None:
+        """What was lowered, without loops of C."""
+        if lot.members and lot.by_entry:
+            self._quickly(lowered, lot.members, steps)
+        elif lot.members:
+            self._on_rows(lot, lowered, steps)
 
     def _quickly(self, lowered: Lowered, members: Sequence[Tensors], steps: int, length: int = 0) -> None:
         """What was lowered for entries, or for rows of a length."""
@@ -73,15 +91,13 @@ class Passes:
             _one(lowered, gathered.buffers, compiled, length)
             gathered.empty(members, lowered)
 
-    def _on_rows(
-        self, acts: Sequence[Act], given: Given, lowered: Lowered, members: Sequence[Tensors], steps: int
-    ) -> None:
+    def _on_rows(self, lot: Lot, lowered: Lowered, steps: int) -> None:
         """What was lowered for rows, to members whose memory is rows, those of one length at once."""
-        keep, fit = rows_of(acts, members[0][0]), dict[int, list[Tensors]]()
-        for tensors in members:
+        keep, fit = rows_of(lot.acts, lot.members[0][0]), dict[int, list[Tensors]]()
+        for tensors in lot.members:
             rows = None if keep is None else as_rows(tensors, keep)
             if rows is None:
-                self._slowly(acts, given, tensors, steps)
+                self._slowly(lot, tensors, steps)
             else:
                 fit.setdefault(rows[0].shape[1], []).append(rows)
         for length, alike in fit.items():
@@ -111,11 +127,11 @@ class Passes:
             )
         return None if run is None else (run, packed(lowered, like[0]))
 
-    def _slowly(self, acts: Sequence[Act], given: Given, tensors: Tensors, steps: int) -> None:
-        w = tensors[0]
+    def _slowly(self, lot: Lot, tensors: Tensors, steps: int) -> None:
+        w, acts, given = tensors[0], lot.acts, lot.given
         if not w.numel():
             return
-        if all(act.by_entry for act in acts):
+        if lot.by_entry:
             for block in _blocks(tensors):
                 slowly(acts, given, block)
             return
@@ -131,13 +147,13 @@ class Passes:
             slowly(acts, given, tensors)
             return
         for act in acts:
-            self((act,), given, [tensors], steps)
+            self([Lot((act,), given, [tensors])], steps)
 
 
 def _alike(members: Sequence[Tensors]) -> Iterable[Sequence[Tensors]]:
-    """The members by dtypes and device; those without entries are left out."""
-    kinds = {(t.dtype, t.get_device()) for tensors in members for t in tensors}
-    if len(kinds) == 1:
+    """The members by dtypes and device."""
+    every = list(chain.from_iterable(members))
+    if len(set(map(_dtype, every))) == 1 and len(set(map(Tensor.get_device, every))) == 1:
         return [members]
     alike: dict[Any, list[Tensors]] = {}
     for tensors in members:

@@ -121,18 +121,24 @@ def length_of(groups: Any) -> int:
     return prod([groups.shape[dim] for dim in groups.reduced])
 
 
-def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-    """The memory of tensors as rows, one for each index of `keep`; None where it isn't."""
+def length_in(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> int | None:
+    """The length of rows, one for each index of `keep`, if the memory of the tensors is such rows; else None."""
     first = tensors[0]
     count = first.shape[keep[0]] if keep else 1
     length = first.numel() // max(count, 1)
     if length and keep in ((), (0,)) and all(t.is_contiguous() for t in tensors):
-        return tuple([t.view(count, length) for t in tensors])
+        return length
     if not length or any(t.stride() != first.stride() for t in tensors) or not dense(first):
         return None
-    if count > 1 and first.stride(keep[0]) != length:
+    return None if count > 1 and first.stride(keep[0]) != length else length
+
+
+def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, ...] | None:
+    """The memory of tensors as rows, one for each index of `keep`; None where it isn't."""
+    length = length_in(tensors, keep)
+    if length is None:
         return None
-    return tuple([t.as_strided((count, length), (length, 1)) for t in tensors])
+    return tuple([t.as_strided((t.numel() // length, length), (length, 1)) for t in tensors])
 
 
 def put(w: Tensor, new: Tensor) -> None:

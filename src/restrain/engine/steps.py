@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from restrain.engine.feasible import hold, single
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Held, Job, Member, Work
-from restrain.engine.kernels import Act, Given
+from restrain.engine.kernels import Given, Lot, Tensors
 from restrain.engine.metric import Metric, Taken, common, looks_before, metric_of
 from restrain.engine.passes import Compile, Passes
 from restrain.engine.ranks import agreed_seed, common_generator
@@ -133,6 +133,7 @@ class Stepper:
             if p.grad is not None:
                 self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
+        lots = []
         for job in self._held.jobs(kinds, self.steps):
             members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
@@ -140,9 +141,10 @@ class Stepper:
             acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
             adds = any(act.kind == "gradient" for act in acts)  # else gradients need be neither gathered nor copied
             tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in members]
-            self._act(acts, Given(job.group["lr"], scale), tensors)
+            lots.append(Lot(acts, Given(job.group["lr"], scale), tensors))
             if with_value:
                 values += [value_of(act.what, p) for p, _ in members for act in acts]
+        self._act(lots)
         if moves and self._looks:
             self._remember(held, scale)
         return totals([values])[0]
@@ -153,19 +155,23 @@ class Stepper:
             if work.proximal and p.grad is not None and group["lr"] != 0:
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
-    def _act(self, acts: Sequence[Act], given: Given, members: Sequence[tuple[Tensor, ...]]) -> None:
-        """Do the acts to the members, of which some may be sharded."""
-        if not acts or not members:
-            return
+    def _act(self, lots: Iterable[Lot]) -> None:
+        """Do acts to their members, of which some may be sharded."""
+        lots = [lot for lot in lots if lot.acts and lot.members]
         if not self._held.sharded:
-            self._passes(acts, given, members, self.steps)
+            self._passes(lots, self.steps)
             return
-        self._passes(acts, given, [tensors for tensors in members if not is_sharded(tensors[0])], self.steps)
-        for tensors in members:
-            if is_sharded(tensors[0]):
-                for whats, parts, _ in acting([act.what for act in acts], *tensors):
-                    own = [replace(act, what=what) for act, what in zip(acts, whats, strict=True)]
-                    self._passes(own, given, [tuple(parts)], self.steps)
+        for lot in lots:
+            whole = [tensors for tensors in lot.members if not is_sharded(tensors[0])]
+            self._passes([replace(lot, members=whole)], self.steps)
+            for tensors in lot.members:
+                if is_sharded(tensors[0]):
+                    self._act_on_part(lot, tensors)
+
+    def _act_on_part(self, lot: Lot, tensors: Tensors) -> None:
+        for whats, parts, _ in acting([act.what for act in lot.acts], *tensors):
+            own = [replace(act, what=what) for act, what in zip(lot.acts, whats, strict=True)]
+            self._passes([Lot(own, lot.given, [tuple(parts)])], self.steps)
 
     def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
@@ -189,10 +195,12 @@ class Stepper:
             return
         held = self._held.by(optimizer)
         metrics = self._metrics(optimizer, held)
+        lots = []
         for job in self._held.jobs(("proximal", "project"), self.steps):
             for metric, members in _by_metric(job, metrics):
                 acts = [act for act in job.acts if metric is not None or act.kind == "project"]
-                self._act(acts, Given(metric=metric or Metric(0.0)), members)
+                lots.append(Lot(acts, Given(metric=metric or Metric(0.0)), members))
+        self._act(lots)
         for work, p, _ in held:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):

@@ -1,0 +1,116 @@
+"""Which acts on which tensors go through loops of C: those of many rules and tensors together, in few calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from restrain.engine import native
+from restrain.engine.blocks import dense
+from restrain.engine.kernels import Lot, Lowered, Tensors, rows_of
+from restrain.engine.rows import length_in
+from restrain.engine.statements import body, changed_by, numbers_of, stages
+
+LONG = 1 << 18  # entries of a row; longer ones go otherwise, as a row belongs to one thread
+TENSOR = 1 << 13  # what a tensor costs without a loop of C, in entries
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one loop does, and to which members."""
+
+    kinds: tuple[torch.dtype, ...]
+    text: Any  # statements on entries, or on rows
+    changed: tuple[int, ...]
+    lots: list[tuple[Lot, Lowered]] = field(default_factory=list)
+    members: list[Tensors] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)  # of rows; none for entries
+
+    def work(self) -> int:
+        """Entries, and what tensors cost beside them."""
+        return sum(tensors[0].numel() for tensors in self.members) + TENSOR * len(self.members)
+
+    def run(self) -> bool:
+        """Do it, if it can be compiled."""
+        make = native.loop if isinstance(self.text, str) else native.rows
+        loop = make(self.kinds, self.text, len(self.numbers) // len(self.members), self.changed)
+        if loop is not None:
+            loop(self.members, self.numbers, self.lengths)
+        return loop is not None
+
+
+class Calls:
+    """What loops of C are to do around one step."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Any, Call] = {}
+
+    def __iter__(self) -> Any:
+        return iter(self._calls.values())
+
+    def take(self, lot: Lot, lowered: Lowered) -> Sequence[Tensors]:
+        """Take the members that a loop can take; gives the others."""
+        first = lot.members[0]
+        kinds = tuple([t.dtype for t in first])
+        if not first[0].is_cpu or not all(kind in native.TYPES for kind in kinds):
+            return lot.members
+        text: Any = _entries(lowered) if lot.by_entry else stages(lowered)
+        rounds = not lot.by_entry and kinds[0].itemsize < 4 and text is not None and len(text) > 1  # between stages
+        if text is None or rounds:
+            return lot.members
+        keep = None if lot.by_entry else rows_of(lot.acts, first[0])
+        if lot.by_entry and _all_flat(lot.members):
+            fit, left, lengths = lot.members, [], [0] * len(lot.members)
+        else:
+            found = [(tensors, _length(tensors, keep)) for tensors in lot.members]
+            fit = [tensors for tensors, length in found if length is not None]
+            left = [tensors for tensors, length in found if length is None]
+            lengths = [length for _, length in found if length is not None]
+        if fit:
+            self._add(kinds, text, Lot(lot.acts, lot.given, fit), lowered, lengths)
+        return left
+
+    def _add(self, kinds: tuple[torch.dtype, ...], text: Any, lot: Lot, lowered: Lowered, lengths: list[int]) -> None:
+        changed = changed_by(lowered)
+        call = self._calls.setdefault((kinds, text, changed), Call(kinds, text, changed))
+        call.lots.append((lot, lowered))
+        call.members.extend(lot.members)
+        call.numbers.extend(numbers_of(lowered) * len(lot.members))
+        call.lengths.extend(lengths)
+
+
+def _entries(lowered: Lowered) -> str | None:
+    written = body(lowered)
+    return None if written is None else written[0]
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of tensors is what they say."""
+    return set(map(type, tensors)) <= {Tensor, Parameter} and not any(map(Tensor.is_neg, tensors))
+
+
+def _all_flat(members: Sequence[Tensors]) -> bool:
+    """Whether all are contiguous and have entries, as it mostly is."""
+    every = list(chain.from_iterable(members))
+    first, *others = [list(map(Tensor.numel, role)) for role in zip(*members, strict=True)]
+    contiguous = _plain(every) and all(map(Tensor.is_contiguous, every))
+    return contiguous and min(first) > 0 and all(sizes == first for sizes in others)
+
+
+def _length(tensors: Tensors, keep: tuple[int, ...] | None) -> int | None:
+    """The length of a member's rows, 0 where it has none; None if its entries or rows don't lie flat."""
+    first = tensors[0]
+    if not (_plain(tensors) and first.numel() and all(t.numel() == first.numel() for t in tensors)):
+        return None
+    if keep is not None:
+        length = length_in(tensors, keep)
+        return None if length is None or length > LONG else length
+    alike = all(t.is_contiguous() for t in tensors) or all(t.stride() == first.stride() for t in tensors)
+    return 0 if alike and dense(first) else None
