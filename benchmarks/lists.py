@@ -38,13 +38,31 @@ def tiny(shapes):
     return [tuple(min(size, 8) for size in shape) for shape in shapes[:12]]
 
 
+def beside(shapes):
+    """Tensors of these shapes, beside each other in one stretch of memory, each from a multiple of 64 bytes on."""
+    sizes = [-(-torch.Size(shape).numel() // 16) * 16 for shape in shapes]
+    parts = (torch.randn(sum(sizes)) / 30).split(sizes)
+    return [part[: torch.Size(shape).numel()].view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def stretch(tensors):
+    """The memory in which tensors lie beside each other, as one flat tensor."""
+    starts = [t.storage_offset() for t in tensors]
+    end = max(start + t.numel() for start, t in zip(starts, tensors, strict=True))
+    return torch.empty(0).set_(tensors[0].untyped_storage(), min(starts), (end - min(starts),))
+
+
 def model_of(shapes):
-    """A model that holds parameters of these shapes, with gradients; matrices are called w*, vectors b*."""
+    """A model that holds parameters of these shapes, with gradients; matrices are called w*, vectors b*.
+
+    All weights are in one stretch of memory, all gradients in another, matrices first.
+    """
     model = nn.Module()
-    for number, shape in enumerate(shapes):
-        p = nn.Parameter(torch.randn(shape) / 30)
-        p.grad = torch.randn_like(p) / 30
-        model.register_parameter(f"{'w' if len(shape) > 1 else 'b'}{number}", p)
+    shapes = sorted(shapes, key=lambda shape: len(shape) < 2)
+    for number, (w, grad) in enumerate(zip(beside(shapes), beside(shapes), strict=True)):
+        p = nn.Parameter(w)
+        p.grad = grad
+        model.register_parameter(f"{'w' if w.dim() > 1 else 'b'}{number}", p)
     return model
 
 

@@ -4,8 +4,11 @@
 
 Parameter lists of GPT-2 small, ResNet-50 and an MLP 784-1000-1000-10. A rule at the step is timed as the hooks that it
 hangs on the optimizer, whole steps of optimizers are timed after that. The floor is one pass over the bytes that must
-be read and written: `a += b` where there are two to read and one to write, `a *= c` where there is one to read and to
-write, over two flat tensors of as many entries, in the same rounds.
+be read and written, in the same rounds and over the very memory that the rule works on, as pages of memory differ in
+speed: the weights of a list lie in one flat tensor, their gradients in another. It is `a += b` for rules that read
+weights and change gradients (a: gradients, b: weights), `a *= c` for those that change weights (a: weights), and
+`a += v` for the prox after Adam, which reads second moments besides (a: weights, v: the moments). The numbers are such
+that nothing changes: b and v times 1e-30, c = 1.
 """
 
 import functools
@@ -14,7 +17,7 @@ import tempfile
 import warnings
 
 import torch
-from lists import LISTS, RATE, RULES, STRENGTH, model_of, tiny, twin
+from lists import LISTS, RATE, RULES, STRENGTH, beside, model_of, stretch, tiny, twin
 from measure import Section, child, digits, judged, options, paired, quartiles, ratios, spread, times
 
 import restrain as rs
@@ -30,12 +33,11 @@ def hooks(optimizer, how):
     return lambda: [hook(optimizer, (), {}) for hook in tuple(found.values())]
 
 
-def attached(model, rule, how, on="*", make=None):
-    """A job: what a rule does around a step of an optimizer of its own, on the model's memory."""
-    model = twin(model)
-    optimizer = make(model.parameters()) if make else torch.optim.SGD(model.parameters(), lr=RATE)
-    if make:
-        optimizer.step()  # so that it has a state
+def attached(model, rule, how, on="*", optimizer=None):
+    """A job: what a rule does around a step of an optimizer, plain SGD on the model's memory if none is given."""
+    if optimizer is None:
+        model = twin(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     scaled = rule if how == "project" else STRENGTH * rule
     rs.attach(model, scaled.on(on, how=how), optimizer, compile=True)  # without a compiler it is done without
     job, optimizer.model = hooks(optimizer, how), model  # attachments hold models weakly
@@ -65,10 +67,24 @@ def quietly(job):
     return run
 
 
-def floors(entries):
-    """{name: one pass over so many entries}."""
-    a, b = torch.rand(entries), torch.rand(entries)
-    return {"a *= c": lambda: a.mul_(1.0), "a += b": lambda: a.add_(b, alpha=1e-30)}
+def floors(ps, moments=()):
+    """{name: one pass over the memory of parameters}."""
+    a, b = stretch([p.grad for p in ps]), stretch([p.detach() for p in ps])
+    found = {"a *= c": lambda: b.mul_(1.0), "a += b": lambda: a.add_(b, alpha=1e-30)}
+    if moments:
+        v = stretch(moments)
+        found["a += v"] = lambda: b.add_(v, alpha=1e-30)
+    return found
+
+
+def adam_of(model):
+    """Adam after a step, its second moments in one stretch of memory; and these."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=RATE, fused=True)
+    optimizer.step()
+    states = list(optimizer.state.values())
+    for state, moment in zip(states, beside([state["exp_avg_sq"].shape for state in states]), strict=True):
+        state["exp_avg_sq"] = moment.copy_(state["exp_avg_sq"])
+    return optimizer, [state["exp_avg_sq"] for state in states]
 
 
 def floor_of(how):
@@ -81,7 +97,7 @@ def rounds_of(title, quick):
 
 
 def jobs_of(model, name, compiled):
-    """({job: function}, {job: the pass that bounds it}) of one rule over one list."""
+    """({job: function}, {job: the pass that bounds it}, these passes) of one rule over one list."""
     case = RULES[name]
     ps = [p for key, p in model.named_parameters() if case.on == "*" or key.startswith("w")]
     jobs, bound = {}, {}
@@ -101,11 +117,12 @@ def jobs_of(model, name, compiled):
     for how in case.hows:
         jobs[f'restrain, how="{how}"'] = attached(model, case.ours, how, case.on)
         bound[f'restrain, how="{how}"'] = floor_of(how)
+    moments = ()
     if name == "L1":
-        label = 'restrain, how="proximal" after Adam'
-        adam = lambda given: torch.optim.Adam(given, lr=RATE, fused=True)  # noqa: E731
-        jobs[label], bound[label] = attached(model, case.ours, "proximal", make=adam), "a += b"
-    return jobs, bound, sum(p.numel() for p in ps)
+        label, own = 'restrain, how="proximal" after Adam', twin(model)
+        optimizer, moments = adam_of(own)
+        jobs[label], bound[label] = attached(own, case.ours, "proximal", optimizer=optimizer), "a += v"
+    return jobs, bound, floors(ps, moments)
 
 
 def goal_of(label, title, compiler="with"):
@@ -134,11 +151,11 @@ def over_list(section, title, shapes, quick):
     rows = []
     for name in RULES:
         model = model_of(shapes)
-        jobs, bound, entries = jobs_of(model, name, compiled=name == "L1")
-        seconds = paired({**jobs, **floors(entries)}, rounds_of(title, quick), budget=25)
+        jobs, bound, floor = jobs_of(model, name, compiled=name == "L1")
+        seconds = paired({**jobs, **floor}, rounds_of(title, quick), budget=25)
         rows += rows_of(name, title, seconds, bound)
         if name == "L1":
-            rows = [["", f"floor: {key}", spread(seconds[key], 1e3), "", "", ""] for key in floors(1)] + rows
+            rows = [["", f"floor: {key}", spread(seconds[key], 1e3), "", "", ""] for key in floor] + rows
     count = sum(torch.Size(shape).numel() for shape in shapes)
     section.table(
         f"{title}: {len(shapes)} tensors, {count / 1e6:.1f} M entries",
@@ -155,9 +172,9 @@ def inplace_only(quick):
         shapes = tiny(shapes) if quick else shapes
         for name in ("L1", "L2", "elastic net"):
             model = model_of(shapes)
-            jobs, bound, entries = jobs_of(model, name, compiled=False)
+            jobs, bound, floor = jobs_of(model, name, compiled=False)
             jobs = {label: job for label, job in jobs.items() if label.startswith("restrain") and "loss" not in label}
-            seconds = paired({**jobs, **floors(entries)}, rounds_of(title, quick), budget=8)
+            seconds = paired({**jobs, **floor}, rounds_of(title, quick), budget=8)
             for label in jobs:
                 found[f"{title}|{name}|{label}"] = [quartiles(seconds[label]), ratios(seconds, label, bound[label])]
     return {"found": found}

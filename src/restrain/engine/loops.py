@@ -66,9 +66,8 @@ class Calls:
         if text is None or rounds:
             return lot.members
         keep = None if lot.by_entry else rows_of(lot.acts, first[0])
-        if lot.by_entry and _all_flat(lot.members):
-            fit, left, lengths = lot.members, [], [0] * len(lot.members)
-        else:
+        fit, left, lengths = lot.members, list[Tensors](), _lengths(lot.members, keep)
+        if lengths is None:
             found = [(tensors, _length(tensors, keep)) for tensors in lot.members]
             fit = [tensors for tensors, length in found if length is not None]
             left = [tensors for tensors, length in found if length is None]
@@ -96,16 +95,21 @@ def _plain(tensors: Sequence[Tensor]) -> bool:
     return set(map(type, tensors)) <= {Tensor, Parameter} and not any(map(Tensor.is_neg, tensors))
 
 
-def _all_flat(members: Sequence[Tensors]) -> bool:
-    """Whether all are contiguous and have entries, as it mostly is."""
+def _lengths(members: Sequence[Tensors], keep: tuple[int, ...] | None) -> list[int] | None:
+    """What `_length` says of each, where all are contiguous and have entries, as is the rule; else None."""
     every = list(chain.from_iterable(members))
     first, *others = [list(map(Tensor.numel, role)) for role in zip(*members, strict=True)]
-    contiguous = _plain(every) and all(map(Tensor.is_contiguous, every))
-    return contiguous and min(first) > 0 and all(sizes == first for sizes in others)
+    simple = _plain(every) and all(map(Tensor.is_contiguous, every)) and min(first) > 0
+    if not simple or keep not in (None, (), (0,)) or any(sizes != first for sizes in others):
+        return None
+    if keep is None:
+        return [0] * len(first)
+    found = [size // len(tensors[0]) for size, tensors in zip(first, members, strict=True)] if keep else first
+    return found if max(found) <= LONG else None
 
 
 def _length(tensors: Tensors, keep: tuple[int, ...] | None) -> int | None:
-    """The length of a member's rows, 0 where it has none; None if its entries or rows don't lie flat."""
+    """The length of a member's rows, 0 where entries are for themselves; None if these or the rows don't lie flat."""
     first = tensors[0]
     if not (_plain(tensors) and first.numel() and all(t.numel() == first.numel() for t in tensors)):
         return None

@@ -77,26 +77,24 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 # A row belongs to the thread in whose share it begins.
 _ROWS = """
 #include <float.h>
-#define LANES 64
+#define ADD_SQUARES(sums, at) for (int j = 0; j < 8; j++) { double x = entry_of(a0, at + j); sums[j] += x * x; }
+
+static inline double entry_of(const %(type)s *a0, int64_t i) { return (double)(%(entry)s); }
 
 static double length_of(const %(type)s *a0, int64_t count) {
-  double sum = 0;
-  for (int64_t part = 0; part < count; part += 4096) {
-    int64_t end = part + 4096 < count ? part + 4096 : count, i = part;
-    wide lanes[LANES] = {0}, all = 0;
-    for (; i + LANES <= end; i += LANES)
-      for (int j = 0; j < LANES; j++) { wide x = %(entry)s; lanes[j] += x * x; }
-    for (int j = 0; i + j < end; j++) { wide x = %(entry)s; lanes[j] += x * x; }
-    for (int j = 0; j < LANES; j++) all += lanes[j];
-    sum += all;
+  double all = 0, s[8] = {0}, t[8] = {0}, u[8] = {0}, v[8] = {0};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    ADD_SQUARES(s, i) ADD_SQUARES(t, i + 8) ADD_SQUARES(u, i + 16) ADD_SQUARES(v, i + 24)
   }
-  if (sum != sum || (sum > 1e-24 && sum < 1e30)) return sqrt(sum);
-  double peak = 0;  /* squares may have overflowed or vanished */
-  for (int64_t i = 0, j = 0; i < count; i++) { double x = fabs((double)(%(entry)s)); peak = x > peak ? x : peak; }
+  for (; i < count; i++) all += entry_of(a0, i) * entry_of(a0, i);
+  for (int j = 0; j < 8; j++) all += (s[j] + t[j]) + (u[j] + v[j]);
+  if (sizeof(*a0) < 8 || all != all || (all > 1e-280 && all < 1e300)) return sqrt(all);
+  double peak = 0;  /* squares have overflowed or vanished */
+  for (i = 0; i < count; i++) { double x = fabs(entry_of(a0, i)); peak = x > peak ? x : peak; }
   if (peak == 0 || peak > DBL_MAX) return peak;
-  sum = 0;
-  for (int64_t i = 0, j = 0; i < count; i++) { double x = (double)(%(entry)s) / peak; sum += x * x; }
-  return peak * sqrt(sum);
+  for (all = 0, i = 0; i < count; i++) { double x = entry_of(a0, i) / peak; all += x * x; }
+  return peak * sqrt(all);
 }
 
 void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count, const double *numbers, int threads) {
@@ -183,7 +181,7 @@ def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict
         "arrays": " ".join(arrays),
         "numbers": " ".join(given),
         "type": types[0],
-        "entry": "load_bfloat(a0[i + j])" if types[0] == "bfloat" else "(wide)a0[i + j]",
+        "entry": "load_bfloat(a0[i])" if types[0] == "bfloat" else "a0[i]",
     }
 
 
