@@ -248,6 +248,7 @@ class Parameters:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
+        self._sites, self._names = [slot.sites for slot in slots], [slot.name for slot in slots]
         self._numbers = {name: i for i, slot in enumerate(slots) for name in slot.names}
 
     def select(self, where: Where) -> list[Slot]:
@@ -256,11 +257,10 @@ class Parameters:
         Raises:
             SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
         """
-        names = [slot.name for slot in self.slots]
-        taken = chosen(where, [slot.sites for slot in self.slots], self._numbers, names)
+        taken = chosen(where, self._sites, self._numbers, self._names)
         if not taken:
             places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
-            raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), names)}")
+            raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), self._names)}")
         return [self.slots[i] for i in sorted(taken)]
 
 

@@ -62,8 +62,10 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         key = (id(holder), id(group), p.requires_grad, is_sharded(p), p.dtype)
         standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)))
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
+    low = {name for name, at in standing.items() if at.p.dtype in (torch.bfloat16, torch.float16)}
     for bound in bounds:
         _check_bound(bound, standing, computed)
+        _warn_of_rounding(bound, [h.name for h, _ in bound.parameters if h.name in low] if low else [], standing)
     _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
 
 
@@ -90,14 +92,6 @@ def _check_bound(bound: Bound, standing: dict[str, _Standing], computed: set[str
             decayed.append(handle.name)
     if decayed:
         _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
-    low = [(handle.name, standing[handle.name].p) for handle, _ in bound.parameters] if _adds(bound) else []
-    low = [(name, p) for name, p in low if p.dtype in (torch.bfloat16, torch.float16) and p.requires_grad]
-    if low:
-        more = f", as are {len(low) - 1} more" if len(low) > 1 else ""
-        _warn(
-            f"{low[0][0]!r} is {str(low[0][1].dtype)[6:]}{more}: small changes by {bound.key!r} are lost to rounding; "
-            "keep weights in float32"
-        )
 
 
 def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:
@@ -117,9 +111,15 @@ def _decays(what: Any) -> bool:
     return isinstance(what, Penalty) and any(leaf.elastic is not None and leaf.elastic[1] for _, leaf in what.leaves())
 
 
-def _adds(bound: Bound) -> bool:
-    """Whether it is a penalty that acts at the optimizer's step."""
-    return bound.rule.how != "loss" and isinstance(bound.rule.what, Penalty)
+def _warn_of_rounding(bound: Bound, low: Sequence[str], standing: dict[str, _Standing]) -> None:
+    """Warn of parameters in a dtype of few digits, where a penalty acts at the optimizer's step."""
+    low = [name for name in low if standing[name].p.requires_grad]
+    if low and bound.rule.how != "loss" and isinstance(bound.rule.what, Penalty):
+        more = f", like {len(low) - 1} more" if len(low) > 1 else ""
+        _warn(
+            f"{low[0]!r} is {str(standing[low[0]].p.dtype)[6:]}{more}: small changes by {bound.key!r} are lost to "
+            "rounding; keep weights in float32"
+        )
 
 
 def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
