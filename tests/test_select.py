@@ -8,7 +8,7 @@ from torch import nn
 
 import restrain as rs
 from restrain.places import select_places
-from restrain.select import as_where, select_parameters
+from restrain.select import Parameters, as_where
 from restrain.sites import layers, parameters, unwrap
 
 
@@ -39,7 +39,7 @@ class Model(nn.Module):
 
 
 def chosen(where, model=None):
-    return [slot.name for slot in select_parameters(as_where(where), parameters(model or Model()))]
+    return [slot.name for slot in Parameters(parameters(model or Model())).select(as_where(where))]
 
 
 def test_names_are_those_of_named_parameters():

@@ -202,8 +202,8 @@ def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:
     if place.which is None:
         return [Target(layers[0], place)]
     which, below = place.which, layers[1:]
-    names = [layer.name for layer in below if layer.callable]
-    taken = chosen(which, lambda leaf: [i for i, layer in enumerate(below) if leaf.takes(layer, None)], names)
+    names, numbers = [layer.name for layer in below if layer.callable], {layer.name: i for i, layer in enumerate(below)}
+    taken = chosen(which, [[(layer, None)] for layer in below], numbers, names)
     hits = [below[i] for i in sorted(taken) if below[i].callable]
     if isinstance(which, Object) and which.target is layers[0].module:
         hits = [layers[0]]

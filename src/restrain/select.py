@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase, translate
-from typing import Any, Literal
+from fnmatch import translate
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError
 from restrain.sites import Layer, Slot, near
+
+Site: TypeAlias = tuple[Layer, str | None]  # a parameter's layer and its key there; of a layer itself, None
 
 SYMBOLS = {"and": "&", "or": "|", "minus": "-"}
 
@@ -28,6 +30,10 @@ class Where:
     def takes(self, layer: Layer, key: str | None) -> bool:
         """Whether it selects the parameter `key` of `layer`; with `key` None, whether it selects the layer."""
         raise NotImplementedError
+
+    def named(self, names: Collection[str]) -> Iterable[str] | None:
+        """Those of the names that it takes; None if it looks at more than names."""
+        return None
 
     def __and__(self, other: Any) -> Joined:
         return Joined("and", self, as_where(other))
@@ -66,13 +72,8 @@ class Glob(Where):
 
     pattern: str
 
-    def takes(self, layer: Layer, key: str | None) -> bool:
-        return fnmatchcase(_full(layer, key), self.pattern)
-
-    def taken(self, names: Sequence[Sequence[str]]) -> list[int]:
-        """The numbers of those any of whose names it matches."""
-        match = re.compile(translate(self.pattern)).match
-        return [i for i, own in enumerate(names) if match(own[0]) or any(map(match, own[1:]))]
+    def named(self, names: Collection[str]) -> Iterable[str]:
+        return filter(re.compile(translate(self.pattern)).match, names)
 
     def __repr__(self) -> str:
         return repr(self.pattern)
@@ -84,8 +85,8 @@ class Names(Where):
 
     names: tuple[str, ...]
 
-    def takes(self, layer: Layer, key: str | None) -> bool:
-        return _full(layer, key) in self.names
+    def named(self, names: Collection[str]) -> Iterable[str]:
+        return [name for name in self.names if name in names]
 
     def __repr__(self) -> str:
         return repr(list(self.names))
@@ -98,8 +99,8 @@ class Regex(Where):
     pattern: str
     flags: int = re.compile("").flags
 
-    def takes(self, layer: Layer, key: str | None) -> bool:
-        return re.search(self.pattern, _full(layer, key), self.flags) is not None
+    def named(self, names: Collection[str]) -> Iterable[str]:
+        return filter(re.compile(self.pattern, self.flags).search, names)
 
     def __repr__(self) -> str:
         return f"re.compile({self.pattern!r})"
@@ -242,34 +243,44 @@ def as_where(given: Any) -> Where:
     )
 
 
-def select_parameters(where: Where, slots: Sequence[Slot]) -> list[Slot]:
-    """The parameters that `where` selects, in the model's order.
+class Parameters:
+    """The parameters of a model, of which selections take some."""
 
-    Raises:
-        SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
-    """
-    names = [slot.name for slot in slots]
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self._sites, self._names = [slot.sites for slot in slots], [slot.name for slot in slots]
+        self._numbers = {name: i for i, slot in enumerate(slots) for name in slot.names}
 
-    def matches(leaf: Where) -> list[int]:
-        if type(leaf) is Glob:
-            return leaf.taken([slot.names for slot in slots])
-        return [i for i, slot in enumerate(slots) if any(leaf.takes(*site) for site in slot.sites)]
+    def select(self, where: Where) -> list[Slot]:
+        """Those that it selects, in the model's order.
 
-    taken = chosen(where, matches, names)
-    if not taken:
-        places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
-        raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), names)}")
-    return [slots[i] for i in sorted(taken)]
+        Raises:
+            SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
+        """
+        taken = chosen(where, self._sites, self._numbers, self._names)
+        if not taken:
+            places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
+            raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), self._names)}")
+        return [self.slots[i] for i in sorted(taken)]
 
 
-def chosen(where: Where, matches: Callable[[Where], list[int]], names: Sequence[str]) -> set[int]:
-    """The numbers that a selection takes, given those that each of its leaves matches.
+def chosen(where: Where, sites: Sequence[Sequence[Site]], numbers: Mapping[str, int], names: Sequence[str]) -> set[int]:
+    """The numbers of the parameters or layers that a selection takes.
 
     A member of a list, or what is to be left out, that matches nothing is a misspelling: an error.
+
+    Args:
+        where: the selection.
+        sites: where each of them stands.
+        numbers: {name: number}; one may have several names.
+        names: those that an error tells of.
     """
     if not isinstance(where, Joined):
-        return set(matches(where))
-    left, right = (chosen(side, matches, names) for side in (where.left, where.right))
+        named = where.named(numbers.keys())
+        if named is not None:
+            return {numbers[name] for name in named}
+        return {i for i, own in enumerate(sites) if any(where.takes(*site) for site in own)}
+    left, right = (chosen(side, sites, numbers, names) for side in (where.left, where.right))
     if where.operation == "and":
         return left & right
     for side, taken in ((where.left, left), (where.right, right)):

@@ -220,8 +220,14 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
     """Those among the modules to which FSDP2's `fully_shard` was applied."""
-    kind = _loaded("torch.distributed.fsdp", "FSDPModule")
+    kind = _sharding()
     return [module for module in modules if isinstance(module, kind)] if kind else []
+
+
+def _sharding() -> Any:
+    """The class of the modules to which `fully_shard` was applied; none where that was never done in this process."""
+    kind = _loaded("torch.distributed.fsdp", "FSDPModule")
+    return kind if kind and kind.__subclasses__() else ()  # it makes a subclass of it for each class of modules
 
 
 # The shard that last stood at each attribute of a module; None where FSDP2 leaves a parameter alone.
@@ -230,7 +236,7 @@ _shards: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor] | No
 
 def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, path: Sequence[str]) -> Tensor:
     """The tensor that is trained, where FSDP2 may have put a gathered one in its place, from forward to backward."""
-    if not _shards and type(found) is nn.Parameter and not _loaded("torch.distributed.fsdp", "FSDPModule"):
+    if not _shards and type(found) is nn.Parameter and not _sharding():
         return found  # none of this is in use
     known = _shards.get(owner, {})
     reference = known.get(attribute)

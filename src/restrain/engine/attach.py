@@ -106,7 +106,7 @@ class Attachment:
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
-        self._keeping = [(what, handle) for _, what, handle in self._acting() if what.state()]
+        self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
         self._listen()
         _claimed.update(declaring)
         try:
@@ -134,10 +134,11 @@ class Attachment:
         works: dict[str, Work] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
+                kind = "noise" if isinstance(bound.rule.what, GradientNoise) else bound.rule.how
                 for handle, what in at_steps(bound, model):
-                    work = works.setdefault(handle.name, Work(handle))
-                    kind = "noise" if isinstance(what, GradientNoise) else bound.rule.how
-                    getattr(work, kind).append((bound.rule, what))
+                    if handle.name not in works:
+                        works[handle.name] = Work(handle)
+                    getattr(works[handle.name], kind).append((bound.rule, what))
         join(self, list(works.values()), model)
         if works:
             whole = list(works.values())
@@ -319,13 +320,15 @@ class Attachment:
         leave(self)
         self._forwards.stepped()
 
-    def _acting(self) -> Iterator[tuple[str, What, Handle | None]]:
-        """All that acts, each under a name of its own, with the parameter that it is bound to if it is bound to one."""
+    def _keepers(self) -> Iterator[tuple[str, dict[str, Tensor], What, Handle | None]]:
+        """All that keeps tensors, under names of their own, with these, and the parameter it is bound to, if any."""
         for bound in self._bounds:
-            for handle, what in bound.parameters:
-                yield f"{bound.key}: {handle.name}", what, handle
-            for tap in bound.taps:
-                yield f"{bound.key}: {tap.spot.key}", tap.penalty, None
+            acting: list[tuple[str, Any, Handle | None]] = [(h.name, what, h) for h, what in bound.parameters]
+            acting += [(tap.spot.key, tap.penalty, None) for tap in bound.taps]
+            states = {id(what): what.state() for what in {id(what): what for _, what, _ in acting}.values()}
+            for name, what, handle in acting if any(states.values()) else ():
+                if states[id(what)]:
+                    yield f"{bound.key}: {name}", states[id(what)], what, handle
 
     @torch.no_grad()
     def _keep_up(self, root: nn.Module) -> None:
@@ -349,7 +352,7 @@ class Attachment:
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
             # a tuple, as torch.distributed.checkpoint loads of a dict only what a fresh attachment has already
             "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works() if work.kept),
-            "kept": {name: state for name, what, _ in self._acting() if (state := dict(what.state()))},
+            "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
             "strengths": self._strengths.state(),
         }
 

@@ -15,17 +15,18 @@ from torch.nn.parameter import is_lazy
 from restrain.engine import padding, shards
 from restrain.engine.derivative import Derivative
 from restrain.engine.functional import Lent
+from restrain.engine.inloss import AtPlace
 from restrain.engine.strengths import Moving, tensor_of
-from restrain.engine.taps import Spot, Tap, Watch
+from restrain.engine.taps import Spot, Tap, Watch, blank
 from restrain.engine.weightnoise import Site, check_computable, sites_of
 from restrain.errors import HowError, SelectionError
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.wrapped import trained
-from restrain.places import Places, select_places
+from restrain.places import Places, Target, select_places
 from restrain.rules import Rule, What
-from restrain.select import Names, select_parameters
-from restrain.sites import Handle, Layer, Slot, layers, parameters
+from restrain.select import Names, Parameters, Where
+from restrain.sites import Handle, Slot, is_sharded, layers, parameters
 from restrain.transforms.base import Noise
 
 
@@ -86,17 +87,76 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         HowError: a moment that a tensor can't have.
     """
     shards.at_rest(model)
-    sites, slots = list(layers(model)), parameters(model)
-    bounds: list[Bound] = []
-    standing: dict[str, Tensor] = {}  # parameters that a rule has been bound to
+    there = _There(model)
+    bounds: dict[str, Bound] = {}
     for rule in rules:
-        key, number = rule.label, 2
-        while any(bound.key == key for bound in bounds):
-            key, number = f"{rule.label} #{number}", number + 1
-        bounds.append(_bind(Bound(rule, key), sites, slots, standing))
-        _check_network(bounds[-1], model)
-    _check_parametrized(bounds)
-    return bounds
+        label = key = rule.label
+        number = 2
+        while key in bounds:
+            key, number = f"{label} #{number}", number + 1
+        bounds[key] = _bind(Bound(rule, key), there)
+        _check_network(bounds[key], model)
+    _check_parametrized(list(bounds.values()))
+    return list(bounds.values())
+
+
+class _There:
+    """What a model has while rules are bound to it: each selection is looked for once, each tensor looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
+        own = self.layers[0].module
+        self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
+        self._chosen: dict[Where, _Chosen] = {}
+        self._targets: dict[Places, _Targets] = {}
+        self._tensors: dict[str, Tensor] = {}
+
+    def chosen(self, where: Where) -> _Chosen:
+        """The parameters that a selection takes."""
+        if where not in self._chosen:
+            slots = self._parameters.select(where)
+            plain = all(not slot.parametrized and self._plain(slot) for slot in slots)
+            self._chosen[where] = _Chosen(slots, Names(tuple([slot.name for slot in slots])), plain)
+        return self._chosen[where]
+
+    def _plain(self, slot: Slot) -> bool:
+        tensor = self.tensor(slot)
+        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
+        return known and getattr(slot.owner, "sparse", False) is not True
+
+    def tensor(self, slot: Slot) -> Tensor:
+        """What stands there."""
+        if slot.name not in self._tensors:
+            self._tensors[slot.name] = slot.tensor()
+        return self._tensors[slot.name]
+
+    def targets(self, where: Places) -> _Targets:
+        """The places that a selection takes."""
+        if where not in self._targets:
+            found = select_places(where, self.layers)
+            for target in found:
+                _check_caught(target)
+            spots = [Spot.of(target) for target in found]
+            self._targets[where] = _Targets(found, spots, _places_by_name(spots))
+        return self._targets[where]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Parameters that a selection takes."""
+
+    slots: list[Slot]
+    where: Where  # the selection of these by their names
+    plain: bool = False  # whether all are tensors like any other: here, whole, with values, of dense gradients
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Places that a selection takes."""
+
+    found: list[Target]
+    spots: list[Spot]
+    where: Places | None  # the selection of these by their names; None where there are none
 
 
 def _check_network(bound: Bound, model: nn.Module) -> None:
@@ -127,57 +187,63 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
                 )
 
 
-def _bind(bound: Bound, sites: Sequence[Layer], slots: Sequence[Slot], standing: dict[str, Tensor]) -> Bound:
+def _bind(bound: Bound, there: _There) -> Bound:
     rule = bound.rule
-    device = next((p.device for p in sites[0].module.parameters() if not p.is_meta), torch.device("cpu"))
-    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, device))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, there.device))
     if isinstance(rule.where, Places):
-        bound.spots = _spots(rule, rule.where, sites)
+        targets = _targets(rule, rule.where, there)
+        bound.spots = targets.spots
         if isinstance(rule.what, Penalty):
-            bound.taps = _taps(bound, sites[0].module, device)
-        bound.rule = replace(rule, where=_places_by_name(bound.spots) or rule.where, name=bound.key)
+            bound.taps = _taps(bound, there)
+        bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
-            _bind_derivative(bound, bound.what, sites)
+            _bind_derivative(bound, targets, there)
         return bound
     try:
-        chosen = select_parameters(rule.where, slots)
+        chosen = there.chosen(rule.where)
     except SelectionError:
         if not rule.optional:
             raise
-        chosen = []
+        chosen = _Chosen([], rule.where)
     anywhere = _same_anywhere(bound.what)
-    bound.parameters = [(slot.handle, _resolve(rule, bound.what, slot, anywhere, standing)) for slot in chosen]
+    if anywhere and chosen.plain:
+        bound.parameters = [(slot.handle, bound.what) for slot in chosen.slots]
+    else:
+        bound.parameters = [(s.handle, _resolve(rule, bound.what, s, anywhere, there)) for s in chosen.slots]
     if rule.how == "forward":
-        bound.noisy = [
-            (site, what) for slot, (_, what) in zip(chosen, bound.parameters, strict=True) for site in sites_of(slot)
-        ]
-    outputs = _spots(rule, rule.outputs, sites) if rule.outputs is not None else []
-    bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs]
-    where = Names(tuple(slot.name for slot in chosen)) if chosen else rule.where
-    bound.rule = replace(rule, where=where, outputs=_places_by_name(outputs), name=bound.key)
+        pairs = zip(chosen.slots, bound.parameters, strict=True)
+        bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
+    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
+    bound.raws = [Watch(bound.key, spot, rule.optional) for spot in outputs.spots] if outputs is not None else []
+    by_name = None if outputs is None else outputs.where
+    bound.rule = replace(rule, where=chosen.where, outputs=by_name, name=bound.key)
     return bound
 
 
-def _taps(bound: Bound, model: nn.Module, device: torch.device) -> list[Tap]:
+def _taps(bound: Bound, there: _There) -> list[Tap]:
+    model = there.layers[0].module
     mean = bound.rule.reduce == "mean"
     weight = 1 / len(bound.spots) if mean and bound.spots else 1.0
     what = bound.what.bound_in(model)
     for place in {spot.place for spot in bound.spots if spot.place.padded}:
         padding.check(place, what, model)
-    alike = _same_anywhere(what, "bound_at_place")
+    same = AtPlace(what) if _same_anywhere(what, "bound_at_place") else None
+    activities = [moving.activity for moving in bound.moving if moving.activity is not None]
+    empty, optional = blank(there.device), bound.rule.optional
     taps = []
     for spot in bound.spots:
-        watch, own = Watch(bound.key, spot, bound.rule.optional), what if alike else what.bound_at_place()
-        taps.append(Tap(watch, own, device, mean=mean, weight=weight))
-        taps[-1].activities = [moving.activity for moving in bound.moving if moving.activity is not None]
+        own = same or AtPlace(what.bound_at_place())
+        taps.append(Tap(bound.key, spot, optional, own, empty, mean=mean, weight=weight, activities=activities))
     return taps
 
 
-def _bind_derivative(bound: Bound, what: OnDerivatives, sites: Sequence[Layer]) -> None:
-    by = bound.spots if what.leaf.of_loss else _spots(bound.rule, what.leaf.by, sites)
+def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
+    what: OnDerivatives = bound.what
+    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, there)
+    by = targets.spots
     if any(spot.place.via is not None for spot in by):
         raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
-    bound.rule = replace(bound.rule, what=what.named(_places_by_name(by)))
+    bound.rule = replace(bound.rule, what=what.named(targets.where))
     if bound.spots and by:
         of = [] if what.leaf.of_loss else bound.spots
         bound.derivative = Derivative(bound.key, what, of, by, bound.rule.optional, bound.notes)
@@ -193,27 +259,31 @@ def _places_by_name(spots: Sequence[Spot]) -> Places | None:
     return functools.reduce(operator.or_, places) if places else None
 
 
-def _spots(rule: Rule, where: Places, sites: Sequence[Layer]) -> list[Spot]:
+def _check_caught(target: Target) -> None:
+    """Refuse places past which the model goes."""
+    chain = target.layer.chain
+    if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
+        raise SelectionError(
+            f"{target.name!r} is used by nn.MultiheadAttention past its hooks, so nothing can be caught there; "
+            f"select the attention itself: rs.{target.place.kind}({target.name.rpartition('.')[0]!r})"
+        )
+
+
+def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
     try:
-        targets = select_places(where, sites)
+        targets = there.targets(where)
     except SelectionError:
         if not rule.optional:
             raise
-        return []
-    for target in targets:
-        chain = target.layer.chain
-        if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
-            raise SelectionError(
-                f"{target.name!r} is used by nn.MultiheadAttention past its hooks, so nothing can be caught there; "
-                f"select the attention itself: rs.{target.place.kind}({target.name.rpartition('.')[0]!r})"
-            )
+        return _Targets([], [], None)
+    for target in targets.found if not isinstance(rule.what, Penalty) else ():
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
         if isinstance(rule.what, Noise):
             rule.what.suits(target.layer.module, target.place.kind)
-        if target.place.padded and not isinstance(rule.what, Penalty):
+        if target.place.padded:
             raise SelectionError(f"mask= and lengths= are for penalties at one place, not for {rule.what!r}")
-    return [Spot.of(target) for target in targets]
+    return targets
 
 
 def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
@@ -222,7 +292,7 @@ def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
-def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, standing: dict[str, Tensor]) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, there: _There) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -239,9 +309,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, standing: dict[
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    if slot.name not in standing:
-        standing[slot.name] = slot.tensor()
-    tensor = standing[slot.name]
+    tensor = there.tensor(slot)
     shards.check(rule, slot, tensor)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(

@@ -217,7 +217,7 @@ class Derivative:
         self.arguments = Arguments(self)
         self.watches: list[Watch] = [*self.probes, self.arguments]
         self.choice: Choice | None = None
-        self.light = False  # the closed form was seen to hold, for which inputs need no gradient
+        self.light = False  # what was chosen was seen to need no gradient of inputs
         self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # by checkpoint
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
         self._blind = False  # whether what is pending comes from compiled code, which no probe saw
@@ -248,7 +248,7 @@ class Derivative:
         """Whether the model will run again for it, or may have to."""
         if self.penalty.of_loss:
             return False
-        return self.choice is None or self.choice.again or self.light
+        return self.choice is None or self.choice.again or self.light or self.choice.estimator == "jvp"
 
     def blind(self, probe: Probe) -> bool:
         """Whether a place can't be looked at in the forward, since it lies in compiled code, which has run."""
@@ -313,9 +313,23 @@ class Derivative:
             self._say(str(self.choice))
             self.light = self.choice.why == CLOSED
         choice = self.choice
+        if choice.estimator == "jvp" and not choice.again:
+            return self._by_tangents(root, ys, xs, given)
         if self.light and any(linear(y, of_the_same(y, xs)) is None for y in ys):
             self.light, choice = False, Choice("exact", again=True)  # the model does something else now
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
+
+    def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
+        """By the graph of the forward; from the first forward on whose graph that can't be, by running again."""
+        for one in given:
+            one.check()
+        found = self.penalty.of_tangents(ys, xs)
+        if found is None:
+            self.choice, self.light = Choice("jvp", again=True), False
+            self._say(str(self.choice))
+            return self._by_runs(root, given, self.choice)
+        value, self.light = found
+        return value
 
     def _by_runs(self, root: nn.Module, given: list[Given], choice: Choice) -> Tensor:
         if not given:

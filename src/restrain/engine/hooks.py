@@ -30,7 +30,8 @@ class Hooks:
         """Put them all there; two on the model itself if penalties are to join the loss (`on_root`)."""
         if on_root:
             acting = [bound for bound in bounds if bound.rule.how == "loss" and bound.parameters]
-            self.forwards.lent = Lent(handle for bound in acting for handle, _ in bound.parameters)
+            handles = {handle.name: handle for bound in acting for handle, _ in bound.parameters}
+            self.forwards.lent = Lent(list(handles.values()))
             self.forwards.lent.remember(model)
             for bound in acting:
                 bound.lent = self.forwards.lent
@@ -43,33 +44,30 @@ class Hooks:
                 bound.derivative.bind(self.forwards, _timer(bound, steps), weakref.ref(model))
                 arguments = bound.derivative.arguments
                 self._handles.append(model.register_forward_pre_hook(arguments, with_kwargs=True))
+        for spot in {id(tap.spot): tap.spot for bound in bounds for tap in bound.taps}.values():
+            _refuse_noise_of_another(model, spot)
+        known = dict[int, LayerHook]()  # by the places, which rules of the same selection share
         for bound in bounds:
-            self._put_at_layers(bound, model)
+            self._put_at_layers(bound, model, known)
         if on_root:
             self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
 
-    def _put_at_layers(self, bound: Bound, model: nn.Module) -> None:
+    def _put_at_layers(self, bound: Bound, model: nn.Module, known: dict[int, LayerHook]) -> None:
         self.forwards.taps += bound.taps
         self.forwards.raws += bound.raws
+        probes = bound.derivative.probes if bound.derivative is not None else []
+        for watch in (*bound.taps, *bound.raws, *probes):
+            if id(watch.spot) not in known:
+                known[id(watch.spot)] = self._at(model, watch.spot)
         for tap in bound.taps:
-            self._refuse_noise_of_another(model, tap.spot)
-            self._at(model, tap.spot).taps.append(tap)
+            known[id(tap.spot)].taps.append(tap)
         for raw in bound.raws:
-            self._at(model, raw.spot).raws.append(raw)
-        for probe in bound.derivative.probes if bound.derivative is not None else ():
-            self._at(model, probe.spot).probes.append(probe)
+            known[id(raw.spot)].raws.append(raw)
+        for probe in probes:
+            known[id(probe.spot)].probes.append(probe)
         if isinstance(bound.rule.what, Noise):
             for spot in bound.spots:
                 self._at(model, spot).noises.append((bound.rule.what, spot))
-
-    def _refuse_noise_of_another(self, model: nn.Module, spot: Spot) -> None:
-        module, own = spot.find(model), self.at_layers.values()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if isinstance(hook, LayerHook) and hook.noises and hook not in own:
-                raise HowError(
-                    f"another attachment has noise at {spot.name!r}, which this one's penalty would see: put both into "
-                    "one plan, or attach the noise last"
-                )
 
     def _at(self, model: nn.Module, spot: Spot) -> LayerHook:
         module, kind = spot.find(model), spot.place.kind
@@ -91,3 +89,13 @@ class Hooks:
 
 def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:
     return lambda: bound.rule.due(steps())
+
+
+def _refuse_noise_of_another(model: nn.Module, spot: Spot) -> None:
+    module = spot.find(model)
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if isinstance(hook, LayerHook) and hook.noises:
+            raise HowError(
+                f"another attachment has noise at {spot.name!r}, which this one's penalty would see: put both into one "
+                "plan, or attach the noise last"
+            )

@@ -52,7 +52,7 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
 
 
 class AtPlace:
-    """A penalty on the outputs of a layer, averaged over the batch; what is known of it is kept from call to call."""
+    """A penalty on the outputs of layers, averaged over the batch; what is known of it is kept from call to call."""
 
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,7 +14,6 @@ from restrain.engine import padding, structures
 from restrain.engine.inloss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
-from restrain.penalties import Penalty
 from restrain.penalties.wrapped import life, over, wrapped
 from restrain.places import Place, Target
 
@@ -111,24 +111,38 @@ class Watch:
             )
 
 
+def blank(device: torch.device) -> Tensor:
+    """A tensor like those that taps add to, on a device."""
+    # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
+    return torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
 class Tap(Watch):
     """A penalty at one place; its records are the penalty's values.
 
-    `weight` scales its value (1 / number of places under `reduce="mean"`).
+    `weight` scales its value (1 / number of places under `reduce="mean"`). Places of one rule may share `at_place`.
     """
 
-    def __init__(self, watch: Watch, penalty: Penalty, device: torch.device, *, mean: bool, weight: float) -> None:
-        super().__init__(watch.rule, watch.spot, watch.optional)
-        self.penalty, self.mean, self.weight = penalty, mean, weight
-        self._at_place = AtPlace(penalty)
+    def __init__(
+        self,
+        rule: str,
+        spot: Spot,
+        optional: bool,
+        at_place: AtPlace,
+        empty: Tensor,
+        *,
+        mean: bool = False,
+        weight: float = 1.0,
+        activities: Sequence[Activity] = (),
+    ) -> None:
+        super().__init__(rule, spot, optional)
+        self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
+        self._at_place = at_place
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
-        self.activities: list[Activity] = []
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
-        self.total, self.count, self.cell = (torch.zeros(1, dtype=dtype, device=device) for _ in range(3))
+        self.total, self.count, self.cell = torch.zeros_like(empty), torch.zeros_like(empty), torch.zeros_like(empty)
         self._version = self.count._version  # compiled code adds in place, of which this is the only cheap sign
 
     def has_fired(self) -> bool:

@@ -22,13 +22,14 @@ from restrain.fields import is_whole
 from restrain.penalties.again import Randomness, plainly, spare_buffers
 from restrain.penalties.checks import at_hand, checked_factor, shown, times
 from restrain.penalties.estimators import Batch, Run, between, pushed
+from restrain.penalties.tangents import pushed_by_graph
 from restrain.places import Places, inputs, outputs
 from restrain.rules import How, What
 from restrain.schedule import Strength
 from restrain.select import Where
 
 Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
-RUNNING = ("jvp", "difference")  # those that run the model again
+RUNNING = ("jvp", "difference")  # those that run the model again, jvp where its graph doesn't do
 REENTRANT, COMPILED, SHARDED = "a reentrant checkpoint", "compiled code", "sharded parameters"
 CLOSED = "in closed form"
 
@@ -172,6 +173,20 @@ class DerivativePenalty(OnDerivatives, register=False):
     def of_direction(self, tangents: Sequence[Batch]) -> Tensor:
         """An estimate of the value, by the derivative of the outputs along random signs."""
 
+    def of_tangents(self, ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[Tensor, bool] | None:
+        """The value along random directions by the graph of the forward, and whether inputs need no gradient for it.
+
+        None where an operation in it isn't known.
+        """
+        values, bare = [], True
+        for _ in range(self.projections):
+            found = pushed_by_graph(ys, xs)
+            if found is None:
+                return None
+            values.append(self.of_direction(found[0]))
+            bare = bare and found[1]
+        return torch.stack(values).mean(), bare
+
     def of_runs(self, run: Run, estimator: str) -> Tensor:
         """The value by further runs of the function."""
         if estimator in RUNNING:
@@ -226,7 +241,7 @@ class DerivativePenalty(OnDerivatives, register=False):
             PenaltyError, CaptureError: what was asked for is impossible, or there is no way from xs to ys.
         """
         if self.estimator in RUNNING:
-            return Choice(self.estimator, again=True)
+            return Choice(self.estimator, again=self.estimator != "jvp" or bool(obstacle), why=obstacle)
         found = None if obstacle else between(ys, xs)
         if found is not None and found.obstacles:
             obstacle = REENTRANT if REENTRANT in found.obstacles else min(found.obstacles)

@@ -1,0 +1,206 @@
+"""Derivatives along random directions by the graph of a forward that has run, node by node from its inputs on.
+
+Forward mode proper runs the function once more. But what a node of the graph keeps for its backward is all that its
+derivative along a direction takes, too: a linear operation is done to the direction, and where the Jacobian is
+symmetric (activations), its own backward does it. What comes out is differentiable, as what nodes keep has its graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from restrain.penalties.estimators import Batch, signs
+
+Node: TypeAlias = Any  # torch.autograd.graph.Node, of whose kinds each keeps something else
+Given: TypeAlias = list[Tensor | None]  # the derivative of each input of an operation; None where it doesn't depend
+
+_LEAF = "torch::autograd::AccumulateGrad"
+_FACTORS = {"AddmmBackward0": ("_saved_mat1", 1), "MmBackward0": ("_saved_self", 0)}  # x of b + x Wᵀ, and its place
+
+
+def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batch], bool] | None:
+    """Ju for the outputs, u of independent random signs; None where an operation on the way isn't known here.
+
+    An input that needs no gradient isn't in the graph. It has to be a factor of matrix products, and all else in the
+    graph parameters, so that nothing else can have come of it.
+
+    Returns:
+        the derivatives, and whether they could have been had without a gradient of the inputs.
+    """
+    known: dict[Node, Tensor] = {}
+    outside: list[tuple[Tensor, Tensor]] = []
+    for x in xs:
+        u = signs(x.tensor)
+        if not x.tensor.requires_grad:
+            outside.append((x.tensor, u))
+            continue
+        edge = torch.autograd.graph.get_gradient_edge(x.tensor)
+        if edge.output_nr or edge.node in known:
+            return None
+        known[edge.node] = u
+    ends = [y.tensor.grad_fn for y in ys]
+    if None in ends or any(y.tensor.output_nr for y in ys):
+        return None
+    with torch.autocast(xs[0].tensor.device.type, enabled=False):
+        closed = _push(_upwards(ends), known, outside, set(known))
+    if closed is None or (outside and not closed) or any(end not in known for end in ends):
+        return None
+    return [replace(y, tensor=known[end]) for y, end in zip(ys, ends, strict=True)], closed
+
+
+def _upwards(ends: Sequence[Node]) -> list[Node]:
+    """The nodes that lead to some, each after those that lead to it."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+    waiting = [(end, False) for end in ends]
+    while waiting:
+        node, done = waiting.pop()
+        if done:
+            order.append(node)
+        elif node not in seen:
+            seen.add(node)
+            waiting.append((node, True))
+            waiting += [(before, False) for before, _ in node.next_functions if before is not None]
+    return order
+
+
+def _push(
+    order: Sequence[Node], known: dict[Node, Tensor], outside: Sequence[tuple[Tensor, Tensor]], starts: set[Node]
+) -> bool | None:
+    """Carry derivatives on through the nodes; whether all is made of parameters and of inputs multiplied by them.
+
+    None where an operation isn't known.
+    """
+    closed = True
+    for node in order:
+        name, before = node.name(), [one for one, _ in node.next_functions]
+        if name == _LEAF:
+            continue
+        given: Given = [known.get(one) for one in before]
+        kept, place = _FACTORS.get(name, ("", -1))
+        if outside and kept and before[place] is None:
+            factor = getattr(node, kept)
+            given[place] = next((u for x, u in outside if x is factor), None)
+        if all(t is None for t in given):
+            closed = closed and name == "TBackward0" and before[0] is not None and before[0].name() == _LEAF
+            continue
+        rule = _RULES.get(name)
+        if rule is None or any(
+            number and t is not None for (_, number), t in zip(node.next_functions, given, strict=True)
+        ):
+            return None
+        tangent = rule(node, given)
+        if tangent is None:
+            return None
+        known[node] = known[node] + tangent if node in known else tangent
+        constant = any(one is None and t is None for one, t in zip(before, given, strict=True))
+        closed = closed and not constant and not any(one in starts and i != place for i, one in enumerate(before))
+    return closed
+
+
+# Operations
+
+
+def _symmetric(node: Node, given: Given) -> Tensor | None:
+    tangent: Tensor = node(given[0])
+    return tangent
+
+
+def _linear(node: Node, given: Given) -> Tensor | None:
+    _, place = _FACTORS[node.name()]
+    x = given[place]
+    if x is None or sum(t is not None for t in given) > 1 or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    matrix = node._saved_mat2
+    if matrix is None:  # kept for the gradient of x alone
+        transposed = node.next_functions[place + 1][0]
+        weight = (
+            getattr(transposed.next_functions[0][0], "variable", None) if transposed.name() == "TBackward0" else None
+        )
+        if weight is None:
+            return None
+        matrix = weight.t()
+    product: Tensor = x @ matrix
+    return product
+
+
+def _convolution(node: Node, given: Given) -> Tensor | None:
+    x, *others = given
+    if x is None or any(t is not None for t in others):
+        return None
+    settings = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
+    return torch.convolution(x, node._saved_weight, None, *[getattr(node, f"_saved_{one}") for one in settings])
+
+
+def _sum(node: Node, given: Given, sign: float = 1.0) -> Tensor | None:
+    x, y = given
+    other = None if y is None else y * (sign * node._saved_alpha)
+    total = other if x is None else x if other is None else x + other
+    assert total is not None
+    return total.expand(_shape(node))
+
+
+def _difference(node: Node, given: Given) -> Tensor | None:
+    return _sum(node, given, -1.0)
+
+
+def _product(node: Node, given: Given) -> Tensor | None:
+    terms = [
+        t * getattr(node, key) for t, key in zip(given, ("_saved_other", "_saved_self"), strict=True) if t is not None
+    ]
+    total: Tensor = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    return total
+
+
+def _quotient(node: Node, given: Given) -> Tensor | None:
+    x, y = given
+    return None if x is None or y is not None else x / node._saved_other
+
+
+def _same_order(node: Node, given: Given) -> Tensor | None:
+    assert given[0] is not None
+    return given[0].reshape(_shape(node))
+
+
+def _max_pool(node: Node, given: Given) -> Tensor | None:
+    assert given[0] is not None
+    chosen: Tensor = node._saved_result1
+    return given[0].flatten(-2).gather(-1, chosen.flatten(-2)).view_as(chosen)
+
+
+def _mean_pool(node: Node, given: Given) -> Tensor | None:
+    assert given[0] is not None
+    high, wide = _shape(node)[-2:]
+    return F.adaptive_avg_pool2d(given[0], (high, wide))
+
+
+def _shape(node: Node) -> list[int]:
+    """Of what the operation gave."""
+    return list(node._input_metadata[0].shape)
+
+
+_RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {
+    "AddmmBackward0": _linear,
+    "MmBackward0": _linear,
+    "ConvolutionBackward0": _convolution,
+    "AddBackward0": _sum,
+    "SubBackward0": _difference,
+    "MulBackward0": _product,
+    "DivBackward0": _quotient,
+    "MaxPool2DWithIndicesBackward0": _max_pool,
+    "AdaptiveAvgPool2DBackward0": _mean_pool,
+    **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0"), _same_order),
+    **{
+        f"{name}Backward0": _symmetric
+        for name in (
+            "Tanh", "Sigmoid", "Relu", "Gelu", "Silu", "Elu", "LeakyRelu", "Softplus", "Hardtanh", "Hardswish", "Mish",
+            "LogSigmoid", "Softmax", "Exp", "Sin", "Cos", "Neg", "Clone",
+        )
+    },
+}  # fmt: skip
