@@ -39,6 +39,9 @@ class Gate(Protocol):
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
 
+    def passes(self, mode: str) -> bool:
+        """Whether another tensor may go on in the place of a layer's output."""
+
     def inputs(self) -> Inputs | None:
         """What the model's forward was called with; None outside of one."""
 
@@ -111,6 +114,11 @@ class LayerHook(Draws, Hook):
             with torch.no_grad():  # a graph would be missed in a checkpoint's recomputation
                 for activity in tap.activities:
                     activity.add(tap.spot.seen(structures.get(structure, way)))
+        passed = tap.through(result, way, module) if self.gate.passes(mode) else None
+        if passed is not None:
+            if mode == "record":
+                tap.record(self.gate.forward_of(structure), passed[1])
+            return passed[0]
         value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)

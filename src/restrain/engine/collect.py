@@ -16,7 +16,7 @@ from restrain.engine import structures
 from restrain.engine.draws import exporting
 from restrain.engine.functional import Lent
 from restrain.engine.hanging import Hook
-from restrain.engine.injection import checkpoint_frame, in_backward
+from restrain.engine.injection import checkpoint_frame, in_backward, recomputing_saved_tensors
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Tap, Watch
 from restrain.errors import CaptureError, NeverFiredError
@@ -107,6 +107,13 @@ class Forwards:
         if in_backward():
             return "recompute" if torch.is_grad_enabled() else "off"
         return "record" if self._training or torch.is_grad_enabled() else "off"
+
+    def passes(self, mode: str) -> bool:
+        """Whether, in this mode, another tensor may go on in the place of a layer's output.
+
+        Rules on derivatives look at the graph between layers, which is to be the model's own.
+        """
+        return not self.derived and (mode == "record" or (mode == "recompute" and recomputing_saved_tensors()))
 
     @property
     def recording(self) -> bool:

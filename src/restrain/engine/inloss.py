@@ -61,8 +61,22 @@ class AtPlace:
 
     def value(self, h: Tensor, dim: int | None) -> Tensor:
         """`penalty.over_batch(h, dim)`."""
+        job = self._job(h, dim)
+        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+
+    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor] | None:
+        """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
+
+        The gradient of the value joins that of what goes on in one pass, where the two meet.
+        """
+        if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._job(h, dim)) is None:
+            return None
+        passed: tuple[Tensor, Tensor] = _Through.apply(job, h, copy)  # type: ignore[no-untyped-call]
+        return passed
+
+    def _job(self, h: Tensor, dim: int | None) -> _Job | None:
         if not (self._fixed and _plain(h) and _by_blocks()):
-            return self.penalty.over_batch(h, dim)
+            return None
         size = 1 if dim is None else batch_size(h, dim)
         known = h.dtype, size
         if known not in self._jobs:
@@ -70,8 +84,7 @@ class AtPlace:
                 self._jobs.clear()
             member = _Member(h, self.penalty, (), 1 / size)
             self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
-        job = self._jobs[known]
-        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+        return self._jobs[known]
 
 
 def _by_blocks() -> bool:
@@ -168,11 +181,41 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return None, *ctx.job.differentiable(ctx.saved_tensors, factor)
-        # batched is it by autograd.grad(is_grads_batched=True)
-        fast = _by_blocks() and not torch._C._functorch.is_legacy_batchedtensor(factor)
-        return None, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
+        return None, *_gradients(ctx.job, ctx.saved_tensors, factor)
+
+
+def _gradients(job: _Job, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    if torch.is_grad_enabled():
+        return job.differentiable(tensors, factor)
+    return (job.gradients if _by_blocks() and not _batched(factor) else job.by_formula)(tensors, factor)
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+class _Through(torch.autograd.Function):
+    """A tensor on its way (or a copy, where a later op overwrites it in place), and the value of a job on it."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, h: Tensor, copy: bool) -> tuple[Tensor, Tensor]:
+        ctx.job = job
+        ctx.save_for_backward(h)
+        ctx.set_materialize_grads(False)
+        return h.clone() if copy else h.view_as(h), job.value((h,))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        if factor is None:  # the value isn't in what is differentiated
+            return None, gradient, None
+        (h,) = ctx.saved_tensors
+        if gradient is None:  # what goes on isn't
+            return None, *_gradients(ctx.job, (h,), factor), None
+        alike = h.is_contiguous() and gradient.is_contiguous() and h.dtype == gradient.dtype and _plain(gradient)
+        if alike and not torch.is_grad_enabled() and _by_blocks() and not _batched(gradient) and not _batched(factor):
+            return None, ctx.job.added(h, factor, gradient), None
+        return None, gradient + _gradients(ctx.job, (h,), factor)[0], None
 
 
 @dataclass
@@ -236,6 +279,14 @@ class _Job:
         self._put(flat, factor, out)
         views = torch._utils._unflatten_dense_tensors(out, tensors)
         return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
+
+    def added(self, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:
+        """given + factor · gradient, in new memory: who else holds the given isn't known."""
+        out = fresh(x)
+        for part, plus, o in zip(*(self._blocks(flattened(t)) for t in (x, given, out)), strict=True):
+            self._put(part, factor, o)
+            o.add_(plus)
+        return out
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(piece.strength, factor) for piece in self.pieces]

@@ -121,6 +121,7 @@ class Tap(Watch):
         super().__init__(watch.rule, watch.spot, watch.optional)
         self.penalty, self.mean, self.weight = penalty, mean, weight
         self._at_place = AtPlace(penalty)
+        self._simple = not (mean or watch.spot.place.padded or watch.spot.place.via is not None)
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
@@ -133,6 +134,12 @@ class Tap(Watch):
 
     def has_fired(self) -> bool:
         return bool(self.records or self.hidden) or self.fired_compiled()
+
+    def through(self, h: Any, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """What goes on in the place of a layer's output, and the value; None where the value goes its own way."""
+        if way or self.copies is None or not self._simple:
+            return None
+        return self._at_place.through(h, batch_dim(self.spot.place.batch_dim, module, h), self.copies)
 
     def evaluate(self, structure: Any, way: structures.Way, module: nn.Module, inputs: padding.Inputs | None) -> Tensor:
         """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean.
