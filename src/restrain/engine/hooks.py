@@ -45,12 +45,15 @@ class Hooks:
                 self._handles.append(model.register_forward_pre_hook(arguments, with_kwargs=True))
         for bound in bounds:
             self._put_at_layers(bound, model)
+        for hook in self.at_layers.values():
+            others = hook.raws or hook.probes or hook.noises or self.forwards.derived
+            alone = len(hook.taps) == 1 and not others and hook.taps[0].simple and not hook.taps[0].activities
+            hook.lone = hook.taps[0] if alone and hook.taps[0].spot.place.index is None else None
         if on_root:
             self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
 
     def _put_at_layers(self, bound: Bound, model: nn.Module) -> None:
-        self.forwards.taps += bound.taps
-        self.forwards.raws += bound.raws
+        self.forwards.watch(bound.taps, bound.raws, () if bound.derivative is None else bound.derivative.watches)
         for tap in bound.taps:
             self._refuse_noise_of_another(model, tap.spot)
             self._at(model, tap.spot).taps.append(tap)

@@ -57,12 +57,25 @@ class AtPlace:
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty
         self._fixed = penalty.entrywise and all(isinstance(strength, float) for strength, _ in penalty.leaves())
+        self._slope = _slope(penalty) if self._fixed else None
         self._jobs: dict[Any, _Job | None] = {}
 
     def value(self, h: Tensor, dim: int | None) -> Tensor:
         """`penalty.over_batch(h, dim)`."""
         job = self._job(h, dim)
         return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+
+    def of_relu(self, h: Tensor, dim: int | None) -> Tensor | None:
+        """The value where `h` comes of a ReLU and the penalty is an L1: then it is a plain sum.
+
+        Its gradient is one at the zeros, too, where ReLU lets none through. Nothing is kept for the backward, so that
+        `h` may be overwritten.
+        """
+        if self._slope is None or (node := h.grad_fn) is None or node.name() != "ReluBackward0":
+            return None
+        if not (torch.is_grad_enabled() and _plain(h) and simple(h) and _by_blocks()):
+            return None
+        return h.sum() * (self._slope / (1 if dim is None else batch_size(h, dim)))
 
     def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor] | None:
         """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
@@ -85,6 +98,15 @@ class AtPlace:
             member = _Member(h, self.penalty, (), 1 / size)
             self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
         return self._jobs[known]
+
+
+def _slope(penalty: Penalty) -> float | None:
+    """a where the penalty is a Σ|x|."""
+    parts = penalty.leaves()
+    if not all(type(leaf).__module__ == Entrywise.__module__ and leaf.elastic is not None for _, leaf in parts):
+        return None
+    l1, l2, _ = penalty.split()
+    return None if l2 else float(l1)
 
 
 def _by_blocks() -> bool:
@@ -190,6 +212,13 @@ def _gradients(job: _Job, tensors: Sequence[Tensor], factor: Tensor) -> Sequence
     return (job.gradients if _by_blocks() and not _batched(factor) else job.by_formula)(tensors, factor)
 
 
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether entries that belong together stand at the same places in memory, without gaps."""
+    if not _plain(y) or x.dtype != y.dtype:
+        return False
+    return (x.is_contiguous() and y.is_contiguous()) or (x.stride() == y.stride() and dense(x))
+
+
 def _batched(gradient: Tensor) -> bool:
     """Whether it is many, by autograd.grad(is_grads_batched=True)."""
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
@@ -212,8 +241,7 @@ class _Through(torch.autograd.Function):
         (h,) = ctx.saved_tensors
         if gradient is None:  # what goes on isn't
             return None, *_gradients(ctx.job, (h,), factor), None
-        alike = h.is_contiguous() and gradient.is_contiguous() and h.dtype == gradient.dtype and _plain(gradient)
-        if alike and not torch.is_grad_enabled() and _by_blocks() and not _batched(gradient) and not _batched(factor):
+        if _alike(h, gradient) and not torch.is_grad_enabled() and _by_blocks() and not _batched(gradient) and not _batched(factor):
             return None, ctx.job.added(h, factor, gradient), None
         return None, gradient + _gradients(ctx.job, (h,), factor)[0], None
 
