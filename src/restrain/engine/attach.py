@@ -195,9 +195,9 @@ class Attachment:
             loss = loss + (term if all_of_it else share * term).to(loss.device)
         if not hidden:
             return loss
-        value, write = self._hidden(hidden, share)
+        value, write = self._hidden(hidden, loss, share)
         loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
-        return Root.apply(loss, share * value.to(loss.device, loss.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
+        return Root.apply(loss, share * value, write)  # type: ignore[no-untyped-call, no-any-return]
 
     def penalty(self) -> Tensor:
         """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
@@ -215,14 +215,16 @@ class Attachment:
                 total = total + term.to(total.device)
         if not hidden:
             return total
-        value, write = self._hidden(hidden)
+        value, write = self._hidden(hidden, total)
         anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
-        return Root.apply(anchor, value.to(total.device, total.dtype), write)  # type: ignore[no-untyped-call, no-any-return]
+        return Root.apply(anchor, value, write)  # type: ignore[no-untyped-call, no-any-return]
 
     def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
         model = self.model
-        if torch.is_grad_enabled() and not self._watching():  # what a forward measured has the strength that it had
+        if (
+            torch.is_grad_enabled() and not self._forwards.watches
+        ):  # what a forward measured has the strength that it had
             self._clock.end()
         if self._detached:
             raise DetachedError(
@@ -248,16 +250,13 @@ class Attachment:
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
-        if self._watching() and self.model.training and torch.is_grad_enabled():
+        if self._forwards.watches and self.model.training and torch.is_grad_enabled():
             self._forwards.collect(loss)
             return True
         return False
 
-    def _watching(self) -> bool:
-        return bool(self._forwards.taps or self._forwards.raws or self._forwards.derived)
-
-    def _hidden(self, hidden: list[Any], share: float | Tensor = 1.0) -> tuple[Tensor, Any]:
-        """The value of penalties whose gradient is injected, and what sets it off in backward."""
+    def _hidden(self, hidden: list[Any], joins: Tensor, share: float | Tensor = 1.0) -> tuple[Any, Any]:
+        """The value of penalties whose gradient is injected, where it joins others; what sets it off in backward."""
 
         def write(gradient: Tensor | None) -> None:
             if self._detached and any(one.tap.rooted for one in hidden):
@@ -266,7 +265,8 @@ class Attachment:
                 )
             set_cells(hidden, None if gradient is None else gradient * share)
 
-        return torch.stack([one.hidden for one in hidden]).sum(), write
+        value = sum([one.hidden for one in hidden])
+        return value.to(joins.device, joins.dtype) if isinstance(value, Tensor) else value, write
 
     def values(self) -> dict[str, float]:
         """{rule: strength × value} of every penalty, computed now; one key a rule.

@@ -39,6 +39,14 @@ class Gate(Protocol):
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
 
+    number: int  # of the forward that runs
+
+    def plain(self) -> bool:
+        """Whether a layer is called in a training forward in eager code, and nothing else is going on."""
+
+    def passes(self, mode: str) -> bool:
+        """Whether another tensor may go on in the place of a layer's output."""
+
     def inputs(self) -> Inputs | None:
         """What the model's forward was called with; None outside of one."""
 
@@ -63,6 +71,7 @@ class LayerHook(Draws, Hook):
         self.raws: list[Watch] = []
         self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Spot]] = []
+        self.lone: Tap | None = None  # the one thing that happens here, if it is a simple one
 
     @property
     def random(self) -> bool:
@@ -70,6 +79,11 @@ class LayerHook(Draws, Hook):
         return bool(self.noises)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.lone is not None and module.training and self.gate.plain() and not self.sampling.depth:
+            found = self.lone.on_the_way(output, (), module) if type(output) is Tensor else None
+            if found is not None:
+                self.lone.keep_plain(self.gate.number, found[1])
+                return found[0]
         return self.act(module, output, args, kwargs) if self.draws(module) else None
 
     def act(self, module: nn.Module, structure: Any, args: Any, kwargs: Any) -> Any:
@@ -111,6 +125,12 @@ class LayerHook(Draws, Hook):
             with torch.no_grad():  # a graph would be missed in a checkpoint's recomputation
                 for activity in tap.activities:
                     activity.add(tap.spot.seen(structures.get(structure, way)))
+        h = structures.get(result, way)
+        passed = tap.on_the_way(h, way, module) if self.gate.passes(mode) else None
+        if passed is not None:
+            if mode == "record":
+                tap.record(self.gate.forward_of(structures.get(structure, way)), passed[1])
+            return result if passed[0] is h else passed[0]
         value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
             tap.record(self.gate.forward_of(structures.get(structure, way)), value)
@@ -124,7 +144,6 @@ class LayerHook(Draws, Hook):
             tap.count.add_(1)
         elif not tap.rooted or recomputing_saved_tensors():
             return result
-        h = structures.get(result, way)
         injected = Inject.apply(h, value, tap.cell, tap.copies is not False)  # type: ignore[no-untyped-call]
         return structures.put(result, way, injected)
 

@@ -33,11 +33,10 @@ class Clock:
         self.epochs = 0  # as the user counts them
         self.on_any: list[Listener] = []  # called after any step in the process
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
-        self._given, self._came = weakref.WeakSet(given), weakref.WeakSet[Optimizer]()
+        self._given = [_Known(one) for one in given]
+        self._others: list[_Known] = []
         self._moved = False  # whether there was a real step since the last training step ended
         self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
-        self._relevant: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        self._counts: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
         _watchers.add(self)
 
     def remove(self) -> None:
@@ -51,7 +50,7 @@ class Clock:
         """Called before a step of one of several given optimizers."""
         if torch.compiler.is_compiling():
             return eagerly(self.before, optimizer, args, kwargs)  # type: ignore[no-any-return]
-        if optimizer in self._came and not nested(optimizer):
+        if self._of(optimizer).came and not nested(optimizer):
             self.end()
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
@@ -62,20 +61,29 @@ class Clock:
             return
         for listener in self.on_any:
             listener(optimizer, root)
-        if optimizer in self._given:
-            self._came.add(optimizer)
-        if real_step(optimizer) and self._trains(optimizer, root):
-            self._counts[optimizer] = self._counts.get(optimizer, 0) + 1
-            self.steps = max(self.steps, self._from + self._counts[optimizer])
+        known = self._of(optimizer)
+        known.came = True
+        if real_step(optimizer) and known.trains(root):
+            known.steps += 1
+            self.steps = max(self.steps, self._from + known.steps)
             self._moved = True
             for listener in self.on_real:
                 listener(optimizer, root)
-        if not self._came or all(one in self._came or _rests(one) for one in self._given):
+        if all(one.came or one.rests() for one in self._given) or not any(one.came for one in self._given):
             self.end()
+
+    def _of(self, optimizer: Optimizer) -> _Known:
+        """What is known of an optimizer."""
+        for known in (*self._given, *self._others):
+            if known.optimizer() is optimizer:
+                return known
+        self._others = [other for other in self._others if other.optimizer() is not None] + [_Known(optimizer)]
+        return self._others[-1]
 
     def end(self) -> None:
         """A training step has ended, if one was begun."""
-        self._came.clear()
+        for known in self._given:
+            known.came = False
         moved, self._moved, root = self._moved, False, self.model()
         if moved and root is not None:
             self.on_end(root)
@@ -83,23 +91,35 @@ class Clock:
     def resume(self, steps: int) -> None:
         """Go on counting from so many steps."""
         self.steps, self._moved = steps, False
-        self._came.clear()
-        self._counts.clear()
+        for known in (*self._given, *self._others):
+            known.came, known.steps = False, 0
         self._from = steps
 
-    def _trains(self, optimizer: Optimizer, root: nn.Module) -> bool:
-        """Whether the optimizer holds any parameter of the model; remembered while it holds as many."""
-        size = sum(len(group["params"]) for group in optimizer.param_groups)
-        known = self._relevant.get(optimizer)
-        if known is None or known[0] != size:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            known = self._relevant[optimizer] = (size, any(id(p) in held for p in root.parameters()))
-        return known[1]
 
+class _Known:
+    """What a clock knows of an optimizer."""
 
-def _rests(optimizer: Optimizer) -> bool:
-    """Whether an optimizer has nothing to step: all is frozen, or its learning rate is zero."""
-    return not any(float(g["lr"]) != 0 and any(p.requires_grad for p in g["params"]) for g in optimizer.param_groups)
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.came = False  # whether it stepped since the last training step ended
+        self.steps = 0  # real ones
+        self._size, self._trains = -1, False
+
+    def trains(self, root: nn.Module) -> bool:
+        """Whether it holds any parameter of the model; remembered while it holds as many."""
+        groups = getattr(self.optimizer(), "param_groups", ())
+        size = 0
+        for group in groups:
+            size += len(group["params"])
+        if size != self._size:
+            held = {id(p) for group in groups for p in group["params"]}
+            self._size, self._trains = size, any(id(p) in held for p in root.parameters())
+        return self._trains
+
+    def rests(self) -> bool:
+        """Whether it is gone or has nothing to step: all is frozen, or its learning rate is zero."""
+        groups = getattr(self.optimizer(), "param_groups", ())
+        return not any(float(g["lr"]) != 0 and any(p.requires_grad for p in g["params"]) for g in groups)
 
 
 class _Watchers:

@@ -16,7 +16,7 @@ from restrain.engine import structures
 from restrain.engine.draws import exporting
 from restrain.engine.functional import Lent
 from restrain.engine.hanging import Hook
-from restrain.engine.injection import checkpoint_frame, in_backward
+from restrain.engine.injection import checkpoint_frame, in_backward, recomputing_saved_tensors
 from restrain.engine.padding import Inputs
 from restrain.engine.taps import Tap, Watch
 from restrain.errors import CaptureError, NeverFiredError
@@ -48,7 +48,7 @@ class Collected:
 
     tap: Tap
     direct: Tensor | None
-    hidden: Tensor | None
+    hidden: Tensor | float | None
     share: Tensor | float  # the tap's gradient for a loss gradient of one, in its cell
 
 
@@ -82,6 +82,8 @@ class Forwards:
         self.taps: list[Tap] = []
         self.raws: list[Watch] = []
         self.derived: list[Derived] = []
+        self.watches: list[Watch] = []  # all these
+        self._reached = False  # whether each place was
         self.ran = False  # a training forward ran since the last real optimizer step
         self.current: list[Collected] = []
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
@@ -108,6 +110,23 @@ class Forwards:
             return "recompute" if torch.is_grad_enabled() else "off"
         return "record" if self._training or torch.is_grad_enabled() else "off"
 
+    def passes(self, mode: str) -> bool:
+        """Whether, in this mode, another tensor may go on in the place of a layer's output.
+
+        Rules on derivatives look at the graph between layers, which is to be the model's own.
+        """
+        return not self.derived and (mode == "record" or (mode == "recompute" and recomputing_saved_tensors()))
+
+    def plain(self) -> bool:
+        """Whether a layer is called in a training forward in eager code, and nothing else is going on."""
+        return (
+            not torch.compiler.is_compiling()
+            and self._training
+            and torch.is_grad_enabled()
+            and not in_backward()
+            and not _pause.depth
+        )
+
     @property
     def recording(self) -> bool:
         """Whether the outermost forward of the model begins or runs, in training and with gradients."""
@@ -128,7 +147,8 @@ class Forwards:
             self.began()
             self.ran = self._training = True
             self.number += 1
-            self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
+            if self._ends:
+                self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
 
     def inputs(self) -> Inputs | None:
         """What the model's forward was called with, for a layer that is called now; None outside of a forward.
@@ -158,8 +178,9 @@ class Forwards:
             return
         self._depth -= 1
         if self._depth == 0:
-            if self._training and self._watches:
-                nodes = [t.grad_fn for t in structures.tensors(output) if t.grad_fn is not None]
+            if self._training and self.watches:
+                tensors = (output,) if type(output) is Tensor else structures.tensors(output)
+                nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
                 self._ends[self.number] = [self._mark(node, self.number) for node in nodes]
             self._training = False
         if output is None:
@@ -174,15 +195,14 @@ class Forwards:
         """Forget forwards whose outputs nothing depends on any more."""
         for number in forwards:
             del self._ends[number]
-        for watch in self._watches if forwards else ():
+        for watch in self.watches if forwards else ():
             watch.drop(forwards)
 
-    @property
-    def _watches(self) -> list[Watch]:
-        watches = [*self.taps, *self.raws]
-        for rule in self.derived:
-            watches += rule.watches
-        return watches
+    def watch(self, taps: Sequence[Tap], raws: Sequence[Watch], others: Sequence[Watch]) -> None:
+        """Look at the places of one more rule."""
+        self.taps += taps
+        self.raws += raws
+        self.watches += [*taps, *raws, *others]
 
     def forward_of(self, tensor: Tensor) -> int:
         """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
@@ -197,7 +217,7 @@ class Forwards:
 
     def clear(self) -> None:
         """Forget what was recorded but not collected."""
-        for watch in self._watches:
+        for watch in self.watches:
             watch.clear()
         self._ends.clear()
 
@@ -211,7 +231,7 @@ class Forwards:
 
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
-        parts = [part for watch in self._watches if watch.rule == rule for part in watch.last]
+        parts = [part for watch in self.watches if watch.rule == rule for part in watch.last]
         return sum(float(part.mean()) for part in parts) if parts else float("nan")
 
     def collect(self, loss: Tensor | None = None) -> None:
@@ -222,9 +242,9 @@ class Forwards:
         Raises:
             NeverFiredError: a place was never reached.
         """
-        lost = [watch for watch in self._watches if watch.leave()]
-        fired = any(watch.has_fired() for watch in self._watches)
-        known = self.current or self.outputs or any(rule.known for rule in self.derived)
+        lost = [watch for watch in self.watches if watch.leave()]
+        fired = any([watch.has_fired() for watch in self.watches])
+        known = self.current or self.outputs or any([rule.known for rule in self.derived])
         if lost and (fired or not known):
             raise CaptureError(
                 f"{lost[0].rule}: the {lost[0].spot} were seen inside a transform of torch.func (grad, vmap, ...), "
@@ -234,7 +254,7 @@ class Forwards:
             self._check_fired()
             stray = self._stray(loss)
             self.current = [_drain(tap, stray) for tap in self.taps]
-            self.outputs = _outputs(self.raws, stray)
+            self.outputs = _outputs(self.raws, stray) if self.raws else {}
             for rule in self.derived:
                 rule.collect(stray)
             self._ends.clear()
@@ -258,10 +278,13 @@ class Forwards:
         return {n for n, ends in self._ends.items() if ends and not any(end() in reached for end in ends if end())}
 
     def _check_fired(self) -> None:
-        for watch in self._watches:
+        if self._reached:
+            return
+        for watch in self.watches:
             watch.fired = watch.fired or watch.has_fired()
-        never = [watch for watch in self._watches if not watch.fired and not watch.optional]
-        if never and not self.ran and len(never) == len(self._watches):
+        self._reached = all(watch.fired for watch in self.watches)
+        never = [watch for watch in self.watches if not watch.fired and not watch.optional]
+        if never and not self.ran and len(never) == len(self.watches):
             raise NeverFiredError(
                 "the model has run no training forward since the rules were attached, so there are no outputs to "
                 "penalise: call reg.loss(...) after the model's forward, in train() mode and with gradients on"
@@ -280,17 +303,23 @@ def _drain(tap: Tap, stray: set[int]) -> Collected:
     direct, hidden = (
         [value for number, value in records if number not in stray] for records in (tap.records, tap.hidden)
     )
-    calls: Tensor | int = len(direct) + len(hidden)
-    unseen = torch.stack(hidden).sum() if hidden else None
+    calls: Any = len(direct) + len(hidden)
+    unseen: Any = torch.stack(hidden).sum() if hidden else None
     if tap.fired_compiled():
-        unseen = tap.total[0].clone() if unseen is None else tap.total[0] + unseen
-        calls = tap.count[0].clone() + calls
+        total, count = (
+            x.item() if x.is_cpu else x[0].clone() for x in (tap.total, tap.count)
+        )  # no one waits for a CPU
+        unseen, calls = total if unseen is None else unseen + total, count + calls
     share = tap.weight / (calls if tap.spot.place.calls == "mean" else 1) if direct or unseen is not None else 0.0
     seen = torch.stack(direct).sum() if len(direct) > 1 else direct[0] if direct else None
     seen = seen * share if seen is not None and not (isinstance(share, float | int) and share == 1) else seen
     unseen = None if unseen is None else unseen * share
     tap.rooted = bool(hidden)
-    tap.last = [unwrapped(part) for part in (seen, unseen) if part is not None]
+    tap.last = [
+        unwrapped(part) if isinstance(part, Tensor) else torch.tensor(part, dtype=tap.total.dtype)
+        for part in (seen, unseen)
+        if part is not None
+    ]
     tap.clear()
     return Collected(tap, seen, unseen, share)
 
@@ -308,10 +337,11 @@ def _outputs(raws: Sequence[Watch], stray: set[int]) -> dict[str, dict[str, Tens
 
 def set_cells(collected: Sequence[Collected], gradient: Tensor | None) -> None:
     """Write into each tap's cell what its value's gradient is; None empties them."""
+    upstream: Any = gradient.item() if gradient is not None and gradient.is_cpu else gradient
     for one in collected:
         if one.hidden is not None:
             # .data: the graph of the forward holds the cell, and may see another value in it than at the forward
-            one.tap.cell.data.fill_(gradient * one.share) if gradient is not None else one.tap.cell.data.zero_()
+            one.tap.cell.data.fill_(upstream * one.share) if upstream is not None else one.tap.cell.data.zero_()
 
 
 class RootBegins(Hook):

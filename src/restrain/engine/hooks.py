@@ -49,12 +49,15 @@ class Hooks:
         known = dict[int, LayerHook]()  # by the places, which rules of the same selection share
         for bound in bounds:
             self._put_at_layers(bound, model, known)
+        for hook in self.at_layers.values():
+            others = hook.raws or hook.probes or hook.noises or self.forwards.derived
+            alone = len(hook.taps) == 1 and not others and hook.taps[0].simple and not hook.taps[0].activities
+            hook.lone = hook.taps[0] if alone and hook.taps[0].spot.place.index is None else None
         if on_root:
             self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
 
     def _put_at_layers(self, bound: Bound, model: nn.Module, known: dict[int, LayerHook]) -> None:
-        self.forwards.taps += bound.taps
-        self.forwards.raws += bound.raws
+        self.forwards.watch(bound.taps, bound.raws, () if bound.derivative is None else bound.derivative.watches)
         probes = bound.derivative.probes if bound.derivative is not None else []
         for watch in (*bound.taps, *bound.raws, *probes):
             if id(watch.spot) not in known:

@@ -57,12 +57,39 @@ class AtPlace:
     def __init__(self, penalty: Penalty) -> None:
         self.penalty = penalty
         self._fixed = penalty.entrywise and all(isinstance(strength, float) for strength, _ in penalty.leaves())
+        self._slope = _slope(penalty) if self._fixed else None
         self._jobs: dict[Any, _Job | None] = {}
 
     def value(self, h: Tensor, dim: int | None) -> Tensor:
         """`penalty.over_batch(h, dim)`."""
+        job = self._job(h, dim)
+        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+
+    def of_relu(self, h: Tensor, dim: int | None) -> Tensor | None:
+        """The value where `h` comes of a ReLU and the penalty is an L1: then it is a plain sum.
+
+        Its gradient is one at the zeros, too, where ReLU lets none through. Nothing is kept for the backward, so that
+        `h` may be overwritten.
+        """
+        if self._slope is None or (node := h.grad_fn) is None or node.name() != "ReluBackward0":
+            return None
+        if not (torch.is_grad_enabled() and _plain(h) and simple(h) and _by_blocks()):
+            return None
+        return h.sum() * (self._slope / (1 if dim is None else batch_size(h, dim)))
+
+    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor] | None:
+        """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
+
+        The gradient of the value joins that of what goes on in one pass, where the two meet.
+        """
+        if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._job(h, dim)) is None:
+            return None
+        passed: tuple[Tensor, Tensor] = _Through.apply(job, h, copy)  # type: ignore[no-untyped-call]
+        return passed
+
+    def _job(self, h: Tensor, dim: int | None) -> _Job | None:
         if not (self._fixed and _plain(h) and _by_blocks()):
-            return self.penalty.over_batch(h, dim)
+            return None
         size = 1 if dim is None else batch_size(h, dim)
         known = h.dtype, size
         if known not in self._jobs:
@@ -70,8 +97,16 @@ class AtPlace:
                 self._jobs.clear()
             member = _Member(h, self.penalty, (), 1 / size)
             self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
-        job = self._jobs[known]
-        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+        return self._jobs[known]
+
+
+def _slope(penalty: Penalty) -> float | None:
+    """a where the penalty is a Σ|x|."""
+    parts = penalty.leaves()
+    if not all(type(leaf).__module__ == Entrywise.__module__ and leaf.elastic is not None for _, leaf in parts):
+        return None
+    l1, l2, _ = penalty.split()
+    return None if l2 else float(l1)
 
 
 def _by_blocks() -> bool:
@@ -168,11 +203,53 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return None, *ctx.job.differentiable(ctx.saved_tensors, factor)
-        # batched is it by autograd.grad(is_grads_batched=True)
-        fast = _by_blocks() and not torch._C._functorch.is_legacy_batchedtensor(factor)
-        return None, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
+        return None, *_gradients(ctx.job, ctx.saved_tensors, factor)
+
+
+def _gradients(job: _Job, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+    if torch.is_grad_enabled():
+        return job.differentiable(tensors, factor)
+    return (job.gradients if _by_blocks() and not _batched(factor) else job.by_formula)(tensors, factor)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether entries that belong together stand at the same places in memory, without gaps."""
+    if not _plain(y) or x.dtype != y.dtype:
+        return False
+    return (x.is_contiguous() and y.is_contiguous()) or (x.stride() == y.stride() and dense(x))
+
+
+def _batched(gradient: Tensor) -> bool:
+    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+class _Through(torch.autograd.Function):
+    """A tensor on its way (or a copy, where a later op overwrites it in place), and the value of a job on it."""
+
+    @staticmethod
+    def forward(ctx: Any, job: _Job, h: Tensor, copy: bool) -> tuple[Tensor, Tensor]:
+        ctx.job = job
+        ctx.save_for_backward(h)
+        ctx.set_materialize_grads(False)
+        return h.clone() if copy else h.view_as(h), job.value((h,))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        if factor is None:  # the value isn't in what is differentiated
+            return None, gradient, None
+        (h,) = ctx.saved_tensors
+        if gradient is None:  # what goes on isn't
+            return None, *_gradients(ctx.job, (h,), factor), None
+        if (
+            _alike(h, gradient)
+            and not torch.is_grad_enabled()
+            and _by_blocks()
+            and not _batched(gradient)
+            and not _batched(factor)
+        ):
+            return None, ctx.job.added(h, factor, gradient), None
+        return None, gradient + _gradients(ctx.job, (h,), factor)[0], None
 
 
 @dataclass
@@ -236,6 +313,14 @@ class _Job:
         self._put(flat, factor, out)
         views = torch._utils._unflatten_dense_tensors(out, tensors)
         return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
+
+    def added(self, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:
+        """given + factor · gradient, in new memory: who else holds the given isn't known."""
+        out = fresh(x)
+        for part, plus, o in zip(*(self._blocks(flattened(t)) for t in (x, given, out)), strict=True):
+            self._put(part, factor, o)
+            o.add_(plus)
+        return out
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(piece.strength, factor) for piece in self.pieces]

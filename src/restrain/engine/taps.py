@@ -80,19 +80,29 @@ class Watch:
 
     def clear(self) -> None:
         """Forget what was collected."""
-        self.records, self.versions, self.lives, self.lost = [], [], {}, False
+        if self.records or self.versions or self.lives or self.lost:
+            self.records, self.versions, self.lives, self.lost = [], [], {}, False
 
     def keep(self, forward: int, tensor: Tensor) -> None:
         """Keep what a forward gave."""
         self.records.append((forward, tensor))
         if torch.compiler.is_compiling():
             return
-        self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
+        if self.lives:
+            self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
         if wrapped(tensor):
             self.lives[id(tensor)] = life()
 
+    def keep_plain(self, forward: int, tensor: Tensor) -> None:
+        """The same, in plain eager code."""
+        if self.lives:
+            self.lives.pop(id(tensor), None)
+        self.records.append((forward, tensor))
+
     def leave(self) -> bool:
         """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
+        if not (self.lives or self.lost):
+            return False
         alive = [record for record in self.records if not over(self.lives.get(id(record[1])))]
         lost = (self.lost or len(alive) < len(self.records)) and not alive
         self.records, self.lost = alive, False
@@ -138,6 +148,7 @@ class Tap(Watch):
         super().__init__(rule, spot, optional)
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
         self._at_place = at_place
+        self.simple = not (mean or spot.place.padded or spot.place.via is not None)
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
@@ -147,6 +158,21 @@ class Tap(Watch):
 
     def has_fired(self) -> bool:
         return bool(self.records or self.hidden) or self.fired_compiled()
+
+    def on_the_way(self, h: Tensor, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """What goes on in the place of a layer's output (h itself, even), and the value; None where that isn't known.
+
+        Where the output isn't a single tensor, nothing else is put in its place.
+        """
+        if not self.simple:
+            return None
+        batch = batch_dim(self.spot.place.batch_dim, module, h)
+        value = self._at_place.of_relu(h, batch)
+        if value is not None:
+            return h, value
+        if way or self.copies is None:
+            return None
+        return self._at_place.through(h, batch, self.copies)
 
     def evaluate(self, structure: Any, way: structures.Way, module: nn.Module, inputs: padding.Inputs | None) -> Tensor:
         """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean.
@@ -201,7 +227,8 @@ class Tap(Watch):
 
     def clear(self) -> None:
         super().clear()
-        self.hidden, self.probes = [], []
+        if self.hidden or self.probes:
+            self.hidden, self.probes = [], []
         if self.fired_compiled():
             self.total.zero_()
             self.count.zero_()
