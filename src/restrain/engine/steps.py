@@ -231,7 +231,7 @@ class Stepper:
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or (grad := p.grad) is None or group["lr"] == 0 or id(p) in self._done:
+            if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
                 continue
             if grad.is_sparse:
                 _refuse_sparse([(work, p)])
