@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.feasible import hold, single
+from restrain.engine.folded import Folding
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Held, Job, Member, Work
 from restrain.engine.kernels import Given, Lot, Tensors
@@ -61,11 +62,15 @@ def nested(optimizer: Optimizer) -> bool:
     return found > 1
 
 
-def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | None, list[Any]]]:
-    """The parameters of a job with their moments, by the numbers of their metrics; None: the step moved nothing."""
+def _by_metric(
+    job: Job, metrics: dict[int, Metric], done: Collection[int]
+) -> Iterable[tuple[Metric | None, list[Any]]]:
+    """The parameters of a job that are left, by the numbers of their metrics; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
     last, key = None, None
     for _, p in job.members:
+        if id(p) in done:
+            continue
         metric = metrics.get(id(p))
         if metric is not last and (metric is None or last is None or not metric.like(last)):
             last, key = metric, None if metric is None else metric.key
@@ -75,6 +80,9 @@ def _by_metric(job: Job, metrics: dict[int, Metric]) -> Iterable[tuple[Metric | 
         else:
             alike[key] = (metric, [own])
     return alike.values()
+
+
+_ALL = ("gradient", "decoupled", "proximal", "project")
 
 
 class Stepper:
@@ -87,11 +95,14 @@ class Stepper:
         self._empty: dict[Handle, int] = {}
         self._held = Held(works, root)
         self._passes = Passes(compile)
+        self._folding = Folding(optimizer, compile)
+        self._done: Collection[int] = ()  # ids of the parameters that this step folds
         self._handles = []
         self._looks = looks_before(optimizer)
         self._noisy = any(work.noise for work in works)
         self._seed = agreed_seed() if self._noisy else None
-        if any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
+        folds = self._folding.possible
+        if folds or any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
@@ -100,42 +111,56 @@ class Stepper:
         for handle in self._handles:
             handle.remove()
 
-    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _alone(self, optimizer: Optimizer) -> bool:
+        """Whether nobody's hooks come between ours, so that nobody can tell when a step was done."""
+        before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        ends = [next(reversed(before), None), next(iter(after), None)]
+        return ends == [handle.id for handle in self._handles]
+
+    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], folds: bool = True) -> Any:
         """Add the gradients, then decay; with a closure, wrap it, so that it is called at the weights as they were.
 
         Each call of it gives gradient and value; the decay follows the first.
         """
         if torch.compiler.is_compiling():
-            return eagerly(self.before, optimizer, args, kwargs)
+            return eagerly(self.before, optimizer, args, kwargs, folds=False)
         if nested(optimizer):
             return None
+        self._done = ()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._before(optimizer, ("gradient", "decoupled"))
-            return None
+            held, fold = self._held.by(optimizer), None
+            if folds and self._alone(optimizer):
+                fold = self._folding(optimizer, self._held.jobs(_ALL, self.steps), self.steps)
+            self._done = () if fold is None else fold.done
+            self._before(optimizer, held, ("gradient", "decoupled"))
+            return None if fold is None else ((fold.run(optimizer), *args[1:]), kwargs)
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
-            added = self._before(optimizer, ("gradient",), with_value=True)
+            held = self._held.by(optimizer)
+            added = self._before(optimizer, held, ("gradient",), with_value=True)
             if next(calls) == 0:
-                self._before(optimizer, ("decoupled",))
+                self._before(optimizer, held, ("decoupled",))
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
 
     @torch.no_grad()
-    def _before(self, optimizer: Optimizer, kinds: tuple[str, ...], with_value: bool = False) -> Tensor:
+    def _before(
+        self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool = False
+    ) -> Tensor:
         """What comes before the step; the value of the penalties whose gradient was added, if it is asked for."""
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        held = self._held.by(optimizer)
         for work, p, _ in held if self._noisy and "gradient" in kinds else ():
             if p.grad is not None:
                 self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
         lots = []
         for job in self._held.jobs(kinds, self.steps):
-            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
+            left = [p for _, p in job.members if id(p) not in self._done]
+            members = [(p, grad) for p in left if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(job.members)
             acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
@@ -197,7 +222,7 @@ class Stepper:
         metrics = self._metrics(optimizer, held)
         lots = []
         for job in self._held.jobs(("proximal", "project"), self.steps):
-            for metric, members in _by_metric(job, metrics):
+            for metric, members in _by_metric(job, metrics, self._done):
                 acts = [act for act in job.acts if metric is not None or act.kind == "project"]
                 lots.append(Lot(acts, Given(metric=metric or Metric(0.0)), members))
         self._act(lots)
@@ -214,7 +239,7 @@ class Stepper:
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or (grad := p.grad) is None or group["lr"] == 0:
+            if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
                 continue
             if grad.is_sparse:
                 _refuse_sparse([(work, p)])
