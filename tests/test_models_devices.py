@@ -33,11 +33,12 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-def test_fabric_is_loaded_only_when_it_is_asked_for():
-    code = "import sys, restrain as rs; rs.Classifier(epochs=1).fit([[0.0], [1.0]], [0, 1]); print(*sys.modules)"
+def test_fabric_and_torchs_compiler_are_loaded_only_when_they_are_asked_for():
+    given = "epochs=1, weight_l2=1e-3, hidden_l1=1e-3, weight_l1=dict(strength=1e-3, how='proximal'), input_noise=0.1"
+    code = f"import sys, restrain as rs; rs.Classifier({given}).fit([[0.0], [1.0]], [0, 1]); print(*sys.modules)"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "sklearn" in seen
-    assert not [name for name in seen if name.startswith(("lightning", "accelerate"))]
+    assert not [name for name in seen if name.startswith(("lightning", "accelerate", "torch._dynamo", "sympy"))]
 
 
 def test_what_fabric_is_needed_for_without_it(monkeypatch):

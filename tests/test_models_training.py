@@ -1,5 +1,6 @@
 """The training of the models: batches, optimizers, early stopping, history, weights, seeds, sequences."""
 
+import copy
 import tracemalloc
 
 import numpy as np
@@ -108,6 +109,52 @@ def test_settings_of_optimizers():
     ):
         with pytest.raises(PlanError, match=message):
             optimizers.make(bad.pop("algo"), parameters, **bad)
+
+
+def steps_of(optimizer, step, w, count=3):
+    """The weights after some steps, and how often hooks were called."""
+    seen = []
+    optimizer.register_step_pre_hook(lambda *given: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *given: seen.append("after"))
+    for number in range(count):
+        w.grad = torch.linspace(-1, 1, 6).double().view(2, 3) + number
+        step()
+    return w.detach(), seen
+
+
+@pytest.mark.parametrize("name", [name for name in optimizers.NAMES if name not in ("lbfgs", "sparseadam")])
+def test_an_optimizer_without_torchs_compiler_makes_the_same_steps(name):
+    kind = optimizers._CLASSES["sgd" if name == "nag" else name]
+    start = torch.linspace(-2, 3, 6).double().view(2, 3)
+    one, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    light = optimizers.make(name, [one], learning_rate=0.1)
+    plain = kind([other], **{"lr": 0.1, **({"nesterov": True, "momentum": 0.9} if name == "nag" else {})})
+    assert type(light) is kind
+    found, seen = steps_of(light, optimizers.method(light, "step"), one)
+    expected, _ = steps_of(plain, plain.step, other)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, start)
+    assert seen == ["before", "after"] * 3
+    assert light.state_dict()["state"].keys() == optimizers.method(light, "state_dict")()["state"].keys()
+    optimizers.method(light, "zero_grad")()
+    assert one.grad is None
+
+
+@pytest.mark.parametrize("name", optimizers._FUSED)
+def test_fused_optimizers_make_the_same_steps_and_take_any_state(name):
+    start = torch.linspace(-2, 3, 6).double().view(2, 3)
+    one, other = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    fused, plain = (
+        optimizers.make(name, [p], learning_rate=0.1, fused=fused) for p, fused in ((one, True), (other, False))
+    )
+    assert fused.param_groups[0]["fused"]
+    for _ in range(2):
+        found, expected = (steps_of(made, made.step, p)[0] for made, p in ((fused, one), (plain, other)))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+        state = copy.deepcopy(plain.state_dict())
+        optimizers.load(fused, state)
+        assert fused.param_groups[0]["fused"]
+        assert not state["param_groups"][0].get("fused")
 
 
 def test_a_schedule_of_learning_rates():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from restrain import registry
 from restrain.errors import FileError, PlanError
-from restrain.models import checkpoints, files, keywords, progress, settings
+from restrain.models import checkpoints, files, keywords, optimizers, progress, settings
 from restrain.models.data import Samples, Scale, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
@@ -169,7 +169,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             self.n_iter_ = training.before + training.done
             self.compiled_ = training.said
             algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
-            self._optimizer = ((algo, chosen.momentum), training.optimizer.state_dict())
+            self._optimizer = ((algo, chosen.momentum), optimizers.method(training.optimizer, "state_dict")())
 
     def _keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
         """Settings of training and keywords of rules: those given for this call, else the estimator's own."""

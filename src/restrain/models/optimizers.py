@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -20,13 +21,20 @@ _CLASSES = {
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
 NAMES = tuple(sorted({*_CLASSES, "nag"}))
+_FUSED = ("adam", "adamw", "adagrad", "sgd", "nag")
 
 
 def make(
-    algo: Any, parameters: Iterable[nn.Parameter], *, learning_rate: Any = None, momentum: float | None = None
+    algo: Any,
+    parameters: Iterable[nn.Parameter],
+    *,
+    learning_rate: Any = None,
+    momentum: float | None = None,
+    fused: bool = False,
 ) -> Optimizer:
     """The optimizer that `algo` names: one of torch's in any case, "nag" (SGD with Nesterov's momentum), or a function
-    of parameters and lr, such as a class or a `functools.partial` of one.
+    of parameters and lr, such as a class or a `functools.partial` of one. With `fused`, those that torch can do so work
+    in one pass over the weights.
 
     Raises:
         PlanError: no such optimizer, or one without momentum is to have it.
@@ -40,6 +48,8 @@ def make(
             raise PlanError(f"algo= names a torch optimizer, got {algo!r}; there are: {', '.join(NAMES)}")
         if name == "nag":
             options.update(nesterov=True, momentum=0.9)
+        if fused and name in _FUSED:
+            options["fused"] = True
         build: Callable[..., Any] = _CLASSES["sgd" if name == "nag" else name]
     elif callable(algo):
         build = algo
@@ -54,6 +64,7 @@ def make(
         options["momentum"] = momentum
     if options.get("nesterov") and options["momentum"] == 0:
         raise PlanError("algo='nag' needs a momentum above zero; without momentum it is 'sgd'")
+    build = functools.partial(_light, build) if build in _CLASSES.values() else build
     made = build(list(parameters), **options)
     if not isinstance(made, Optimizer):
         raise PlanError(f"algo={algo!r} gave {type(made).__name__}, not a torch optimizer")
@@ -79,3 +90,40 @@ def set_rate(optimizer: Optimizer, learning_rate: Any, epoch: int) -> None:
     if learning_rate is not None:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(learning_rate, epoch)
+
+
+# ---------------------------------------------------------------- torch's optimizers without its compiler
+#
+# torch wraps the methods of its optimizers so that torch.compile leaves them alone, and imports the compiler for that,
+# at the first call of any: nearly a second. A model's optimizer is its own, and no compiled code calls it.
+
+
+def _light(cls: Any, parameters: list[nn.Parameter], **options: Any) -> Any:
+    """cls(parameters, **options)."""
+    made = type(cls.__name__, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})(parameters, **options)
+    made.__class__ = cls
+    made._patch_step_function()
+    return made
+
+
+def method(optimizer: Optimizer, name: str) -> Callable[..., Any]:
+    """A method of an optimizer, of one of torch's without what is wrapped around it.
+
+    Around `step`, hooks of rules are called, and no gradient is recorded.
+    """
+    cls = type(optimizer)
+    if cls not in _CLASSES.values() or optimizer.defaults.get("differentiable"):
+        return getattr(optimizer, name)  # type: ignore[no-any-return]
+    bare = inspect.unwrap(getattr(cls, name))
+    if name == "step":
+        bare = Optimizer.profile_hook_step(torch.no_grad()(bare))
+    return bare.__get__(optimizer)  # type: ignore[no-any-return]
+
+
+def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Take over a state, but not by what code it was made: it may be of another device."""
+    fused = [group.get("fused") for group in optimizer.param_groups]
+    method(optimizer, "load_state_dict")(state)
+    for group, value in zip(optimizer.param_groups, fused, strict=True):
+        if "fused" in group:
+            group["fused"] = value

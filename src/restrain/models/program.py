@@ -166,7 +166,7 @@ class Program:
         if self.formula is None:
             for p, g in zip(self.params.values(), gradients, strict=True):
                 p.grad = g
-            self.training.optimizer.step()
+            self.training.step()
 
     def _begin(self) -> None:
         """The numbers of the next updates."""

@@ -96,9 +96,10 @@ class Training:
             self.network.parameters(),
             learning_rate=self.settings.learning_rate,
             momentum=self.settings.momentum,
+            fused=type(self.place) is Plain,
         )
         if self.state is not None:
-            self.optimizer.load_state_dict(self.state)
+            optimizers.load(self.optimizer, self.state)
         self.done, self.best = 0, Best()
         self.program: Program | None = None
         self.compiled: bool | str = self._is_long() if self.settings.compile == "auto" else self.settings.compile
@@ -126,6 +127,8 @@ class Training:
         try:
             self._resume()
             self.model, self.stepper = self.place.setup(self.network, self.optimizer)
+            self.step = optimizers.method(self.stepper, "step")
+            self.forget = optimizers.method(self.optimizer, "zero_grad")
             valid: Monitors = {}
             while not self.finished:
                 train = self._epoch()
@@ -197,7 +200,7 @@ class Training:
         seen: list[dict[str, Tensor]] = []
 
         def closure() -> Tensor:
-            self.optimizer.zero_grad()
+            self.forget()
             output = self.model(x)
             values = self._values(output, x if y is None else y, weight)
             values = {key: share * value for key, value in values.items()}
@@ -211,10 +214,10 @@ class Training:
             return loss.detach()
 
         if isinstance(self.optimizer, torch.optim.LBFGS):
-            self.stepper.step(closure)
+            self.step(closure)
         else:
             closure()
-            self.stepper.step()
+            self.step()
         means.add(self.place.mean({key: value.detach() for key, value in seen[0].items()}), len(rows))
 
     def _batch(self, samples: Samples, rows: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -308,7 +311,7 @@ class Training:
             "training": self._identity(),
             "done": self.done,
             "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizers.method(self.optimizer, "state_dict")(),
             "rules": None if self.reg is None else self.reg.state_dict(),
             "best": vars(self.best),
             "history": self.history,
@@ -324,7 +327,7 @@ class Training:
             return
         self._decided(state.get("compiled", False))
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        optimizers.load(self.optimizer, state["optimizer"])
         if self.reg is not None:
             self.reg.load_state_dict(state["rules"])
         self.done, self.best = state["done"], Best(**state["best"])
