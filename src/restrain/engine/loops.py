@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,7 +14,7 @@ from torch.nn import Parameter
 
 from restrain.engine import native
 from restrain.engine.blocks import dense
-from restrain.engine.kernels import Lot, Lowered, Tensors, rows_of
+from restrain.engine.kernels import Lot, Lowered, Step, Tensors, rows_of
 from restrain.engine.rows import length_in
 from restrain.engine.statements import body, changed_by, numbers_of, stages
 
@@ -61,7 +62,7 @@ class Calls:
         kinds = tuple([t.dtype for t in first])
         if not first[0].is_cpu or not all(kind in native.TYPES for kind in kinds):
             return lot.members
-        text: Any = _entries(lowered) if lot.by_entry else stages(lowered)
+        text: Any = _text(lowered, lot.by_entry)
         rounds = not lot.by_entry and kinds[0].itemsize < 4 and text is not None and len(text) > 1  # between stages
         if text is None or rounds:
             return lot.members
@@ -77,17 +78,31 @@ class Calls:
         return left
 
     def _add(self, kinds: tuple[torch.dtype, ...], text: Any, lot: Lot, lowered: Lowered, lengths: list[int]) -> None:
-        changed = changed_by(lowered)
-        call = self._calls.setdefault((kinds, text, changed), Call(kinds, text, changed))
+        key = (kinds, text, changed := changed_by(lowered))
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = Call(kinds, text, changed)
         call.lots.append((lot, lowered))
         call.members.extend(lot.members)
         call.numbers.extend(numbers_of(lowered) * len(lot.members))
         call.lengths.extend(lengths)
 
 
-def _entries(lowered: Lowered) -> str | None:
-    written = body(lowered)
-    return None if written is None else written[0]
+def _text(lowered: Lowered, by_entry: bool) -> Any:
+    """The statements, which are the same for steps that are equal."""
+    try:
+        return _written(tuple([(step, len(own)) for step, own in lowered]), by_entry)
+    except TypeError:  # a setting that can't be hashed
+        return None
+
+
+@functools.lru_cache(256)
+def _written(steps: tuple[tuple[Step, int], ...], by_entry: bool) -> Any:
+    lowered = [(step, (0.0,) * count) for step, count in steps]
+    if not by_entry:
+        return stages(lowered)
+    found = body(lowered)
+    return None if found is None else found[0]
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
