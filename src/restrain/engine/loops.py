@@ -19,7 +19,7 @@ from restrain.engine.rows import length_in
 from restrain.engine.statements import body, changed_by, numbers_of, stages
 
 LONG = 1 << 18  # entries of a row; longer ones go otherwise, as a row belongs to one thread
-TENSOR = 1 << 13  # what a tensor costs without a loop of C, in entries
+TENSOR = 1 << 12  # what a tensor costs without a loop of C, in entries
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Calls:
         return iter(self._calls.values())
 
     def take(self, lot: Lot, lowered: Lowered) -> Sequence[Tensors]:
-        """Take the members that a loop can take; gives the others."""
+        """Take the members that a loop can take; gives the others, but for those without entries."""
         first = lot.members[0]
         kinds = tuple([t.dtype for t in first])
         if not first[0].is_cpu or not all(kind in native.TYPES for kind in kinds):
@@ -71,7 +71,7 @@ class Calls:
         if lengths is None:
             found = [(tensors, _length(tensors, keep)) for tensors in lot.members]
             fit = [tensors for tensors, length in found if length is not None]
-            left = [tensors for tensors, length in found if length is None]
+            left = [tensors for tensors, length in found if length is None and tensors[0].numel()]
             lengths = [length for _, length in found if length is not None]
         if fit:
             self._add(kinds, text, Lot(lot.acts, lot.given, fit), lowered, lengths)
