@@ -321,38 +321,6 @@ def test_no_schedule_and_no_shape_compiles_anew(small_blocks, by_inductor, monke
     assert dict(torch._dynamo.utils.counters["stats"]) == dynamo
 
 
-def test_without_a_compiler_it_is_done_without(monkeypatch):
-    def fails(*given, **settings):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(torch._inductor, "standalone_compile", fails)
-    monkeypatch.setattr(native, "compiled", lambda source: None)
-    for made in (native.loop, native.rows):
-        made.cache_clear()
-    monkeypatch.setattr(fused, "_kernels", {})
-    found = []
-    for compile in (False, "auto", True):
-        monkeypatch.setattr(passes, "WORTH", 0)
-        model = model_of(SHAPES)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer, compile=compile)
-        with pytest.warns(RestrainWarning, match="can't be compiled") if compile is True else warnings.catch_warnings():
-            trained(model, reg, optimizer, 3)
-        found.append([p.detach() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, *others in zip(*found, strict=True) for b in others)
-
-
-def test_it_compiles_when_it_pays_and_leaves_no_trace(monkeypatch):
-    asked = []
-    monkeypatch.setattr(passes, "kernel", lambda lowered, like: asked.append(reg._steppers[0].steps))
-    model = model_of([(10, 10)])
-    monkeypatch.setattr(passes, "WORTH", 300)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer)
-    trained(model, reg, optimizer, 5)
-    assert asked == [3, 4]
-
-
 def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(by_inductor, monkeypatch):
     monkeypatch.setattr(fused, "_kernels", {})
     model = model_of([(40, 40)])

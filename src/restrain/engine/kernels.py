@@ -42,6 +42,16 @@ class Act:
             return isinstance(self.what, NonNegative | Box)
         return bool(self.what.entrywise and self.what.uniform)
 
+    @cached_property
+    def _kept(self) -> dict[Any, tuple[int, ...] | None]:
+        return {}
+
+    def rows(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The dims by which a tensor is cut into the rows that it is done to; None if that can't be."""
+        if shape not in self._kept:
+            self._kept[shape] = kept(self.what, tuple(shape))
+        return self._kept[shape]
+
 
 @dataclass(frozen=True)
 class Given:
@@ -237,10 +247,11 @@ def lower(acts: Sequence[Act], given: Given, w: Tensor) -> Lowered | None:
 
 def rows_of(acts: Sequence[Act], w: Tensor) -> tuple[int, ...] | None:
     """The dims by which a tensor is cut into rows for acts of which some are on rows; None if that can't be."""
-    whats = [act.what for act in acts if not act.by_entry]
-    if any(isinstance(what, Constraint) for what in whats) and w.device.type != "cpu":
+    of_rows = [act for act in acts if not act.by_entry]
+    if not w.is_cpu and any(act.kind == "project" for act in of_rows):
         return None  # it looks at the lengths
-    return kept(whats, tuple(w.shape))
+    found = {act.rows(w.shape) for act in of_rows}
+    return found.pop() if len(found) == 1 else None
 
 
 class _UnknownError(Exception):

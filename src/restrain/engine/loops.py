@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -13,12 +14,12 @@ from torch.nn import Parameter
 
 from restrain.engine import native
 from restrain.engine.blocks import dense
-from restrain.engine.kernels import Lot, Lowered, Tensors, rows_of
+from restrain.engine.kernels import Lot, Lowered, Step, Tensors, rows_of
 from restrain.engine.rows import length_in
 from restrain.engine.statements import body, changed_by, numbers_of, stages
 
 LONG = 1 << 18  # entries of a row; longer ones go otherwise, as a row belongs to one thread
-TENSOR = 1 << 13  # what a tensor costs without a loop of C, in entries
+TENSOR = 1 << 12  # what a tensor costs without a loop of C, in entries
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,12 @@ class Calls:
         return iter(self._calls.values())
 
     def take(self, lot: Lot, lowered: Lowered) -> Sequence[Tensors]:
-        """Take the members that a loop can take; gives the others."""
+        """Take the members that a loop can take; gives the others, but for those without entries."""
         first = lot.members[0]
         kinds = tuple([t.dtype for t in first])
         if not first[0].is_cpu or not all(kind in native.TYPES for kind in kinds):
             return lot.members
-        text: Any = _entries(lowered) if lot.by_entry else stages(lowered)
+        text: Any = _text(lowered, lot.by_entry)
         rounds = not lot.by_entry and kinds[0].itemsize < 4 and text is not None and len(text) > 1  # between stages
         if text is None or rounds:
             return lot.members
@@ -70,24 +71,38 @@ class Calls:
         if lengths is None:
             found = [(tensors, _length(tensors, keep)) for tensors in lot.members]
             fit = [tensors for tensors, length in found if length is not None]
-            left = [tensors for tensors, length in found if length is None]
+            left = [tensors for tensors, length in found if length is None and tensors[0].numel()]
             lengths = [length for _, length in found if length is not None]
         if fit:
             self._add(kinds, text, Lot(lot.acts, lot.given, fit), lowered, lengths)
         return left
 
     def _add(self, kinds: tuple[torch.dtype, ...], text: Any, lot: Lot, lowered: Lowered, lengths: list[int]) -> None:
-        changed = changed_by(lowered)
-        call = self._calls.setdefault((kinds, text, changed), Call(kinds, text, changed))
+        key = (kinds, text, changed := changed_by(lowered))
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = Call(kinds, text, changed)
         call.lots.append((lot, lowered))
         call.members.extend(lot.members)
         call.numbers.extend(numbers_of(lowered) * len(lot.members))
         call.lengths.extend(lengths)
 
 
-def _entries(lowered: Lowered) -> str | None:
-    written = body(lowered)
-    return None if written is None else written[0]
+def _text(lowered: Lowered, by_entry: bool) -> Any:
+    """The statements, which are the same for steps that are equal."""
+    try:
+        return _written(tuple([(step, len(own)) for step, own in lowered]), by_entry)
+    except TypeError:  # a setting that can't be hashed
+        return None
+
+
+@functools.lru_cache(256)
+def _written(steps: tuple[tuple[Step, int], ...], by_entry: bool) -> Any:
+    lowered = [(step, (0.0,) * count) for step, count in steps]
+    if not by_entry:
+        return stages(lowered)
+    found = body(lowered)
+    return None if found is None else found[0]
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -216,7 +216,7 @@ class Loop:
         function.argtypes, function.restype = (pointer, pointer, pointer, integer, pointer, ctypes.c_int), None
 
     def __call__(
-        self, members: Sequence[Sequence[Tensor]], numbers: Iterable[float], lengths: Iterable[int] = ()
+        self, members: Sequence[Sequence[Tensor]], numbers: Sequence[float], lengths: Sequence[int] = ()
     ) -> None:
         """Do it to all members, each of which has a tensor for every role, none of them empty.
 
@@ -225,13 +225,18 @@ class Loop:
             numbers: of the first member, of the second, and so on.
             lengths: of the rows of each, where it is done to rows.
         """
-        roles = list(zip(*members, strict=True))
+        roles, count = list(zip(*members, strict=True)), len(members)
         at = array("q", [address for role in roles for address in map(Tensor.data_ptr, role)])
+        if any(len(set(at[role * count : (role + 1) * count])) < count for role in self._changed):
+            each = len(numbers) // count  # members in the same memory take turns
+            for k, member in enumerate(members):
+                self([member], numbers[k * each : (k + 1) * each], lengths[k : k + 1])
+            return
         ends, given, rows = (
             array("q", accumulate(map(Tensor.numel, roles[0]))),
             array("d", numbers),
             array("q", lengths),
         )
         where = [one.buffer_info()[0] for one in (at, ends, rows)]
-        self._function(*where, len(members), given.buffer_info()[0], torch.get_num_threads())
+        self._function(*where, count, given.buffer_info()[0], torch.get_num_threads())
         torch.autograd.graph.increment_version([t for role in self._changed for t in roles[role]])

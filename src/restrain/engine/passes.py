@@ -1,9 +1,11 @@
 """How acts are carried out on many tensors, by the way that is fastest for each.
 
+* On a CPU with a C compiler, a loop of C goes over all entries or rows of all tensors, once as many steps are taken as
+  make up for compiling it (`loops`). Everything else, and what comes before, is done as follows.
 * Small tensors are copied into one buffer, in which the act is done to all at once, and back.
 * Large ones are gone through in blocks that stay in the cache with all that is computed of them: of entries where each
   is for itself, of rows where groups are of rows.
-* Or a compiled kernel takes a whole tensor, where there is a compiler and as many steps are taken as make it pay.
+* Or a kernel of inductor takes a whole tensor, where there is a compiler and as many steps are taken as make it pay.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ from restrain.errors import RestrainWarning
 
 BLOCK = 1 << 18  # entries
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
-WORTH_C = 10**9  # entries × steps: an estimate of when a loop of C makes up for the time that compiling takes
-WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that inductor takes
+WORTH_C = 10**9  # entries × steps: when a loop of C makes up for compiling it (0.1 s, and 100 ps are saved an entry)
+WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel of inductor makes up for the seconds that it takes
 
 _dtype = attrgetter("dtype")
 

@@ -93,27 +93,26 @@ def fit_of(constraint: Any) -> FitRows | None:
     return None
 
 
-def kept(whats: Sequence[Any], shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dims whose indices number the groups of penalties and constraints; None if these aren't all the same rows.
+def kept(what: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The dims whose indices number the groups of a penalty or constraint; None if these aren't all the same rows.
 
     What acts by entry has no groups, and goes with any.
     """
-    found = {groups if isinstance(groups, str) else groups.keep for groups in _groups(whats, shape)}
+    found = {groups if isinstance(groups, str) else groups.keep for groups in _groups(what, shape)}
     return found.pop() if len(found) == 1 and "other" not in found else None  # type: ignore[return-value]
 
 
-def _groups(whats: Sequence[Any], shape: tuple[int, ...]) -> Iterator[Any]:
-    for what in whats:
-        for leaf in [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]:
-            if isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform:
-                continue
-            if not isinstance(leaf, GroupLasso) and fit_of(leaf) is None:
-                yield "other"
-                continue
-            per: Any = leaf.per  # type: ignore[union-attr]
-            groups = Grouping(shape, ()) if per is None else per
-            simple = isinstance(groups, Grouping) and groups.lists is None and groups.shape == shape
-            yield groups if simple and len(groups.keep) < 2 else "other"
+def _groups(what: Any, shape: tuple[int, ...]) -> Iterator[Any]:
+    for leaf in [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]:
+        if isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform:
+            continue
+        if not isinstance(leaf, GroupLasso) and fit_of(leaf) is None:
+            yield "other"
+            continue
+        per: Any = leaf.per  # type: ignore[union-attr]
+        groups = Grouping(shape, ()) if per is None else per
+        simple = isinstance(groups, Grouping) and groups.lists is None and groups.shape == shape
+        yield groups if simple and len(groups.keep) < 2 else "other"
 
 
 def length_of(groups: Any) -> int:

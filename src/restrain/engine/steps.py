@@ -67,18 +67,13 @@ def _by_metric(
 ) -> Iterable[tuple[Metric | None, list[Any]]]:
     """The parameters of a job that are left, by the numbers of their metrics; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
-    last, key = None, None
-    for _, p in job.members:
-        if id(p) in done:
-            continue
+    last, own = None, list[Any]()
+    for number, p in enumerate([p for _, p in job.members if id(p) not in done]):
         metric = metrics.get(id(p))
-        if metric is not last and (metric is None or last is None or not metric.like(last)):
-            last, key = metric, None if metric is None else metric.key
-        own = (p,) if metric is None else (p, *metric.moments)
-        if key in alike:
-            alike[key][1].append(own)
-        else:
-            alike[key] = (metric, [own])
+        if not number or (metric is not last and (metric is None or last is None or not metric.like(last))):
+            last = metric
+            own = alike.setdefault(None if metric is None else metric.key, (metric, []))[1]
+        own.append((p,) if metric is None else (p, *metric.moments))
     return alike.values()
 
 
@@ -226,7 +221,7 @@ class Stepper:
                 acts = [act for act in job.acts if metric is not None or act.kind == "project"]
                 lots.append(Lot(acts, Given(metric=metric or Metric(0.0)), members))
         self._act(lots)
-        for work, p, _ in held:
+        for work, p, _ in [one for one in held if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
