@@ -195,6 +195,7 @@ _RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {
     "DivBackward0": _quotient,
     "MaxPool2DWithIndicesBackward0": _max_pool,
     "AdaptiveAvgPool2DBackward0": _mean_pool,
+    "RsubBackward1": _symmetric,  # of a number and a tensor
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0"), _same_order),
     **{
         f"{name}Backward0": _symmetric
