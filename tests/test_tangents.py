@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import restrain as rs
 from jacobians import each_jacobian, equal
 from jacobians import made as made_net
-from restrain.penalties import tangents
+from restrain.penalties import estimators, tangents
 from restrain.penalties.estimators import Batch
 
 
@@ -106,7 +106,7 @@ def gradients(net, value):
 @pytest.mark.parametrize("name", NETS)
 def test_as_by_reverse_mode(name, monkeypatch):
     net, x, y, u, expected = forward(name)
-    monkeypatch.setattr(tangents, "signs", lambda like: u)
+    monkeypatch.setattr(estimators, "signs", lambda like, generator: u)
     (found,), _ = tangents.pushed_by_graph([Batch.of(y, 0)], [Batch.of(x, 0)])
     torch.testing.assert_close(found.tensor, expected)
     scale = torch.randn_like(y)
@@ -193,6 +193,19 @@ def test_a_model_that_does_something_else(way, settled):
         model.way = WAYS[way]
         for _ in range(2):
             equal(step(model, x, reg), step(model, x))
+
+
+def test_the_same_directions_as_in_a_second_forward():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(5, 4)
+    rule = rs.JacobianNorm(estimator="jvp", projections=2)
+    with rs.attach(model, rule.on()) as reg:
+        for _ in range(2):  # the input in the graph, and out of it
+            model(x)
+            torch.manual_seed(1)
+            found = reg.penalty()
+            torch.manual_seed(1)
+            torch.testing.assert_close(found, rule(model, x))
 
 
 def test_places_that_depend_on_each_other():
