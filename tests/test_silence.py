@@ -221,8 +221,22 @@ def test_double_decay_is_warned_of():
 
 def test_low_precision_weights_are_warned_of():
     model = make().bfloat16()
-    with pytest.warns(rs.errors.RestrainWarning, match=r"bfloat16.*lost to rounding"):
-        rs.attach(model, rs.L1().on("0.weight", how="proximal"), sgd(model))
+    with pytest.warns(rs.errors.RestrainWarning) as told:
+        rs.attach(model, [rs.L1().on("*", how=how) for how in ("gradient", "proximal", "loss")], sgd(model))
+    assert all("lost to rounding" in str(one.message) for one in told)
+    assert [str(one.message).partition(":")[0] for one in told] == 2 * ["'0.weight' is bfloat16, like 3 more"]
+    assert {one.filename for one in told} == {__file__}  # it is told where attach was called
+
+
+def test_each_optimizer_is_checked_for_its_own_parameters():
+    """What holds of one parameter isn't taken for granted of another that only looks alike."""
+    model = make()
+    plain, other = sgd(model[0]), torch.optim.SGD(model[2].parameters(), lr=0.1, maximize=True)
+    with pytest.raises(OptimizerError, match="maximize"):
+        rs.attach(model, rs.L1().on("*", how="proximal"), [plain, other])
+    with pytest.raises(OptimizerError, match=r"no given optimizer holds '2.weight'"):
+        rs.attach(model, rs.L1().on("*", how="proximal"), plain)
+    rs.attach(model, rs.L1().on("0.*", how="proximal"), [plain, other]).detach()
 
 
 def test_a_rule_that_empties_a_layer_is_warned_of():

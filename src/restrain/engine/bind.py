@@ -26,8 +26,8 @@ from restrain.penalties.wrapped import trained
 from restrain.places import Places, Target, select_places
 from restrain.rules import Rule, What
 from restrain.select import Names, Parameters, Where
-from restrain.sites import Handle, Slot, is_sharded, layers, parameters
-from restrain.transforms.base import Noise
+from restrain.sites import Handle, Location, Slot, is_sharded, layers, parameters
+from restrain.transforms.base import Constraint, Noise
 
 
 @dataclass
@@ -109,7 +109,7 @@ class _There:
         self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
         self._chosen: dict[Where, _Chosen] = {}
         self._targets: dict[Places, _Targets] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._locations: dict[str, Location] = {}
 
     def chosen(self, where: Where) -> _Chosen:
         """The parameters that a selection takes."""
@@ -120,15 +120,15 @@ class _There:
         return self._chosen[where]
 
     def _plain(self, slot: Slot) -> bool:
-        tensor = self.tensor(slot)
+        tensor = self.location(slot).tensor
         known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
         return known and getattr(slot.owner, "sparse", False) is not True
 
-    def tensor(self, slot: Slot) -> Tensor:
-        """What stands there."""
-        if slot.name not in self._tensors:
-            self._tensors[slot.name] = slot.tensor()
-        return self._tensors[slot.name]
+    def location(self, slot: Slot) -> Location:
+        """What rules are told when they are bound there."""
+        if slot.name not in self._locations:
+            self._locations[slot.name] = slot.location()
+        return self._locations[slot.name]
 
     def targets(self, where: Places) -> _Targets:
         """The places that a selection takes."""
@@ -205,11 +205,7 @@ def _bind(bound: Bound, there: _There) -> Bound:
         if not rule.optional:
             raise
         chosen = _Chosen([], rule.where)
-    anywhere = _same_anywhere(bound.what)
-    if anywhere and chosen.plain:
-        bound.parameters = [(slot.handle, bound.what) for slot in chosen.slots]
-    else:
-        bound.parameters = [(s.handle, _resolve(rule, bound.what, s, anywhere, there)) for s in chosen.slots]
+    bound.parameters = _resolved(rule, bound.what, chosen, there)
     if rule.how == "forward":
         pairs = zip(chosen.slots, bound.parameters, strict=True)
         bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
@@ -292,7 +288,17 @@ def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
-def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, there: _There) -> What:
+def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
+    """What acts on each parameter; of those like any other, there is nothing to refuse."""
+    anywhere, looks = _same_anywhere(what), shards.looks(what)
+    if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
+        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
+    if anywhere:
+        return [(slot.handle, what) for slot in chosen.slots]
+    return [(slot.handle, what.bound_to(shards.location(there.location(slot), looks))) for slot in chosen.slots]
+
+
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
     """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -309,7 +315,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, there: _There) 
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    tensor = there.tensor(slot)
+    tensor = there.location(slot).tensor
     shards.check(rule, slot, tensor)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(
@@ -324,7 +330,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, there: _There) 
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    bound = what if anywhere else what.bound_to(shards.location(slot, what))
+    bound = what if anywhere else what.bound_to(shards.location(there.location(slot), looks))
     if tensor.is_meta and bound.state():
         raise HowError(
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"

@@ -311,11 +311,11 @@ class Derivative:
         if self.choice is None:
             self.choice = self.penalty.choose(ys, xs, SHARDED if _sharded(root) else COMPILED if self._blind else "")
             self._say(str(self.choice))
-            self.light = self.choice.why == CLOSED
+            self.light = self.choice.why == CLOSED or self.choice.again
         choice = self.choice
         if choice.estimator == "jvp" and not choice.again:
             return self._by_tangents(root, ys, xs, given)
-        if self.light and any(linear(y, of_the_same(y, xs)) is None for y in ys):
+        if self.light and not choice.again and any(linear(y, of_the_same(y, xs)) is None for y in ys):
             self.light, choice = False, Choice("exact", again=True)  # the model does something else now
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
 
@@ -325,7 +325,7 @@ class Derivative:
             one.check()
         found = self.penalty.of_tangents(ys, xs)
         if found is None:
-            self.choice, self.light = Choice("jvp", again=True), False
+            self.choice, self.light = Choice("jvp", again=True), True
             self._say(str(self.choice))
             return self._by_runs(root, given, self.choice)
         value, self.light = found

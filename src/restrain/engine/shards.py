@@ -257,13 +257,15 @@ def at_rest(model: nn.Module) -> None:
         module.reshard()
 
 
-def location(slot: Slot, what: What) -> Location:
-    """Where a rule is bound; the tensor is gathered for what may look at its entries, not at its shape alone."""
-    at = slot.location()
+def looks(what: What) -> bool:
+    """Whether what a rule does may look at a tensor's entries when it is bound, not at its shape alone."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    if all(_by_entry(leaf) or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves):
-        return at
-    return dataclasses.replace(at, tensor=whole(at.tensor.detach()))
+    return not all(_by_entry(leaf) or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves)
+
+
+def location(at: Location, looks: bool) -> Location:
+    """Where a rule is bound; the tensor is gathered for what looks at its entries."""
+    return dataclasses.replace(at, tensor=whole(at.tensor.detach())) if looks else at
 
 
 def check(rule: Rule, slot: Slot, tensor: Any) -> None:

@@ -227,22 +227,30 @@ Run = Callable[[Move], list[Batch]]
 """The outputs of a function in a further run, in which `move(x)` stands in the place of each input x."""
 
 
-class _Shift:
-    """x ↦ x + t u width, u of random signs that are the same for equal seeds; the width is a part of x's size."""
+class Direction:
+    """Random signs for one input after another, the same for equal seeds, in whatever way the estimate is taken."""
 
-    def __init__(self, seed: int, t: float | Tensor) -> None:
-        self.seed, self.t = seed, t
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.generators: dict[torch.device, torch.Generator] = {}
-        self.width: float | Tensor = 0.0
 
-    def direction(self, h: Tensor) -> Tensor:
-        """The signs."""
+    def along(self, h: Tensor) -> Tensor:
+        """Those of an input."""
         if h.device not in self.generators:
             self.generators[h.device] = torch.Generator(h.device).manual_seed(self.seed)
         return signs(h, self.generators[h.device])
 
+
+class _Shift(Direction):
+    """x ↦ x + t u width, u of random signs; the width is a part of x's size."""
+
+    def __init__(self, seed: int, t: float | Tensor) -> None:
+        super().__init__(seed)
+        self.t = t
+        self.width: float | Tensor = 0.0
+
     def __call__(self, x: Batch) -> Tensor:
-        u = self.direction(x.tensor)
+        u = self.along(x.tensor)
         if isinstance(self.width, float) and not self.width:
             self.width = _width(x.tensor)
         return x.tensor + u * (self.t * self.width)
@@ -252,7 +260,7 @@ class _Tangent(_Shift):
     """The same at t = 0 as a dual number whose tangent is u; t itself would take two more passes."""
 
     def __call__(self, x: Batch) -> Tensor:
-        u, h = self.direction(x.tensor), x.tensor
+        u, h = self.along(x.tensor), x.tensor
         first = forward_ad.unpack_dual(h).tangent is None  # else it depends on another place that was moved
         moved: Tensor = forward_ad.make_dual(h if first else torch.zeros_like(u), u)
         return moved if first else h + moved
@@ -277,7 +285,7 @@ def pushed(run: Run, estimator: str) -> list[Batch]:
     Raises:
         CaptureError: an operation has no forward-mode derivative.
     """
-    seed = int(torch.randint(2**62, ()))
+    seed = Direction().seed
     if estimator == "difference":
         shifts = [_Shift(seed, t) for t in (1.0, -1.0)]
         up, down = (run(shift) for shift in shifts)

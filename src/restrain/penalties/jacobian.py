@@ -64,9 +64,10 @@ class Contractive(_Jacobian):
 
     Args:
         wrt: the place by which the derivative is taken; the model's input by default.
-        estimator: "exact"; "vjp" (random projections by backward passes), "jvp" (by forward mode, in a second
-            forward), "difference" (by central differences, in two further forwards); "auto" is exact where that is in
-            closed form or the Jacobian has at most 16 rows or columns, and else what the model allows.
+        estimator: "exact"; "vjp" (random projections by backward passes), "jvp" (by forward mode, along the graph of
+            the forward or, where an operation in it isn't known for that, in a second forward), "difference" (by
+            central differences, in two further forwards); "auto" is exact where that is in closed form or the
+            Jacobian has at most 16 rows or columns, and else what the model allows.
         projections: the number of random directions.
 
     Source: Rifai and others (2011), contractive auto-encoders, eq. 2; Hutchinson (1990) for random signs.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from restrain.penalties.estimators import Batch, signs
+from restrain.penalties.estimators import Batch, Direction
 
 Node: TypeAlias = Any  # torch.autograd.graph.Node, of whose kinds each keeps something else
 Given: TypeAlias = list[Tensor | None]  # the derivative of each input of an operation; None where it doesn't depend
@@ -35,8 +35,9 @@ def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batc
     """
     known: dict[Node, Tensor] = {}
     outside: list[tuple[Tensor, Tensor]] = []
+    directions = {forward: Direction() for forward in dict.fromkeys(x.forward for x in xs)}
     for x in xs:
-        u = signs(x.tensor)
+        u = directions[x.forward].along(x.tensor)
         if not x.tensor.requires_grad:
             outside.append((x.tensor, u))
             continue
@@ -195,6 +196,7 @@ _RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {
     "DivBackward0": _quotient,
     "MaxPool2DWithIndicesBackward0": _max_pool,
     "AdaptiveAvgPool2DBackward0": _mean_pool,
+    "RsubBackward1": _symmetric,  # of a number and a tensor
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0"), _same_order),
     **{
         f"{name}Backward0": _symmetric
