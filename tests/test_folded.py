@@ -230,6 +230,13 @@ def test_nothing_is_hidden_from_later_hooks():
     assert all(torch.equal(p.grad, known) for p, known in zip(run.model.parameters(), seen[-1][1], strict=True))
 
 
+def test_left_to_torch_where_a_target_goes_by_gradients():
+    target = rs.Target(gradient_share=0.3, every=1, start=0.1) * rs.L2()
+    run = both(plain_sgd, target.on("p0", how="gradient", name="rule"))
+    assert not any(run.folded)
+    assert run.reg.strengths()["rule"] != 0.1
+
+
 # Together with the rest
 
 

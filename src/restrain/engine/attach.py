@@ -141,7 +141,8 @@ class Attachment:
         join(self, list(works.values()), model)
         if works:
             whole = list(works.values())
-            self._steppers = [Stepper(optimizer, whole, lambda: self.model, compile) for optimizer in optimizers]
+            folds = not self._strengths.by_gradients
+            self._steppers = [Stepper(one, whole, lambda: self.model, compile, folds) for one in optimizers]
             strangers = Strangers(optimizers, [work.handle for work in whole])
             self._clock.on_real.append(strangers.after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
