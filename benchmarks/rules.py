@@ -29,6 +29,7 @@ SMALL = (75, 300, 1000)
 def hooks(optimizer, how):
     """What the rules of an optimizer do around its step, without the step."""
     before = how in ("gradient", "decoupled")
+    optimizer.register_step_pre_hook(lambda *_: None)  # so that rules aren't folded into the optimizer's own pass
     found = optimizer._optimizer_step_pre_hooks if before else optimizer._optimizer_step_post_hooks  # torch's
     return lambda: [hook(optimizer, (), {}) for hook in tuple(found.values())]
 

@@ -57,9 +57,9 @@ def attach(
         model: any module; wrappers (compiled, DDP) are seen through. It is neither wrapped nor changed.
         plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
         optimizer: the one that trains it, a list of them, or None if no rule acts at the optimizer's step.
-        compile: whether what rules do at the optimizer's step is compiled to kernels, which takes some seconds: True,
-            False, or "auto", after as many steps as make up for it. Results differ by rounding. Where there is no
-            compiler it is done without.
+        compile: whether what rules do at the optimizer's step is compiled, where it can be together with the update
+            of SGD, Adam or AdamW: True, False, or "auto", after as many steps as make up for the time that it takes.
+            Results differ by rounding. Where there is no compiler it is done without.
 
     Returns:
         The attachment; also a context manager that detaches at the end.
@@ -142,7 +142,8 @@ class Attachment:
         join(self, list(works.values()), model)
         if works:
             whole = list(works.values())
-            self._steppers = [Stepper(optimizer, whole, lambda: self.model, compile) for optimizer in optimizers]
+            folds = not self._strengths.by_gradients
+            self._steppers = [Stepper(one, whole, lambda: self.model, compile, folds) for one in optimizers]
             strangers = Strangers(optimizers, [work.handle for work in whole])
             self._clock.on_real.append(strangers.after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])

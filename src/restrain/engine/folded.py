@@ -10,6 +10,7 @@ What isn't known to give the same is left to torch and to the rules' own passes,
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,7 +30,8 @@ from restrain.engine.metric import Metric, Taken, metric_of
 from restrain.engine.passes import Compile
 from restrain.engine.updates import FORMULAS, Group, counted, moments, plain, update
 
-WORTH = 10**9  # entries × steps: an estimate of when a loop makes up for the fraction of a second that compiling takes
+WORTH = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
+EACH = 500_000  # entries that a step counts for beside its own: calls that are saved
 
 
 class Folding:
@@ -38,7 +40,8 @@ class Folding:
     def __init__(self, optimizer: Optimizer, compile: Compile) -> None:
         self.possible = compile is not False and type(optimizer) in FORMULAS
         self._at_once = compile is True
-        self._seen: _Seen | None = None
+        self._measure = metric_of(optimizer)
+        self._seen = weakref.WeakKeyDictionary[Optimizer, _Seen]()  # as it holds what the optimizer holds
 
     def __call__(self, optimizer: Optimizer, jobs: Sequence[Job], steps: int) -> Fold | None:
         """What is folded at a step, if anything is; nothing is done yet.
@@ -48,14 +51,31 @@ class Folding:
             jobs: all that rules do at this step, before and after it; the same list for as long as these are the same.
             steps: how many were taken.
         """
-        if not self.possible or _observed(optimizer):
+        if not self.possible or not jobs or _observed(optimizer):
             return None
-        if not self._at_once and steps * sum(p.numel() for job in jobs for _, p in job.members) < WORTH:
+        if not self._at_once and steps * (EACH + sum(p.numel() for job in jobs for _, p in job.members)) < WORTH:
             return None
-        if self._seen is None or not self._seen.stands(optimizer, jobs):
-            self._seen = _Seen(optimizer, jobs)
-        parts = [part for batch in self._seen.batches if (part := _part(optimizer, batch))] if self._seen.apart else []
+        seen = self._seen.get(optimizer)
+        if seen is None or not seen.stands(optimizer, jobs):
+            seen = self._seen[optimizer] = _Seen(optimizer, jobs)
+        parts = [part for batch in seen.batches if (part := self._part(optimizer, batch))] if seen.apart else []
         return Fold(parts) if parts else None
+
+    def _part(self, optimizer: Optimizer, batch: _Batch) -> _Part | None:
+        """The loop that does it, with its numbers; None if there is none."""
+        group, acts, p, kept = batch.job.group, batch.job.acts, batch.parameters[0], dict(batch.works[0].kept)
+        metric = Metric(0.0)
+        if batch.followed:
+            metric = self._measure(Taken(group, {**optimizer.state[p], "step": batch.count}, p, kept))
+        early = lower([act for act in acts if act.kind in ("gradient", "decay")], Given(group["lr"]), p)
+        late = lower([act for act in acts if act.kind in ("prox", "project")], Given(metric=metric), p)
+        found = None if early is None or late is None else update(type(optimizer), early, late, group, batch.count)
+        if found is None:
+            return None
+        lines, numbers = found
+        roles = 2 + len(batch.names)
+        loop = native.loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
+        return None if loop is None else _Part(batch, loop, numbers, kept)
 
 
 class Fold:
@@ -95,23 +115,6 @@ class _Part:
     kept: dict[str, Any]  # by the metric, from step to step
 
 
-def _part(optimizer: Optimizer, batch: _Batch) -> _Part | None:
-    """The loop that does it, with its numbers; None if there is none."""
-    group, acts, p, kept = batch.job.group, batch.job.acts, batch.parameters[0], dict(batch.works[0].kept)
-    metric = Metric(0.0)
-    if batch.followed:
-        metric = metric_of(optimizer)(Taken(group, {**optimizer.state[p], "step": batch.count}, p, kept))
-    early = lower([act for act in acts if act.kind in ("gradient", "decay")], Given(group["lr"]), p)
-    late = lower([act for act in acts if act.kind in ("prox", "project")], Given(metric=metric), p)
-    found = None if early is None or late is None else update(type(optimizer), early, late, group, batch.count)
-    if found is None:
-        return None
-    lines, numbers = found
-    roles = 2 + len(batch.names)
-    loop = native.loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
-    return None if loop is None else _Part(batch, loop, numbers, kept)
-
-
 @dataclass
 class _Batch:
     """Parameters of a job whose numbers are the same."""
@@ -121,7 +124,6 @@ class _Batch:
     parameters: list[nn.Parameter] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)  # of the first parameter, of the second, and so on
     counts: list[Tensor] = field(default_factory=list)
-    gradients: list[Any] = field(default_factory=list)
     count: float = 0.0  # of the optimizer's steps, with the coming one
 
     def __post_init__(self) -> None:
@@ -135,10 +137,8 @@ class _Batch:
     def members(self) -> list[tuple[Tensor, ...]]:
         """Weights, gradient and moments of each."""
         size = len(self.names)
-        return [
-            (p, grad, *self.moments[place * size : (place + 1) * size])
-            for place, (p, grad) in enumerate(zip(self.parameters, self.gradients, strict=True))
-        ]
+        found = enumerate((p, p.grad) for p in self.parameters)
+        return [(p, g, *self.moments[at * size : (at + 1) * size]) for at, (p, g) in found if g is not None]
 
     def seen(self) -> _Batch:
         """Itself, once it is whole: remembers where its tensors are."""
@@ -155,7 +155,7 @@ class _Batch:
         return list(map(_span, self._written))
 
     def stands(self, optimizer: Optimizer) -> bool:
-        """Whether it is the same batch at a later step, whose gradients and count it takes up."""
+        """Whether it is the same batch at a later step, whose count it takes up."""
         states = [optimizer.state.get(p, {}) for p in self.parameters]
         found = [state.get(name) for state in states for name in self.names]
         steps = [state.get("step") for state in states] if self.counts else []
@@ -165,11 +165,12 @@ class _Batch:
         counts = set(map(Tensor.item, self.counts))
         if len(counts) > 1 or (self.followed and any(work.kept != self.works[0].kept for work in self.works)):
             return False
-        self.count, self.gradients = counts.pop() + 1 if counts else 0.0, [p.grad for p in self.parameters]
+        self.count = counts.pop() + 1 if counts else 0.0
+        gradients: list[Any] = [p.grad for p in self.parameters]
         dtype = self.parameters[0].dtype
         return all(
             _ordinary(grad, Tensor) and grad.dtype is dtype and grad.stride() == stride and not grad.is_neg()
-            for grad, stride in zip(self.gradients, self._places, strict=False)
+            for grad, stride in zip(gradients, self._places, strict=False)
         )
 
 
@@ -212,7 +213,6 @@ def _batches(optimizer: Optimizer, job: Job) -> list[_Batch]:
         batch = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Batch(job))
         batch.works.append(work)
         batch.parameters.append(p)
-        batch.gradients.append(p.grad)
         batch.moments += own
         batch.counts += [count] * counted(job.group)
         batch.count = steps

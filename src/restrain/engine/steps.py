@@ -84,13 +84,18 @@ class Stepper:
     """The work of all rules on the parameters of one optimizer."""
 
     def __init__(
-        self, optimizer: Optimizer, works: list[Work], root: Callable[[], nn.Module], compile: Compile = "auto"
+        self,
+        optimizer: Optimizer,
+        works: list[Work],
+        root: Callable[[], nn.Module],
+        compile: Compile = "auto",
+        folds: bool = True,
     ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
         self._held = Held(works, root)
         self._passes = Passes(compile)
-        self._folding = Folding(optimizer, compile)
+        self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters that this step folds
         self._handles = []
         self._looks = looks_before(optimizer)

@@ -262,6 +262,11 @@ class Strengths:
         """Them all."""
         return [moving for bound in self.bounds for moving in bound.moving]
 
+    @property
+    def by_gradients(self) -> bool:
+        """Whether any goes by the gradients that a step leaves behind."""
+        return any(one.target.kind == "gradient_share" for moving in self.moving for one in moving.controllers)
+
     @torch.no_grad()
     def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
         """After a training step: so many were taken by now."""
