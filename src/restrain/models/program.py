@@ -1,8 +1,8 @@
 """One update as compiled code: rows gathered, forward, rules, backward, and the optimizer's formula where it has one.
 
-The update is run once on tensors without data, which records its operations; hooks of rules act there as they do in
-any forward. What can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by
-`UnfitError`, and the training goes on as it is written. Where there is no compiler, the recorded operations are carried
+The update is run once on copies, which records its operations; hooks of rules act there as they do in any forward. What
+can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by `UnfitError`, and
+the training goes on as it is written. Where there is no compiler, the recorded operations are carried
 out one by one. Large products of matrices go to oneDNN, which on processors of
 other makers than MKL's takes half of its time. The compiled code works on the parameters, the optimizer's state and
 the sums of the monitors in place, and nothing waits for a number.
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from restrain.models import drawing
 from restrain.models.formulas import formula_of
 from restrain.models.monitors import Means, training_values
+from restrain.models.recording import UnfitError, record
 from restrain.models.specs import RECURRENT
 from restrain.transforms import Noise
 
@@ -32,10 +32,6 @@ _AT_ONCE = 1024  # updates whose keys and table are made at a time
 _CHUNK = 2**15  # entries for which another thread pays
 _WIDTH = 3  # of the table
 _LARGE = 2**18  # products of so many factors and more go to oneDNN
-
-
-class UnfitError(Exception):
-    """An update that can't be compiled; says why."""
 
 
 class _Loss(nn.Module):
@@ -56,8 +52,6 @@ class _Loss(nn.Module):
 
 
 def _said(error: Exception) -> str:
-    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
-        return "a rule decides by a number that it has computed"
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
@@ -98,16 +92,15 @@ class Program:
     def _compiled(self) -> Callable[..., Any]:
         training = self.training
         dtype = next(iter(self.params.values())).dtype
-        row = (torch.zeros(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
+        row = (torch.ones(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         given: list[Any] = [*self._fixed(), *row, *batch]
         try:
             with torch.random.fork_rng(devices=[]):
-                graph = make_fx(self._update, tracing_mode="fake")(*given)
-            check_graph(graph)
+                graph = self._recorded(given)
         except UnfitError:
             raise
-        except Exception as error:  # whatever the rules and torch raise on tensors without data
+        except Exception as error:  # whatever the rules and torch raise
             raise UnfitError(f"recording it failed: {_said(error)}") from error
         finally:
             self._forget()
@@ -120,6 +113,15 @@ class Program:
         except Exception as error:  # no compiler, or one that fails
             self.recorded = _said(error)
             return graph
+
+    def _recorded(self, given: list[Tensor]) -> GraphModule:
+        """The operations of an update, which are the same every time; a first forward does more than those to come."""
+        graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
+        while str(graphs[-1].graph) != str(graphs[-2].graph):
+            if len(graphs) == 3:
+                raise UnfitError("a rule does something else at each call")
+            graphs.append(record(self._update, [t.clone() for t in given]))
+        return graphs[-1]
 
     def _forget(self) -> None:
         """What the recording left with the rules belongs to no step."""
@@ -215,19 +217,6 @@ def check(training: Training) -> None:
             raise UnfitError(f"{rule.label}: noise on weights isn't recorded")
 
 
-def check_graph(graph: GraphModule) -> None:
-    """Refuse what a recording would freeze.
-
-    Raises:
-        UnfitError: tensors that aren't arguments, or random numbers other than ours.
-    """
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            raise UnfitError("a rule keeps numbers in a tensor of its own")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise UnfitError(f"it draws random numbers by {node.target}")
-
-
 def ready(training: Training) -> bool:
     """Whether the optimizer has its state, which its own first step makes."""
     formula = formula_of(training.optimizer)
@@ -253,6 +242,8 @@ def improve(graph: GraphModule) -> None:
                 (x, turn_x), (w, turn_w) = _unturned(x), _unturned(w)
                 _replace(graph, node, ours, (x, w, bias, turn_x, turn_w))
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        node.meta.clear()
     graph.recompile()
 
 
@@ -265,7 +256,6 @@ def _replace(graph: GraphModule, node: Node, target: Any, args: tuple[Any, ...])
     with graph.graph.inserting_before(node):
         new = graph.graph.call_function(target, args)
         if target is torch.ops.aten.sum.dim_IntList:
-            new.meta["val"] = node.args[0].meta["val"].sum(-1)  # type: ignore[union-attr]
             new = graph.graph.call_function(torch.ops.aten.sum.default, (new,))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
