@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
 _CHUNK = 2**15  # entries for which another thread pays
-_WIDTH = 3  # of the table
+_WIDTH = 4  # of the table
 _LARGE = 2**18  # products of so many factors and more go to oneDNN
 
 
@@ -95,32 +95,33 @@ class Program:
         row = (torch.ones(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         given: list[Any] = [*self._fixed(), *row, *batch]
+        if not self.recorded:
+            try:
+                graph = self._graph(given)
+                with torch.random.fork_rng(devices=[]):
+                    return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
+            except UnfitError:
+                raise
+            except Exception as error:  # no compiler, or one that fails
+                self.recorded = _said(error)
+        return self._graph(given).forward  # type: ignore[no-any-return]
+
+    def _graph(self, given: list[Tensor]) -> GraphModule:
+        """The operations of an update, which are the same every time; a first forward does more than those to come."""
         try:
             with torch.random.fork_rng(devices=[]):
-                graph = self._recorded(given)
+                graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
+                while str(graphs[-1].graph) != str(graphs[-2].graph):
+                    if len(graphs) == 3:
+                        raise UnfitError("a rule does something else at each call")
+                    graphs.append(record(self._update, [t.clone() for t in given]))
         except UnfitError:
             raise
         except Exception as error:  # whatever the rules and torch raise
             raise UnfitError(f"recording it failed: {_said(error)}") from error
         finally:
             self._forget()
-        improve(graph)
-        if self.recorded:
-            return graph
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
-        except Exception as error:  # no compiler, or one that fails
-            self.recorded = _said(error)
-            return graph
-
-    def _recorded(self, given: list[Tensor]) -> GraphModule:
-        """The operations of an update, which are the same every time; a first forward does more than those to come."""
-        graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
-        while str(graphs[-1].graph) != str(graphs[-2].graph):
-            if len(graphs) == 3:
-                raise UnfitError("a rule does something else at each call")
-            graphs.append(record(self._update, [t.clone() for t in given]))
+        improve(graphs[-1])
         return graphs[-1]
 
     def _forget(self) -> None:
@@ -143,7 +144,7 @@ class Program:
             batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
         self.names, self.draws = list(values), drawn.count
-        sums[: len(values)] += torch.stack([value.double() * self.size for value in values.values()])
+        sums[: len(values)].add_(torch.stack(list(values.values())))
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm
         if limit is not None:
@@ -151,6 +152,9 @@ class Program:
             gradients = [g * torch.clamp(limit / (length + 1e-6), max=1.0) for g in gradients]
         if self.formula is None:
             return gradients
+        if self.recorded:
+            self.formula.fused(list(params.values()), gradients, state, row)
+            return []
         for p, g, kept in zip(params.values(), gradients, state, strict=True):
             self.formula.apply(p, g, kept, row)
         return []
@@ -191,7 +195,7 @@ class Program:
         """After the last update of an epoch, and before one that isn't compiled: hand over what was added up."""
         self._took()
         if rows:
-            means.take(dict(zip(self.names, self._sums.unbind(), strict=False)), rows)
+            means.take(dict(zip(self.names, (self._sums * self.size).unbind(), strict=False)), rows)
         self._sums = torch.zeros_like(self._sums)
 
 
@@ -232,7 +236,10 @@ def improve(graph: GraphModule) -> None:
     """Let oneDNN carry out the large products of float32 matrices in a graph, and add up matrices row by row."""
     aten, ours = torch.ops.aten, _product()
     for node in list(graph.graph.nodes):
-        if node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
+        same = _unchanged(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+        elif node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
             _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # a single sum waits for each addition
         elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
             bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
@@ -245,6 +252,16 @@ def improve(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         node.meta.clear()
     graph.recompile()
+
+
+def _unchanged(node: Node) -> Any:
+    """What a node only hands on, without gradients or turned twice; None for one that does something."""
+    aten = torch.ops.aten
+    if node.target is aten.detach.default:
+        return node.args[0]
+    if node.target is aten.t.default and node.args[0].target is aten.t.default:  # type: ignore[union-attr]
+        return node.args[0].args[0]  # type: ignore[union-attr]
+    return None
 
 
 def _unturned(node: Node) -> tuple[Any, bool]:
