@@ -169,7 +169,7 @@ def test_loaded_rows_are_those_that_are_read():
         ({"algo": "lbfgs", "batch_size": 150}, "LBFGS calls the loss"),
         ({"batch_size": 151}, "no batch is a full one"),
         ({"weight_l1": {"strength": 1e-3, "every": 2}}, "acts now and then"),
-        ({"weight_l1": {"strength": rs.schedules.WarmUp(5) * 1e-3}}, "recording it failed: "),
+        ({"weight_l1": {"strength": rs.schedules.WarmUp(5) * 1e-3}}, "decides by a number"),
         ({"klsparsity": {"strength": 1e-2, "rate": 0.1}, "activation": "sigmoid"}, "decides by a number"),
         ({"regularizers": rs.DropConnect(0.1).on("hid1.weight")}, "noise on weights"),
     ],

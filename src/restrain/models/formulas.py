@@ -42,6 +42,10 @@ class Formula:
         """One update of one parameter, in place."""
         raise NotImplementedError
 
+    def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
+        """One update of all, by torch's own operation in one pass."""
+        raise NotImplementedError
+
 
 class _Sgd(Formula):
     def __init__(self, optimizer: Optimizer) -> None:
@@ -57,6 +61,12 @@ class _Sgd(Formula):
             g = g + momentum * buffer if self.group["nesterov"] else buffer
         p.sub_(row[0] * g)
 
+    def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
+        names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+        given = {name: self.group[name] for name in names}
+        gs = [g.contiguous() for g in gs]  # it takes entries as they lie
+        torch._fused_sgd_(ps, gs, [kept[0] for kept in state if kept], lr=row[0], is_first_step=False, **given)
+
 
 class _Adam(Formula):
     names = ("exp_avg", "exp_avg_sq")
@@ -65,7 +75,7 @@ class _Adam(Formula):
         (one, two), rate = self.group["betas"], float(self.group["lr"])
         times = float(self.optimizer.state[self.params[0]]["step"]) + torch.arange(1, updates + 1, dtype=torch.float64)
         steps, roots = rate / (1 - one**times), (1 - two**times).sqrt()
-        return torch.stack([torch.full_like(steps, rate), steps, roots], 1)
+        return torch.stack([torch.full_like(steps, rate), steps, roots, times], 1)
 
     def took(self, updates: int) -> None:
         for p in self.params:
@@ -80,6 +90,13 @@ class _Adam(Formula):
             g = g + decay * p
         mean, square = state[0].lerp_(g, 1 - one), state[1].mul_(two).addcmul_(g, g, value=1 - two)
         p.sub_(row[1] * (mean / (square.sqrt() / row[2] + self.group["eps"])))
+
+    def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
+        given = {name: self.group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
+        (given["beta1"], given["beta2"]), times = self.group["betas"], [row[3].float()] * len(ps)
+        gs = [g.contiguous() for g in gs]
+        carry_out = torch._fused_adamw_ if self.group["decoupled_weight_decay"] else torch._fused_adam_
+        carry_out(ps, gs, *map(list, zip(*state, strict=True)), [], times, lr=row[0], **given)
 
 
 def formula_of(optimizer: Any) -> Formula | None:

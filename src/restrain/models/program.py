@@ -1,8 +1,8 @@
 """One update as compiled code: rows gathered, forward, rules, backward, and the optimizer's formula where it has one.
 
-The update is run once on tensors without data, which records its operations; hooks of rules act there as they do in
-any forward. What can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by
-`UnfitError`, and the training goes on as it is written. Where there is no compiler, the recorded operations are carried
+The update is run once on copies, which records its operations; hooks of rules act there as they do in any forward. What
+can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by `UnfitError`, and
+the training goes on as it is written. Where there is no compiler, the recorded operations are carried
 out one by one. Large products of matrices go to oneDNN, which on processors of
 other makers than MKL's takes half of its time. The compiled code works on the parameters, the optimizer's state and
 the sums of the monitors in place, and nothing waits for a number.
@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from restrain.models import drawing
 from restrain.models.formulas import formula_of
 from restrain.models.monitors import Means, training_values
+from restrain.models.recording import UnfitError, record
 from restrain.models.specs import RECURRENT
 from restrain.transforms import Noise
 
@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
 _CHUNK = 2**15  # entries for which another thread pays
-_WIDTH = 3  # of the table
+_WIDTH = 4  # of the table
 _LARGE = 2**18  # products of so many factors and more go to oneDNN
-
-
-class UnfitError(Exception):
-    """An update that can't be compiled; says why."""
 
 
 class _Loss(nn.Module):
@@ -56,8 +52,6 @@ class _Loss(nn.Module):
 
 
 def _said(error: Exception) -> str:
-    if type(error).__name__ in ("GuardOnDataDependentSymNode", "DataDependentOutputException"):
-        return "a rule decides by a number that it has computed"
     return f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
 
 
@@ -98,28 +92,37 @@ class Program:
     def _compiled(self) -> Callable[..., Any]:
         training = self.training
         dtype = next(iter(self.params.values())).dtype
-        row = (torch.zeros(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
+        row = (torch.ones(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         given: list[Any] = [*self._fixed(), *row, *batch]
+        if not self.recorded:
+            try:
+                graph = self._graph(given)
+                with torch.random.fork_rng(devices=[]):
+                    return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
+            except UnfitError:
+                raise
+            except Exception as error:  # no compiler, or one that fails
+                self.recorded = _said(error)
+        return self._graph(given).forward  # type: ignore[no-any-return]
+
+    def _graph(self, given: list[Tensor]) -> GraphModule:
+        """The operations of an update, which are the same every time; a first forward does more than those to come."""
         try:
             with torch.random.fork_rng(devices=[]):
-                graph = make_fx(self._update, tracing_mode="fake")(*given)
-            check_graph(graph)
+                graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
+                while str(graphs[-1].graph) != str(graphs[-2].graph):
+                    if len(graphs) == 3:
+                        raise UnfitError("a rule does something else at each call")
+                    graphs.append(record(self._update, [t.clone() for t in given]))
         except UnfitError:
             raise
-        except Exception as error:  # whatever the rules and torch raise on tensors without data
+        except Exception as error:  # whatever the rules and torch raise
             raise UnfitError(f"recording it failed: {_said(error)}") from error
         finally:
             self._forget()
-        improve(graph)
-        if self.recorded:
-            return graph
-        try:
-            with torch.random.fork_rng(devices=[]):
-                return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
-        except Exception as error:  # no compiler, or one that fails
-            self.recorded = _said(error)
-            return graph
+        improve(graphs[-1])
+        return graphs[-1]
 
     def _forget(self) -> None:
         """What the recording left with the rules belongs to no step."""
@@ -141,7 +144,7 @@ class Program:
             batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
         self.names, self.draws = list(values), drawn.count
-        sums[: len(values)] += torch.stack([value.double() * self.size for value in values.values()])
+        sums[: len(values)].add_(torch.stack(list(values.values())))
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm
         if limit is not None:
@@ -149,6 +152,9 @@ class Program:
             gradients = [g * torch.clamp(limit / (length + 1e-6), max=1.0) for g in gradients]
         if self.formula is None:
             return gradients
+        if self.recorded:
+            self.formula.fused(list(params.values()), gradients, state, row)
+            return []
         for p, g, kept in zip(params.values(), gradients, state, strict=True):
             self.formula.apply(p, g, kept, row)
         return []
@@ -189,7 +195,7 @@ class Program:
         """After the last update of an epoch, and before one that isn't compiled: hand over what was added up."""
         self._took()
         if rows:
-            means.take(dict(zip(self.names, self._sums.unbind(), strict=False)), rows)
+            means.take(dict(zip(self.names, (self._sums * self.size).unbind(), strict=False)), rows)
         self._sums = torch.zeros_like(self._sums)
 
 
@@ -215,19 +221,6 @@ def check(training: Training) -> None:
             raise UnfitError(f"{rule.label}: noise on weights isn't recorded")
 
 
-def check_graph(graph: GraphModule) -> None:
-    """Refuse what a recording would freeze.
-
-    Raises:
-        UnfitError: tensors that aren't arguments, or random numbers other than ours.
-    """
-    for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            raise UnfitError("a rule keeps numbers in a tensor of its own")
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            raise UnfitError(f"it draws random numbers by {node.target}")
-
-
 def ready(training: Training) -> bool:
     """Whether the optimizer has its state, which its own first step makes."""
     formula = formula_of(training.optimizer)
@@ -243,7 +236,10 @@ def improve(graph: GraphModule) -> None:
     """Let oneDNN carry out the large products of float32 matrices in a graph, and add up matrices row by row."""
     aten, ours = torch.ops.aten, _product()
     for node in list(graph.graph.nodes):
-        if node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
+        same = _unchanged(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
+        elif node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
             _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # a single sum waits for each addition
         elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
             bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
@@ -253,7 +249,19 @@ def improve(graph: GraphModule) -> None:
                 (x, turn_x), (w, turn_w) = _unturned(x), _unturned(w)
                 _replace(graph, node, ours, (x, w, bias, turn_x, turn_w))
     graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        node.meta.clear()
     graph.recompile()
+
+
+def _unchanged(node: Node) -> Any:
+    """What a node only hands on, without gradients or turned twice; None for one that does something."""
+    aten = torch.ops.aten
+    if node.target is aten.detach.default:
+        return node.args[0]
+    if node.target is aten.t.default and node.args[0].target is aten.t.default:  # type: ignore[union-attr]
+        return node.args[0].args[0]  # type: ignore[union-attr]
+    return None
 
 
 def _unturned(node: Node) -> tuple[Any, bool]:
@@ -265,7 +273,6 @@ def _replace(graph: GraphModule, node: Node, target: Any, args: tuple[Any, ...])
     with graph.graph.inserting_before(node):
         new = graph.graph.call_function(target, args)
         if target is torch.ops.aten.sum.dim_IntList:
-            new.meta["val"] = node.args[0].meta["val"].sum(-1)  # type: ignore[union-attr]
             new = graph.graph.call_function(torch.ops.aten.sum.default, (new,))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)

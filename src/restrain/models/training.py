@@ -30,8 +30,10 @@ from restrain.rules import Rule
 if TYPE_CHECKING:
     from restrain.models.program import Program
 
-_LONG = 20_000  # updates of a small network after which compiling has paid
+_SOME = 1_000  # updates of a small network after which recording them has paid
+_LONG = 20_000  # after which compiling has
 _HEAVY = 1e7  # entries × samples whose update saves as much again
+_WAITING = {"recorded": "the training is short", "later": "an eighth of the epochs comes first"}  # not compiled
 
 
 class Task(Protocol):
@@ -102,7 +104,7 @@ class Training:
             optimizers.load(self.optimizer, self.state)
         self.done, self.best = 0, Best()
         self.program: Program | None = None
-        self.compiled: bool | str = self._is_long() if self.settings.compile == "auto" else self.settings.compile
+        self.compiled: bool | str = self._by_length() if self.settings.compile == "auto" else self.settings.compile
         self.resumed = False  # with that decision
         self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
         self.train.load()
@@ -163,6 +165,8 @@ class Training:
 
     def _epoch(self) -> Monitors:
         number, means = self.before + self.done, Means()
+        if self.compiled == "later" and 8 * self.done >= self.settings.epochs:
+            self.compiled, self.program, self.resumed = True, None, False
         optimizers.set_rate(self.optimizer, self.settings.learning_rate, self.done)
         order = shuffled(len(self.train), self.seed, 2, number) if self.settings.shuffle else None
         self.model.train()
@@ -255,29 +259,34 @@ class Training:
 
     # ---------------------------------------------------------------- compilation
 
-    def _is_long(self) -> bool:
-        """Whether compiling is worth its seconds: some ten thousand updates, of large networks fewer."""
+    def _by_length(self) -> bool | str:
+        """What is worth its time: compiling some ten thousand updates, of large networks fewer; recording some hundred.
+
+        A training may end long before all its epochs, so it is compiled ("later") when an eighth of them is done.
+        """
         updates = self.settings.epochs * (len(self.train) // self.settings.batch_size)
         entries = sum(p.numel() for p in self.network.parameters())
-        return updates * (1 + entries * self.settings.batch_size / _HEAVY) >= _LONG
+        work = updates * (1 + entries * self.settings.batch_size / _HEAVY)
+        return "later" if work >= _LONG else "recorded" if work >= _SOME else False
 
     def _compile(self) -> None:
-        """Compile the update, as soon as the optimizer has its state; or say why not."""
-        from restrain.models import program  # torch's compiler is slow to import
+        """Record and compile the update, as soon as the optimizer has its state; or say why not."""
+        from restrain.models import program
 
+        why = _WAITING.get(str(self.compiled), "")
+        why = "it was so before" if why and self.resumed else why
         try:
             program.check(self)
             if not program.ready(self):
                 return
-            known = "it was so before" if self.compiled == "recorded" else ""
-            self.program = program.Program(self, known)
+            self.program = program.Program(self, why)
         except program.UnfitError as reason:
             self._without(f"nothing: {reason}", False)
         else:
             self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
             if self.program.recorded:
                 said = f"nothing: {self.program.recorded}. The update's operations run one by one"
-                self._without(said, "recorded", expected=bool(known))
+                self._without(said, self.compiled if why else "recorded", expected=bool(why))
 
     def _without(self, said: str, compiled: bool | str, *, expected: bool = False) -> None:
         """Go on without compiled code."""
