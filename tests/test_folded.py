@@ -146,6 +146,26 @@ def test_not_a_number_stays_where_it_is():
     assert runs[0].model.p4.isnan().sum() == 1
 
 
+@pytest.mark.parametrize("make", [plain_sgd, adam])
+def test_closures(make):
+    losses = {}
+
+    def step(run):
+        def closure():
+            assert torch.is_grad_enabled()
+            give_gradients(run.model, run.step)
+            return torch.tensor(1.0, dtype=torch.float64)
+
+        run.optimizer.zero_grad()
+        losses.setdefault(run.reg, []).append(run.optimizer.step(closure))
+
+    run = both(make, ALL, 5, step=step)
+    assert run.folded == [6 * (make is plain_sgd), 6, 6, 6, 6]
+    mine, theirs = losses.values()
+    assert torch.allclose(torch.stack(mine), torch.stack(theirs))
+    assert mine[0] > 1
+
+
 # What isn't folded
 
 
@@ -163,10 +183,6 @@ def watched(run):
         run.optimizer.step()
 
 
-def by_closure(run):
-    run.optimizer.step(lambda: torch.tensor(1.0, dtype=torch.float64))
-
-
 def scaled(run):
     run.optimizer.grad_scale, run.optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
     for p in run.model.parameters():
@@ -177,7 +193,6 @@ def scaled(run):
 
 REFUSED = {
     "a subclass": (Subclass, ALL, {}),
-    "a closure": (adam, ALL[2], {"step": by_closure}),
     "a loss scaler": (lambda ps: Adam(ps, lr=0.05, fused=True), ALL[0], {"step": scaled}),
     "a mode": (adam, ALL, {"step": watched}),
     "rules that aren't written in C": (adam, (0.1 * rs.Huber(0.5)).on("*", how="gradient"), {}),

@@ -47,7 +47,7 @@ class Folding:
         """What is folded at a step, if anything is; nothing is done yet.
 
         Args:
-            optimizer: about to step, without a closure.
+            optimizer: about to step; its closure, if there is one, was called.
             jobs: all that rules do at this step, before and after it; the same list for as long as these are the same.
             steps: how many were taken.
         """
@@ -85,12 +85,11 @@ class Fold:
         self.parts = parts
         self.done = {id(p) for part in parts for p in part.batch.parameters}
 
-    def run(self, optimizer: Optimizer) -> Optimizer:
+    def run(self, optimizer: Optimizer) -> list[Group]:
         """Do it.
 
         Returns:
-            An optimizer of the same class, with the same settings and state, that holds the parameters which are left
-            to torch's step.
+            The optimizer's groups with the parameters that are left to torch.
         """
         counts = [count for part in self.parts for count in part.batch.counts]
         if counts:
@@ -102,9 +101,17 @@ class Fold:
             for work in part.batch.works if part.kept else ():
                 work.kept = dict(part.kept)
         groups = [{**group, "params": _left(group, self.done)} for group in optimizer.param_groups]
-        rest = object.__new__(type(optimizer))
-        rest.__dict__.update({**vars(optimizer), "param_groups": [group for group in groups if group["params"]]})
-        return rest
+        return [group for group in groups if group["params"]]
+
+
+def stand_in(optimizer: Optimizer) -> Optimizer:
+    """What takes the optimizer's place in its own step: of the same class, with the same state, and groups of its own.
+
+    The step of the classes that are folded calls the closure, if there is one, and goes over the groups after that.
+    """
+    made = object.__new__(type(optimizer))
+    made.__dict__.update(vars(optimizer))
+    return made
 
 
 @dataclass

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.feasible import hold, single
-from restrain.engine.folded import Folding
+from restrain.engine.folded import Folding, stand_in
 from restrain.engine.hanging import eagerly
 from restrain.engine.held import Held, Job, Member, Work
 from restrain.engine.kernels import Given, Lot, Tensors
@@ -127,31 +127,43 @@ class Stepper:
         if nested(optimizer):
             return None
         self._done = ()
+        rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            held, fold = self._held.by(optimizer), None
-            if folds and self._alone(optimizer):
-                fold = self._folding(optimizer, self._held.jobs(_ALL, self.steps), self.steps)
-            self._done = () if fold is None else fold.done
-            self._before(optimizer, held, ("gradient", "decoupled"))
-            return None if fold is None else ((fold.run(optimizer), *args[1:]), kwargs)
+            self._begin(optimizer, ("gradient", "decoupled"), rest)
+            return ((rest, *args[1:]), kwargs) if self._done else None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
-            held = self._held.by(optimizer)
-            added = self._before(optimizer, held, ("gradient",), with_value=True)
             if next(calls) == 0:
-                self._before(optimizer, held, ("decoupled",))
+                added = self._begin(optimizer, ("gradient", "decoupled"), rest, with_value=True)
+            else:
+                added = self._begin(optimizer, ("gradient",), with_value=True)
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
-        return (args[0], with_penalties, *args[2:]), {k: v for k, v in kwargs.items() if k != "closure"}
+        kept = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0] if rest is None else rest, with_penalties, *args[2:]), kept
 
     @torch.no_grad()
-    def _before(
-        self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool = False
+    def _begin(
+        self, optimizer: Optimizer, kinds: tuple[str, ...], rest: Optimizer | None = None, with_value: bool = False
     ) -> Tensor:
-        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for."""
+        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for.
+
+        With a `rest`, also the step of all that can be folded, last, so that nothing has moved if a rule fails. The
+        rest keeps what is left.
+        """
+        held, fold = self._held.by(optimizer), None
+        if rest is not None:
+            fold = self._folding(optimizer, self._held.jobs(_ALL, self.steps), self.steps)
+        self._done = () if fold is None else fold.done
+        value = self._before(optimizer, held, kinds, with_value)
+        if rest is not None and fold is not None:
+            rest.param_groups = fold.run(optimizer)
+        return value
+
+    def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
         for work, p, _ in held if self._noisy and "gradient" in kinds else ():
             if p.grad is not None:
@@ -159,16 +171,16 @@ class Stepper:
         moves = "decoupled" in kinds and real_step(optimizer)
         lots = []
         for job in self._held.jobs(kinds, self.steps):
-            left = [p for _, p in job.members if id(p) not in self._done]
-            members = [(p, grad) for p in left if (grad := p.grad) is not None]
+            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(job.members)
             acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
             adds = any(act.kind == "gradient" for act in acts)  # else gradients need be neither gathered nor copied
-            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in members]
-            lots.append(Lot(acts, Given(job.group["lr"], scale), tensors))
             if with_value:
-                values += [value_of(act.what, p) for p, _ in members for act in acts]
+                values += [value_of(act.what, p) for p, _ in members for act in acts if act.kind == "gradient"]
+            left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
+            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
+            lots.append(Lot(acts, Given(job.group["lr"], scale), tensors))
         self._act(lots)
         if moves and self._looks:
             self._remember(held, scale)
