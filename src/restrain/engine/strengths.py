@@ -262,9 +262,8 @@ class Strengths:
         """Them all."""
         return [moving for bound in self.bounds for moving in bound.moving]
 
-    @torch.no_grad()
     def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
-        """After a training step: so many were taken by now."""
+        """After a training step: so many were taken by now. Called without gradients."""
         if steps == self.done:
             return  # of an optimizer that is behind another
         self.done = steps
