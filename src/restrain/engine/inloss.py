@@ -21,8 +21,9 @@ from torch.autograd import forward_ad
 
 from restrain.axes import Grouping
 from restrain.engine.blocks import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
+from restrain.engine.injection import packs
 from restrain.engine.shards import Term, own_part, value_on_part
-from restrain.engine.through import Through, batched, gradients
+from restrain.engine.through import Absolute, AbsoluteThrough, Through, batched, gradients
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum
 from restrain.penalties.checks import batch_size, is_off, times
@@ -78,15 +79,24 @@ class AtPlace:
             return None
         return h.sum(), self._slope / (1 if dim is None else batch_size(h, dim))
 
-    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor] | None:
+    def by_signs(self, h: Tensor, dim: int | None) -> Tensor | None:
+        """The value where the penalty is an L1 of real entries, and the code is compiled."""
+        if self._slope is None or h.is_complex():
+            return None
+        value: Tensor = Absolute.apply(h)[0] * (self._slope / (1 if dim is None else batch_size(h, dim)))  # type: ignore[no-untyped-call]
+        return value
+
+    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor, float] | None:
         """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
 
         The gradient of the value joins that of what goes on in one pass, where the two meet.
         """
         if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._known(h, dim)) is None:
             return None
-        passed: tuple[Tensor, Tensor] = Through.apply(job, h, copy, _by_blocks)  # type: ignore[no-untyped-call]
-        return passed
+        if copy and self._slope is not None and _may_be_overwritten(h):
+            h, value = AbsoluteThrough.apply(h, _by_blocks)  # type: ignore[no-untyped-call]
+            return h, value, self._slope / (1 if dim is None else batch_size(h, dim))
+        return *Through.apply(job, h, copy, _by_blocks), 1.0  # type: ignore[no-untyped-call]
 
     def _known(self, h: Tensor, dim: int | None) -> _Job | None:
         if not (self._fixed and _plain(h) and _by_blocks()):
@@ -99,6 +109,11 @@ class AtPlace:
             member = _Member(h, self.penalty, (), 1 / size)
             self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
         return self._jobs[known]
+
+
+def _may_be_overwritten(h: Tensor) -> bool:
+    """Whether our function may say that it changes `h`; a checkpoint compares what is kept, which must be h itself."""
+    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or h._is_view() or packs())
 
 
 def _slope(penalty: Penalty) -> float | None:

@@ -166,8 +166,7 @@ class Tap(Watch):
             return h, *found
         if way or self.copies is None:
             return None
-        passed = self._at_place.through(h, batch, self.copies)
-        return None if passed is None else (*passed, 1.0)
+        return self._at_place.through(h, batch, self.copies)
 
     def evaluate(self, structure: Any, way: structures.Way, module: nn.Module, inputs: padding.Inputs | None) -> Tensor:
         """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean.
@@ -185,6 +184,10 @@ class Tap(Watch):
             return padding.of_packed(self.penalty, packed._replace(data=h), self.mean)
         batch = batch_dim(self.spot.place.batch_dim, module, h)
         mask = None if inputs is None else padding.mask_of(self.spot.place, inputs, h, batch)
+        if torch.compiler.is_compiling() and not self.mean and mask is None:
+            value = self._at_place.by_signs(h, batch)
+            if value is not None:
+                return value
         if not self.mean:
             return self._at_place.value(h, batch) if mask is None else self.penalty.over_batch(h, batch, mask)
         if mask is None:

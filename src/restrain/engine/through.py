@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from restrain.engine.blocks import dense, flattened, fresh
+from restrain.engine.blocks import dense, flattened, fresh, scratch
+from restrain.penalties.shrink import at_least_float32
 
 _BLOCK = 1 << 18  # entries, whose gradients stay in the cache until they are added
 
@@ -53,10 +54,77 @@ class Through(torch.autograd.Function):
             return None, gradient, None, None
         (h,) = ctx.saved_tensors
         fast = ctx.fast() and not (batched(factor) or (gradient is not None and batched(gradient)))
-        if gradient is not None and fast and not torch.is_grad_enabled() and _alike(h, gradient):
+        if (
+            gradient is not None
+            and fast
+            and not torch.is_grad_enabled()
+            and h.dtype == gradient.dtype
+            and _alike(h, gradient)
+        ):
             return None, _added(ctx.job, h, factor, gradient), None, None
         (own,) = gradients(ctx.job, (h,), factor, fast)
         return None, own if gradient is None else gradient + own, None, None
+
+
+class Absolute(torch.autograd.Function):
+    """Σ|x|, for which the signs are kept, a byte each; so a later op may overwrite x in place."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return at_least_float32(x).abs().sum(), x.sgn().to(torch.int8)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor, nothing: Any) -> Tensor:
+        (signs,) = ctx.saved_tensors
+        gradient: Tensor = (signs.to(factor.dtype) * factor).to(ctx.dtype)
+        return gradient
+
+
+class AbsoluteThrough(torch.autograd.Function):
+    """x itself on its way, which a later op will overwrite in place, and Σ|x|; as `Through`, but the signs are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fast: Callable[[], bool]) -> tuple[Tensor, Tensor]:
+        ctx.fast = fast
+        signs = torch.empty_like(x, dtype=torch.int8)
+        sums = [_signs(*pair) for pair in zip(_blocks(x), _blocks(signs), strict=True)]
+        ctx.save_for_backward(signs)
+        ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
+        return x, sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
+        if factor is None:
+            return gradient, None
+        (signs,) = ctx.saved_tensors
+        fast = not torch.is_grad_enabled() and ctx.fast() and signs.is_cpu and not batched(factor)
+        if gradient is None or not (fast and not batched(gradient) and _alike(signs, gradient)):
+            own = signs.to(factor.dtype) * factor
+            return own if gradient is None else gradient + own, None
+        out, number = fresh(gradient), factor.item()
+        for part, plus, o in zip(_blocks(signs), _blocks(gradient), _blocks(out), strict=True):
+            torch.add(plus, scratch.like(plus).copy_(part), alpha=number, out=o)
+        return out, None
+
+
+def _signs(x: Tensor, signs: Tensor) -> Tensor:
+    """Σ|x| of a block, whose signs are written."""
+    signs.copy_(torch.sgn(x, out=scratch.like(x)))
+    return torch.abs(x, out=scratch.like(x)).sum()
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    blocks: Sequence[Tensor] = flattened(x).split(_BLOCK)
+    return blocks
 
 
 def gradients(job: Job, tensors: Sequence[Tensor], factor: Tensor, fast: bool) -> Sequence[Tensor]:
@@ -73,7 +141,7 @@ def batched(gradient: Tensor) -> bool:
 
 def _alike(x: Tensor, y: Tensor) -> bool:
     """Whether entries that belong together stand at the same places in memory, without gaps."""
-    if type(y) is not Tensor or y.layout != torch.strided or x.dtype != y.dtype or x.device != y.device:
+    if type(y) is not Tensor or y.layout != torch.strided or x.device != y.device:
         return False
     return (x.is_contiguous() and y.is_contiguous()) or (x.stride() == y.stride() and dense(x))
 
@@ -83,6 +151,6 @@ def _added(job: Job, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:
     if x.numel() <= _BLOCK or not x.is_cpu:
         return job.gradients((x,), factor)[0].add_(given)
     out = fresh(x)
-    for part, plus, o in zip(*(flattened(t).split(_BLOCK) for t in (x, given, out)), strict=True):
+    for part, plus, o in zip(_blocks(x), _blocks(given), _blocks(out), strict=True):
         torch.add(job.gradients((part,), factor)[0], plus, out=o)
     return out
