@@ -214,7 +214,8 @@ def test_what_is_kept_for_the_backward():
 def test_signs_under_transforms_and_twice():
     x = torch.tensor([3.0, -4.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
     value, signs = through.Absolute.apply(x)
-    assert value.item() == 7.5 and signs.tolist() == [1, -1, 0, 1]
+    assert value.item() == 7.5
+    assert signs.tolist() == [1, -1, 0, 1]
     assert torch.autograd.grad(value * 2, x)[0].tolist() == [2, -2, 0, 2]
     batch = torch.stack([x.detach(), -x.detach()])
     slopes = torch.func.vmap(torch.func.grad(lambda row: through.Absolute.apply(row)[0]))(batch)
