@@ -107,13 +107,13 @@ class Attachment:
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
-        self._listen()
         _claimed.update(declaring)
         try:
             self._parametrized.begin(self._bounds, model)
             self._parts.begin([s for b in self._bounds for s in (*b.spots, *(w.spot for w in b.watches))], model)
             self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
             self._weight_noise.begin(self._bounds, model)
+            self._listen()
             if self._hooks.at_layers or self._weight_noise.hooks:
                 forget_compiled_code()
             self._attach_steps(model, optimizers, compile)
@@ -127,7 +127,8 @@ class Attachment:
         """To forwards, of which one begins another training step, and to real steps of the optimizers."""
         self._forwards.began = self._clock.end
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
-        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps), self._weight_noise.after]
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
+        self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
@@ -192,8 +193,9 @@ class Attachment:
             )
         all_of_it = isinstance(share, float | int) and share == 1
         direct, hidden = self._terms(loss if all_of_it else loss / share)
-        for term in direct:
-            loss = loss + (term if all_of_it else share * term).to(loss.device)
+        for term, factor in direct:
+            own = (term if isinstance(share, float | int) else share * term).to(loss.device)
+            loss = torch.add(loss, own, alpha=factor * (share if isinstance(share, float | int) else 1))
         if not hidden:
             return loss
         value, write = self._hidden(hidden, loss, share)
@@ -211,17 +213,17 @@ class Attachment:
         direct, hidden = self._terms()
         total = torch.zeros((), dtype=torch.float32)
         if direct:
-            total = direct[0]
-            for term in direct[1:]:
-                total = total + term.to(total.device)
+            total = direct[0][0] * direct[0][1]
+            for term, factor in direct[1:]:
+                total = torch.add(total, term.to(total.device), alpha=factor)
         if not hidden:
             return total
         value, write = self._hidden(hidden, total)
         anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
         return Root.apply(anchor, value, write)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _terms(self, loss: Tensor | None = None) -> tuple[list[Tensor], list[Any]]:
-        """The values of the loss rules that are due: those with their graphs, and the collected ones without."""
+    def _terms(self, loss: Tensor | None = None) -> tuple[list[tuple[Tensor, float]], list[Any]]:
+        """The values of the loss rules that are due: those with their graphs, and factors; collected ones without."""
         model = self.model
         if (
             torch.is_grad_enabled() and not self._forwards.watches
@@ -242,12 +244,13 @@ class Attachment:
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.raws):
                 terms.append(network_value(bound, model, self._forwards.outputs.get(bound.key, {})))
                 for raw in bound.raws[:1]:
-                    raw.last = [terms[-1].detach()]
+                    raw.remember([(terms[-1].detach(), 1.0)])
         derived = [b.derivative.value(model, loss) for b in due.values() if b.derivative is not None and recorded]
         terms += [term for term in derived if term is not None]
         collected = [one for one in self._forwards.current if recorded and one.tap.rule in due]
-        terms += [one.direct for one in collected if one.direct is not None]
-        return terms, [one for one in collected if one.hidden is not None]
+        factors = [(term, 1.0) for term in terms]
+        factors += [(one.direct, one.factor) for one in collected if one.direct is not None]
+        return factors, [one for one in collected if one.hidden is not None]
 
     def _collect(self, loss: Tensor | None) -> bool:
         """Collect what the forwards recorded; false in evaluation, where they record nothing."""
@@ -331,12 +334,13 @@ class Attachment:
                 if states[id(what)]:
                     yield f"{bound.key}: {name}", states[id(what)], what, handle
 
-    @torch.no_grad()
     def _keep_up(self, root: nn.Module) -> None:
         """After a training step: let those that keep tensors bring them up to date, and strengths move."""
-        for what, handle in self._keeping:
-            what.stepped(None if handle is None else shards.whole(handle.find(root)))
-        self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
+        if self._keeping or self._strengths.bounds:
+            with torch.no_grad():
+                for what, handle in self._keeping:
+                    what.stepped(None if handle is None else shards.whole(handle.find(root)))
+                self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def _works(self) -> list[Work]:
         """What is done at the optimizers' steps; all of them share it."""

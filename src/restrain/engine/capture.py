@@ -82,7 +82,7 @@ class LayerHook(Draws, Hook):
         if self.lone is not None and module.training and self.gate.plain() and not self.sampling.depth:
             found = self.lone.on_the_way(output, (), module) if type(output) is Tensor else None
             if found is not None:
-                self.lone.keep_plain(self.gate.number, found[1])
+                self.lone.keep(self.gate.number, *found[1:])
                 return found[0]
         return self.act(module, output, args, kwargs) if self.draws(module) else None
 
@@ -129,7 +129,7 @@ class LayerHook(Draws, Hook):
         passed = tap.on_the_way(h, way, module) if self.gate.passes(mode) else None
         if passed is not None:
             if mode == "record":
-                tap.record(self.gate.forward_of(structures.get(structure, way)), passed[1])
+                tap.keep(self.gate.forward_of(structures.get(structure, way)), *passed[1:])
             return result if passed[0] is h else passed[0]
         value = tap.evaluate(structure, way, module, inputs)
         if mode == "record":
@@ -140,8 +140,7 @@ class LayerHook(Draws, Hook):
                 raise CaptureError(
                     "the model was moved to another device after its rules were attached: attach after .to(...)"
                 )
-            tap.total.add_(value.detach())
-            tap.count.add_(1)
+            tap.total.add_(torch.cat([value.detach().reshape(1), value.new_ones(1)]))
         elif not tap.rooted or recomputing_saved_tensors():
             return result
         injected = Inject.apply(h, value, tap.cell, tap.copies is not False)  # type: ignore[no-untyped-call]

@@ -44,10 +44,11 @@ def paused() -> Iterator[None]:
 
 @dataclass
 class Collected:
-    """What one tap gave since the last collection, weighted: `direct` with its graph, `hidden` without."""
+    """What a tap gave since the last collection, weighted: `direct` times `factor` with its graph, `hidden` without."""
 
     tap: Tap
     direct: Tensor | None
+    factor: float
     hidden: Tensor | float | None
     share: Tensor | float  # the tap's gradient for a loss gradient of one, in its cell
 
@@ -91,7 +92,7 @@ class Forwards:
         self._ends: dict[int, list[weakref.ref[_End]]] = {}  # what lives as long as the ends of a forward's graph
         self._alone = 0  # the number of the last layer that was called outside a forward of the model; negative
         self._key = f"restrain {id(self)}"
-        self._depth = 0
+        self.depth = 0  # of the forwards of the model that run in eager code
         self.rerun: Any = None  # a forward for the sake of a derivative
         self._training = False  # inside a forward that began in training and with gradients on
         self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
@@ -130,7 +131,7 @@ class Forwards:
     @property
     def recording(self) -> bool:
         """Whether the outermost forward of the model begins or runs, in training and with gradients."""
-        return self._depth == 1 and self._training
+        return self.depth == 1 and self._training
 
     def begin(self, model: nn.Module, inputs: Inputs | None = None) -> None:
         """A forward of the whole model begins."""
@@ -140,10 +141,10 @@ class Forwards:
             if model.training and torch.is_grad_enabled():
                 self.ran = True
             return
-        self._depth += 1
-        if self._depth == 1 and not _pause.depth:
+        self.depth += 1
+        if self.depth == 1 and not _pause.depth:
             self.lent.look(model)
-        if self._depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
+        if self.depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
             self.began()
             self.ran = self._training = True
             self.number += 1
@@ -176,8 +177,8 @@ class Forwards:
             self._inputs.pop()
         if torch.compiler.is_compiling():  # where even a look at the output would be traced
             return
-        self._depth -= 1
-        if self._depth == 0:
+        self.depth -= 1
+        if self.depth == 0:
             if self._training and self.watches:
                 tensors = (output,) if type(output) is Tensor else structures.tensors(output)
                 nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -243,8 +244,8 @@ class Forwards:
             NeverFiredError: a place was never reached.
         """
         lost = [watch for watch in self.watches if watch.leave()]
-        fired = any([watch.has_fired() for watch in self.watches])
-        known = self.current or self.outputs or any([rule.known for rule in self.derived])
+        fired = any(watch.has_fired() for watch in self.watches)
+        known = self.current or self.outputs or any(rule.known for rule in self.derived)
         if lost and (fired or not known):
             raise CaptureError(
                 f"{lost[0].rule}: the {lost[0].spot} were seen inside a transform of torch.func (grad, vmap, ...), "
@@ -300,28 +301,27 @@ class Forwards:
 
 def _drain(tap: Tap, stray: set[int]) -> Collected:
     tap.settle()
-    direct, hidden = (
-        [value for number, value in records if number not in stray] for records in (tap.records, tap.hidden)
-    )
+    direct = [(value, factor) for number, value, factor in tap.records if number not in stray]
+    hidden = [value for number, value in tap.hidden if number not in stray]
     calls: Any = len(direct) + len(hidden)
     unseen: Any = torch.stack(hidden).sum() if hidden else None
     if tap.fired_compiled():
-        total, count = (
-            x.item() if x.is_cpu else x[0].clone() for x in (tap.total, tap.count)
-        )  # no one waits for a CPU
+        total, count = tap.total.tolist() if tap.total.is_cpu else tap.total.clone()  # no one waits for a CPU
         unseen, calls = total if unseen is None else unseen + total, count + calls
     share = tap.weight / (calls if tap.spot.place.calls == "mean" else 1) if direct or unseen is not None else 0.0
-    seen = torch.stack(direct).sum() if len(direct) > 1 else direct[0] if direct else None
-    seen = seen * share if seen is not None and not (isinstance(share, float | int) and share == 1) else seen
     unseen = None if unseen is None else unseen * share
+    seen, factor = direct[0] if len(direct) == 1 else (None, 1.0)
+    if len(direct) > 1:
+        seen = torch.stack([value * factor for value, factor in direct]).sum()
+    if isinstance(share, Tensor) and seen is not None:
+        seen = seen * share
+    else:
+        factor = factor * share
     tap.rooted = bool(hidden)
-    tap.last = [
-        unwrapped(part) if isinstance(part, Tensor) else torch.tensor(part, dtype=tap.total.dtype)
-        for part in (seen, unseen)
-        if part is not None
-    ]
+    parts = ((seen, factor), (unseen, 1.0))
+    tap.remember([(unwrapped(x) if isinstance(x, Tensor) else x, times) for x, times in parts if x is not None])
     tap.clear()
-    return Collected(tap, seen, unseen, share)
+    return Collected(tap, seen, factor, unseen, share)
 
 
 def _outputs(raws: Sequence[Watch], stray: set[int]) -> dict[str, dict[str, Tensor]]:
@@ -361,5 +361,5 @@ class RootEnds(RootBegins):
     """Post-hook of the model itself; called after an exception too, with None for the output."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
-        if not exporting():
+        if self.forwards.depth or (torch.compiler.is_compiling() and not exporting()):
             self.forwards.end(output)

@@ -298,7 +298,7 @@ class Derivative:
         if self._pending is not None and not (self.penalty.of_loss and loss is None):
             ys, xs, given = self._pending
             self._term = times(self.strength, self._value(root, ys, xs, given, loss))
-            self.watches[0].last = [self._term.detach()]
+            self.watches[0].remember([(self._term.detach(), 1.0)])
             self._pending = None
         return self._term
 

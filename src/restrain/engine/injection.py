@@ -64,6 +64,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
+def packs() -> bool:
+    """Whether hooks get what is saved for the backward, as in non-reentrant checkpoints."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def in_checkpoint() -> bool:
     """Whether a non-reentrant checkpoint runs for the first time."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)

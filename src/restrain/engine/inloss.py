@@ -21,7 +21,9 @@ from torch.autograd import forward_ad
 
 from restrain.axes import Grouping
 from restrain.engine.blocks import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
+from restrain.engine.injection import packs
 from restrain.engine.shards import Term, own_part, value_on_part
+from restrain.engine.through import Absolute, AbsoluteThrough, Through, batched, gradients
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum
 from restrain.penalties.checks import batch_size, is_off, times
@@ -62,11 +64,11 @@ class AtPlace:
 
     def value(self, h: Tensor, dim: int | None) -> Tensor:
         """`penalty.over_batch(h, dim)`."""
-        job = self._job(h, dim)
+        job = self._known(h, dim)
         return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
 
-    def of_relu(self, h: Tensor, dim: int | None) -> Tensor | None:
-        """The value where `h` comes of a ReLU and the penalty is an L1: then it is a plain sum.
+    def of_relu(self, h: Tensor, dim: int | None) -> tuple[Tensor, float] | None:
+        """The value, in two factors, where `h` comes of a ReLU and the penalty is an L1: the first is a plain sum.
 
         Its gradient is one at the zeros, too, where ReLU lets none through. Nothing is kept for the backward, so that
         `h` may be overwritten.
@@ -75,19 +77,28 @@ class AtPlace:
             return None
         if not (torch.is_grad_enabled() and _plain(h) and simple(h) and _by_blocks()):
             return None
-        return h.sum() * (self._slope / (1 if dim is None else batch_size(h, dim)))
+        return h.sum(), self._slope / (1 if dim is None else batch_size(h, dim))
 
-    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor] | None:
+    def by_signs(self, h: Tensor, dim: int | None) -> Tensor | None:
+        """The value where the penalty is an L1 of real entries, and the code is compiled."""
+        if self._slope is None or h.is_complex():
+            return None
+        value: Tensor = Absolute.apply(h)[0] * (self._slope / (1 if dim is None else batch_size(h, dim)))  # type: ignore[no-untyped-call]
+        return value
+
+    def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor, float] | None:
         """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
 
         The gradient of the value joins that of what goes on in one pass, where the two meet.
         """
-        if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._job(h, dim)) is None:
+        if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._known(h, dim)) is None:
             return None
-        passed: tuple[Tensor, Tensor] = _Through.apply(job, h, copy)  # type: ignore[no-untyped-call]
-        return passed
+        if copy and self._slope is not None and _may_be_overwritten(h):
+            h, value = AbsoluteThrough.apply(h, _by_blocks)  # type: ignore[no-untyped-call]
+            return h, value, self._slope / (1 if dim is None else batch_size(h, dim))
+        return *Through.apply(job, h, copy, _by_blocks), 1.0  # type: ignore[no-untyped-call]
 
-    def _job(self, h: Tensor, dim: int | None) -> _Job | None:
+    def _known(self, h: Tensor, dim: int | None) -> _Job | None:
         if not (self._fixed and _plain(h) and _by_blocks()):
             return None
         size = 1 if dim is None else batch_size(h, dim)
@@ -98,6 +109,11 @@ class AtPlace:
             member = _Member(h, self.penalty, (), 1 / size)
             self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
         return self._jobs[known]
+
+
+def _may_be_overwritten(h: Tensor) -> bool:
+    """Whether our function may say that it changes `h`; a checkpoint compares what is kept, which must be h itself."""
+    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or h._is_view() or packs())
 
 
 def _slope(penalty: Penalty) -> float | None:
@@ -203,53 +219,7 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx.job, ctx.saved_tensors, factor)
-
-
-def _gradients(job: _Job, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-    if torch.is_grad_enabled():
-        return job.differentiable(tensors, factor)
-    return (job.gradients if _by_blocks() and not _batched(factor) else job.by_formula)(tensors, factor)
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether entries that belong together stand at the same places in memory, without gaps."""
-    if not _plain(y) or x.dtype != y.dtype:
-        return False
-    return (x.is_contiguous() and y.is_contiguous()) or (x.stride() == y.stride() and dense(x))
-
-
-def _batched(gradient: Tensor) -> bool:
-    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
-
-
-class _Through(torch.autograd.Function):
-    """A tensor on its way (or a copy, where a later op overwrites it in place), and the value of a job on it."""
-
-    @staticmethod
-    def forward(ctx: Any, job: _Job, h: Tensor, copy: bool) -> tuple[Tensor, Tensor]:
-        ctx.job = job
-        ctx.save_for_backward(h)
-        ctx.set_materialize_grads(False)
-        return h.clone() if copy else h.view_as(h), job.value((h,))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-        if factor is None:  # the value isn't in what is differentiated
-            return None, gradient, None
-        (h,) = ctx.saved_tensors
-        if gradient is None:  # what goes on isn't
-            return None, *_gradients(ctx.job, (h,), factor), None
-        if (
-            _alike(h, gradient)
-            and not torch.is_grad_enabled()
-            and _by_blocks()
-            and not _batched(gradient)
-            and not _batched(factor)
-        ):
-            return None, ctx.job.added(h, factor, gradient), None
-        return None, gradient + _gradients(ctx.job, (h,), factor)[0], None
+        return None, *gradients(ctx.job, ctx.saved_tensors, factor, _by_blocks() and not batched(factor))
 
 
 @dataclass
@@ -313,14 +283,6 @@ class _Job:
         self._put(flat, factor, out)
         views = torch._utils._unflatten_dense_tensors(out, tensors)
         return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
-
-    def added(self, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:
-        """given + factor · gradient, in new memory: who else holds the given isn't known."""
-        out = fresh(x)
-        for part, plus, o in zip(*(self._blocks(flattened(t)) for t in (x, given, out)), strict=True):
-            self._put(part, factor, o)
-            o.add_(plus)
-        return out
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(piece.strength, factor) for piece in self.pieces]

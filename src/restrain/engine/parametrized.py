@@ -81,6 +81,9 @@ class Parametrized:
     def __init__(self) -> None:
         self._done: list[_Done] = []
 
+    def __bool__(self) -> bool:
+        return bool(self._done)
+
     def begin(self, bounds: Sequence[Bound], root: nn.Module) -> None:
         """Parametrise what the rules say."""
         for bound in bounds:

@@ -42,7 +42,9 @@ def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor |
         return None if bound.raws and not outputs else network_value(bound, root, outputs)
     if not bound.taps:
         return parameter_values([bound], root)[0]
-    parts = [one.direct for one in forwards.current if one.tap.rule == bound.key and one.direct is not None]
+    parts = [
+        one.direct * one.factor for one in forwards.current if one.tap.rule == bound.key and one.direct is not None
+    ]
     return torch.stack(parts).sum() if parts else None
 
 

@@ -52,8 +52,8 @@ def nested(optimizer: Optimizer) -> bool:
 
     torch calls the hooks in both where a subclass's step calls that of its base; what we do belongs to the outer one.
     """
-    steps = [vars(cls)["step"] for cls in type(optimizer).__mro__ if "step" in vars(cls)]
-    if sum(bool(getattr(step, "hooked", False)) for step in steps) < 2:
+    steps = [cls.__dict__.get("step") for cls in type(optimizer).__mro__]
+    if sum([getattr(step, "hooked", False) for step in steps]) < 2:
         return False
     code, frame, found = type(optimizer).step.__code__, sys._getframe(1), 0
     while frame is not None:

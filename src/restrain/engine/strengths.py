@@ -267,9 +267,8 @@ class Strengths:
         """Whether any goes by the gradients that a step leaves behind."""
         return any(one.target.kind == "gradient_share" for moving in self.moving for one in moving.controllers)
 
-    @torch.no_grad()
     def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
-        """After a training step: so many were taken by now."""
+        """After a training step: so many were taken by now. Called without gradients."""
         if steps == self.done:
             return  # of an optimizer that is behind another
         self.done = steps

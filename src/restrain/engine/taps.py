@@ -63,16 +63,28 @@ class Watch:
 
     def __init__(self, rule: str, spot: Spot, optional: bool) -> None:
         self.rule, self.spot, self.optional = rule, spot, optional
-        self.records: list[Record] = []  # with their graphs
+        self.records: list[Any] = []  # with their graphs, each after the number of its forward
         self.lives: dict[int, Tensor | None] = {}  # of the records that live inside a transform of torch.func
         self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
-        self.last: list[Tensor] = []  # the value that was last collected, in parts without a graph
+        self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
         self.fired = False  # ever
         self.lost = False  # whether a transform of torch.func kept what was seen since the last collection
 
     def has_fired(self) -> bool:
         """Whether it gave anything since the last collection."""
         return bool(self.records)
+
+    @property
+    def last(self) -> list[Tensor]:
+        """The value that was last collected, in parts without a graph."""
+        return [
+            torch.as_tensor(part, dtype=None if isinstance(part, Tensor) else torch.float64) * factor
+            for part, factor in self._last
+        ]
+
+    def remember(self, parts: list[tuple[Any, float]]) -> None:
+        """Remember these parts, each a tensor or a number times another, as the value that was last collected."""
+        self._last = parts
 
     def drop(self, forwards: set[int]) -> None:
         """Forget what some forwards gave."""
@@ -92,12 +104,6 @@ class Watch:
             self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
         if wrapped(tensor):
             self.lives[id(tensor)] = life()
-
-    def keep_plain(self, forward: int, tensor: Tensor) -> None:
-        """The same, in plain eager code."""
-        if self.lives:
-            self.lives.pop(id(tensor), None)
-        self.records.append((forward, tensor))
 
     def leave(self) -> bool:
         """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
@@ -149,27 +155,29 @@ class Tap(Watch):
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
         self._at_place = at_place
         self.simple = not (mean or spot.place.padded or spot.place.via is not None)
+        self.records: list[tuple[int, Tensor, float]] = []  # a value is the tensor times the number
         self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
         self.rooted = False  # whether there were such since the last collection
         self.probes: list[tuple[Tensor, int]] = []
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
-        self.total, self.count, self.cell = torch.zeros_like(empty), torch.zeros_like(empty), torch.zeros_like(empty)
-        self._version = self.count._version  # compiled code adds in place, of which this is the only cheap sign
+        self.total = empty.new_zeros(2)  # of the values, and how many there are
+        self.cell = torch.zeros_like(empty)
+        self._version = self.total._version  # compiled code adds in place, of which this is the only cheap sign
 
     def has_fired(self) -> bool:
         return bool(self.records or self.hidden) or self.fired_compiled()
 
-    def on_the_way(self, h: Tensor, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """What goes on in the place of a layer's output (h itself, even), and the value; None where that isn't known.
+    def on_the_way(self, h: Tensor, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+        """What goes on in the place of a layer's output (h itself, even), and the value, in two factors.
 
-        Where the output isn't a single tensor, nothing else is put in its place.
+        None where that isn't known. Where the output isn't a single tensor, nothing else is put in its place.
         """
         if not self.simple:
             return None
         batch = batch_dim(self.spot.place.batch_dim, module, h)
-        value = self._at_place.of_relu(h, batch)
-        if value is not None:
-            return h, value
+        found = self._at_place.of_relu(h, batch)
+        if found is not None:
+            return h, *found
         if way or self.copies is None:
             return None
         return self._at_place.through(h, batch, self.copies)
@@ -190,11 +198,19 @@ class Tap(Watch):
             return padding.of_packed(self.penalty, packed._replace(data=h), self.mean)
         batch = batch_dim(self.spot.place.batch_dim, module, h)
         mask = None if inputs is None else padding.mask_of(self.spot.place, inputs, h, batch)
+        if torch.compiler.is_compiling() and not self.mean and mask is None:
+            value = self._at_place.by_signs(h, batch)
+            if value is not None:
+                return value
         if not self.mean:
             return self._at_place.value(h, batch) if mask is None else self.penalty.over_batch(h, batch, mask)
         if mask is None:
             return self.penalty.mean(h)
         return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)
+
+    def keep(self, forward: int, tensor: Tensor, factor: float = 1.0) -> None:
+        super().keep(forward, tensor)
+        self.records[-1] = forward, tensor, factor
 
     def record(self, forward: int, value: Tensor) -> None:
         """Keep a value that a forward gave."""
@@ -223,7 +239,7 @@ class Tap(Watch):
 
     def fired_compiled(self) -> bool:
         """Whether compiled code has added to the totals since they were last read."""
-        return self.count._version != self._version
+        return self.total._version != self._version
 
     def clear(self) -> None:
         super().clear()
@@ -231,8 +247,7 @@ class Tap(Watch):
             self.hidden, self.probes = [], []
         if self.fired_compiled():
             self.total.zero_()
-            self.count.zero_()
-            self._version = self.count._version
+            self._version = self.total._version
 
 
 def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
@@ -241,6 +256,6 @@ def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
         return given
     if h.dim() == 0:
         return None
-    if getattr(module, "batch_first", True) is False:
+    if module.__dict__.get("batch_first", getattr(type(module), "batch_first", True)) is False:
         return 1 if h.dim() > 2 else None  # (time, batch, features), or (time, features) of a single sequence
     return 0
