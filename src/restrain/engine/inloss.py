@@ -1,9 +1,10 @@
-"""Values of penalties on many parameters, for the loss: in blocks that stay in the cache, without a graph inside.
+"""Values of penalties on many parameters, for the loss, without a graph inside.
 
 `_Total` is the value of some tensors together; its backward computes the gradient from the weights alone, in one pass
-that reads and writes each once. Tensors join in one such function as long as they are small, so that no more memory is
-needed than for one tensor after the other. What isn't known here, and what autograd must see through (compilation,
-torch.func, forward mode), is the formula itself.
+that reads and writes each once: by loops of C (`sums.py`) from `LOOPS` entries on, or in blocks that stay in the cache
+(`blocks.py`). Tensors join in one such function as long as they are small, so that no more memory is needed than for
+one tensor after the other. What isn't known here, and what autograd must see through (compilation, torch.func, forward
+mode), is the formula itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from torch.autograd import forward_ad
 from restrain.axes import Grouping
 from restrain.engine.blocks import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
 from restrain.engine.shards import Term, own_part, value_on_part
+from restrain.engine.sums import Sums
+from restrain.engine.sums import known as sums_of
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum
 from restrain.penalties.checks import batch_size, is_off, times
@@ -30,6 +33,9 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.schedule import Strength
 
 SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
+LOOPS = 1 << 18  # entries from which on a rule's value is computed by compiled loops, of all its tensors together
+LOOPS_AT_PLACES = 1 << 16  # and of an output; the number of entries alone decides, so that each run does the same
+JOINED_BY_LOOPS = 1 << 20
 
 _KEPT = 32  # sizes of batches
 
@@ -47,8 +53,22 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
             continue
         member = _Member(x, acts, ranks, 1 / p.numel() if mean else 1.0)
         alike.setdefault((key, x.dtype, x.device, x.requires_grad, ranks), []).append(member)
-    bundles = [bundle for members in alike.values() for bundle in _bundles(members)]
-    return terms + [(_value(bundle), bundle[0].ranks) for bundle in bundles]
+    return terms + [(value, members[0].ranks) for members in alike.values() for value in _values(members)]
+
+
+def _values(members: Sequence[_Member]) -> Iterator[Tensor]:
+    """Values whose sum is that of members that are alike."""
+    large = sum([one.x.numel() for one in members]) >= LOOPS and all(_in_one_stretch(one.x) for one in members)
+    loops = sums_of(members[0].what.leaves(), members[0].x.dtype) if large else None
+    if loops is not None:
+        yield _by_loops(members, loops)
+        return
+    of_width: dict[int, list[_Member]] = {}
+    for one in members:
+        of_width.setdefault(0 if one.what.entrywise else one.x.numel() // one.x.shape[0], []).append(one)
+    for together in of_width.values():
+        for bundle in _bundles(together, SMALL, JOINED):
+            yield _value(bundle)
 
 
 class AtPlace:
@@ -64,14 +84,20 @@ class AtPlace:
         if not (self._fixed and _plain(h) and _by_blocks()):
             return self.penalty.over_batch(h, dim)
         size = 1 if dim is None else batch_size(h, dim)
-        known = h.dtype, size
+        known = h.dtype, size, h.numel() >= LOOPS_AT_PLACES and _in_one_stretch(h)
         if known not in self._jobs:
             if len(self._jobs) == _KEPT:
                 self._jobs.clear()
-            member = _Member(h, self.penalty, (), 1 / size)
-            self._jobs[known] = None if _key(self.penalty, h) is None else _job([member])
+            self._jobs[known] = self._job(h, size, known[-1])
         job = self._jobs[known]
-        return self.penalty.over_batch(h, dim) if job is None else _apply(job, h)
+        return self.penalty.over_batch(h, dim) if job is None else _apply(job, None, h)
+
+    def _job(self, h: Tensor, size: int, large: bool) -> _Job | None:
+        if _key(self.penalty, h) is None:
+            return None
+        member = _Member(h, self.penalty, (), 1 / size)
+        loops = sums_of(self.penalty.leaves(), h.dtype) if large else None
+        return _blocks([member]) if loops is None else _loops([member], loops)
 
 
 def _by_blocks() -> bool:
@@ -89,6 +115,11 @@ def _plain(x: Tensor) -> bool:
     return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.numel() > 0
 
 
+def _in_one_stretch(x: Tensor) -> bool:
+    """Whether the entries can be read where they are, one after the other."""
+    return x.is_cpu and (x.is_contiguous() or dense(x)) and not x.is_neg()
+
+
 @dataclass(frozen=True, eq=False)
 class _Member:
     x: Tensor
@@ -104,14 +135,18 @@ def _key(what: Penalty, x: Tensor) -> Any:
         inner = None if off else _key(what.penalty, x)
         strength = id(what.strength) if isinstance(what.strength, Tensor) else what.strength
         return None if inner is None else (strength, inner)
+    if _is_entrywise(type(what)):
+        return id(what)
     if isinstance(what, Sum):
         keys = tuple([_key(term, x) for term in what.terms])
         return None if None in keys else keys
-    if isinstance(what, Entrywise):
-        return id(what) if type(what).__module__ == Entrywise.__module__ else None  # a subclass may be another formula
-    if type(what) is GroupLasso and _rows(what.per, x):
-        return GroupLasso, x.numel() // x.shape[0]
-    return None
+    return GroupLasso if type(what) is GroupLasso and _rows(what.per, x) else None
+
+
+@functools.cache
+def _is_entrywise(kind: type[Penalty]) -> bool:
+    """Whether it is one of ours: a subclass may be another formula."""
+    return issubclass(kind, Entrywise) and kind.__module__ == Entrywise.__module__
 
 
 def _rows(groups: Any, x: Tensor) -> bool:
@@ -120,16 +155,16 @@ def _rows(groups: Any, x: Tensor) -> bool:
     return along and groups.shape == tuple(x.shape) and dense(x) and x.stride(0) * x.shape[0] == x.numel()
 
 
-def _bundles(members: Sequence[_Member]) -> Iterator[list[_Member]]:
+def _bundles(members: Sequence[_Member], small: int, most: int) -> Iterator[list[_Member]]:
     """Small members together, large ones alone."""
     joined: list[_Member] = []
     size = 0
     for member in members:
         entries = member.x.numel()
-        if entries > SMALL:
+        if entries > small:
             yield [member]
             continue
-        if size + entries > JOINED:
+        if size + entries > most:
             yield joined
             joined, size = [], 0
         joined.append(member)
@@ -139,40 +174,70 @@ def _bundles(members: Sequence[_Member]) -> Iterator[list[_Member]]:
 
 
 def _value(bundle: Sequence[_Member]) -> Tensor:
-    return _apply(_job(bundle), *[one.x for one in bundle])
+    return _apply(_blocks(bundle), None, *[one.x for one in bundle], last=True)
 
 
-def _job(bundle: Sequence[_Member]) -> _Job:
+def _by_loops(members: Sequence[_Member], loops: Sums) -> Tensor:
+    """The value of all by one call; their gradients are computed a bundle at a time."""
+    whole = _loops(members, loops)
+    value = whole.value([one.x for one in members])
+    if torch.is_grad_enabled() and members[0].x.requires_grad:
+        for bundle in _bundles(members, JOINED_BY_LOOPS, JOINED_BY_LOOPS):
+            value = _apply(_loops(bundle, loops), value, *[one.x for one in bundle], last=True)
+    return value
+
+
+def _blocks(bundle: Sequence[_Member]) -> _Blocks:
     parts, weights = bundle[0].what.leaves(), [one.weight for one in bundle]
     alike = len(set(weights)) == 1
     common = weights[0] if alike else 1.0
     pieces = pieces_of([(strength * common, leaf) for strength, leaf in parts], bundle[0].x)
-    return _Job([one.what for one in bundle], weights, alike, parts, pieces)
+    return _Blocks([one.what for one in bundle], weights, parts, alike, pieces)
 
 
-def _apply(job: _Job, *tensors: Tensor) -> Tensor:
+def _loops(bundle: Sequence[_Member], loops: Sums) -> _Loops:
+    return _Loops([one.what for one in bundle], [one.weight for one in bundle], bundle[0].what.leaves(), loops)
+
+
+def _apply(job: _Job, value: Tensor | None, *tensors: Tensor, last: bool = False) -> Tensor:
+    """The job's value, added to one at hand that has it already; its backward is the last of all that are ready."""
     if torch.is_grad_enabled() and tensors[0].requires_grad:
-        return _Total.apply(job, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+        result: Tensor = _Total.apply(job, value, *tensors)  # type: ignore[no-untyped-call]
+        if last and _can_wait(tensors):
+            result.grad_fn._set_sequence_nr(0)  # type: ignore[union-attr]
+        return result
     with torch.no_grad():
-        return job.value(tensors)
+        return job.value(tensors) if value is None else value
+
+
+def _can_wait(tensors: Sequence[Tensor]) -> bool:
+    """Whether nothing but the end of the backward needs these gradients.
+
+    They then come last, one after the other: each is added to what the model's backward gave while it is in the cache,
+    and its memory is free for the next. What sends or uses gradients as soon as they are there would wait for ours.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    return all(x.is_leaf and not x._post_accumulate_grad_hooks for x in tensors)
 
 
 class _Total(torch.autograd.Function):
-    """The value of a job on some tensors."""
+    """The value of a job on some tensors, or one of many tensors, of which the job does the gradients of some."""
 
     @staticmethod
-    def forward(ctx: Any, job: _Job, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, job: _Job, value: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.job = job
         ctx.save_for_backward(*tensors)
-        return job.value(tensors)
+        return job.value(tensors) if value is None else value
 
     @staticmethod
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        others = factor if ctx.needs_input_grad[1] else None
         if torch.is_grad_enabled():
-            return None, *ctx.job.differentiable(ctx.saved_tensors, factor)
+            return None, others, *ctx.job.differentiable(ctx.saved_tensors, factor)
         # batched is it by autograd.grad(is_grads_batched=True)
         fast = _by_blocks() and not torch._C._functorch.is_legacy_batchedtensor(factor)
-        return None, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
+        return None, others, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
 
 
 @dataclass
@@ -181,70 +246,15 @@ class _Job:
 
     whats: list[Penalty]
     weights: list[float]
-    alike: bool  # all weights; then the pieces have it in their strengths
     parts: Parts  # of the first, with strengths as they are at the forward
-    pieces: list[Piece]
-
-    @functools.cached_property
-    def _simplest(self) -> Piece | None:
-        """The piece, where it is one, of one tensor: a layer may be called thousands of times a second."""
-        return self.pieces[0] if len(self.pieces) == len(self.whats) == 1 and self.alike else None
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
         """The sum of the values."""
-        if (piece := self._simplest) is not None and tensors[0].numel() <= piece.block:
-            return times(piece.strength, piece.value(flattened(tensors[0])))
-        if self.alike:
-            return self._of(_joined(tensors))
-        of_each = [self._of(flattened(x)) * weight for x, weight in zip(tensors, self.weights, strict=True)]
-        return torch.stack(of_each).sum()
-
-    def _of(self, flat: Tensor) -> Tensor:
-        parts = self._blocks(flat)
-        total: Tensor | None = None
-        if len(parts) == 1:
-            sums = [piece.value(flat) for piece in self.pieces]
-        else:  # all that is to be done to a block at once
-            found = [[piece.value(part) for piece in self.pieces] for part in parts]
-            sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
-        for piece, value in zip(self.pieces, sums, strict=True):
-            own = times(piece.strength, value)
-            total = own if total is None else total + own
-        assert total is not None
-        return total
-
-    def _blocks(self, flat: Tensor) -> Sequence[Tensor]:
-        """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
-        block = min([piece.block for piece in self.pieces])
-        if flat.numel() <= block or flat.device.type != "cpu":
-            return (flat,)
-        width = max([piece.width for piece in self.pieces])
-        parts: Sequence[Tensor] = flat.split(max(block // width, 1) * width)
-        return parts
+        raise NotImplementedError
 
     def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
         """factor · gradient for each tensor, each in memory of its own."""
-        if len(tensors) == 1:
-            out = fresh(tensors[0])
-            if (piece := self._simplest) is not None and out.numel() <= piece.block:
-                piece.gradient(flattened(tensors[0]), times(piece.strength, factor), flattened(out))
-                return (out,)
-            self._put(flattened(tensors[0]), factor, flattened(out))
-            return (out,)
-        flat = _joined(tensors)
-        out = torch.empty_like(flat)
-        self._put(flat, factor, out)
-        views = torch._utils._unflatten_dense_tensors(out, tensors)
-        return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
-
-    def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
-        factors = [times(piece.strength, factor) for piece in self.pieces]
-        for x, o in zip(self._blocks(flat), self._blocks(out), strict=True):
-            self.pieces[0].gradient(x, factors[0], o)
-            for piece, own in zip(self.pieces[1:], factors[1:], strict=True):
-                more = scratch.like(x, 2)
-                piece.gradient(x, own, more)
-                o.add_(more)
+        raise NotImplementedError
 
     def differentiable(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
         """The same with a graph."""
@@ -266,6 +276,90 @@ class _Job:
         for x, what, weight in zip(tensors, self.whats, self.weights, strict=True):
             for (strength, _), (_, leaf) in zip(self.parts, what.leaves(), strict=True):
                 yield x, strength, leaf, weight
+
+
+@dataclass
+class _Loops(_Job):
+    """By loops of C."""
+
+    sums: Sums
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        return self.sums.value(tensors, self.weights)
+
+    def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+        if not all(_in_one_stretch(x) for x in tensors):  # hooks of saved tensors may have changed that
+            return self.by_formula(tensors, factor)
+        found = [fresh(x) for x in tensors]
+        self.sums.gradients(tensors, self.weights, float(factor), found)
+        return found
+
+
+@dataclass
+class _Blocks(_Job):
+    """By operations of torch on joined tensors, or on blocks of large ones."""
+
+    alike: bool  # all weights; then the pieces have it in their strengths
+    pieces: list[Piece]
+
+    @functools.cached_property
+    def _simplest(self) -> Piece | None:
+        """The piece, where it is one, of one tensor: a layer may be called thousands of times a second."""
+        return self.pieces[0] if len(self.pieces) == len(self.whats) == 1 and self.alike else None
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        if (piece := self._simplest) is not None and tensors[0].numel() <= piece.block:
+            return times(piece.strength, piece.value(flattened(tensors[0])))
+        if self.alike:
+            return self._of(_joined(tensors))
+        of_each = [self._of(flattened(x)) * weight for x, weight in zip(tensors, self.weights, strict=True)]
+        return torch.stack(of_each).sum()
+
+    def _of(self, flat: Tensor) -> Tensor:
+        parts = self._cut(flat)
+        total: Tensor | None = None
+        if len(parts) == 1:
+            sums = [piece.value(flat) for piece in self.pieces]
+        else:  # all that is to be done to a block at once
+            found = [[piece.value(part) for piece in self.pieces] for part in parts]
+            sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
+        for piece, value in zip(self.pieces, sums, strict=True):
+            own = times(piece.strength, value)
+            total = own if total is None else total + own
+        assert total is not None
+        return total
+
+    def _cut(self, flat: Tensor) -> Sequence[Tensor]:
+        """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
+        block = min([piece.block for piece in self.pieces])
+        if flat.numel() <= block or flat.device.type != "cpu":
+            return (flat,)
+        width = max([piece.width for piece in self.pieces])
+        parts: Sequence[Tensor] = flat.split(max(block // width, 1) * width)
+        return parts
+
+    def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+        if len(tensors) == 1:
+            out = fresh(tensors[0])
+            if (piece := self._simplest) is not None and out.numel() <= piece.block:
+                piece.gradient(flattened(tensors[0]), times(piece.strength, factor), flattened(out))
+                return (out,)
+            self._put(flattened(tensors[0]), factor, flattened(out))
+            return (out,)
+        flat = _joined(tensors)
+        out = torch.empty_like(flat)
+        self._put(flat, factor, out)
+        views = torch._utils._unflatten_dense_tensors(out, tensors)
+        return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
+
+    def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
+        factors = [times(piece.strength, factor) for piece in self.pieces]
+        for x, o in zip(self._cut(flat), self._cut(out), strict=True):
+            self.pieces[0].gradient(x, factors[0], o)
+            for piece, own in zip(self.pieces[1:], factors[1:], strict=True):
+                more = scratch.like(x, 2)
+                piece.gradient(x, own, more)
+                o.add_(more)
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
