@@ -34,8 +34,8 @@ from restrain.schedule import Strength
 
 SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
 LOOPS = 1 << 18  # entries from which on a rule's value is computed by compiled loops, of all its tensors together
-LOOPS_AT_PLACES = 1 << 16  # and of an output; the number of entries alone decides, so that each run does the same
-JOINED_BY_LOOPS = 1 << 20
+LOOPS_AT_PLACES = 1 << 15  # and of an output; the number of entries alone decides, so that each run does the same
+JOINED_BY_LOOPS = 1 << 21  # entries of which the gradients are computed together
 
 _KEPT = 32  # sizes of batches
 
@@ -59,9 +59,10 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
 def _values(members: Sequence[_Member]) -> Iterator[Tensor]:
     """Values whose sum is that of members that are alike."""
     large = sum([one.x.numel() for one in members]) >= LOOPS and all(_in_one_stretch(one.x) for one in members)
-    loops = sums_of(members[0].what.leaves(), members[0].x.dtype) if large else None
+    parts = members[0].what.leaves()
+    loops = sums_of(parts, members[0].x.dtype) if large else None
     if loops is not None:
-        yield _by_loops(members, loops)
+        yield _by_loops(members, parts, loops)
         return
     of_width: dict[int, list[_Member]] = {}
     for one in members:
@@ -96,8 +97,9 @@ class AtPlace:
         if _key(self.penalty, h) is None:
             return None
         member = _Member(h, self.penalty, (), 1 / size)
-        loops = sums_of(self.penalty.leaves(), h.dtype) if large else None
-        return _blocks([member]) if loops is None else _loops([member], loops)
+        parts = self.penalty.leaves()
+        loops = sums_of(parts, h.dtype) if large else None
+        return _blocks([member]) if loops is None else _loops([member], parts, loops)
 
 
 def _by_blocks() -> bool:
@@ -177,13 +179,14 @@ def _value(bundle: Sequence[_Member]) -> Tensor:
     return _apply(_blocks(bundle), None, *[one.x for one in bundle], last=True)
 
 
-def _by_loops(members: Sequence[_Member], loops: Sums) -> Tensor:
+def _by_loops(members: Sequence[_Member], parts: Parts, loops: Sums) -> Tensor:
     """The value of all by one call; their gradients are computed a bundle at a time."""
-    whole = _loops(members, loops)
-    value = whole.value([one.x for one in members])
-    if torch.is_grad_enabled() and members[0].x.requires_grad:
-        for bundle in _bundles(members, JOINED_BY_LOOPS, JOINED_BY_LOOPS):
-            value = _apply(_loops(bundle, loops), value, *[one.x for one in bundle], last=True)
+    bundles = list(_bundles(members, JOINED_BY_LOOPS, JOINED_BY_LOOPS))
+    if len(bundles) == 1:
+        return _apply(_loops(members, parts, loops), None, *[one.x for one in members], last=True)
+    value = _loops(members, parts, loops).value([one.x for one in members])
+    for bundle in bundles:
+        value = _apply(_loops(bundle, parts, loops), value, *[one.x for one in bundle], last=True)
     return value
 
 
@@ -195,8 +198,8 @@ def _blocks(bundle: Sequence[_Member]) -> _Blocks:
     return _Blocks([one.what for one in bundle], weights, parts, alike, pieces)
 
 
-def _loops(bundle: Sequence[_Member], loops: Sums) -> _Loops:
-    return _Loops([one.what for one in bundle], [one.weight for one in bundle], bundle[0].what.leaves(), loops)
+def _loops(bundle: Sequence[_Member], parts: Parts, loops: Sums) -> _Loops:
+    return _Loops([one.what for one in bundle], [one.weight for one in bundle], parts, loops)
 
 
 def _apply(job: _Job, value: Tensor | None, *tensors: Tensor, last: bool = False) -> Tensor:
