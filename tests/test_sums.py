@@ -162,6 +162,6 @@ def test_saved_tensors_that_come_back_otherwise():
     w = torch.nn.Parameter(torch.randn(40, 30))
     member = inloss._Member(w, rs.L1(), (), 1.0)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t.repeat_interleave(2, 1)[:, ::2]):
-        value = inloss._by_loops([member], rs.L1().leaves(), sums.known(rs.L1().leaves(), torch.float32))
+        (value,) = inloss._by_loops([member], rs.L1().leaves(), sums.known(rs.L1().leaves(), torch.float32))
     value.backward()
     assert torch.equal(w.grad, w.detach().sign())

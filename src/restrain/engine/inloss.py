@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 
 from restrain.axes import Grouping
 from restrain.engine.blocks import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
+from restrain.engine.leaves import at_the_end, give, reached, takes, untold
 from restrain.engine.shards import Term, own_part, value_on_part
 from restrain.engine.sums import Sums
 from restrain.engine.sums import known as sums_of
@@ -62,7 +63,7 @@ def _values(members: Sequence[_Member]) -> Iterator[Tensor]:
     parts = members[0].what.leaves()
     loops = sums_of(parts, members[0].x.dtype) if large else None
     if loops is not None:
-        yield _by_loops(members, parts, loops)
+        yield from _by_loops(members, parts, loops)
         return
     of_width: dict[int, list[_Member]] = {}
     for one in members:
@@ -179,15 +180,19 @@ def _value(bundle: Sequence[_Member]) -> Tensor:
     return _apply(_blocks(bundle), None, *[one.x for one in bundle], last=True)
 
 
-def _by_loops(members: Sequence[_Member], parts: Parts, loops: Sums) -> Tensor:
-    """The value of all by one call; their gradients are computed a bundle at a time."""
-    bundles = list(_bundles(members, JOINED_BY_LOOPS, JOINED_BY_LOOPS))
-    if len(bundles) == 1:
-        return _apply(_loops(members, parts, loops), None, *[one.x for one in members], last=True)
-    value = _loops(members, parts, loops).value([one.x for one in members])
-    for bundle in bundles:
-        value = _apply(_loops(bundle, parts, loops), value, *[one.x for one in bundle], last=True)
-    return value
+def _by_loops(members: Sequence[_Member], parts: Parts, loops: Sums) -> Iterator[Tensor]:
+    """The values: one of all parameters whose gradients are added in place; others' gradients are made a few a time."""
+    ends: list[_Member] = []
+    others: list[_Member] = []
+    for one in members:
+        (ends if untold(one.x) else others).append(one)
+    if ends:
+        yield _apply(_loops(ends, parts, loops), None, *[one.x for one in ends])
+    if others:
+        value = _loops(others, parts, loops).value([one.x for one in others])
+        for bundle in _bundles(others, JOINED_BY_LOOPS, JOINED_BY_LOOPS):
+            value = _apply(_loops(bundle, parts, loops), value, *[one.x for one in bundle], last=True)
+        yield value
 
 
 def _blocks(bundle: Sequence[_Member]) -> _Blocks:
@@ -206,22 +211,13 @@ def _apply(job: _Job, value: Tensor | None, *tensors: Tensor, last: bool = False
     """The job's value, added to one at hand that has it already; its backward is the last of all that are ready."""
     if torch.is_grad_enabled() and tensors[0].requires_grad:
         result: Tensor = _Total.apply(job, value, *tensors)  # type: ignore[no-untyped-call]
-        if last and _can_wait(tensors):
+        if last and all(
+            map(untold, tensors)
+        ):  # each is added while it is in the cache, and its memory free for the next
             result.grad_fn._set_sequence_nr(0)  # type: ignore[union-attr]
         return result
     with torch.no_grad():
         return job.value(tensors) if value is None else value
-
-
-def _can_wait(tensors: Sequence[Tensor]) -> bool:
-    """Whether nothing but the end of the backward needs these gradients.
-
-    They then come last, one after the other: each is added to what the model's backward gave while it is in the cache,
-    and its memory is free for the next. What sends or uses gradients as soon as they are there would wait for ours.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False
-    return all(x.is_leaf and not x._post_accumulate_grad_hooks for x in tensors)
 
 
 class _Total(torch.autograd.Function):
@@ -240,7 +236,10 @@ class _Total(torch.autograd.Function):
             return None, others, *ctx.job.differentiable(ctx.saved_tensors, factor)
         # batched is it by autograd.grad(is_grads_batched=True)
         fast = _by_blocks() and not torch._C._functorch.is_legacy_batchedtensor(factor)
-        return None, others, *(ctx.job.gradients if fast else ctx.job.by_formula)(ctx.saved_tensors, factor)
+        tensors = ctx.saved_tensors
+        if fast and ctx.job.adds(tensors, factor, [node for node, _ in ctx.next_functions[-len(tensors) :]]):
+            return None, others, *[None] * len(tensors)
+        return None, others, *(ctx.job.gradients if fast else ctx.job.by_formula)(tensors, factor)
 
 
 @dataclass
@@ -258,6 +257,10 @@ class _Job:
     def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
         """factor · gradient for each tensor, each in memory of its own."""
         raise NotImplementedError
+
+    def adds(self, tensors: Sequence[Tensor], factor: Tensor, nodes: Sequence[Any]) -> bool:
+        """Whether these are added in place, at the end of the backward, to the parameters at these nodes."""
+        return False
 
     def differentiable(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
         """The same with a graph."""
@@ -296,6 +299,25 @@ class _Loops(_Job):
         found = [fresh(x) for x in tensors]
         self.sums.gradients(tensors, self.weights, float(factor), found)
         return found
+
+    def adds(self, tensors: Sequence[Tensor], factor: Tensor, nodes: Sequence[Any]) -> bool:
+        ends = reached(nodes) if all(_in_one_stretch(x) for x in tensors) else None
+        if ends is not None:
+            at_the_end(functools.partial(self._add, tensors, float(factor), ends))
+        return ends is not None
+
+    def _add(self, tensors: Sequence[Tensor], factor: float, ends: Sequence[Tensor]) -> None:
+        ways: tuple[list[Any], list[Any]] = ([], [])
+        for x, weight, p in zip(tensors, self.weights, ends, strict=True):
+            ways[takes(p.grad, x)].append((x, weight, p))
+        for adds, of_way in enumerate(ways):
+            if of_way:
+                xs, weights, own = zip(*of_way, strict=True)
+                into = [p.grad for p in own] if adds else [fresh(x) for x in xs]
+                self.sums.gradients(xs, weights, factor, into, adds=bool(adds))
+                if not adds:
+                    for p, found in zip(own, into, strict=True):
+                        give(p, found)
 
 
 @dataclass

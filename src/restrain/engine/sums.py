@@ -84,14 +84,15 @@ static void value(const entry *e, int64_t count, int64_t width, const wide *numb
   $value
 }
 static void gradient(const entry *restrict e, entry *restrict o, int64_t count, int64_t width,
-                     const wide *numbers, const double *factors) {
+                     const wide *numbers, const double *factors, int adds) {
   $numbers
   $factors
   $gradient
 }
 
-/* The sum of the values in *out; without out, factor times the gradients. given: strengths, numbers, weights. */
-void run(const int64_t *table, int64_t count, const double *given, double factor, wide *out, int threads) {
+/* The sum of the values in *out; without out, factor times the gradients, put or added.
+   given: strengths, numbers, weights. */
+void run(const int64_t *table, int64_t count, const double *given, double factor, int adds, wide *out, int threads) {
   const int64_t *sizes = table + count, *widths = sizes + count, *into = widths + count;
   const double *weights = given + 2 * TERMS;
   wide numbers[TERMS];
@@ -106,7 +107,7 @@ void run(const int64_t *table, int64_t count, const double *given, double factor
     if (out) { value(e, size, width, numbers, partial + b * TERMS); continue; }
     double factors[TERMS];
     for (int t = 0; t < TERMS; t++) factors[t] = factor * weights[k] * given[t];
-    gradient(e, (entry *)into[k] + start, size, width, numbers, factors);
+    gradient(e, (entry *)into[k] + start, size, width, numbers, factors, adds);
   }
   double total = 0;
   for (int64_t k = 0, b = 0; out && k < count; k++) {
@@ -120,7 +121,10 @@ void run(const int64_t *table, int64_t count, const double *given, double factor
 }
 """)
 
-_PUT = "for (int64_t i = 0; i < $count; i++) { const wide x = LOAD(e[i]), s = ABS(x); o[i] = STORE($slopes); }"
+_PUT = """if (adds)
+      for (int64_t i = 0; i < $count; i++) { const wide x = LOAD(e[i]), s = ABS(x); o[i] = STORE(LOAD(o[i]) $slopes); }
+    else
+      for (int64_t i = 0; i < $count; i++) { const wide x = LOAD(e[i]), s = ABS(x); o[i] = STORE($slopes); }"""
 _ENTRIES = (Template("add(e, count, numbers, sums);"), Template(_PUT))
 _ROWS = (
     Template("""for (; count > 0; count -= width, e += width) {
@@ -182,14 +186,8 @@ def _compiled(terms: tuple[str, ...], dtype: torch.dtype) -> Any:
     made = native.compiled(_source(terms, dtype))
     if made is None:
         return None
-    made.run.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_void_p,
-        ctypes.c_double,
-        ctypes.c_void_p,
-        ctypes.c_int,
-    ]
+    pointer, whole = ctypes.c_void_p, ctypes.c_int
+    made.run.argtypes = [pointer, ctypes.c_int64, pointer, ctypes.c_double, whole, pointer, whole]
     return made.run
 
 
@@ -224,10 +222,16 @@ class Sums:
         return out
 
     def gradients(
-        self, tensors: Sequence[Tensor], weights: Sequence[float], factor: float, into: Sequence[Tensor]
+        self,
+        tensors: Sequence[Tensor],
+        weights: Sequence[float],
+        factor: float,
+        into: Sequence[Any],
+        adds: bool = False,
     ) -> None:
-        """Write factor · weight · gradient of each into tensors with the same strides."""
-        self._call(tensors, weights, factor, into, None)
+        """Write factor · weight · gradient of each into tensors with the same strides, or add it to them."""
+        self._call(tensors, weights, factor, into, None, adds)
+        torch.autograd.graph.increment_version(into)
 
     def _call(
         self,
@@ -236,13 +240,14 @@ class Sums:
         factor: float,
         into: Sequence[Tensor],
         out: int | None,
+        adds: bool = False,
     ) -> None:
         sizes = [x.numel() for x in tensors]
         widths = [x.numel() // x.shape[0] for x in tensors] if self._rows else [1] * len(tensors)
         table = array("q", [x.data_ptr() for x in tensors] + sizes + widths + [x.data_ptr() for x in into])
         given = array("d", [*self._given, *weights])
         at = table.buffer_info()[0], len(tensors), given.buffer_info()[0]
-        self._function(*at, factor, out, torch.get_num_threads())
+        self._function(*at, factor, adds, out, torch.get_num_threads())
 
 
 def known(parts: Sequence[tuple[Any, Penalty]], dtype: torch.dtype) -> Sums | None:
