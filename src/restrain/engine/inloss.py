@@ -123,7 +123,7 @@ def _in_one_stretch(x: Tensor) -> bool:
     return x.is_cpu and (x.is_contiguous() or dense(x)) and not x.is_neg()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class _Member:
     x: Tensor
     what: Penalty
