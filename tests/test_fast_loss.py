@@ -72,13 +72,21 @@ def same(ps, found, wanted):
         torch.testing.assert_close(a.to(b), b, rtol=TOLERANCE[p.dtype], atol=TOLERANCE[p.dtype])
 
 
-@pytest.fixture(params=[None, 6], ids=["whole", "blocks"])
-def block(request, monkeypatch):
-    """As it is, and cut into blocks of few entries, of tensors that don't join."""
-    if request.param:
-        monkeypatch.setattr(blocks.Piece, "block", request.param)
+@pytest.fixture(params=["whole", "blocks", "loops"])
+def way(request, monkeypatch):
+    """As it is; cut into blocks of few entries, of tensors that don't join; by compiled loops."""
+    if request.param == "blocks":
+        monkeypatch.setattr(blocks.Piece, "block", 6)
         monkeypatch.setattr(inloss, "SMALL", 8)
         monkeypatch.setattr(inloss, "JOINED", 12)
+    if request.param == "loops":
+        by_loops(monkeypatch)
+
+
+def by_loops(monkeypatch, least=1):
+    """All is done by compiled loops, the gradients of few tensors at a time."""
+    monkeypatch.setattr(inloss, "LOOPS", least)
+    monkeypatch.setattr(inloss, "JOINED_BY_LOOPS", 12)
 
 
 TENSORS = st.lists(
@@ -88,21 +96,23 @@ TENSORS = st.lists(
 
 @pytest.mark.parametrize("penalty", RULES, ids=repr)
 @settings(max_examples=15)
-@given(drawn=TENSORS, scale=st.sampled_from([1.0, 0.5, 1024.0]), mean=st.booleans())
-def test_equals_one_at_a_time(penalty, drawn, scale, mean):
+@given(drawn=TENSORS, scale=st.sampled_from([1.0, 0.5, 1024.0]), mean=st.booleans(), loops=st.booleans())
+def test_equals_one_at_a_time(penalty, drawn, scale, mean, loops):
     grouped = "Group" in repr(penalty)
     fits = [one for one in drawn if (one[0] or not grouped) and not (one[1].is_complex and "Box" in repr(penalty))]
     ps = [tensor(*one) for one in fits] or [tensor((3, 5))]
     mean = mean and not grouped
     wanted, gradients = by_one(penalty, ps, mean)
-    value, found = by_rule(penalty, ps, scale, **({"reduce": "mean"} if mean else {}))
+    with pytest.MonkeyPatch.context() as patched:
+        by_loops(patched, 1 if loops else 1 << 60)
+        value, found = by_rule(penalty, ps, scale, **({"reduce": "mean"} if mean else {}))
     rough = max(TOLERANCE[p.dtype] for p in ps)
     assert value == pytest.approx(wanted, rel=max(rough, 1e-5), abs=1e-5)
     same(ps, [g / scale for g in found], gradients)
 
 
 @pytest.mark.parametrize("penalty", RULES, ids=repr)
-def test_in_blocks(penalty, block):
+def test_each_way(penalty, way):
     ps = [tensor(shape, seed=seed) for seed, shape in enumerate(SHAPES[1:])]
     wanted, gradients = by_one(penalty, ps)
     value, found = by_rule(penalty, ps)
@@ -121,6 +131,7 @@ def test_more_than_a_block_and_a_huge_page(monkeypatch):
 
 
 def test_one_function_for_many_small_tensors(monkeypatch):
+    monkeypatch.setattr(inloss, "LOOPS", 1 << 60)
     calls = []
     monkeypatch.setattr(inloss, "_value", lambda bundle, real=inloss._value: calls.append(len(bundle)) or real(bundle))
     by_rule(0.1 * rs.L1(), [tensor((10, 10)) for _ in range(200)] + [tensor((300, 300))])
@@ -130,7 +141,7 @@ def test_one_function_for_many_small_tensors(monkeypatch):
     assert calls[:3] == [4, 4, 1]
 
 
-def test_gradients_have_memory_of_their_own():
+def test_gradients_have_memory_of_their_own(way):
     ps = [nn.Parameter(tensor((5, 3))) for _ in range(3)]
     _, gradients = by_rule(rs.L1(), ps)
     assert all(g._base is None and g.untyped_storage().nbytes() == g.nbytes for g in gradients)
@@ -144,7 +155,7 @@ def attached(penalty, *tensors):
 CURVED = 0.3 * rs.L2() + rs.LogSum(0.5) + 0.2 * rs.GroupLasso(per=0)
 
 
-def test_second_derivatives():
+def test_second_derivatives(way):
     ps, _, reg = attached(CURVED, tensor((4, 3), torch.float64), tensor((5,), torch.float64, 1))
     assert isinstance(reg.penalty().grad_fn, torch.autograd.graph.Node)
 
@@ -157,7 +168,7 @@ def test_second_derivatives():
     torch.testing.assert_close(second, torch.autograd.grad(sum((g**2).sum() for g in plain), ps))
 
 
-def test_batched_gradients():
+def test_batched_gradients(way):
     ps, _, reg = attached(CURVED, tensor((4, 3)), tensor((5,)))
     factors = torch.tensor([1.0, 0.5, -2.0])
     found = torch.autograd.grad(reg.penalty(), ps, factors, is_grads_batched=True)
@@ -203,7 +214,7 @@ def test_compiles():
     torch.testing.assert_close(found, reg.penalty())
 
 
-def test_notices_changes_in_place():
+def test_notices_changes_in_place(way):
     ps, _, reg = attached(rs.L1(), tensor((4, 3)), tensor((5,)))
     value = reg.penalty()
     with torch.no_grad():
@@ -212,7 +223,7 @@ def test_notices_changes_in_place():
         value.backward()
 
 
-def test_twice_backward():
+def test_twice_backward(way):
     ps, _, reg = attached(rs.L1(), tensor((4, 3)), tensor((5,)))
     value = reg.penalty()
     value.backward(retain_graph=True)
@@ -222,7 +233,7 @@ def test_twice_backward():
         value.backward()
 
 
-def test_frozen_tensors_stay_out():
+def test_frozen_tensors_stay_out(way):
     ps, _, reg = attached(rs.L1(), tensor((4, 3)), tensor((5,)))
     ps[0].requires_grad_(False)
     reg.penalty().backward()
@@ -230,7 +241,7 @@ def test_frozen_tensors_stay_out():
     torch.testing.assert_close(ps[1].grad, ps[1].detach().sign())
 
 
-def test_strength_is_that_of_the_forward():
+def test_strength_is_that_of_the_forward(way):
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reg = rs.attach(model, (rs.schedules.WarmUp(4) * rs.L1()).on("weight"))
@@ -252,11 +263,42 @@ class Doubled(rs.L1):
         return 2 * w.abs().sum()
 
 
-def test_formulas_of_users_are_taken_as_they_are():
+def test_formulas_of_users_are_taken_as_they_are(way):
     ps = [tensor((4, 3)), tensor((5,))]
     value, gradients = by_rule(Doubled(), ps)
     assert value == pytest.approx(float(2 * sum(p.abs().sum() for p in ps)))
     same(ps, gradients, [2 * p.sign().double() for p in ps])
+
+
+class Told(torch.autograd.Function):
+    """The identity, whose backward is noted."""
+
+    @staticmethod
+    def forward(ctx, x, notes):
+        ctx.notes = notes
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.notes.append("model")
+        return gradient, None
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gradients_come_last(hooked, monkeypatch):
+    monkeypatch.setattr(inloss, "SMALL", 8)
+    notes = []
+    ps, _, reg = attached(rs.L1(), tensor((4, 3)), tensor((9,)))
+    if hooked:  # such a hook may free the gradient, so all should not be there at once
+        for p in ps:
+            p.register_post_accumulate_grad_hook(lambda p: None)
+    real = inloss._Blocks.gradients
+    monkeypatch.setattr(inloss._Blocks, "gradients", lambda *a: notes.append("ours") or real(*a))
+    loss = sum(Told.apply(p, notes).square().sum() for p in ps)
+    reg.loss(loss).backward()
+    assert notes == (["ours", "ours", "model", "model"] if hooked else ["model", "model", "ours", "ours"])
+    for p in ps:
+        torch.testing.assert_close(p.grad, 2 * p.detach() + p.detach().sign())
 
 
 def test_the_comparison_notices_a_wrong_gradient(monkeypatch):

@@ -45,7 +45,7 @@ def fresh(x: Tensor) -> Tensor:
     """A tensor of the same shape, and of the same strides if entries fill a stretch of memory."""
     known = x.is_contiguous() or dense(x)
     out = torch.empty_like(x) if known else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if out.device.type == "cpu" and out.nbytes >= _LARGE and type(out) is Tensor:
+    if out.nbytes >= _LARGE and out.is_cpu and type(out) is Tensor:
         _in_huge_pages(out)
     return out
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.engine import padding, structures
-from restrain.engine.inloss import AtPlace
+from restrain.engine.atplace import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.penalties.wrapped import life, over, wrapped
