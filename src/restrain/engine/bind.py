@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from restrain.engine import padding, shards
+from restrain.engine.atplace import AtPlace
 from restrain.engine.derivative import Derivative
 from restrain.engine.functional import Lent
-from restrain.engine.atplace import AtPlace
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.taps import Spot, Tap, Watch, blank
 from restrain.engine.weightnoise import Site, check_computable, sites_of
