@@ -173,6 +173,19 @@ def test_inputs_need_no_gradient_where_they_are_only_multiplied():
     equal(found, step(model, x))
 
 
+def test_a_parameter_that_is_frozen_on_the_way():
+    """Nothing tells it from a constant made of the input; so the input has to be in the graph."""
+    model, x = Changing().double(), torch.randn(5, 1, dtype=torch.float64)
+    with rs.attach(model, 0.5 * rs.JacobianNorm(estimator="jvp").on()) as reg:
+        for number in range(5):
+            model.first.bias.requires_grad_(number < 2)
+            equal(step(model, x, reg), step(model, x))
+        assert "second forward" not in reg.table()
+        model.way = WAYS["unknown"]
+        step(model, x, reg)
+        assert "estimator jvp, by a second forward" in reg.table()
+
+
 WAYS = {
     "unknown": lambda h, x: h.atan(),
     "past the graph": lambda h, x: h + x.sin(),  # where x needs no gradient, this is a constant to the graph

@@ -227,10 +227,8 @@ class Derivative:
     def _say(self, estimator: str) -> None:
         """Let the table say it."""
         projections, exact = self.penalty.projections, estimator.startswith(("exact", "chosen"))
-        self.notes[:] = [
-            f"{self.key}: estimator {estimator}"
-            + ("" if exact else f", {projections} random direction{'s' * (projections > 1)}")
-        ]
+        signs = f", {projections} random direction{'s' * (projections > 1)}"
+        self.notes[:] = [f"{self.key}: estimator {estimator}{'' if exact else signs}"]
 
     def mode(self) -> str:
         """What a probe should do now: as `Forwards.mode`, or 'again' in a further forward for this rule."""
@@ -320,14 +318,16 @@ class Derivative:
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
 
     def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
-        """By the graph of the forward; from the first forward on whose graph that can't be, by running again."""
+        """By the graph of the forward; by running again where that can't be, from then on if the input was in it."""
         for one in given:
             one.check()
         found = self.penalty.of_tangents(ys, xs)
         if found is None:
-            self.choice, self.light = Choice("jvp", again=True), True
-            self._say(str(self.choice))
-            return self._by_runs(root, given, self.choice)
+            if not self.light:
+                self.choice = Choice("jvp", again=True)
+                self._say(str(self.choice))
+            self.light = not self.light
+            return self._by_runs(root, given, Choice("jvp", again=True))
         value, self.light = found
         return value
 
