@@ -146,6 +146,12 @@ def test_the_comparison_finds_a_wrong_loop(looped, monkeypatch):
         compare(SHAPES, (torch.float32,), torch.optim.SGD, {"proximal": 0.3 * rs.L1()}, compile="auto")
 
 
+def test_the_comparison_finds_wrong_rows(only_loops, monkeypatch):
+    monkeypatch.setattr(loops, "numbers_of", lambda lowered: [1.01 * number for _, own in lowered for number in own])
+    found, wanted = on_rows(BY_ROWS[3], compile=True)
+    assert any(not torch.allclose(a.double(), b, rtol=2e-6, atol=2e-6) for a, b in zip(found, wanted, strict=True))
+
+
 # When it is compiled
 
 

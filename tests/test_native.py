@@ -7,7 +7,8 @@ import torch
 
 from restrain.engine import native
 from restrain.engine.kernels import Decay, Gradient, Project, Prox, RootedShrink, Shrink, quickly
-from restrain.engine.statements import body
+from restrain.engine.rows import FitRows, Lengths, ShrinkRows
+from restrain.engine.statements import body, changed_by, numbers_of, stages
 from restrain.penalties import Huber
 from restrain.transforms import Box, NonNegative
 
@@ -65,6 +66,76 @@ def test_loops_do_what_torch_does(name, dtype, threads):
     assert [now > was for was, now in zip(versions, after, strict=True)] == [
         r in changed for _ in given for r in (0, 1)
     ]
+
+
+BY_ROW = {
+    "gradient": [(Gradient(True, False, (Lengths(),)), (0.1, 0.3))],
+    "decay": [(Decay(Gradient(False, True, (Lengths(),)), shrinks=True), (0.1, 0.3))],
+    "shrink": [(Shrink(True, True), (0.9, 0.01)), (ShrinkRows(), (0.3,))],
+    "gradient, then decay": [(Gradient(False, False, (Lengths(),)), (0.3,)), (ShrinkRows(), (0.2,))],
+    "at most": [(FitRows(0.0, 2.0, None), ())],
+    "between": [(FitRows(1.0, 2.0, None), ())],
+    "shrink, then fit": [(ShrinkRows(), (0.3,)), (FitRows(1.0, 1.0, None), ())],
+}
+LENGTHS = ((1, 300), (3, 7), (31, 40), (32, 1), (33, 50), (768, 90), (5000, 3))  # of rows, and how many
+
+
+def row_by_row(lowered, w, o):
+    """The steps on rows in float64, by their definition, their numbers already those of C."""
+    for step, numbers in lowered:
+        size = w.norm(dim=1, keepdim=True)
+        unit = w / torch.where(size == 0, 1, size)
+        if isinstance(step, Gradient):
+            o = o + numbers[-1] * unit + (numbers[0] * w.sgn() if step.l1 else 0)
+        elif isinstance(step, Decay):
+            new = w - numbers[0] * w - numbers[1] * unit
+            w = torch.where(new * w < 0, 0, new)
+        elif isinstance(step, Shrink):
+            w = (numbers[0] * w).sgn() * ((numbers[0] * w).abs() - numbers[1]).clamp_min(0)
+        elif isinstance(step, ShrinkRows):
+            w = unit * (size - numbers[0]).clamp_min(0)
+        else:
+            even = torch.full_like(w, w.shape[1] ** -0.5)
+            w = torch.where(size == 0, even, unit) * size.clamp(step.low, step.high)
+    return w, o
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BY_ROW)
+def test_rows_of_several_lengths(name, dtype, threads):
+    lowered, draws = BY_ROW[name], torch.Generator().manual_seed(1)
+    given = [[torch.randn(count, length, generator=draws).to(dtype) for _ in "wo"] for length, count in LENGTHS]
+    for w, _ in given:
+        w[len(w) // 2] = 0
+        w[len(w) // 3] *= 1e-20 if dtype == torch.float32 else 1e-130 if dtype == torch.float64 else 1
+    wanted = [row_by_row(lowered, w.double(), o.double()) for w, o in given]
+    text, numbers, changed = stages(lowered), numbers_of(lowered), changed_by(lowered)
+    native.rows((dtype, dtype), text, len(numbers), changed)(given, numbers * len(given), [n for n, _ in LENGTHS])
+    near = TOLERANCE[dtype] * (4 if dtype == torch.bfloat16 and len(text) > 1 else 2)
+    for mine, theirs in zip(given, wanted, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=near, atol=near)
+
+
+def test_rows_that_fit_are_only_read(threads):
+    w = torch.randn(50, 3000)
+    loop = native.rows((w.dtype,), stages([(FitRows(0.0, 0.5, None), ())]), 0, (0,))
+    loop([(w,)], (), [3000])
+    once = w.clone()
+    loop([(w,)], (), [3000])
+    assert torch.equal(w, once)
+    assert torch.allclose(w.norm(dim=1), torch.tensor(0.5))
+
+
+def test_lengths_do_not_lose_squares():
+    for size in (1e-30, 1e25):
+        w = size * torch.randn(4, 100, dtype=torch.float64).float()
+        wanted = w.double() / w.double().norm(dim=1, keepdim=True)
+        native.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [100])
+        torch.testing.assert_close(w.double(), wanted, rtol=1e-6, atol=0)
+    w = torch.tensor([[1e300, 1e300], [1e-300, 1e-300]], dtype=torch.float64)
+    native.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [2])
+    torch.testing.assert_close(w, torch.full((2, 2), 0.5**0.5, dtype=torch.float64))
 
 
 def test_dtypes_mix():

@@ -29,7 +29,7 @@ from restrain.engine.rows import as_rows
 from restrain.engine.shards import of_rows
 from restrain.errors import RestrainWarning
 
-BLOCK = 1 << 18  # entries
+BLOCK = 1 << 19  # entries
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
 WORTH_C = 10**9  # entries × steps: when a loop of C makes up for compiling it (0.1 s, and 100 ps are saved an entry)
 WORTH = 2 * 10**10  # entries × steps: an estimate of when a kernel of inductor makes up for the seconds that it takes

@@ -250,18 +250,21 @@ class Stepper:
         """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
+        shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in held:
             if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
                 continue
             if grad.is_sparse:
                 _refuse_sparse([(work, p)])
-            before, work.before = work.before, None
-            if self._looks and before is None:  # the closure was never called
-                continue
+            before = None
+            if self._looks:
+                before, work.before = work.before, None
+                if before is None:  # the closure was never called
+                    continue
             known = shared.get(id(group))
             if known is None:
                 known = measure(Taken(group, optimizer.state[p], p, work.kept, before, same[id(group)]))
-                if common(measure, group):
+                if shares[id(group)]:
                     shared[id(group)] = known
             found[id(p)] = known
         return found
