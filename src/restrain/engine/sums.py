@@ -99,7 +99,8 @@ void run(const int64_t *table, int64_t count, const double *given, double factor
   for (int t = 0; t < TERMS; t++) numbers[t] = (wide)given[TERMS + t];
   int64_t *ends = malloc(sizeof(int64_t) * count), blocks = blocks_of(sizes, widths, count, ends);
   double *partial = out ? calloc(TERMS * blocks, sizeof(double)) : NULL;
-  #pragma omp parallel for schedule(dynamic, 16) num_threads(blocks < 16 ? 1 : threads)
+  int64_t chunk = blocks < 128 ? (blocks + 7) / 8 : 16;
+  #pragma omp parallel for schedule(dynamic, chunk) num_threads(blocks < 8 ? 1 : threads)
   for (int64_t b = 0; b < blocks; b++) {
     int64_t k = tensor_of(ends, count, b), width = widths[k], step = rows_of(width) * width;
     int64_t start = (b - (k ? ends[k - 1] : 0)) * step, size = sizes[k] - start < step ? sizes[k] - start : step;
@@ -211,13 +212,14 @@ def _terms(parts: Sequence[tuple[Any, Penalty]]) -> list[tuple[str, float, float
 class Sums:
     """A sum of penalties on tensors whose entries fill stretches of memory."""
 
-    def __init__(self, function: Any, terms: Sequence[tuple[str, float, float]]) -> None:
+    def __init__(self, function: Any, terms: Sequence[tuple[str, float, float]], dtype: torch.dtype) -> None:
+        self._wide = torch.promote_types(dtype, torch.float32)
         self._function, self._rows = function, any(name == "lengths" for name, _, _ in terms)
         self._given = [*[strength for _, strength, _ in terms], *[number for _, _, number in terms]]
 
     def value(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The sum of the values, each multiplied by its weight; in float32 at least."""
-        out = tensors[0].new_empty((), dtype=torch.promote_types(tensors[0].dtype, torch.float32))
+        out = tensors[0].new_empty((), dtype=self._wide)
         self._call(tensors, weights, 0.0, (), out.data_ptr())
         return out
 
@@ -254,4 +256,4 @@ def known(parts: Sequence[tuple[Any, Penalty]], dtype: torch.dtype) -> Sums | No
     """What computes the sum of these penalties; None where that isn't written in C, or can't be compiled."""
     terms = _terms(parts) if dtype in native.TYPES else None
     function = None if terms is None else _compiled(tuple([name for name, _, _ in terms]), dtype)
-    return None if function is None or terms is None else Sums(function, terms)
+    return None if function is None or terms is None else Sums(function, terms, dtype)
