@@ -104,7 +104,7 @@ class Program:
                 raise
             except Exception as error:  # no compiler, or one that fails
                 self.recorded = _said(error)
-        return self._graph(given).forward  # type: ignore[no-any-return]
+        return self._graph(given).forward
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
         """The operations of an update, which are the same every time; a first forward does more than those to come."""
