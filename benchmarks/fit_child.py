@@ -30,8 +30,8 @@ KEYWORDS = {
     "hidden_dropout": {"hidden_dropout": 0.5},
 }
 KEYWORDS["all together"] = {name: value for one in KEYWORDS.values() for name, value in one.items()}
-# Seconds between two turns, at two threads: those of OpenBLAS, which scikit-learn uses, go on waiting at full speed for a
-# while, and take the processor that ours is to run on.
+# Seconds between two turns, at two threads: those of OpenBLAS, which scikit-learn uses, go on waiting at full speed for
+# a while, and take the processor that ours is to run on.
 PAUSE = {"scikit-learn": 0.5}
 BUDGET = {"classifier": 3.0, "autoencoder": 4.5}  # seconds of taking turns
 
