@@ -4,7 +4,8 @@
 
 Classifier [784, 100, 10] and Autoencoder [784, 1000, 784] on 10,000 digits, batches of 64, SGD with momentum 0.9 and
 Adam. An update is an epoch divided by its updates, so that shuffling, slicing and monitors are counted. Each peer runs
-in processes of its own, where its epochs take turns with ours; one thread is a process on one processor.
+in processes of its own, where its epochs take turns with ours; one thread is a process on one processor. At two
+threads, scikit-learn's and ours have a pause between them (PAUSE in fit_child.py): they disturb each other without it.
 """
 
 from fit_child import KEYWORDS, TARGETS
@@ -60,7 +61,10 @@ def an_update(section, peers, quick):
     columns = ["threads", "algo", "peer", "restrain, ms", "peer, ms", "restrain / peer", "goal"]
     for job, found in rows.items():
         known = ", ".join(f"{THEANETS[job][n]['none']} ms at {n} thread{'s' * (n > 1)}" for n in THREADS)
-        note = f"{RECORDED} With SGD {known}."
+        note = (
+            f"{RECORDED} With SGD {known}. At 2 threads, half a second passes between scikit-learn's epochs and ours; "
+            "OpenBLAS's threads wait at full speed after their work, and without it took half of our processors."
+        )
         section.table(f"An update, {job}", columns, sorted(found, key=lambda row: (row[0], row[1] != "sgd")), note)
     return firsts
 

@@ -63,7 +63,7 @@ class _Sgd(Formula):
 
     def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
-        given = {name: self.group[name] for name in names}
+        given: dict[str, Any] = {name: self.group[name] for name in names}
         gs = [g.contiguous() for g in gs]  # it takes entries as they lie
         torch._fused_sgd_(ps, gs, [kept[0] for kept in state if kept], lr=row[0], is_first_step=False, **given)
 
@@ -92,11 +92,12 @@ class _Adam(Formula):
         p.sub_(row[1] * (mean / (square.sqrt() / row[2] + self.group["eps"])))
 
     def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
-        given = {name: self.group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
+        given: dict[str, Any] = {name: self.group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
         (given["beta1"], given["beta2"]), times = self.group["betas"], [row[3].float()] * len(ps)
         gs = [g.contiguous() for g in gs]
         carry_out = torch._fused_adamw_ if self.group["decoupled_weight_decay"] else torch._fused_adam_
-        carry_out(ps, gs, *map(list, zip(*state, strict=True)), [], times, lr=row[0], **given)
+        means, squares = map(list, zip(*state, strict=True))
+        carry_out(ps, gs, means, squares, [], times, lr=row[0], **given)
 
 
 def formula_of(optimizer: Any) -> Formula | None:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from restrain.models.training import Training
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
-_CHUNK = 2**15  # entries for which another thread pays
+# another thread pays from so many entries on; shapes and addresses are always those of the recording
+_OPTIONS = {"cpp.min_chunk_size": 2**15, "size_asserts": False, "alignment_asserts": False}
 _WIDTH = 4  # of the table
 _LARGE = 2**18  # products of so many factors and more go to oneDNN
 
@@ -99,12 +100,12 @@ class Program:
             try:
                 graph = self._graph(given)
                 with torch.random.fork_rng(devices=[]):
-                    return torch._inductor.compile(graph, given, {"cpp.min_chunk_size": _CHUNK})  # type: ignore[no-any-return]
+                    return torch._inductor.compile(graph, given, _OPTIONS)  # type: ignore[no-any-return]
             except UnfitError:
                 raise
             except Exception as error:  # no compiler, or one that fails
                 self.recorded = _said(error)
-        return self._graph(given).forward  # type: ignore[no-any-return]
+        return self._graph(given).forward
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
         """The operations of an update, which are the same every time; a first forward does more than those to come."""

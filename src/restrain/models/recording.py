@@ -25,7 +25,7 @@ class _Recorder(TorchDispatchMode):
     """Writes down each operation; every tensor is an argument or the result of another operation."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.kept: list[Tensor] = []  # a number stands for a tensor as long as the tensor lives

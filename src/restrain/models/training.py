@@ -272,6 +272,7 @@ class Training:
     def _compile(self) -> None:
         """Record and compile the update, as soon as the optimizer has its state; or say why not."""
         from restrain.models import program
+        from restrain.models.recording import UnfitError
 
         why = _WAITING.get(str(self.compiled), "")
         why = "it was so before" if why and self.resumed else why
@@ -280,7 +281,7 @@ class Training:
             if not program.ready(self):
                 return
             self.program = program.Program(self, why)
-        except program.UnfitError as reason:
+        except UnfitError as reason:
             self._without(f"nothing: {reason}", False)
         else:
             self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
