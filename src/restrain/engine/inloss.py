@@ -75,7 +75,7 @@ class AtPlace:
         """
         if self._slope is None or (node := h.grad_fn) is None or node.name() != "ReluBackward0":
             return None
-        if not (torch.is_grad_enabled() and _plain(h) and simple(h) and _by_blocks()):
+        if not (torch.is_grad_enabled() and _plain(h) and simple(h)) or _transformed():
             return None
         return h.sum(), self._slope / (1 if dim is None else batch_size(h, dim))
 
@@ -127,9 +127,12 @@ def _slope(penalty: Penalty) -> float | None:
 
 def _by_blocks() -> bool:
     """Whether plain eager code runs, without transformations of functions."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    return not (torch.compiler.is_compiling() or _transformed())
+
+
+def _transformed() -> bool:
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
