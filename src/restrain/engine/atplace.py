@@ -9,7 +9,7 @@ from torch import Tensor
 
 from restrain.engine.blocks import dense, simple
 from restrain.engine.injection import packs
-from restrain.engine.inloss import Job, applied, by_blocks, in_one_stretch, job_at, plain
+from restrain.engine.inloss import Job, applied, by_blocks, in_one_stretch, job_at, plain, transformed
 from restrain.engine.through import Absolute, AbsoluteThrough, Through
 from restrain.penalties import Penalty
 from restrain.penalties.checks import batch_size
@@ -41,7 +41,7 @@ class AtPlace:
         """
         if self._slope is None or (node := h.grad_fn) is None or node.name() != "ReluBackward0":
             return None
-        if not (torch.is_grad_enabled() and plain(h) and simple(h) and by_blocks()):
+        if not (torch.is_grad_enabled() and plain(h) and simple(h)) or transformed():
             return None
         return h.sum(), self._slope / (1 if dim is None else batch_size(h, dim))
 

@@ -85,9 +85,13 @@ def job_at(h: Tensor, what: Penalty, weight: float, large: bool) -> Job | None:
 
 def by_blocks() -> bool:
     """Whether plain eager code runs, without transformations of functions."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+    return not (torch.compiler.is_compiling() or transformed())
+
+
+def transformed() -> bool:
+    """Whether functions are transformed, traced or watched."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
