@@ -8,7 +8,7 @@ import restrain as rs
 from folding import ALL, SHAPES, Run, adam, both, give_gradients, plain_sgd
 from restrain.engine import folded, native, updates
 
-pytestmark = pytest.mark.skipif(native.compiled("int nothing;") is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(native.compiled("int something;") is None, reason="there is no C compiler")
 
 SETTINGS = {
     "sgd": (SGD, {}),

@@ -12,7 +12,7 @@ import restrain as rs
 from folding import ALL, SHAPES, Run, adam, both, give_gradients, model_of, plain_sgd, same
 from restrain.engine import folded, native
 
-pytestmark = pytest.mark.skipif(native.compiled("int nothing;") is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(native.compiled("int something;") is None, reason="there is no C compiler")
 
 
 @pytest.fixture(autouse=True)
