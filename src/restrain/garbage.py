@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within it no garbage is collected: thousands of objects that stay set off passes over all objects of torch."""
+    """Within it no garbage is collected: thousands of new objects would set off passes over all objects there are."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -27,6 +27,7 @@ from restrain.engine.passes import Compile, Passes
 from restrain.engine.ranks import agreed_seed, common_generator
 from restrain.engine.shards import Term, acting, blank, local, part, ranks_of, totals, value_of
 from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.garbage import uncollected
 from restrain.sites import Handle, is_sharded
 
 
@@ -146,6 +147,7 @@ class Stepper:
         return (args[0] if rest is None else rest, with_penalties, *args[2:]), kept
 
     @torch.no_grad()
+    @uncollected()
     def _begin(
         self, optimizer: Optimizer, kinds: tuple[str, ...], rest: Optimizer | None = None, with_value: bool = False
     ) -> Tensor:
@@ -228,8 +230,11 @@ class Stepper:
         """Prox, then projection, of every parameter that the step moved."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
-        if nested(optimizer) or not real_step(optimizer):
-            return
+        if not nested(optimizer) and real_step(optimizer):
+            self._after(optimizer)
+
+    @uncollected()
+    def _after(self, optimizer: Optimizer) -> None:
         held = self._held.by(optimizer)
         metrics = self._metrics(optimizer, held)
         lots = []
