@@ -35,9 +35,7 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.schedule import Strength
 
 SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
-LOOPS = (
-    1 << 18
-)  # entries, of all its tensors, from which on a rule's value is computed by compiled loops: these alone decide
+LOOPS, EACH = 1 << 18, 1 << 12  # entries of a rule from which on it takes compiled loops; what each tensor adds
 JOINED_BY_LOOPS = 1 << 21  # entries of which the gradients are computed together
 
 
@@ -59,7 +57,8 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False) -> list[
 
 def _values(members: Sequence[_Member]) -> Iterator[Tensor]:
     """Values whose sum is that of members that are alike."""
-    large = sum([one.x.numel() for one in members]) >= LOOPS and all(in_one_stretch(one.x) for one in members)
+    entries = sum([one.x.numel() for one in members]) + EACH * (len(members) - 1)
+    large = entries >= LOOPS and all(in_one_stretch(one.x) for one in members)
     parts = members[0].what.leaves()
     loops = sums_of(parts, members[0].x.dtype) if large else None
     if loops is not None:
