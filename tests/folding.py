@@ -3,9 +3,9 @@
 import warnings
 
 import torch
-from torch import nn
 from torch.optim import SGD, Adam
 
+import layouts
 import restrain as rs
 from restrain.errors import RestrainWarning
 
@@ -20,12 +20,7 @@ ALL = [
 
 
 def model_of(shapes=SHAPES, dtype=torch.float64):
-    draws, model = torch.Generator().manual_seed(0), nn.Module()
-    for number, shape in enumerate(shapes):
-        w = torch.randn(shape, generator=draws, dtype=torch.float64).to(dtype)
-        w = w.to(memory_format=torch.channels_last) if w.dim() == 4 else w.T.contiguous().T if w.dim() == 2 else w
-        model.register_parameter(f"p{number}", nn.Parameter(w))
-    return model
+    return layouts.model_of(shapes, (dtype,))
 
 
 def give_gradients(model, seed):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import restrain as rs
+from layouts import model_of
 from restrain.engine import fused, kernels, native, passes, rows
 from restrain.errors import PlanError, RestrainWarning
 
@@ -38,15 +39,6 @@ def by_inductor(monkeypatch):
     """No loops of C: kernels of inductor are what is compiled."""
     for name in ("loop", "rows"):
         monkeypatch.setattr(native, name, lambda *given: None)
-
-
-def model_of(shapes, dtypes=(torch.float32,), seed=0):
-    draws, model = torch.Generator().manual_seed(seed), nn.Module()
-    for number, shape in enumerate(shapes):
-        w = torch.randn(shape, generator=draws, dtype=torch.float64).to(dtypes[number % len(dtypes)])
-        w = w.to(memory_format=torch.channels_last) if w.dim() == 4 else w.T.contiguous().T if w.dim() == 2 else w
-        model.register_parameter(f"p{number}", nn.Parameter(w))
-    return model
 
 
 def gradients(model, seed):

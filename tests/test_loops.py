@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import restrain as rs
+from layouts import model_of
 from restrain.engine import fused, kernels, loops, native, passes
 from restrain.errors import RestrainWarning
-from test_kernels import BY_ROWS, PENALTIES, SHAPES, compare, gradients, model_of, on_rows, trained
+from test_kernels import BY_ROWS, PENALTIES, SHAPES, compare, gradients, on_rows, trained
 
 ENTRYWISE = PENALTIES[:3]
 

@@ -38,14 +38,6 @@ def members(dtype, special=False):
     return found
 
 
-@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", native.TYPES, ids=str)
 @pytest.mark.parametrize("name", LOWERED)
 def test_loops_do_what_torch_does(name, dtype, threads):

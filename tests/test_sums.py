@@ -42,14 +42,6 @@ def of(loops, xs, weights, factor=1.0):
     return loops.value(xs, weights), into
 
 
-@pytest.fixture(params=[1, 2], ids=["one-thread", "two-threads"])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def close(a, b, tolerance):
     return torch.allclose(a.double(), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -29,6 +30,14 @@ Parts: TypeAlias = list[tuple[Any, Penalty]]
 def dense(x: Tensor) -> bool:
     """Whether the entries fill one stretch of memory, in whatever order (channels_last does)."""
     return torch.ops.aten.is_non_overlapping_and_dense(x)  # type: ignore[no-any-return]
+
+
+def alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether entries of the same place lie alike in the memory of all, without gaps."""
+    first = tensors[0]
+    return all(t.is_contiguous() for t in tensors) or (
+        all(t.stride() == first.stride() for t in tensors) and dense(first)
+    )
 
 
 def simple(x: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from restrain.engine import native
-from restrain.engine.blocks import dense, simple
+from restrain.engine.blocks import alike, simple
 from restrain.engine.held import Job, Work
 from restrain.engine.kernels import Given, lower
 from restrain.engine.metric import Metric, Taken, metric_of
@@ -233,7 +233,7 @@ def _fits(p: nn.Parameter, own: Sequence[Any]) -> bool:
     tensors = [p, p.grad, *own]
     if any(t.dtype != p.dtype or t.shape != p.shape or not t.is_cpu or t.is_neg() for t in tensors):
         return False
-    return all(t.is_contiguous() for t in tensors) or (all(t.stride() == p.stride() for t in tensors) and dense(p))
+    return alike(tensors)
 
 
 def _ordinary(t: Any, kind: type[Tensor]) -> bool:

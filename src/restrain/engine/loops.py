@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from restrain.engine import native
-from restrain.engine.blocks import dense
+from restrain.engine.blocks import alike
 from restrain.engine.kernels import Lot, Lowered, Step, Tensors, rows_of
 from restrain.engine.rows import length_in
 from restrain.engine.statements import body, changed_by, numbers_of, stages
@@ -131,5 +131,4 @@ def _length(tensors: Tensors, keep: tuple[int, ...] | None) -> int | None:
     if keep is not None:
         length = length_in(tensors, keep)
         return None if length is None or length > LONG else length
-    alike = all(t.is_contiguous() for t in tensors) or all(t.stride() == first.stride() for t in tensors)
-    return 0 if alike and dense(first) else None
+    return 0 if alike(tensors) else None

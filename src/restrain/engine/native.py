@@ -38,6 +38,13 @@ static inline float load_bfloat(bfloat x) { uint32_t u = (uint32_t)x.bits << 16;
 static inline bfloat store_bfloat(float f) {  /* to the nearest, to even where there are two */
   uint32_t u; memcpy(&u, &f, 4);
   bfloat x; x.bits = f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16); return x; }
+static inline int64_t tensor_of(const int64_t *ends, int64_t count, int64_t number) {  /* the first that ends behind */
+  int64_t low = 0;
+  for (int64_t high = count; low < high;) {
+    int64_t middle = (low + high) / 2;
+    if (ends[middle] > number) high = middle; else low = middle + 1;
+  }
+  return low; }
 #define SGN(x) (wide)(((x) > 0) - ((x) < 0))
 #define CLAMP(x, low, high) ((x) < (low) ? (low) : (x) > (high) ? (high) : (x))
 #define ABS(x) (sizeof(wide) == 4 ? (wide)fabsf((float)(x)) : (wide)fabs((double)(x)))
@@ -48,11 +55,7 @@ static inline bfloat store_bfloat(float f) {  /* to the nearest, to even where t
 _SHARE = """
     int64_t share = ((total + omp_get_num_threads() - 1) / omp_get_num_threads() + 63) & ~(int64_t)63;
     int64_t from = share * omp_get_thread_num(), to = from + share < total ? from + share : total;
-    int64_t k = 0;
-    for (int64_t high = count; k < high;) {
-      int64_t middle = (k + high) / 2;
-      if (ends[middle] > from) high = middle; else k = middle + 1;
-    }
+    int64_t k = tensor_of(ends, count, from);
 """
 
 _LOOP = """

@@ -115,11 +115,6 @@ def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
     return _regrouped(what, lambda groups: (rows, *shape[1:]))
 
 
-def _of_whole_rows(leaf: Any, shape: tuple[int, ...]) -> bool:
-    groups = leaf.per if isinstance(leaf, GroupPenalty | ByGroup) else None
-    return isinstance(groups, Grouping) and groups.lists is None and groups.shape == shape and 0 in groups.keep
-
-
 def _by_entry(leaf: Any) -> bool:
     return isinstance(leaf, NonNegative | Box) or (isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform)
 

@@ -47,14 +47,6 @@ static int64_t blocks_of(const int64_t *sizes, const int64_t *widths, int64_t co
   }
   return blocks;
 }
-static inline int64_t tensor_of(const int64_t *ends, int64_t count, int64_t block) {
-  int64_t low = 0;
-  for (int64_t high = count; low < high;) {
-    int64_t middle = (low + high) / 2;
-    if (ends[middle] > block) high = middle; else low = middle + 1;
-  }
-  return low;
-}
 """)
 
 # In lanes: a compiler keeps the order of a sum as it is written, so it is written as a processor can do it at once.

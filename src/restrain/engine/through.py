@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from restrain.engine.blocks import dense, flattened, fresh, scratch
+from restrain.engine.blocks import alike, flattened, fresh, scratch
 from restrain.penalties.shrink import at_least_float32
 
 _BLOCK = 1 << 18  # entries, whose gradients stay in the cache until they are added
@@ -59,7 +59,7 @@ class Through(torch.autograd.Function):
             and fast
             and not torch.is_grad_enabled()
             and h.dtype == gradient.dtype
-            and _alike(h, gradient)
+            and _joins(h, gradient)
         ):
             return None, _added(ctx.job, h, factor, gradient), None, None
         (own,) = gradients(ctx.job, (h,), factor, fast)
@@ -107,7 +107,7 @@ class AbsoluteThrough(torch.autograd.Function):
             return gradient, None
         (signs,) = ctx.saved_tensors
         fast = not torch.is_grad_enabled() and ctx.fast() and signs.is_cpu and not batched(factor)
-        if gradient is None or not (fast and not batched(gradient) and _alike(signs, gradient)):
+        if gradient is None or not (fast and not batched(gradient) and _joins(signs, gradient)):
             own = signs.to(factor.dtype) * factor
             return own if gradient is None else gradient + own, None
         out, number = fresh(gradient), factor.item()
@@ -139,11 +139,11 @@ def batched(gradient: Tensor) -> bool:
     return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether entries that belong together stand at the same places in memory, without gaps."""
+def _joins(x: Tensor, y: Tensor) -> bool:
+    """Whether y is a plain tensor, with its entries in memory as those of x are."""
     if type(y) is not Tensor or y.layout != torch.strided or x.device != y.device:
         return False
-    return (x.is_contiguous() and y.is_contiguous()) or (x.stride() == y.stride() and dense(x))
+    return alike((x, y))
 
 
 def _added(job: Job, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""Models of parameters that lie in memory in several ways."""
+
+import torch
+from torch import nn
+
+
+def model_of(shapes, dtypes=(torch.float32,), seed=0):
+    draws, model = torch.Generator().manual_seed(seed), nn.Module()
+    for number, shape in enumerate(shapes):
+        w = torch.randn(shape, generator=draws, dtype=torch.float64).to(dtypes[number % len(dtypes)])
+        w = w.to(memory_format=torch.channels_last) if w.dim() == 4 else w.T.contiguous().T if w.dim() == 2 else w
+        model.register_parameter(f"p{number}", nn.Parameter(w))
+    return model
