@@ -23,7 +23,7 @@ test-all: lint  ## the same, with the slow tests
 	$(PYTEST)
 
 test-cuda: .venv/.test  ## on a GPU: every rule in every way of running, and the models
-	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest tests/test_everywhere.py tests/test_models_devices.py
+	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest tests/test_everywhere.py tests/models/test_devices.py
 
 matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes too; rewrites docs/matrix.md
 	rm -f build/outcomes.jsonl; mkdir -p build

@@ -42,14 +42,14 @@ each_member = pytest.mark.parametrize("case", flat(PENALTIES | TRANSFORMS))
 
 
 ELSEWHERE = {  # what takes no tensor alone, and the tests that hold it to its formula
-    "Contractive": "test_derivative.py",
-    "GradientPenalty": "test_derivative.py",
-    "JacobianNorm": "test_derivative.py",
-    "DecoderL1": "test_activity.py",
-    "ProductNorm": "test_kept.py",
-    "Tie": "test_kept.py",
-    "Standardize": "test_normalization.py",
-    "RobustScale": "test_robust_scale.py",
+    "Contractive": "penalties/test_derivative.py",
+    "GradientPenalty": "penalties/test_derivative.py",
+    "JacobianNorm": "penalties/test_derivative.py",
+    "DecoderL1": "penalties/test_activity.py",
+    "ProductNorm": "penalties/test_stateful.py",
+    "Tie": "penalties/test_stateful.py",
+    "Standardize": "transforms/test_normalization.py",
+    "RobustScale": "transforms/test_robust_scale.py",
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.test_mixtures import accepted, halves, of_loss, random, same
 from torch import nn
 from torch.func import functional_call
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -20,7 +21,6 @@ import restrain as rs
 from mixtures import KINDS, batch, begin, problems, quiet, trained
 from restrain.errors import RestrainError
 from restrain.penalties.entrywise import Entrywise
-from test_mixtures import accepted, halves, of_loss, random, same
 
 
 def after(run, steps=4, between=lambda run: None):

@@ -12,8 +12,9 @@ from restrain.garbage import uncollected
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
     from restrain import errors
     from restrain import schedule as schedules
+    from restrain.activation_points import inputs, outputs
     from restrain.declare import regularized, scope
-    from restrain.engine.attach import Attachment, attach
+    from restrain.engine import Attachment, attach
     from restrain.look import activations, recording
     from restrain.penalties import (
         L0,
@@ -55,12 +56,11 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
         TotalVariation,
         Weighted,
     )
-    from restrain.places import inputs, outputs
     from restrain.plans import Plan
     from restrain.rules import Rule
     from restrain.sampling import sampling
     from restrain.schedule import Target
-    from restrain.select import biases, embeddings, glob, norms, weights
+    from restrain.selections import biases, embeddings, glob, norms, weights
     from restrain.transforms import (
         NM,
         AlphaDropout,

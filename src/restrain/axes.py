@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.errors import PenaltyError
-from restrain.sites import Location
+from restrain.named_tensors import Location
 
 NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 

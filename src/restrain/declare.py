@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from restrain.activation_points import Place
 from restrain.errors import PlanError, SelectionError
-from restrain.places import Place
+from restrain.named_tensors import Layer, layers
 from restrain.rules import How, Rule, What
-from restrain.select import Names, Role
-from restrain.sites import Layer, layers
+from restrain.selections import Names, Role
 
 ATTRIBUTE = "restrain_declared"
 M = TypeVar("M", bound=nn.Module)

@@ -8,14 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from restrain.engine import structures
-from restrain.engine.capture import forget_compiled_code
-from restrain.engine.collect import paused
-from restrain.engine.hanging import Hook
-from restrain.engine.taps import Spot
-from restrain.places import Places, outputs, select_places
-from restrain.select import as_where
-from restrain.sites import layers, unwrap
+from restrain.activation_points import Places, outputs, select_places
+from restrain.engine import Hook, Point, forget_compiled_code, paused, structures
+from restrain.named_tensors import layers, unwrap
+from restrain.selections import as_where
 
 
 class _Begins(Hook):
@@ -31,18 +27,18 @@ class _Begins(Hook):
 class _Records(Hook):
     """Keeps a layer's tensor under its name; of a further call under name#2, name#3, and so on."""
 
-    def __init__(self, seen: dict[str, Tensor], spot: Spot, copy: bool) -> None:
-        self.seen, self.spot, self.copy = seen, spot, copy
+    def __init__(self, seen: dict[str, Tensor], point: Point, copy: bool) -> None:
+        self.seen, self.point, self.copy = seen, point, copy
 
     def __call__(self, module: nn.Module, args: Any, last: Any) -> None:
-        structure = structures.arguments(args, last) if self.spot.place.kind == "inputs" else last
-        way = structures.find(structure, self.spot.place.index)
+        structure = structures.arguments(args, last) if self.point.place.kind == "inputs" else last
+        way = structures.find(structure, self.point.place.index)
         if way is None:
             return
-        number, key = 2, self.spot.key
+        number, key = 2, self.point.key
         while key in self.seen:
-            key, number = f"{self.spot.key}#{number}", number + 1
-        tensor = self.spot.seen(structures.get(structure, way))
+            key, number = f"{self.point.key}#{number}", number + 1
+        tensor = self.point.seen(structures.get(structure, way))
         self.seen[key] = tensor.clone() if self.copy else tensor
 
 
@@ -87,7 +83,7 @@ def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[di
     with ExitStack() as stack:
         stack.callback(root.register_forward_pre_hook(_Begins(seen), prepend=True).remove)
         for target in select_places(places, list(layers(root))):
-            hook, module = _Records(seen, Spot.of(target), copy), target.layer.module
+            hook, module = _Records(seen, Point.of(target), copy), target.layer.module
             if target.place.kind == "inputs":
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             else:

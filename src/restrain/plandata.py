@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from restrain import registry
+from restrain.activation_points import JoinedPlaces, Place, Places, make_place
 from restrain.errors import PenaltyError, PlanError
 from restrain.fields import given_fields
 from restrain.penalties import Penalty, Scaled, Sum
+from restrain.penalties.base import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
-from restrain.penalties.network import NetworkPenalty, NetworkSum, ScaledNetwork
-from restrain.places import JoinedPlaces, Place, Places, make_place
 from restrain.rules import Rule, What
 from restrain.schedule import (
     Cosine,
@@ -37,7 +37,7 @@ from restrain.schedule import (
     Times,
     WarmUp,
 )
-from restrain.select import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
+from restrain.selections import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
 
 _Scalable = (Penalty, NetworkPenalty, OnDerivatives)
 _OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from restrain import registry
+from restrain.activation_points import Places
 from restrain.errors import HowError, PlanError
 from restrain.fields import call_text, is_whole
-from restrain.places import Places
+from restrain.named_tensors import Location
 from restrain.schedule import Strength
-from restrain.select import Where, as_where, weights
-from restrain.sites import Location
+from restrain.selections import Where, as_where, weights
 
 How = Literal["loss", "gradient", "decoupled", "proximal", "project", "parametrize", "forward"]
 

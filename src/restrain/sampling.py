@@ -10,12 +10,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from restrain.engine.draws import Draws
-from restrain.engine.hanging import Hook
+from restrain.activation_points import outputs, select_places
+from restrain.engine import Draws, Hook
 from restrain.errors import SelectionError
-from restrain.places import outputs, select_places
-from restrain.select import as_where
-from restrain.sites import layers
+from restrain.named_tensors import layers
+from restrain.selections import as_where
 
 _lock = threading.Lock()
 _entered: list[_Flags] = []  # the contexts that are open, in the order in which they were entered

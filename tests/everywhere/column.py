@@ -12,7 +12,7 @@ from everywhere.training import PROGRESS
 from restrain.errors import RestrainError
 
 COLUMNS = {}
-ATTACHING = {"attach", "__enter__"}  # functions of engine/attach.py in which a refusal is in time
+ATTACHING = {"attach", "__enter__"}  # functions of engine/attach/attachment.py in which a refusal is in time
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,6 @@ def at_attach(error):
     """Whether an error was raised while rules were being attached, here or on other ranks (see `workers`)."""
     if hasattr(error, "attaching"):
         return error.attaching
-    here = str(Path(rs.__file__).parent / "engine" / "attach.py")
+    here = str(Path(rs.__file__).parent / "engine" / "attach" / "attachment.py")
     frames = traceback.extract_tb(error.__traceback__)
     return any(frame.filename == here and frame.name in ATTACHING for frame in frames)

@@ -13,7 +13,7 @@ from everywhere.running import checkpointed
 from everywhere.training import Net, Run, adam, attached, fresh, plain, sgd
 from everywhere.workers import together
 from restrain import attach
-from restrain.engine.shards import whole
+from restrain.engine.distributed.shards import whole
 
 GROUP = "Several processes"
 SEVERAL = "Attach to the bare model first, then wrap it"

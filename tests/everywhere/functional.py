@@ -183,12 +183,12 @@ def looking(quietly, evaluating):
             self.look(batch(step + 100)[0])
 
         def look(self, x):
-            before = [list(watch.records) for watch in self.reg._forwards.watches]
+            before = [list(recorder.records) for recorder in self.reg._forwards.recorders]
             self.model.train(not evaluating)
             with quietly():
                 self.reg.loss(F.cross_entropy(self.model(x + 1), batch(0)[1]))
             self.model.train()
-            assert before == [watch.records for watch in self.reg._forwards.watches]
+            assert before == [recorder.records for recorder in self.reg._forwards.recorders]
 
     return Looking
 

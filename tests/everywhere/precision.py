@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from everywhere.column import column
 from everywhere.loops import Clipped, norm_by_hand
 from everywhere.training import DEVICE, STEPS, Run, attached, batch, fresh, plain, seed
-from restrain.engine.strengths import Controller
+from restrain.engine.strengths.moving import Controller
 
 GROUP = "Precision"
 SGD = partial(torch.optim.SGD, lr=0.5)  # Adam's first steps are as long for a gradient that is rounding as for any

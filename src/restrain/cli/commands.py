@@ -16,8 +16,7 @@ from restrain.cli import explain as explaining
 from restrain.cli import jobs, options, tables
 from restrain.cli.encoding import Encoding
 from restrain.errors import PlanError, RestrainError, RestrainWarning
-from restrain.models import files
-from restrain.models.estimators import Autoencoder, Classifier, Regressor
+from restrain.models import Autoencoder, Classifier, Regressor, files
 
 _READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=True, path_type=Path)

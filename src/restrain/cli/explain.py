@@ -73,7 +73,7 @@ def layers(model: Any) -> str:
 
 def rules(model: Any) -> str:
     """Who gets what; the values are among the curves."""
-    _, given, how = model._keywords({})
+    _, given, how = model.split_keywords({})
     made = keywords.rules(given, keywords.Context(model.layers_, how))
     if not made:
         return "no rules"

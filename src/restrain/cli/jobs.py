@@ -14,8 +14,7 @@ from restrain.cli import tables
 from restrain.cli.encoding import Encoding
 from restrain.cli.tables import Table
 from restrain.errors import DataError
-from restrain.models import files
-from restrain.models.loading import load
+from restrain.models import files, load
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from restrain.engine.attach import Attachment
+from restrain.engine import Attachment
 
 
 def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, float]:

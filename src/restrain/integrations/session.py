@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.attach import Attachment, attach
+from restrain.engine import Attachment, attach
 from restrain.integrations.logged import logs
 
 

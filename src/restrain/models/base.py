@@ -122,7 +122,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def _start(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool) -> Training:
         """Everything up to the first epoch."""
-        chosen, of_rules, how = self._keywords(given)
+        chosen, of_rules, how = self.split_keywords(given)
         place = running(chosen.device, chosen.precision)
         samples = self._samples(x, y, weight, reset=fresh)
         if fresh:
@@ -171,7 +171,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
             self._optimizer = ((algo, chosen.momentum), optimizers.method(training.optimizer, "state_dict")())
 
-    def _keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
+    def split_keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
         """Settings of training and keywords of rules: those given for this call, else the estimator's own."""
         of_rules = keywords.names(tuple(DEFAULTS))
         known = (*settings.NAMES, "how", *of_rules)

@@ -30,16 +30,16 @@ from numbers import Real
 from typing import Any
 
 from restrain import registry
+from restrain.activation_points import Places, inputs, outputs
 from restrain.errors import PlanError, RestrainError
 from restrain.models.specs import RECURRENT, LayerData, hidden
+from restrain.named_tensors import near
 from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
 from restrain.penalties.derivative import OnDerivatives
-from restrain.places import Places, inputs, outputs
 from restrain.plandata import read_strength
 from restrain.plans import Plan
 from restrain.rules import Rule, What
-from restrain.select import as_where, weights
-from restrain.sites import near
+from restrain.selections import as_where, weights
 from restrain.transforms import (
     Dropout,
     GaussianNoise,

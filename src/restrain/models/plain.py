@@ -15,14 +15,14 @@ import numpy
 import torch
 from torch.optim import Optimizer
 
+from restrain.activation_points import Places, inputs
 from restrain.errors import FileError, RestrainError
 from restrain.penalties import L1
-from restrain.places import Places, inputs
 from restrain.plandata import read_strength, write_strength
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.schedule import Strength
-from restrain.select import Where
+from restrain.selections import Where
 from restrain.transforms import Noise
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}

@@ -11,22 +11,42 @@ the sums of the monitors in place, and nothing waits for a number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from restrain.engine import Attachment
 from restrain.models import drawing
+from restrain.models.data import Samples
 from restrain.models.formulas import formula_of
+from restrain.models.layers import Network
 from restrain.models.monitors import Means, training_values
 from restrain.models.recording import UnfitError, record
+from restrain.models.running import Plain
+from restrain.models.settings import Settings
 from restrain.models.specs import RECURRENT
+from restrain.rules import Rule
 from restrain.transforms import Noise
 
-if TYPE_CHECKING:
-    from restrain.models.training import Training
+
+class Training(Protocol):
+    """What is recorded: the `Training` of `training`."""
+
+    network: Network
+    reg: Attachment | None
+    rules: list[Rule]
+    train: Samples
+    settings: Settings
+    place: Plain
+    optimizer: torch.optim.Optimizer
+    step: Callable[[], Any]
+
+    def values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+        """Data loss and scores of a batch."""
+
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
 # another thread pays from so many entries on; shapes and addresses are always those of the recording
@@ -46,7 +66,7 @@ class _Loss(nn.Module):
     def forward(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """Both."""
         training = self.training_of[0]
-        values = training._values(self.network(x), x if y is None else y, weight)
+        values = training.values(self.network(x), x if y is None else y, weight)
         loss = values["data_loss"]
         loss = loss if training.reg is None else training.reg.loss(loss)
         return loss, {key: value.detach() for key, value in {**values, **training_values(training.reg)}.items()}
@@ -128,8 +148,7 @@ class Program:
     def _forget(self) -> None:
         """What the recording left with the rules belongs to no step."""
         if self.training.reg is not None:
-            self.training.reg._forwards.stepped()
-            self.training.reg._tripwire.collected = self.training.reg._forwards.ran = False
+            self.training.reg.forget()
 
     def _update(self, sums: Tensor, *rest: Tensor) -> list[Tensor]:
         """One update on flat arguments: its gradients, where the optimizer is to carry them out."""

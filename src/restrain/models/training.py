@@ -11,24 +11,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from restrain.engine.attach import attach
+from restrain.engine import Evaluation, attach
 from restrain.errors import PlanError, RestrainWarning, TrainingError
 from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
-from restrain.models.monitors import Looking, Means, Monitors, penalties, training_values
+from restrain.models.monitors import Means, Monitors, evaluating, penalties, training_values
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
 from restrain.penalties.derivative import OnDerivatives
 from restrain.rules import Rule
-
-if TYPE_CHECKING:
-    from restrain.models.program import Program
 
 _SOME = 1_000  # updates of a small network after which recording them has paid
 _LONG = 20_000  # after which compiling has
@@ -103,7 +100,7 @@ class Training:
         if self.state is not None:
             optimizers.load(self.optimizer, self.state)
         self.done, self.best = 0, Best()
-        self.program: Program | None = None
+        self.program: Any = None
         self.compiled: bool | str = self._by_length() if self.settings.compile == "auto" else self.settings.compile
         self.resumed = False  # with that decision
         self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
@@ -206,7 +203,7 @@ class Training:
         def closure() -> Tensor:
             self.forget()
             output = self.model(x)
-            values = self._values(output, x if y is None else y, weight)
+            values = self.values(output, x if y is None else y, weight)
             values = {key: share * value for key, value in values.items()}
             loss = values["data_loss"]
             loss = loss if self.reg is None else self.reg.loss(loss)
@@ -229,7 +226,7 @@ class Training:
         assert x is not None
         return x, y, weight
 
-    def _values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    def values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
         """The mean data loss and scores of a batch, each sample by its weight over the mean weight of all."""
         target = target.detach()
         values = {"data_loss": self.task.losses(output, target), **self.task.scores(output, target)}
@@ -240,22 +237,25 @@ class Training:
     def evaluate(self, samples: Samples) -> Monitors:
         """The monitors of samples, with noise and dropout off."""
         self.network.eval()
-        means, looking = Means(), Looking(self.reg)
-        graph = nullcontext() if looking.needs_graph else torch.no_grad()
-        with graph, looking.attached():
+        means = Means()
+        with evaluating(self.reg) as evaluation, self._graph(evaluation):
             for rows in batches(len(samples), max(self.settings.batch_size, 256)):
                 x, y, weight = self._batch(samples, rows)
                 x.requires_grad_(self.derivatives)
-                values = self._values(self.network(x), x if y is None else y, None)
-                values = {**values, **looking.values()}
+                values = self.values(self.network(x), x if y is None else y, None)
+                values = {**values, **({} if evaluation is None else evaluation.values())}
                 if weight is not None:
                     values |= self._weighted(x, y, weight, samples.mean_weight)
                 means.add({key: value.detach() for key, value in values.items()}, len(rows))
         return means.read(penalties(self.reg))
 
+    def _graph(self, evaluation: Evaluation | None) -> Any:
+        """Gradients on where a rule takes derivatives, else off."""
+        return nullcontext() if evaluation is not None and evaluation.needs_graph else torch.no_grad()
+
     def _weighted(self, x: Tensor, y: Tensor | None, weight: Tensor, mean: float) -> dict[str, Tensor]:
         """Data loss and scores by the weights."""
-        return self._values(self.network(x), x if y is None else y, weight * (self.mean_weight / mean))
+        return self.values(self.network(x), x if y is None else y, weight * (self.mean_weight / mean))
 
     # ---------------------------------------------------------------- compilation
 
@@ -307,7 +307,7 @@ class Training:
             **self.settings.identity(),
             "optimizer": type(self.optimizer).__name__,
             "network": {key: list(value.shape) for key, value in self.network.state_dict().items()},
-            "rules": [] if self.reg is None else [_said(bound.rule, bound.names) for bound in self.reg._bounds],
+            "rules": [] if self.reg is None else [_said(bound.rule, list(bound.names)) for bound in self.reg.rules],
             "data": fingerprint(self.train),
             "validation data": fingerprint(self.valid),
             "seed": self.seed,
@@ -363,9 +363,9 @@ class Training:
         with torch.no_grad():
             x, _, _ = self._batch(self.train, next(batches(len(self.train), 256)))
             empty += [name for name, h in outputs_of(self.network, x).items() if not h.any()]
-        for bound in self.reg._bounds:
+        for bound in self.reg.rules:
             mine = [name for name in bound.names if name in empty]
-            if mine and (bound.key in penalties(self.reg) or bound.rule.how == "project"):
+            if mine and (bound.is_penalty or bound.rule.how == "project"):
                 warnings.warn(
                     f"{bound.key!r} has emptied {', '.join(map(repr, mine))}: nothing but zeros there. A smaller "
                     "strength would keep some of it",

@@ -1,18 +1,16 @@
 """Penalties: tensor → number, with value, gradient and prox in one object."""
 
 from restrain.penalties.activity import L0, Confidence, DecoderL1, Entropy, Hoyer
-from restrain.penalties.base import Penalty, Scaled, Sum
+from restrain.penalties.base import NetworkPenalty, Penalty, Scaled, Sum
 from restrain.penalties.entrywise import L1, L2, MCP, SCAD, ElasticNet, Huber, LogSum, Lp, SoftBox
 from restrain.penalties.group import ExclusiveLasso, GroupLasso, GroupLInf, Norm
 from restrain.penalties.jacobian import Contractive, GradientPenalty, JacobianNorm
-from restrain.penalties.kept import Distance, Weighted
-from restrain.penalties.network import NetworkPenalty
-from restrain.penalties.pairs import ProductNorm, Tie
+from restrain.penalties.parameter_pairs import ProductNorm, Tie
 from restrain.penalties.sequences import NormChange, StateChange
-from restrain.penalties.sorted import SLOPE
 from restrain.penalties.spectral import NuclearNorm, Orthogonality, SpectralNorm
+from restrain.penalties.stateful import Distance, Weighted
 from restrain.penalties.statistics import Decorrelation, KLSparsity
-from restrain.penalties.structured import FusedLasso, SparseGroupLasso, TotalVariation
+from restrain.penalties.structured import SLOPE, FusedLasso, SparseGroupLasso, TotalVariation
 
 __all__ = [
     "Confidence",

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping_at
 from restrain.errors import PenaltyError, SelectionError
-from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size, checked_axis, checked_setting
-from restrain.penalties.rows import OfRows
+from restrain.named_tensors import Handle, fully_sharded, is_sharded, near, parameters
+from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_axis, checked_setting, in_float32
 from restrain.penalties.statistics import unit_axis
 from restrain.rules import How
-from restrain.sites import Handle, fully_sharded, is_sharded, near, parameters
 
 
 @dataclass(frozen=True)

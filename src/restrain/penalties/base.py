@@ -3,27 +3,210 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import inf, isfinite, prod
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from restrain import registry
-from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.checks import at_hand, batch_size, checked_factor, is_off, nothing, refuse_tensor, shown, times
-from restrain.penalties.formula import Tensors as Tensors
-from restrain.penalties.formula import in_float32 as in_float32
-from restrain.penalties.formula import of_tensors, taking_masks
-from restrain.penalties.network import NetworkPenalty as NetworkPenalty
+from restrain.errors import NoProxError, PenaltyError, SelectionError
+from restrain.fields import is_number, is_whole
+from restrain.named_tensors import Location
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
-from restrain.schedule import Strength
-from restrain.sites import Location
+from restrain.schedule import Strength, checked_number
+
+
+def checked_strength(strength: Any) -> float:
+    """A strength as a float.
+
+    Raises:
+        PenaltyError: it isn't a finite real number, zero or more.
+    """
+    if isinstance(strength, Strength):
+        raise PenaltyError(
+            f"{strength!r} moves, so it multiplies a penalty, as in {strength!r} * rs.L1(); write a number here"
+        )
+    return checked_number("a strength", strength)
+
+
+def checked_factor(strength: Any) -> Any:
+    """What a penalty can be multiplied by: a number as a float, a strength that moves, or the tensor of one.
+
+    Raises:
+        PenaltyError: it is none of these.
+    """
+    return strength if isinstance(strength, (Strength, Tensor)) else checked_number("a strength", strength)
+
+
+def refuse_tensor(strength: Any) -> None:
+    """Refuse a tensor that someone multiplies a penalty by.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if isinstance(strength, Tensor):
+        raise PenaltyError(
+            "a strength is a number, not a tensor: write float(strength), or a schedule or target for one that moves"
+        )
+
+
+def at_hand(strength: Any, penalty: object) -> Any:
+    """The strength itself: a number, or the tensor that holds one that moves.
+
+    Raises:
+        PenaltyError: one that moves, of a penalty that isn't attached to a model.
+    """
+    if isinstance(strength, Strength):
+        raise PenaltyError(
+            f"the strength of {penalty!r} moves with the steps of a training: attach a rule with it, or take it at one "
+            "step, as in schedule.at(100) * rs.L1()"
+        )
+    return strength
+
+
+def times(strength: Any, value: Tensor) -> Tensor:
+    """strength · value, in the value's own dtype."""
+    result: Tensor = value * (strength.to(value.dtype) if isinstance(strength, Tensor) else strength)
+    return result
+
+
+def is_off(strength: Any) -> bool:
+    """Whether it is a strength that moves and is zero now: then nothing need be computed."""
+    return isinstance(strength, Tensor) and not torch.compiler.is_compiling() and not strength
+
+
+def nothing(w: Tensor) -> Tensor:
+    """Zero, with a graph to `w`."""
+    return w.flatten()[:0].abs().sum()
+
+
+def shown(strength: Any) -> str:
+    """A strength as text; of the tensor of one that moves, what it is now."""
+    return f"{float(strength):g}" if isinstance(strength, Tensor) else repr(strength)
+
+
+def checked_setting(name: str, number: float, low: float, high: float = inf, *, closed: bool = False) -> None:
+    """Refuse a setting that isn't a finite number above `low` (or that, if `closed`) and below `high`.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if not is_number(number) or not (low < number < high or (closed and number == low)):
+        least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
+        most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
+        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
+
+
+def checked_flag(name: str, flag: Any) -> None:
+    """Refuse a setting that isn't true or false.
+
+    Raises:
+        PenaltyError: so it is.
+    """
+    if not isinstance(flag, bool):
+        raise PenaltyError(f"{name}= is True or False, got {flag!r}")
+
+
+def batch_size(h: Tensor, dim: int) -> int:
+    """The length of the batch axis of `h`.
+
+    Raises:
+        PenaltyError: `h` has no such axis.
+    """
+    if not -h.dim() <= dim < h.dim():
+        raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
+    return h.shape[dim]
+
+
+def checked_axis(name: str, axis: Any) -> int | None:
+    """An axis, or None for the usual one.
+
+    Raises:
+        PenaltyError: it is something else.
+    """
+    if axis is None or is_whole(axis):
+        return axis
+    raise PenaltyError(f"{name}= is an axis of the output, such as 1 or -1; got {axis!r}")
+
+
+Tensors: TypeAlias = Any
+"""What a penalty is called with: a tensor, or an iterable or mapping of them (a formula: one tensor)."""
+
+
+def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
+    """formula(w), computed at least in float32 and outside autocast.
+
+    Raises:
+        PenaltyError: `w` isn't of a floating-point or complex type.
+    """
+    if not (w.is_floating_point() or w.is_complex()):
+        raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
+    device = w.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return formula(at_least_float32(w))
+    return formula(at_least_float32(w))
+
+
+def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensors], Tensor]:
+    """A `__call__` for one tensor, made to take also an iterable or mapping of them, over which it sums.
+
+    `Penalty.__init_subclass__` puts it around the `__call__` of every subclass, so that whoever writes a
+    penalty writes its formula and nothing else. It is plain tensor code, which torch.compile traces with
+    fullgraph=True.
+    """
+
+    @functools.wraps(formula)
+    def call(self: Any, w: Tensors) -> Tensor:
+        if not isinstance(w, Tensor) and type(w).__module__.partition(".")[0] == "keras":
+            w = w.value  # of a variable of a Keras 3 layer, on its torch backend
+        if isinstance(w, Tensor):
+            return _scalar(self, in_float32(functools.partial(formula, self), w))
+        if isinstance(w, nn.Module) or not isinstance(w, Iterable):
+            hint = ": pass model.parameters()" if isinstance(w, nn.Module) else ""
+            raise PenaltyError(
+                f"{self!r} takes a tensor, or an iterable or mapping of them, got {type(w).__name__}{hint}"
+            )
+        members = list(w.values() if isinstance(w, Mapping) else w)
+        for member in members:
+            if not isinstance(member, Tensor):
+                raise PenaltyError(f"{self!r} got an iterable with {type(member).__name__} in it; it takes tensors")
+        if not members:
+            raise PenaltyError(f"{self!r} got an empty iterable of tensors: one that was already used up?")
+        values = [_scalar(self, in_float32(functools.partial(formula, self), member)) for member in members]
+        return functools.reduce(operator.add, [value.to(values[0].device) for value in values])
+
+    return call
+
+
+def _scalar(penalty: object, value: Any) -> Tensor:
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value
+    came = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise PenaltyError(f"the __call__ of {type(penalty).__name__} must return a 0-d tensor, got {came}: sum it")
+
+
+def taking_masks(over_batch: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """An `over_batch` that takes a mask; one without that argument is given h with zeros under the mask.
+
+    `Penalty.__init_subclass__` puts it around the `over_batch` of every subclass.
+    """
+    if "mask" in inspect.signature(over_batch).parameters:
+        return over_batch
+
+    @functools.wraps(over_batch)
+    def call(self: Any, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return over_batch(self, h if mask is None else self.without_padding(h, mask), dim)
+
+    return call
 
 
 class Penalty(What, ABC, register=False):
@@ -395,3 +578,149 @@ class Sum(Penalty, register=False):
 
     def leaves(self) -> list[tuple[Any, Penalty]]:
         return [pair for term in self.terms for pair in term.leaves()]
+
+
+class OfRows(Penalty, register=False):
+    """Base of penalties of a tensor as one row of entries; on outputs, of each sample, averaged over the batch."""
+
+    @abstractmethod
+    def over_rows(self, rows: Tensor) -> Tensor:
+        """The sum of the values of the rows of a matrix, which is float32 or wider."""
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.over_rows(w.reshape(1, -1))
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        h = h if mask is None else self.without_padding(h, mask)
+        if dim is None:
+            return self(h)
+        size = batch_size(h, dim)
+        rows = h.movedim(dim, 0).reshape(size, prod(h.shape) // max(size, 1))
+        return in_float32(lambda x: self.over_rows(x) / max(size, 1), rows)
+
+
+class NetworkPenalty(What, ABC, register=False):
+    """Base of penalties that see the whole network. It acts in the loss only.
+
+    A subclass needs only `__call__(self, parameters, outputs)`; then it can be scaled and added to others of
+    its kind. `.on(where, outputs=rs.outputs(...))` says which parameters and outputs it is given.
+
+    >>> class Energy(rs.NetworkPenalty):
+    ...     def __call__(self, parameters, outputs):
+    ...         return sum(h.square().mean() for h in outputs.values())
+    >>> (0.5 * Energy())({}, {"relu": torch.tensor([1.0, 3.0])})
+    tensor(2.5000)
+    """
+
+    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
+    takes_outputs = True
+
+    takes_frozen: bool = False
+    """Whether it is given frozen parameters, too."""
+
+    @abstractmethod
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        """The value, a differentiable 0-d tensor.
+
+        Args:
+            parameters: the selected parameters by name, without frozen ones (but see `takes_frozen`).
+            outputs: the selected layers' outputs by the layers' names; of a second call of "relu" by
+            "relu#2".
+        """
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        """Refuse, when a rule is attached, parameters that it can't take.
+
+        Raises:
+            SelectionError, PenaltyError: so it is.
+        """
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} sees the whole network: .on(...) takes its parameters, and its outputs go into "
+                "outputs=, "
+                "as in .on(rs.weights, outputs=rs.outputs('relu*'))"
+            )
+        return ("loss",)
+
+    def __mul__(self, strength: Any) -> NetworkPenalty:
+        if not isinstance(strength, (Real, Strength)):
+            return NotImplemented
+        if isinstance(self, ScaledNetwork):
+            return ScaledNetwork(checked_factor(strength) * self.strength, self.penalty)
+        return ScaledNetwork(checked_factor(strength), self)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Any) -> NetworkPenalty:
+        if isinstance(other, NetworkPenalty):
+            return NetworkSum((*_network_terms(self), *_network_terms(other)))
+        if isinstance(other, What):
+            raise PenaltyError(
+                f"{self!r} is a function of the whole network, {other!r} isn't: they can't be added; write a "
+                "rule for each"
+            )
+        return NotImplemented
+
+    def __radd__(self, other: Any) -> NetworkPenalty:
+        return self if isinstance(other, int) and other == 0 else self + other  # sum([p, q]) begins with 0
+
+
+def _network_terms(penalty: NetworkPenalty) -> tuple[NetworkPenalty, ...]:
+    return penalty.terms if isinstance(penalty, NetworkSum) else (penalty,)
+
+
+@dataclass(frozen=True, repr=False)
+class ScaledNetwork(NetworkPenalty, register=False):
+    """strength · penalty; made by `strength * penalty`."""
+
+    strength: float | Strength | Tensor
+    penalty: NetworkPenalty
+
+    def __repr__(self) -> str:
+        inner = f"({self.penalty!r})" if isinstance(self.penalty, NetworkSum) else repr(self.penalty)
+        return f"{shown(self.strength)} * {inner}"
+
+    @property
+    def takes_frozen(self) -> bool:  # type: ignore[override]
+        return self.penalty.takes_frozen
+
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        if is_off(self.strength):
+            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
+        return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        self.penalty.check(parameters)
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
+        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
+        return ScaledNetwork(strength, self.penalty.with_strengths(live))
+
+
+@dataclass(frozen=True, repr=False)
+class NetworkSum(NetworkPenalty, register=False):
+    """The sum of penalties on the same network; made by `p + q`."""
+
+    terms: tuple[NetworkPenalty, ...]
+
+    def __repr__(self) -> str:
+        return " + ".join(map(repr, self.terms))
+
+    @property
+    def takes_frozen(self) -> bool:  # type: ignore[override]
+        return any(term.takes_frozen for term in self.terms)
+
+    def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
+        value, *others = [term(parameters, outputs) for term in self.terms]
+        for other in others:
+            value = value + other.to(value.device)
+        return value
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        for term in self.terms:
+            term.check(parameters)
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
+        return NetworkSum(tuple(term.with_strengths(live) for term in self.terms))

@@ -17,16 +17,16 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from restrain.activation_points import Places, inputs, outputs
 from restrain.errors import CaptureError, PenaltyError, PlanError, SelectionError
 from restrain.fields import is_whole
-from restrain.penalties.again import Randomness, plainly, spare_buffers
-from restrain.penalties.checks import at_hand, checked_factor, shown, times
+from restrain.penalties.base import at_hand, checked_factor, shown, times
 from restrain.penalties.estimators import Batch, Run, between, pushed
+from restrain.penalties.replay import Randomness, plainly, spare_buffers
 from restrain.penalties.tangents import pushed_by_graph
-from restrain.places import Places, inputs, outputs
 from restrain.rules import How, What
 from restrain.schedule import Strength
-from restrain.select import Where
+from restrain.selections import Where
 
 Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
 RUNNING = ("jvp", "difference")  # those that run the model again, jvp where its graph doesn't do

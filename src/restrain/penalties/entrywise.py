@@ -11,8 +11,7 @@ from torch import Tensor
 
 from restrain.axes import squared
 from restrain.errors import PenaltyError
-from restrain.penalties.base import Penalty, Tensors
-from restrain.penalties.checks import checked_setting, checked_strength
+from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
 from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries
 
 _NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slope at the root is 1 - p/2 or more

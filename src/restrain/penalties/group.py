@@ -22,12 +22,10 @@ from restrain.axes import (
     grouping_of_samples,
 )
 from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size
-from restrain.penalties.rows import OfRows
+from restrain.named_tensors import Location
+from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, in_float32
 from restrain.penalties.shrink import at_least_float32, cut_groups, share_groups, shrink_entries, shrink_groups
 from restrain.rules import How
-from restrain.sites import Location
 
 
 @dataclass(frozen=True)

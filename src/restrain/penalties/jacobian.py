@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from restrain.activation_points import Places
 from restrain.errors import CaptureError, PenaltyError, PlanError
 from restrain.fields import is_number
 from restrain.penalties.derivative import CLOSED, COMPILED, RUNNING, Choice, DerivativePenalty, Estimator
 from restrain.penalties.estimators import Batch, exact, linear, of_the_same, projected
 from restrain.penalties.shrink import at_least_float32
-from restrain.places import Places
 from restrain.rules import What
-from restrain.select import Where
+from restrain.selections import Where
 
 _SMALL = 16  # rows or columns of a Jacobian that are computed exactly where the estimator is left to us
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
-from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size, checked_axis, checked_flag
+from restrain.penalties.base import Penalty, Tensors, batch_size, checked_axis, checked_flag, in_float32
 
 
 class _OfTransitions(Penalty, register=False):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
-from restrain.penalties.base import Penalty, Tensors
-from restrain.penalties.checks import checked_flag
+from restrain.named_tensors import Location
+from restrain.penalties.base import Penalty, Tensors, checked_flag
 from restrain.penalties.shrink import cut_groups, one_step, shrink_entries
 from restrain.penalties.unfold import (
     Rows,
@@ -24,7 +24,6 @@ from restrain.penalties.unfold import (
     unfolding_at,
 )
 from restrain.rules import How
-from restrain.sites import Location
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,17 @@ from torch import Tensor
 
 from restrain.axes import squared
 from restrain.errors import PenaltyError
-from restrain.penalties.across import over_processes
-from restrain.penalties.base import Penalty, Tensors, in_float32
-from restrain.penalties.checks import batch_size, checked_axis, checked_flag, checked_setting
-from restrain.penalties.wrapped import as_plain
+from restrain.penalties.all_reduce import over_processes
+from restrain.penalties.base import (
+    Penalty,
+    Tensors,
+    batch_size,
+    checked_axis,
+    checked_flag,
+    checked_setting,
+    in_float32,
+)
+from restrain.penalties.functorch import as_plain
 
 _EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
 _ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]

@@ -4,20 +4,110 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
 
+import torch
 from torch import Tensor
 
 from restrain.axes import Per, checked, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
-from restrain.penalties.base import Penalty, Tensors
-from restrain.penalties.checks import batch_size, checked_strength
+from restrain.fields import is_number
+from restrain.named_tensors import Location
+from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_strength
 from restrain.penalties.entrywise import L1
 from restrain.penalties.group import GroupLasso
-from restrain.penalties.shrink import as_step, at_least_float32, is_zero, one_step
-from restrain.penalties.strings import taut_slopes
+from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
 from restrain.rules import How
-from restrain.sites import Location
+
+_EPS = 8 * 2.0**-52  # rounding errors that count as none, relative to the sums
+
+
+@dataclass
+class _Knots:
+    """Where strings bend, in an array of all sequences one after the other."""
+
+    at: Tensor  # whether there is a knot behind an entry; the last entry of each sequence has one
+    side: Tensor  # 1 at the upper side of the tube, -1 at the lower one, 0 elsewhere and at the end of a sequence
+
+
+def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
+    """The slopes of the taut strings of the rows of y, within `radius` of their running sums.
+
+    They are argmin_x ½‖x - y‖² + radius Σ|x_{i+1} - x_i|. For an infinite radius: the nearest nonincreasing
+    sequence, whose string is the least concave majorant of the running sums. A row with an entry that isn't finite
+    becomes NaN. Differentiable, also in the radius.
+    """
+    if not y.numel():
+        return y.clone()
+    bad = ~y.isfinite().all(1, keepdim=True)
+    x = torch.where(bad, 0, exact(y))
+    one_sided = not isinstance(radius, Tensor) and radius == inf
+    with torch.no_grad():
+        tube = (0.0, inf) if one_sided else 2 * (float(torch.as_tensor(radius).detach()),)
+        knots = _knots(x, *tube)
+        starts, ids = _blocks(knots.at)
+        lengths = _sums(torch.ones_like(knots.side), ids, starts)
+        jumps = knots.side - knots.side.roll(1)
+    flat = x.flatten() if one_sided else x.flatten() + radius * jumps
+    slopes = (_sums(flat, ids, starts) / lengths)[ids].reshape(y.shape)
+    return torch.where(bad, torch.nan, slopes)
+
+
+def _knots(y: Tensor, below: float, above: float) -> _Knots:
+    """The knots of the strings through the tubes from `below` under the running sums to `above` over them.
+
+    Of a line between two known knots, the points farthest outside of the tube, above and below, are knots too: the
+    string must touch the tube there, or it would have an extremum in free air. So each round splits every block at
+    these points, until all lines stay inside: as in quickhull, a number of rounds like the logarithm of the length.
+    """
+    knots = _Knots(torch.zeros(y.numel(), dtype=torch.bool, device=y.device), torch.zeros_like(y).flatten())
+    knots.at[y.shape[1] - 1 :: y.shape[1]] = True
+    entries, values = torch.arange(y.numel(), device=y.device), y.flatten()
+    while len(entries):
+        over, under, split = _farthest(entries, values, knots, below, above)
+        upper, lower = entries[over], entries[under]
+        knots.at[upper], knots.side[upper] = True, 1.0
+        knots.at[lower], knots.side[lower] = True, -1.0
+        entries, values = entries[split], values[split]  # settled blocks are done with
+    return knots
+
+
+def _farthest(
+    entries: Tensor, values: Tensor, knots: _Knots, below: float, above: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entries are farthest over and under the tube in their block, and which are in a block with such."""
+    last = knots.at[entries]
+    starts, ids = _blocks(last)
+    ends = last.nonzero()[:, 0]
+    lengths = (ends - starts + 1).to(values)
+    # where the string passes, relative to the running sums: at knots known (before entry 0 the index is -1, of a 0)
+    left, right = below * knots.side[entries[starts] - 1], below * knots.side[entries[ends]]
+    rest = values - (_sums(values, ids, starts) / lengths)[ids]
+    run = rest.cumsum(0)
+    run -= (run[starts] - rest[starts])[ids]
+    place = torch.arange(1, len(entries) + 1, device=entries.device) - starts[ids]
+    line = left[ids] + ((right - left) / lengths)[ids] * place - run
+    tolerance = _EPS * (_sums(values.abs(), ids, starts) + left.abs() + right.abs())
+    high, low = torch.where(last, -inf, line), torch.where(last, inf, line)
+    top = torch.full_like(lengths, -inf).scatter_reduce(0, ids, high, "amax")
+    bottom = torch.full_like(lengths, inf).scatter_reduce(0, ids, low, "amin")
+    over, under = top > above + tolerance, bottom < -below - tolerance
+    return over[ids] & (high == top[ids]), under[ids] & (low == bottom[ids]), (over | under)[ids]
+
+
+def _blocks(last: Tensor) -> tuple[Tensor, Tensor]:
+    """Where blocks start, and of each entry the number of its block, from which entries are the last of one."""
+    first = last.roll(1)
+    first[:1] = True
+    return first.nonzero()[:, 0], first.cumsum(0) - 1
+
+
+def _sums(values: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
+    """Sums over blocks."""
+    return values.new_zeros(len(starts)).index_add(0, ids, values)
 
 
 @dataclass(frozen=True)
@@ -212,3 +302,69 @@ class FusedLasso(Named):
 
     def bound_to(self, at: Location) -> Penalty:
         return dataclasses.replace(self, dim=TotalVariation(self.dim).dim_of(at.tensor.shape, at))
+
+
+@dataclass(frozen=True)
+class SLOPE(OfRows):
+    """Σ_i weights_i |x|_(i), where |x|_(1) ≥ |x|_(2) ≥ ... are the sorted sizes: the sorted L1 norm, or OWL.
+
+    Large entries are penalised more than small ones, and entries of like size become equal in size. Equal weights give
+    `L1`, (1, 0, 0, ...) gives `Norm(inf)`, linear ones OSCAR. On outputs it is the value of each sample, averaged.
+
+    Args:
+        weights: one for each entry of the tensor, none above the one before, zero or more.
+        q: instead of weights, the rate of false discoveries that they control for orthogonal features: with n entries
+            and noise of deviation one, weight i is the quantile 1 - i q / (2 n) of the normal distribution.
+
+    Raises:
+        PenaltyError: neither of the two or both, or what they can't be; a tensor with another number of entries.
+
+    Source: Bogdan and others (2015), also for q; Zeng and Figueiredo (2014) for OWL.
+
+    >>> rs.SLOPE(weights=(2.0, 1.0, 0.5)).prox(torch.tensor([3.0, 4.0, -0.2]))
+    tensor([2., 2., 0.])
+    """
+
+    weights: tuple[float, ...] = ()
+    q: float = 0.0
+
+    keywords = ("owl",)
+    shrinks = True
+
+    def __post_init__(self) -> None:
+        weights = tuple(self.weights) if isinstance(self.weights, Iterable) else (self.weights,)
+        numbers = [w for w in weights if is_number(w) and w >= 0]
+        if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
+            raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
+        object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
+        given = self.q != 0
+        if given and not (is_number(self.q) and 0 < self.q < 1):
+            raise PenaltyError(f"q= is a rate between 0 and 1; got {self.q!r}")
+        if given == bool(weights):
+            raise PenaltyError("SLOPE takes either weights= or q=, as in SLOPE(q=0.1)")
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        x = at_least_float32(w)
+        t = as_step(one_step(step, self), x)
+        if is_zero(t):
+            return w.clone()
+        size, order = exact(x).abs().flatten().sort(descending=True)
+        kept = taut_slopes((size - t * self._weights(size))[None])[0].clamp_min(0)
+        z: Tensor = exact(x).sgn() * torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
+        return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+
+    def over_rows(self, rows: Tensor) -> Tensor:
+        size = rows.abs().sort(dim=1, descending=True).values
+        return (size * self._weights(size)).sum()
+
+    def _weights(self, size: Tensor) -> Tensor:
+        """The weights of a row, as precise as it is and where it is."""
+        n = size.shape[-1]
+        if self.q:
+            ranks = torch.arange(1, n + 1, dtype=torch.float64)
+            weights: Tensor = -torch.special.ndtri(ranks * (self.q / (2 * max(n, 1))))
+        else:
+            if n != len(self.weights):
+                raise PenaltyError(f"SLOPE has {len(self.weights)} weights, for a tensor of {n} entries: it needs {n}")
+            weights = torch.tensor(self.weights, dtype=torch.float64)
+        return weights.to(size)

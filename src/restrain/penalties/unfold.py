@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from restrain.axes import NAMES, Grouping, Per, checked, grouping
 from restrain.errors import PenaltyError
 from restrain.fields import is_whole
+from restrain.named_tensors import Location
 from restrain.penalties.shrink import at_least_float32
-from restrain.sites import Location
 
 Rows: TypeAlias = Per | tuple[int, ...]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
-from restrain.sites import Location
+from restrain.named_tensors import Location
 from restrain.transforms.base import Constraint, wide
 
 _SHOWN = 64  # entries of a pattern that a repr shows

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from restrain.errors import TransformError
 from restrain.fields import is_whole
+from restrain.named_tensors import Location
 from restrain.penalties.unfold import (
     Rows,
     SpectralMap,
@@ -23,7 +24,6 @@ from restrain.penalties.unfold import (
     unfolding,
     unfolding_at,
 )
-from restrain.sites import Location
 from restrain.transforms.base import Constraint, checked_number, slack, wide
 from restrain.transforms.sets import to_simplex
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.named_tensors import Location
 from restrain.penalties.shrink import exact
 from restrain.penalties.unfold import from_matrix, to_matrix
-from restrain.sites import Location
 from restrain.transforms.base import Constraint, checked_number, slack, wide
 
 MaybePer = Per | None

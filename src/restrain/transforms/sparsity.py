@@ -13,8 +13,8 @@ from torch import Tensor
 from restrain.axes import Grouping, Per, checked, grouping, grouping_at
 from restrain.errors import TransformError
 from restrain.fields import is_whole
+from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
-from restrain.sites import Location
 from restrain.transforms.base import Constraint, wide
 from restrain.transforms.sets import ByGroup, MaybePer
 

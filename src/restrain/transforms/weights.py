@@ -14,10 +14,10 @@ from torch.nn.utils import parametrizations
 from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
 from restrain.errors import TransformError
 from restrain.fields import is_whole
+from restrain.named_tensors import Location
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.penalties.unfold import Rows, checked_rows, from_matrix, to_matrix, unfolding, unfolding_at
-from restrain.sites import Location
 from restrain.transforms.base import Computed, Noise, Reparametrization, checked_number
 from restrain.transforms.sets import directions
 

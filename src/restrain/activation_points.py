@@ -1,0 +1,218 @@
+"""Where a rule on activations acts: the outputs and inputs of layers, and the algebra of such places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from restrain.errors import SelectionError
+from restrain.named_tensors import Layer, near
+from restrain.selections import SYMBOLS, Glob, Object, Regex, Where, as_where, chosen
+
+Calls = Literal["mean", "sum"]
+Argument = (
+    str | int | Callable[..., Any]
+)  # of the model's forward: its name, its position, or what makes it of them all
+
+
+class Places:
+    """Base of the selections of places; joins with other selections of places by `&`, `|` and `-`."""
+
+    def __and__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("and", self, _as_places(other))
+
+    def __or__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("or", self, _as_places(other))
+
+    def __sub__(self, other: Any) -> JoinedPlaces:
+        return JoinedPlaces("minus", self, _as_places(other))
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedPlaces(Places):
+    """Two selections of places joined by `&`, `|` or `-`."""
+
+    operation: Literal["and", "or", "minus"]
+    left: Places
+    right: Places
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} {SYMBOLS[self.operation]} {self.right!r})"
+
+
+@dataclass(frozen=True)
+class Place(Places):
+    """The outputs or inputs of the layers that `which` selects; see `outputs`."""
+
+    kind: Literal["outputs", "inputs"]
+    which: Where | None = None
+    via: Callable[[Tensor], Tensor] | None = None
+    index: int | str | None = None
+    batch_dim: int | None = None
+    calls: Calls = "mean"
+    mask: Argument | None = None
+    lengths: Argument | None = None
+
+    @property
+    def padded(self) -> bool:
+        """Whether a mask or lengths say which positions count."""
+        return self.mask is not None or self.lengths is not None
+
+    def __repr__(self) -> str:
+        given = ["" if self.which is None else repr(self.which)]
+        for key in ("via", "mask", "lengths"):
+            value = getattr(self, key)
+            shown = getattr(value, "__name__", value) if callable(value) else repr(value)
+            given += [f"{key}={shown}"] * (value is not None)
+        return f"rs.{self.kind}({', '.join(filter(None, given))})"
+
+
+def outputs(
+    which: Any = None,
+    *,
+    via: Callable[[Tensor], Tensor] | None = None,
+    index: int | str | None = None,
+    batch_dim: int | None = None,
+    calls: Calls = "mean",
+    mask: Argument | None = None,
+    lengths: Argument | None = None,
+) -> Place:
+    """The outputs of layers; of the whole model without an argument.
+
+    A glob takes the outermost layers that match, below the root; a type or a predicate takes all.
+
+    Args:
+        which: a glob over layer names, a list of them, a regex, a module, a type or a predicate f(name, module).
+        via: a function that the model itself calls on this output without a module (`torch.relu`); penalties see
+            `via(output)`.
+        index: which member of a tuple or dict output; by default the first floating-point tensor in it.
+        batch_dim: the batch axis; by default 0, or 1 where the layer says `batch_first=False`.
+        calls: a layer that is called several times in a forward counts by the "mean" or the "sum" of its calls.
+        mask: which positions count, so that padding doesn't: an argument of the model's own forward by its name ("~"
+            before it: where it is true, positions don't count) or position, or a function of all its arguments. It
+            is (batch, time), or of as many axes as the output; what isn't zero counts.
+        lengths: the lengths of the sequences, (batch,), likewise.
+
+    >>> rs.outputs("relu*", calls="sum")
+    rs.outputs('relu*')
+    """
+    return make_place(
+        "outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+    )
+
+
+def inputs(
+    which: Any = None,
+    *,
+    via: Callable[[Tensor], Tensor] | None = None,
+    index: int | str | None = None,
+    batch_dim: int | None = None,
+    calls: Calls = "mean",
+    mask: Argument | None = None,
+    lengths: Argument | None = None,
+) -> Place:
+    """The inputs of layers; of the whole model without an argument. Arguments as those of `outputs`.
+
+    >>> rs.inputs()
+    rs.inputs()
+    """
+    return make_place(
+        "inputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+    )
+
+
+def make_place(
+    kind: Literal["outputs", "inputs"],
+    which: Any,
+    *,
+    via: Any = None,
+    index: Any = None,
+    batch_dim: Any = None,
+    calls: Any = "mean",
+    mask: Any = None,
+    lengths: Any = None,
+) -> Place:
+    """The place that arguments of `outputs` or `inputs` stand for.
+
+    Raises:
+        SelectionError: an argument has a value that it can't have.
+    """
+    if calls not in ("mean", "sum"):
+        raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {calls!r}")
+    if via is not None and not callable(via):
+        raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {via!r}")
+    for key, value in (("mask", mask), ("lengths", lengths)):
+        named = isinstance(value, str | int) and not isinstance(value, bool)
+        if value is not None and not named and not callable(value):
+            raise SelectionError(
+                f"{key}= is the name of an argument of the model's forward, its position, or a function of all of "
+                f"them; got {value!r}"
+            )
+    if mask is not None and lengths is not None:
+        raise SelectionError("write mask= or lengths=, not both: they say the same")
+    return Place(kind, None if which is None else as_where(which), via, index, batch_dim, calls, mask, lengths)
+
+
+def _as_places(given: Any) -> Places:
+    if isinstance(given, Places):
+        return given
+    raise SelectionError(f"places join with places only, got {given!r}; write rs.outputs({given!r})")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place in a model: a layer, and what is caught there."""
+
+    layer: Layer
+    place: Place
+
+    @property
+    def name(self) -> str:
+        """The layer's name; the model itself is ''."""
+        return self.layer.name
+
+
+def select_places(where: Places, layers: Sequence[Layer]) -> list[Target]:
+    """The places that `where` selects, in the model's order, each layer once.
+
+    Raises:
+        SelectionError: it matches nothing, or only layers that are never called (a ModuleList).
+    """
+    if isinstance(where, Place):
+        return _place_targets(where, layers)
+    assert isinstance(where, JoinedPlaces)
+    left, right = select_places(where.left, layers), select_places(where.right, layers)
+    if where.operation == "or":
+        taken = {_tensor(target) for target in left}
+        return left + [target for target in right if _tensor(target) not in taken]
+    keys = {(t.place.kind, id(t.layer.module)) for t in right}
+    return [t for t in left if ((t.place.kind, id(t.layer.module)) in keys) == (where.operation == "and")]
+
+
+def _tensor(target: Target) -> tuple[Any, ...]:
+    """What tells the tensors at two places apart."""
+    place = target.place
+    return id(target.layer.module), place.kind, place.via, place.index
+
+
+def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:
+    if place.which is None:
+        return [Target(layers[0], place)]
+    which, below = place.which, layers[1:]
+    names, numbers = [layer.name for layer in below if layer.callable], {layer.name: i for i, layer in enumerate(below)}
+    taken = chosen(which, [[(layer, None)] for layer in below], numbers, names)
+    hits = [below[i] for i in sorted(taken) if below[i].callable]
+    if isinstance(which, Object) and which.target is layers[0].module:
+        hits = [layers[0]]
+    if isinstance(which, (Glob, Regex)):
+        seen = {id(hit.module) for hit in hits}
+        hits = [hit for hit in hits if not any(id(outer) in seen for outer in hit.chain[:-1])]
+    targets = {id(hit.module): Target(hit, place) for hit in reversed(hits)}
+    if not targets:
+        pattern = which.pattern if isinstance(which, (Glob, Regex)) else ""
+        why = " that is ever called (a ModuleList is not)" if taken else ""
+        raise SelectionError(f"{place!r} matches no layer{why}{near(pattern, names)}")
+    return list(reversed(targets.values()))

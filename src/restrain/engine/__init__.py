@@ -1,0 +1,17 @@
+"""The engine: binds rules to a model and carries them out. What it offers to the rest of the package stands here."""
+
+from restrain.engine.attach import Attachment, Evaluation, attach
+from restrain.engine.core import Draws, Hook, structures
+from restrain.engine.forward import Point, forget_compiled_code, paused
+
+__all__ = [
+    "Attachment",
+    "Draws",
+    "Evaluation",
+    "Hook",
+    "Point",
+    "attach",
+    "forget_compiled_code",
+    "paused",
+    "structures",
+]

@@ -1,0 +1,442 @@
+"""Attaching a plan to a model: the object that a person holds while training."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.declare import declared_rules
+from restrain.engine.attach import report
+from restrain.engine.attach.conflicts import join, leave
+from restrain.engine.attach.evaluation import Evaluation, latest
+from restrain.engine.attach.installation import Hooks
+from restrain.engine.attach.state import DetachedAttachment, check, fill
+from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
+from restrain.engine.binding import (
+    at_steps,
+    bind,
+    check_optimizers,
+    given_optimizers,
+    network_value,
+    noisy,
+    parameter_values,
+    parametrized,
+)
+from restrain.engine.core import Root, eagerly
+from restrain.engine.distributed import ranks, shards
+from restrain.engine.forward import Forwards, Parts, forget_compiled_code, set_cells
+from restrain.engine.step import Clock, Compile, Stepper, Work, hold_from_now
+from restrain.engine.strengths import Strengths
+from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
+from restrain.errors import DetachedError, PenaltyError, PlanError
+from restrain.garbage import uncollected
+from restrain.named_tensors import Handle, unwrap
+from restrain.penalties import NetworkPenalty, Penalty
+from restrain.plans import Plan
+from restrain.rules import Rule, What
+from restrain.transforms import GradientNoise, Noise
+
+# Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
+_claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def attach(
+    model: nn.Module,
+    plan: Any = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    compile: Compile = "auto",
+) -> Attachment:
+    """Bind a plan, and what the model's layers declare, to a model and its optimizer.
+
+    Args:
+        model: any module; wrappers (compiled, DDP) are seen through. It is neither wrapped nor changed.
+        plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
+        optimizer: the one that trains it, a list of them, or None if no rule acts at the optimizer's step.
+        compile: whether what rules do at the optimizer's step is compiled, where it can be together with the update
+            of SGD, Adam or AdamW: True, False, or "auto", after as many steps as make up for the time that it takes.
+            Results differ by rounding. Where there is no compiler it is done without.
+
+    Returns:
+        The attachment; also a context manager that detaches at the end.
+
+    Raises:
+        SelectionError: a rule matches nothing.
+        HowError, OptimizerError, NoProxError: a rule that can't be carried out as said.
+        PlanError: there is nothing to attach; another `compile`.
+
+    >>> model = nn.Linear(3, 2)
+    >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
+    ...     loss = reg.loss(model(torch.randn(4, 3)).square().mean())
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
+    if compile != "auto" and not isinstance(compile, bool):
+        raise PlanError(f"compile= is True, False or 'auto', got {compile!r}")
+    declared, modules = declared_rules(model, skip=_claimed)
+    rules = Plan.of(plan) + Plan(tuple(declared))
+    refuse_wrapped(model, rules)
+    if not len(rules):
+        raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
+    with uncollected():
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
+
+
+@dataclass(frozen=True)
+class BoundRule:
+    """A rule of an attachment: its key in `values()`, what it acts on by name, and whether it has a value."""
+
+    key: str
+    rule: Rule
+    names: tuple[str, ...]
+    is_penalty: bool
+
+
+class Attachment:
+    """A plan bound to a model. Made by `attach`; holds the model weakly."""
+
+    def __init__(
+        self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
+    ) -> None:
+        self._model = weakref.ref(model)
+        self._bounds = bind(plan, model)
+        check_optimizers(self._bounds, model, optimizers)
+        report.note_gathered(self._bounds, model)
+        self._forwards = Forwards()
+        self._hooks = Hooks(self._forwards)
+        self._detached = False
+        self._declaring = [weakref.ref(module) for module in declaring]
+        self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
+        self._clock = Clock(self._model, optimizers, self._keep_up)
+        self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
+        self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
+        self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
+        self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
+        self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
+        _claimed.update(declaring)
+        try:
+            self._parametrized.begin(parametrized(self._bounds), model)
+            self._parts.begin([s for b in self._bounds for s in (*b.points, *(w.point for w in b.recorders))], model)
+            self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
+            self._weight_noise.begin(noisy(self._bounds), model)
+            self._listen()
+            if self._hooks.at_layers or self._weight_noise.hooks:
+                forget_compiled_code()
+            self._attach_steps(model, optimizers, compile)
+            if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
+                ranks.warn_of_shared_random_state()
+        except BaseException:  # a warning that is an error, a user's projection that fails
+            self.detach()  # leave no hook behind
+            raise
+
+    def _listen(self) -> None:
+        """To forwards, of which one begins another training step, and to real steps of the optimizers."""
+        self._forwards.began = self._clock.end
+        self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
+        self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
+        self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
+
+    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
+        """The work at the optimizers' steps; constraints hold from now on."""
+        works: dict[str, Work] = {}
+        for bound in self._bounds:
+            if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
+                kind = "noise" if isinstance(bound.rule.what, GradientNoise) else bound.rule.how
+                for handle, what in at_steps(bound, model):
+                    if handle.name not in works:
+                        works[handle.name] = Work(handle)
+                    getattr(works[handle.name], kind).append((bound.rule, what))
+        join(self, list(works.values()), model)
+        if works:
+            whole = list(works.values())
+            folds = not self._strengths.by_gradients
+            self._steppers = [Stepper(one, whole, lambda: self.model, compile, folds) for one in optimizers]
+            unknown = UnknownOptimizers(optimizers, [work.handle for work in whole])
+            self._clock.on_real.append(unknown.after)
+        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
+        for bound in self._bounds:
+            bound.notes += notes.get(bound.key, [])
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, below its wrappers.
+
+        Raises:
+            DetachedError: it doesn't exist any more.
+        """
+        model = self._model()
+        if model is None:
+            raise DetachedError("the model of this attachment doesn't exist any more; attach the plan to the new one")
+        return model
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as bound: every selection by the names that it resolved to."""
+        return Plan(tuple(bound.rule for bound in self._bounds))
+
+    def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
+        """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
+
+        Scale the result by your accumulation: `reg.loss(l) / 4`. In evaluation (`eval()`, `no_grad()`) penalties on
+        parameters are added, those on activations are not measured.
+
+        Args:
+            loss: the scalar data loss.
+            share: the part of the penalties that is added: 1/4 where four losses are accumulated that are already
+                divided by the number of all four's items.
+
+        Raises:
+            NeverFiredError: a place was never reached by the forward.
+            PenaltyError: the loss isn't a scalar.
+            DetachedError: the rules were detached.
+        """
+        if torch.compiler.is_compiling():  # a whole step was given to torch.compile
+            return eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PenaltyError(
+                f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()"
+            )
+        all_of_it = isinstance(share, float | int) and share == 1
+        direct, hidden = self._terms(loss if all_of_it else loss / share)
+        for term, factor in direct:
+            own = (term if isinstance(share, float | int) else share * term).to(loss.device)
+            loss = torch.add(loss, own, alpha=factor * (share if isinstance(share, float | int) else 1))
+        if not hidden:
+            return loss
+        value, write = self._hidden(hidden, loss, share)
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32))
+        return Root.apply(loss, share * value, write)  # type: ignore[no-untyped-call, no-any-return]
+
+    def penalty(self) -> Tensor:
+        """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
+
+        In compiled models and inside reentrant checkpoints, the gradient of penalties on activations travels with the
+        backward of the data loss: there use it in one sum with that loss, by `backward()`; `reg.loss` always works.
+        """
+        if torch.compiler.is_compiling():
+            return eagerly(self.penalty)  # type: ignore[no-any-return]
+        direct, hidden = self._terms()
+        total = torch.zeros((), dtype=torch.float32)
+        if direct:
+            total = direct[0][0] * direct[0][1]
+            for term, factor in direct[1:]:
+                total = torch.add(total, term.to(total.device), alpha=factor)
+        if not hidden:
+            return total
+        value, write = self._hidden(hidden, total)
+        anchor = total if total.requires_grad else total.detach().clone().requires_grad_(torch.is_grad_enabled())
+        return Root.apply(anchor, value, write)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _terms(self, loss: Tensor | None = None) -> tuple[list[tuple[Tensor, float]], list[Any]]:
+        """The values of the loss rules that are due: those with their graphs, and factors; collected ones without."""
+        model = self.model
+        if (
+            torch.is_grad_enabled() and not self._forwards.recorders
+        ):  # what a forward measured has the strength that it had
+            self._clock.end()
+        if self._detached:
+            raise DetachedError(
+                "these rules were detached: attach the plan again, rs.attach(model, reg.plan, optimizer)"
+            )
+        if not self._loss_rules:
+            return [], []
+        self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
+        due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
+        on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
+        terms = parameter_values(on_parameters, model) if on_parameters else []
+        recorded = self._collect(loss)
+        for bound in due.values():
+            if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.output_recorders):
+                terms.append(network_value(bound, model, self._forwards.outputs.get(bound.key, {})))
+                for recorder in bound.output_recorders[:1]:
+                    recorder.remember([(terms[-1].detach(), 1.0)])
+        derived = [b.derivative.value(model, loss) for b in due.values() if b.derivative is not None and recorded]
+        terms += [term for term in derived if term is not None]
+        collected = [one for one in self._forwards.current if recorded and one.recorder.rule in due]
+        factors = [(term, 1.0) for term in terms]
+        factors += [(one.direct, one.factor) for one in collected if one.direct is not None]
+        return factors, [one for one in collected if one.hidden is not None]
+
+    def _collect(self, loss: Tensor | None) -> bool:
+        """Collect what the forwards recorded; false in evaluation, where they record nothing."""
+        if self._forwards.recorders and self.model.training and torch.is_grad_enabled():
+            self._forwards.collect(loss)
+            return True
+        return False
+
+    def _hidden(self, hidden: list[Any], joins: Tensor, share: float | Tensor = 1.0) -> tuple[Any, Any]:
+        """The value of penalties whose gradient is injected, where it joins others; what sets it off in backward."""
+
+        def write(gradient: Tensor | None) -> None:
+            if self._detached and any(one.recorder.rooted for one in hidden):
+                raise DetachedError(
+                    "the rules were detached before backward(), which recomputes a checkpoint without them"
+                )
+            set_cells(hidden, None if gradient is None else gradient * share)
+
+        value = sum([one.hidden for one in hidden])
+        return value.to(joins.device, joins.dtype) if isinstance(value, Tensor) else value, write
+
+    def values(self) -> dict[str, float]:
+        """{rule: strength × value} of every penalty, computed now; one key a rule.
+
+        Of a penalty on activations the value that was last collected; nan before the first.
+        """
+        return report.values(self._bounds, self.model, self._forwards)
+
+    def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
+        """Each penalty's value, the norm of its gradient over the model's parameters, and its share.
+
+        Args:
+            data_loss: if given, its gradient's norm takes part in the shares, under the key "data"; call it before
+                backward(), whose graph is kept.
+        """
+        self._collect(data_loss)
+        return report.measure(self._bounds, self.model, self._forwards, data_loss)
+
+    @property
+    def rules(self) -> list[BoundRule]:
+        """The rules as bound: the key of each, the rule, and the names of what it acts on."""
+        return [BoundRule(bound.key, bound.rule, tuple(bound.names), bound.is_penalty) for bound in self._bounds]
+
+    def latest(self) -> dict[str, Tensor]:
+        """{rule: strength × value} of every penalty as tensors, without waiting for the device.
+
+        Of a penalty on activations the value that was last collected; zero before the first.
+        """
+        return latest(self._bounds, self.model)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[Evaluation]:
+        """Measure rules in evaluation, where `reg.loss` leaves activations out.
+
+        >>> model = nn.Linear(3, 2)
+        >>> with rs.attach(model, rs.L2().on(rs.outputs())) as reg, reg.evaluating() as evaluation:
+        ...     h = model.eval()(torch.ones(4, 3))
+        ...     value = evaluation.values()["l2 on outputs()"]
+        >>> bool(value.isclose(h.square().sum(1).mean()))
+        True
+        """
+        with Evaluation(self._bounds, self.model).attached() as evaluation:
+            yield evaluation
+
+    def forget(self) -> None:
+        """Forget what forwards have given since the last step, as if they had never run."""
+        self._forwards.stepped()
+        self._tripwire.collected = self._forwards.ran = False
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
+        return self._parametrized.learned()
+
+    def strengths(self) -> dict[str, float]:
+        """{rule: its strength now} of the strengths that move: of schedules and of targets."""
+        return {moving.key: float(moving.now) for moving in self._strengths.moving}
+
+    def next_epoch(self) -> None:
+        """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        self._clock.end()
+        self._clock.epochs += 1
+        self._strengths.refill(self._clock.steps, self._clock.epochs)
+
+    def table(self, values: bool = False) -> str:
+        """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
+        return report.table(self._bounds, self.model, self.values() if values else None)
+
+    def detach(self) -> None:
+        """Take every hook away; nothing of ours stays behind. Calling it again does nothing."""
+        self._hooks.remove()
+        self._parts.end()
+        for stepper in self._steppers:
+            stepper.remove()
+        model = self._model()
+        self._weight_noise.end(model)
+        if model is not None:
+            self._parametrized.end(model)
+        self._clock.remove()
+        for module in filter(None, (reference() for reference in self._declaring)):
+            _claimed.discard(module)
+        self._steppers, self._detached = [], True
+        leave(self)
+        self._forwards.stepped()
+
+    def _keepers(self) -> Iterator[tuple[str, dict[str, Tensor], What, Handle | None]]:
+        """All that keeps tensors, under names of their own, with these, and the parameter it is bound to, if any."""
+        for bound in self._bounds:
+            acting: list[tuple[str, Any, Handle | None]] = [(h.name, what, h) for h, what in bound.parameters]
+            acting += [(recorder.point.key, recorder.penalty, None) for recorder in bound.penalty_recorders]
+            states = {id(what): what.state() for what in {id(what): what for _, what, _ in acting}.values()}
+            for name, what, handle in acting if any(states.values()) else ():
+                if states[id(what)]:
+                    yield f"{bound.key}: {name}", states[id(what)], what, handle
+
+    def _keep_up(self, root: nn.Module) -> None:
+        """After a training step: let those that keep tensors bring them up to date, and strengths move."""
+        if self._keeping or self._strengths.bounds:
+            with torch.no_grad():
+                for what, handle in self._keeping:
+                    what.stepped(None if handle is None else shards.whole(handle.find(root)))
+                self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
+
+    def _works(self) -> list[Work]:
+        """What is done at the optimizers' steps; all of them share it."""
+        return self._steppers[0].works if self._steppers else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rules have counted and keep: numbers and tensors for a checkpoint."""
+        self._clock.end()
+        return {
+            "version": 1,
+            "rules": [bound.key for bound in self._bounds],
+            "steps": self._clock.steps,
+            "epochs": self._clock.epochs,
+            "optimizer_steps": [stepper.steps for stepper in self._steppers],
+            # a tuple, as torch.distributed.checkpoint loads of a dict only what a fresh attachment has already
+            "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works() if work.kept),
+            "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
+            "strengths": self._strengths.state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` left off.
+
+        Raises:
+            PlanError: it belongs to other rules, or a part of it is missing; nothing is changed then.
+        """
+        mine = self.state_dict()
+        check(state, mine)
+        self._clock.resume(state["steps"])
+        for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
+            stepper.steps = steps
+        metrics = dict(state.get("metrics", ()))
+        for work in self._works():
+            kept, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
+            work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
+        fill(mine["kept"], state["kept"])
+        self._clock.epochs = state["epochs"]
+        self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def __repr__(self) -> str:
+        model = self._model()
+        whose = "a model that is gone" if model is None else type(model).__name__
+        return f"<Attachment of {len(self._bounds)} rules to {whose}>"
+
+    def __reduce__(self) -> Any:
+        return (DetachedAttachment, (self.plan,))

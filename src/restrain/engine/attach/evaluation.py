@@ -1,0 +1,99 @@
+"""The values of rules in evaluation, where the hooks that measure activations rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine.binding import Bound, network_value, parameter_values
+from restrain.engine.core import structures
+from restrain.engine.forward import Inputs, PenaltyRecorder, Recorder, positional
+from restrain.penalties import NetworkPenalty
+from restrain.penalties.statistics import resting
+
+
+class Evaluation:
+    """What a model's forwards in evaluation give for the rules of an attachment; made by `Attachment.evaluating`."""
+
+    def __init__(self, bounds: Sequence[Bound], model: nn.Module) -> None:
+        self._bounds, self._model = bounds, model
+        self._seen: dict[int, Tensor] = {}  # recorder -> tensor of the last forward
+        self._inputs: Inputs | None = None  # arguments of the model's last forward
+
+    @property
+    def needs_graph(self) -> bool:
+        """Whether a rule takes derivatives, so that the forward must run with gradients on."""
+        return any(bound.output_recorders or bound.derivative for bound in self._bounds)
+
+    @contextmanager
+    def attached(self) -> Iterator[Evaluation]:
+        """Hooks on the model and its layers, within it."""
+        with ExitStack() as stack:
+            for bound in self._bounds:
+                for recorder in bound.recorders:
+                    stack.callback(self._hook(recorder).remove)
+            stack.callback(self._model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
+            yield self
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._inputs = (args, kwargs, positional(module))
+
+    def _hook(self, recorder: Recorder) -> Any:
+        place, module = recorder.point.place, recorder.point.find(self._model)
+
+        def keep(structure: Any) -> None:
+            way = structures.find(structure, place.index)
+            if way is not None:
+                self._seen[id(recorder)] = structures.get(structure, way)
+
+        if place.kind == "inputs":
+            return module.register_forward_pre_hook(lambda module, args: keep(dict(enumerate(args))))
+        return module.register_forward_hook(lambda module, args, output: keep(output))
+
+    def values(self) -> dict[str, Tensor]:
+        """{rule: strength × value} of every penalty, for the model's last forward; the data loss is in none of them."""
+        values: dict[str, Tensor] = {}
+        for bound in self._bounds:
+            if bound.penalty_recorders:
+                with torch.no_grad(), resting():
+                    values[bound.key] = torch.stack(
+                        [self._value(recorder) for recorder in bound.penalty_recorders]
+                    ).sum()
+            elif bound.derivative is not None and bound.derivative.penalty.of_loss:
+                continue  # the data loss here is of other modes and weights
+            elif bound.derivative is not None:
+                values[bound.key] = bound.derivative.of_tensors(self._seen)
+            elif isinstance(bound.rule.what, NetworkPenalty):
+                outputs = {
+                    recorder.point.key: recorder.point.seen(self._seen[id(recorder)])
+                    for recorder in bound.output_recorders
+                }
+                values[bound.key] = network_value(bound, self._model, outputs)
+            elif bound.is_penalty:
+                values[bound.key] = parameter_values([bound], self._model)[0]
+        return values
+
+    def _value(self, recorder: PenaltyRecorder) -> Tensor:
+        inputs = self._inputs if recorder.point.place.padded else None
+        return (
+            recorder.evaluate(self._seen[id(recorder)], (), recorder.point.find(self._model), inputs) * recorder.weight
+        )
+
+
+def latest(bounds: Sequence[Bound], model: nn.Module) -> dict[str, Tensor]:
+    """The value of each penalty at the loss that was collected last, as tensors on the device."""
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for bound in bounds:
+            if bound.recorders:
+                parts = [part.reshape(()) for recorder in bound.recorders for part in recorder.last]
+                values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
+            elif isinstance(bound.rule.what, NetworkPenalty):
+                values[bound.key] = network_value(bound, model, {})
+            elif bound.is_penalty:
+                values[bound.key] = parameter_values([bound], model)[0]
+    return values

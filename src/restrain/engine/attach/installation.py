@@ -1,0 +1,114 @@
+"""Puts the hooks of bound rules on a model: one a layer and side, whatever the number of rules there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from restrain.engine.binding import Bound
+from restrain.engine.core import Overrides
+from restrain.engine.forward import Forwards, InputHook, LayerHook, Point, RootBegins, RootEnds, positional
+from restrain.errors import HowError
+from restrain.transforms import Noise
+
+
+class Hooks:
+    """The hooks on the layers of a model, and on the model itself."""
+
+    def __init__(self, forwards: Forwards) -> None:
+        self.forwards = forwards
+        self.at_layers: dict[tuple[int, str], LayerHook] = {}  # by layer and side
+        self._handles: list[Any] = []
+
+    def put(self, bounds: Sequence[Bound], model: nn.Module, on_root: bool, steps: Callable[[], int]) -> None:
+        """Put them all there; two on the model itself if penalties are to join the loss (`on_root`)."""
+        if on_root:
+            acting = [bound for bound in bounds if bound.rule.how == "loss" and bound.parameters]
+            handles = {handle.name: handle for bound in acting for handle, _ in bound.parameters}
+            self.forwards.overridden = Overrides(list(handles.values()))
+            self.forwards.overridden.remember(model)
+            for bound in acting:
+                bound.overridden = self.forwards.overridden
+            padded = any(recorder.point.place.padded for bound in bounds for recorder in bound.penalty_recorders)
+            self.forwards.names = positional(model) if padded else None
+            begins = RootBegins(self.forwards)
+            self._handles.append(model.register_forward_pre_hook(begins, prepend=True, with_kwargs=padded))
+        for bound in bounds:
+            if bound.derivative is not None:
+                bound.derivative.bind(self.forwards, _timer(bound, steps), weakref.ref(model))
+                arguments = bound.derivative.arguments
+                self._handles.append(model.register_forward_pre_hook(arguments, with_kwargs=True))
+        for point in {
+            id(recorder.point): recorder.point for bound in bounds for recorder in bound.penalty_recorders
+        }.values():
+            _refuse_noise_of_another(model, point)
+        known = dict[int, LayerHook]()  # by the places, which rules of the same selection share
+        for bound in bounds:
+            self._put_at_layers(bound, model, known)
+        for hook in self.at_layers.values():
+            others = hook.output_recorders or hook.probes or hook.noises or self.forwards.derived
+            alone = (
+                len(hook.penalty_recorders) == 1
+                and not others
+                and hook.penalty_recorders[0].simple
+                and not hook.penalty_recorders[0].activities
+            )
+            hook.lone = (
+                hook.penalty_recorders[0] if alone and hook.penalty_recorders[0].point.place.index is None else None
+            )
+        if on_root:
+            self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
+
+    def _put_at_layers(self, bound: Bound, model: nn.Module, known: dict[int, LayerHook]) -> None:
+        self.forwards.watch(
+            bound.penalty_recorders,
+            bound.output_recorders,
+            () if bound.derivative is None else bound.derivative.recorders,
+        )
+        probes = bound.derivative.probes if bound.derivative is not None else []
+        for recorder in (*bound.penalty_recorders, *bound.output_recorders, *probes):
+            if id(recorder.point) not in known:
+                known[id(recorder.point)] = self._at(model, recorder.point)
+        for recorder in bound.penalty_recorders:
+            known[id(recorder.point)].penalty_recorders.append(recorder)
+        for recorder in bound.output_recorders:
+            known[id(recorder.point)].output_recorders.append(recorder)
+        for probe in probes:
+            known[id(probe.point)].probes.append(probe)
+        if isinstance(bound.rule.what, Noise):
+            for point in bound.points:
+                self._at(model, point).noises.append((bound.rule.what, point))
+
+    def _at(self, model: nn.Module, point: Point) -> LayerHook:
+        module, kind = point.find(model), point.place.kind
+        key = (id(module), kind)
+        if key not in self.at_layers and kind == "outputs":
+            self.at_layers[key] = LayerHook(self.forwards)
+            self._handles.append(module.register_forward_hook(self.at_layers[key], with_kwargs=True))
+        elif key not in self.at_layers:
+            self.at_layers[key] = hook = InputHook(self.forwards)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self.at_layers[key]
+
+    def remove(self) -> None:
+        """Take them away."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:
+    return lambda: bound.rule.due(steps())
+
+
+def _refuse_noise_of_another(model: nn.Module, point: Point) -> None:
+    module = point.find(model)
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if isinstance(hook, LayerHook) and hook.noises:
+            raise HowError(
+                f"another attachment has noise at {point.name!r}, which this one's penalty would see: put both into "
+                "one plan, or attach the noise last"
+            )

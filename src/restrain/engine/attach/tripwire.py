@@ -1,0 +1,90 @@
+"""Errors at the optimizer's step: a penalty that was meant for the loss but never collected; another optimizer."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from restrain.engine.binding import Bound
+from restrain.engine.forward import Forwards
+from restrain.engine.step import Clock
+from restrain.errors import NotCollectedError, OptimizerError
+from restrain.named_tensors import Handle
+
+
+class Tripwire:
+    """After each real step of an optimizer that trains the model: whether the loss-mode rules were collected.
+
+    `collected` is set by the attachment whenever the penalties are asked for.
+    """
+
+    def __init__(self, bounds: list[Bound], forwards: Forwards, clock: Clock) -> None:
+        self.bounds, self.forwards, self.clock = bounds, forwards, clock
+        self.collected = False
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a real step.
+
+        Raises:
+            NotCollectedError: a training forward ran, and rules that act in the loss were not asked for.
+        """
+        forgotten, step = self.forwards.ran and not self.collected, self.clock.steps - 1
+        missed = (
+            [b for b in self.bounds if b.rule.due(step) and self._concerns(b, optimizer, root)] if forgotten else []
+        )
+        self.forwards.ran = self.collected = False
+        if missed:
+            raise NotCollectedError(
+                "the optimizer took a step after a training forward, but these rules were not in the loss: "
+                f"{', '.join(repr(bound.key) for bound in missed)}. Write loss = reg.loss(data_loss) before "
+                "loss.backward(); or attach them with how='gradient', which needs no line in the loop"
+            )
+
+    def _concerns(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
+        """Whether the optimizer holds a parameter that the rule acts on, or (for activations) any of the model."""
+        if bound.points or bound.output_recorders:
+            return True
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(p) in held for handle, _, _ in bound.standing(root) for p in handle.stored(root))
+
+
+class UnknownOptimizers:
+    """Sees to it that what rules act on at the step is stepped by the optimizers that were given to `attach`."""
+
+    def __init__(self, optimizers: Sequence[Optimizer], handles: Sequence[Handle]) -> None:
+        self.known, self.handles = weakref.WeakSet(optimizers), handles
+        self.stepped = False  # whether a known one has, since a stranger did: one may be a part of the other
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a real step.
+
+        Raises:
+            OptimizerError: of another optimizer, which moved such a parameter without its rules.
+        """
+        if optimizer in self.known:
+            self.stepped = True
+            return
+        stepped, self.stepped = self.stepped, False
+        held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        found = [(handle.name, handle.find(root)) for handle in self.handles]
+        moved = [name for name, p in found if id(p) in held and p.requires_grad]
+        if moved and not stepped and not self._within():
+            raise OptimizerError(
+                f"{', '.join(map(repr, moved[:5]))} {'was' if len(moved) == 1 else 'were'} moved by a "
+                f"{type(optimizer).__name__} that wasn't given to rs.attach, so the rules at the optimizer's step "
+                "never came: reg.detach(), then rs.attach(model, reg.plan, optimizer) with the one that trains it"
+            )
+
+    def _within(self) -> bool:
+        """Whether a step of a known optimizer runs, of which this one is a part."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            known = frame.f_code.co_name == "step" and frame.f_locals.get("self")
+            if isinstance(known, Optimizer) and known in self.known:
+                return True
+            frame = frame.f_back  # type: ignore[assignment]
+        return False

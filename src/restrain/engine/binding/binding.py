@@ -1,0 +1,366 @@
+"""Binds the rules of a plan to a model's tensors and layers, and refuses at once what can't work."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from restrain.activation_points import Places, Target, select_places
+from restrain.engine.core import Overrides
+from restrain.engine.distributed import shards
+from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder, blank, masks
+from restrain.engine.loss import AtPlace
+from restrain.engine.strengths import Moving, tensor_of
+from restrain.engine.weights import Site, check_computable, sites_of
+from restrain.errors import HowError, SelectionError
+from restrain.named_tensors import Handle, Location, Slot, is_sharded, layers, parameters
+from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties.functorch import trained
+from restrain.rules import Rule, What
+from restrain.selections import Names, Parameters, Where
+from restrain.transforms.base import Constraint, Noise
+
+
+@dataclass
+class Bound:
+    """A rule bound to a model: the parameters or places that it acts on, by name.
+
+    Its rule selects by names too; nothing here holds a module or tensor of the model.
+    """
+
+    rule: Rule
+    key: str
+    parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
+    points: list[Point] = field(default_factory=list)
+    penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
+    output_recorders: list[Recorder] = field(default_factory=list)
+    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
+    derivative: Derivative | None = None
+    notes: list[str] = field(default_factory=list)  # what the table says of it
+    moving: list[Moving] = field(default_factory=list)  # its strengths that move
+    what: Any = None  # what the rule does, with the tensors of such strengths in it
+    overridden: Overrides = field(default_factory=Overrides)  # what stands in the place of parameters for a forward
+
+    @property
+    def recorders(self) -> list[Recorder]:
+        """All that looks at places for it."""
+        return [
+            *self.penalty_recorders,
+            *self.output_recorders,
+            *(self.derivative.recorders if self.derivative is not None else ()),
+        ]
+
+    @property
+    def is_penalty(self) -> bool:
+        """Whether it has a value."""
+        return isinstance(self.rule.what, Penalty | NetworkPenalty | OnDerivatives)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of what it acts on."""
+        return [handle.name for handle, _ in self.parameters] + [point.name for point in self.points]
+
+    def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
+        """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
+        return [(p, what) for _, p, what in self.standing(root, frozen)]
+
+    def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
+        """The same, each with its address."""
+        overridden, standing = self.overridden.now(root), []
+        for handle, what in self.parameters:
+            p = overridden[handle.name] if handle.name in overridden else handle.find(root)
+            moves = frozen or (trained(p) if handle.name in overridden else trains(handle, p, root))
+            standing += [(handle, p, what)] * (moves and not is_lazy(p))
+        return standing
+
+
+def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
+    """Whether it isn't frozen; what is computed under `no_grad` requires no gradient, but what it is made of does."""
+    return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
+
+
+def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
+    """The rules bound to the model's tensors, each under a key of its own.
+
+    Raises:
+        SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
+        HowError: a moment that a tensor can't have.
+    """
+    shards.at_rest(model)
+    there = _There(model)
+    bounds: dict[str, Bound] = {}
+    for rule in rules:
+        label = key = rule.label
+        number = 2
+        while key in bounds:
+            key, number = f"{label} #{number}", number + 1
+        bounds[key] = _bind(Bound(rule, key), there)
+        _check_network(bounds[key], model)
+    _check_parametrized(list(bounds.values()))
+    return list(bounds.values())
+
+
+def parametrized(bounds: Iterable[Bound]) -> Iterator[tuple[Handle, Any]]:
+    """The parameters that rules with how="parametrize" compute at each forward, with what computes each."""
+    return (pair for bound in bounds if bound.rule.how == "parametrize" for pair in bound.parameters)
+
+
+def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
+    """The weights with noise, with it, and whether it is an error if the layer is never called.
+
+    It isn't where a penalty trains the weight anyway, or the rule is optional.
+    """
+    penalised = {h.name for b in bounds if b.rule.how in ("loss", "gradient") for h, _ in b.parameters}
+    for bound in bounds:
+        for site, noise in bound.noisy:
+            yield site, noise, not (bound.rule.optional or site.name in penalised)
+
+
+class _There:
+    """What a model has while rules are bound to it: each selection is looked for once, each tensor looked up once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
+        own = self.layers[0].module
+        self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
+        self._chosen: dict[Where, _Chosen] = {}
+        self._targets: dict[Places, _Targets] = {}
+        self._locations: dict[str, Location] = {}
+
+    def chosen(self, where: Where) -> _Chosen:
+        """The parameters that a selection takes."""
+        if where not in self._chosen:
+            slots = self._parameters.select(where)
+            plain = all(not slot.parametrized and self._plain(slot) for slot in slots)
+            self._chosen[where] = _Chosen(slots, Names(tuple([slot.name for slot in slots])), plain)
+        return self._chosen[where]
+
+    def _plain(self, slot: Slot) -> bool:
+        tensor = self.location(slot).tensor
+        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
+        return known and getattr(slot.owner, "sparse", False) is not True
+
+    def location(self, slot: Slot) -> Location:
+        """What rules are told when they are bound there."""
+        if slot.name not in self._locations:
+            self._locations[slot.name] = slot.location()
+        return self._locations[slot.name]
+
+    def targets(self, where: Places) -> _Targets:
+        """The places that a selection takes."""
+        if where not in self._targets:
+            found = select_places(where, self.layers)
+            for target in found:
+                _check_caught(target)
+            points = [Point.of(target) for target in found]
+            self._targets[where] = _Targets(found, points, _places_by_name(points))
+        return self._targets[where]
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Parameters that a selection takes."""
+
+    slots: list[Slot]
+    where: Where  # the selection of these by their names
+    plain: bool = False  # whether all are tensors like any other: here, whole, with values, of dense gradients
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """Places that a selection takes."""
+
+    found: list[Target]
+    points: list[Point]
+    where: Places | None  # the selection of these by their names; None where there are none
+
+
+def _check_network(bound: Bound, model: nn.Module) -> None:
+    """A penalty on the whole network sees its parameters now, not first when its turn comes in training."""
+    if isinstance(bound.rule.what, NetworkPenalty):
+        found = {handle.name: handle.find(model) for handle, _ in bound.parameters}
+        if found and not any(map(is_lazy, found.values())):
+            bound.what.check(found)
+
+
+def _check_parametrized(bounds: Sequence[Bound]) -> None:
+    """Refuse what would act on the temporary that a parametrisation of the same plan gives."""
+    computed = {
+        handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
+    }
+    for bound in bounds if computed else ():
+        for handle, _ in bound.parameters:
+            first = computed.get(handle.name, bound)
+            if first is not bound and bound.rule.how != "loss":
+                ways = (
+                    "only the last would be sure to hold"
+                    if bound.rule.how == "parametrize"
+                    else ("it is computed anew at each forward, so the other would act on a temporary")
+                )
+                raise HowError(
+                    f"{handle.name!r} is parametrised by {first.key!r}, and {bound.key!r} has how={bound.rule.how!r}: "
+                    f"{ways}. Give the constraint how='project', or the other rule how='loss'"
+                )
+
+
+def _bind(bound: Bound, there: _There) -> Bound:
+    rule = bound.rule
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, there.device))
+    if isinstance(rule.where, Places):
+        targets = _targets(rule, rule.where, there)
+        bound.points = targets.points
+        if isinstance(rule.what, Penalty):
+            bound.penalty_recorders = _penalty_recorders(bound, there)
+        bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
+        if isinstance(rule.what, OnDerivatives):
+            _bind_derivative(bound, targets, there)
+        return bound
+    try:
+        chosen = there.chosen(rule.where)
+    except SelectionError:
+        if not rule.optional:
+            raise
+        chosen = _Chosen([], rule.where)
+    bound.parameters = _resolved(rule, bound.what, chosen, there)
+    if rule.how == "forward":
+        pairs = zip(chosen.slots, bound.parameters, strict=True)
+        bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
+    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
+    bound.output_recorders = (
+        [Recorder(bound.key, point, rule.optional) for point in outputs.points] if outputs is not None else []
+    )
+    by_name = None if outputs is None else outputs.where
+    bound.rule = replace(rule, where=chosen.where, outputs=by_name, name=bound.key)
+    return bound
+
+
+def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
+    model = there.layers[0].module
+    mean = bound.rule.reduce == "mean"
+    weight = 1 / len(bound.points) if mean and bound.points else 1.0
+    what = bound.what.bound_in(model)
+    for place in {point.place for point in bound.points if point.place.padded}:
+        masks.check(place, what, model)
+    same = AtPlace(what) if _same_anywhere(what, "bound_at_place") else None
+    activities = [moving.activity for moving in bound.moving if moving.activity is not None]
+    empty, optional = blank(there.device), bound.rule.optional
+    penalty_recorders = []
+    for point in bound.points:
+        own = same or AtPlace(what.bound_at_place())
+        penalty_recorders.append(
+            PenaltyRecorder(bound.key, point, optional, own, empty, mean=mean, weight=weight, activities=activities)
+        )
+    return penalty_recorders
+
+
+def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
+    what: OnDerivatives = bound.what
+    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, there)
+    by = targets.points
+    if any(point.place.via is not None for point in by):
+        raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
+    bound.rule = replace(bound.rule, what=what.named(targets.where))
+    if bound.points and by:
+        of = [] if what.leaf.of_loss else bound.points
+        bound.derivative = Derivative(bound.key, what, of, by, bound.rule.optional, bound.notes)
+
+
+def _places_by_name(points: Sequence[Point]) -> Places | None:
+    """The selection of these places by their names."""
+    places: list[Places] = []
+    for place in dict.fromkeys(point.place for point in points):
+        names = tuple(point.name for point in points if point.place == place)
+        places += [replace(place, which=None)] * ("" in names)
+        places += [replace(place, which=Names(names))] * (names != ("",))
+    return functools.reduce(operator.or_, places) if places else None
+
+
+def _check_caught(target: Target) -> None:
+    """Refuse places past which the model goes."""
+    chain = target.layer.chain
+    if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
+        raise SelectionError(
+            f"{target.name!r} is used by nn.MultiheadAttention past its hooks, so nothing can be caught there; "
+            f"select the attention itself: rs.{target.place.kind}({target.name.rpartition('.')[0]!r})"
+        )
+
+
+def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
+    try:
+        targets = there.targets(where)
+    except SelectionError:
+        if not rule.optional:
+            raise
+        return _Targets([], [], None)
+    for target in targets.found if not isinstance(rule.what, Penalty) else ():
+        if isinstance(rule.what, Noise) and target.place.via is not None:
+            raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
+        if isinstance(rule.what, Noise):
+            rule.what.suits(target.layer.module, target.place.kind)
+        if target.place.padded:
+            raise SelectionError(f"mask= and lengths= are for penalties at one place, not for {rule.what!r}")
+    return targets
+
+
+def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
+    """Whether it needn't know of the tensor or place that it is bound to."""
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
+
+
+def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
+    """What acts on each parameter; of those like any other, there is nothing to refuse."""
+    anywhere, looks = _same_anywhere(what), shards.looks(what)
+    if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
+        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
+    if anywhere:
+        return [(slot.handle, what) for slot in chosen.slots]
+    return [(slot.handle, what.bound_to(shards.location(there.location(slot), looks))) for slot in chosen.slots]
+
+
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
+    """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
+    if slot.parametrized and rule.how != "loss":
+        raise HowError(
+            f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "
+            "temporary. Use how='loss', which acts on the effective weight, or remove the parametrisation"
+        )
+    if rule.how not in ("loss", "project") and getattr(slot.owner, "sparse", False) is True:
+        way = "use how='loss'" if isinstance(what, Penalty) else "make the layer with sparse=False"
+        raise HowError(f"{slot.name!r} has sparse gradients (sparse=True); how={rule.how!r} needs dense ones: {way}")
+    if rule.how in ("parametrize", "forward"):
+        check_computable(slot)
+    if rule.how == "parametrize" and len(slot.owners) > 1:
+        raise HowError(
+            f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
+            "how='project', or tie the layers by calling one module twice"
+        )
+    tensor = there.location(slot).tensor
+    shards.check(rule, slot, tensor)
+    if rule.how not in ("loss", "forward") and tensor.is_meta:
+        raise HowError(
+            f"{slot.name!r} is on the meta device, where it has no values yet, and to_empty() puts another tensor in "
+            f"its place, so how={rule.how!r} can't be attached now: to_empty(), load, make the optimizer, then attach"
+        )
+    if rule.how == "loss" and not isinstance(what, Penalty):
+        return what
+    if is_lazy(tensor):
+        if rule.how == "loss" and what.entrywise:
+            return what
+        raise HowError(
+            f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
+        )
+    bound = what if anywhere else what.bound_to(shards.location(there.location(slot), looks))
+    if tensor.is_meta and bound.state():
+        raise HowError(
+            f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
+        )
+    return bound

@@ -1,0 +1,233 @@
+"""The optimizers that `attach` is given: which of them holds a parameter, and what they can't do for its rules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.engine.binding.binding import Bound
+from restrain.engine.ops import diagonal, known, looks_before
+from restrain.engine.step import total
+from restrain.errors import HowError, NoProxError, OptimizerError, PlanError, RestrainWarning
+from restrain.named_tensors import is_sharded
+from restrain.penalties import Penalty
+
+_WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
+
+
+def given_optimizers(given: Any) -> list[Optimizer]:
+    """What `attach` was given as optimizer=, as a list of torch's own.
+
+    Raises:
+        PlanError: it is something else.
+    """
+    members = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    inner = [getattr(o, _WRAPPED_OPTIMIZERS.get(type(o).__name__, ""), o) for o in members]
+    for optimizer in inner:
+        if not isinstance(optimizer, Optimizer):
+            raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(optimizer).__name__}")
+    return inner
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """A parameter, with the optimizer and the group that hold it."""
+
+    p: Tensor
+    holder: Optimizer | None
+    group: dict[str, Any] | None
+    alike: int  # equal for parameters between which the checks of a rule can't tell
+
+
+def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse rules that the optimizers can't carry out, and warn of what is likely not meant.
+
+    Raises:
+        OptimizerError: no given optimizer holds a parameter, or the one that does can't do it.
+        NoProxError: proximal rules on one tensor whose sum has no known prox.
+        HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
+    """
+    holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
+    _check_counted(bounds, root, holders)
+    standing, alike = dict[str, _Standing](), dict[Any, int]()
+    for handle in {handle.name: handle for bound in bounds for handle, _ in bound.parameters}.values():
+        p = handle.find(root)
+        holder, group = holders.get(id(p), (None, None))
+        key = (id(holder), id(group), p.requires_grad, is_sharded(p), p.dtype)
+        standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)))
+    computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
+    low = {name for name, at in standing.items() if at.p.dtype in (torch.bfloat16, torch.float16)}
+    for bound in bounds:
+        _check_bound(bound, standing, computed)
+        _warn_of_rounding(bound, [h.name for h, _ in bound.parameters if h.name in low] if low else [], standing)
+    _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
+
+
+def _check_bound(bound: Bound, standing: dict[str, _Standing], computed: set[str]) -> None:
+    """Check a rule; what are alike are checked once."""
+    seen = dict[int, bool]()  # whether the optimizer decays them
+    decays, decayed = dict[int, bool](), []
+    for handle, what in bound.parameters:
+        at = standing[handle.name]
+        if at.alike not in seen:
+            seen[at.alike] = bool(at.group is not None and at.group.get("weight_decay"))
+            _check_holder(bound, handle.name, at)
+        if not seen[at.alike]:
+            continue
+        if bound.rule.how == "parametrize" and what.decays_to:
+            _warn(
+                f"the optimizer's weight_decay pulls {handle.name!r} to {what.decays_to}, as it decays the free tensor "
+                f"behind it ({what!r}): put it into a parameter group with weight_decay=0, and write 1e-4 * rs.L2() in "
+                "the loss"
+            )
+        if id(what) not in decays:
+            decays[id(what)] = _decays(what)
+        if decays[id(what)] and handle.name not in computed:
+            decayed.append(handle.name)
+    if decayed:
+        _warn(f"{bound.key!r} decays what the optimizer's weight_decay decays, too: {', '.join(decayed[:5])}")
+
+
+def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:
+    """Refuse optimizers of other tensors, as of those of `functional_call`, where steps are to be counted."""
+    if not holders or any(id(p) in holders for p in root.parameters()):
+        return
+    for bound in bounds:
+        if bound.moving or bound.rule.every > 1 or bound.rule.start:
+            raise OptimizerError(
+                f"{bound.key!r} changes with the optimizer's steps, but no given optimizer holds any parameter of the "
+                "model, so none would be counted: train the model's own parameters, or use a constant strength"
+            )
+
+
+def _decays(what: Any) -> bool:
+    """Whether it is a penalty with a sum of squares in it."""
+    return isinstance(what, Penalty) and any(leaf.elastic is not None and leaf.elastic[1] for _, leaf in what.leaves())
+
+
+def _warn_of_rounding(bound: Bound, low: Sequence[str], standing: dict[str, _Standing]) -> None:
+    """Warn of parameters in a dtype of few digits, where a penalty acts at the optimizer's step."""
+    low = [name for name in low if standing[name].p.requires_grad]
+    if low and bound.rule.how != "loss" and isinstance(bound.rule.what, Penalty):
+        more = f", like {len(low) - 1} more" if len(low) > 1 else ""
+        _warn(
+            f"{low[0]!r} is {str(standing[low[0]].p.dtype)[6:]}{more}: small changes by {bound.key!r} are lost to "
+            "rounding; keep weights in float32"
+        )
+
+
+def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
+    """Refuse what the optimizer that holds a parameter can't do for it, or what none can."""
+    p, holder, group, how = at.p, at.holder, at.group, bound.rule.how
+    acts = how in ("gradient", "decoupled", "proximal", "project") and p.requires_grad
+    if holder is None or group is None:
+        if acts:
+            raise OptimizerError(
+                f"{bound.key!r} acts at the optimizer's step (how={how!r}), but no given optimizer holds {name!r}: "
+                "write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
+            )
+        return
+    if acts or (how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam)):
+        _check_kind(bound, holder, group)
+    if acts and is_sharded(p):
+        _check_sharded(bound, name, holder)
+    if acts and isinstance(bound.rule.what, Penalty) and group.get("maximize"):
+        raise OptimizerError(
+            f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
+        )
+    if how == "project" and not isinstance(holder, torch.optim.SGD):
+        metric = f"while {type(holder).__name__} moves each entry by a step of its own"
+        bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
+    if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
+        _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
+
+
+def _check_sharded(bound: Bound, name: str, holder: Optimizer) -> None:
+    how = bound.rule.how
+    if isinstance(holder, torch.optim.LBFGS) or (how == "proximal" and looks_before(holder)):
+        raise OptimizerError(
+            f"{bound.key!r}: {name!r} is sharded, where how={how!r} isn't known with {type(holder).__name__}: use "
+            "how='loss', how='gradient' or how='decoupled', or Adam, AdamW, SGD"
+        )
+
+
+def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> None:
+    """Refuse optimizers that can't do what the rule says, whatever the parameter."""
+    how, name = bound.rule.how, type(optimizer).__name__
+    if how in ("decoupled", "proximal") and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} calls its closure several times a step and searches along a line, which "
+            f"how={how!r} knows nothing of. Use how='loss' or how='gradient', whose value and gradient join each call"
+        )
+    if how == "proximal" and isinstance(optimizer, torch.optim.Rprop):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} follows the sign of the data's gradient alone, and lengthens its steps as long as "
+            "that stays, so how='proximal' never settles. Use another optimizer, or how='loss'"
+        )
+    if how != "project" and isinstance(optimizer, torch.optim.SparseAdam):
+        ways = "use Adam, for an embedding with sparse=False, or leave its weight out of the rule"
+        raise OptimizerError(f"{bound.key!r}: {name} takes sparse gradients; how={how!r} makes them dense: {ways}")
+    if group.get("differentiable"):
+        raise OptimizerError(
+            f"{bound.key!r}: with differentiable=True the step becomes part of the graph, how={how!r} doesn't: use "
+            "how='loss'"
+        )
+    if how == "proximal" and float(group.get("momentum", 0)) >= 1:
+        raise OptimizerError(f"{bound.key!r}: with momentum={group['momentum']} a gradient is never forgotten")
+
+
+def _check_proximal(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> None:
+    """Check proximal rules, which act together on each parameter; the same on tensors alike is checked once."""
+    together: dict[str, list[Penalty]] = {}
+    measured = set[str]()
+    for bound in bounds:
+        held = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
+        for name, what in held:
+            together.setdefault(name, []).append(what)
+        holders = {id(holder): holder for name, _ in held if (holder := standing[name].holder) is not None}
+        own = {type(holder).__name__ for holder in holders.values() if not known(holder)}
+        if own:
+            bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(own))} are measured"]
+        measured |= own
+    seen = set()
+    for name, penalties in together.items():
+        at = standing[name]
+        key = (at.alike, at.p.shape, *map(id, penalties))
+        if key not in seen and at.holder is not None:
+            seen.add(key)
+            _check_prox(name, at.p, total(penalties), at.holder)
+    if measured:
+        _warn(
+            f"how='proximal' with {', '.join(sorted(measured))}: no formula is known for the steps that it takes, so "
+            "they are measured, as movement / gradient of each entry, averaged over about 50 steps. That is right "
+            "where the optimizer settles, for weight_decay=0, and an estimate before (docs/how.md)"
+        )
+
+
+def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) -> None:
+    by_entry = diagonal(optimizer)
+    if by_entry and p.is_complex():
+        raise HowError(
+            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves the real and the imaginary part of "
+            "a complex entry by steps of their own, for which no prox is known. Use SGD, or how='gradient'"
+        )
+    if not penalty.has_prox:
+        try:
+            penalty.prox(torch.zeros_like(p))
+        except NoProxError as error:
+            raise NoProxError(f"how='proximal' on {name!r}: {error}") from None
+    if by_entry and not (penalty.entrywise or penalty.groupwise):
+        raise HowError(
+            f"how='proximal' on {name!r}: {type(optimizer).__name__} moves each entry by a step of its own, for which "
+            f"{penalty!r} has no prox (it is neither entrywise nor by group). Use SGD, or how='gradient'"
+        )
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, RestrainWarning, stacklevel=6)  # whoever called attach

@@ -1,0 +1,397 @@
+"""Penalties on derivatives, bound to places of a model.
+
+At each place of theirs a probe notes the tensor of the forward. One whose derivative is taken by a tensor that needs no
+gradient (the model's input) hands on a twin in the same storage that does. Where the graph of the forward can be
+differentiated twice, that is all; elsewhere the model runs again on the inputs that were kept, with the probes at work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain.activation_points import Place
+from restrain.engine.core import Hook, checkpoint_frame, exporting, in_checkpoint, structures
+from restrain.engine.forward.forwards import Forwards, paused
+from restrain.engine.forward.recording import Point, Recorder, batch_dim, way_to
+from restrain.errors import CaptureError
+from restrain.named_tensors import fully_sharded, is_sharded
+from restrain.penalties.base import times
+from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
+from restrain.penalties.estimators import Batch, linear, of_the_same
+from restrain.penalties.functorch import transforming
+from restrain.penalties.replay import Randomness
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a forward of the model was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    randomness: Randomness | None  # None from compiled code
+    versions: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+        """With the random state and the versions of the tensors now."""
+        tensors = list(structures.tensors([args, kwargs]))
+        return cls(args, kwargs, Randomness(tensors), tuple(t._version for t in tensors))
+
+    def check(self) -> None:
+        """Before it is used again.
+
+        Raises:
+            CaptureError: the forward changed a tensor in place.
+        """
+        now = tuple(t._version for t in structures.tensors([self.args, self.kwargs]))
+        if self.versions not in (None, now):
+            raise CaptureError(
+                "the model's inputs were changed in place since its forward, so it can't run on them again: change a "
+                "copy, or take estimator='vjp'"
+            )
+
+
+@dataclass
+class Rerun:
+    """A further forward: what stands in the place of each input, and what the outputs are."""
+
+    whose: Derivative
+    move: Callable[[Batch], Tensor]
+    outputs: dict[Point, list[Batch]] = field(default_factory=dict)
+    moved: int = 0
+
+
+class Probe(Recorder):
+    """A place of a rule on derivatives; its records are batches."""
+
+    records: list[Any]
+    way_out = "Penalties on derivatives aren't known there: use loss.backward() on a plain call of the model"
+
+    def __init__(self, rule: Derivative, point: Point, optional: bool) -> None:
+        super().__init__(rule.key, point, optional)
+        self.whose = rule
+
+    def has_fired(self) -> bool:
+        return bool(self.records) or self.whose.blind(self)
+
+    def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
+        """Look at a layer that is called; returns what it gives, or puts another tensor in its place."""
+        mode = self.whose.mode()
+        if mode == "off":
+            return result
+        self.fired = True
+        if mode != "again" and not self.whose.due():
+            return result
+        way = self._way(structure)
+        h = structures.get(result, way)  # with what rules before have put there
+        if mode != "again" and transforming():
+            self.lost = True
+            return result  # inside torch.func, nothing can leave
+        if not torch.is_grad_enabled():
+            raise CaptureError(
+                f"{self.rule}: the {self.point} are inside a reentrant checkpoint, where they have no graph; "
+                "use checkpoint(..., use_reentrant=False)"
+            )
+        if h.is_complex():
+            raise CaptureError(f"{self.rule}: the {self.point} are complex; derivatives are of real tensors")
+        packed = structures.packed(structure, way)
+        if packed is not None:
+            batch = Batch(h, None, int(packed.batch_sizes[0]))
+        else:
+            batch = Batch.of(h, batch_dim(self.point.place.batch_dim, module, h))
+        return self.look(mode, batch, way, result)
+
+    def _way(self, structure: Any) -> structures.Way:
+        try:
+            return way_to(structure, self.point)
+        except CaptureError as error:
+            raise CaptureError(f"{self.rule}: {error}") from None
+
+    def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
+        """What to do with the tensor that was found."""
+        raise NotImplementedError
+
+    def note(self, batch: Batch) -> None:
+        """Keep what a forward gave."""
+        number = self.whose.forwards.forward_of(batch.tensor)
+        self.records.append((number, dataclasses.replace(batch, forward=number)))
+        self.versions.append((batch.tensor, batch.tensor._version))
+
+
+class Seen(Probe):
+    """A place whose derivative is taken."""
+
+    def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
+        if mode == "recompute":
+            return result
+        batch = dataclasses.replace(batch, tensor=self.point.seen(batch.tensor))
+        if mode == "again":
+            self.whose.forwards.rerun.outputs.setdefault(self.point, []).append(batch)
+        else:
+            self.note(batch)
+        return result
+
+
+class Moved(Probe):
+    """A place by which the derivative is taken."""
+
+    def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
+        if mode == "again":
+            self.whose.forwards.rerun.moved += 1
+            h = self.whose.forwards.rerun.move(batch)
+            if h is not batch.tensor and in_checkpoint():
+                raise CaptureError(
+                    f"{self.rule}: the {self.point} are inside a checkpoint, whose recomputation would not see how "
+                    "they are moved; use estimator='exact' or 'vjp', or a place outside of it"
+                )
+        else:
+            keep = batch.tensor.requires_grad or self._light(mode)
+            h = batch.tensor if keep else batch.tensor.detach().requires_grad_()
+            if mode == "record":
+                self.note(dataclasses.replace(batch, tensor=h))
+        return result if h is batch.tensor else structures.put(result, way, h)
+
+    def _light(self, mode: str) -> bool:
+        """Whether inputs need no gradient; in a recomputation as it was at the first time."""
+        frame = checkpoint_frame()
+        if frame is None:
+            return self.whose.light
+        if mode == "record":
+            self.whose.light_of[frame] = self.whose.light
+        return self.whose.light_of.get(frame, self.whose.light)
+
+
+class Arguments(Recorder, Hook):
+    """The pre-hook of the model that keeps what it is called with, where it may have to run again."""
+
+    records: list[Any]
+
+    def __init__(self, rule: Derivative) -> None:
+        super().__init__(rule.key, Point("", (), Place("inputs")), optional=True)
+        self.whose = rule
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if exporting():
+            return
+        if torch.compiler.is_compiling():
+            if module.training and torch.is_grad_enabled():
+                self.records.append((0, (args, kwargs)))
+            return
+        if self.whose.forwards.recording and self.whose.runs_again and self.whose.due():
+            self.records.append((self.whose.forwards.number, Given.of(args, kwargs)))
+
+
+class Derivative:
+    """A rule on derivatives at work.
+
+    Args:
+        key: of the rule.
+        what: the penalty, with its strength.
+        of: the places whose derivative is taken; none for that of the loss.
+        by: those by which it is taken.
+        optional: never being reached is no error.
+        notes: what the table says of the rule.
+    """
+
+    def __init__(
+        self, key: str, what: OnDerivatives, of: Sequence[Point], by: Sequence[Point], optional: bool, notes: list[str]
+    ) -> None:
+        self.key, self.strength, self.penalty, self.notes = key, what.strength, what.leaf, notes
+        self.forwards = Forwards()  # this and the next two are the attachment's own once it is bound
+        self.due: Callable[[], bool] = lambda: True
+        self._root: Callable[[], nn.Module | None] = lambda: None
+        self.seen = [Seen(self, point, optional) for point in of]
+        self.moved = [Moved(self, point, optional) for point in by]
+        self.arguments = Arguments(self)
+        self.recorders: list[Recorder] = [*self.probes, self.arguments]
+        self.choice: Choice | None = None
+        self.light = False  # what was chosen was seen to need no gradient of inputs
+        self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # by checkpoint
+        self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
+        self._blind = False  # whether what is pending comes from compiled code, which no probe saw
+        self._term: Tensor | None = None
+        self._say("chosen at the first loss" if self.penalty.estimator == "auto" else self.penalty.estimator)
+
+    def _say(self, estimator: str) -> None:
+        """Let the table say it."""
+        projections, exact = self.penalty.projections, estimator.startswith(("exact", "chosen"))
+        signs = f", {projections} random direction{'s' * (projections > 1)}"
+        self.notes[:] = [f"{self.key}: estimator {estimator}{'' if exact else signs}"]
+
+    def mode(self) -> str:
+        """What a probe should do now: as `Forwards.mode`, or 'again' in a further forward for this rule."""
+        if self.forwards.rerun is None:
+            return self.forwards.mode()
+        return "again" if self.forwards.rerun.whose is self else "off"
+
+    @property
+    def probes(self) -> list[Probe]:
+        """Those at layers; at one place, what is looked at is what was moved."""
+        return [*self.moved, *self.seen]
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether the model will run again for it, or may have to."""
+        if self.penalty.of_loss:
+            return False
+        return self.choice is None or self.choice.again or self.light or self.choice.estimator == "jvp"
+
+    def blind(self, probe: Probe) -> bool:
+        """Whether a place can't be looked at in the forward, since it lies in compiled code, which has run."""
+        if not self.arguments.records:
+            return False
+        root = self._root()
+        return any(not isinstance(given, Given) for _, given in self.arguments.records) or (
+            root is not None and _compiled(root, probe.point)
+        )
+
+    def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
+        """Join an attachment."""
+        self.forwards, self.due, self._root = forwards, due, root
+        forwards.derived.append(self)
+
+    def collect(self, unrelated: set[int]) -> None:
+        """Take what the forwards since the last collection gave."""
+        for recorder in self.recorders:
+            recorder.settle()
+        kept: list[list[Any]] = [
+            [record for n, record in recorder.records if n not in unrelated] for recorder in self.recorders
+        ]
+        moved, by_place, given = kept[: len(self.moved)], kept[len(self.moved) : -1], kept[-1]
+        ys = [_weighted(probe, batches) for probe, batches in zip(self.seen, by_place, strict=True)]
+        arguments = [g if isinstance(g, Given) else Given(g[0], g[1], None, None) for g in given]
+        self._pending = ([y for some in ys for y in some], [x for some in moved for x in some], arguments)
+        self._blind = any(self.blind(probe) for probe in self.probes)
+        self._term = None
+        if not self._blind and not (moved and any(moved) and (any(by_place) or self.penalty.of_loss)):
+            self._pending = None  # not due, or optional places that were not reached
+        for recorder in self.recorders:
+            recorder.clear()
+
+    @property
+    def known(self) -> bool:
+        """Whether anything was collected since the last step."""
+        return self._pending is not None or self._term is not None
+
+    def forget(self) -> None:
+        """Forget what was collected."""
+        self._pending = self._term = None
+
+    def value(self, root: nn.Module, loss: Tensor | None) -> Tensor | None:
+        """Strength × value at the forwards that were collected, with its graph; None if there were none.
+
+        Raises:
+            CaptureError, PenaltyError: the derivative can't be taken as it was asked for.
+        """
+        if self._pending is not None and not (self.penalty.of_loss and loss is None):
+            ys, xs, given = self._pending
+            self._term = times(self.strength, self._value(root, ys, xs, given, loss))
+            self.recorders[0].remember([(self._term.detach(), 1.0)])
+            self._pending = None
+        return self._term
+
+    def _value(
+        self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given], loss: Tensor | None
+    ) -> Tensor:
+        if self.penalty.of_loss:
+            assert loss is not None
+            ys = [Batch.of(loss, None)]
+        if self.choice is None:
+            self.choice = self.penalty.choose(ys, xs, SHARDED if _sharded(root) else COMPILED if self._blind else "")
+            self._say(str(self.choice))
+            self.light = self.choice.why == CLOSED or self.choice.again
+        choice = self.choice
+        if choice.estimator == "jvp" and not choice.again:
+            return self._by_tangents(root, ys, xs, given)
+        if self.light and not choice.again and any(linear(y, of_the_same(y, xs)) is None for y in ys):
+            self.light, choice = False, Choice("exact", again=True)  # the model does something else now
+        return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
+
+    def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
+        """By the graph of the forward; by running again where that can't be, from then on if the input was in it."""
+        for one in given:
+            one.check()
+        found = self.penalty.of_tangents(ys, xs)
+        if found is None:
+            if not self.light:
+                self.choice = Choice("jvp", again=True)
+                self._say(str(self.choice))
+            self.light = not self.light
+            return self._by_runs(root, given, Choice("jvp", again=True))
+        value, self.light = found
+        return value
+
+    def _by_runs(self, root: nn.Module, given: list[Given], choice: Choice) -> Tensor:
+        if not given:
+            raise CaptureError(
+                f"{self.key}: estimator={choice.estimator!r} runs the model again, but only layers of it were "
+                "called, not the model itself"
+            )
+        device = next((p.device for p in root.parameters()), torch.device("cpu"))
+        values = []
+        for one in given:
+            run = replayed(self._run(root, one), one.randomness, root, device, choice.estimator)
+            values.append(self.penalty.of_runs(run, choice.estimator))
+        mean = all(probe.point.place.calls == "mean" for probe in self.seen)
+        return torch.stack(values).mean() if mean else torch.stack(values).sum()
+
+    def _run(self, root: nn.Module, given: Given) -> Callable[[Any], list[Batch]]:
+        def run(move: Callable[[Batch], Tensor]) -> list[Batch]:
+            given.check()
+            rerun = Rerun(self, move)
+            with paused(), _running(self.forwards, rerun):
+                root(*given.args, **given.kwargs)
+            missing = [probe.point for probe in self.seen if probe.point not in rerun.outputs]
+            if missing or not rerun.moved:
+                point = missing[0] if missing else self.moved[0].point
+                raise CaptureError(f"{self.key}: the {point} were not reached when the model ran again")
+            found = [_weighted(probe, rerun.outputs[probe.point]) for probe in self.seen]
+            return [y for some in found for y in some]
+
+        return run
+
+    def of_tensors(self, tensors: dict[int, Tensor]) -> Tensor:
+        """Strength × value for tensors that somebody else caught at the probes: {id of the probe: tensor}."""
+        root = self._root()
+        assert root is not None
+        found = []
+        for probe in self.probes:
+            h = probe.point.seen(tensors[id(probe)])
+            found.append(Batch.of(h, batch_dim(probe.point.place.batch_dim, probe.point.find(root), h)))
+        xs, ys = found[: len(self.moved)], found[len(self.moved) :]
+        return times(self.strength, self.penalty.of_graph(ys, xs, self.penalty.choose(ys, xs).estimator))
+
+
+@contextmanager
+def _running(forwards: Forwards, rerun: Rerun) -> Iterator[None]:
+    forwards.rerun = rerun
+    try:
+        yield
+    finally:
+        forwards.rerun = None
+
+
+def _weighted(probe: Seen, batches: Sequence[Batch]) -> list[Batch]:
+    """The outputs of one place, each by its weight among the calls."""
+    weight = 1 / len(batches) if batches and probe.point.place.calls == "mean" else 1.0
+    return [dataclasses.replace(batch, weight=weight) for batch in batches]
+
+
+def _compiled(root: nn.Module, point: Point) -> bool:
+    """Whether a layer, or one that it is in, was compiled."""
+    chain = [root]
+    for key in point.path:
+        chain.append(chain[-1]._modules[key])  # type: ignore[arg-type]
+    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in chain)
+
+
+def _sharded(root: nn.Module) -> bool:
+    return bool(fully_sharded(root.modules())) or any(map(is_sharded, root.parameters()))

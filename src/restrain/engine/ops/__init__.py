@@ -1,0 +1,53 @@
+"""What rules do to tensors in place, as data: operations, groups that are rows, and each optimizer's metric."""
+
+from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, as_rows, length_in, put
+from restrain.engine.ops.metric import ENDLESS, Metric, Taken, common, diagonal, known, looks_before, metric_of
+from restrain.engine.ops.operations import (
+    Act,
+    Decay,
+    Given,
+    Gradient,
+    Lot,
+    Lowered,
+    Project,
+    RootedShrink,
+    Shrink,
+    Step,
+    Tensors,
+    lower,
+    quickly,
+    rows_of,
+    slowly,
+)
+
+__all__ = [
+    "Act",
+    "Decay",
+    "ENDLESS",
+    "FitRows",
+    "Given",
+    "Gradient",
+    "Lengths",
+    "Lot",
+    "Lowered",
+    "Metric",
+    "Project",
+    "RootedShrink",
+    "Shrink",
+    "ShrinkRows",
+    "Step",
+    "Taken",
+    "Tensors",
+    "as_rows",
+    "common",
+    "diagonal",
+    "known",
+    "length_in",
+    "looks_before",
+    "lower",
+    "metric_of",
+    "put",
+    "quickly",
+    "rows_of",
+    "slowly",
+]

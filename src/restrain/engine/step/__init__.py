@@ -1,0 +1,9 @@
+"""What happens around an optimizer's step."""
+
+from restrain.engine.step.clock import Clock
+from restrain.engine.step.executor import Compile
+from restrain.engine.step.projection import hold_from_now
+from restrain.engine.step.stepper import Stepper
+from restrain.engine.step.worklist import Work, total
+
+__all__ = ["Clock", "Compile", "Stepper", "Work", "hold_from_now", "total"]

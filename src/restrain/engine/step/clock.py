@@ -1,0 +1,149 @@
+"""Counts the real steps of a model's optimizers, and tells those who listen."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from restrain.engine.core import eagerly
+from restrain.engine.step.stepper import nested, real_step
+
+Listener = Callable[[Optimizer, nn.Module], None]
+
+
+class Clock:
+    """The number of real steps that were taken in training a model; of several optimizers, of the one with the most.
+
+    A real step wasn't skipped by a loss scaler, and its learning rate isn't zero. Of several given optimizers, each
+    does its part of a training step. That ends with the last of them; where one doesn't step this time, as the next
+    begins: with a forward or loss (`end`), or before another steps again.
+    """
+
+    def __init__(
+        self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer], on_end: Callable[[nn.Module], None]
+    ) -> None:
+        self.model, self.steps, self._from = model, 0, 0
+        self.on_end = on_end  # called after a training step
+        self.epochs = 0  # as the user counts them
+        self.on_any: list[Listener] = []  # called after any step in the process
+        self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
+        self._given = [_Known(one) for one in given]
+        self._others: list[_Known] = []
+        self._moved = False  # whether there was a real step since the last training step ended
+        self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
+        _watchers.add(self)
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _watchers.remove(self)
+
+    def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Called before a step of one of several given optimizers."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.before, optimizer, args, kwargs)  # type: ignore[no-any-return]
+        if self._of(optimizer).came and not nested(optimizer):
+            self.end()
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a step of any optimizer in the process."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
+        if nested(optimizer):
+            return
+        for listener in self.on_any:
+            listener(optimizer, root)
+        known = self._of(optimizer)
+        known.came = True
+        if real_step(optimizer) and known.trains(root):
+            known.steps += 1
+            self.steps = max(self.steps, self._from + known.steps)
+            self._moved = True
+            for listener in self.on_real:
+                listener(optimizer, root)
+        if all(one.came or one.rests() for one in self._given) or not any(one.came for one in self._given):
+            self.end()
+
+    def _of(self, optimizer: Optimizer) -> _Known:
+        """What is known of an optimizer."""
+        for known in (*self._given, *self._others):
+            if known.optimizer() is optimizer:
+                return known
+        self._others = [other for other in self._others if other.optimizer() is not None] + [_Known(optimizer)]
+        return self._others[-1]
+
+    def end(self) -> None:
+        """A training step has ended, if one was begun."""
+        for known in self._given:
+            known.came = False
+        moved, self._moved, root = self._moved, False, self.model()
+        if moved and root is not None:
+            self.on_end(root)
+
+    def resume(self, steps: int) -> None:
+        """Go on counting from so many steps."""
+        self.steps, self._moved = steps, False
+        for known in (*self._given, *self._others):
+            known.came, known.steps = False, 0
+        self._from = steps
+
+
+class _Known:
+    """What a clock knows of an optimizer."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = weakref.ref(optimizer)
+        self.came = False  # whether it stepped since the last training step ended
+        self.steps = 0  # real ones
+        self._size, self._trains = -1, False
+
+    def trains(self, root: nn.Module) -> bool:
+        """Whether it holds any parameter of the model; remembered while it holds as many."""
+        groups = getattr(self.optimizer(), "param_groups", ())
+        size = 0
+        for group in groups:
+            size += len(group["params"])
+        if size != self._size:
+            held = {id(p) for group in groups for p in group["params"]}
+            self._size, self._trains = size, any(id(p) in held for p in root.parameters())
+        return self._trains
+
+    def rests(self) -> bool:
+        """Whether it is gone or has nothing to step: all is frozen, or its learning rate is zero."""
+        groups = getattr(self.optimizer(), "param_groups", ())
+        return not any(float(g["lr"]) != 0 and any(p.requires_grad for p in g["params"]) for g in groups)
+
+
+class _Watchers:
+    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process."""
+
+    def __init__(self) -> None:
+        self.clocks: list[Clock] = []
+        self.hook: Any = None
+
+    def add(self, clock: Clock) -> None:
+        self.clocks.append(clock)
+        self.hook = self.hook or register_optimizer_step_post_hook(self.after)
+
+    def remove(self, clock: Clock) -> None:
+        self.clocks = [c for c in self.clocks if c is not clock and c.model() is not None]
+        if not self.clocks and self.hook is not None:
+            self.hook.remove()
+            self.hook = None
+
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = [(clock, root) for clock in self.clocks if (root := clock.model()) is not None]
+        self.clocks = [clock for clock, _ in alive]
+        for clock, root in alive:
+            clock.after(optimizer, root)
+
+
+_watchers = _Watchers()

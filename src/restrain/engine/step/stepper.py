@@ -1,0 +1,302 @@
+"""What rules do around an optimizer's step: add gradients and decay before it; prox, then projection after it.
+
+All by the optimizer's own hooks, so that every trainer, schedule and loss scaler is served. Nothing is done in a step
+that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter without gradient.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.engine.core import eagerly
+from restrain.engine.distributed import (
+    Term,
+    acting,
+    agreed_seed,
+    blank,
+    common_generator,
+    local,
+    part,
+    ranks_of,
+    totals,
+    value_of,
+)
+from restrain.engine.ops import Given, Lot, Metric, Taken, Tensors, common, looks_before, metric_of
+from restrain.engine.step.executor import Compile, Passes
+from restrain.engine.step.folded import Folding, stand_in
+from restrain.engine.step.projection import hold, single
+from restrain.engine.step.worklist import Held, Job, Member, Work
+from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.garbage import uncollected
+from restrain.named_tensors import Handle, is_sharded
+
+
+def _refuse_sparse(members: Iterable[tuple[Work, Tensor]]) -> None:
+    for work, p in members:
+        if p.grad is not None and p.grad.is_sparse:
+            raise HowError(
+                f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
+                "how='loss' with an optimizer for dense gradients, or sparse=False"
+            )
+
+
+def real_step(optimizer: Optimizer) -> bool:
+    """Whether a step moves, or has moved, anything: not skipped by a scaler, not of learning rate zero."""
+    found = getattr(optimizer, "found_inf", None)  # set by GradScaler on fused optimizers, which skip by themselves
+    if found is not None and float(found) > 0:
+        return False
+    return any(float(g["lr"]) != 0 and any(p.grad is not None for p in g["params"]) for g in optimizer.param_groups)
+
+
+def nested(optimizer: Optimizer) -> bool:
+    """Whether a hook is called for a step inside a step of the same optimizer.
+
+    torch calls the hooks in both where a subclass's step calls that of its base; what we do belongs to the outer one.
+    """
+    steps = [cls.__dict__.get("step") for cls in type(optimizer).__mro__]
+    if sum([getattr(step, "hooked", False) for step in steps]) < 2:
+        return False
+    code, frame, found = type(optimizer).step.__code__, sys._getframe(1), 0
+    while frame is not None:
+        found += frame.f_code is code and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return found > 1
+
+
+def _by_metric(
+    job: Job, metrics: dict[int, Metric], done: Collection[int]
+) -> Iterable[tuple[Metric | None, list[Any]]]:
+    """The parameters of a job that are left, by the numbers of their metrics; None: the step moved nothing."""
+    alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
+    last, own = None, list[Any]()
+    for number, p in enumerate([p for _, p in job.members if id(p) not in done]):
+        metric = metrics.get(id(p))
+        if not number or (metric is not last and (metric is None or last is None or not metric.like(last))):
+            last = metric
+            own = alike.setdefault(None if metric is None else metric.key, (metric, []))[1]
+        own.append((p,) if metric is None else (p, *metric.moments))
+    return alike.values()
+
+
+_ALL = ("gradient", "decoupled", "proximal", "project")
+
+
+class Stepper:
+    """The work of all rules on the parameters of one optimizer."""
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        works: list[Work],
+        root: Callable[[], nn.Module],
+        compile: Compile = "auto",
+        folds: bool = True,
+    ) -> None:
+        self.works, self.root, self.steps = works, root, 0
+        self._empty: dict[Handle, int] = {}
+        self._held = Held(works, root)
+        self._passes = Passes(compile)
+        self._folding = Folding(optimizer, compile if folds else False)
+        self._done: Collection[int] = ()  # ids of the parameters that this step folds
+        self._handles = []
+        self._looks = looks_before(optimizer)
+        self._noisy = any(work.noise for work in works)
+        self._seed = agreed_seed() if self._noisy else None
+        folds = self._folding.possible
+        if folds or any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
+            self._handles.append(optimizer.register_step_pre_hook(self.before))
+        self._handles.append(optimizer.register_step_post_hook(self.after))
+
+    def remove(self) -> None:
+        """Take the hooks off the optimizer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _alone(self, optimizer: Optimizer) -> bool:
+        """Whether nobody's hooks come between ours, so that nobody can tell when a step was done."""
+        before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+        ends = [next(reversed(before), None), next(iter(after), None)]
+        return ends == [handle.id for handle in self._handles]
+
+    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], folds: bool = True) -> Any:
+        """Add the gradients, then decay; with a closure, wrap it, so that it is called at the weights as they were.
+
+        Each call of it gives gradient and value; the decay follows the first.
+        """
+        if torch.compiler.is_compiling():
+            return eagerly(self.before, optimizer, args, kwargs, folds=False)
+        if nested(optimizer):
+            return None
+        self._done = ()
+        rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._begin(optimizer, ("gradient", "decoupled"), rest)
+            return ((rest, *args[1:]), kwargs) if self._done else None
+        calls = itertools.count()
+
+        def with_penalties() -> Any:
+            loss = closure()
+            if next(calls) == 0:
+                added = self._begin(optimizer, ("gradient", "decoupled"), rest, with_value=True)
+            else:
+                added = self._begin(optimizer, ("gradient",), with_value=True)
+            return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
+
+        kept = {key: value for key, value in kwargs.items() if key != "closure"}
+        return (args[0] if rest is None else rest, with_penalties, *args[2:]), kept
+
+    @torch.no_grad()
+    @uncollected()
+    def _begin(
+        self, optimizer: Optimizer, kinds: tuple[str, ...], rest: Optimizer | None = None, with_value: bool = False
+    ) -> Tensor:
+        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for.
+
+        With a `rest`, also the step of all that can be folded, last, so that nothing has moved if a rule fails. The
+        rest keeps what is left.
+        """
+        held, fold = self._held.by(optimizer), None
+        if rest is not None:
+            fold = self._folding(optimizer, self._held.jobs(_ALL, self.steps), self.steps)
+        self._done = () if fold is None else fold.done
+        value = self._before(optimizer, held, kinds, with_value)
+        if rest is not None and fold is not None:
+            rest.param_groups = fold.run(optimizer)
+        return value
+
+    def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
+        scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
+        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
+            if p.grad is not None:
+                self._add_noise(work, p.grad, scale)
+        moves = "decoupled" in kinds and real_step(optimizer)
+        lots = []
+        for job in self._held.jobs(kinds, self.steps):
+            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
+            if any(grad.is_sparse for _, grad in members):
+                _refuse_sparse(job.members)
+            acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
+            adds = any(act.kind == "gradient" for act in acts)  # else gradients need be neither gathered nor copied
+            if with_value:
+                values += [value_of(act.what, p) for p, _ in members for act in acts if act.kind == "gradient"]
+            left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
+            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
+            lots.append(Lot(acts, Given(job.group["lr"], scale), tensors))
+        self._act(lots)
+        if moves and self._looks:
+            self._remember(held, scale)
+        return totals([values])[0]
+
+    def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
+        """Weights and gradients before the step, where the metric needs them."""
+        for work, p, group in held:
+            if work.proximal and p.grad is not None and group["lr"] != 0:
+                work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
+
+    def _act(self, lots: Iterable[Lot]) -> None:
+        """Do acts to their members, of which some may be sharded."""
+        lots = [lot for lot in lots if lot.acts and lot.members]
+        if not self._held.sharded:
+            self._passes(lots, self.steps)
+            return
+        for lot in lots:
+            whole = [tensors for tensors in lot.members if not is_sharded(tensors[0])]
+            self._passes([replace(lot, members=whole)], self.steps)
+            for tensors in lot.members:
+                if is_sharded(tensors[0]):
+                    self._act_on_part(lot, tensors)
+
+    def _act_on_part(self, lot: Lot, tensors: Tensors) -> None:
+        for whats, parts, _ in acting([act.what for act in lot.acts], *tensors):
+            own = [replace(act, what=what) for act, what in zip(lot.acts, whats, strict=True)]
+            self._passes([Lot(own, lot.given, [tuple(parts)])], self.steps)
+
+    def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
+        """Noise on a gradient; where there are several ranks, the same on each."""
+        if grad.layout != torch.strided:
+            raise OptimizerError(
+                f"{work.handle.name!r} has a sparse gradient, which GradientNoise would fill: leave it out of the rule"
+            )
+        for number, (rule, noise) in enumerate(work.noise):
+            if rule.due(self.steps):
+                key = f"{self.steps} {work.handle.name} {number}"
+                shared = None if self._seed is None else common_generator(self._seed, key, grad.device)
+                added = part(noise.draw(blank(grad), self.steps - rule.start, shared), grad)
+                local(grad).add_(added if scale is None else added * scale.to(added.dtype))
+
+    @torch.no_grad()
+    def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Prox, then projection, of every parameter that the step moved."""
+        if torch.compiler.is_compiling():
+            return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
+        if not nested(optimizer) and real_step(optimizer):
+            self._after(optimizer)
+
+    @uncollected()
+    def _after(self, optimizer: Optimizer) -> None:
+        held = self._held.by(optimizer)
+        metrics = self._metrics(optimizer, held)
+        lots = []
+        for job in self._held.jobs(("proximal", "project"), self.steps):
+            for metric, members in _by_metric(job, metrics, self._done):
+                acts = [act for act in job.acts if metric is not None or act.kind == "project"]
+                lots.append(Lot(acts, Given(metric=metric or Metric(0.0)), members))
+        self._act(lots)
+        for work, p, _ in [one for one in held if one[0].project]:
+            constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
+            if constraints and not single(constraints):
+                hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
+        self.steps += 1
+        if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
+            self._warn_of_empty()
+
+    def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
+        """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
+        found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
+        same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
+        shares = {id(group): common(measure, group) for group in optimizer.param_groups}
+        for work, p, group in held:
+            if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
+                continue
+            if grad.is_sparse:
+                _refuse_sparse([(work, p)])
+            before = None
+            if self._looks:
+                before, work.before = work.before, None
+                if before is None:  # the closure was never called
+                    continue
+            known = shared.get(id(group))
+            if known is None:
+                known = measure(Taken(group, optimizer.state[p], p, work.kept, before, same[id(group)]))
+                if shares[id(group)]:
+                    shared[id(group)] = known
+            found[id(p)] = known
+        return found
+
+    def _warn_of_empty(self) -> None:
+        """Warn once of each weight that proximal rules and constraints have emptied."""
+        root = self.root()
+        looked = [(work, work.handle.find(root)) for work in self.works if work.proximal or work.project]
+        looked = [(work, p) for work, p in looked if p.dim() > 1]
+        counts = totals([[(local(p).count_nonzero(), ranks_of(p))] for _, p in looked])
+        for (work, _), count in zip(looked, counts, strict=True):
+            acts = work.proximal + work.project
+            empty = 0 if count else self._empty.get(work.handle, 0) + 1
+            self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
+            if empty == 2:  # at two looks running: weights may begin at zero
+                warnings.warn(
+                    f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in acts]}: "
+                    "the layer gives nothing but its bias; a smaller strength would keep some of it",
+                    RestrainWarning,
+                    stacklevel=2,
+                )

@@ -1,0 +1,172 @@
+"""The parameters that an optimizer holds and rules act on, found at each step, at the cost of a look at each.
+
+All that was found is kept with what it depends on: the modules on the way to a parameter, the optimizer's lists,
+whether it is frozen. Only where one of these has changed is everything looked for again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.engine.ops import Act
+from restrain.engine.step.projection import single
+from restrain.errors import DetachedError
+from restrain.named_tensors import Handle, fully_sharded, is_sharded
+from restrain.penalties import Penalty
+from restrain.rules import Rule
+from restrain.transforms import Constraint, GradientNoise
+
+
+@dataclass
+class Work:
+    """All that is done to one parameter around a step."""
+
+    handle: Handle
+    gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    noise: list[tuple[Rule, GradientNoise]] = field(default_factory=list)
+    decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
+    project: list[tuple[Rule, Constraint]] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
+    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
+
+
+Member: TypeAlias = tuple[Work, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
+
+
+@dataclass(frozen=True)
+class Job:
+    """The same acts on several parameters of one group."""
+
+    acts: list[Act]
+    group: dict[str, Any]
+    members: list[tuple[Work, nn.Parameter]]
+
+
+class Held:
+    """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
+
+    def __init__(self, works: Sequence[Work], root: Callable[[], nn.Module]) -> None:
+        self.works, self.root = works, root
+        self.sharded = False  # whether there may be some of which each process holds a part
+        self._forget()
+
+    def _forget(self, gone: object = None) -> None:
+        self._seen: Any = None
+        self._found: list[Member] = []
+        self._rules: dict[Any, list[Rule]] = {}
+        self._jobs: dict[Any, list[Job]] = {}
+
+    def by(self, optimizer: Optimizer) -> list[Member]:
+        """Them, each with its group.
+
+        Raises:
+            DetachedError: one was parametrised since the rules were attached.
+        """
+        root = self.root()
+        if self._seen is None or not self._as_seen(root, optimizer):
+            self._forget()
+            self._found = self._find(root, optimizer)
+        return self._found
+
+    def jobs(self, kinds: tuple[str, ...], step: int) -> list[Job]:
+        """What rules of these kinds do, at a step (they are counted from zero), to the parameters that were found."""
+        if kinds not in self._rules:
+            timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
+            self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
+        key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
+        if key not in self._jobs:
+            self._jobs[key] = _jobs(self._found, kinds, step)
+        return self._jobs[key]
+
+    def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:
+        was, ways, ends, groups = self._seen
+        return (
+            was() is root
+            and all((now := module()) is not None and now._modules.get(key) is to() for module, key, to in ways)
+            and all(
+                (now := owner()) is not None and now._parameters.get(key) is p and p.requires_grad == free
+                for owner, key, p, free in ends
+            )
+            and groups == _groups(optimizer)
+        )
+
+    def _find(self, root: nn.Module, optimizer: Optimizer) -> list[Member]:
+        holding = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        parameters = []
+        for work in self.works:
+            p = work.handle.find(root)
+            if not isinstance(p, nn.Parameter):
+                raise DetachedError(
+                    f"{work.handle.name!r} was parametrised since rules were attached that would act on a temporary "
+                    "at the step. Parametrise first, or in the same plan, and detach before"
+                )
+            parameters.append(p)
+        self._seen = self._look(root, optimizer, parameters)
+        self.sharded = self._seen is None
+        return [
+            (work, p, holding[id(p)])
+            for work, p in zip(self.works, parameters, strict=True)
+            if id(p) in holding and p.requires_grad
+        ]
+
+    def _look(self, root: nn.Module, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Any:
+        """All that what was found depends on; None where FSDP2 puts other tensors there, time and again."""
+        if any(map(is_sharded, parameters)) or fully_sharded(root.modules()):
+            return None
+        ways: dict[Any, Any] = {}
+        ends = []
+        for work, p in zip(self.works, parameters, strict=True):
+            module: Any = root
+            for key in work.handle.path:
+                child = module._modules[key]
+                ways[id(module), key] = (weakref.ref(module), key, weakref.ref(child))
+                module = child
+            ends.append((weakref.ref(module), work.handle.attribute, p, p.requires_grad))
+        return weakref.ref(root, self._forget), list(ways.values()), ends, _groups(optimizer)
+
+
+def _groups(optimizer: Optimizer) -> list[Any]:
+    return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
+
+
+def _jobs(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Job]:
+    jobs: dict[Any, Job] = {}
+    for work, p, group in held:
+        acts = [act for kind in kinds for act in _acts(work, kind, step)]
+        if acts:
+            key = (id(group), *[(act.kind, _key(act.what)) for act in acts])
+            jobs.setdefault(key, Job(acts, group, [])).members.append((work, p))
+    return list(jobs.values())
+
+
+def _acts(work: Work, kind: str, step: int) -> list[Act]:
+    timed = [(rule, what) for rule, what in getattr(work, kind) if rule.due(step)]
+    if not timed:
+        return []
+    if kind == "project":
+        return [Act("project", timed[0][1])] if single(timed) else []
+    name: Any = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
+    return [Act(name, total([what for _, what in timed]))]
+
+
+def total(penalties: Sequence[Penalty]) -> Penalty:
+    """The sum of penalties as one."""
+    return functools.reduce(lambda a, b: a + b, penalties)
+
+
+def _key(what: Any) -> Any:
+    """The same for what does the same: tensors that hold strengths are the same only if they are one."""
+    if isinstance(what, tuple):
+        return tuple(map(_key, what))
+    if dataclasses.is_dataclass(what) and not isinstance(what, type):
+        return (type(what), *[_key(getattr(what, one.name)) for one in dataclasses.fields(what)])
+    return what if isinstance(what, int | float | str | bool | None) else id(what)

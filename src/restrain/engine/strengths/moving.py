@@ -1,0 +1,295 @@
+"""Strengths that move: the tensors that hold them, refilled after each real step, and the controllers of targets.
+
+All numbers of a controller are 0-d float64 tensors on the CPU, in `reg.state_dict()`. Compiled code only ever reads
+the strength's own tensor.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from restrain.engine.distributed import Term, acting, local, ranks_of, totals
+from restrain.errors import HowError, PenaltyError, RestrainWarning
+from restrain.penalties import Penalty
+from restrain.penalties.derivative import OnDerivatives
+from restrain.penalties.functorch import as_plain
+from restrain.rules import Rule
+from restrain.schedule import Strength, Target
+
+_SLOWEST = 1 / 4  # the least rate, as a part of the greatest
+_PATIENCE = 50  # measurements at a bound before a warning
+_NEAR = 0.02
+
+Tensors = Sequence[tuple[Tensor, Any]]  # parameters, each with what acts on it
+
+
+def _number(value: float = 0.0) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+class Activity:
+    """How much of the outputs that a rule looks at is active, added up since the last measurement."""
+
+    def __init__(self, above: float, device: torch.device) -> None:
+        self.above = above
+        # of one entry and in place, as what leaves compiled code must be (see `penalty_recorders.PenaltyRecorder`)
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.total, self.count = (torch.zeros(1, dtype=dtype, device=device) for _ in range(2))
+
+    def add(self, h: Tensor) -> None:
+        """Look at one output."""
+        if not h.numel():
+            return
+        with as_plain(h) as plain:
+            active = (plain.abs() > self.above).to(self.total.dtype).mean()
+            self.total.add_(active.to(self.total.device))  # of a model that was moved since it was attached
+            self.count.add_(1)
+
+    def take(self) -> float | None:
+        """The mean since the last time, over all processes; None if there was nothing."""
+        both = torch.cat([self.total, self.count])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(both)
+        total, count = both.tolist()
+        self.total.zero_()
+        self.count.zero_()
+        return total / count if count else None
+
+
+class Controller:
+    """Moves the logarithm of a strength until what is measured is what was asked for; see `Target`."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.log, self.rate = _number(math.log(target.start)), _number(target.gain)
+        self.measured, self.error, self.stuck, self.warned = (_number(math.nan), _number(), _number(), _number())
+
+    def state(self) -> dict[str, Tensor]:
+        """All that it knows."""
+        return {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def update(self, found: float) -> bool:
+        """Take a measurement; whether it is the time to say that the target seems out of reach."""
+        target, first = self.target, bool(self.measured.isnan())
+        kept = 0.0 if first else target.smoothing
+        measured = found if first else kept * float(self.measured) + (1 - kept) * found
+        error, rate = target.error(measured), float(self.rate)
+        before = error if first else float(self.error)
+        rate = max(rate / 2, _SLOWEST * target.gain) if error * before < 0 else min(rate * 1.1, target.gain)
+        low, high = math.log(target.low), math.log(target.high)
+        wanted = float(self.log) + rate * error + target.damping * (error - before)
+        log = min(max(wanted, low), high)
+        stuck = float(self.stuck) + 1 if log in (low, high) and abs(measured / target.goal - 1) > _NEAR else 0.0
+        for tensor, value in zip(
+            (self.log, self.rate, self.measured, self.error, self.stuck),
+            (log, rate, measured, error, stuck),
+            strict=True,
+        ):
+            tensor.fill_(value)
+        if stuck < _PATIENCE or self.warned:
+            return False
+        self.warned.fill_(1)
+        return True
+
+
+@dataclass
+class Moving:
+    """A strength of a rule that moves, and the 0-d tensor that holds it."""
+
+    rule: Rule
+    key: str
+    source: Strength
+    now: Tensor = field(default_factory=_number)
+    controllers: list[Controller] = field(default_factory=list)
+    activity: Activity | None = None
+
+    @classmethod
+    def of(cls, rule: Rule, key: str, source: Strength, device: torch.device) -> Moving:
+        """Made for a rule.
+
+        Raises:
+            HowError: a target that can't be measured for that rule.
+        """
+        targets = [part for part in source.parts[1] if isinstance(part, Target)]
+        for target in targets:
+            _check(target, rule)
+        if len(targets) > 1:
+            raise PenaltyError(f"{source!r} has several targets, and one strength can't reach more than one")
+        active = [Activity(target.above, device) for target in targets if target.kind == "active"]
+        moving = cls(
+            rule, key, source, controllers=[Controller(t) for t in targets], activity=active[0] if active else None
+        )
+        moving.refill(0, 0)
+        return moving
+
+    def refill(self, step: int, epoch: int) -> None:
+        """Put in what it is at a step.
+
+        Raises:
+            PenaltyError: a schedule gives something that is no strength.
+        """
+        value = self.rest(step, epoch) * math.prod(math.exp(controller.log) for controller in self.controllers)
+        if not math.isfinite(value):
+            raise PenaltyError(
+                f"{self.source!r} gives {value} at step {step}; a strength is a finite number, zero or more"
+            )
+        self.now.fill_(value)
+
+    def rest(self, step: int, epoch: int) -> float:
+        """What it is without the targets."""
+        number, parts = self.source.parts
+        return number * math.prod(part.at(step, epoch) for part in parts if not isinstance(part, Target))
+
+    def state(self) -> dict[str, Tensor]:
+        """What it keeps from step to step."""
+        kept = {"strength": self.now}
+        for controller in self.controllers:
+            kept |= controller.state()
+        if self.activity is not None:
+            kept |= {"active": self.activity.total, "calls": self.activity.count}
+        return kept
+
+    def control(self, step: int, epoch: int, tensors: Callable[[], Tensors]) -> None:
+        """After a step (they are counted from zero), where it is time: measure, and move the strength."""
+        for controller in self.controllers:
+            if step < self.rule.start or (step + 1) % controller.target.every or not self.rest(step, epoch):
+                continue
+            found = self._measure(controller.target, step, tensors())
+            if found is not None and math.isfinite(found) and controller.update(found):
+                warnings.warn(self._out_of_reach(controller), RestrainWarning, stacklevel=2)
+
+    def _measure(self, target: Target, step: int, tensors: Tensors) -> float | None:
+        if self.activity is not None:
+            return self.activity.take()
+        if target.kind == "gradient_share":
+            return gradient_share(self.rule, tensors) if self.rule.due(step) else None
+        return _MEASURES[target.kind]([p for p, _ in tensors]) if tensors else None
+
+    def _out_of_reach(self, controller: Controller) -> str:
+        target, now = controller.target, float(controller.log.exp())
+        end, way = ("high", "more") if controller.error > 0 else ("low", "less")
+        return (
+            f"{self.key!r}: {target!r} seems out of reach: the strength has stayed at its bound {end}={now:g}, where "
+            f"{target.kind} is {float(controller.measured):.4g}. Allow {way} by {end}=, or ask for another value"
+        )
+
+    def __str__(self) -> str:
+        told = [f"{c.target.kind} was {float(c.measured):.4g}" for c in self.controllers if not c.measured.isnan()]
+        return f"{self.key}: its strength {self.source!r} is now {float(self.now):.4g}{''.join(', ' + t for t in told)}"
+
+
+def tensor_of(source: Strength, known: list[Moving], rule: Rule, key: str, device: torch.device) -> Tensor:
+    """The tensor that holds a strength of a rule; it joins the known ones, where equal ones are one."""
+    for moving in known:
+        if moving.source == source:
+            return moving.now
+    known.append(Moving.of(rule, f"{key} [{len(known) + 1}]" if known else key, source, device))
+    return known[-1].now
+
+
+def _check(target: Target, rule: Rule) -> None:
+    """Refuse a target that can't be measured for a rule."""
+    if isinstance(rule.what, OnDerivatives):
+        raise HowError(
+            f"{target!r} isn't known for a penalty on derivatives, {rule.what!r}: use a number or a schedule"
+        )
+    if (target.kind == "active") != rule.at_places:
+        other = "zeros=, norm= or gradient_share=" if target.kind == "active" else "active="
+        what = "outputs" if target.kind == "active" else "parameters"
+        raise HowError(f"{target!r} is for rules on {what}, not for {rule!r}: use a target by {other}")
+    if target.kind == "zeros" and rule.how != "proximal":
+        raise HowError(f"{target!r} needs how='proximal': by how={rule.how!r} no entry becomes exactly zero")
+    if target.kind == "gradient_share" and not isinstance(rule.what, Penalty):
+        raise HowError(
+            f"{target!r} isn't known for a penalty on the whole network, {rule.what!r}: use norm=, or a number"
+        )
+
+
+def _sum(parts: Sequence[Term]) -> float:
+    """The sum of 0-d tensors, over all processes where they are of shards; waits for their device once."""
+    return float(totals([parts])[0])
+
+
+def _square(w: Tensor) -> Tensor:
+    return w.abs().square().sum(dtype=torch.float32 if w.device.type == "mps" else torch.float64)
+
+
+def _zeros(parameters: Sequence[Tensor]) -> float:
+    entries = sum(p.numel() for p in parameters)
+    return 1 - _sum([(local(p).count_nonzero(), ranks_of(p)) for p in parameters]) / max(entries, 1)
+
+
+def _norm(parameters: Sequence[Tensor]) -> float:
+    return math.sqrt(_sum([(_square(local(p)), ranks_of(p)) for p in parameters]))
+
+
+_MEASURES = {"zeros": _zeros, "norm": _norm}
+
+
+def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
+    """‖g‖ / (‖g‖ + ‖r‖), g the gradient of the rule and r that of all else, after a step which g may be a part of."""
+    mean = rule.reduce == "mean"
+    inside = rule.how in ("loss", "gradient")
+    own, others = [], []
+    for p, penalty in tensors:
+        if p.grad is None:
+            continue
+        for (acts,), (w, grad), ranks in acting([penalty], p, p.grad):
+            g = acts.gradient(w) / (max(p.numel(), 1) * len(tensors) if mean else 1)
+            own.append((_square(g), ranks))
+            others.append((_square(grad - g if inside else grad), ranks))
+    size, rest = math.sqrt(_sum(own)), math.sqrt(_sum(others))
+    return size / (size + rest) if size + rest else None
+
+
+class Strengths:
+    """All strengths of an attachment that move."""
+
+    def __init__(self, bounds: Sequence[Any]) -> None:
+        self.bounds = [bound for bound in bounds if bound.moving]
+        self.done = 0  # steps
+
+    @property
+    def moving(self) -> list[Moving]:
+        """Them all."""
+        return [moving for bound in self.bounds for moving in bound.moving]
+
+    @property
+    def by_gradients(self) -> bool:
+        """Whether any goes by the gradients that a step leaves behind."""
+        return any(one.target.kind == "gradient_share" for moving in self.moving for one in moving.controllers)
+
+    def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
+        """After a training step: so many were taken by now. Called without gradients."""
+        if steps == self.done:
+            return  # of an optimizer that is behind another
+        self.done = steps
+        for bound in self.bounds:
+            for moving in bound.moving:
+                moving.control(steps - 1, epoch, lambda bound=bound: bound.tensors(root))
+        self.refill(steps, epoch)
+
+    def refill(self, steps: int, epoch: int) -> None:
+        """Put in what they are at a step."""
+        for moving in self.moving:
+            moving.refill(steps, epoch)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What they keep, for a checkpoint."""
+        return {moving.key: {name: t.clone() for name, t in moving.state().items()} for moving in self.moving}
+
+    def load(self, state: dict[str, dict[str, Tensor]], steps: int, epoch: int) -> None:
+        """Go on where `state` left off."""
+        for moving in self.moving:
+            for name, tensor in moving.state().items():
+                tensor.copy_(state[moving.key][name])
+        self.done = steps
+        self.refill(steps, epoch)

@@ -1,0 +1,226 @@
+"""Noise on weights: during a layer's forward, an attribute of the module hides the stored weight.
+
+`module.__dict__` is looked at before `module._parameters`, so the layer computes with what is put there, while
+`parameters()`, `state_dict()` and the optimizer see the stored tensor. The attribute goes when the forward ends, also
+by an exception. A recomputation (checkpointing) draws the same noise, as torch restores the global generator.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.engine.core import Draws, Hook
+from restrain.engine.distributed import NOISE_ON_PARTS
+from restrain.errors import DetachedError, HowError, NeverFiredError
+from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
+from restrain.transforms.base import Noise
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight where it is used: the module whose forward uses it, and the way from there to its owner."""
+
+    name: str
+    caller: tuple[str, ...]
+    way: tuple[str, ...]
+    attribute: str
+
+
+def sites_of(slot: Slot) -> list[Site]:
+    """Where a weight is used, one for each module that holds it.
+
+    Raises:
+        HowError: it is used past all forwards.
+    """
+    return [_site(slot.name, layer, key) for layer, key in slot.owners]
+
+
+def check_computable(slot: Slot) -> None:
+    """Refuse a weight that its layer writes into.
+
+    Raises:
+        HowError: so it is.
+    """
+    for layer, _ in slot.owners:
+        if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)) and layer.module.max_norm is not None:
+            raise HowError(
+                f"{slot.name!r}: {type(layer.module).__name__}(max_norm=...) writes into its weight in the forward, "
+                "which would be lost in a temporary; write rs.MaxNorm(..., per='in').on(...) instead of it"
+            )
+
+
+def _site(name: str, layer: Layer, key: str) -> Site:
+    chain = list(layer.chain)
+    caller = len(chain) - 1
+    while caller >= 0 and not _is_called(chain, caller):
+        caller -= 1
+    if caller < 0:
+        raise HowError(f"{name!r} belongs to no module with a forward, so noise on it has no moment to act")
+    cut = next(i for i in range(len(layer.path) + 1) if follow(chain[0], layer.path[:i]) is chain[caller])
+    return Site(name, layer.path[:cut], layer.path[cut:], key)
+
+
+def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
+    """Whether the module's hooks fire: not those of a list, nor those of the layer that an attention uses past them."""
+    inside = i > 0 and isinstance(chain[i - 1], nn.MultiheadAttention)
+    return type(chain[i]).forward is not nn.Module.forward and not inside
+
+
+class Disturb(Draws, Hook):
+    """Forward pre-hook: puts the disturbed weights before the stored ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noises: list[tuple[Site, list[Noise]]] = []
+        self.fired = False
+        self.calls = torch.zeros(1)  # in compiled code: what is done in place leaves a compiled checkpoint, too
+
+    def add(self, site: Site, noise: Noise) -> None:
+        """One more noise on a weight, after those that it has."""
+        known = next((noises for one, noises in self.noises if one == site), None)
+        if known is None:
+            self.noises.append((site, [noise]))
+        else:
+            known.append(noise)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        compiled = torch.compiler.is_compiling()
+        if not compiled:
+            restore(module, self.noises)  # after an interrupt that no hook sees
+        if not self.draws(module):
+            return
+        if compiled:
+            self.calls.add_(1)
+        else:
+            self.fired = True
+        for site, noises in self.noises:
+            owner = _owner(module, site)
+            w = owner._parameters.get(site.attribute)
+            if w is None:
+                raise DetachedError(
+                    f"the parameter {site.name!r} is gone or parametrised since noise was attached to it; detach() and "
+                    "attach the rules again"
+                )
+            if is_sharded(w):
+                raise HowError(NOISE_ON_PARTS.format(whose=f"{site.name!r} is sharded"))
+            disturbed: Tensor = w
+            for noise in noises:
+                disturbed = noise.of_weight(disturbed)
+            _set(owner, site.attribute, disturbed)
+            keep_flat(owner)
+
+
+class Restore(Hook):
+    """Forward hook, also called after an exception: takes the disturbed weights away."""
+
+    def __init__(self, disturb: Disturb) -> None:
+        self.disturb = disturb
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        restore(module, self.disturb.noises)
+
+
+def restore(module: nn.Module, noisy: list[tuple[Site, list[Noise]]]) -> None:
+    """Let the stored weights be seen again."""
+    for site, _ in noisy:
+        owner = _owner(module, site)
+        if site.attribute in owner.__dict__:
+            _set(owner, site.attribute, None)
+            keep_flat(owner)
+
+
+def _set(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
+    """Put a tensor before the stored one, or take it away; torch.compile sees in a checkpoint that it is both."""
+    if torch.compiler.is_compiling():
+        from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as undone
+
+        undone(_write, owner, key, tensor)
+    else:
+        _write(owner, key, tensor)
+
+
+def _write(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
+    if tensor is None:
+        owner.__dict__.pop(key)
+    else:
+        owner.__dict__[key] = tensor
+
+
+def _owner(module: nn.Module, site: Site) -> nn.Module:
+    for key in site.way:
+        module = module._modules[key]  # type: ignore[assignment]
+    return module
+
+
+def keep_flat(owner: nn.Module) -> None:
+    """The list of its weights that a recurrent layer hands to its kernel, as they are now."""
+    if isinstance(owner, nn.RNNBase):
+        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+        owner._flat_weight_refs = [None if w is None else weakref.ref(w) for w in owner._flat_weights]
+
+
+@dataclass
+class WeightNoise:
+    """The noise on weights of one attachment: hooks on the modules that use them."""
+
+    hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by the path of the module
+    handles: list[Any] = field(default_factory=list)
+    checked: dict[Site, bool] = field(default_factory=dict)  # whether a hook that never fires is an error
+
+    def begin(self, noisy: Iterable[tuple[Site, Noise, bool]], root: nn.Module) -> None:
+        """Put the hooks on: for each weight its noise, and whether a hook that never fires is an error."""
+        for site, noise, checked in noisy:
+            if site.caller not in self.hooks:
+                self._hook(root, site.caller)
+            self.hooks[site.caller].add(site, noise)
+            self.checked[site] = checked
+
+    def _hook(self, root: nn.Module, path: tuple[str, ...]) -> None:
+        module = follow(root, path)
+        assert module is not None
+        if any(isinstance(hook, Disturb) for hook in module._forward_pre_hooks.values()):
+            raise HowError(
+                f"another attachment has noise on the weights of {'.'.join(path) or 'the model'!r}, of which one would "
+                "undo the other: put both into one plan"
+            )
+        disturb = self.hooks[path] = Disturb()
+        # before any other, as hooks of the old weight_norm read what we disturb; but after FSDP2 has gathered it
+        first = not fully_sharded([module])
+        self.handles.append(module.register_forward_pre_hook(disturb, prepend=first))
+        self.handles.append(module.register_forward_hook(Restore(disturb), always_call=True))
+
+    def end(self, root: nn.Module | None) -> None:
+        """Take the hooks away, and what an interrupted forward may have left."""
+        for handle in self.handles:
+            handle.remove()
+        for path, disturb in self.hooks.items():
+            module = None if root is None else follow(root, path)
+            if module is not None:
+                restore(module, disturb.noises)
+        self.handles, self.hooks = [], {}
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """After a real step.
+
+        Raises:
+            NeverFiredError: a weight has a gradient, though the module that should have disturbed it was never called.
+        """
+        for disturb in self.hooks.values():
+            disturb.fired = disturb.fired or bool(disturb.calls)
+            silent = [] if disturb.fired else [site for site, _ in disturb.noises if self.checked[site]]
+            for site in silent:
+                owner = follow(root, site.caller + site.way)
+                w = None if owner is None else owner._parameters.get(site.attribute)
+                if w is not None and w.grad is not None:
+                    raise NeverFiredError(
+                        f"{site.name!r} was trained, but the layer that holds it was never called in train() mode, so "
+                        "its noise never came: the model uses the weight past the layer (F.linear(x, layer.weight)), "
+                        "or was compiled before. Call the layer itself, or say optional=True in .on(...)"
+                    )

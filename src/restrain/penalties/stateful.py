@@ -1,0 +1,258 @@
+"""Penalties that hold tensors of their own: a strength for each entry, and distances to a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from restrain.errors import PenaltyError, SelectionError
+from restrain.named_tensors import Location, near
+from restrain.penalties.base import Penalty, Tensors, checked_setting
+from restrain.penalties.entrywise import L1, L2, Entrywise
+from restrain.penalties.shrink import as_step, at_least_float32
+from restrain.rules import How
+from restrain.schedule import Strength
+
+Given: TypeAlias = Tensor | Mapping[str, Tensor] | str | Path | list[Any] | tuple[Any, ...] | Callable[[Tensor], Tensor]
+"""A tensor; one a parameter, by name; a file of such; nested lists; or a function of the parameter at attach."""
+
+
+class _Kept(Penalty, register=False):
+    """Base of penalties with a tensor of their own, which lives in `reg.state_dict()`; equal where that is."""
+
+    uniform = False
+    kept: Tensor | None
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return False
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+        return all(_same(a, b) for a, b in pairs)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.kept is None else {"kept": self.kept}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted(_Kept):
+    """Σᵢ weightᵢ f(xᵢ), with f that of an entrywise penalty: a strength for each entry.
+
+    The adaptive lasso is `Weighted(L1(), lambda w: 1 / w.abs().clamp_min(1e-3))`, whose weights come from the
+    parameters as they are at attach; a weight of zero leaves an entry out.
+
+    Args:
+        penalty: an entrywise penalty.
+        weights: numbers, zero or more, in a shape that fits the parameter's; a tensor, nested lists, a mapping from
+            parameter names, the path of a file of such (.pt or .safetensors), or a function of the parameter.
+
+    Raises:
+        PenaltyError: a penalty that isn't entrywise; weights that don't fit, are negative or not finite.
+
+    Source: Zou (2006), the adaptive lasso, eq. 4.
+
+    >>> penalty = rs.Weighted(rs.L1(), [1.0, 0.0])
+    >>> penalty(torch.tensor([3.0, 4.0])), penalty.prox(torch.tensor([3.0, 4.0]))
+    (tensor(3.), tensor([2., 4.]))
+    """
+
+    penalty: Penalty = field(default_factory=L1)
+    weights: Given = 1.0  # type: ignore[assignment]
+    kept: Tensor | None = field(default=None, repr=False)
+
+    entrywise = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.penalty, Entrywise):
+            raise PenaltyError(
+                f"Weighted takes an entrywise penalty such as L1() or Huber(), got {self.penalty!r}; scale the whole: "
+                "0.1 * Weighted(L1(), ...)"
+            )
+
+    @property
+    def shrinks(self) -> bool:  # type: ignore[override]
+        return self.penalty.shrinks
+
+    def _for(self, x: Tensor) -> Tensor:
+        """The weights in the shape, precision and device of a tensor."""
+        weights = self.kept
+        if weights is None:
+            weights = _given(self, self.weights, Location(x.detach()))
+        return _fitting(weights.to(x.real), x, "weights")
+
+    def __call__(self, w: Tensors) -> Tensor:
+        value: Tensor = (self._for(w) * self.penalty.entries(w)).sum()  # type: ignore[attr-defined]
+        return value
+
+    def gradient(self, w: Tensor) -> Tensor:
+        x = at_least_float32(w.detach())
+        return (self._for(x) * self.penalty.gradient(x)).to(w.dtype)
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        x = at_least_float32(w)
+        return self.penalty.prox(x, self._for(x) * as_step(step, x)).to(w.dtype)
+
+    def bound_to(self, at: Location) -> Weighted:
+        weights = _given(self, self.weights, at).to(at.tensor.real)
+        bound = dataclasses.replace(self, kept=weights)
+        bound._for(at.tensor)  # whether they fit
+        if not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise PenaltyError(f"weights are finite numbers, zero or more; those for {at.name!r} aren't: {weights}")
+        return bound
+
+
+@dataclass(frozen=True, eq=False)
+class Distance(_Kept):
+    """penalty(x - reference): how far a tensor is from another, which doesn't change with it.
+
+    `Distance()` pulls towards the values at attach (L2-SP), and with how="proximal" a `Distance(L1())` makes entries
+    exactly equal to them. `Distance(Weighted(L2(), fisher))` is elastic weight consolidation, at half its strength.
+
+    Args:
+        penalty: any penalty, of the difference.
+        to: the reference: None for the values at attach; else a tensor, a mapping from parameter names, the path of a
+            file of such (a `state_dict` in .pt or .safetensors), or a function of the parameter at attach.
+        decay: if given, the reference then follows the parameter: r ← decay r + (1 - decay) x after each real step.
+
+    Raises:
+        PenaltyError: a reference of another shape, or none of that name; a decay outside 0 to 1.
+
+    Source: Li, Grandvalet and Davoine (2018), eq. 2; Kirkpatrick and others (2017), eq. 3.
+
+    >>> rs.Distance(to=torch.tensor([1.0, 1.0]))(torch.tensor([1.0, 3.0]))
+    tensor(4.)
+    """
+
+    penalty: Penalty = field(default_factory=L2)
+    to: Given | None = None
+    decay: float | None = None
+    kept: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.penalty, Penalty):
+            raise PenaltyError(f"Distance takes a penalty of the difference, such as L2(); got {self.penalty!r}")
+        if self.decay is not None:
+            checked_setting("decay", self.decay, 0, 1)
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        return self.penalty.entrywise
+
+    @property
+    def groupwise(self) -> bool:  # type: ignore[override]
+        return self.penalty.groupwise
+
+    @property
+    def has_prox(self) -> bool:
+        return self.penalty.has_prox
+
+    def _from(self, x: Tensor) -> Tensor:
+        """The reference for a tensor, in its precision and on its device."""
+        reference = self.kept
+        if reference is None and self.to is None:
+            raise PenaltyError(f"{self!r} takes its reference from a parameter at attach; here give one by to=")
+        if reference is None:
+            reference = _given(self, self.to, Location(x.detach()))
+        return _fitting(reference.to(x), x, "a reference")
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return self.penalty(w - self._from(w))
+
+    def gradient(self, w: Tensor) -> Tensor:
+        x = at_least_float32(w.detach())
+        return self.penalty.gradient(x - self._from(x)).to(w.dtype)
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        x = at_least_float32(w)
+        reference = self._from(x)
+        difference = x - reference
+        shrunk = self.penalty.prox(difference, step)
+        return torch.where(shrunk == difference, x, reference + shrunk).to(w.dtype)
+
+    def bound_to(self, at: Location) -> Distance:
+        now = at.tensor.detach().clone()
+        reference = now if self.to is None else _fitting(_given(self, self.to, at).to(now), now, "a reference").clone()
+        if not bool(reference.isfinite().all()):
+            whose = "the values at attach" if self.to is None else "the given ones"
+            raise PenaltyError(
+                f"Distance needs a finite reference; {whose} for {at.name!r} have NaN or infinite entries"
+            )
+        return dataclasses.replace(self, penalty=self.penalty.bound_to(at), kept=reference)
+
+    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Distance:
+        return dataclasses.replace(self, penalty=self.penalty.with_strengths(live))
+
+    def state(self) -> dict[str, Tensor]:
+        own = {} if self.kept is None else {"kept": self.kept}
+        return own | {f"penalty.{name}": kept for name, kept in self.penalty.state().items()}
+
+    def stepped(self, w: Tensor | None) -> None:
+        if self.decay is not None and self.kept is not None and w is not None:
+            self.kept.lerp_(w.to(self.kept), 1 - self.decay)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if at_places:
+            raise SelectionError(
+                f"{self!r} is of parameters, not of outputs or inputs: select some by a glob or a role"
+            )
+        return self.penalty.moments(at_places)
+
+
+def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
+    """The given tensor in the shape of another."""
+    try:
+        return given.expand(x.shape)
+    except RuntimeError:
+        pass
+    raise PenaltyError(f"{what} of shape {tuple(given.shape)} can't be for a tensor of shape {tuple(x.shape)}")
+
+
+def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
+    """The tensor that is given for a parameter."""
+    if isinstance(given, (str, Path)):
+        given = _loaded(Path(given), Path(given).stat().st_mtime_ns)
+    if isinstance(given, Mapping):
+        if at.name not in given:
+            raise PenaltyError(
+                f"{type(penalty).__name__}: nothing is given for {at.name!r}{near(at.name, list(given))}"
+            )
+        given = given[at.name]
+    found = given(at.tensor.detach()) if callable(given) else given
+    try:
+        return torch.as_tensor(found, dtype=None if isinstance(found, Tensor) else torch.float64).detach()
+    except (TypeError, ValueError) as error:
+        raise PenaltyError(f"{type(penalty).__name__} needs a tensor for {at.name!r}, got {found!r}: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, written: int) -> dict[str, Tensor]:
+    """The tensors in a file, by the names that they have without wrappers; read once for all parameters of a rule.
+
+    `written` is when the file was: one that has been written anew is read anew.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError as error:
+            raise PenaltyError("a .safetensors file needs safetensors: pip install 'restrain[models]'") from error
+        tensors = load_file(path)
+    else:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in tensors.items()}

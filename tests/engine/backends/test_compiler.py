@@ -1,0 +1,159 @@
+"""Loops of C, held to the same steps in torch."""
+
+import math
+
+import pytest
+import torch
+
+from restrain.engine.backends import compiler
+from restrain.engine.backends.statements import body, changed_by, numbers_of, stages
+from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows
+from restrain.engine.ops.operations import Decay, Gradient, Project, Prox, RootedShrink, Shrink, quickly
+from restrain.penalties import Huber
+from restrain.transforms import Box, NonNegative
+
+LOWERED = {
+    "gradient": [(Gradient(True, True), (0.3, 0.2))],
+    "gradient of L1": [(Gradient(True, False), (0.3,))],
+    "decay": [(Decay(Gradient(True, True), shrinks=False), (0.3, -0.2))],
+    "decay that stops": [(Decay(Gradient(True, True), shrinks=True), (0.3, 0.2))],
+    "shrink": [(Shrink(True, True), (0.9, 0.2))],
+    "scale": [(Shrink(True, False), (0.9,))],
+    "rooted": [(RootedShrink(True, True), (3.0, 1e-8, 0.2, 0.1))],
+    "box": [(Project(Box(-0.5, math.inf)), ())],
+    "several": [(Gradient(False, True), (0.2,)), (Shrink(False, True), (0.2,)), (Project(NonNegative()), ())],
+}
+SIZES = (1, 3, 0, 40_000, 17, 70_001)
+SPECIAL = (0.0, -0.0, math.nan, math.inf, -math.inf)
+TOLERANCE = {torch.float64: 1e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def members(dtype, special=False):
+    draws = torch.Generator().manual_seed(0)
+    found = [[torch.randn(size, generator=draws).to(dtype) for _ in "wo"] for size in SIZES if size]
+    for w, o in found:
+        o.square_() if special is None else None
+        if special and len(w) > len(SPECIAL):
+            w[: len(SPECIAL)] = torch.tensor(SPECIAL)
+    return found
+
+
+@pytest.mark.parametrize("dtype", compiler.TYPES, ids=str)
+@pytest.mark.parametrize("name", LOWERED)
+def test_loops_do_what_torch_does(name, dtype, threads):
+    lowered = LOWERED[name]
+    statements, numbers, changed = body(lowered)
+    loop = compiler.loop((dtype, dtype), statements, len(numbers), changed)
+    given = members(dtype, None if name == "rooted" else True)
+    wanted = [[t.clone() for t in one] for one in given]
+    versions = [t._version for one in given for t in one]
+    loop(given, numbers * len(given))
+    for mine, theirs in zip(given, wanted, strict=True):
+        quickly(lowered, theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.allclose(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+            if name in ("shrink", "rooted", "box"):
+                assert not ((a == 0) & a.signbit()).any()
+    after = [t._version for one in given for t in one]
+    assert [now > was for was, now in zip(versions, after, strict=True)] == [
+        r in changed for _ in given for r in (0, 1)
+    ]
+
+
+BY_ROW = {
+    "gradient": [(Gradient(True, False, (Lengths(),)), (0.1, 0.3))],
+    "decay": [(Decay(Gradient(False, True, (Lengths(),)), shrinks=True), (0.1, 0.3))],
+    "shrink": [(Shrink(True, True), (0.9, 0.01)), (ShrinkRows(), (0.3,))],
+    "gradient, then decay": [(Gradient(False, False, (Lengths(),)), (0.3,)), (ShrinkRows(), (0.2,))],
+    "at most": [(FitRows(0.0, 2.0, None), ())],
+    "between": [(FitRows(1.0, 2.0, None), ())],
+    "shrink, then fit": [(ShrinkRows(), (0.3,)), (FitRows(1.0, 1.0, None), ())],
+}
+LENGTHS = ((1, 300), (3, 7), (31, 40), (32, 1), (33, 50), (768, 90), (5000, 3))  # of rows, and how many
+
+
+def row_by_row(lowered, w, o):
+    """The steps on rows in float64, by their definition, their numbers already those of C."""
+    for step, numbers in lowered:
+        size = w.norm(dim=1, keepdim=True)
+        unit = w / torch.where(size == 0, 1, size)
+        if isinstance(step, Gradient):
+            o = o + numbers[-1] * unit + (numbers[0] * w.sgn() if step.l1 else 0)
+        elif isinstance(step, Decay):
+            new = w - numbers[0] * w - numbers[1] * unit
+            w = torch.where(new * w < 0, 0, new)
+        elif isinstance(step, Shrink):
+            w = (numbers[0] * w).sgn() * ((numbers[0] * w).abs() - numbers[1]).clamp_min(0)
+        elif isinstance(step, ShrinkRows):
+            w = unit * (size - numbers[0]).clamp_min(0)
+        else:
+            even = torch.full_like(w, w.shape[1] ** -0.5)
+            w = torch.where(size == 0, even, unit) * size.clamp(step.low, step.high)
+    return w, o
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", BY_ROW)
+def test_rows_of_several_lengths(name, dtype, threads):
+    lowered, draws = BY_ROW[name], torch.Generator().manual_seed(1)
+    given = [[torch.randn(count, length, generator=draws).to(dtype) for _ in "wo"] for length, count in LENGTHS]
+    for w, _ in given:
+        w[len(w) // 2] = 0
+        w[len(w) // 3] *= 1e-20 if dtype == torch.float32 else 1e-130 if dtype == torch.float64 else 1
+    wanted = [row_by_row(lowered, w.double(), o.double()) for w, o in given]
+    text, numbers, changed = stages(lowered), numbers_of(lowered), changed_by(lowered)
+    compiler.rows((dtype, dtype), text, len(numbers), changed)(given, numbers * len(given), [n for n, _ in LENGTHS])
+    near = TOLERANCE[dtype] * (4 if dtype == torch.bfloat16 and len(text) > 1 else 2)
+    for mine, theirs in zip(given, wanted, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=near, atol=near)
+
+
+def test_rows_that_fit_are_only_read(threads):
+    w = torch.randn(50, 3000)
+    loop = compiler.rows((w.dtype,), stages([(FitRows(0.0, 0.5, None), ())]), 0, (0,))
+    loop([(w,)], (), [3000])
+    once = w.clone()
+    loop([(w,)], (), [3000])
+    assert torch.equal(w, once)
+    assert torch.allclose(w.norm(dim=1), torch.tensor(0.5))
+
+
+def test_lengths_do_not_lose_squares():
+    for size in (1e-30, 1e25):
+        w = size * torch.randn(4, 100, dtype=torch.float64).float()
+        wanted = w.double() / w.double().norm(dim=1, keepdim=True)
+        compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [100])
+        torch.testing.assert_close(w.double(), wanted, rtol=1e-6, atol=0)
+    w = torch.tensor([[1e300, 1e300], [1e-300, 1e-300]], dtype=torch.float64)
+    compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [2])
+    torch.testing.assert_close(w, torch.full((2, 2), 0.5**0.5, dtype=torch.float64))
+
+
+def test_dtypes_mix():
+    w, o = torch.randn(100, dtype=torch.bfloat16), torch.randn(100)
+    statements, numbers, changed = body(LOWERED["gradient"])
+    wanted = o + 0.3 * w.float().sgn() + 0.2 * w.float()
+    compiler.loop((w.dtype, o.dtype), statements, len(numbers), changed)([(w, o)], numbers)
+    assert torch.allclose(o, wanted)
+
+
+def test_bfloat16_is_rounded_as_torch_does():
+    x = torch.randn(100_000)
+    out = torch.zeros(len(x), dtype=torch.bfloat16)
+    compiler.loop((torch.bfloat16, torch.float32), "w = o0;", 0, (0,))([(out, x)], ())
+    assert torch.equal(out, x.bfloat16())
+
+
+def test_what_is_not_written_in_c():
+    assert body([(Gradient(False, False, (Huber(0.5),)), (0.2,))]) is None
+    assert body([(Prox(True, False), (0.1, 0.2))]) is None
+    assert compiler.loop((torch.complex64,), "w = w;", 0, (0,)) is None
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert compiler.compiled("int nothing;") is None
+    monkeypatch.setenv("CC", "/bin/false")
+    assert compiler.compiled("int nothing at all;") is None
