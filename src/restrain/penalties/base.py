@@ -20,6 +20,7 @@ from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
+from restrain.operations import Absolute, Square, Terms, slope
 from restrain.rules import How, What
 from restrain.schedule import Strength, checked_number
 
@@ -225,20 +226,14 @@ class Penalty(What, ABC, register=False):
 
     __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
 
-    entrywise: bool = False
-    """The value is a sum over entries of a function of each; the prox also takes a step for each entry."""
-
     uniform: bool = True
     """Where `entrywise`: that function is the same for every entry, so that any part of a tensor can be taken alone."""
 
     groupwise: bool = False
     """Its prox also takes a step for each entry: it is then exact in that diagonal metric."""
 
-    elastic: tuple[float, float] | None = None
-    """(a, c) where the value is a Σ|x| + c Σ|x|²."""
-
-    shrinks: bool = False
-    """Its prox scales each entry by a number from 0 to 1. Then a Σ|x| can be added: see `Sum.prox`."""
+    operations: Terms | None = None
+    """What the value is a weighted sum of, for backends that compute it fast; None where the formula alone says it."""
 
     soft_after: bool = False
     """Its prox, followed by a soft threshold, is that of its sum with a Σ|x|: see `Sum.prox`."""
@@ -252,6 +247,7 @@ class Penalty(What, ABC, register=False):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "__call__" in vars(cls):
+            _forget_declared(cls)
             cls.__call__ = of_tensors(vars(cls)["__call__"])  # type: ignore[method-assign, assignment]
         if "over_batch" in vars(cls):
             cls.over_batch = taking_masks(vars(cls)["over_batch"])  # type: ignore[method-assign]
@@ -265,9 +261,37 @@ class Penalty(What, ABC, register=False):
         """
 
     @property
+    def entrywise(self) -> bool:
+        """The value is a sum over entries of a function of each; the prox also takes a step for each entry."""
+        return self.operations is not None and all(one.by_entry for _, one in self.operations)
+
+    @property
+    def shrinks(self) -> bool:
+        """Its prox scales each entry by a number from 0 to 1. Then a Σ|x| can be added: see `Sum.prox`."""
+        return self.elastic is not None
+
+    @property
+    def elastic(self) -> tuple[float, float] | None:
+        """(a, c) where the value is a Σ|x| + c Σ|x|²."""
+        l1 = l2 = 0.0
+        for factor, one in self.operations or ((0.0, None),):
+            if isinstance(one, Absolute):
+                l1 += factor
+            elif isinstance(one, Square):
+                l2 += factor
+            else:
+                return None
+        return l1, l2
+
+    @property
     def has_prox(self) -> bool:
         """Whether `prox` is known."""
-        return type(self).prox is not Penalty.prox
+        return type(self).prox is not Penalty.prox or self.elastic is not None
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether it acts on any part of a tensor as on the whole."""
+        return self.entrywise and self.uniform
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         """The proximal operator: argmin_z ½‖z - w‖² + step · value(z).
@@ -280,6 +304,8 @@ class Penalty(What, ABC, register=False):
         Raises:
             NoProxError: none is known; the message names those that have one.
         """
+        if (elastic := self.elastic) is not None:
+            return shrink_entries(w, step, *elastic)
         raise NoProxError(
             f"{self!r} has no known prox; these have one: {', '.join(_with_prox())}. "
             "Use how='loss' or how='gradient', or define prox(self, w, step) in its class"
@@ -287,6 +313,8 @@ class Penalty(What, ABC, register=False):
 
     def gradient(self, w: Tensor) -> Tensor:
         """The gradient of the value at `w`, as autograd gives it (of complex entries too), in its dtype."""
+        if self.operations is not None:
+            return slope(self.operations, at_least_float32(w.detach())).to(w.dtype)
         with torch.enable_grad():
             point = w.detach().requires_grad_()
             value = self(point)
@@ -384,6 +412,23 @@ class Penalty(What, ABC, register=False):
         return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([p, q]) begins with 0
 
 
+def _forget_declared(cls: type[Penalty]) -> None:
+    """A new formula inherits nothing that was declared of the old one: not how it is computed, nor its prox."""
+    old = next((base for base in cls.__mro__[1:] if "__call__" in vars(base)), Penalty)
+    if inspect.isabstract(old):
+        return
+    for name in _OF_FORMULA:
+        if name not in vars(cls):
+            setattr(cls, name, vars(Penalty)[name])
+
+
+# What belongs to a formula, and goes with it
+_OF_FORMULA = (
+    *("operations", "elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
+    *("gradient", "prox", "has_prox"),
+)
+
+
 def _scaled(strength: Any, penalty: Penalty) -> Penalty:
     strength = checked_factor(strength)
     if isinstance(penalty, Scaled):
@@ -415,7 +460,7 @@ class Scaled(Penalty, register=False):
         return f"{shown(self.strength)} * {inner}"
 
     @property
-    def entrywise(self) -> bool:  # type: ignore[override]
+    def entrywise(self) -> bool:
         return self.penalty.entrywise
 
     @property
@@ -492,7 +537,7 @@ class Sum(Penalty, register=False):
         return " + ".join(map(repr, self.terms))
 
     @property
-    def entrywise(self) -> bool:  # type: ignore[override]
+    def entrywise(self) -> bool:
         return all(term.entrywise for term in self.terms)
 
     @property

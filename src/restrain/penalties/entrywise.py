@@ -9,8 +9,10 @@ from math import inf
 import torch
 from torch import Tensor
 
+from restrain import operations
 from restrain.axes import squared
 from restrain.errors import PenaltyError
+from restrain.operations import Absolute, ByEntry, Function, Logarithm, Square, Terms, weighted
 from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
 from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries
 
@@ -18,7 +20,7 @@ _NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slop
 
 
 class Entrywise(Penalty, register=False):
-    """Base of penalties Σᵢ f(xᵢ): a member writes f, f′ and the prox of f.
+    """Base of penalties Σᵢ f(xᵢ): a member declares f by `operations`, or writes f and f′, and the prox of f.
 
     All three take a real or complex tensor of float32 or wider and return one of its shape.
     """
@@ -26,23 +28,31 @@ class Entrywise(Penalty, register=False):
     entrywise = True
     shrinks = True
 
-    @abstractmethod
+    @property
+    def operations(self) -> Terms:  # type: ignore[override]
+        """f and f′, as a member writes them."""
+        return ((1.0, Function(self)),)
+
     def entries(self, x: Tensor) -> Tensor:
         """f of each entry, real."""
+        return weighted([(factor, one.value(x)) for factor, one in self._declared()])
 
-    @abstractmethod
     def slopes(self, x: Tensor) -> Tensor:
         """The gradient of f at each entry, zero where f has a kink."""
+        return weighted([(factor, one.slope(x)) for factor, one in self._declared()])
 
-    @abstractmethod
+    def _declared(self) -> list[tuple[float, ByEntry]]:
+        found = [(factor, one) for factor, one in self.operations if isinstance(one, ByEntry)]
+        if any(isinstance(one, Function) for _, one in found):
+            raise NotImplementedError(f"{type(self).__name__} declares no `operations`: write entries(x) and slopes(x)")
+        return found
+
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         """argmin_z ½|z - x|² + t f(z) for each entry; t may differ by entry."""
+        return Penalty.prox(self, x, t)
 
     def __call__(self, w: Tensors) -> Tensor:
         return self.entries(w).sum()
-
-    def gradient(self, w: Tensor) -> Tensor:
-        return self.slopes(at_least_float32(w.detach())).to(w.dtype)
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         x = at_least_float32(w)
@@ -61,16 +71,7 @@ class L1(Entrywise):
     (tensor(7.), tensor([ 2., -3.,  0.]))
     """
 
-    elastic = (1.0, 0.0)
-
-    def entries(self, x: Tensor) -> Tensor:
-        return torch.abs(x)
-
-    def slopes(self, x: Tensor) -> Tensor:
-        return x.sgn()
-
-    def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return shrink_entries(x, t, *self.elastic)
+    operations = ((1.0, Absolute()),)
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,7 @@ class L2(Entrywise):
     (tensor(25.), tensor([ 1.0000, -1.3333]))
     """
 
-    elastic = (0.0, 1.0)
-
-    def entries(self, x: Tensor) -> Tensor:
-        return squared(x)
-
-    def slopes(self, x: Tensor) -> Tensor:
-        return 2 * x
-
-    def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return shrink_entries(x, t, *self.elastic)
+    operations = ((1.0, Square()),)
 
 
 @dataclass(frozen=True)
@@ -123,18 +115,9 @@ class ElasticNet(Entrywise):
         checked_strength(self.l2)
 
     @property
-    def elastic(self) -> tuple[float, float]:  # type: ignore[override]
-        """The two strengths."""
-        return (self.l1, self.l2)
-
-    def entries(self, x: Tensor) -> Tensor:
-        return self.l1 * torch.abs(x) + self.l2 * squared(x)
-
-    def slopes(self, x: Tensor) -> Tensor:
-        return self.l1 * x.sgn() + 2 * self.l2 * x
-
-    def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return shrink_entries(x, t, *self.elastic)
+    def operations(self) -> Terms:  # type: ignore[override]
+        """Both, each with its strength."""
+        return ((self.l1, Absolute()), (self.l2, Square()))
 
 
 @dataclass(frozen=True)
@@ -157,12 +140,10 @@ class Huber(Entrywise):
     def __post_init__(self) -> None:
         checked_setting("delta", self.delta, 0)
 
-    def entries(self, x: Tensor) -> Tensor:
-        size = torch.abs(x)
-        return torch.where(size <= self.delta, squared(x) / 2, self.delta * (size - self.delta / 2))
-
-    def slopes(self, x: Tensor) -> Tensor:
-        return torch.where(x.abs() <= self.delta, x, self.delta * x.sgn())
+    @property
+    def operations(self) -> Terms:  # type: ignore[override]
+        """The formula."""
+        return ((1.0, operations.Huber(self.delta)),)
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         size = x.abs()
@@ -192,11 +173,10 @@ class LogSum(Entrywise):
     def __post_init__(self) -> None:
         checked_setting("epsilon", self.epsilon, 0)
 
-    def entries(self, x: Tensor) -> Tensor:
-        return torch.log1p(torch.abs(x) / self.epsilon)
-
-    def slopes(self, x: Tensor) -> Tensor:
-        return x.sgn() / (self.epsilon + x.abs())
+    @property
+    def operations(self) -> Terms:  # type: ignore[override]
+        """The formula."""
+        return ((1.0, Logarithm(self.epsilon)),)
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         size, t = x.abs(), as_tensor(t, x)

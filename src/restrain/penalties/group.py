@@ -23,6 +23,7 @@ from restrain.axes import (
 )
 from restrain.errors import NoProxError, PenaltyError
 from restrain.named_tensors import Location
+from restrain.operations import Length, Terms
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, in_float32
 from restrain.penalties.shrink import at_least_float32, cut_groups, share_groups, shrink_entries, shrink_groups
 from restrain.rules import How
@@ -164,17 +165,13 @@ class GroupLasso(GroupPenalty):
 
     keywords = ("group_lasso",)
 
-    def over(self, w: Tensor, groups: Grouping) -> Tensor:
-        norms = group_norms(w, groups)
-        return groups.once(groups.sizes(norms) ** 0.5 * norms).sum()
+    @property
+    def operations(self) -> Terms:  # type: ignore[override]
+        """The formula."""
+        return ((1.0, Length(self.per)),)
 
-    def gradient(self, w: Tensor) -> Tensor:
-        groups = grouping(self.per, w.shape)
-        x = groups.view(at_least_float32(w.detach()))
-        norms = group_norms(x, groups)
-        zero = norms == 0
-        unit = torch.where(zero, 0, x / torch.where(zero, 1, norms))
-        return groups.restore(groups.sizes(norms) ** 0.5 * unit, torch.zeros_like(w)).to(w.dtype)
+    def over(self, w: Tensor, groups: Grouping) -> Tensor:
+        return Length(groups).total(w)
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         groups = grouping(self.per, w.shape)

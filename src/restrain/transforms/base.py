@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from restrain import registry
 from restrain.errors import ExportError, SelectionError, TransformError
 from restrain.fields import is_number
+from restrain.operations import Interval, LengthInterval
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How, What
@@ -91,6 +92,9 @@ class Constraint(Reparametrization, register=False):
     convex: bool = False
     """The set is convex."""
 
+    interval: Interval | LengthInterval | None = None
+    """The set, for backends that project onto it fast; None where `project` alone says it."""
+
     cone: bool = False
     """The set holds every nonnegative multiple of its members; of two sets, such a one is taken first."""
 
@@ -106,6 +110,11 @@ class Constraint(Reparametrization, register=False):
 
     def to_free(self, w: Tensor) -> Tensor:
         return self.project(w)
+
+    @property
+    def by_entry(self) -> bool:
+        """Whether it acts on any part of a tensor as on the whole."""
+        return isinstance(self.interval, Interval)
 
     @property
     def has_tangent(self) -> bool:  # type: ignore[override]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
 from restrain.named_tensors import Location
+from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
 
 _SHOWN = 64  # entries of a pattern that a repr shows
@@ -44,6 +45,7 @@ class NonNegative(Constraint):
     keywords = ("non_negative",)
     convex = True
     cone = True
+    interval = Interval(low=0.0)
     decays_to = "log 2 = 0.693"
 
     def project(self, w: Tensor) -> Tensor:
@@ -90,6 +92,11 @@ class Box(Constraint):
     high: float = inf
 
     convex = True
+
+    @property
+    def interval(self) -> Interval:  # type: ignore[override]
+        """The bounds; None where they are infinite."""
+        return Interval(*[None if abs(bound) == inf else float(bound) for bound in (self.low, self.high)])
 
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):

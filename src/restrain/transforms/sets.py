@@ -12,6 +12,7 @@ from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
 from restrain.named_tensors import Location
+from restrain.operations import LengthInterval
 from restrain.penalties.shrink import exact
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.transforms.base import Constraint, checked_number, slack, wide
@@ -68,6 +69,11 @@ class MaxNorm(ByGroup):
         checked_number("max_norm", self.max_norm, "a finite number above zero", 0, inf, closed=False)
         ByGroup.__post_init__(self)
 
+    @property
+    def interval(self) -> LengthInterval:  # type: ignore[override]
+        """The bounds of lengths."""
+        return LengthInterval(0.0, float(self.max_norm), self.per)
+
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 0, self.max_norm)
 
@@ -98,6 +104,11 @@ class UnitNorm(ByGroup):
     per: MaybePer = "out"
 
     keywords = ("unit_norm",)
+
+    @property
+    def interval(self) -> LengthInterval:  # type: ignore[override]
+        """The bounds of lengths."""
+        return LengthInterval(1.0, 1.0, self.per)
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 1, 1)
@@ -153,6 +164,11 @@ class MinMaxNorm(ByGroup):
     def convex(self) -> bool:  # type: ignore[override]
         """Whether there is no lower bound."""
         return self.low == 0 and self.rate == 1
+
+    @property
+    def interval(self) -> LengthInterval | None:  # type: ignore[override]
+        """The bounds of lengths; none with a rate, which pulls only."""
+        return LengthInterval(float(self.low), float(self.high), self.per) if self.rate == 1 else None
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), self.low, self.high, self.rate)

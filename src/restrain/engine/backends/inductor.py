@@ -1,7 +1,7 @@
-"""Lowered steps as one compiled kernel, which reads and writes each entry once.
+"""Instructions as one compiled kernel of inductor, which reads and writes each entry once.
 
-A kernel belongs to steps, dtypes and a kind of device, and is made once in a process. Sizes, strengths, learning rates
-and the metric's numbers are its inputs, so that no schedule and no shape has it made anew. It is made by inductor
+A kernel belongs to instructions, dtypes and a kind of device, and is made once in a process. Sizes, strengths, learning
+rates and the metric's numbers are its inputs, so that no schedule and no shape has it made anew. It is made by inductor
 itself, without Dynamo: no guards are looked at, `torch.compiler.reset()` doesn't concern it, and a call costs
 microseconds. Where that fails, as it does without a C++ compiler, there is none.
 """
@@ -15,18 +15,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain.engine.ops import Lowered, Shrink, ShrinkRows, Step, quickly
+from restrain.engine.backends.backend import Decider, Parts, Sums
+from restrain.engine.backends.eager import Eager, Kernel
+from restrain.engine.core import stretches
+from restrain.engine.ops import (
+    Decay,
+    Gradient,
+    Instruction,
+    Lowered,
+    Prox,
+    Shrink,
+    ShrinkRows,
+    Tensors,
+    carry_out,
+)
+from restrain.errors import RestrainWarning
+from restrain.penalties import Penalty
 
+COST = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that it takes
 _ENTRIES, _ROWS = (70001,), (307, 233)  # sizes of examples: multiples of nothing, so that nothing is taken for granted
 
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
+class Inductor(Eager):
+    """Kernels on whole tensors; what they can't do is left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = False
+
+    def sums(self, parts: Parts, like: Tensor) -> Sums | None:
+        return None
+
+    def _kernel(self, lowered: Lowered, members: Sequence[Tensors], length: int, decider: Decider) -> Kernel | None:
+        if length and not _compiles_rows(lowered):
+            return None
+        if not decider.makes(sum(tensors[0].numel() for tensors in members), COST):
+            return None
+        made = kernel(lowered, members[0])
+        if made is None:
+            self._warn(decider)
+            return None
+        numbers = _packed(lowered, members[0][0])
+
+        def run(tensors: Sequence[Tensor], length: int) -> bool:
+            whole = [t.view(-1, length) for t in tensors] if length else stretches(tensors)
+            if whole is None:  # entries don't lie alike
+                carry_out(lowered, tensors)
+            else:
+                made(*whole, numbers)
+            return True
+
+        return run
+
+    def _warn(self, decider: Decider) -> None:
+        if decider.compile is True and not self._said:
+            self._said = True
+            warnings.warn(
+                "compile=True, but rules at the optimizer's step can't be compiled here (is there a C++ compiler?): "
+                "they are done without, with the same result",
+                RestrainWarning,
+                stacklevel=2,
+            )
+
+
 def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """What does these steps in place to tensors like these, of one dim or rows, called with them and `packed` numbers.
+    """What carries these instructions out in place on tensors like these, called with them and `_packed` numbers.
 
     None if there is no such kernel.
     """
+    if not all(_is_fixed(step) for step, _ in lowered):
+        return None
     steps = tuple([(step, len(numbers)) for step, numbers in lowered])
     key = (steps, tuple([t.dtype for t in tensors]), tensors[0].device, torch.get_num_threads())
     try:
@@ -38,31 +98,38 @@ def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | 
     return _kernels[key]
 
 
-def compiles(lowered: Lowered) -> bool:
-    """Whether steps of which some are on rows may be in one kernel."""
+def _is_fixed(step: Instruction) -> bool:
+    """Whether all that it calls is declared: another penalty may keep something, which would stand still in a kernel."""
+    called: list[Any] = []
+    if isinstance(step, Gradient | Decay):
+        called = list((step.sum if isinstance(step, Decay) else step).others)
+    elif isinstance(step, Prox):
+        called = [step.other]
+    return all(one.operations is not None for one in called if isinstance(one, Penalty))
+
+
+def _compiles_rows(lowered: Lowered) -> bool:
+    """Whether instructions of which some are on rows may be in one kernel."""
     kinds = {type(step) for step, _ in lowered}
     return ShrinkRows in kinds and kinds <= {Shrink, ShrinkRows}
 
 
-def packed(lowered: Lowered, w: Tensor) -> Tensor:
-    """The numbers of the steps, as their kernel takes them."""
+def _packed(lowered: Lowered, w: Tensor) -> Tensor:
+    """The numbers of the instructions, as their kernel takes them."""
     numbers = [number for _, own in lowered for number in own]
     return torch.tensor(numbers, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
 
 
-def _made(steps: Sequence[tuple[Step, int]], tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    if not all(part.__module__.startswith("restrain.") for step, _ in steps for part in step.parts):
-        return None  # a person's penalty may keep something from call to call, which would stand still in a kernel
-
+def _made(steps: Sequence[tuple[Instruction, int]], tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
     def run(*inputs: Tensor) -> tuple[()]:
         *blocks, numbers = inputs
         counted = iter(range(len(numbers)))
-        quickly([(step, [numbers[next(counted)] for _ in range(count)]) for step, count in steps], blocks)
+        carry_out([(step, [numbers[next(counted)] for _ in range(count)]) for step, count in steps], blocks)
         return ()
 
     sizes = _ROWS if any(isinstance(step, ShrinkRows) for step, _ in steps) else _ENTRIES
     examples: list[Any] = [torch.ones(sizes, dtype=t.dtype, device=t.device) for t in tensors]
-    examples.append(packed([(step, (1.0,) * count) for step, count in steps], examples[0]))
+    examples.append(_packed([(step, (1.0,) * count) for step, count in steps], examples[0]))
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")

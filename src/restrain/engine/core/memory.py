@@ -1,7 +1,6 @@
-"""Entrywise penalties and lengths of rows, computed in blocks that stay in the cache, with no tensors made on the way.
+"""Memory of tensors: how entries lie in it, blocks that stay in the cache, and buffers that are kept.
 
-Each works on a flat tensor, or on any block of it, by ops that write into memory that is there already: getting new
-memory from the system costs a CPU more than the computation does.
+Getting new memory from the system costs a CPU more than the computation does.
 """
 
 from __future__ import annotations
@@ -10,22 +9,13 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from restrain.penalties import GroupLasso, Huber, LogSum, Penalty
-from restrain.penalties.shrink import at_least_float32
-
 BLOCK = 1 << 19  # entries
-FORMULA_BLOCK = 1 << 16  # entries, for formulas that make tensors on their way
-
-Parts: TypeAlias = list[tuple[Any, Penalty]]
-"""The penalties that one is a sum of, each with its strength, a number or a tensor."""
-
 
 def dense(x: Tensor) -> bool:
     """Whether the entries fill one stretch of memory, in whatever order (channels_last does)."""
@@ -119,115 +109,17 @@ class Scratch(threading.local):
 scratch = Scratch()
 
 
-@dataclass
-class Piece:
-    """A part of a penalty on a flat tensor, or on any block of it."""
-
-    strength: Any
-    width = 1  # blocks are of whole groups of so many entries
-    block = BLOCK
-
-    def value(self, x: Tensor) -> Tensor:
-        """Without the strength."""
-        raise NotImplementedError
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        """out = factor · gradient."""
-        raise NotImplementedError
+def in_blocks(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
+    """Each tensor in blocks of the same entries; in one part where it can't be cut."""
+    whole = stretches(tensors) if tensors[0].numel() > BLOCK else None
+    return [tensors] if whole is None else zip(*[t.split(BLOCK) for t in whole], strict=True)
 
 
-class _Absolute(Piece):
-    def value(self, x: Tensor) -> Tensor:
-        return torch.abs(x, out=scratch.like(x)).sum()
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        torch.sgn(x, out=out).mul_(factor)
-
-
-class _Squares(Piece):
-    def value(self, x: Tensor) -> Tensor:
-        return torch.mul(x, x, out=scratch.like(x)).sum()
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        torch.mul(x, 2 * factor, out=out)
-
-
-@dataclass
-class _Huber(Piece):
-    """Σ c (|x| - c / 2), where c is |x| cut at delta."""
-
-    delta: float
-
-    def value(self, x: Tensor) -> Tensor:
-        size = torch.abs(x, out=scratch.like(x))
-        cut = torch.clamp(size, max=self.delta, out=scratch.like(x, 1))
-        return size.add_(cut, alpha=-0.5).mul_(cut).sum()
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        torch.clamp(x, -self.delta, self.delta, out=out).mul_(factor)
-
-
-@dataclass
-class _Logarithms(Piece):
-    """Σ log(1 + |x| / epsilon)."""
-
-    epsilon: float
-
-    def value(self, x: Tensor) -> Tensor:
-        return torch.abs(x, out=scratch.like(x)).div_(self.epsilon).log1p_().sum()
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        size = torch.abs(x, out=scratch.like(x)).add_(self.epsilon)
-        torch.sgn(x, out=out).div_(size).mul_(factor)
-
-
-@dataclass
-class _Lengths(Piece):
-    """√width Σ‖row‖, of the tensor's rows."""
-
-    width: int
-
-    def _norms(self, x: Tensor) -> Tensor:
-        squares = torch.mul(x, x, out=scratch.like(x))
-        return squares.view(-1, self.width).sum(1, keepdim=True).sqrt_()
-
-    def value(self, x: Tensor) -> Tensor:
-        length: Tensor = self._norms(x).sum() * self.width**0.5
-        return length
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        norms = self._norms(x)
-        scale = (factor * self.width**0.5) / norms.masked_fill_(norms == 0, torch.inf)
-        torch.mul(x.view(-1, self.width), scale, out=out.view(-1, self.width))
-
-
-@dataclass
-class _Entries(Piece):
-    """Any other function of each entry, and any other dtype."""
-
-    leaf: Any
-    block = FORMULA_BLOCK
-
-    def value(self, x: Tensor) -> Tensor:
-        return self.leaf.entries(at_least_float32(x)).sum()  # type: ignore[no-any-return]
-
-    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        torch.mul(self.leaf.slopes(at_least_float32(x)), factor, out=out)
-
-
-def pieces_of(parts: Parts, x: Tensor) -> list[Piece]:
-    """What computes these parts on tensors like this one."""
-    pieces: list[Piece] = []
-    for strength, leaf in parts:
-        if isinstance(leaf, GroupLasso):
-            pieces.append(_Lengths(strength, x.numel() // x.shape[0]))
-        elif isinstance(leaf, Huber) and simple(x):
-            pieces.append(_Huber(strength, leaf.delta))
-        elif isinstance(leaf, LogSum) and simple(x):
-            pieces.append(_Logarithms(strength, leaf.epsilon))
-        elif leaf.elastic is None or not any(leaf.elastic) or not simple(x):
-            pieces.append(_Entries(strength, leaf))
-        else:
-            one, two = leaf.elastic
-            pieces += [_Absolute(strength * one)] * bool(one) + [_Squares(strength * two)] * bool(two)
-    return pieces
+def stretches(tensors: Sequence[Tensor]) -> list[Tensor] | None:
+    """The tensors as stretches of memory; None where their entries don't lie alike, each filling one."""
+    first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(-1) for t in tensors]
+    if any(t.stride() != first.stride() for t in tensors) or not dense(first):
+        return None
+    return [t.as_strided((t.numel(),), (1,)) for t in tensors]

@@ -23,7 +23,7 @@ from restrain.named_tensors import Location, Slot, fully_sharded, is_sharded
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.group import GroupPenalty
 from restrain.rules import Rule, What
-from restrain.transforms import Box, Noise, NonNegative
+from restrain.transforms import Noise
 from restrain.transforms.sets import ByGroup
 
 Ranks: TypeAlias = tuple[tuple[Any, int], ...]
@@ -91,7 +91,7 @@ def _split(t: Any) -> list[tuple[int, Any]]:
 def fitted(what: Any, t: Any) -> Any:
     """What does to a process's own part of `t` what `what` does to all; None where that takes the whole tensor."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    if not all(_by_entry(leaf) or _within(leaf, t) for leaf in leaves):
+    if not all(leaf.by_entry or _within(leaf, t) for leaf in leaves):
         return None
     return _regrouped(what, lambda groups: _own_view(groups, t) or groups.shape)
 
@@ -107,13 +107,9 @@ def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
             or 0 not in groups.keep
         ):
             return None
-    if not all(_by_entry(leaf) or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves):
+    if not all(leaf.by_entry or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves):
         return None
     return _regrouped(what, lambda groups: (rows, *shape[1:]))
-
-
-def _by_entry(leaf: Any) -> bool:
-    return isinstance(leaf, NonNegative | Box) or (isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform)
 
 
 def _within(leaf: Any, t: Any) -> bool:
@@ -252,7 +248,7 @@ def at_rest(model: nn.Module) -> None:
 def looks(what: What) -> bool:
     """Whether what a rule does may look at a tensor's entries when it is bound, not at its shape alone."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
-    return not all(_by_entry(leaf) or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves)
+    return not all(leaf.by_entry or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves)
 
 
 def location(at: Location, looks: bool) -> Location:

@@ -1,4 +1,4 @@
-"""Rules on groups that are rows, as steps of kernels: the lengths of some rows, then the rows while they are in cache.
+"""Instructions for groups that are rows: the lengths of some rows, then the rows while they are in cache.
 
 Rows are the groups of one index of a dim, or of a whole tensor, where each lies in one stretch of memory.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from restrain.axes import Grouping
 from restrain.engine.core import dense
-from restrain.penalties import GroupLasso, Penalty
+from restrain.operations import LengthInterval
+from restrain.penalties import Penalty
 from restrain.penalties.shrink import at_least_float32
-from restrain.transforms import MaxNorm, MinMaxNorm, UnitNorm
 from restrain.transforms.base import slack
 
 _PART = 4096  # entries of which squares are summed one after the other, without loss of precision
@@ -32,9 +32,9 @@ def lengths(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Σ ‖row‖₂, as one of the penalties of a step."""
+    """Σ ‖row‖₂ of a matrix of rows."""
 
-    def gradient(self, rows: Tensor) -> Tensor:
+    def slope(self, rows: Tensor) -> Tensor:
         """Each row divided by its length; zero where that is zero."""
         size = lengths(rows)
         return rows * torch.where(size == 0, 0, 1 / size)
@@ -43,8 +43,6 @@ class Lengths:
 @dataclass(frozen=True)
 class ShrinkRows:
     """Each row shortened by a number, at most to zero; a row with NaN stays as it is."""
-
-    parts = ()
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
         compiled = isinstance(numbers[0], Tensor)  # which sums many squares side by side, and knows no parts
@@ -64,11 +62,6 @@ class FitRows:
     high: float
     constraint: Any
 
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What it calls."""
-        return (type(self.constraint),)
-
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
         size = lengths(w)
         least, greatest = map(float, size.aminmax())
@@ -83,36 +76,31 @@ class FitRows:
 
 
 def fit_of(constraint: Any) -> FitRows | None:
-    """The step of a constraint on the lengths of rows; None if it is another one."""
-    if isinstance(constraint, MaxNorm):
-        return FitRows(0.0, float(constraint.max_norm), constraint)
-    if isinstance(constraint, UnitNorm):
-        return FitRows(1.0, 1.0, constraint)
-    if isinstance(constraint, MinMaxNorm) and constraint.rate == 1:
-        return FitRows(float(constraint.low), float(constraint.high), constraint)
-    return None
+    """The instruction of a constraint on the lengths of rows; None if it is another one."""
+    interval = constraint.interval
+    return FitRows(interval.low, interval.high, constraint) if isinstance(interval, LengthInterval) else None
 
 
-def kept(what: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def row_dims(what: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The dims whose indices number the groups of a penalty or constraint; None if these aren't all the same rows.
 
     What acts by entry has no groups, and goes with any.
     """
-    found = {groups if isinstance(groups, str) else groups.keep for groups in _groups(what, shape)}
-    return found.pop() if len(found) == 1 and "other" not in found else None  # type: ignore[return-value]
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
+    found = {dims for leaf in leaves if not leaf.by_entry for dims in _dims(leaf, shape)}
+    return found.pop() if len(found) == 1 else None
 
 
-def _groups(what: Any, shape: tuple[int, ...]) -> Iterator[Any]:
-    for leaf in [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]:
-        if isinstance(leaf, Penalty) and leaf.entrywise and leaf.uniform:
-            continue
-        if not isinstance(leaf, GroupLasso) and fit_of(leaf) is None:
-            yield "other"
-            continue
-        per: Any = leaf.per  # type: ignore[union-attr]
-        groups = Grouping(shape, ()) if per is None else per
-        simple = isinstance(groups, Grouping) and groups.lists is None and groups.shape == shape
-        yield groups if simple and len(groups.keep) < 2 else "other"
+def _dims(leaf: Any, shape: tuple[int, ...]) -> Iterator[tuple[int, ...] | None]:
+    """Those of each of its operations on groups, or of its interval; None where groups aren't rows."""
+    if isinstance(leaf, Penalty):
+        declared = [one for _, one in leaf.operations or ((1.0, None),) if one is None or not one.by_entry]
+    else:
+        declared = [leaf.interval]
+    for one in declared:
+        per: Any = Grouping(shape, ()) if getattr(one, "per", "") is None else getattr(one, "per", "")
+        rows = isinstance(per, Grouping) and per.lists is None and per.shape == shape and len(per.keep) < 2
+        yield per.keep if rows else None
 
 
 def length_of(groups: Any) -> int:

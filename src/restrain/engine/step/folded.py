@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from restrain.engine.backends import FORMULAS, Group, compiler, counted, moments, plain, update
 from restrain.engine.core import alike, simple
-from restrain.engine.ops import Given, Metric, Taken, lower, metric_of
+from restrain.engine.ops import StepScalars, Metric, Taken, lower, metric_of
 from restrain.engine.step.executor import Compile
 from restrain.engine.step.worklist import Job, Work
 
@@ -56,24 +56,24 @@ class Folding:
         seen = self._seen.get(optimizer)
         if seen is None or not seen.stands(optimizer, jobs):
             seen = self._seen[optimizer] = _Seen(optimizer, jobs)
-        parts = [part for batch in seen.batches if (part := self._part(optimizer, batch))] if seen.apart else []
+        parts = [part for like in seen.likes if (part := self._part(optimizer, like))] if seen.apart else []
         return Fold(parts) if parts else None
 
-    def _part(self, optimizer: Optimizer, batch: _Batch) -> _Part | None:
+    def _part(self, optimizer: Optimizer, like: _Like) -> _Part | None:
         """The loop that does it, with its numbers; None if there is none."""
-        group, acts, p, kept = batch.job.group, batch.job.acts, batch.parameters[0], dict(batch.works[0].kept)
+        group, changes, p, kept = like.job.group, like.job.changes, like.parameters[0], dict(like.works[0].kept)
         metric = Metric(0.0)
-        if batch.followed:
-            metric = self._measure(Taken(group, {**optimizer.state[p], "step": batch.count}, p, kept))
-        early = lower([act for act in acts if act.kind in ("gradient", "decay")], Given(group["lr"]), p)
-        late = lower([act for act in acts if act.kind in ("prox", "project")], Given(metric=metric), p)
-        found = None if early is None or late is None else update(type(optimizer), early, late, group, batch.count)
+        if like.followed:
+            metric = self._measure(Taken(group, {**optimizer.state[p], "step": like.count}, p, kept))
+        early = lower([change for change in changes if change.kind in ("gradient", "decay")], StepScalars(group["lr"]), p)
+        late = lower([change for change in changes if change.kind in ("prox", "project")], StepScalars(metric=metric), p)
+        found = None if early is None or late is None else update(type(optimizer), early, late, group, like.count)
         if found is None:
             return None
         lines, numbers = found
-        roles = 2 + len(batch.names)
+        roles = 2 + len(like.names)
         loop = compiler.loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
-        return None if loop is None else _Part(batch, loop, numbers, kept)
+        return None if loop is None else _Part(like, loop, numbers, kept)
 
 
 class Fold:
@@ -81,7 +81,7 @@ class Fold:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.parts = parts
-        self.done = {id(p) for part in parts for p in part.batch.parameters}
+        self.done = {id(p) for part in parts for p in part.like.parameters}
 
     def run(self, optimizer: Optimizer) -> list[Group]:
         """Do it.
@@ -89,14 +89,14 @@ class Fold:
         Returns:
             The optimizer's groups with the parameters that are left to torch.
         """
-        counts = [count for part in self.parts for count in part.batch.counts]
+        counts = [count for part in self.parts for count in part.like.counts]
         if counts:
             torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
         for part in self.parts:
-            members = [tensors for tensors in part.batch.members() if tensors[0].numel()]
+            members = [tensors for tensors in part.like.members() if tensors[0].numel()]
             if members:
                 part.loop(members, part.numbers * len(members))
-            for work in part.batch.works if part.kept else ():
+            for work in part.like.works if part.kept else ():
                 work.kept = dict(part.kept)
         groups = [{**group, "params": _left(group, self.done)} for group in optimizer.param_groups]
         return [group for group in groups if group["params"]]
@@ -114,14 +114,14 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
 
 @dataclass
 class _Part:
-    batch: _Batch
+    like: _Like
     loop: compiler.Loop
     numbers: list[float]
     kept: dict[str, Any]  # by the metric, from step to step
 
 
 @dataclass
-class _Batch:
+class _Like:
     """Parameters of a job whose numbers are the same."""
 
     job: Job
@@ -145,7 +145,7 @@ class _Batch:
         found = enumerate((p, p.grad) for p in self.parameters)
         return [(p, g, *self.moments[at * size : (at + 1) * size]) for at, (p, g) in found if g is not None]
 
-    def seen(self) -> _Batch:
+    def seen(self) -> _Like:
         """Itself, once it is whole: remembers where its tensors are."""
         self._written = [*self.parameters, *self.moments]
         self._places = self._look()
@@ -160,7 +160,7 @@ class _Batch:
         return list(map(_span, self._written))
 
     def stands(self, optimizer: Optimizer) -> bool:
-        """Whether it is the same batch at a later step, whose count it takes up."""
+        """Whether it is the same like at a later step, whose count it takes up."""
         states = [optimizer.state.get(p, {}) for p in self.parameters]
         found = [state.get(name) for state in states for name in self.names]
         steps = [state.get("step") for state in states] if self.counts else []
@@ -184,13 +184,13 @@ class _Seen:
 
     def __init__(self, optimizer: Optimizer, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        self.batches = [batch for job in jobs if plain(job.group) for batch in _batches(optimizer, job)]
-        done = {id(p) for batch in self.batches for p in batch.parameters}
+        self.likes = [like for job in jobs if plain(job.group) for like in _likes(optimizer, job)]
+        done = {id(p) for like in self.likes for p in like.parameters}
         left = [p for group in optimizer.param_groups for p in _left(group, done)]
         self._left = [p for p in left if _ordinary(p, nn.Parameter) and p.is_cpu]
         self._places = list(map(Tensor.data_ptr, self._left))
         self._whole = len(done) == sum(len(job.members) for job in jobs)
-        spans = [*map(_span, self._left), *[span for batch in self.batches for span in batch.spans()]]
+        spans = [*map(_span, self._left), *[span for like in self.likes for span in like.spans()]]
         spans = sorted(span for span in spans if span[1])
         # where tensors share memory, the order in which they are written matters, and torch has one
         self.apart = all(at + size <= after for (at, size), (after, _) in pairwise(spans))
@@ -201,27 +201,27 @@ class _Seen:
             self._whole
             and jobs is self._jobs
             and all(plain(job.group) for job in jobs)
-            and all(batch.stands(optimizer) for batch in self.batches)
+            and all(like.stands(optimizer) for like in self.likes)
             and list(map(Tensor.data_ptr, self._left)) == self._places
         )
 
 
-def _batches(optimizer: Optimizer, job: Job) -> list[_Batch]:
+def _likes(optimizer: Optimizer, job: Job) -> list[_Like]:
     """The parameters that fit, by their numbers."""
-    found: dict[Any, _Batch] = {}
+    found: dict[Any, _Like] = {}
     for work, p in job.members:
         state = optimizer.state.get(p, {})
         own, count = [state.get(name) for name in moments(job.group)], state.get("step")
         if not _fits(p, own) or (counted(job.group) and not (_ordinary(count, Tensor) and count.is_cpu)):
             continue
         steps = float(count) + 1 if counted(job.group) else 0.0
-        batch = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Batch(job))
-        batch.works.append(work)
-        batch.parameters.append(p)
-        batch.moments += own
-        batch.counts += [count] * counted(job.group)
-        batch.count = steps
-    return [batch.seen() for batch in found.values()]
+        like = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Like(job))
+        like.works.append(work)
+        like.parameters.append(p)
+        like.moments += own
+        like.counts += [count] * counted(job.group)
+        like.count = steps
+    return [like.seen() for like in found.values()]
 
 
 def _fits(p: nn.Parameter, own: Sequence[Any]) -> bool:

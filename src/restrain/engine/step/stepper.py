@@ -30,11 +30,11 @@ from restrain.engine.distributed import (
     totals,
     value_of,
 )
-from restrain.engine.ops import Given, Lot, Metric, Taken, Tensors, common, looks_before, metric_of
-from restrain.engine.step.executor import Compile, Passes
+from restrain.engine.ops import StepScalars, Batch, Metric, Taken, Tensors, common, looks_before, metric_of
+from restrain.engine.step.executor import Compile, Executor
 from restrain.engine.step.folded import Folding, stand_in
 from restrain.engine.step.projection import hold, single
-from restrain.engine.step.worklist import Held, Job, Member, Work
+from restrain.engine.step.worklist import Worklist, Job, Member, Work
 from restrain.errors import HowError, OptimizerError, RestrainWarning
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
@@ -103,8 +103,8 @@ class Stepper:
     ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._held = Held(works, root)
-        self._passes = Passes(compile)
+        self._worklist = Worklist(works, root)
+        self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters that this step folds
         self._handles = []
@@ -165,9 +165,9 @@ class Stepper:
         With a `rest`, also the step of all that can be folded, last, so that nothing has moved if a rule fails. The
         rest keeps what is left.
         """
-        held, fold = self._held.by(optimizer), None
+        held, fold = self._worklist.by(optimizer), None
         if rest is not None:
-            fold = self._folding(optimizer, self._held.jobs(_ALL, self.steps), self.steps)
+            fold = self._folding(optimizer, self._worklist.jobs(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
         if rest is not None and fold is not None:
@@ -180,19 +180,19 @@ class Stepper:
             if p.grad is not None:
                 self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
-        lots = []
-        for job in self._held.jobs(kinds, self.steps):
+        batches = []
+        for job in self._worklist.jobs(kinds, self.steps):
             members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(job.members)
-            acts = job.acts if moves and job.group["lr"] != 0 else [act for act in job.acts if act.kind == "gradient"]
-            adds = any(act.kind == "gradient" for act in acts)  # else gradients need be neither gathered nor copied
+            changes = job.changes if moves and job.group["lr"] != 0 else [change for change in job.changes if change.kind == "gradient"]
+            adds = any(change.kind == "gradient" for change in changes)  # else gradients need be neither gathered nor copied
             if with_value:
-                values += [value_of(act.what, p) for p, _ in members for act in acts if act.kind == "gradient"]
+                values += [value_of(change.what, p) for p, _ in members for change in changes if change.kind == "gradient"]
             left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
             tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
-            lots.append(Lot(acts, Given(job.group["lr"], scale), tensors))
-        self._act(lots)
+            batches.append(Batch(changes, StepScalars(job.group["lr"], scale), tensors))
+        self._act(batches)
         if moves and self._looks:
             self._remember(held, scale)
         return totals([values])[0]
@@ -203,23 +203,23 @@ class Stepper:
             if work.proximal and p.grad is not None and group["lr"] != 0:
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
-    def _act(self, lots: Iterable[Lot]) -> None:
-        """Do acts to their members, of which some may be sharded."""
-        lots = [lot for lot in lots if lot.acts and lot.members]
-        if not self._held.sharded:
-            self._passes(lots, self.steps)
+    def _act(self, batches: Iterable[Batch]) -> None:
+        """Do changes to their members, of which some may be sharded."""
+        batches = [batch for batch in batches if batch.changes and batch.members]
+        if not self._worklist.sharded:
+            self._executor(batches, self.steps)
             return
-        for lot in lots:
-            whole = [tensors for tensors in lot.members if not is_sharded(tensors[0])]
-            self._passes([replace(lot, members=whole)], self.steps)
-            for tensors in lot.members:
+        for batch in batches:
+            whole = [tensors for tensors in batch.members if not is_sharded(tensors[0])]
+            self._executor([replace(batch, members=whole)], self.steps)
+            for tensors in batch.members:
                 if is_sharded(tensors[0]):
-                    self._act_on_part(lot, tensors)
+                    self._act_on_part(batch, tensors)
 
-    def _act_on_part(self, lot: Lot, tensors: Tensors) -> None:
-        for whats, parts, _ in acting([act.what for act in lot.acts], *tensors):
-            own = [replace(act, what=what) for act, what in zip(lot.acts, whats, strict=True)]
-            self._passes([Lot(own, lot.given, [tuple(parts)])], self.steps)
+    def _act_on_part(self, batch: Batch, tensors: Tensors) -> None:
+        for whats, parts, _ in acting([change.what for change in batch.changes], *tensors):
+            own = [replace(change, what=what) for change, what in zip(batch.changes, whats, strict=True)]
+            self._executor([Batch(own, batch.given, [tuple(parts)])], self.steps)
 
     def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
@@ -244,14 +244,14 @@ class Stepper:
 
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:
-        held = self._held.by(optimizer)
+        held = self._worklist.by(optimizer)
         metrics = self._metrics(optimizer, held)
-        lots = []
-        for job in self._held.jobs(("proximal", "project"), self.steps):
+        batches = []
+        for job in self._worklist.jobs(("proximal", "project"), self.steps):
             for metric, members in _by_metric(job, metrics, self._done):
-                acts = [act for act in job.acts if metric is not None or act.kind == "project"]
-                lots.append(Lot(acts, Given(metric=metric or Metric(0.0)), members))
-        self._act(lots)
+                changes = [change for change in job.changes if metric is not None or change.kind == "project"]
+                batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
+        self._act(batches)
         for work, p, _ in [one for one in held if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
@@ -290,12 +290,12 @@ class Stepper:
         looked = [(work, p) for work, p in looked if p.dim() > 1]
         counts = totals([[(local(p).count_nonzero(), ranks_of(p))] for _, p in looked])
         for (work, _), count in zip(looked, counts, strict=True):
-            acts = work.proximal + work.project
+            changes = work.proximal + work.project
             empty = 0 if count else self._empty.get(work.handle, 0) + 1
             self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
             if empty == 2:  # at two looks running: weights may begin at zero
                 warnings.warn(
-                    f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in acts]}: "
+                    f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in changes]}: "
                     "the layer gives nothing but its bias; a smaller strength would keep some of it",
                     RestrainWarning,
                     stacklevel=2,

@@ -1,4 +1,4 @@
-"""The parameters that an optimizer holds and rules act on, found at each step, at the cost of a look at each.
+"""The parameters that an optimizer holds and rules change on, found at each step, at the cost of a look at each.
 
 All that was found is kept with what it depends on: the modules on the way to a parameter, the optimizer's lists,
 whether it is frozen. Only where one of these has changed is everything looked for again.
@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.ops import Act
+from restrain.engine.ops import Change
 from restrain.engine.step.projection import single
 from restrain.errors import DetachedError
 from restrain.named_tensors import Handle, fully_sharded, is_sharded
@@ -44,14 +44,14 @@ Member: TypeAlias = tuple[Work, nn.Parameter, dict[str, Any]]  # with the group 
 
 @dataclass(frozen=True)
 class Job:
-    """The same acts on several parameters of one group."""
+    """The same changes on several parameters of one group."""
 
-    acts: list[Act]
+    changes: list[Change]
     group: dict[str, Any]
     members: list[tuple[Work, nn.Parameter]]
 
 
-class Held:
+class Worklist:
     """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
 
     def __init__(self, works: Sequence[Work], root: Callable[[], nn.Module]) -> None:
@@ -106,7 +106,7 @@ class Held:
             p = work.handle.find(root)
             if not isinstance(p, nn.Parameter):
                 raise DetachedError(
-                    f"{work.handle.name!r} was parametrised since rules were attached that would act on a temporary "
+                    f"{work.handle.name!r} was parametrised since rules were attached that would change on a temporary "
                     "at the step. Parametrise first, or in the same plan, and detach before"
                 )
             parameters.append(p)
@@ -141,21 +141,21 @@ def _groups(optimizer: Optimizer) -> list[Any]:
 def _jobs(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Job]:
     jobs: dict[Any, Job] = {}
     for work, p, group in held:
-        acts = [act for kind in kinds for act in _acts(work, kind, step)]
-        if acts:
-            key = (id(group), *[(act.kind, _key(act.what)) for act in acts])
-            jobs.setdefault(key, Job(acts, group, [])).members.append((work, p))
+        changes = [change for kind in kinds for change in _changes(work, kind, step)]
+        if changes:
+            key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
+            jobs.setdefault(key, Job(changes, group, [])).members.append((work, p))
     return list(jobs.values())
 
 
-def _acts(work: Work, kind: str, step: int) -> list[Act]:
+def _changes(work: Work, kind: str, step: int) -> list[Change]:
     timed = [(rule, what) for rule, what in getattr(work, kind) if rule.due(step)]
     if not timed:
         return []
     if kind == "project":
-        return [Act("project", timed[0][1])] if single(timed) else []
+        return [Change("project", timed[0][1])] if single(timed) else []
     name: Any = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
-    return [Act(name, total([what for _, what in timed]))]
+    return [Change(name, total([what for _, what in timed]))]
 
 
 def total(penalties: Sequence[Penalty]) -> Penalty:

@@ -12,6 +12,8 @@ import functools
 import os
 import shlex
 import shutil
+import signal
+import struct
 import subprocess
 import tempfile
 from array import array
@@ -47,6 +49,8 @@ static inline int64_t tensor_of(const int64_t *ends, int64_t count, int64_t numb
   return low; }
 #define SGN(x) (wide)(((x) > 0) - ((x) < 0))
 #define CLAMP(x, low, high) ((x) < (low) ? (low) : (x) > (high) ? (high) : (x))
+#define CUT(x, high) ((x) > (high) ? (high) : (x))
+#define LOG1P(x) (sizeof(wide) == 4 ? (wide)log1pf((float)(x)) : (wide)log1p((double)(x)))
 #define ABS(x) (sizeof(wide) == 4 ? (wide)fabsf((float)(x)) : (wide)fabs((double)(x)))
 #define SQRT(x) (sizeof(wide) == 4 ? (wide)sqrtf((float)(x)) : (wide)sqrt((double)(x)))
 """
@@ -119,23 +123,58 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 """
 
 
+_TIMEOUT = 20  # seconds for a loop; a compiler takes a tenth of one
+_hangs: list[list[str]] = []  # commands that ran out of time, and aren't asked again
+
+
 @functools.cache
 def compiled(source: str) -> Any:
-    """The library that is compiled of C; None where that can't be done."""
-    given = shlex.split(os.environ.get("CC", ""))
-    found = [[path] for path in map(shutil.which, ("gcc", "cc", "clang", "g++", "c++")) if path]
-    with contextlib.suppress(OSError, subprocess.SubprocessError), tempfile.TemporaryDirectory() as folder:
+    """The library compiled from C; None where there is no compiler that makes one."""
+    command = _compiler()
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
         file, made = Path(folder, "loop.c"), Path(folder, "loop.so")
         file.write_text(source, "utf-8")
         flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-x", "c"]
         for native in (["-march=native"], []):
-            command = (
-                [*(given or found[0]), *flags, *native, str(file), "-o", str(made), "-lm"] if given or found else []
-            )
-            done = subprocess.run(command, capture_output=True, timeout=60, check=False) if command else None
-            if done is not None and done.returncode == 0:
+            if command and _runs([*command, *flags, *native, str(file), "-o", str(made), "-lm"]) and _is_whole(made):
                 return ctypes.CDLL(str(made))
     return None
+
+
+def _compiler() -> list[str]:
+    """The command of $CC, or of a compiler on the path; empty where there is none."""
+    try:
+        given = shlex.split(os.environ.get("CC", ""))
+    except ValueError:  # a quotation that doesn't end
+        return []
+    found = given or [path for path in map(shutil.which, ("gcc", "cc", "clang", "g++", "c++")) if path][:1]
+    return [] if found in _hangs else found
+
+
+def _runs(command: list[str]) -> bool:
+    """Run a compiler to its end; it is killed with all that it started if it takes too long."""
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        return process.wait(_TIMEOUT) == 0
+    except subprocess.TimeoutExpired:
+        _hangs.append(_compiler())
+        return False
+    finally:  # also after an interrupt
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library reaches to its end: to load a truncated one would kill the process."""
+    head = library.read_bytes()[:64] if library.exists() else b""
+    if head[:5] != b"\x7fELF\x02":  # Mach-O and others are checked by the system
+        return bool(head) and head[:4] != b"\x7fELF"
+    (start,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
+    return len(head) == 64 and library.stat().st_size >= start + size * count > 64
 
 
 def names(roles: int) -> list[str]:
@@ -206,8 +245,8 @@ def _made(source: str, kinds: Sequence[torch.dtype], changed: Sequence[int]) -> 
     if not all(kind in TYPES for kind in kinds):
         return None
     wide = "double" if torch.float64 in kinds else "float"
-    made = compiled(f"typedef {wide} wide;\n{PRELUDE}\n{source}")
-    return None if made is None else Loop(made.loop, changed)
+    function = getattr(compiled(f"typedef {wide} wide;\n{PRELUDE}\n{source}"), "loop", None)
+    return None if function is None else Loop(function, changed)
 
 
 class Loop:

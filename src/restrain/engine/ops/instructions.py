@@ -1,9 +1,9 @@
-"""What rules do in place to the entries of a tensor: gradient, decay, prox, projection.
+"""What rules do in place to a tensor around a step, as data: changes, and the instructions that they are lowered to.
 
-Most rules are sums over entries: a Σ|x| + c Σ|x|² and few others. `lower` turns these into steps and their numbers. A
-step knows what kind of thing is done, but no strength and no learning rate: so one step serves all strengths, and code
-that is compiled of it (`fused`) takes the numbers as inputs. Groups that are rows have their own (`rows`). What can't
-be lowered (other groups, complex entries, numbers that another device holds) is done by `slowly`.
+A `Change` says what is done (gradient, decay, prox, projection) by which penalty or constraint. `lower` turns changes
+into instructions and their numbers: an instruction knows what is computed, but no strength and no learning rate, so one
+serves all strengths, and compiled code takes the numbers as inputs. Here instructions are carried out by plain torch;
+backends have tables of those that they know. What can't be lowered is done by the formulas (`by_formulas`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, kept, length_of, put
-from restrain.engine.ops.metric import ENDLESS, Metric, rooted
-from restrain.penalties import GroupLasso, Penalty
+from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, length_of, put, row_dims
+from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
+from restrain.operations import Function, Interval, Length
+from restrain.penalties import Penalty
 from restrain.penalties.shrink import at_least_float32, shrink_entries
-from restrain.transforms import Box, Constraint, NonNegative
+from restrain.transforms import Constraint
 
 Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in code that is compiled
 
@@ -29,7 +30,7 @@ Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights; before a step their gr
 
 
 @dataclass(frozen=True)
-class Act:
+class Change:
     """What a rule, or the sum of several, does to a tensor."""
 
     kind: Literal["gradient", "decay", "prox", "project"]
@@ -38,24 +39,22 @@ class Act:
     @cached_property
     def by_entry(self) -> bool:
         """Whether it may be done to any part of a tensor."""
-        if isinstance(self.what, Constraint):
-            return isinstance(self.what, NonNegative | Box)
-        return bool(self.what.entrywise and self.what.uniform)
+        return self.what.by_entry  # type: ignore[no-any-return]
 
     @cached_property
-    def _kept(self) -> dict[Any, tuple[int, ...] | None]:
+    def _row_dims(self) -> dict[Any, tuple[int, ...] | None]:
         return {}
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The dims by which a tensor is cut into the rows that it is done to; None if that can't be."""
-        if shape not in self._kept:
-            self._kept[shape] = kept(self.what, tuple(shape))
-        return self._kept[shape]
+        if shape not in self._row_dims:
+            self._row_dims[shape] = row_dims(self.what, tuple(shape))
+        return self._row_dims[shape]
 
 
 @dataclass(frozen=True)
-class Given:
-    """The numbers of a step of the optimizer."""
+class StepScalars:
+    """Scalars of one step: learning rate, gradient scale, metric."""
 
     rate: float | Tensor = 0.0
     scale: Tensor | None = None  # of the gradients, where a loss scaler has scaled them
@@ -63,17 +62,29 @@ class Given:
 
 
 @dataclass(frozen=True)
-class Lot:
-    """Acts, with numbers that are the same for all of some members."""
+class Batch:
+    """One list of changes for tensors that share their scalars."""
 
-    acts: Sequence[Act]  # one after the other
-    given: Given
+    changes: Sequence[Change]  # one after the other
+    scalars: StepScalars
     members: Sequence[Tensors]
+
+    @cached_property
+    def lowered(self) -> Lowered | None:
+        """The instructions for tensors like the first member's; None if they aren't known."""
+        return lower(self.changes, self.scalars, self.members[0][0])
+
+    def of(self, members: Sequence[Tensors]) -> Batch:
+        """The same for some of the members."""
+        some = Batch(self.changes, self.scalars, members)
+        if "lowered" in vars(self):
+            vars(some)["lowered"] = self.lowered
+        return some
 
     @property
     def by_entry(self) -> bool:
-        """Whether every act may be done to any part of a tensor."""
-        return all(act.by_entry for act in self.acts)
+        """Whether every change may be done to any part of a tensor."""
+        return all(change.by_entry for change in self.changes)
 
 
 # Steps: functions of the weights, of the gradient (before an optimizer step) or the moments (after it), all in float32
@@ -86,17 +97,12 @@ class Gradient:
 
     l1: bool
     l2: bool
-    others: tuple[Penalty, ...] = ()
-
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What it calls."""
-        return tuple(map(type, self.others))
+    others: tuple[Any, ...] = ()  # operations, each with its `slope`, and penalties that declare none
 
     def terms(self, w: Tensor) -> list[Callable[[], Tensor]]:
         """What is added, each to be multiplied by a number."""
         elastic = [w.sgn] * self.l1 + [lambda: w] * self.l2
-        return elastic + [lambda one=one: one.gradient(w) for one in self.others]
+        return elastic + [lambda one=one: slope_of(one, w) for one in self.others]
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         for number, term in zip(numbers, self.terms(w), strict=True):
@@ -114,11 +120,6 @@ class Decay:
     sum: Gradient
     shrinks: bool
 
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What it calls."""
-        return self.sum.parts
-
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         new = w
         for number, term in zip(numbers, self.sum.terms(w), strict=True):
@@ -132,7 +133,6 @@ class Shrink:
 
     scaled: bool
     soft: bool
-    parts = ()
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         if self.scaled:
@@ -146,7 +146,6 @@ class RootedShrink:
 
     scaled: bool
     soft: bool
-    parts = ()
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         root, eps, *strengths = numbers
@@ -173,11 +172,6 @@ class Prox:
     size: Callable[..., Tensor] | None = None  # of a metric
     counted: int = 0  # the numbers that it takes
 
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What it calls."""
-        return (self.size or Prox, Prox if self.other is None else type(self.other))
-
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         left = list(numbers)
         step: Any = left.pop(0)
@@ -195,24 +189,16 @@ class Prox:
 
 @dataclass(frozen=True)
 class Project:
-    """w = the nearest point of a set."""
+    """w = the nearest number of an interval."""
 
-    constraint: Any  # NonNegative or Box
-
-    @property
-    def parts(self) -> tuple[Any, ...]:
-        """What it calls."""
-        return (type(self.constraint),)
+    interval: Interval
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        bounds = (
-            (0.0, None) if isinstance(self.constraint, NonNegative) else (self.constraint.low, self.constraint.high)
-        )
-        return w.clamp_(*bounds).add_(0.0)  # -0.0 becomes +0.0
+        return w.clamp_(self.interval.low, self.interval.high).add_(0.0)  # -0.0 becomes +0.0
 
 
-Step: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
-Lowered: TypeAlias = Sequence[tuple[Step, Sequence[Any]]]
+Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
+Lowered: TypeAlias = Sequence[tuple[Instruction, Sequence[Any]]]
 
 
 def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
@@ -222,7 +208,7 @@ def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
     return torch._C._nn.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
 
 
-def quickly(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
+def carry_out(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
     """Do in place what was lowered, to the weights and their gradient, or to the weights by their moments."""
     w, *others = map(at_least_float32, tensors)
     new = w
@@ -234,65 +220,79 @@ def quickly(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
             old.copy_(now)
 
 
-def lower(acts: Sequence[Act], given: Given, w: Tensor) -> Lowered | None:
+def lower(changes: Sequence[Change], scalars: StepScalars, w: Tensor) -> Lowered | None:
     """The steps that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
-    half = w.dtype.itemsize < 4 and any(act.kind == "project" for act in acts)  # a bound holds for what is rounded
-    if w.is_complex() or half or not (all(act.by_entry for act in acts) or rows_of(acts, w) is not None):
+    half = w.dtype.itemsize < 4 and any(change.kind == "project" for change in changes)  # a bound holds for what is rounded
+    if w.is_complex() or half or not (all(change.by_entry for change in changes) or rows_of(changes, w) is not None):
         return None
     try:
-        return [step for act in acts for step in _LOWER[act.kind](act.what, given)]
-    except _UnknownError:
+        return [step for change in changes for step in _LOWER[change.kind](change.what, scalars)]
+    except _UnknownNumberError:
         return None
 
 
-def rows_of(acts: Sequence[Act], w: Tensor) -> tuple[int, ...] | None:
-    """The dims by which a tensor is cut into rows for acts of which some are on rows; None if that can't be."""
-    of_rows = [act for act in acts if not act.by_entry]
-    if not w.is_cpu and any(act.kind == "project" for act in of_rows):
+def rows_of(changes: Sequence[Change], w: Tensor) -> tuple[int, ...] | None:
+    """The dims by which a tensor is cut into rows for changes of which some are on rows; None if that can't be."""
+    of_rows = [change for change in changes if not change.by_entry]
+    if not w.is_cpu and any(change.kind == "project" for change in of_rows):
         return None  # it looks at the lengths
-    found = {act.rows(w.shape) for act in of_rows}
+    found = {change.rows(w.shape) for change in of_rows}
     return found.pop() if len(found) == 1 else None
 
 
-class _UnknownError(Exception):
+class _UnknownNumberError(Exception):
     """A number that isn't at hand."""
 
 
 def _float(number: float | Tensor) -> float:
     if isinstance(number, Tensor) and number.device.type != "cpu":
-        raise _UnknownError
+        raise _UnknownNumberError
     if not isfinite(number := float(number)):
-        raise _UnknownError
+        raise _UnknownNumberError
     return number
 
 
+def slope_of(one: Any, w: Tensor) -> Tensor:
+    """The gradient of an operation, or of a penalty that declares none."""
+    return one.gradient(w) if isinstance(one, Penalty) else one.slope(w)  # type: ignore[no-any-return]
+
+
 def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Any]]]:
+    """a and c of a Σ|x| + c Σ|x|², and the other penalties with their strengths."""
     l1, l2, others = penalty.split()
-    pairs = [_by_row(_float(strength), other) for strength, other in others]
-    return _float(l1), _float(l2), [(strength, other) for strength, other in pairs if strength]
+    pairs = [(_float(strength), other) for strength, other in others]
+    return _float(l1), _float(l2), [pair for pair in pairs if pair[0]]
 
 
-def _by_row(strength: float, penalty: Any) -> tuple[float, Any]:
-    """The same of the lengths of rows, where the groups are rows."""
-    if isinstance(penalty, GroupLasso):
-        return strength * length_of(penalty.per) ** 0.5, Lengths()
-    return strength, penalty
+def _declared(strength: float, penalty: Penalty) -> list[tuple[float, Any]]:
+    """The operations that a penalty declares, with their strengths; the penalty itself where it declares none.
+
+    A length is that of a row, where groups are rows.
+    """
+    terms = penalty.operations
+    if terms is None or any(isinstance(one, Function) for _, one in terms):
+        return [(strength, penalty)]
+    return [
+        (strength * factor * length_of(one.per) ** 0.5, Lengths()) if isinstance(one, Length) else (strength * factor, one)
+        for factor, one in terms
+    ]
 
 
-def _gradient(penalty: Penalty, given: Given) -> Lowered:
-    step, numbers = _sum(penalty, 1.0 if given.scale is None else _float(given.scale))
+def _gradient(penalty: Penalty, scalars: StepScalars) -> Lowered:
+    step, numbers = _sum(penalty, 1.0 if scalars.scale is None else _float(scalars.scale))
     return [(step, numbers)] if numbers else []
 
 
 def _sum(penalty: Penalty, factor: float) -> tuple[Gradient, tuple[float, ...]]:
-    l1, l2, others = _split(penalty)
+    l1, l2, found = _split(penalty)
+    others = [pair for strength, other in found for pair in _declared(strength, other)]
     strengths = [l1] * (l1 > 0) + [2 * l2] * (l2 > 0) + [strength for strength, _ in others]
     step = Gradient(l1 > 0, l2 > 0, tuple([other for _, other in others]))
     return step, tuple([factor * strength for strength in strengths])
 
 
-def _decay(penalty: Penalty, given: Given) -> Lowered:
-    rate = _float(given.rate)
+def _decay(penalty: Penalty, scalars: StepScalars) -> Lowered:
+    rate = _float(scalars.rate)
     step, numbers = _sum(penalty, rate)
     shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
     if shrinks and not step.others and rate >= 0:
@@ -308,22 +308,23 @@ def _shrink(scale: float, threshold: float) -> Lowered:
     return [(Shrink(scale != 1, threshold > 0), numbers)] if numbers else []
 
 
-def _prox(penalty: Penalty, given: Given) -> Lowered:
-    metric, (l1, l2, others) = given.metric, _split(penalty)
+def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
+    metric, (l1, l2, others) = scalars.metric, _split(penalty)
     scale = _float(metric.scale)
     if scale < 0 or len(others) > 1:
-        raise _UnknownError
+        raise _UnknownNumberError
     strength, other = others[0] if others else (0.0, None)
+    by_length = _by_length(other)
     if not metric.moments:
         rest = scale / (1 + 2 * l2 * scale)
-        last: list[tuple[Step, Sequence[float]]] = []
-        if isinstance(other, Lengths):
-            last = [(ShrinkRows(), (strength * rest,))]
+        last: list[tuple[Instruction, Sequence[float]]] = []
+        if by_length:
+            last = [(ShrinkRows(), (strength * by_length * rest,))]
         elif other is not None:
             last = [(Prox(False, False, other), (rest, strength))]
         return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
-    if isinstance(other, Lengths):  # with steps that differ within a group
-        raise _UnknownError
+    if by_length:  # with steps that differ within a group
+        raise _UnknownNumberError
     sizes = tuple(map(_float, metric.numbers))
     if not (l1 or l2 or strength):
         return []
@@ -331,6 +332,12 @@ def _prox(penalty: Penalty, given: Given) -> Lowered:
         return _rooted_shrink(l1, l2, scale, *sizes)
     numbers = (scale, *sizes) + (l1,) * (l1 > 0) + (l2,) * (l2 > 0) + (strength,) * (other is not None)
     return [(Prox(l1 > 0, l2 > 0, other, metric.size, len(sizes)), numbers)]
+
+
+def _by_length(penalty: Penalty | None) -> float:
+    """The factor of the length of each row, where a penalty is a sum of these; else 0."""
+    found = [] if penalty is None else _declared(1.0, penalty)
+    return float(found[0][0]) if [type(one) for _, one in found] == [Lengths] else 0.0
 
 
 def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) -> Lowered:
@@ -344,11 +351,16 @@ def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) 
     return [(RootedShrink(l2 > 0, l1 > 0), tuple(map(_float, numbers)))]
 
 
-def _project(constraint: Constraint, given: Given) -> Lowered:
-    return [(fit_of(constraint) or Project(constraint), ())]
+def _project(constraint: Constraint, scalars: StepScalars) -> Lowered:
+    if isinstance(constraint.interval, Interval):
+        return [(Project(constraint.interval), ())]
+    fit = fit_of(constraint)
+    if fit is None:
+        raise _UnknownNumberError
+    return [(fit, ())]
 
 
-_LOWER: dict[str, Callable[[Any, Given], Lowered]] = {
+_LOWER: dict[str, Callable[[Any, StepScalars], Lowered]] = {
     "gradient": _gradient,
     "decay": _decay,
     "prox": _prox,
@@ -359,24 +371,24 @@ _LOWER: dict[str, Callable[[Any, Given], Lowered]] = {
 # What can't be lowered
 
 
-def slowly(acts: Sequence[Act], given: Given, tensors: Sequence[Tensor]) -> None:
-    """Do in place what the acts say, by the formulas, to tensors as `quickly` takes them.
+def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequence[Tensor]) -> None:
+    """Do in place what the changes say, by the formulas, to tensors as `carry_out` takes them.
 
     Entries that are NaN don't spread; see `put`.
     """
     w, *others = tensors
-    for act in acts:
-        if act.kind == "gradient":
-            added = act.what.gradient(w)
-            others[0].add_(added if given.scale is None else added * given.scale.to(added.dtype))
+    for change in changes:
+        if change.kind == "gradient":
+            added = change.what.gradient(w)
+            others[0].add_(added if scalars.scale is None else added * scalars.scale.to(added.dtype))
             continue
-        if act.kind == "decay":
-            new = decayed(w, act.what, given.rate)
-        elif act.kind == "prox":
-            new = act.what.prox(w, given.metric.steps(*others))
+        if change.kind == "decay":
+            new = decayed(w, change.what, scalars.rate)
+        elif change.kind == "prox":
+            new = change.what.prox(w, scalars.metric.steps(*others))
         else:
-            new = act.what.project(w)
-        w.copy_(new) if act.by_entry else put(w, new)
+            new = change.what.project(w)
+        w.copy_(new) if change.by_entry else put(w, new)
 
 
 def decayed(w: Tensor, penalty: Penalty, rate: float | Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The metric of each optimizer: how far a step of it moves an entry for a constant gradient of one.
+"""One table of optimizers: the metric of each, its update and its state, for proximal steps and folding.
 
-A proximal rule must use that length as the step of its prox; with any other, the point where the optimizer and the
+The metric is how far a step moves an entry for a constant gradient of one. A proximal rule must use that length as the step of its prox; with any other, the point where the optimizer and the
 prox balance isn't the minimiser of loss + penalty. Plain SGD moves by the learning rate; momentum multiplies that in
 the long run; the adaptive ones divide each entry by the root of a second moment. Of an optimizer that isn't known, the
 length is measured.
@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from math import isfinite
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, A
 from restrain.penalties.shrink import at_least_float32
 
 ENDLESS = 1e18  # a step this long is as good as infinite, and its products with strengths stay finite in float32
+Group: TypeAlias = "dict[str, Any]"
+Number: TypeAlias = Callable[[float], str]  # gives a number its name in a statement
 MEMORY = 0.98  # of the averages by which an unknown metric is measured
 
 
@@ -223,26 +226,98 @@ def _quotient(movement: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
 
 
-METRICS: dict[type[Optimizer], Callable[[Taken], Metric]] = {
-    SGD: _sgd,
-    ASGD: _asgd,
-    Adam: _adam,
-    AdamW: _adam,
-    NAdam: _nadam,
-    RAdam: _radam,
-    Adamax: _adamax,
-    RMSprop: _rmsprop,
-    Adagrad: _adagrad,
-    Adadelta: _adadelta,
-    Adafactor: _adafactor,
+# Updates: one step for one entry, as statements in C's syntax on the weight w, the gradient o0 and the state o1, ...
+
+
+def plain(group: Group) -> bool:
+    """Whether a group's settings are numbers, and none of those that change how torch does a step."""
+    numbers = [group[name] for name in ("momentum", "dampening", "weight_decay", "eps") if name in group]
+    rate = group["lr"]
+    if isinstance(rate, Tensor):
+        if type(rate) is not Tensor or rate.numel() != 1 or not rate.is_cpu or rate.requires_grad:
+            return False
+        rate = rate.item()
+    numbers += [rate, *group.get("betas", ())]
+    known = all(isinstance(number, int | float) and isfinite(number) for number in numbers)
+    return known and rate != 0 and not (group.get("capturable") or group.get("differentiable"))
+
+
+def counted(group: Group) -> bool:
+    """Whether the optimizer counts its steps."""
+    return "betas" in group
+
+
+def _sgd_state(group: Group) -> list[str]:
+    return ["momentum_buffer"] * (group["momentum"] != 0)
+
+
+def _adam_state(group: Group) -> list[str]:
+    return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
+
+
+def _gradient_update(group: Group, number: Number, decay: float) -> list[str]:
+    return ["o0 = -o0;"] * bool(group["maximize"]) + ([f"o0 += {number(decay)} * w;"] if decay else [])
+
+
+def _sgd_update(group: Group, count: float, number: Number) -> list[str]:
+    lines = _gradient_update(group, number, group["weight_decay"])
+    if group["momentum"] != 0:
+        momentum = number(group["momentum"])
+        lines.append(f"o1 = {momentum} * o1 + {number(1 - group['dampening'])} * o0;")
+        lines.append(f"o0 += {momentum} * o1;" if group["nesterov"] else "o0 = o1;")
+    return [*lines, f"w -= {number(group['lr'])} * o0;"]
+
+
+def _adam_update(group: Group, count: float, number: Number) -> list[str]:
+    rate, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
+    decoupled = group["decoupled_weight_decay"]
+    lines = _gradient_update(group, number, 0 if decoupled else decay)
+    if decoupled and decay:
+        lines.append(f"w *= {number(1 - rate * decay)};")
+    # as lerp does it, which is exact at both ends
+    average = f"o1 += {number(1 - beta1)} * (o0 - o1);" if beta1 > 0.5 else f"o1 = o0 - {number(beta1)} * (o0 - o1);"
+    lines += [average, f"o2 = {number(beta2)} * o2 + {number(1 - beta2)} * o0 * o0;"]
+    second = "o2"
+    if group["amsgrad"]:
+        lines.append("o3 = o2 > o3 || o2 != o2 ? o2 : o3;")
+        second = "o3"
+    root, length = number(1 / (1 - beta2**count) ** 0.5), number(rate / (1 - beta1**count))
+    return [*lines, f"w -= {length} * o1 / (SQRT({second}) * {root} + {number(group['eps'])});"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of an optimizer's step.
+
+    `state` names what it keeps of each entry (where a second moment divides the step, that is the last), and `update` is
+    its step as statements, for the optimizers of which rules and step are done in one pass.
+    """
+
+    metric: Callable[[Taken], Metric]
+    state: Callable[[Group], list[str]] | None = None
+    update: Callable[[Group, float, Number], list[str]] | None = None
+
+
+OPTIMIZERS: dict[type[Optimizer], Known] = {
+    SGD: Known(_sgd, _sgd_state, _sgd_update),
+    Adam: Known(_adam, _adam_state, _adam_update),
+    AdamW: Known(_adam, _adam_state, _adam_update),
+    ASGD: Known(_asgd),
+    NAdam: Known(_nadam),
+    RAdam: Known(_radam),
+    Adamax: Known(_adamax),
+    RMSprop: Known(_rmsprop),
+    Adagrad: Known(_adagrad),
+    Adadelta: Known(_adadelta),
+    Adafactor: Known(_adafactor),
 }
 
 
 def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
     """The metric of an optimizer, as a function of a step that it took; measured where it isn't known."""
     cls = type(optimizer)
-    bases = (base for base in cls.__mro__ if base in METRICS and _step_of(cls) is _step_of(base))
-    return next((METRICS[base] for base in bases), _measured)
+    bases = (base for base in cls.__mro__ if base in OPTIMIZERS and _step_of(cls) is _step_of(base))
+    return next((OPTIMIZERS[base].metric for base in bases), _measured)
 
 
 def common(measure: Callable[[Taken], Metric], group: dict[str, Any]) -> bool:

@@ -1,0 +1,346 @@
+"""Plain torch, by operations that write into memory that is there already.
+
+At the step, small tensors are copied into one buffer, in which instructions are carried out on all at once, and back;
+large ones are gone through in blocks that stay in the cache with all that is computed of them: of entries where each is
+for itself, of rows where groups are of rows. Values and gradients of sums go over blocks in the same way.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch._utils
+from torch import Tensor
+
+from restrain.engine.backends.backend import Backend, Decider, Parts, Sums
+from restrain.engine.core import BLOCK, flattened, fresh, in_blocks, scratch, simple
+from restrain.engine.ops import Batch, Gradient, Lowered, Tensors, as_rows, carry_out, rows_of
+from restrain.operations import Absolute, Huber, Length, Logarithm, Operation, Square
+from restrain.penalties.base import times
+from restrain.penalties.shrink import at_least_float32
+
+SMALL = 1 << 13  # entries of a tensor that is copied beside others
+FORMULA_BLOCK = 1 << 16  # entries, for formulas that make tensors on their way
+
+Kernel = Callable[[Sequence[Tensor], int], bool]
+"""Carries instructions out on one tensor, of rows if they have a length; False where it can't."""
+
+
+class Eager(Backend):
+    """Instructions and operations by torch."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[Any, _Layout] = {}
+
+    def sums(self, parts: Parts, like: Tensor) -> Sums | None:
+        pieces = _pieces(parts, like)
+        return None if pieces is None else _Sums(pieces)
+
+    def carry_out(self, batches: Sequence[Batch], decider: Decider) -> list[Batch]:
+        left = []
+        for batch in batches:
+            if batch.lowered is None:
+                left.append(batch)
+                continue
+            members = batch.members if batch.lowered else ()
+            others, by_length = (), {0: members}
+            if members and not batch.by_entry:
+                others, by_length = _by_length(batch)
+            for length, alike in by_length.items():
+                kernel = self._kernel(batch.lowered, alike, length, decider) if alike else None
+                if kernel is not None:
+                    self._stretches(batch.lowered, alike, length, kernel)
+                elif length or batch.by_entry:
+                    others = [*others, *alike]
+            if others:
+                left.append(batch.of(others))
+        return left
+
+    def _kernel(self, lowered: Lowered, members: Sequence[Tensors], length: int, decider: Decider) -> Kernel | None:
+        """What carries these instructions out on tensors like these; None leaves them to the next backend."""
+
+        def run(tensors: Sequence[Tensor], length: int) -> bool:
+            rows = [t.view(-1, length) for t in tensors] if length else None
+            count = max(BLOCK // length, 1) if length else 0
+            blocks = in_blocks(tensors) if rows is None else zip(*[t.split(count) for t in rows], strict=True)
+            for block in blocks:
+                carry_out(lowered, block)
+            return True
+
+        return run
+
+    def _stretches(self, lowered: Lowered, members: Sequence[Tensors], length: int, kernel: Kernel) -> None:
+        """Large tensors alone, small ones gathered."""
+        kinds = tuple([(t.dtype, t.device) for t in members[0]])
+        key = (kinds, tuple([tensors[0].shape for tensors in members]))
+        if key not in self._layouts:
+            if len(self._layouts) > 32:  # of sets of tensors that have changed again and again
+                self._layouts.clear()
+            self._layouts[key] = _layout(members)
+        for number in self._layouts[key].alone:
+            kernel(members[number], length)
+        for gathered in self._layouts[key].gathered:
+            gathered.fill(members)
+            kernel(gathered.buffers, length)
+            gathered.empty(members, lowered)
+
+
+def _by_length(batch: Batch) -> tuple[list[Tensors], dict[int, list[Tensors]]]:
+    """Members whose memory isn't rows, and the others as rows, by their length."""
+    keep = rows_of(batch.changes, batch.members[0][0])
+    others, found = list[Tensors](), dict[int, list[Tensors]]()
+    for tensors in batch.members:
+        rows = None if keep is None else as_rows(tensors, keep)
+        if rows is None:
+            others.append(tensors)
+        else:
+            found.setdefault(rows[0].shape[1], []).append(rows)
+    return others, found
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """Buffers for some of the members, all of them small."""
+
+    numbers: list[int]
+    buffers: Tensors
+    views: list[list[Tensor]]  # of each buffer, in the members' shapes
+
+    def fill(self, members: Sequence[Tensors]) -> None:
+        """Copy the members in."""
+        for role, views in enumerate(self.views):
+            torch._foreach_copy_(views, [members[number][role] for number in self.numbers])
+
+    def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
+        """Copy what instructions have changed back."""
+        for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
+            torch._foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which of the members go alone, and which are gathered."""
+
+    alone: list[int]
+    gathered: list[_Gathered]
+
+
+def _layout(members: Sequence[Tensors]) -> _Layout:
+    sizes = [tensors[0].numel() for tensors in members]
+    small = [number for number, size in enumerate(sizes) if 0 < size <= SMALL]
+    alone = [number for number, size in enumerate(sizes) if size > SMALL or (size and len(small) == 1)]
+    return _Layout(alone, list(_gather(members, small)) if len(small) > 1 else [])
+
+
+def _gather(members: Sequence[Tensors], small: Sequence[int]) -> Iterator[_Gathered]:
+    """Buffers for stretches of the small ones that together have no more entries than a block."""
+    ends, begin = list(accumulate(members[number][0].numel() for number in small)), 0
+    common = [torch.empty(min(BLOCK, ends[-1]), dtype=t.dtype, device=t.device) for t in members[0]]
+    while begin < len(small):
+        before = ends[begin - 1] if begin else 0
+        end = bisect_right(ends, before + BLOCK)
+        shapes = [members[number][0].shape for number in small[begin:end]]
+        buffers = tuple([t[: ends[end - 1] - before] for t in common])
+        parts = [t.split([shape.numel() for shape in shapes]) for t in buffers]
+        views = [[one.view(shape) for one, shape in zip(split, shapes, strict=True)] for split in parts]
+        yield _Gathered(list(small[begin:end]), buffers, views)
+        begin = end
+
+
+# Values and gradients
+
+
+@dataclass
+class _Piece:
+    """An operation on a flat tensor, or on any block of it, without temporaries."""
+
+    strength: Any
+    width = 1  # blocks are of whole groups of so many entries
+    block = BLOCK
+
+    def value(self, x: Tensor) -> Tensor:
+        """Without the strength."""
+        raise NotImplementedError
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        """out = factor · gradient."""
+        raise NotImplementedError
+
+
+class _Absolute(_Piece):
+    def value(self, x: Tensor) -> Tensor:
+        return torch.abs(x, out=scratch.like(x)).sum()
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        torch.sgn(x, out=out).mul_(factor)
+
+
+class _Squares(_Piece):
+    def value(self, x: Tensor) -> Tensor:
+        return torch.mul(x, x, out=scratch.like(x)).sum()
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        torch.mul(x, 2 * factor, out=out)
+
+
+@dataclass
+class _Huber(_Piece):
+    """Σ c (|x| - c / 2), where c is |x| cut at delta."""
+
+    delta: float
+
+    def value(self, x: Tensor) -> Tensor:
+        size = torch.abs(x, out=scratch.like(x))
+        cut = torch.clamp(size, max=self.delta, out=scratch.like(x, 1))
+        return size.add_(cut, alpha=-0.5).mul_(cut).sum()
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        torch.clamp(x, -self.delta, self.delta, out=out).mul_(factor)
+
+
+@dataclass
+class _Logarithms(_Piece):
+    """Σ log(1 + |x| / epsilon)."""
+
+    epsilon: float
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.abs(x, out=scratch.like(x)).div_(self.epsilon).log1p_().sum()
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        size = torch.abs(x, out=scratch.like(x)).add_(self.epsilon)
+        torch.sgn(x, out=out).div_(size).mul_(factor)
+
+
+@dataclass
+class _Lengths(_Piece):
+    """√width Σ‖row‖, of the tensor's rows."""
+
+    width: int
+
+    def _norms(self, x: Tensor) -> Tensor:
+        squares = torch.mul(x, x, out=scratch.like(x))
+        return squares.view(-1, self.width).sum(1, keepdim=True).sqrt_()
+
+    def value(self, x: Tensor) -> Tensor:
+        length: Tensor = self._norms(x).sum() * self.width**0.5
+        return length
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        norms = self._norms(x)
+        scale = (factor * self.width**0.5) / norms.masked_fill_(norms == 0, torch.inf)
+        torch.mul(x.view(-1, self.width), scale, out=out.view(-1, self.width))
+
+
+@dataclass
+class _Entries(_Piece):
+    """Any other operation on entries, and any other dtype."""
+
+    operation: Any
+    block = FORMULA_BLOCK
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.operation.total(at_least_float32(x))  # type: ignore[no-any-return]
+
+    def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
+        torch.mul(self.operation.slope(at_least_float32(x)), factor, out=out)
+
+
+_PIECES: dict[type[Operation], Callable[[Any, Any], _Piece]] = {
+    Absolute: lambda strength, one: _Absolute(strength),
+    Square: lambda strength, one: _Squares(strength),
+    Huber: lambda strength, one: _Huber(strength, one.delta),
+    Logarithm: lambda strength, one: _Logarithms(strength, one.epsilon),
+}
+
+
+def _pieces(parts: Parts, like: Tensor) -> list[_Piece] | None:
+    """What computes a sum of penalties on tensors like this one; None where one declares nothing."""
+    pieces: list[_Piece] = []
+    for strength, leaf in parts:
+        if leaf.operations is None:
+            return None
+        for factor, one in leaf.operations:
+            whole = strength if factor == 1 else strength * factor
+            if isinstance(one, Length):
+                pieces.append(_Lengths(whole, like.numel() // max(like.shape[0], 1)))
+            elif type(one) in _PIECES and simple(like):
+                pieces += [_PIECES[type(one)](whole, one)] * bool(factor)
+            else:
+                pieces.append(_Entries(whole, one))
+    return pieces or None
+
+
+class _Sums(Sums):
+    """By operations of torch on joined tensors, or on blocks of large ones."""
+
+    def __init__(self, pieces: list[_Piece]) -> None:
+        self._pieces = pieces
+        self._block = min([piece.block for piece in pieces])
+
+    def value(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        if len(set(weights)) == 1:
+            value = self._of(_joined(tensors))
+            return value if weights[0] == 1 else value * weights[0]
+        return torch.stack([self._of(flattened(x)) * weight for x, weight in zip(tensors, weights, strict=True)]).sum()
+
+    def _of(self, flat: Tensor) -> Tensor:
+        parts = self._cut(flat)
+        if len(parts) == 1:
+            sums = [piece.value(flat) for piece in self._pieces]
+        else:  # all that is to be done to a block at once
+            found = [[piece.value(part) for piece in self._pieces] for part in parts]
+            sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
+        total, *others = [times(piece.strength, value) for piece, value in zip(self._pieces, sums, strict=True)]
+        for other in others:
+            total = total + other
+        return total
+
+    def _cut(self, flat: Tensor) -> Sequence[Tensor]:
+        """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
+        if flat.numel() <= self._block or flat.device.type != "cpu":
+            return (flat,)
+        width = max([piece.width for piece in self._pieces])
+        parts: Sequence[Tensor] = flat.split(max(self._block // width, 1) * width)
+        return parts
+
+    def gradients(
+        self,
+        tensors: Sequence[Tensor],
+        weights: Sequence[float],
+        factor: Tensor,
+        into: Sequence[Tensor],
+        *,
+        add: bool = False,
+    ) -> None:
+        assert not add
+        if len(tensors) == 1:
+            self._put(flattened(tensors[0]), factor if weights[0] == 1 else factor * weights[0], flattened(into[0]))
+            return
+        flat = _joined(tensors)
+        out = torch.empty_like(flat)
+        same = len(set(weights)) == 1
+        self._put(flat, factor * weights[0] if same and weights[0] != 1 else factor, out)
+        found = torch._utils._unflatten_dense_tensors(out, tensors)
+        torch._foreach_copy_(list(into), found if same else torch._foreach_mul(found, weights))
+
+    def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
+        factors = [times(piece.strength, factor) for piece in self._pieces]
+        for x, o in zip(self._cut(flat), self._cut(out), strict=True):
+            self._pieces[0].gradient(x, factors[0], o)
+            for piece, own in zip(self._pieces[1:], factors[1:], strict=True):
+                more = scratch.like(x, 2)
+                piece.gradient(x, own, more)
+                o.add_(more)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    if len(tensors) == 1:
+        return flattened(tensors[0])
+    joined: Tensor = torch._utils._flatten_dense_tensors(tensors)
+    return joined

@@ -1,0 +1,231 @@
+"""Operations: what a penalty or constraint declares of its formula, as data, so that every backend can compute it fast.
+
+A penalty that is a weighted sum of a function of each entry, or of the lengths of groups, says so in `operations`; a
+constraint that is an interval of entries or of lengths says so in `interval`. Here stand their formulas in plain torch,
+which are the reference; a backend (`engine/backends`) has a table of the operations that it knows. A penalty in
+another file, a user's included, is as fast as ours if it declares the same:
+
+>>> class Sparse(rs.Penalty):
+...     entrywise = True
+...     operations = ((2.0, rs.operations.Absolute()),)
+...     def __call__(self, w):
+...         return 2 * w.abs().sum()
+>>> rs.operations.check(Sparse())  # compares the formula with what is declared
+
+What is declared and what is computed are compared when a class is first attached; a disagreement is an error.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from restrain.axes import Grouping, Per, group_norms, grouping, squared
+from restrain.errors import PenaltyError
+
+
+class Operation(ABC):
+    """A function of a tensor that is a sum over its entries or groups; members are frozen dataclasses."""
+
+    by_entry: bool = True
+    """Whether it is a sum over entries, so that any part of a tensor can be taken alone."""
+
+    @abstractmethod
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the tensor, differentiable."""
+
+    @abstractmethod
+    def slope(self, x: Tensor) -> Tensor:
+        """The gradient of `total`, zero where it has a kink."""
+
+
+Terms: TypeAlias = "tuple[tuple[float, Operation], ...]"
+"""A weighted sum of operations."""
+
+
+class ByEntry(Operation):
+    """An operation that is a sum over entries of `value`."""
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """The function of each entry, real or complex; real."""
+
+    def total(self, x: Tensor) -> Tensor:
+        return self.value(x).sum()
+
+
+@dataclass(frozen=True)
+class Absolute(ByEntry):
+    """|x|."""
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.abs(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return x.sgn()
+
+
+@dataclass(frozen=True)
+class Square(ByEntry):
+    """|x|²."""
+
+    def value(self, x: Tensor) -> Tensor:
+        return squared(x)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+@dataclass(frozen=True)
+class Huber(ByEntry):
+    """½|x|² where |x| ≤ delta, delta (|x| - delta / 2) beyond."""
+
+    delta: float
+
+    def value(self, x: Tensor) -> Tensor:
+        size = torch.abs(x)
+        return torch.where(size <= self.delta, squared(x) / 2, self.delta * (size - self.delta / 2))
+
+    def slope(self, x: Tensor) -> Tensor:
+        return torch.where(x.abs() <= self.delta, x, self.delta * x.sgn())
+
+
+@dataclass(frozen=True)
+class Logarithm(ByEntry):
+    """log(1 + |x| / epsilon)."""
+
+    epsilon: float
+
+    def value(self, x: Tensor) -> Tensor:
+        return torch.log1p(torch.abs(x) / self.epsilon)
+
+    def slope(self, x: Tensor) -> Tensor:
+        return x.sgn() / (self.epsilon + x.abs())
+
+
+@dataclass(frozen=True)
+class Function(ByEntry):
+    """Any other function of each entry, with its derivative: `entries` and `slopes` of a penalty."""
+
+    penalty: Any
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.penalty.entries(x)  # type: ignore[no-any-return]
+
+    def slope(self, x: Tensor) -> Tensor:
+        return self.penalty.slopes(x)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Length(Operation):
+    """√n_g ‖x_g‖₂ of each group g of n_g entries; a group whose squares sum to zero has the slope zero."""
+
+    per: Per | Grouping
+    by_entry = False
+
+    def total(self, x: Tensor) -> Tensor:
+        groups = grouping(self.per, x.shape)
+        norms = group_norms(x, groups)
+        return groups.once(groups.sizes(norms) ** 0.5 * norms).sum()
+
+    def slope(self, x: Tensor) -> Tensor:
+        groups = grouping(self.per, x.shape)
+        parts = groups.view(x)
+        norms = group_norms(parts, groups)
+        zero = norms == 0
+        unit = torch.where(zero, 0, parts / torch.where(zero, 1, norms))
+        return groups.restore(groups.sizes(norms) ** 0.5 * unit, torch.zeros_like(x))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A constraint: low ≤ x ≤ high for every entry; None for no bound."""
+
+    low: float | None = None
+    high: float | None = None
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """The nearest tensor within it."""
+        return w.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class LengthInterval:
+    """A constraint: low ≤ ‖x_g‖₂ ≤ high for every group g."""
+
+    low: float
+    high: float
+    per: Per | Grouping | None
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """The nearest tensor within it, where no group is zero."""
+        groups = Grouping(tuple(w.shape), ()) if self.per is None else grouping(self.per, w.shape)
+        norms = group_norms(groups.view(w), groups)
+        return groups.restore(groups.view(w) * (norms.clamp(self.low, self.high) / norms), w)
+
+
+# Comparison of what is declared with what is computed
+
+_checked: set[type] = set()
+
+
+def check(what: Any) -> None:
+    """Compare what a penalty or constraint declares with what it computes, on random numbers; once for each class.
+
+    Raises:
+        PenaltyError: they differ.
+    """
+    if type(what) in _checked:
+        return
+    interval, terms = getattr(what, "interval", None), getattr(what, "operations", None)
+    if interval is not None:
+        _compare(what, "interval", "project", interval.nearest, what.project)
+    if terms is not None and not any(isinstance(one, Function) for _, one in terms):
+        _compare(what, "operations", "__call__", lambda x: total(terms, x), what)
+        _compare(what, "operations", "gradient", lambda x: slope(terms, x), what.gradient)
+    _checked.add(type(what))
+
+
+def total(terms: Terms, x: Tensor) -> Tensor:
+    """The value of a weighted sum of operations."""
+    return weighted([(factor, one.total(x)) for factor, one in terms])
+
+
+def slope(terms: Terms, x: Tensor) -> Tensor:
+    """Its gradient."""
+    return weighted([(factor, one.slope(x)) for factor, one in terms])
+
+
+def weighted(parts: list[tuple[float, Tensor]]) -> Tensor:
+    """The sum; a factor of one costs nothing."""
+    first, *others = [value if factor == 1 else factor * value for factor, value in parts]
+    for other in others:
+        first = first + other
+    return first
+
+
+def _compare(what: Any, declared: str, formula: str, fast: Callable[[Tensor], Tensor], slow: Any) -> None:
+    draws = torch.Generator().manual_seed(0)
+    x = 2 * torch.randn(_sample_shape(what), generator=draws, dtype=torch.float64)
+    with torch.no_grad():
+        expected, found = slow(x.clone()), fast(x)
+    if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
+        raise PenaltyError(
+            f"the {formula} of {type(what).__name__} differs from what its `{declared}` says: on the same random tensor "
+            f"{_shown(expected)} and {_shown(found)}. Declare `{declared} = None`, which is right for any formula, or "
+            "make both the same"
+        )
+
+
+def _sample_shape(what: Any) -> tuple[int, ...]:
+    per = getattr(what, "per", None)
+    return per.shape if isinstance(per, Grouping) else (6, 4)
+
+
+def _shown(x: Tensor) -> str:
+    return f"{x.item():.6g}" if x.dim() == 0 else f"norm {float(x.norm()):.6g}"
