@@ -10,7 +10,7 @@
 from restrain.garbage import uncollected
 
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
-    from restrain import errors
+    from restrain import errors, moved
     from restrain import schedule as schedules
     from restrain.activation_points import inputs, outputs
     from restrain.declare import regularized, scope
@@ -97,6 +97,8 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
         WeightStandardization,
     )
     from restrain.transforms.normalization import RobustScale, Standardize
+
+moved.install()
 
 __version__ = "0.1.0"
 

@@ -319,9 +319,9 @@ class Attachment:
         """Measure rules in evaluation, where `reg.loss` leaves activations out.
 
         >>> model = nn.Linear(3, 2)
-        >>> with rs.attach(model, rs.L2().on(rs.outputs())) as reg, reg.evaluating() as evaluation:
+        >>> with rs.attach(model, rs.L2().on(rs.outputs(), name="h")) as reg, reg.evaluating() as evaluation:
         ...     h = model.eval()(torch.ones(4, 3))
-        ...     value = evaluation.values()["l2 on outputs()"]
+        ...     value = evaluation.values()["h"]
         >>> bool(value.isclose(h.square().sum(1).mean()))
         True
         """
