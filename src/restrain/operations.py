@@ -216,9 +216,9 @@ def _compare(what: Any, declared: str, formula: str, fast: Callable[[Tensor], Te
         expected, found = slow(x.clone()), fast(x)
     if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
         raise PenaltyError(
-            f"the {formula} of {type(what).__name__} differs from what its `{declared}` says: on the same random tensor "
-            f"{_shown(expected)} and {_shown(found)}. Declare `{declared} = None`, which is right for any formula, or "
-            "make both the same"
+            f"the {formula} of {type(what).__name__} differs from what its `{declared}` says: on a random tensor they "
+            f"give {_shown(expected)} and {_shown(found)}. Declare `{declared} = None`, which is right for any "
+            "formula, or make both the same"
         )
 
 

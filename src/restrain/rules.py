@@ -24,6 +24,7 @@ class What:
 
     keywords: ClassVar[tuple[str, ...]] = ()  # further names, beside the class name in lower case
     entrywise: bool = False  # a sum of a function of each entry alone
+    by_entry: bool = False  # it acts on any part of a tensor as on the whole
     has_tangent: bool = False  # a constraint that can tell which part of a movement leaves its set
     takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from everywhere.training import STEPS, batch, fresh, seed
-from restrain.engine.ops.metric import Taken, metric_of
+from restrain.engine.ops.optimizers import Taken, metric_of
 
 PROXIMAL = ("proximal-penalty", "proximal-group-penalty", "target")
 

@@ -19,8 +19,8 @@ from restrain import registry
 from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
-from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.operations import Absolute, Square, Terms, slope
+from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
 from restrain.schedule import Strength, checked_number
 
@@ -261,7 +261,7 @@ class Penalty(What, ABC, register=False):
         """
 
     @property
-    def entrywise(self) -> bool:
+    def entrywise(self) -> bool:  # type: ignore[override]
         """The value is a sum over entries of a function of each; the prox also takes a step for each entry."""
         return self.operations is not None and all(one.by_entry for _, one in self.operations)
 
@@ -289,7 +289,7 @@ class Penalty(What, ABC, register=False):
         return type(self).prox is not Penalty.prox or self.elastic is not None
 
     @property
-    def by_entry(self) -> bool:
+    def by_entry(self) -> bool:  # type: ignore[override]
         """Whether it acts on any part of a tensor as on the whole."""
         return self.entrywise and self.uniform
 
@@ -460,7 +460,7 @@ class Scaled(Penalty, register=False):
         return f"{shown(self.strength)} * {inner}"
 
     @property
-    def entrywise(self) -> bool:
+    def entrywise(self) -> bool:  # type: ignore[override]
         return self.penalty.entrywise
 
     @property
@@ -537,7 +537,7 @@ class Sum(Penalty, register=False):
         return " + ".join(map(repr, self.terms))
 
     @property
-    def entrywise(self) -> bool:
+    def entrywise(self) -> bool:  # type: ignore[override]
         return all(term.entrywise for term in self.terms)
 
     @property

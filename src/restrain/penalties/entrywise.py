@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 from math import inf
 
@@ -14,7 +13,7 @@ from restrain.axes import squared
 from restrain.errors import PenaltyError
 from restrain.operations import Absolute, ByEntry, Function, Logarithm, Square, Terms, weighted
 from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
-from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries
+from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized
 
 _NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slope at the root is 1 - p/2 or more
 

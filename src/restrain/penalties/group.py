@@ -55,7 +55,7 @@ class Norm(OfRows):
             raise PenaltyError(f"Norm(p) needs a number p of one or more, or inf; got {self.p!r}")
 
     @property
-    def elastic(self) -> tuple[float, float] | None:  # type: ignore[override]
+    def elastic(self) -> tuple[float, float] | None:
         """That of `L1` for p = 1."""
         return (1.0, 0.0) if self.p == 1 else None
 

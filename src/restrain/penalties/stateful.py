@@ -87,7 +87,7 @@ class Weighted(_Kept):
             )
 
     @property
-    def shrinks(self) -> bool:  # type: ignore[override]
+    def shrinks(self) -> bool:
         return self.penalty.shrinks
 
     def _for(self, x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class Constraint(Reparametrization, register=False):
         return self.project(w)
 
     @property
-    def by_entry(self) -> bool:
+    def by_entry(self) -> bool:  # type: ignore[override]
         """Whether it acts on any part of a tensor as on the whole."""
         return isinstance(self.interval, Interval)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from restrain.engine.loss import parameters
+from restrain.engine.loss import parameters, sums
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def loops(monkeypatch):
 @pytest.fixture
 def added(monkeypatch):
     """The calls that add in place, by how many tensors each."""
-    calls, real = [], parameters._Loops._add
-    monkeypatch.setattr(parameters._Loops, "_add", lambda self, *a: calls.append(len(a[0])) or real(self, *a))
+    calls, real = [], sums.PenaltySum._add
+    monkeypatch.setattr(sums.PenaltySum, "_add", lambda self, *a: calls.append(len(a[0])) or real(self, *a))
     return calls
 
 

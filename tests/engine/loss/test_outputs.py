@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
-from restrain.engine.loss import passing
+from restrain.engine.loss import outputs
 
 BOTH = 0.3 * rs.L1() + 0.2 * rs.L2()
 PENALTIES = {"l1": 0.3 * rs.L1(), "both": BOTH, "huber": 0.5 * rs.Huber(0.1), "log": 0.2 * rs.LogSum(0.5)}
@@ -66,7 +66,7 @@ def test_after_other_activations(act):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("penalty", ["l1", "both"])
 def test_large_outputs_go_in_blocks(penalty, inplace, layout, monkeypatch):
-    monkeypatch.setattr(passing, "_BLOCK", 50)
+    monkeypatch.setattr(outputs, "_BLOCK", 50)
     net = model(inplace=inplace).to(memory_format=layout)
     x = torch.randn(5, 2, 4, 4, dtype=torch.float64).to(memory_format=layout)
     check(net, x, PENALTIES[penalty], 0)
@@ -213,10 +213,10 @@ def test_what_is_kept_for_the_backward():
 
 def test_signs_under_transforms_and_twice():
     x = torch.tensor([3.0, -4.0, 0.0, 0.5], dtype=torch.float64, requires_grad=True)
-    value, signs = passing.Absolute.apply(x)
+    value, signs = outputs.Absolute.apply(x)
     assert value.item() == 7.5
     assert signs.tolist() == [1, -1, 0, 1]
     assert torch.autograd.grad(value * 2, x)[0].tolist() == [2, -2, 0, 2]
     batch = torch.stack([x.detach(), -x.detach()])
-    slopes = torch.func.vmap(torch.func.grad(lambda row: passing.Absolute.apply(row)[0]))(batch)
+    slopes = torch.func.vmap(torch.func.grad(lambda row: outputs.Absolute.apply(row)[0]))(batch)
     assert slopes.tolist() == [[1, -1, 0, 1], [-1, 1, 0, -1]]

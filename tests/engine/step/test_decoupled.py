@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import restrain as rs
-from restrain.engine.step.executor import BLOCK
+from restrain.engine.core.memory import BLOCK
 from restrain.errors import HowError, OptimizerError, RestrainWarning
 
 X = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(8))

@@ -1,15 +1,18 @@
 """Rules folded into the optimizer's own pass, held to torch's own step with the rules around it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.optim import SGD, Adam, AdamW
 
 import restrain as rs
 from folding import ALL, SHAPES, Run, adam, both, give_gradients, plain_sgd
-from restrain.engine.backends import compiler, updates
+from restrain.engine.backends import c_compiler
+from restrain.engine.ops.optimizers import OPTIMIZERS
 from restrain.engine.step import folded
 
-pytestmark = pytest.mark.skipif(compiler.compiled("int something;") is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(c_compiler.compiled("int something;") is None, reason="there is no C compiler")
 
 SETTINGS = {
     "sgd": (SGD, {}),
@@ -26,7 +29,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     """Folded from the first step on that can be, without a compilation of the rules' own passes."""
-    monkeypatch.setattr(folded, "WORTH", 0)
+    monkeypatch.setattr(folded, "COST", 0)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -48,7 +51,7 @@ def test_the_comparison_notices_another_formula(monkeypatch):
     def wrong(group, count, number):
         return [f"w -= {number(group['lr'] * 1.001)} * o0;"]
 
-    monkeypatch.setitem(updates.FORMULAS, SGD, wrong)
+    monkeypatch.setitem(OPTIMIZERS, SGD, replace(OPTIMIZERS[SGD], update=wrong))
     with pytest.raises(AssertionError):
         both(plain_sgd, ALL[2])
 

@@ -10,16 +10,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import restrain as rs
 from folding import ALL, SHAPES, Run, adam, both, give_gradients, model_of, plain_sgd, same
-from restrain.engine.backends import compiler
+from restrain.engine.backends import c_compiler
 from restrain.engine.step import folded
 
-pytestmark = pytest.mark.skipif(compiler.compiled("int something;") is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(c_compiler.compiled("int something;") is None, reason="there is no C compiler")
 
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch):
     """Folded from the first step on that can be, without a compilation of the rules' own passes."""
-    monkeypatch.setattr(folded, "WORTH", 0)
+    monkeypatch.setattr(folded, "COST", 0)
 
 
 # What isn't folded
@@ -243,14 +243,14 @@ def test_the_state_is_that_of_torch():
 
 
 def test_compiled_at_once(monkeypatch):
-    monkeypatch.setattr(folded, "WORTH", float("inf"))
+    monkeypatch.setattr(folded, "COST", float("inf"))
     assert Run(plain_sgd, ALL, True).steps(2).folded == [6, 6]
     assert Run(plain_sgd, ALL, "auto").steps(2).folded == [0, 0]
 
 
 def test_auto_folds_when_it_pays_and_a_resumed_run_is_bit_identical(monkeypatch):
     entries = sum(p.numel() for p in model_of().parameters())
-    monkeypatch.setattr(folded, "WORTH", 4 * (folded.EACH + entries))
+    monkeypatch.setattr(folded, "COST", 4 * (folded.EACH + entries))
     whole = Run(adam, ALL, "auto").steps(8)
     assert whole.folded == [0, 0, 0, 0, 6, 6, 6, 6]
     for at in (3, 6):
@@ -266,8 +266,8 @@ def test_auto_folds_when_it_pays_and_a_resumed_run_is_bit_identical(monkeypatch)
 
 
 def test_without_a_compiler(monkeypatch):
-    monkeypatch.setattr(compiler, "loop", lambda *_: None)
-    monkeypatch.setattr(compiler, "compiled", lambda *_: None)
+    monkeypatch.setattr(c_compiler, "loop", lambda *_: None)
+    monkeypatch.setattr(c_compiler, "compiled", lambda *_: None)
     run = Run(adam, ALL[2], "auto").steps(3)
     same(run, Run(adam, ALL[2], False).steps(3))
     assert not any(run.folded)

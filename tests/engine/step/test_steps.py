@@ -9,7 +9,7 @@ from benchmarks.metric import OPTIMIZERS
 from torch import nn
 
 import restrain as rs
-from restrain.engine.step.executor import BLOCK
+from restrain.engine.core.memory import BLOCK
 from restrain.errors import HowError, RestrainWarning
 
 

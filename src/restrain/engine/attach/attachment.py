@@ -19,6 +19,7 @@ from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.installation import Hooks
 from restrain.engine.attach.state import DetachedAttachment, check, fill
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
+from restrain.engine.backends import Compile
 from restrain.engine.binding import (
     at_steps,
     bind,
@@ -32,7 +33,7 @@ from restrain.engine.binding import (
 from restrain.engine.core import Root, eagerly
 from restrain.engine.distributed import ranks, shards
 from restrain.engine.forward import Forwards, Parts, forget_compiled_code, set_cells
-from restrain.engine.step import Clock, Compile, Stepper, Work, hold_from_now
+from restrain.engine.step import Clock, ParameterRules, Stepper, hold_from_now
 from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -106,7 +107,7 @@ class Attachment:
         self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
     ) -> None:
         self._model = weakref.ref(model)
-        self._bounds = bind(plan, model)
+        self._bounds = bind(plan, model, compile)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()
@@ -145,13 +146,13 @@ class Attachment:
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
-        works: dict[str, Work] = {}
+        works: dict[str, ParameterRules] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
                 kind = "noise" if isinstance(bound.rule.what, GradientNoise) else bound.rule.how
                 for handle, what in at_steps(bound, model):
                     if handle.name not in works:
-                        works[handle.name] = Work(handle)
+                        works[handle.name] = ParameterRules(handle)
                     getattr(works[handle.name], kind).append((bound.rule, what))
         join(self, list(works.values()), model)
         if works:
@@ -386,7 +387,7 @@ class Attachment:
                     what.stepped(None if handle is None else shards.whole(handle.find(root)))
                 self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
-    def _works(self) -> list[Work]:
+    def _works(self) -> list[ParameterRules]:
         """What is done at the optimizers' steps; all of them share it."""
         return self._steppers[0].works if self._steppers else []
 

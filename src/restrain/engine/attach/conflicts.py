@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from restrain.engine.step import Work
+from restrain.engine.step import ParameterRules
 from restrain.errors import HowError
 
 # What acts on the parameters of a model at its optimizers' steps, by those who attached it.
-_living: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], Sequence[Work]]] = weakref.WeakKeyDictionary()
+_living: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], Sequence[ParameterRules]]] = (
+    weakref.WeakKeyDictionary()
+)
 # (an earlier attachment's, a later one's): one plan would do these in another order, or as one
 _CLASHES = {
     ("decoupled", "gradient"),
@@ -22,7 +24,7 @@ _CLASHES = {
 }
 
 
-def join(owner: object, works: Sequence[Work], model: nn.Module) -> None:
+def join(owner: object, works: Sequence[ParameterRules], model: nn.Module) -> None:
     """Remember what an attachment does at the step.
 
     Raises:
@@ -47,7 +49,7 @@ def join(owner: object, works: Sequence[Work], model: nn.Module) -> None:
         _living[owner] = (weakref.ref(model), works)
 
 
-def _clashes(earlier: Work, later: Work) -> list[tuple[str, str]]:
+def _clashes(earlier: ParameterRules, later: ParameterRules) -> list[tuple[str, str]]:
     found = [pair for pair in _CLASHES if getattr(earlier, pair[0]) and getattr(later, pair[1])]
     sets = [what for _, what in earlier.project + later.project]
     return [pair for pair in found if pair != ("project", "project") or any(one != sets[0] for one in sets)]

@@ -1,1 +1,8 @@
-"""How operations and instructions are computed: loops of C, kernels of inductor, eager torch, the formulas themselves."""
+"""How operations and instructions are computed: loops of C, kernels of inductor, eager torch, the formulas."""
+
+from restrain.engine.backends.backend import Compile, Decider, Parts, Sums
+from restrain.engine.backends.c_compiler import Loop, loop
+from restrain.engine.backends.c_updates import update
+from restrain.engine.backends.executor import Executor, sums_of
+
+__all__ = ["Compile", "Decider", "Executor", "Loop", "Parts", "Sums", "loop", "sums_of", "update"]

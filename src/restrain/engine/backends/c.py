@@ -133,7 +133,7 @@ def _text(lowered: Lowered, by_entry: bool) -> Any:
 
 
 @functools.lru_cache(256)
-def _written(steps: tuple[tuple[Step, int], ...], by_entry: bool) -> Any:
+def _written(steps: tuple[tuple[Instruction, int], ...], by_entry: bool) -> Any:
     lowered = [(step, (0.0,) * count) for step, count in steps]
     return statements(lowered) if by_entry else stages(lowered)
 
@@ -220,7 +220,7 @@ def stages(lowered: Lowered) -> Stages | None:
             size = f"size{len(found)}"
             if type(step) in _ROWS:
                 found.append(_ROWS[type(step)](step, names, size))
-            elif isinstance(step, Gradient | Decay) and any(isinstance(o, Lengths) for o in (step.sum if isinstance(step, Decay) else step).others):
+            elif _has_lengths(step):
                 found.append((_inverse(size), "1", "\n".join(_STATEMENTS[type(step)](step, names, size))))
             else:
                 row, changes, entry = found.pop() if found and found[-1][1] == "1" else ("", "1", "")
@@ -228,6 +228,12 @@ def stages(lowered: Lowered) -> Stages | None:
     except (KeyError, _UnknownError):
         return None
     return tuple(found)
+
+
+def _has_lengths(step: Any) -> bool:
+    """Whether it needs the length of a row."""
+    terms = step.sum if isinstance(step, Decay) else step
+    return isinstance(terms, Gradient) and any(isinstance(other, Lengths) for other in terms.others)
 
 
 def numbers_of(lowered: Lowered) -> list[float]:

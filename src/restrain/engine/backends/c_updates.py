@@ -7,7 +7,7 @@ from math import isfinite
 from torch.optim import Optimizer
 
 from restrain.engine.backends.c import numbers_of, statements
-from restrain.engine.ops import OPTIMIZERS, Group, Lowered, counted
+from restrain.engine.ops import OPTIMIZERS, Group, Lowered, counted, state_names
 
 
 def update(
@@ -23,7 +23,7 @@ def update(
         count: of the steps, with this one.
     """
     known, before, after = OPTIMIZERS[kind], statements(early), statements(late)
-    if known.update is None or known.state is None or before is None or after is None:
+    if known.update is None or before is None or after is None:
         return None
     numbers, last = numbers_of(early), numbers_of(late)
 
@@ -34,9 +34,7 @@ def update(
     lines = [before, *known.update(group, count, number)]
     # what comes after calls its numbers n0, ..., too, and the second moment o0
     own = [f"n{place} = n{len(numbers) + place}" for place in range(len(last))]
-    own += [f"o0 = o{len(known.state(group))}"] * counted(group)
+    own += [f"o0 = o{len(state_names(group))}"] * counted(group)
     lines += ["{", *[f"const wide {name};" for name in own], after, "}"]
     numbers += last
     return ("\n".join(lines), numbers) if all(map(isfinite, numbers)) else None
-
-

@@ -18,7 +18,7 @@ import torch._utils
 from torch import Tensor
 
 from restrain.engine.backends.backend import Backend, Decider, Parts, Sums
-from restrain.engine.core import BLOCK, flattened, fresh, in_blocks, scratch, simple
+from restrain.engine.core import BLOCK, flattened, in_blocks, scratch, simple
 from restrain.engine.ops import Batch, Gradient, Lowered, Tensors, as_rows, carry_out, rows_of
 from restrain.operations import Absolute, Huber, Length, Logarithm, Operation, Square
 from restrain.penalties.base import times
@@ -47,16 +47,16 @@ class Eager(Backend):
             if batch.lowered is None:
                 left.append(batch)
                 continue
-            members = batch.members if batch.lowered else ()
-            others, by_length = (), {0: members}
-            if members and not batch.by_entry:
-                others, by_length = _by_length(batch)
-            for length, alike in by_length.items():
-                kernel = self._kernel(batch.lowered, alike, length, decider) if alike else None
+            if not batch.lowered:  # nothing is to be done
+                continue
+            others, by_length = ([], {0: [(one, one) for one in batch.members]}) if batch.by_entry else _rows(batch)
+            for length, pairs in by_length.items():
+                flat = [rows for _, rows in pairs]
+                kernel = self._kernel(batch.lowered, flat, length, decider) if flat else None
                 if kernel is not None:
-                    self._stretches(batch.lowered, alike, length, kernel)
-                elif length or batch.by_entry:
-                    others = [*others, *alike]
+                    self._stretches(batch.lowered, flat, length, kernel)
+                else:
+                    others += [tensors for tensors, _ in pairs]
             if others:
                 left.append(batch.of(others))
         return left
@@ -90,16 +90,16 @@ class Eager(Backend):
             gathered.empty(members, lowered)
 
 
-def _by_length(batch: Batch) -> tuple[list[Tensors], dict[int, list[Tensors]]]:
-    """Members whose memory isn't rows, and the others as rows, by their length."""
+def _rows(batch: Batch) -> tuple[list[Tensors], dict[int, list[tuple[Tensors, Tensors]]]]:
+    """Members whose memory isn't rows, and the others, each with its rows, by their length."""
     keep = rows_of(batch.changes, batch.members[0][0])
-    others, found = list[Tensors](), dict[int, list[Tensors]]()
+    others, found = list[Tensors](), dict[int, list[tuple[Tensors, Tensors]]]()
     for tensors in batch.members:
         rows = None if keep is None else as_rows(tensors, keep)
         if rows is None:
             others.append(tensors)
         else:
-            found.setdefault(rows[0].shape[1], []).append(rows)
+            found.setdefault(rows[0].shape[1], []).append((tensors, rows))
     return others, found
 
 
@@ -273,7 +273,7 @@ def _pieces(parts: Parts, like: Tensor) -> list[_Piece] | None:
                 pieces += [_PIECES[type(one)](whole, one)] * bool(factor)
             else:
                 pieces.append(_Entries(whole, one))
-    return pieces or None
+    return pieces or [_Squares(0.0)]  # all factors are zero
 
 
 class _Sums(Sums):

@@ -99,7 +99,7 @@ def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | 
 
 
 def _is_fixed(step: Instruction) -> bool:
-    """Whether all that it calls is declared: another penalty may keep something, which would stand still in a kernel."""
+    """Whether all that it calls is declared: what isn't may keep something, which would stand still in a kernel."""
     called: list[Any] = []
     if isinstance(step, Gradient | Decay):
         called = list((step.sum if isinstance(step, Decay) else step).others)

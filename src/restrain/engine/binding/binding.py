@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from restrain import operations
 from restrain.activation_points import Places, Target, select_places
+from restrain.engine.backends import Compile
 from restrain.engine.core import Overrides
 from restrain.engine.distributed import shards
 from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder, blank, masks
@@ -38,6 +40,7 @@ class Bound:
 
     rule: Rule
     key: str
+    compile: Compile = "auto"
     parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
     points: list[Point] = field(default_factory=list)
     penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
@@ -87,7 +90,7 @@ def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
-def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
+def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> list[Bound]:
     """The rules bound to the model's tensors, each under a key of its own.
 
     Raises:
@@ -102,7 +105,7 @@ def bind(rules: Iterable[Rule], model: nn.Module) -> list[Bound]:
         number = 2
         while key in bounds:
             key, number = f"{label} #{number}", number + 1
-        bounds[key] = _bind(Bound(rule, key), there)
+        bounds[key] = _bind(Bound(rule, key, compile), there)
         _check_network(bounds[key], model)
     _check_parametrized(list(bounds.values()))
     return list(bounds.values())
@@ -183,6 +186,13 @@ class _Targets:
     where: Places | None  # the selection of these by their names; None where there are none
 
 
+def _check_declared(what: What) -> None:
+    """Compare what a penalty or constraint declares with its formula, once for each class."""
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
+    for leaf in leaves if isinstance(what, Penalty | Constraint) else ():
+        operations.check(leaf)
+
+
 def _check_network(bound: Bound, model: nn.Module) -> None:
     """A penalty on the whole network sees its parameters now, not first when its turn comes in training."""
     if isinstance(bound.rule.what, NetworkPenalty):
@@ -213,6 +223,7 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
 
 def _bind(bound: Bound, there: _There) -> Bound:
     rule = bound.rule
+    _check_declared(rule.what)
     bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, there.device))
     if isinstance(rule.where, Places):
         targets = _targets(rule, rule.where, there)
@@ -249,12 +260,12 @@ def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
     what = bound.what.bound_in(model)
     for place in {point.place for point in bound.points if point.place.padded}:
         masks.check(place, what, model)
-    same = AtPlace(what) if _same_anywhere(what, "bound_at_place") else None
+    same = AtPlace(what, bound.compile) if _same_anywhere(what, "bound_at_place") else None
     activities = [moving.activity for moving in bound.moving if moving.activity is not None]
     empty, optional = blank(there.device), bound.rule.optional
     penalty_recorders = []
     for point in bound.points:
-        own = same or AtPlace(what.bound_at_place())
+        own = same or AtPlace(what.bound_at_place(), bound.compile)
         penalty_recorders.append(
             PenaltyRecorder(bound.key, point, optional, own, empty, mean=mean, weight=weight, activities=activities)
         )

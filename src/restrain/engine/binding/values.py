@@ -21,7 +21,9 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
     """
     means = [bound.rule.reduce == "mean" for bound in bounds]
     tensors = [bound.tensors(root, frozen) for bound in bounds]
-    terms = [parameters.values(own, mean) for own, mean in zip(tensors, means, strict=True)]
+    terms = [
+        parameters.values(own, mean, bound.compile) for bound, own, mean in zip(bounds, tensors, means, strict=True)
+    ]
     counts = [len(own) if mean and own else 1 for own, mean in zip(tensors, means, strict=True)]
     return [value if count == 1 else value / count for value, count in zip(totals(terms), counts, strict=True)]
 

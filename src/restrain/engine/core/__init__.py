@@ -11,17 +11,16 @@ from restrain.engine.core.injection import (
     packs,
     recomputing_saved_tensors,
 )
-from restrain.engine.core.memory import Parts, Piece, alike, dense, flattened, fresh, pieces_of, scratch, simple
+from restrain.engine.core.memory import BLOCK, alike, dense, flattened, fresh, in_blocks, scratch, simple, stretches
 from restrain.engine.core.overrides import Overrides
 from restrain.engine.core.randomness import Draws, exporting
 
 __all__ = [
+    "BLOCK",
     "Draws",
     "Hook",
     "Inject",
     "Overrides",
-    "Parts",
-    "Piece",
     "Root",
     "alike",
     "checkpoint_frame",
@@ -31,11 +30,12 @@ __all__ = [
     "flattened",
     "fresh",
     "in_backward",
+    "in_blocks",
     "in_checkpoint",
     "packs",
-    "pieces_of",
     "recomputing_saved_tensors",
     "scratch",
     "simple",
+    "stretches",
     "structures",
 ]

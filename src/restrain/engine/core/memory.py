@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 1 << 19  # entries
 
+
 def dense(x: Tensor) -> bool:
     """Whether the entries fill one stretch of memory, in whatever order (channels_last does)."""
     return torch.ops.aten.is_non_overlapping_and_dense(x)  # type: ignore[no-any-return]

@@ -221,8 +221,10 @@ def carry_out(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
 
 
 def lower(changes: Sequence[Change], scalars: StepScalars, w: Tensor) -> Lowered | None:
-    """The steps that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
-    half = w.dtype.itemsize < 4 and any(change.kind == "project" for change in changes)  # a bound holds for what is rounded
+    """The instructions that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
+    half = w.dtype.itemsize < 4 and any(
+        change.kind == "project" for change in changes
+    )  # a bound holds for what is rounded
     if w.is_complex() or half or not (all(change.by_entry for change in changes) or rows_of(changes, w) is not None):
         return None
     try:
@@ -254,7 +256,8 @@ def _float(number: float | Tensor) -> float:
 
 def slope_of(one: Any, w: Tensor) -> Tensor:
     """The gradient of an operation, or of a penalty that declares none."""
-    return one.gradient(w) if isinstance(one, Penalty) else one.slope(w)  # type: ignore[no-any-return]
+    found: Tensor = one.gradient(w) if isinstance(one, Penalty) else one.slope(w)
+    return found
 
 
 def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Any]]]:
@@ -273,7 +276,9 @@ def _declared(strength: float, penalty: Penalty) -> list[tuple[float, Any]]:
     if terms is None or any(isinstance(one, Function) for _, one in terms):
         return [(strength, penalty)]
     return [
-        (strength * factor * length_of(one.per) ** 0.5, Lengths()) if isinstance(one, Length) else (strength * factor, one)
+        (strength * factor * length_of(one.per) ** 0.5, Lengths())
+        if isinstance(one, Length)
+        else (strength * factor, one)
         for factor, one in terms
     ]
 

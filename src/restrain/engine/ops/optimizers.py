@@ -1,9 +1,9 @@
 """One table of optimizers: the metric of each, its update and its state, for proximal steps and folding.
 
-The metric is how far a step moves an entry for a constant gradient of one. A proximal rule must use that length as the step of its prox; with any other, the point where the optimizer and the
-prox balance isn't the minimiser of loss + penalty. Plain SGD moves by the learning rate; momentum multiplies that in
-the long run; the adaptive ones divide each entry by the root of a second moment. Of an optimizer that isn't known, the
-length is measured.
+The metric is how far a step moves an entry for a constant gradient of one. A proximal rule must use that length as the
+step of its prox; with any other, the point where the optimizer and the prox balance isn't the minimiser of loss +
+penalty. Plain SGD moves by the learning rate; momentum multiplies that in the long run; the adaptive optimizers divide
+each entry by the root of a second moment. Of an optimizer that isn't in the table, the length is measured.
 """
 
 from __future__ import annotations
@@ -247,12 +247,11 @@ def counted(group: Group) -> bool:
     return "betas" in group
 
 
-def _sgd_state(group: Group) -> list[str]:
+def state_names(group: Group) -> list[str]:
+    """Names of what SGD, Adam or AdamW with these settings keeps of each entry; a second moment is the last."""
+    if counted(group):
+        return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
     return ["momentum_buffer"] * (group["momentum"] != 0)
-
-
-def _adam_state(group: Group) -> list[str]:
-    return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
 
 
 def _gradient_update(group: Group, number: Number, decay: float) -> list[str]:
@@ -289,19 +288,18 @@ def _adam_update(group: Group, count: float, number: Number) -> list[str]:
 class Known:
     """What is known of an optimizer's step.
 
-    `state` names what it keeps of each entry (where a second moment divides the step, that is the last), and `update` is
-    its step as statements, for the optimizers of which rules and step are done in one pass.
+    `update` is its step as statements, for the optimizers of which rules and step are done in one pass; what these keep
+    of each entry has the names that `state_names` gives.
     """
 
     metric: Callable[[Taken], Metric]
-    state: Callable[[Group], list[str]] | None = None
     update: Callable[[Group, float, Number], list[str]] | None = None
 
 
 OPTIMIZERS: dict[type[Optimizer], Known] = {
-    SGD: Known(_sgd, _sgd_state, _sgd_update),
-    Adam: Known(_adam, _adam_state, _adam_update),
-    AdamW: Known(_adam, _adam_state, _adam_update),
+    SGD: Known(_sgd, _sgd_update),
+    Adam: Known(_adam, _adam_update),
+    AdamW: Known(_adam, _adam_update),
     ASGD: Known(_asgd),
     NAdam: Known(_nadam),
     RAdam: Known(_radam),

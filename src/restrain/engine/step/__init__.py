@@ -1,9 +1,8 @@
 """What happens around an optimizer's step."""
 
 from restrain.engine.step.clock import Clock
-from restrain.engine.step.executor import Compile
 from restrain.engine.step.projection import hold_from_now
 from restrain.engine.step.stepper import Stepper
-from restrain.engine.step.worklist import Work, total
+from restrain.engine.step.worklist import ParameterRules, total
 
-__all__ = ["Clock", "Compile", "Stepper", "Work", "hold_from_now", "total"]
+__all__ = ["Clock", "ParameterRules", "Stepper", "hold_from_now", "total"]

@@ -1,7 +1,7 @@
 """The whole update of a parameter in one pass: rules before the step, the optimizer's own formula, rules after it.
 
 torch's step reads weights, gradients and moments, and rules at the step read the weights once more. Here a loop of C
-(`native`) does all of it to each entry, and to the optimizer's own state in place, whose names, dtypes and meaning stay
+does all of it to each entry, and to the optimizer's own state in place, whose names, dtypes and meaning stay
 torch's. The optimizer's step then runs for a stand-in that holds the parameters that are left. So nothing is hidden
 from those who look at gradients, groups or state, and nothing needs to be put back.
 
@@ -22,13 +22,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from restrain.engine.backends import FORMULAS, Group, compiler, counted, moments, plain, update
+from restrain.engine.backends import Compile, Decider, Loop, loop, update
 from restrain.engine.core import alike, simple
-from restrain.engine.ops import StepScalars, Metric, Taken, lower, metric_of
-from restrain.engine.step.executor import Compile
-from restrain.engine.step.worklist import Job, Work
+from restrain.engine.ops import (
+    OPTIMIZERS,
+    Group,
+    Metric,
+    StepScalars,
+    Taken,
+    counted,
+    lower,
+    metric_of,
+    plain,
+    state_names,
+)
+from restrain.engine.step.worklist import ParameterRules, Task
 
-WORTH = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
+COST = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
 EACH = 500_000  # entries that a step counts for beside its own: calls that are saved
 
 
@@ -36,44 +46,56 @@ class Folding:
     """Finds, before each step of one optimizer, what can be done in one pass."""
 
     def __init__(self, optimizer: Optimizer, compile: Compile) -> None:
-        self.possible = compile is not False and type(optimizer) in FORMULAS
-        self._at_once = compile is True
+        self.possible = (
+            compile is not False and type(optimizer) in OPTIMIZERS and OPTIMIZERS[type(optimizer)].update is not None
+        )
+        self._compile: Compile = compile
         self._measure = metric_of(optimizer)
         self._seen = weakref.WeakKeyDictionary[Optimizer, _Seen]()  # as it holds what the optimizer holds
 
-    def __call__(self, optimizer: Optimizer, jobs: Sequence[Job], steps: int) -> Fold | None:
+    def __call__(self, optimizer: Optimizer, tasks: Sequence[Task], steps: int) -> Fold | None:
         """What is folded at a step, if anything is; nothing is done yet.
 
         Args:
             optimizer: about to step; its closure, if there is one, was called.
-            jobs: all that rules do at this step, before and after it; the same list for as long as these are the same.
+            tasks: all that rules do at this step, before and after it; the same list for as long as these are the same.
             steps: how many were taken.
         """
-        if not self.possible or not jobs or _observed(optimizer):
+        if not self.possible or not tasks or _observed(optimizer):
             return None
-        if not self._at_once and steps * (EACH + sum(p.numel() for job in jobs for _, p in job.members)) < WORTH:
+        work = EACH + sum(p.numel() for task in tasks for _, p in task.members)
+        if not Decider(self._compile, steps).makes(work, COST):
             return None
         seen = self._seen.get(optimizer)
-        if seen is None or not seen.stands(optimizer, jobs):
-            seen = self._seen[optimizer] = _Seen(optimizer, jobs)
-        parts = [part for like in seen.likes if (part := self._part(optimizer, like))] if seen.apart else []
+        if seen is None or not seen.stands(optimizer, tasks):
+            seen = self._seen[optimizer] = _Seen(optimizer, tasks)
+        parts = [part for bundle in seen.bundles if (part := self._part(optimizer, bundle))] if seen.apart else []
         return Fold(parts) if parts else None
 
-    def _part(self, optimizer: Optimizer, like: _Like) -> _Part | None:
+    def _part(self, optimizer: Optimizer, bundle: _Bundle) -> _Part | None:
         """The loop that does it, with its numbers; None if there is none."""
-        group, changes, p, kept = like.job.group, like.job.changes, like.parameters[0], dict(like.works[0].kept)
+        group, changes, p, kept = (
+            bundle.task.group,
+            bundle.task.changes,
+            bundle.parameters[0],
+            dict(bundle.works[0].kept),
+        )
         metric = Metric(0.0)
-        if like.followed:
-            metric = self._measure(Taken(group, {**optimizer.state[p], "step": like.count}, p, kept))
-        early = lower([change for change in changes if change.kind in ("gradient", "decay")], StepScalars(group["lr"]), p)
-        late = lower([change for change in changes if change.kind in ("prox", "project")], StepScalars(metric=metric), p)
-        found = None if early is None or late is None else update(type(optimizer), early, late, group, like.count)
+        if bundle.followed:
+            metric = self._measure(Taken(group, {**optimizer.state[p], "step": bundle.count}, p, kept))
+        early = lower(
+            [change for change in changes if change.kind in ("gradient", "decay")], StepScalars(group["lr"]), p
+        )
+        late = lower(
+            [change for change in changes if change.kind in ("prox", "project")], StepScalars(metric=metric), p
+        )
+        found = None if early is None or late is None else update(type(optimizer), early, late, group, bundle.count)
         if found is None:
             return None
         lines, numbers = found
-        roles = 2 + len(like.names)
-        loop = compiler.loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
-        return None if loop is None else _Part(like, loop, numbers, kept)
+        roles = 2 + len(bundle.names)
+        made = loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
+        return None if made is None else _Part(bundle, made, numbers, kept)
 
 
 class Fold:
@@ -81,7 +103,7 @@ class Fold:
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.parts = parts
-        self.done = {id(p) for part in parts for p in part.like.parameters}
+        self.done = {id(p) for part in parts for p in part.bundle.parameters}
 
     def run(self, optimizer: Optimizer) -> list[Group]:
         """Do it.
@@ -89,14 +111,14 @@ class Fold:
         Returns:
             The optimizer's groups with the parameters that are left to torch.
         """
-        counts = [count for part in self.parts for count in part.like.counts]
+        counts = [count for part in self.parts for count in part.bundle.counts]
         if counts:
             torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
         for part in self.parts:
-            members = [tensors for tensors in part.like.members() if tensors[0].numel()]
+            members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:
                 part.loop(members, part.numbers * len(members))
-            for work in part.like.works if part.kept else ():
+            for work in part.bundle.works if part.kept else ():
                 work.kept = dict(part.kept)
         groups = [{**group, "params": _left(group, self.done)} for group in optimizer.param_groups]
         return [group for group in groups if group["params"]]
@@ -114,25 +136,25 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
 
 @dataclass
 class _Part:
-    like: _Like
-    loop: compiler.Loop
+    bundle: _Bundle
+    loop: Loop
     numbers: list[float]
     kept: dict[str, Any]  # by the metric, from step to step
 
 
 @dataclass
-class _Like:
-    """Parameters of a job whose numbers are the same."""
+class _Bundle:
+    """Parameters of a task whose numbers are the same."""
 
-    job: Job
-    works: list[Work] = field(default_factory=list)
+    task: Task
+    works: list[ParameterRules] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
     moments: list[Tensor] = field(default_factory=list)  # of the first parameter, of the second, and so on
     counts: list[Tensor] = field(default_factory=list)
     count: float = 0.0  # of the optimizer's steps, with the coming one
 
     def __post_init__(self) -> None:
-        self.names = moments(self.job.group)
+        self.names = state_names(self.task.group)
 
     @property
     def followed(self) -> bool:
@@ -145,7 +167,7 @@ class _Like:
         found = enumerate((p, p.grad) for p in self.parameters)
         return [(p, g, *self.moments[at * size : (at + 1) * size]) for at, (p, g) in found if g is not None]
 
-    def seen(self) -> _Like:
+    def seen(self) -> _Bundle:
         """Itself, once it is whole: remembers where its tensors are."""
         self._written = [*self.parameters, *self.moments]
         self._places = self._look()
@@ -160,12 +182,12 @@ class _Like:
         return list(map(_span, self._written))
 
     def stands(self, optimizer: Optimizer) -> bool:
-        """Whether it is the same like at a later step, whose count it takes up."""
+        """Whether it is the same bundle at a later step, whose count it takes up."""
         states = [optimizer.state.get(p, {}) for p in self.parameters]
         found = [state.get(name) for state in states for name in self.names]
         steps = [state.get("step") for state in states] if self.counts else []
         alike = all(map(is_, found, self.moments)) and all(map(is_, steps, self.counts))
-        if not alike or self._look() != self._places or moments(self.job.group) != self.names:
+        if not alike or self._look() != self._places or state_names(self.task.group) != self.names:
             return False
         counts = set(map(Tensor.item, self.counts))
         if len(counts) > 1 or (self.followed and any(work.kept != self.works[0].kept for work in self.works)):
@@ -180,48 +202,48 @@ class _Like:
 
 
 class _Seen:
-    """What was found for some jobs, with what it depends on."""
+    """What was found for some tasks, with what it depends on."""
 
-    def __init__(self, optimizer: Optimizer, jobs: Sequence[Job]) -> None:
-        self._jobs = jobs
-        self.likes = [like for job in jobs if plain(job.group) for like in _likes(optimizer, job)]
-        done = {id(p) for like in self.likes for p in like.parameters}
+    def __init__(self, optimizer: Optimizer, tasks: Sequence[Task]) -> None:
+        self._jobs = tasks
+        self.bundles = [bundle for task in tasks if plain(task.group) for bundle in _bundles(optimizer, task)]
+        done = {id(p) for bundle in self.bundles for p in bundle.parameters}
         left = [p for group in optimizer.param_groups for p in _left(group, done)]
         self._left = [p for p in left if _ordinary(p, nn.Parameter) and p.is_cpu]
         self._places = list(map(Tensor.data_ptr, self._left))
-        self._whole = len(done) == sum(len(job.members) for job in jobs)
-        spans = [*map(_span, self._left), *[span for like in self.likes for span in like.spans()]]
+        self._whole = len(done) == sum(len(task.members) for task in tasks)
+        spans = [*map(_span, self._left), *[span for bundle in self.bundles for span in bundle.spans()]]
         spans = sorted(span for span in spans if span[1])
         # where tensors share memory, the order in which they are written matters, and torch has one
         self.apart = all(at + size <= after for (at, size), (after, _) in pairwise(spans))
 
-    def stands(self, optimizer: Optimizer, jobs: Sequence[Job]) -> bool:
+    def stands(self, optimizer: Optimizer, tasks: Sequence[Task]) -> bool:
         """Whether the same would be found at a later step."""
         return (
             self._whole
-            and jobs is self._jobs
-            and all(plain(job.group) for job in jobs)
-            and all(like.stands(optimizer) for like in self.likes)
+            and tasks is self._jobs
+            and all(plain(task.group) for task in tasks)
+            and all(bundle.stands(optimizer) for bundle in self.bundles)
             and list(map(Tensor.data_ptr, self._left)) == self._places
         )
 
 
-def _likes(optimizer: Optimizer, job: Job) -> list[_Like]:
+def _bundles(optimizer: Optimizer, task: Task) -> list[_Bundle]:
     """The parameters that fit, by their numbers."""
-    found: dict[Any, _Like] = {}
-    for work, p in job.members:
+    found: dict[Any, _Bundle] = {}
+    for work, p in task.members:
         state = optimizer.state.get(p, {})
-        own, count = [state.get(name) for name in moments(job.group)], state.get("step")
-        if not _fits(p, own) or (counted(job.group) and not (_ordinary(count, Tensor) and count.is_cpu)):
+        own, count = [state.get(name) for name in state_names(task.group)], state.get("step")
+        if not _fits(p, own) or (counted(task.group) and not (_ordinary(count, Tensor) and count.is_cpu)):
             continue
-        steps = float(count) + 1 if counted(job.group) else 0.0
-        like = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Like(job))
-        like.works.append(work)
-        like.parameters.append(p)
-        like.moments += own
-        like.counts += [count] * counted(job.group)
-        like.count = steps
-    return [like.seen() for like in found.values()]
+        steps = float(count) + 1 if counted(task.group) else 0.0
+        bundle = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Bundle(task))
+        bundle.works.append(work)
+        bundle.parameters.append(p)
+        bundle.moments += own
+        bundle.counts += [count] * counted(task.group)
+        bundle.count = steps
+    return [bundle.seen() for bundle in found.values()]
 
 
 def _fits(p: nn.Parameter, own: Sequence[Any]) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from restrain.engine.backends import Compile, Executor
 from restrain.engine.core import eagerly
 from restrain.engine.distributed import (
     Term,
@@ -30,17 +31,16 @@ from restrain.engine.distributed import (
     totals,
     value_of,
 )
-from restrain.engine.ops import StepScalars, Batch, Metric, Taken, Tensors, common, looks_before, metric_of
-from restrain.engine.step.executor import Compile, Executor
+from restrain.engine.ops import Batch, Metric, StepScalars, Taken, Tensors, common, looks_before, metric_of
 from restrain.engine.step.folded import Folding, stand_in
 from restrain.engine.step.projection import hold, single
-from restrain.engine.step.worklist import Worklist, Job, Member, Work
+from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
 
 
-def _refuse_sparse(members: Iterable[tuple[Work, Tensor]]) -> None:
+def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
     for work, p in members:
         if p.grad is not None and p.grad.is_sparse:
             raise HowError(
@@ -73,12 +73,12 @@ def nested(optimizer: Optimizer) -> bool:
 
 
 def _by_metric(
-    job: Job, metrics: dict[int, Metric], done: Collection[int]
+    task: Task, metrics: dict[int, Metric], done: Collection[int]
 ) -> Iterable[tuple[Metric | None, list[Any]]]:
-    """The parameters of a job that are left, by the numbers of their metrics; None: the step moved nothing."""
+    """The parameters of a task that are left, by the numbers of their metrics; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
     last, own = None, list[Any]()
-    for number, p in enumerate([p for _, p in job.members if id(p) not in done]):
+    for number, p in enumerate([p for _, p in task.members if id(p) not in done]):
         metric = metrics.get(id(p))
         if not number or (metric is not last and (metric is None or last is None or not metric.like(last))):
             last = metric
@@ -96,7 +96,7 @@ class Stepper:
     def __init__(
         self,
         optimizer: Optimizer,
-        works: list[Work],
+        works: list[ParameterRules],
         root: Callable[[], nn.Module],
         compile: Compile = "auto",
         folds: bool = True,
@@ -167,7 +167,7 @@ class Stepper:
         """
         held, fold = self._worklist.by(optimizer), None
         if rest is not None:
-            fold = self._folding(optimizer, self._worklist.jobs(_ALL, self.steps), self.steps)
+            fold = self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
         if rest is not None and fold is not None:
@@ -181,17 +181,25 @@ class Stepper:
                 self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
         batches = []
-        for job in self._worklist.jobs(kinds, self.steps):
-            members = [(p, grad) for _, p in job.members if (grad := p.grad) is not None]
+        for task in self._worklist.tasks(kinds, self.steps):
+            members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
-                _refuse_sparse(job.members)
-            changes = job.changes if moves and job.group["lr"] != 0 else [change for change in job.changes if change.kind == "gradient"]
-            adds = any(change.kind == "gradient" for change in changes)  # else gradients need be neither gathered nor copied
+                _refuse_sparse(task.members)
+            changes = (
+                task.changes
+                if moves and task.group["lr"] != 0
+                else [change for change in task.changes if change.kind == "gradient"]
+            )
+            adds = any(
+                change.kind == "gradient" for change in changes
+            )  # else gradients need be neither gathered nor copied
             if with_value:
-                values += [value_of(change.what, p) for p, _ in members for change in changes if change.kind == "gradient"]
+                values += [
+                    value_of(change.what, p) for p, _ in members for change in changes if change.kind == "gradient"
+                ]
             left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
             tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
-            batches.append(Batch(changes, StepScalars(job.group["lr"], scale), tensors))
+            batches.append(Batch(changes, StepScalars(task.group["lr"], scale), tensors))
         self._act(batches)
         if moves and self._looks:
             self._remember(held, scale)
@@ -219,9 +227,9 @@ class Stepper:
     def _act_on_part(self, batch: Batch, tensors: Tensors) -> None:
         for whats, parts, _ in acting([change.what for change in batch.changes], *tensors):
             own = [replace(change, what=what) for change, what in zip(batch.changes, whats, strict=True)]
-            self._executor([Batch(own, batch.given, [tuple(parts)])], self.steps)
+            self._executor([Batch(own, batch.scalars, [tuple(parts)])], self.steps)
 
-    def _add_noise(self, work: Work, grad: Tensor, scale: Tensor | None) -> None:
+    def _add_noise(self, work: ParameterRules, grad: Tensor, scale: Tensor | None) -> None:
         """Noise on a gradient; where there are several ranks, the same on each."""
         if grad.layout != torch.strided:
             raise OptimizerError(
@@ -247,9 +255,9 @@ class Stepper:
         held = self._worklist.by(optimizer)
         metrics = self._metrics(optimizer, held)
         batches = []
-        for job in self._worklist.jobs(("proximal", "project"), self.steps):
-            for metric, members in _by_metric(job, metrics, self._done):
-                changes = [change for change in job.changes if metric is not None or change.kind == "project"]
+        for task in self._worklist.tasks(("proximal", "project"), self.steps):
+            for metric, members in _by_metric(task, metrics, self._done):
+                changes = [change for change in task.changes if metric is not None or change.kind == "project"]
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
         for work, p, _ in [one for one in held if one[0].project]:

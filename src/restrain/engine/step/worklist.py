@@ -26,7 +26,7 @@ from restrain.transforms import Constraint, GradientNoise
 
 
 @dataclass
-class Work:
+class ParameterRules:
     """All that is done to one parameter around a step."""
 
     handle: Handle
@@ -39,22 +39,22 @@ class Work:
     before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
 
 
-Member: TypeAlias = tuple[Work, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
+Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
 
 
 @dataclass(frozen=True)
-class Job:
+class Task:
     """The same changes on several parameters of one group."""
 
     changes: list[Change]
     group: dict[str, Any]
-    members: list[tuple[Work, nn.Parameter]]
+    members: list[tuple[ParameterRules, nn.Parameter]]
 
 
 class Worklist:
     """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
 
-    def __init__(self, works: Sequence[Work], root: Callable[[], nn.Module]) -> None:
+    def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module]) -> None:
         self.works, self.root = works, root
         self.sharded = False  # whether there may be some of which each process holds a part
         self._forget()
@@ -63,7 +63,7 @@ class Worklist:
         self._seen: Any = None
         self._found: list[Member] = []
         self._rules: dict[Any, list[Rule]] = {}
-        self._jobs: dict[Any, list[Job]] = {}
+        self._tasks: dict[Any, list[Task]] = {}
 
     def by(self, optimizer: Optimizer) -> list[Member]:
         """Them, each with its group.
@@ -77,15 +77,15 @@ class Worklist:
             self._found = self._find(root, optimizer)
         return self._found
 
-    def jobs(self, kinds: tuple[str, ...], step: int) -> list[Job]:
+    def tasks(self, kinds: tuple[str, ...], step: int) -> list[Task]:
         """What rules of these kinds do, at a step (they are counted from zero), to the parameters that were found."""
         if kinds not in self._rules:
             timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
         key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
-        if key not in self._jobs:
-            self._jobs[key] = _jobs(self._found, kinds, step)
-        return self._jobs[key]
+        if key not in self._tasks:
+            self._tasks[key] = _tasks(self._found, kinds, step)
+        return self._tasks[key]
 
     def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:
         was, ways, ends, groups = self._seen
@@ -138,17 +138,17 @@ def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _jobs(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Job]:
-    jobs: dict[Any, Job] = {}
+def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Task]:
+    tasks: dict[Any, Task] = {}
     for work, p, group in held:
         changes = [change for kind in kinds for change in _changes(work, kind, step)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
-            jobs.setdefault(key, Job(changes, group, [])).members.append((work, p))
-    return list(jobs.values())
+            tasks.setdefault(key, Task(changes, group, [])).members.append((work, p))
+    return list(tasks.values())
 
 
-def _changes(work: Work, kind: str, step: int) -> list[Change]:
+def _changes(work: ParameterRules, kind: str, step: int) -> list[Change]:
     timed = [(rule, what) for rule, what in getattr(work, kind) if rule.due(step)]
     if not timed:
         return []

@@ -10,8 +10,8 @@ from benchmarks.metric import MEASURED, OPTIMIZERS, STRENGTH, lasso, lasso_by
 from torch import nn, optim
 
 import restrain as rs
-from restrain.engine.ops import metric
-from restrain.engine.ops.metric import Metric, Taken, metric_of
+from restrain.engine.ops import optimizers
+from restrain.engine.ops.optimizers import Metric, Taken, metric_of
 from restrain.errors import RestrainWarning
 
 PROBLEM = lasso()
@@ -66,7 +66,7 @@ def test_measured_steps_are_nearly_right_in_noise(mean):
         p.grad = mean + torch.randn(500, dtype=torch.float64)
         optimizer.step()
         found = metric_of(optimizer)(Taken(optimizer.param_groups[0], optimizer.state[p], p, kept, (w, p.grad)))
-    exact = metric.METRICS[optim.Adam](Taken(optimizer.param_groups[0], optimizer.state[p], p))
+    exact = optimizers.OPTIMIZERS[optim.Adam].metric(Taken(optimizer.param_groups[0], optimizer.state[p], p))
     ratio = found.steps(*found.moments) / exact.steps(*exact.moments)
     assert 0.85 < ratio.median() < 1.05
     assert 0.6 < ratio.quantile(0.05) < ratio.quantile(0.95) < 1.15
@@ -143,7 +143,9 @@ del FORMULAS["SGD, dampened"]
 def test_a_constant_gradient_moves_each_entry_by_its_step(name, shape, device_step, monkeypatch):
     """At every step; `device_step` reads counts as those of capturable optimizers on a GPU."""
     if device_step:
-        monkeypatch.setattr(metric, "_count", lambda step: step.double() if isinstance(step, torch.Tensor) else step)
+        monkeypatch.setattr(
+            optimizers, "_count", lambda step: step.double() if isinstance(step, torch.Tensor) else step
+        )
     gradient = torch.tensor([1e-3, -0.1, 0.5, 1.0, -3.0, 20.0], dtype=torch.float64).view(shape)
     if name == "Adafactor" and len(shape) == 2:
         gradient = gradient.sign()  # its factors are exact for rank one

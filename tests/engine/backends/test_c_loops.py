@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.ops.test_operations import BY_ROWS, PENALTIES, SHAPES, compare, gradients, on_rows, trained
+from tests.engine.ops.test_instructions import BY_ROWS, PENALTIES, SHAPES, compare, gradients, on_rows, trained
 from torch import nn
 
 import restrain as rs
 from layouts import model_of
-from restrain.engine.backends import compiler, inductor, loops
-from restrain.engine.ops import operations
-from restrain.engine.step import executor
+from restrain.engine.backends import c, c_compiler, eager, formula, inductor
+from restrain.engine.backends.backend import Decider
+from restrain.engine.ops import instructions
 from restrain.errors import RestrainWarning
 
 ENTRYWISE = PENALTIES[:3]
@@ -22,20 +22,20 @@ ENTRYWISE = PENALTIES[:3]
 @pytest.fixture
 def only_loops(monkeypatch):
     """Nothing may go another way, where there is a compiler."""
-    if compiler.compiled("int something;") is None:
+    if c_compiler.compiled("int something;") is None:
         pytest.skip("no C compiler")
-    for name in ("slowly", "quickly", "kernel"):
-        monkeypatch.setattr(executor, name, lambda *given, name=name: pytest.fail(name))
+    for module, name in ((formula, "by_formulas"), (eager, "carry_out"), (inductor, "kernel")):
+        monkeypatch.setattr(module, name, lambda *given, name=name: pytest.fail(name))
 
 
 @pytest.fixture
 def looped(monkeypatch):
     """Loops are called from the first step on, by "auto", for some tensors; others lie in ways that no loop takes."""
-    monkeypatch.setattr(executor, "WORTH_C", 0)
-    members, call = [], compiler.Loop.__call__
-    monkeypatch.setattr(compiler.Loop, "__call__", lambda *given: members.extend(given[1]) or call(*given))
+    monkeypatch.setattr(c, "COST", 0)
+    members, call = [], c_compiler.Loop.__call__
+    monkeypatch.setattr(c_compiler.Loop, "__call__", lambda *given: members.extend(given[1]) or call(*given))
     yield
-    assert members or compiler.compiled("int something;") is None
+    assert members or c_compiler.compiled("int something;") is None
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
@@ -76,8 +76,8 @@ def test_what_is_not_finite_stays_in_its_place(only_loops, rules, spoil):
 
 @pytest.mark.parametrize("rule", [0.1 * rs.L1().on("*", how="proximal"), rs.MaxNorm(0.5, per="row").on("w*")], ids=repr)
 def test_all_tensors_of_one_kind_are_one_call(only_loops, monkeypatch, rule):
-    calls, call = [], compiler.Loop.__call__
-    monkeypatch.setattr(compiler.Loop, "__call__", lambda *given: calls.append(len(given[1])) or call(*given))
+    calls, call = [], c_compiler.Loop.__call__
+    monkeypatch.setattr(c_compiler.Loop, "__call__", lambda *given: calls.append(len(given[1])) or call(*given))
     model = nn.ParameterDict({f"w{number}": torch.randn(number + 2, 5) for number in range(4)})
     optimizer = torch.optim.SGD(
         [{"params": [p], "lr": 0.1 * (number + 1)} for number, p in enumerate(model.values())], lr=0.1
@@ -92,11 +92,10 @@ def test_all_tensors_of_one_kind_are_one_call(only_loops, monkeypatch, rule):
 
 def test_tensors_in_one_place_take_turns(only_loops):
     w = torch.randn(100_000)
-    lowered, wanted = [(operations.Shrink(True, False), (0.5,))], w / 8
-    calls = loops.Calls()
-    rest = calls.take(operations.Lot([operations.Act("prox", rs.L2())], None, [(w,), (w.view(-1),), (w,)]), lowered)
-    assert not rest
-    assert all(call.run() for call in calls)
+    wanted = w / 8  # with a step of 1/2, the prox of the square halves
+    scalars = instructions.StepScalars(metric=instructions.Metric(0.5))
+    batch = instructions.Batch([instructions.Change("prox", rs.L2())], scalars, [(w,), (w.view(-1),), (w,)])
+    assert c.C().carry_out([batch], Decider(True)) == []
     assert torch.equal(w, wanted)
 
 
@@ -106,11 +105,10 @@ class Kept(torch.Tensor):
 
 def left_of(what, kind, *others):
     """Which of some tensors a loop doesn't take, beside one that it does."""
-    lot = operations.Lot(
-        [operations.Act(kind, what)], operations.Given(0.1, metric=operations.Metric(0.1)), [(w,) for w in others]
-    )
-    lowered = operations.lower(lot.acts, lot.given, others[0])
-    return [tensors[0] for tensors in loops.Calls().take(lot, lowered)]
+    scalars = instructions.StepScalars(0.1, metric=instructions.Metric(0.1))
+    batch = instructions.Batch([instructions.Change(kind, what)], scalars, [(w,) for w in others])
+    left = c._take({}, batch)
+    return [] if left is None else [tensors[0] for tensors in left.members]
 
 
 def test_what_does_not_lie_flat_goes_another_way():
@@ -120,7 +118,7 @@ def test_what_does_not_lie_flat_goes_another_way():
         assert len(found) == (not odd.permute(2, 0, 1).is_contiguous() if odd.dim() == 3 else 1)
         assert all(one is odd for one in found)
     assert left_of(rs.MaxNorm(1.0, per=None), "project", flat, flat.t(), columns, torch.empty(0)) == [columns]
-    long = torch.randn(1, loops.LONG + 1)
+    long = torch.randn(1, c.LONG + 1)
     assert left_of(rs.MaxNorm(1.0, per=None), "project", flat, long)[0] is long
     assert left_of(rs.L1() + rs.Huber(0.5), "prox", flat)[0] is flat
     assert left_of(rs.L1(), "prox", flat.to("meta"))[0].is_meta
@@ -147,13 +145,13 @@ def test_rounding_apart_it_is_the_same_as_without(looped, how):
 
 
 def test_the_comparison_finds_a_wrong_loop(looped, monkeypatch):
-    monkeypatch.setattr(loops, "numbers_of", lambda lowered: [1.01 * number for _, own in lowered for number in own])
+    monkeypatch.setattr(c, "numbers_of", lambda lowered: [1.01 * number for _, own in lowered for number in own])
     with pytest.raises(AssertionError, match=r"torch.float32"):
         compare(SHAPES, (torch.float32,), torch.optim.SGD, {"proximal": 0.3 * rs.L1()}, compile="auto")
 
 
 def test_the_comparison_finds_wrong_rows(only_loops, monkeypatch):
-    monkeypatch.setattr(loops, "numbers_of", lambda lowered: [1.01 * number for _, own in lowered for number in own])
+    monkeypatch.setattr(c, "numbers_of", lambda lowered: [1.01 * number for _, own in lowered for number in own])
     found, wanted = on_rows(BY_ROWS[3], compile=True)
     assert any(not torch.allclose(a.double(), b, rtol=2e-6, atol=2e-6) for a, b in zip(found, wanted, strict=True))
 
@@ -165,11 +163,11 @@ def test_the_comparison_finds_wrong_rows(only_loops, monkeypatch):
 def test_it_compiles_when_it_pays_and_leaves_no_trace(monkeypatch, looped):
     asked = []
     note = lambda *given: asked.append(reg._steppers[0].steps)  # noqa: E731
-    monkeypatch.setattr(compiler, "loop", note if looped else lambda *given: None)
-    monkeypatch.setattr(executor, "kernel", (lambda *given: None) if looped else note)
+    monkeypatch.setattr(c_compiler, "loop", note if looped else lambda *given: None)
+    monkeypatch.setattr(inductor, "kernel", (lambda *given: None) if looped else note)
     model = model_of([(10, 10)])
-    monkeypatch.setattr(executor, "WORTH", 300)
-    monkeypatch.setattr(executor, "WORTH_C", 3 * (100 + loops.TENSOR))
+    monkeypatch.setattr(inductor, "COST", 300)
+    monkeypatch.setattr(c, "COST", 3 * (100 + c.TENSOR))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer)
     trained(model, reg, optimizer, 5)
@@ -180,11 +178,11 @@ def test_without_a_compiler_it_is_done_without(monkeypatch):
     def fails(*given, **settings):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(compiler, "loop", lambda *given: None)
+    monkeypatch.setattr(c_compiler, "loop", lambda *given: None)
     monkeypatch.setattr(torch._inductor, "standalone_compile", fails)
     monkeypatch.setattr(inductor, "_kernels", {})
-    monkeypatch.setattr(executor, "WORTH", 0)
-    monkeypatch.setattr(executor, "WORTH_C", 0)
+    monkeypatch.setattr(inductor, "COST", 0)
+    monkeypatch.setattr(c, "COST", 0)
     found = []
     for compile in (False, "auto", True):
         model = model_of(SHAPES)

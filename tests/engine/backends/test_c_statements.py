@@ -5,23 +5,25 @@ import math
 import pytest
 import torch
 
-from restrain.engine.backends import compiler
-from restrain.engine.backends.statements import body, changed_by, numbers_of, stages
+from restrain.engine.backends import c_compiler
+from restrain.engine.backends.c import changed_by, numbers_of, stages, statements
 from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows
-from restrain.engine.ops.operations import Decay, Gradient, Project, Prox, RootedShrink, Shrink, quickly
-from restrain.penalties import Huber
-from restrain.transforms import Box, NonNegative
+from restrain.engine.ops.instructions import Decay, Gradient, Project, Prox, RootedShrink, Shrink, carry_out
+from restrain.operations import Huber, Interval, Logarithm
+from restrain.penalties import MCP
 
 LOWERED = {
     "gradient": [(Gradient(True, True), (0.3, 0.2))],
+    "gradient of operations": [(Gradient(False, True, (Huber(0.5), Logarithm(0.1))), (0.2, 0.3, 0.1))],
+    "decay of an operation": [(Decay(Gradient(False, False, (Huber(0.5),)), shrinks=True), (0.3,))],
     "gradient of L1": [(Gradient(True, False), (0.3,))],
     "decay": [(Decay(Gradient(True, True), shrinks=False), (0.3, -0.2))],
     "decay that stops": [(Decay(Gradient(True, True), shrinks=True), (0.3, 0.2))],
     "shrink": [(Shrink(True, True), (0.9, 0.2))],
     "scale": [(Shrink(True, False), (0.9,))],
     "rooted": [(RootedShrink(True, True), (3.0, 1e-8, 0.2, 0.1))],
-    "box": [(Project(Box(-0.5, math.inf)), ())],
-    "several": [(Gradient(False, True), (0.2,)), (Shrink(False, True), (0.2,)), (Project(NonNegative()), ())],
+    "box": [(Project(Interval(-0.5)), ())],
+    "several": [(Gradient(False, True), (0.2,)), (Shrink(False, True), (0.2,)), (Project(Interval(0.0)), ())],
 }
 SIZES = (1, 3, 0, 40_000, 17, 70_001)
 SPECIAL = (0.0, -0.0, math.nan, math.inf, -math.inf)
@@ -38,18 +40,18 @@ def members(dtype, special=False):
     return found
 
 
-@pytest.mark.parametrize("dtype", compiler.TYPES, ids=str)
+@pytest.mark.parametrize("dtype", c_compiler.TYPES, ids=str)
 @pytest.mark.parametrize("name", LOWERED)
 def test_loops_do_what_torch_does(name, dtype, threads):
     lowered = LOWERED[name]
-    statements, numbers, changed = body(lowered)
-    loop = compiler.loop((dtype, dtype), statements, len(numbers), changed)
+    numbers, changed = numbers_of(lowered), changed_by(lowered)
+    loop = c_compiler.loop((dtype, dtype), statements(lowered), len(numbers), changed)
     given = members(dtype, None if name == "rooted" else True)
     wanted = [[t.clone() for t in one] for one in given]
     versions = [t._version for one in given for t in one]
     loop(given, numbers * len(given))
     for mine, theirs in zip(given, wanted, strict=True):
-        quickly(lowered, theirs)
+        carry_out(lowered, theirs)
         for a, b in zip(mine, theirs, strict=True):
             assert torch.allclose(a, b, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
             if name in ("shrink", "rooted", "box"):
@@ -102,7 +104,7 @@ def test_rows_of_several_lengths(name, dtype, threads):
         w[len(w) // 3] *= 1e-20 if dtype == torch.float32 else 1e-130 if dtype == torch.float64 else 1
     wanted = [row_by_row(lowered, w.double(), o.double()) for w, o in given]
     text, numbers, changed = stages(lowered), numbers_of(lowered), changed_by(lowered)
-    compiler.rows((dtype, dtype), text, len(numbers), changed)(given, numbers * len(given), [n for n, _ in LENGTHS])
+    c_compiler.rows((dtype, dtype), text, len(numbers), changed)(given, numbers * len(given), [n for n, _ in LENGTHS])
     near = TOLERANCE[dtype] * (4 if dtype == torch.bfloat16 and len(text) > 1 else 2)
     for mine, theirs in zip(given, wanted, strict=True):
         for a, b in zip(mine, theirs, strict=True):
@@ -111,7 +113,7 @@ def test_rows_of_several_lengths(name, dtype, threads):
 
 def test_rows_that_fit_are_only_read(threads):
     w = torch.randn(50, 3000)
-    loop = compiler.rows((w.dtype,), stages([(FitRows(0.0, 0.5, None), ())]), 0, (0,))
+    loop = c_compiler.rows((w.dtype,), stages([(FitRows(0.0, 0.5, None), ())]), 0, (0,))
     loop([(w,)], (), [3000])
     once = w.clone()
     loop([(w,)], (), [3000])
@@ -123,37 +125,38 @@ def test_lengths_do_not_lose_squares():
     for size in (1e-30, 1e25):
         w = size * torch.randn(4, 100, dtype=torch.float64).float()
         wanted = w.double() / w.double().norm(dim=1, keepdim=True)
-        compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [100])
+        c_compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [100])
         torch.testing.assert_close(w.double(), wanted, rtol=1e-6, atol=0)
     w = torch.tensor([[1e300, 1e300], [1e-300, 1e-300]], dtype=torch.float64)
-    compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [2])
+    c_compiler.rows((w.dtype,), stages([(FitRows(1.0, 1.0, None), ())]), 0, (0,))([(w,)], (), [2])
     torch.testing.assert_close(w, torch.full((2, 2), 0.5**0.5, dtype=torch.float64))
 
 
 def test_dtypes_mix():
     w, o = torch.randn(100, dtype=torch.bfloat16), torch.randn(100)
-    statements, numbers, changed = body(LOWERED["gradient"])
+    lowered = LOWERED["gradient"]
+    numbers = numbers_of(lowered)
     wanted = o + 0.3 * w.float().sgn() + 0.2 * w.float()
-    compiler.loop((w.dtype, o.dtype), statements, len(numbers), changed)([(w, o)], numbers)
+    c_compiler.loop((w.dtype, o.dtype), statements(lowered), len(numbers), changed_by(lowered))([(w, o)], numbers)
     assert torch.allclose(o, wanted)
 
 
 def test_bfloat16_is_rounded_as_torch_does():
     x = torch.randn(100_000)
     out = torch.zeros(len(x), dtype=torch.bfloat16)
-    compiler.loop((torch.bfloat16, torch.float32), "w = o0;", 0, (0,))([(out, x)], ())
+    c_compiler.loop((torch.bfloat16, torch.float32), "w = o0;", 0, (0,))([(out, x)], ())
     assert torch.equal(out, x.bfloat16())
 
 
 def test_what_is_not_written_in_c():
-    assert body([(Gradient(False, False, (Huber(0.5),)), (0.2,))]) is None
-    assert body([(Prox(True, False), (0.1, 0.2))]) is None
-    assert compiler.loop((torch.complex64,), "w = w;", 0, (0,)) is None
+    assert statements([(Gradient(False, False, (MCP(0.5),)), (0.2,))]) is None
+    assert statements([(Prox(True, False), (0.1, 0.2))]) is None
+    assert c_compiler.loop((torch.complex64,), "w = w;", 0, (0,)) is None
 
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CC", raising=False)
-    assert compiler.compiled("int nothing;") is None
+    assert c_compiler.compiled("int nothing;") is None
     monkeypatch.setenv("CC", "/bin/false")
-    assert compiler.compiled("int nothing at all;") is None
+    assert c_compiler.compiled("int nothing at all;") is None

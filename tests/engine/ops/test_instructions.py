@@ -11,9 +11,9 @@ from torch import nn
 
 import restrain as rs
 from layouts import model_of
-from restrain.engine.backends import compiler, inductor
-from restrain.engine.ops import groups, operations
-from restrain.engine.step import executor
+from restrain.engine.backends import c_compiler, eager, formula, inductor
+from restrain.engine.core import memory
+from restrain.engine.ops import groups, instructions
 from restrain.errors import PlanError, RestrainWarning
 
 SHAPES = [(3, 5), (), (0, 4), (2, 2, 3, 3), (40,), (7, 30), (1,), (6,), (5, 0)]
@@ -29,18 +29,23 @@ PENALTIES = [
 RATE, STEPS = 0.1, 3
 
 
+def few_entries(patch):
+    for module in (memory, eager, formula):
+        patch.setattr(module, "BLOCK", 32)
+    patch.setattr(eager, "SMALL", 16)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Few entries in a block, so that the tensors of the tests are cut, and some are gathered."""
-    monkeypatch.setattr(executor, "BLOCK", 32)
-    monkeypatch.setattr(executor, "SMALL", 16)
+    few_entries(monkeypatch)
 
 
 @pytest.fixture
 def by_inductor(monkeypatch):
     """No loops of C: kernels of inductor are what is compiled."""
     for name in ("loop", "rows"):
-        monkeypatch.setattr(compiler, name, lambda *given: None)
+        monkeypatch.setattr(c_compiler, name, lambda *given: None)
 
 
 def gradients(model, seed):
@@ -143,8 +148,7 @@ def test_any_shapes(shapes, data):
     how = data.draw(st.sampled_from(["gradient", "decoupled", "proximal"]))
     penalty = data.draw(st.sampled_from(PENALTIES[:4]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "BLOCK", 32)
-        patch.setattr(executor, "SMALL", 16)
+        few_entries(patch)
         compare(
             shapes,
             dtypes,
@@ -156,13 +160,13 @@ def test_any_shapes(shapes, data):
 
 def test_an_endless_moment_moves_nothing():
     w, second = torch.tensor([0.5, -1e-12, 0.3]), torch.tensor([torch.inf, 1.0, 0.0])
-    found = operations.RootedShrink(scaled=False, soft=True)(w, [second], (1.0, 1e-8, 1e-9))
+    found = instructions.RootedShrink(scaled=False, soft=True)(w, [second], (1.0, 1e-8, 1e-9))
     torch.testing.assert_close(found, torch.tensor([0.5, 0.0, 0.2]))
     assert not bool(found.signbit().any())
 
 
 def test_the_comparison_finds_a_wrong_kernel(small_blocks, monkeypatch):
-    monkeypatch.setattr(operations, "_soft", lambda w, threshold: w.sub_(w.clamp(-threshold, 1.01 * threshold)))
+    monkeypatch.setattr(instructions, "_soft", lambda w, threshold: w.sub_(w.clamp(-threshold, 1.01 * threshold)))
     with pytest.raises(AssertionError, match=r"torch.float32"):
         compare(SHAPES, (torch.float32,), torch.optim.SGD, {"proximal": 0.3 * rs.L1()})
 
@@ -187,7 +191,7 @@ def rows_of(shapes, dtype, layout):
 @pytest.fixture
 def rows_only(small_blocks, monkeypatch):
     """Nothing may fall back to the formulas."""
-    monkeypatch.setattr(executor, "slowly", lambda *given: pytest.fail("slowly"))
+    monkeypatch.setattr(formula, "by_formulas", lambda *given: pytest.fail("by_formulas"))
 
 
 def on_rows(rules, dtype=torch.float32, layout=False, spoil=None, compile=False):
@@ -214,11 +218,11 @@ def on_rows(rules, dtype=torch.float32, layout=False, spoil=None, compile=False)
                 if how == "gradient":
                     p.grad += what.gradient(p)
                 if how == "decoupled":
-                    p.copy_(operations.decayed(p, what, RATE))
+                    p.copy_(instructions.decayed(p, what, RATE))
             p.sub_(RATE * p.grad)
             for how, what in rules:
                 if how in ("proximal", "project"):
-                    operations.put(p, what.prox(p, RATE) if how == "proximal" else what.project(p))
+                    instructions.put(p, what.prox(p, RATE) if how == "proximal" else what.project(p))
     return list(model.parameters()), list(wanted.parameters())
 
 

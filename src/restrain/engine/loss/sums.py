@@ -1,0 +1,156 @@
+"""A weighted sum of a penalty on several tensors as one autograd function, with no graph inside.
+
+Its backward computes the gradient from the tensors alone, by a backend, in one pass that reads and writes each once.
+What autograd must see through (compilation, torch.func, forward mode) is the formula itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from restrain.engine.backends import Parts, Sums
+from restrain.engine.core import dense, fresh
+from restrain.engine.loss.accumulate import at_the_end, give, reached, takes, unobserved
+from restrain.penalties import Penalty
+from restrain.penalties.base import times
+from restrain.penalties.shrink import at_least_float32
+
+
+def eager() -> bool:
+    """Whether plain eager code runs, without transformations of functions."""
+    return not (torch.compiler.is_compiling() or transformed())
+
+
+def transformed() -> bool:
+    """Whether functions are transformed, traced or watched."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
+    )
+
+
+def plain(x: Tensor) -> bool:
+    """Whether it is a dense tensor of torch's own class, with entries."""
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.numel() > 0
+
+
+def in_one_stretch(x: Tensor) -> bool:
+    """Whether the entries can be read where they are, one after the other."""
+    return x.is_cpu and (x.is_contiguous() or dense(x)) and not x.is_neg()
+
+
+@dataclass
+class PenaltySum:
+    """The same penalty on some tensors, as bound to each, and the weight of its value on each."""
+
+    whats: list[Penalty]
+    weights: list[float]
+    parts: Parts  # of the first, with strengths as they are at the forward
+    sums: Sums  # what computes it
+
+    def value(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The sum of the values."""
+        return self.sums.value(tensors, self.weights)
+
+    def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+        """factor · gradient for each tensor, each in memory of its own."""
+        if self.sums.adds and not all(map(in_one_stretch, tensors)):  # hooks of saved tensors may have changed that
+            return self.by_formula(tensors, factor)
+        found = [fresh(x) for x in tensors]
+        self.sums.gradients(tensors, self.weights, factor, found)
+        return found
+
+    def adds(self, tensors: Sequence[Tensor], factor: Tensor, nodes: Sequence[Any]) -> bool:
+        """Whether these are added in place, at the end of the backward, to the parameters at these nodes."""
+        ends = reached(nodes) if self.sums.adds and all(map(in_one_stretch, tensors)) else None
+        if ends is not None:
+            at_the_end(functools.partial(self._add, tensors, factor, ends))
+        return ends is not None
+
+    def _add(self, tensors: Sequence[Tensor], factor: Tensor, ends: Sequence[Tensor]) -> None:
+        ways: tuple[list[Any], list[Any]] = ([], [])
+        for x, weight, p in zip(tensors, self.weights, ends, strict=True):
+            ways[takes(p.grad, x)].append((x, weight, p))
+        for add, of_way in enumerate(ways):
+            if of_way:
+                xs, weights, own = zip(*of_way, strict=True)
+                into = [p.grad for p in own] if add else [fresh(x) for x in xs]
+                self.sums.gradients(xs, weights, factor, into, add=bool(add))
+                if not add:
+                    for p, found in zip(own, into, strict=True):
+                        give(p, found)
+
+    def differentiable(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
+        """The same with a graph."""
+        with torch.enable_grad():
+            of_each = [times(strength, leaf(x)) * weight for x, strength, leaf, weight in self._each(tensors)]
+            total = functools.reduce(operator.add, of_each)
+        found: Sequence[Tensor] = torch.autograd.grad(total, tensors, factor, create_graph=True, materialize_grads=True)
+        return found
+
+    def by_formula(self, tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+        """The same for factors that transform what is done with them: vmap's batches, say."""
+        found: dict[int, Tensor] = {}
+        for x, strength, leaf, weight in self._each(tensors):
+            more = leaf.gradient(at_least_float32(x)) * (times(strength, factor) * weight)
+            found[id(x)] = found[id(x)] + more if id(x) in found else more
+        return [found[id(x)].to(x.dtype) for x in tensors]
+
+    def _each(self, tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Any, Penalty, float]]:
+        for x, what, weight in zip(tensors, self.whats, self.weights, strict=True):
+            for (strength, _), (_, leaf) in zip(self.parts, what.leaves(), strict=True):
+                yield x, strength, leaf, weight
+
+
+def gradients(job: PenaltySum, tensors: Sequence[Tensor], factor: Tensor, fast: bool) -> Sequence[Tensor]:
+    """factor · gradient for each tensor, in whatever way it is asked for."""
+    if torch.is_grad_enabled():
+        return job.differentiable(tensors, factor)
+    return (job.gradients if fast else job.by_formula)(tensors, factor)
+
+
+def batched(gradient: Tensor) -> bool:
+    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
+
+
+def applied(job: PenaltySum, value: Tensor | None, *tensors: Tensor, last: bool = False) -> Tensor:
+    """The job's value, added to one at hand that has it already; its backward is the last of all that are ready."""
+    if torch.is_grad_enabled() and tensors[0].requires_grad:
+        result: Tensor = _Total.apply(job, value, *tensors)  # type: ignore[no-untyped-call]
+        if last and all(
+            map(unobserved, tensors)
+        ):  # each is added while it is in the cache, and its memory free for the next
+            result.grad_fn._set_sequence_nr(0)  # type: ignore[union-attr]
+        return result
+    with torch.no_grad():
+        return job.value(tensors) if value is None else value
+
+
+class _Total(torch.autograd.Function):
+    """The value of a job on some tensors, or one of many tensors, of which the job does the gradients of some."""
+
+    @staticmethod
+    def forward(ctx: Any, job: PenaltySum, value: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.job = job
+        ctx.save_for_backward(*tensors)
+        return job.value(tensors) if value is None else value
+
+    @staticmethod
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
+        others = factor if ctx.needs_input_grad[1] else None
+        fast, tensors = eager() and not batched(factor), ctx.saved_tensors
+        ends = [node for node, _ in ctx.next_functions[-len(tensors) :]]
+        if fast and not torch.is_grad_enabled() and ctx.job.adds(tensors, factor, ends):
+            return None, others, *[None] * len(tensors)
+        return None, others, *gradients(ctx.job, tensors, factor, fast)
