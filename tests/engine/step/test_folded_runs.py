@@ -51,7 +51,7 @@ REFUSED = {
     "a subclass": (Subclass, ALL, {}),
     "a loss scaler": (lambda ps: Adam(ps, lr=0.05, fused=True), ALL[0], {"step": scaled}),
     "a mode": (adam, ALL, {"step": watched}),
-    "rules that aren't written in C": (adam, (0.1 * rs.Huber(0.5)).on("*", how="gradient"), {}),
+    "rules that aren't written in C": (adam, (0.1 * rs.MCP(0.5)).on("*", how="gradient"), {}),
     "no learning rate": (lambda ps: SGD([{"params": list(ps), "lr": 0.0}]), ALL[0], {}),
 }
 
@@ -267,6 +267,7 @@ def test_auto_folds_when_it_pays_and_a_resumed_run_is_bit_identical(monkeypatch)
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(c_compiler, "loop", lambda *_: None)
+    monkeypatch.setattr(folded, "loop", lambda *_: None)
     monkeypatch.setattr(c_compiler, "compiled", lambda *_: None)
     run = Run(adam, ALL[2], "auto").steps(3)
     same(run, Run(adam, ALL[2], False).steps(3))
