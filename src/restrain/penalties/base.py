@@ -19,7 +19,7 @@ from restrain import registry
 from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
-from restrain.operations import Absolute, Square, Terms, slope
+from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
 from restrain.rules import How, What
 from restrain.schedule import Strength, checked_number
@@ -388,15 +388,17 @@ class Penalty(What, ABC, register=False):
         l1: Any = 0.0
         l2: Any = 0.0
         others: list[tuple[Any, Penalty]] = []
+        places: dict[Any, int] = {}
         for strength, leaf in self.leaves():
-            if leaf.elastic is not None:
-                l1, l2 = l1 + strength * leaf.elastic[0], l2 + strength * leaf.elastic[1]
+            if (elastic := leaf.elastic) is not None:
+                l1, l2 = l1 + strength * elastic[0], l2 + strength * elastic[1]
                 continue
-            same = next((i for i, (_, other) in enumerate(others) if other == leaf), None)
-            if same is None:
-                others.append((strength, leaf))
+            key = _equal(leaf)
+            if key in places:
+                others[places[key]] = (others[places[key]][0] + strength, leaf)
             else:
-                others[same] = (others[same][0] + strength, leaf)
+                places[key] = len(others)
+                others.append((strength, leaf))
         return l1, l2, others
 
     def __mul__(self, strength: Any) -> Penalty:
@@ -427,6 +429,27 @@ _OF_FORMULA = (
     *("operations", "elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
     *("gradient", "prox", "has_prox"),
 )
+
+
+def _equal(leaf: Penalty) -> Any:
+    """The penalty itself, to which equal ones are equal; of one that can't be hashed, its identity."""
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return leaf
+
+
+def joined(penalty: Penalty) -> Penalty:
+    """The same sum with equal members joined; those whose strength moves stay as they are."""
+    fixed = [pair for pair in penalty.leaves() if not isinstance(pair[0], Tensor)]
+    moving = [Scaled(strength, leaf) for strength, leaf in penalty.leaves() if isinstance(strength, Tensor)]
+    if len(fixed) < 2:
+        return penalty
+    l1, l2, others = Sum(tuple([Scaled(strength, leaf) for strength, leaf in fixed])).split()
+    elastic = [Scaled(1.0, _Elastic(((l1, Absolute()), (l2, Square()))))] if l1 or l2 else []
+    terms = (*elastic, *[Scaled(strength, leaf) for strength, leaf in others], *moving)
+    return terms[0] if len(terms) == 1 else Sum(terms)
 
 
 def _scaled(strength: Any, penalty: Penalty) -> Penalty:
@@ -623,6 +646,16 @@ class Sum(Penalty, register=False):
 
     def leaves(self) -> list[tuple[Any, Penalty]]:
         return [pair for term in self.terms for pair in term.leaves()]
+
+
+@dataclass(frozen=True)
+class _Elastic(Penalty, register=False):
+    """a Σ|x| + c Σ|x|², joined of several."""
+
+    operations: Terms  # type: ignore[misc]
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return total(self.operations, w)
 
 
 class OfRows(Penalty, register=False):

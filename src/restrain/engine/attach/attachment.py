@@ -21,13 +21,13 @@ from restrain.engine.attach.state import DetachedAttachment, check, fill
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
+    LossRules,
     at_steps,
     bind,
     check_optimizers,
     given_optimizers,
     network_value,
     noisy,
-    parameter_values,
     parametrized,
 )
 from restrain.engine.core import Root, eagerly
@@ -39,7 +39,7 @@ from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, unwrap
-from restrain.penalties import NetworkPenalty, Penalty
+from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.transforms import GradientNoise, Noise
@@ -115,6 +115,7 @@ class Attachment:
         self._detached = False
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
+        self._on_parameters = LossRules(self._loss_rules)
         self._clock = Clock(self._model, optimizers, self._keep_up)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
@@ -251,8 +252,8 @@ class Attachment:
             return [], []
         self._tripwire.collected = self._tripwire.collected or torch.is_grad_enabled()
         due = {bound.key: bound for bound in self._loss_rules if bound.rule.due(self._clock.steps)}
-        on_parameters = [bound for bound in due.values() if isinstance(bound.rule.what, Penalty) and bound.parameters]
-        terms = parameter_values(on_parameters, model) if on_parameters else []
+        on_parameters = self._on_parameters.value(model, due)
+        terms = [] if on_parameters is None else [on_parameters]
         recorded = self._collect(loss)
         for bound in due.values():
             if isinstance(bound.rule.what, NetworkPenalty) and (recorded or not bound.output_recorders):

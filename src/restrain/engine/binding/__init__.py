@@ -2,10 +2,11 @@
 
 from restrain.engine.binding.binding import Bound, bind, noisy, parametrized, trains
 from restrain.engine.binding.optimizers import check_optimizers, given_optimizers
-from restrain.engine.binding.values import at_steps, network_value, parameter_values
+from restrain.engine.binding.values import LossRules, at_steps, network_value, parameter_values
 
 __all__ = [
     "Bound",
+    "LossRules",
     "at_steps",
     "bind",
     "check_optimizers",

@@ -77,12 +77,20 @@ class Bound:
 
     def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
         """The same, each with its address."""
-        overridden, standing = self.overridden.now(root), []
-        for handle, what in self.parameters:
+        whats = {handle.name: what for handle, what in self.parameters}
+        handles = [handle for handle, _ in self.parameters]
+        return [(handle, p, whats[handle.name]) for handle, p in self.trained(handles, root, frozen)]
+
+    def trained(
+        self, handles: Iterable[Handle], root: nn.Module, frozen: bool = False
+    ) -> Iterator[tuple[Handle, Tensor]]:
+        """Parameters as they stand now, by their addresses; frozen and lazy ones are left out."""
+        overridden = self.overridden.now(root)
+        for handle in handles:
             p = overridden[handle.name] if handle.name in overridden else handle.find(root)
             moves = frozen or (trained(p) if handle.name in overridden else trains(handle, p, root))
-            standing += [(handle, p, what)] * (moves and not is_lazy(p))
-        return standing
+            if moves and not is_lazy(p):
+                yield handle, p
 
 
 def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:

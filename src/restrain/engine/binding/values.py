@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +12,8 @@ from restrain.engine.binding.binding import Bound
 from restrain.engine.distributed import totals, whole
 from restrain.engine.loss import parameters
 from restrain.named_tensors import Handle
-from restrain.penalties import NetworkPenalty, Scaled
+from restrain.penalties import NetworkPenalty, Penalty, Scaled
+from restrain.penalties.base import Sum, joined
 from restrain.rules import What
 
 
@@ -26,6 +29,53 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
     ]
     counts = [len(own) if mean and own else 1 for own, mean in zip(tensors, means, strict=True)]
     return [value if count == 1 else value / count for value, count in zip(totals(terms), counts, strict=True)]
+
+
+class LossRules:
+    """The penalties on parameters that join the loss: those on one tensor are computed as one penalty.
+
+    What was joined is kept, and looked at again where a tensor, its being frozen or the rules that are due changed.
+    """
+
+    def __init__(self, bounds: Sequence[Bound]) -> None:
+        self.bounds = [bound for bound in bounds if isinstance(bound.rule.what, Penalty) and bound.parameters]
+        self._joined: dict[str, Penalty] = {}  # by the name of the parameter
+        self._due: list[str] = []
+        self._handles: list[Handle] = []
+        self._seen: list[tuple[weakref.ref[Tensor], bool]] = []
+
+    def value(self, root: nn.Module, due: Collection[str]) -> Tensor | None:
+        """The sum of those rules that are due, with its graph; None where there is none."""
+        bounds = [bound for bound in self.bounds if bound.key in due]
+        if not bounds:
+            return None
+        summed = [bound for bound in bounds if bound.rule.reduce != "mean"]
+        means = parameter_values([bound for bound in bounds if bound.rule.reduce == "mean"], root)
+        pairs = self._pairs(summed, root) if summed else []
+        terms = parameters.values(pairs, compile=bounds[0].compile)
+        total, *others = [*totals([terms]), *means] if summed else means
+        for other in others:
+            total = total + other.to(total.device)
+        return total
+
+    def _pairs(self, bounds: Sequence[Bound], root: nn.Module) -> list[tuple[Tensor, Penalty]]:
+        """The tensors that are trained now, each with the sum of its penalties."""
+        keys = [bound.key for bound in bounds]
+        if keys != self._due:
+            self._due = keys
+            self._handles = list({h.name: h for bound in bounds for h, _ in bound.parameters}.values())
+            of_each: dict[str, list[Penalty]] = {handle.name: [] for handle in self._handles}
+            for bound in bounds:
+                for handle, what in bound.parameters:
+                    of_each[handle.name].append(what)
+            made: dict[Any, Penalty] = {}  # tensors with the very same penalties share their sum
+            self._joined = {}
+            for name, whats in of_each.items():
+                key = tuple(map(id, whats))
+                if key not in made:
+                    made[key] = whats[0] if len(whats) == 1 else joined(Sum(tuple(whats)))
+                self._joined[name] = made[key]
+        return [(p, self._joined[handle.name]) for handle, p in bounds[0].trained(self._handles, root)]
 
 
 def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
