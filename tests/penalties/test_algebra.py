@@ -66,7 +66,9 @@ def test_strengths_that_move(kind):
     p, _, _, where = KINDS[kind]
     assert (MOVING * p / 4).strength == (p / 4 * MOVING).strength == MOVING / 4 == 0.25 * MOVING
     assert (MOVING / 4).at(10) == 0.25
-    assert repr((rs.Target(norm=1.0) * p / 2).on(where)) == f"(0.5 * Target(norm=1.0) * {p!r}).on({where!r}, how='loss')"
+    assert (
+        repr((rs.Target(norm=1.0) * p / 2).on(where)) == f"(0.5 * Target(norm=1.0) * {p!r}).on({where!r}, how='loss')"
+    )
     assert (49 * MOVING) / 49 is MOVING
 
 

@@ -20,7 +20,7 @@ LOWERED = {
     "shrink": [(Shrink(True, True), (0.9, 0.2))],
     "scale": [(Shrink(True, False), (0.9,))],
     "rooted": [(RootedShrink(True, True), (3.0, 1e-8, 0.2, 0.1))],
-    "box": [(Project(Box(-0.5, math.inf)), ())],
+    "box": [(Project(Box(-0.5)), ())],
     "several": [(Gradient(False, True), (0.2,)), (Shrink(False, True), (0.2,)), (Project(NonNegative()), ())],
 }
 SIZES = (1, 3, 0, 40_000, 17, 70_001)
