@@ -7,7 +7,13 @@
 >>> loss = reg.loss(model(torch.randn(3, 4)).square().mean())
 """
 
+from typing import TYPE_CHECKING, Any
+
+from restrain.extras import stand_in
 from restrain.garbage import uncollected
+
+if TYPE_CHECKING:
+    from restrain.models import Autoencoder, Classifier, Regressor, load
 
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
     from restrain import errors, moved
@@ -105,8 +111,10 @@ __version__ = "0.1.0"
 __all__ = [
     "AlphaDropout",
     "Attachment",
+    "Autoencoder",
     "BlockDropout",
     "Box",
+    "Classifier",
     "Confidence",
     "Constraint",
     "Contractive",
@@ -155,6 +163,7 @@ __all__ = [
     "Penalty",
     "Plan",
     "ProductNorm",
+    "Regressor",
     "Reparametrization",
     "RobustScale",
     "Rule",
@@ -187,6 +196,7 @@ __all__ = [
     "errors",
     "glob",
     "inputs",
+    "load",
     "norms",
     "outputs",
     "recording",
@@ -199,15 +209,18 @@ __all__ = [
 
 _MODELS = ("Autoencoder", "Classifier", "Regressor", "load")
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str) -> object:
-    """The models, which need scikit-learn, are imported when they are first used."""
-    if name in _MODELS:
-        from restrain import models
-
+    def __getattr__(name: str) -> Any:
+        """Import the models, which need scikit-learn, when they are first used."""
+        if name not in _MODELS:
+            raise AttributeError(f"module 'restrain' has no attribute {name!r}")
+        try:
+            from restrain import models
+        except errors.MissingExtraError as error:
+            return stand_in(name, error)
         return getattr(models, name)
-    raise AttributeError(f"module 'restrain' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODELS])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__") and name.endswith("__"))})

@@ -157,6 +157,7 @@ def _greatest(zeros: Tensor, ids: Tensor, entries: Tensor) -> Tensor:
     return zeros.scatter_reduce(-1, ids.expand_as(entries), entries, "amax")
 
 
+Dim: TypeAlias = str | int | Grouping
 Per: TypeAlias = str | int | Grouping | Iterable[Any] | Mapping[Any, Any]
 
 
@@ -182,6 +183,18 @@ def checked(per: Per) -> Per:
         f"per= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, block sizes such as (4, 4), or lists of "
         f"indices such as [[0, 1], [2, 3, 4]] (of dim 0) or {{'in': [[0, 1], [2, 3, 4]]}}; got {per!r}"
     )
+
+
+def checked_dim(dim: Any) -> Dim:
+    """Return `dim` itself: one dim of a tensor, by number or by the meaning of its axis.
+
+    Raises:
+        PenaltyError: it is neither, nor the grouping of a tensor by one of them.
+    """
+    if isinstance(dim, Grouping) or _is_axis(dim):
+        found: Dim = dim
+        return found
+    raise PenaltyError(f"dim= is a dim such as 0, or an axis by name such as 'in'; got {dim!r}")
 
 
 def _checked_lists(lists: Any) -> tuple[tuple[int, ...], ...]:

@@ -17,14 +17,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restrain as rs
 from restrain import demo, plots
-from restrain.models import Autoencoder, Classifier
+from restrain.extras import needing
+
+with needing("demo", __name__):
+    import matplotlib  # noqa: F401  # pictures come last: say that it is missing at once
+    import numpy as np
+
+    from restrain.models import Autoencoder, Classifier
 
 TRAIN, VALID = 200, 200  # images
 CANDIDATES: dict[str, list[dict[str, Any]]] = {

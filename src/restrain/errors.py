@@ -61,8 +61,16 @@ class TrainingError(RestrainError, RuntimeError):
     """A training can't go on: its loss isn't finite any more."""
 
 
+class MissingExtraError(RestrainError, ModuleNotFoundError):
+    """A package that only a part of the library needs isn't installed; the message has the line to install it."""
+
+
 class RestrainWarning(UserWarning):
     """Something is likely not what was meant."""
+
+
+class RestrainDeprecationWarning(RestrainWarning, FutureWarning):
+    """A setting was given by its old name, which the next version no longer takes."""
 
 
 class ExportError(RestrainError, AttributeError):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from math import inf, isfinite
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
+
+from restrain.errors import PlanError, RestrainDeprecationWarning
+
+T = TypeVar("T")
+_RENAMED: dict[type, Mapping[str, str]] = {}  # of a class: its settings, old name = new name
 
 
 def given_fields(thing: Any) -> dict[str, Any]:
@@ -28,10 +38,93 @@ def call_text(thing: Any, prefix: str = "") -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite real number, which True and False aren't."""
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    """Whether it is a real number that a float can hold, which True and False aren't."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+    except OverflowError:
+        return False
 
 
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
     """Whether it is a whole number, not below `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+# Settings that have got a new name
+
+
+def renamed(**new_names: str) -> Callable[[type[T]], type[T]]:
+    """Decorate a class that takes settings by their old names too: in calls, in plans, in pickles, and when read.
+
+    Args:
+        new_names: old name = new name.
+
+    Raises:
+        PlanError: the class is called with a setting by both names.
+    """
+
+    def decorate(cls: type[Any]) -> type[Any]:
+        made = cls.__init__
+
+        @functools.wraps(made)
+        def init(self: Any, *args: Any, **settings: Any) -> None:
+            made(self, *args, **by_new_names(cls, settings))
+
+        def read(self: Any, name: str) -> Any:
+            if name not in new_names:
+                raise AttributeError(f"{cls.__name__!r} object has no attribute {name!r}")
+            _warn(cls, name, new_names[name])
+            return getattr(self, new_names[name])
+
+        def restore(self: Any, state: Mapping[str, Any]) -> None:
+            vars(self).update({new_names.get(name, name): value for name, value in state.items()})
+
+        cls.__init__, cls.__getattr__, cls.__setstate__ = init, read, restore
+        _RENAMED[cls] = new_names
+        return cls
+
+    return decorate
+
+
+def by_new_names(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of a class with old names replaced, each with a warning.
+
+    Raises:
+        PlanError: a setting is given by both names.
+    """
+    new_names = next((_RENAMED[base] for base in cls.__mro__ if base in _RENAMED), {})
+    found = dict(settings)
+    for old in new_names.keys() & settings.keys():
+        if new_names[old] in found:
+            raise PlanError(f"{cls.__name__} takes {new_names[old]}=, whose old name is {old}=: write it once")
+        _warn(cls, old, new_names[old])
+        found[new_names[old]] = found.pop(old)
+    return found
+
+
+def text_by_new_names(text: str) -> str:
+    """Return the text of rules, such as the keys of a saved state, with old names of settings replaced.
+
+    >>> text_by_new_names("0.5 * StateChange(per_unit=True, time=1) on rs.outputs('lstm')")
+    "0.5 * StateChange(per_unit=True, dim=1) on rs.outputs('lstm')"
+    """
+    for cls, new_names in _RENAMED.items():
+        for old, new in new_names.items():
+            text = re.sub(rf"\b({cls.__name__}\((?:[^()]*, )?){old}=", rf"\1{new}=", text)
+    return text
+
+
+def _warn(cls: type, old: str, new: str) -> None:
+    warnings.warn(
+        f"{old}= of {cls.__name__} is called {new}= since version 0.2, and 0.3 won't take the old name: write {new}=",
+        RestrainDeprecationWarning,
+        stacklevel=level_of_caller(),
+    )
+
+
+def level_of_caller() -> int:
+    """The `stacklevel` by which a warning points at the code that called this library."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "restrain":
+        frame, level = frame.f_back, level + 1
+    return level

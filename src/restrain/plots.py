@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from restrain.extras import needing
+
 
 def _pyplot() -> Any:
-    try:
+    with needing("demo", "a picture"):
         import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'restrain[demo]'") from error
+        from matplotlib import pyplot
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
 
 

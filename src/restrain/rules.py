@@ -151,6 +151,10 @@ class Rule:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> Rule:
+        what: Any = self.what
+        return replace(self, what=what / divisor)
+
     def __add__(self, other: object) -> Rule:
         raise PlanError(
             "a rule can't be added to: add penalties before .on(...), as in (1e-3 * rs.L1() + 1e-4 * rs.L2()).on(...), "

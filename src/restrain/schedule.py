@@ -26,17 +26,19 @@ class Strength(ABC):
     __array_ufunc__ = None  # NumPy's numbers leave `c * strength` to us
     prefix: ClassVar[str] = "schedules."  # of its name in `rs`
 
-    def __mul__(self, other: Any) -> Strength:
+    def __mul__(self, other: float | Strength) -> Strength:
         if not isinstance(other, (Real, Strength)):
             return NotImplemented
         number, members = other.parts if isinstance(other, Strength) else (checked_number("a strength", other), ())
-        number, members = number * self.parts[0], (*self.parts[1], *members)
-        return members[0] if number == 1 and len(members) == 1 else Times(number, members)
+        return _product(number * self.parts[0], (*self.parts[1], *members))
 
     __rmul__ = __mul__
 
-    def __truediv__(self, number: float) -> Strength:
-        return self * (1 / number)
+    def __truediv__(self, divisor: float) -> Strength:
+        if not isinstance(divisor, Real):
+            return NotImplemented
+        number, members = self.parts
+        return _product(number / checked_divisor(divisor), members)
 
     def __repr__(self) -> str:
         return call_text(self, self.prefix)
@@ -95,6 +97,10 @@ class Times(Strength):
 
     def at(self, step: int, epoch: int = 0) -> float:
         return self.number * prod(member.at(step, epoch) for member in self.members)
+
+
+def _product(number: float, members: tuple[Strength, ...]) -> Strength:
+    return members[0] if number == 1 and len(members) == 1 else Times(number, members)
 
 
 @dataclass(frozen=True, repr=False)
@@ -370,6 +376,17 @@ def checked_number(name: str, number: Any) -> float:
     if not _is_strength(number):
         raise PenaltyError(f"{name} is a finite number, zero or more; got {number!r}")
     return float(number)
+
+
+def checked_divisor(divisor: Any) -> float:
+    """Return the divisor of a strength as a float.
+
+    Raises:
+        PenaltyError: it isn't a finite real number above zero.
+    """
+    if not (_is_strength(divisor) and divisor > 0):
+        raise PenaltyError(f"a strength is divided by a finite number above zero; got {divisor!r}")
+    return float(divisor)
 
 
 def _check_strengths(strength: Strength, *names: str) -> None:

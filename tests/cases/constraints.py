@@ -118,5 +118,5 @@ CONSTRAINTS = {
         Case(rs.TopK(4), whole(keep_largest(4))),
         Case(rs.TopK(0.5, per="row"), ref.project_groups(keep_largest(lambda n: (n + 1) // 2), 0), any_rank=False),
     ],
-    "NM": [Case(rs.NM(1, 2, along=0), n_of_m(1, 2), any_rank=False, fits=lambda shape: (2 * shape[0], *shape[1:]))],
+    "NM": [Case(rs.NM(1, 2, dim=0), n_of_m(1, 2), any_rank=False, fits=lambda shape: (2 * shape[0], *shape[1:]))],
 }

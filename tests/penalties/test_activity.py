@@ -116,13 +116,13 @@ def test_empty_batches_are_zero(penalty, dim):
         lambda: rs.KLSparsity(0.1, momentum=-0.1),
         lambda: rs.KLSparsity(0.1, per="out"),
         lambda: rs.Decorrelation(per=1.5),
-        lambda: rs.Entropy(per=True),
+        lambda: rs.Entropy(dim=True),
         lambda: rs.Confidence("in"),
         lambda: rs.L0(-0.1, 1.0),
         lambda: rs.L0(0.1, 0.0),
         lambda: rs.L0(0.1, float("inf")),
         lambda: rs.StateChange(per_unit=1),
-        lambda: rs.NormChange(time="1"),
+        lambda: rs.NormChange(dim="1"),
         lambda: rs.DecoderL1(nn.Linear(2, 2).weight),
         lambda: rs.DecoderL1("decoder.weight", per="inward"),
     ],
@@ -232,8 +232,8 @@ def test_entropies_are_stable_and_of_each_position():
         assert gradient.isfinite().all()
     images = torch.randn(2, 3, 4, 5)
     expected = torch.distributions.Categorical(logits=images.movedim(1, -1)).entropy().sum() / 2
-    torch.testing.assert_close(rs.Entropy(per=1).over_batch(images, 0), expected)
-    with pytest.raises(PenaltyError, match="per=1"):
+    torch.testing.assert_close(rs.Entropy(dim=1).over_batch(images, 0), expected)
+    with pytest.raises(PenaltyError, match="dim=1"):
         rs.Entropy().over_batch(images, 0)
     probabilities = images[:, :, 0, 0].softmax(1)
     torch.testing.assert_close(rs.Entropy()(probabilities.log()), rs.Entropy()(images[:, :, 0, 0]))
@@ -260,9 +260,9 @@ def test_changes_over_time_by_hand():
     torch.testing.assert_close(rs.StateChange().over_batch(h, 0), change.mean())
     torch.testing.assert_close(rs.StateChange()(h), change.sum())
     torch.testing.assert_close(rs.StateChange().over_batch(h.transpose(0, 1), 1), change.mean())
-    torch.testing.assert_close(rs.StateChange(time=-1).over_batch(h.transpose(1, 2), 0), change.mean())
+    torch.testing.assert_close(rs.StateChange(dim=-1).over_batch(h.transpose(1, 2), 0), change.mean())
     torch.testing.assert_close(rs.StateChange().over_batch(h[0], None), change[0])
-    torch.testing.assert_close(rs.StateChange(time=0).over_batch(h[0], None), change[0])
+    torch.testing.assert_close(rs.StateChange(dim=0).over_batch(h[0], None), change[0])
     torch.testing.assert_close(rs.NormChange().over_batch(h, 0), lengths.diff(dim=1).square().mean())
     expected = lengths.square().diff(dim=1).square().mean()
     torch.testing.assert_close(rs.NormChange(squared=True).over_batch(h, 0), expected)
@@ -286,9 +286,9 @@ def test_a_single_step_changes_nothing():
             assert value == 0
             assert gradient.eq(0).all()
         with pytest.raises(PenaltyError, match="axis of the steps"):
-            type(penalty)(time=0).over_batch(torch.randn(4, 5, 3), 0)
+            type(penalty)(dim=0).over_batch(torch.randn(4, 5, 3), 0)
         with pytest.raises(PenaltyError, match="axis of the steps"):
-            type(penalty)(time=3).over_batch(torch.randn(4, 5, 3), 0)
+            type(penalty)(dim=3).over_batch(torch.randn(4, 5, 3), 0)
 
 
 # With a decoder

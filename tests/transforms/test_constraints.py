@@ -142,7 +142,7 @@ def test_n_of_m_along_the_input(layer, dim):
 
 
 def test_n_of_m_must_divide():
-    with pytest.raises(TransformError, match=r"4 consecutive entries don't divide the 6 .*'weight'.*along="):
+    with pytest.raises(TransformError, match=r"4 consecutive entries don't divide the 6 .*'weight'.*dim="):
         bound(rs.NM(2, 4), nn.Linear(6, 4))
     with pytest.raises(TransformError, match="don't divide"):
         rs.NM(2, 4).project(torch.ones(4, 6))

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import click
-
 import restrain as rs
-from restrain.cli import explain as explaining
-from restrain.cli import jobs, options, tables
-from restrain.cli.encoding import Encoding
 from restrain.errors import PlanError, RestrainError, RestrainWarning
-from restrain.models import Autoencoder, Classifier, Regressor, files
+from restrain.extras import needing
+
+with needing("cli", __name__):
+    import click
+
+    from restrain.cli import explain as explaining
+    from restrain.cli import jobs, options, tables
+    from restrain.cli.encoding import Encoding
+    from restrain.models import Autoencoder, Classifier, Regressor, files
 
 _READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _FOLDER = click.Path(file_okay=True, path_type=Path)

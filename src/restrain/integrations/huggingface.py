@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
 
 from restrain.errors import NotCollectedError, PlanError, RestrainWarning
+from restrain.extras import needing
 from restrain.integrations.session import Session
+
+with needing("huggingface", __name__):
+    from transformers import Trainer, TrainerCallback
 
 _FILE = "restrain.pt"  # in the Trainer's checkpoint folders
 

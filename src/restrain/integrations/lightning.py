@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from restrain.extras import needing
 from restrain.integrations.session import Session
+
+with needing("lightning", __name__):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class RestrainCallback(Callback):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from skorch import NeuralNet
-from skorch.callbacks import Callback
 from torch import Tensor, nn
 
+from restrain.extras import needing
 from restrain.integrations.session import Session
+
+with needing("skorch", __name__):
+    from skorch import NeuralNet
+    from skorch.callbacks import Callback
 
 
 class RestrainCallback(Callback):  # type: ignore[misc]

@@ -1,6 +1,9 @@
 """Models that are fitted by keyword: scikit-learn estimators, for which scikit-learn is needed."""
 
-from restrain.models.estimators import Autoencoder, Classifier, Regressor
-from restrain.models.loading import load
+from restrain.extras import needing
+
+with needing("models", __name__):
+    from restrain.models.estimators import Autoencoder, Classifier, Regressor
+    from restrain.models.loading import load
 
 __all__ = ["Autoencoder", "Classifier", "Regressor", "load"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from restrain import registry
 from restrain.errors import FileError, RestrainError
+from restrain.extras import needing
 from restrain.models import plain
 from restrain.models.layers import Network
 from restrain.transforms.normalization import Standardize
@@ -55,7 +56,8 @@ def write(path: str | os.PathLike[str], kind: str, data: Mapping[str, Any], tens
     Raises:
         FileError: the folder doesn't exist, or data that JSON can't hold.
     """
-    from safetensors import torch as safetensors
+    with needing("models", "a model's file"):
+        from safetensors import torch as safetensors
 
     target = Path(os.path.realpath(place(path)))
     if place(path) != Path(path):
@@ -97,8 +99,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         FileNotFoundError: there is no such file.
         FileError: it is cut off, foreign, of another kind, or newer than this version.
     """
-    from safetensors import SafetensorError
-    from safetensors import torch as safetensors
+    with needing("models", "a model's file"):
+        from safetensors import SafetensorError
+        from safetensors import torch as safetensors
 
     file = place(path)
     if not file.is_file():

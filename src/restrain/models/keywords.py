@@ -32,6 +32,7 @@ from typing import Any
 from restrain import registry
 from restrain.activation_points import Places, inputs, outputs
 from restrain.errors import PlanError, RestrainError
+from restrain.fields import by_new_names
 from restrain.models.specs import RECURRENT, LayerData, hidden
 from restrain.named_tensors import near
 from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
@@ -209,6 +210,7 @@ def _plain(cls: type[What], value: Any) -> dict[str, Any]:
 def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
     """The penalty of that strength; of a transform, the strength is its first setting."""
     fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
+    settings = by_new_names(cls, settings)
     if fields is not None and set(settings) - set(fields):
         raise PlanError(
             f"{cls.__name__} has no {', '.join(sorted(set(settings) - set(fields)))}; a dict has "

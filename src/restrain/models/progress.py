@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from restrain.extras import needing
+
 
 def bar(epochs: int, wanted: bool | None) -> Any:
     """A progress bar: always, never, or (None) where stderr is a terminal."""
     show = sys.stderr is not None and sys.stderr.isatty() if wanted is None else wanted
     if not show:
         return _NoBar()
-    from tqdm import tqdm
+    with needing("models", "the progress bar"):
+        from tqdm import tqdm
 
     return tqdm(total=epochs, unit=" epochs", file=sys.stderr)
 

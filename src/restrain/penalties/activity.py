@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping_at
 from restrain.errors import PenaltyError, SelectionError
+from restrain.fields import renamed
 from restrain.named_tensors import Handle, fully_sharded, is_sharded, near, parameters
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_axis, checked_setting, in_float32
 from restrain.penalties.statistics import unit_axis
@@ -49,13 +50,13 @@ class Hoyer(OfRows):
 class _OfDistributions(Penalty, register=False):
     """Base of sums over the distributions whose logits lie along an axis; on outputs averaged over the batch."""
 
-    per: int | None = None
+    dim: int | None = None
 
     takes_mask = True
     at_outputs = True
 
     def __post_init__(self) -> None:
-        checked_axis("per", self.per)
+        checked_axis("dim", self.dim)
 
     @abstractmethod
     def terms(self, logs: Tensor, p: Tensor, n: int) -> Tensor:
@@ -72,7 +73,7 @@ class _OfDistributions(Penalty, register=False):
         if x.is_complex():
             raise PenaltyError(f"an entropy is of real logits, got {x.dtype}")
         x = x.reshape(1) if x.dim() == 0 else x
-        axis = unit_axis(x, self.per, batch)
+        axis = unit_axis(x, self.dim, batch, "dim", "classes")
         if mask is not None:
             if mask.shape[axis] != 1:
                 raise PenaltyError("a mask for an entropy takes or leaves all classes of a position together")
@@ -86,6 +87,7 @@ class _OfDistributions(Penalty, register=False):
         return terms.sum() if mask is None else torch.where(mask, terms, 0).sum()
 
 
+@renamed(per="dim")
 @dataclass(frozen=True)
 class Entropy(_OfDistributions):
     """Σ H(softmax(x)), H(p) = -Σ p log p: the entropy of the distributions whose logits lie along an axis.
@@ -94,7 +96,7 @@ class Entropy(_OfDistributions):
     positions and is averaged over the batch. Of outputs that are probabilities, penalise via=torch.log.
 
     Args:
-        per: the axis of the classes; by default the last of outputs of up to three axes.
+        dim: the axis of the classes; by default the last of outputs of up to three axes.
 
     Source: Grandvalet and Bengio (2005), semi-supervised learning by entropy minimization.
 
@@ -106,6 +108,7 @@ class Entropy(_OfDistributions):
         return -p * logs
 
 
+@renamed(per="dim")
 @dataclass(frozen=True)
 class Confidence(_OfDistributions):
     """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), over n classes: large where a sample is sure of one.
@@ -114,7 +117,7 @@ class Confidence(_OfDistributions):
     sure. Axes and averages as those of `Entropy`.
 
     Args:
-        per: the axis of the classes; by default the last of outputs of up to three axes.
+        dim: the axis of the classes; by default the last of outputs of up to three axes.
 
     Source: Pereyra and others (2017), regularizing neural networks by penalizing confident output distributions.
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import inf, isfinite, prod
-from numbers import Real
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -20,8 +19,9 @@ from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
+from restrain.penalties.algebra import Algebra, Combination, Multiple, Total
 from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
-from restrain.rules import How, What
+from restrain.rules import How
 from restrain.schedule import Strength, checked_number
 
 
@@ -36,27 +36,6 @@ def checked_strength(strength: Any) -> float:
             f"{strength!r} moves, so it multiplies a penalty, as in {strength!r} * rs.L1(); write a number here"
         )
     return checked_number("a strength", strength)
-
-
-def checked_factor(strength: Any) -> Any:
-    """What a penalty can be multiplied by: a number as a float, a strength that moves, or the tensor of one.
-
-    Raises:
-        PenaltyError: it is none of these.
-    """
-    return strength if isinstance(strength, (Strength, Tensor)) else checked_number("a strength", strength)
-
-
-def refuse_tensor(strength: Any) -> None:
-    """Refuse a tensor that someone multiplies a penalty by.
-
-    Raises:
-        PenaltyError: so it is.
-    """
-    if isinstance(strength, Tensor):
-        raise PenaltyError(
-            "a strength is a number, not a tensor: write float(strength), or a schedule or target for one that moves"
-        )
 
 
 def at_hand(strength: Any, penalty: object) -> Any:
@@ -87,11 +66,6 @@ def is_off(strength: Any) -> bool:
 def nothing(w: Tensor) -> Tensor:
     """Zero, with a graph to `w`."""
     return w.flatten()[:0].abs().sum()
-
-
-def shown(strength: Any) -> str:
-    """A strength as text; of the tensor of one that moves, what it is now."""
-    return f"{float(strength):g}" if isinstance(strength, Tensor) else repr(strength)
 
 
 def checked_setting(name: str, number: float, low: float, high: float = inf, *, closed: bool = False) -> None:
@@ -210,7 +184,7 @@ def taking_masks(over_batch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
-class Penalty(What, ABC, register=False):
+class Penalty(Algebra["Penalty"], register=False):
     """Base of penalties: functions of one tensor whose value is a number.
 
     A subclass needs only `__call__(self, w)`, the formula for one tensor `w` (which is float32 or wider);
@@ -223,8 +197,6 @@ class Penalty(What, ABC, register=False):
     >>> (0.5 * WeightInverse())([torch.ones(3, 2), torch.ones(1, 4)])
     tensor(0.8750)
     """
-
-    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
 
     uniform: bool = True
     """Where `entrywise`: that function is the same for every entry, so that any part of a tensor can be taken alone."""
@@ -401,17 +373,8 @@ class Penalty(What, ABC, register=False):
                 others.append((strength, leaf))
         return l1, l2, others
 
-    def __mul__(self, strength: Any) -> Penalty:
-        refuse_tensor(strength)
-        return NotImplemented if not isinstance(strength, (Real, Strength)) else _scaled(strength, self)
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Any) -> Penalty:
-        return NotImplemented if not isinstance(other, Penalty) else Sum((*_terms(self), *_terms(other)))
-
-    def __radd__(self, other: Any) -> Penalty:
-        return self if isinstance(other, int) and other == 0 else NotImplemented  # sum([p, q]) begins with 0
+    def _forms(self) -> Any:
+        return Scaled, Sum
 
 
 def _forget_declared(cls: type[Penalty]) -> None:
@@ -452,43 +415,47 @@ def joined(penalty: Penalty) -> Penalty:
     return terms[0] if len(terms) == 1 else Sum(terms)
 
 
-def _scaled(strength: Any, penalty: Penalty) -> Penalty:
-    strength = checked_factor(strength)
-    if isinstance(penalty, Scaled):
-        return Scaled(strength * penalty.strength, penalty.penalty)
-    return Scaled(strength, penalty)
-
-
-def _terms(penalty: Penalty) -> tuple[Penalty, ...]:
-    return penalty.terms if isinstance(penalty, Sum) else (penalty,)
-
-
 def _with_prox() -> list[str]:
     classes = {registry.lookup(name) for name in registry.names()}
     return sorted(c.__name__ for c in classes if issubclass(c, Penalty) and c.prox is not Penalty.prox)
 
 
-@dataclass(frozen=True, repr=False)
-class Scaled(Penalty, register=False):
-    """strength · penalty; made by `strength * penalty`."""
-
-    strength: float | Strength | Tensor
-    penalty: Penalty
-
-    def __post_init__(self) -> None:
-        checked_factor(self.strength)
-
-    def __repr__(self) -> str:
-        inner = f"({self.penalty!r})" if isinstance(self.penalty, Sum) else repr(self.penalty)
-        return f"{shown(self.strength)} * {inner}"
+class _Combined(Combination[Penalty], Penalty, register=False):
+    """Base of multiples and sums of penalties: what holds for all members holds for it, and binding binds each."""
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
-        return self.penalty.entrywise
+        return all(member.entrywise for member in self.members)
 
     @property
     def uniform(self) -> bool:  # type: ignore[override]
-        return self.penalty.uniform
+        return all(member.uniform for member in self.members)
+
+    @property
+    def takes_mask(self) -> bool:
+        return all(member.takes_mask for member in self.members)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        first, *others = [member.moments(at_places) for member in self.members]
+        return tuple(how for how in first if all(how in other for other in others))
+
+    def bound_to(self, at: Location) -> Penalty:
+        return self.mapped(lambda member: member.bound_to(at))  # type: ignore[no-any-return]
+
+    def bound_at_place(self) -> Penalty:
+        return self.mapped(lambda member: member.bound_at_place())  # type: ignore[no-any-return]
+
+    def bound_in(self, model: nn.Module) -> Penalty:
+        return self.mapped(lambda member: member.bound_in(model))  # type: ignore[no-any-return]
+
+    def stepped(self, w: Tensor | None) -> None:
+        for member in self.members:
+            member.stepped(w)
+
+
+@dataclass(frozen=True, repr=False)
+class Scaled(Multiple[Penalty], _Combined, register=False):
+    """strength · penalty; made by `strength * penalty`."""
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
@@ -515,57 +482,21 @@ class Scaled(Penalty, register=False):
         x = at_least_float32(w)
         return times(at_hand(self.strength, self), self.penalty.gradient(x)).to(w.dtype)
 
-    @property
-    def takes_mask(self) -> bool:
-        return self.penalty.takes_mask
-
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         if is_off(self.strength):
             return in_float32(nothing, h)
         return times(at_hand(self.strength, self), self.penalty.over_batch(h, dim, mask))
 
-    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
-        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
-        return Scaled(strength, self.penalty.with_strengths(live))
-
-    def bound_to(self, at: Location) -> Penalty:
-        return Scaled(self.strength, self.penalty.bound_to(at))
-
-    def bound_at_place(self) -> Penalty:
-        return Scaled(self.strength, self.penalty.bound_at_place())
-
-    def bound_in(self, model: nn.Module) -> Penalty:
-        return Scaled(self.strength, self.penalty.bound_in(model))
-
     def state(self) -> dict[str, Tensor]:
         return self.penalty.state()
-
-    def stepped(self, w: Tensor | None) -> None:
-        self.penalty.stepped(w)
-
-    def moments(self, at_places: bool) -> tuple[How, ...]:
-        return self.penalty.moments(at_places)
 
     def leaves(self) -> list[tuple[Any, Penalty]]:
         return [(self.strength * strength, leaf) for strength, leaf in self.penalty.leaves()]
 
 
 @dataclass(frozen=True, repr=False)
-class Sum(Penalty, register=False):
+class Sum(Total[Penalty], _Combined, register=False):
     """The sum of penalties of the same tensor; made by `p + q`."""
-
-    terms: tuple[Penalty, ...]
-
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, self.terms))
-
-    @property
-    def entrywise(self) -> bool:  # type: ignore[override]
-        return all(term.entrywise for term in self.terms)
-
-    @property
-    def uniform(self) -> bool:  # type: ignore[override]
-        return all(term.uniform for term in self.terms)
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
@@ -614,35 +545,11 @@ class Sum(Penalty, register=False):
         x = at_least_float32(w)
         return functools.reduce(operator.add, [term.gradient(x) for term in self.terms]).to(w.dtype)
 
-    @property
-    def takes_mask(self) -> bool:
-        return all(term.takes_mask for term in self.terms)
-
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return functools.reduce(operator.add, [term.over_batch(h, dim, mask) for term in self.terms])
 
-    def bound_to(self, at: Location) -> Penalty:
-        return Sum(tuple(term.bound_to(at) for term in self.terms))
-
-    def bound_at_place(self) -> Penalty:
-        return Sum(tuple(term.bound_at_place() for term in self.terms))
-
-    def bound_in(self, model: nn.Module) -> Penalty:
-        return Sum(tuple(term.bound_in(model) for term in self.terms))
-
     def state(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": kept for i, term in enumerate(self.terms) for name, kept in term.state().items()}
-
-    def stepped(self, w: Tensor | None) -> None:
-        for term in self.terms:
-            term.stepped(w)
-
-    def moments(self, at_places: bool) -> tuple[How, ...]:
-        first, *others = [term.moments(at_places) for term in self.terms]
-        return tuple(how for how in first if all(how in other for other in others))
-
-    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Penalty:
-        return Sum(tuple(term.with_strengths(live) for term in self.terms))
 
     def leaves(self) -> list[tuple[Any, Penalty]]:
         return [pair for term in self.terms for pair in term.leaves()]
@@ -677,7 +584,7 @@ class OfRows(Penalty, register=False):
         return in_float32(lambda x: self.over_rows(x) / max(size, 1), rows)
 
 
-class NetworkPenalty(What, ABC, register=False):
+class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
     """Base of penalties that see the whole network. It acts in the loss only.
 
     A subclass needs only `__call__(self, parameters, outputs)`; then it can be scaled and added to others of
@@ -690,8 +597,8 @@ class NetworkPenalty(What, ABC, register=False):
     tensor(2.5000)
     """
 
-    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
     takes_outputs = True
+    apart = "is a function of the whole network"
 
     takes_frozen: bool = False
     """Whether it is given frozen parameters, too."""
@@ -722,83 +629,38 @@ class NetworkPenalty(What, ABC, register=False):
             )
         return ("loss",)
 
-    def __mul__(self, strength: Any) -> NetworkPenalty:
-        if not isinstance(strength, (Real, Strength)):
-            return NotImplemented
-        if isinstance(self, ScaledNetwork):
-            return ScaledNetwork(checked_factor(strength) * self.strength, self.penalty)
-        return ScaledNetwork(checked_factor(strength), self)
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Any) -> NetworkPenalty:
-        if isinstance(other, NetworkPenalty):
-            return NetworkSum((*_network_terms(self), *_network_terms(other)))
-        if isinstance(other, What):
-            raise PenaltyError(
-                f"{self!r} is a function of the whole network, {other!r} isn't: they can't be added; write a "
-                "rule for each"
-            )
-        return NotImplemented
-
-    def __radd__(self, other: Any) -> NetworkPenalty:
-        return self if isinstance(other, int) and other == 0 else self + other  # sum([p, q]) begins with 0
+    def _forms(self) -> Any:
+        return ScaledNetwork, NetworkSum
 
 
-def _network_terms(penalty: NetworkPenalty) -> tuple[NetworkPenalty, ...]:
-    return penalty.terms if isinstance(penalty, NetworkSum) else (penalty,)
-
-
-@dataclass(frozen=True, repr=False)
-class ScaledNetwork(NetworkPenalty, register=False):
-    """strength · penalty; made by `strength * penalty`."""
-
-    strength: float | Strength | Tensor
-    penalty: NetworkPenalty
-
-    def __repr__(self) -> str:
-        inner = f"({self.penalty!r})" if isinstance(self.penalty, NetworkSum) else repr(self.penalty)
-        return f"{shown(self.strength)} * {inner}"
+class _CombinedNetwork(Combination[NetworkPenalty], NetworkPenalty, register=False):
+    """Base of multiples and sums of penalties on a network."""
 
     @property
     def takes_frozen(self) -> bool:  # type: ignore[override]
-        return self.penalty.takes_frozen
+        return any(member.takes_frozen for member in self.members)
+
+    def check(self, parameters: Mapping[str, Tensor]) -> None:
+        for member in self.members:
+            member.check(parameters)
+
+
+@dataclass(frozen=True, repr=False)
+class ScaledNetwork(Multiple[NetworkPenalty], _CombinedNetwork, register=False):
+    """strength · penalty; made by `strength * penalty`."""
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         if is_off(self.strength):
             return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
         return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
 
-    def check(self, parameters: Mapping[str, Tensor]) -> None:
-        self.penalty.check(parameters)
-
-    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
-        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
-        return ScaledNetwork(strength, self.penalty.with_strengths(live))
-
 
 @dataclass(frozen=True, repr=False)
-class NetworkSum(NetworkPenalty, register=False):
+class NetworkSum(Total[NetworkPenalty], _CombinedNetwork, register=False):
     """The sum of penalties on the same network; made by `p + q`."""
-
-    terms: tuple[NetworkPenalty, ...]
-
-    def __repr__(self) -> str:
-        return " + ".join(map(repr, self.terms))
-
-    @property
-    def takes_frozen(self) -> bool:  # type: ignore[override]
-        return any(term.takes_frozen for term in self.terms)
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         value, *others = [term(parameters, outputs) for term in self.terms]
         for other in others:
             value = value + other.to(value.device)
         return value
-
-    def check(self, parameters: Mapping[str, Tensor]) -> None:
-        for term in self.terms:
-            term.check(parameters)
-
-    def with_strengths(self, live: Callable[[Strength], Tensor]) -> NetworkPenalty:
-        return NetworkSum(tuple(term.with_strengths(live) for term in self.terms))

@@ -7,11 +7,10 @@ places of a model in its own forward. The members are in `jacobian`, how they ar
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -20,12 +19,12 @@ from torch import Tensor
 from restrain.activation_points import Places, inputs, outputs
 from restrain.errors import CaptureError, PenaltyError, PlanError, SelectionError
 from restrain.fields import is_whole
-from restrain.penalties.base import at_hand, checked_factor, shown, times
+from restrain.penalties.algebra import Algebra, Multiple
+from restrain.penalties.base import at_hand, times
 from restrain.penalties.estimators import Batch, Run, between, pushed
 from restrain.penalties.replay import Randomness, plainly, spare_buffers
 from restrain.penalties.tangents import pushed_by_graph
 from restrain.rules import How, What
-from restrain.schedule import Strength
 from restrain.selections import Where
 
 Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
@@ -47,10 +46,10 @@ class Choice:
         return self.estimator + f", by {runs}" * self.again + (f" ({self.why})" if self.why else "")
 
 
-class OnDerivatives(What, ABC, register=False):
+class OnDerivatives(Algebra["OnDerivatives"], register=False):
     """Base of `DerivativePenalty`, and of such a penalty times a strength."""
 
-    __array_ufunc__ = None  # NumPy's numbers leave `c * penalty` to us
+    apart = "has places of its own"
     strength: Any
 
     @property
@@ -70,35 +69,15 @@ class OnDerivatives(What, ABC, register=False):
             )
         return ("loss",)
 
-    def __mul__(self, strength: Any) -> ScaledDerivative:
-        if not isinstance(strength, (Real, Strength)):
-            return NotImplemented
-        return ScaledDerivative(checked_factor(strength) * self.strength, self.leaf)
-
-    __rmul__ = __mul__
-
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, What):
-            raise PenaltyError(f"{self!r} has places of its own and can't be added to {other!r}: write a rule for each")
-        return NotImplemented
+    def _forms(self) -> Any:
+        return ScaledDerivative, None
 
 
 @dataclass(frozen=True, repr=False)
-class ScaledDerivative(OnDerivatives, register=False):
+class ScaledDerivative(Multiple[OnDerivatives], OnDerivatives, register=False):
     """strength · penalty; made by `strength * penalty`."""
 
-    strength: float | Strength | Tensor
     penalty: DerivativePenalty
-
-    def __post_init__(self) -> None:
-        checked_factor(self.strength)
-
-    def __repr__(self) -> str:
-        return f"{shown(self.strength)} * {self.penalty!r}"
-
-    def with_strengths(self, live: Callable[[Strength], Tensor]) -> Self:
-        strength = live(self.strength) if isinstance(self.strength, Strength) else self.strength
-        return dataclasses.replace(self, strength=strength)
 
     def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor, *, batch_dim: int = 0) -> Tensor:
         return times(at_hand(self.strength, self), self.penalty(function, x, batch_dim=batch_dim))

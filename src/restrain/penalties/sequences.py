@@ -10,21 +10,22 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
+from restrain.fields import renamed
 from restrain.penalties.base import Penalty, Tensors, batch_size, checked_axis, checked_flag, in_float32
 
 
 class _OfTransitions(Penalty, register=False):
-    """Base of means over the transitions of each sequence; a field but `time` is a flag."""
+    """Base of means over the transitions of each sequence; a field but `dim` is a flag."""
 
-    time: int | None
+    dim: int | None
     takes_mask = True
     at_outputs = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name != "time":
+            if name != "dim":
                 checked_flag(name, value)
-        checked_axis("time", self.time)
+        checked_axis("dim", self.dim)
 
     @abstractmethod
     def changes(self, states: Tensor) -> Tensor:
@@ -36,12 +37,13 @@ class _OfTransitions(Penalty, register=False):
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         def value(x: Tensor) -> Tensor:
-            states, kept = _sequences(x, dim, self.time, mask)
+            states, kept = _sequences(x, dim, self.dim, mask)
             return _mean(self.changes(states), kept)
 
         return in_float32(value, h)
 
 
+@renamed(time="dim")
 @dataclass(frozen=True)
 class StateChange(_OfTransitions):
     """Mean over transitions of ‖hₜ₊₁ - hₜ‖², h a sequence of states: temporal activation regularisation (TAR).
@@ -51,7 +53,7 @@ class StateChange(_OfTransitions):
 
     Args:
         per_unit: divided by the number of units (features), too.
-        time: the axis of the steps; by default the first beside the batch axis. All others are features.
+        dim: the axis of the steps; by default the first beside the batch axis. All others are features.
 
     Source: Krueger and Memisevic (2016), section 2; Merity, McCann and Socher (2017), TAR, with per_unit=True.
 
@@ -60,7 +62,7 @@ class StateChange(_OfTransitions):
     """
 
     per_unit: bool = False
-    time: int | None = None
+    dim: int | None = None
 
     keywords = ("state_change",)
 
@@ -68,6 +70,7 @@ class StateChange(_OfTransitions):
         return squared(states.diff(dim=1)).sum(2) / (max(states.shape[2], 1) if self.per_unit else 1)
 
 
+@renamed(time="dim")
 @dataclass(frozen=True)
 class NormChange(_OfTransitions):
     """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)², h a sequence of states: the norm stabiliser.
@@ -76,7 +79,7 @@ class NormChange(_OfTransitions):
 
     Args:
         squared: of squared lengths, (‖hₜ₊₁‖² - ‖hₜ‖²)², which are smooth at zero, as theanets' documentation has it.
-        time: the axis of the steps; by default the first beside the batch axis. All others are features.
+        dim: the axis of the steps; by default the first beside the batch axis. All others are features.
 
     Source: Krueger and Memisevic (2016), eq. 1.
 
@@ -86,7 +89,7 @@ class NormChange(_OfTransitions):
     """
 
     squared: bool = False
-    time: int | None = None
+    dim: int | None = None
 
     keywords = ("norm_change",)
 
@@ -115,7 +118,7 @@ def _sequences(h: Tensor, batch: int | None, time: int | None, mask: Tensor | No
     steps = int(batch == 0) if time is None else time
     if not -rank <= steps < rank or steps % rank == batch:
         raise PenaltyError(
-            f"time={steps} should be the axis of the steps, beside the batch axis {batch}, of an output of shape "
+            f"dim={steps} should be the axis of the steps, beside the batch axis {batch}, of an output of shape "
             f"{tuple(h.shape)}"
         )
 

@@ -66,7 +66,7 @@ class _Samples:
         return sums / size.real.clamp_min(1), size.real.detach()
 
 
-def unit_axis(h: Tensor, per: int | None, batch: int | None) -> int:
+def unit_axis(h: Tensor, given: int | None, batch: int | None, name: str = "per", whose: str = "units") -> int:
     """The axis of the units (or classes) of a layer's output, counted from zero.
 
     Raises:
@@ -74,15 +74,15 @@ def unit_axis(h: Tensor, per: int | None, batch: int | None) -> int:
     """
     if batch is not None:
         batch_size(h, batch)
-    if per is None and h.dim() > 3:
+    if given is None and h.dim() > 3:
         raise PenaltyError(
-            f"which axis of an output of shape {tuple(h.shape)} are the units? Write per=1 for the channels of "
-            "(batch, channel, height, width), per=-1 for the last"
+            f"which axis of an output of shape {tuple(h.shape)} are the {whose}? Write {name}=1 for the channels "
+            f"of (batch, channel, height, width), {name}=-1 for the last"
         )
-    axis = -1 if per is None else per
+    axis = -1 if given is None else given
     if not -h.dim() <= axis < h.dim() or (batch is not None and h.dim() > 1 and (axis - batch) % h.dim() == 0):
         raise PenaltyError(
-            f"per={axis} should be the axis of the units, beside the batch axis {batch}, of an output of shape "
+            f"{name}={axis} should be the axis of the {whose}, beside the batch axis {batch}, of an output of shape "
             f"{tuple(h.shape)}"
         )
     return axis % h.dim()

@@ -12,7 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from restrain.axes import Per, checked, grouping, grouping_at
+from restrain.axes import Per, checked, checked_dim, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
@@ -136,8 +136,7 @@ class TotalVariation(Penalty):
     soft_after = True
 
     def __post_init__(self) -> None:
-        if not isinstance(checked(self.dim), int | str):
-            raise PenaltyError(f"dim= is a dim such as 0, or an axis by name such as 'in'; got {self.dim!r}")
+        checked_dim(self.dim)
 
     def __call__(self, w: Tensors) -> Tensor:
         dim = self.dim_of(w.shape)

@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import inf, isnan
-from numbers import Real
+from math import inf
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
+from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
@@ -78,18 +78,18 @@ class Box(Constraint):
     """low ≤ x ≤ high for every entry: others move to the nearer bound.
 
     Args:
-        low: the lower bound, a number or -inf.
-        high: the upper bound, a number or inf.
+        low: the lower bound, or None for none.
+        high: the upper bound, or None for none.
 
     Raises:
-        TransformError: bounds that no number is between; a complex tensor.
+        TransformError: no bound, or bounds that no number is between; a complex tensor.
 
     >>> rs.Box(-1, 1).project(torch.tensor([-3.0, 0.5, 2.0]))
     tensor([-1.0000,  0.5000,  1.0000])
     """
 
-    low: float = -inf
-    high: float = inf
+    low: float | None = None
+    high: float | None = None
 
     convex = True
 
@@ -99,20 +99,31 @@ class Box(Constraint):
         return Interval(*[None if abs(bound) == inf else float(bound) for bound in (self.low, self.high)])
 
     def __post_init__(self) -> None:
-        for name, bound in (("low", self.low), ("high", self.high)):
-            if not isinstance(bound, Real) or isinstance(bound, bool) or isnan(bound):
-                raise TransformError(f"{name}= is a number, or infinite; got {bound!r}")
-        if not self.low <= self.high or self.low == inf or self.high == -inf:
-            raise TransformError(
-                f"low= is a number that is not above high=; got low={self.low!r} and high={self.high!r}"
-            )
+        for name, none in (("low", -inf), ("high", inf)):
+            bound = getattr(self, name)
+            if bound == none:  # version 0.1 wrote no bound so
+                object.__setattr__(self, name, None)
+            elif bound is not None and not is_number(bound):
+                raise TransformError(f"{name}= is a finite number, or None for no bound; got {bound!r}")
+        if self.low is None and self.high is None:
+            raise TransformError("Box needs a bound: write low=, high= or both")
+        low, high = self._bounds()
+        if low > high:
+            raise TransformError(f"low= is a number that is not above high=; got low={low!r} and high={high!r}")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        Box.__post_init__(self)
+
+    def _bounds(self) -> tuple[float, float]:
+        return -inf if self.low is None else self.low, inf if self.high is None else self.high
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no bounds: Box needs a real one")
         return w.clamp(self.low, self.high) + 0.0  # -0.0 becomes +0.0
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
-        low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in (self.low, self.high))
+        low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in self._bounds())
         return _one_sided(v, w <= low, w >= high)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.errors import TransformError
+from restrain.extras import needing
 
 _BLOCK = 2**20  # numbers that are read at a time
 
@@ -331,7 +332,8 @@ def _alike(blocks: Iterator[tuple[int, Tensor]], missing: str) -> Iterator[Tenso
 
 
 def _ndarray(x: Any) -> Any:
-    import numpy
+    with needing("models", "data that isn't a tensor"):
+        import numpy
 
     array = numpy.asanyarray(x)  # memory-mapped ones stay so
     if array.dtype.kind not in "biuf":

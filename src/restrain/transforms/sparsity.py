@@ -10,9 +10,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, grouping, grouping_at
+from restrain.axes import Dim, Grouping, checked_dim, grouping, grouping_at
 from restrain.errors import TransformError
-from restrain.fields import is_whole
+from restrain.fields import is_whole, renamed
 from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.transforms.base import Constraint, wide
@@ -79,6 +79,7 @@ class TopK(ByGroup):
         return torch.where(from_matrix(largest(rows, k), groups, tuple(w.shape)), w, 0)
 
 
+@renamed(along="dim")
 @dataclass(frozen=True)
 class NM(Constraint):
     """At most n of m consecutive entries differ from zero: the n largest |x| of each m stay.
@@ -88,7 +89,7 @@ class NM(Constraint):
     Args:
         n: how many may differ from zero.
         m: of how many.
-        along: the axis on which they are consecutive, by its meaning or as a dim (see `axes`).
+        dim: the dim along which they are consecutive, or the axis by its meaning, such as "in" (see `axes`).
 
     Raises:
         TransformError: numbers without 1 ≤ n < m; an axis whose length m doesn't divide.
@@ -102,14 +103,14 @@ class NM(Constraint):
 
     n: int
     m: int
-    along: Per = "in"
+    dim: Dim = "in"
 
     cone = True
 
     def __post_init__(self) -> None:
         if not (is_whole(self.n, 1) and is_whole(self.m, 1) and self.n < self.m):
             raise TransformError(f"n= and m= are whole numbers with 1 ≤ n < m; got n={self.n!r}, m={self.m!r}")
-        checked(self.along)
+        checked_dim(self.dim)
 
     def project(self, w: Tensor) -> Tensor:
         return self._keep(wide(w).abs(), w)
@@ -118,21 +119,21 @@ class NM(Constraint):
         return self._keep(torch.where(w != 0, inf, wide(v).abs()), v)
 
     def bound_to(self, at: Location) -> Self:
-        groups = grouping_at(self.along, at)
+        groups = grouping_at(self.dim, at)
         self._length(groups, at.name)
-        return dataclasses.replace(self, along=groups)
+        return dataclasses.replace(self, dim=groups)
 
     def _length(self, groups: Grouping, name: str = "") -> int:
         length = groups.shape[groups.keep[-1]]
         if length % self.m:
             raise TransformError(
-                f"{self.m} consecutive entries don't divide the {length} along {self.along!r} of a tensor of shape "
-                f"{groups.shape}{f' ({name!r})' if name else ''}: leave it out, or say along="
+                f"{self.m} consecutive entries don't divide the {length} along dim={self.dim!r} of a tensor of shape "
+                f"{groups.shape}{f' ({name!r})' if name else ''}: leave it out, or say dim="
             )
         return length
 
     def _keep(self, size: Tensor, w: Tensor) -> Tensor:
-        groups = grouping(self.along, w.shape)
+        groups = grouping(self.dim, w.shape)
         self._length(groups)
         if not w.numel():
             return w.clone()

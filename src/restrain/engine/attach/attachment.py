@@ -17,7 +17,7 @@ from restrain.engine.attach import report
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.installation import Hooks
-from restrain.engine.attach.state import DetachedAttachment, check, fill
+from restrain.engine.attach.state import DetachedAttachment, by_new_names, check, fill
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
@@ -413,7 +413,7 @@ class Attachment:
         Raises:
             PlanError: it belongs to other rules, or a part of it is missing; nothing is changed then.
         """
-        mine = self.state_dict()
+        mine, state = self.state_dict(), by_new_names(state)
         check(state, mine)
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):

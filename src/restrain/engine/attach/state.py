@@ -8,7 +8,15 @@ from typing import Any
 from torch import Tensor
 
 from restrain.errors import DetachedError, PlanError
+from restrain.fields import text_by_new_names
 from restrain.plans import Plan
+
+
+def by_new_names(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved state whose rules are called as this version calls them."""
+    kinds = {key: state[key] for key in ("kept", "strengths") if isinstance(state.get(key), Mapping)}
+    named = {kind: {text_by_new_names(key): held for key, held in states.items()} for kind, states in kinds.items()}
+    return {**state, "rules": [text_by_new_names(str(key)) for key in state.get("rules", ())], **named}
 
 
 def check(state: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
