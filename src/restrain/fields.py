@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
 from typing import Any, TypeGuard
@@ -35,3 +37,16 @@ def is_number(value: Any) -> bool:
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
     """Whether it is a whole number, not below `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence, at most so many of them, and how many more there are."""
+    shown = ", ".join(names[:most]) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def near_names(wrong: Sequence[str], names: Sequence[str]) -> str:
+    """The end of an error about names that don't exist: at most ten near names, and the others where they are few."""
+    near = list(dict.fromkeys(name for one in wrong for name in get_close_matches(one, names)))
+    hint = f" (near it: {listed(near)})" if near else ""
+    return f"{hint}; there are: {listed(names, 12)}" if not near or len(names) <= 12 else hint

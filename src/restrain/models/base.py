@@ -20,7 +20,7 @@ from restrain.models import checkpoints, files, keywords, optimizers, progress, 
 from restrain.models.data import Samples, Scale, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
-from restrain.models.running import Plain, running
+from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
 from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
@@ -62,6 +62,8 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
+        for cls in state.get("_meant", ()):
+            registry.adopt(cls)
 
     # ---------------------------------------------------------------- what the kinds of models differ in
 
@@ -264,8 +266,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if samples.x.ndim == 3 and not self._steps:
             layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
         self.seed_ = place.agreed(self._new_seed(chosen))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator(self.seed_, 0).initial_seed())
+        with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
         double = samples.x.dtype == np.float64 and str(chosen.device or "cpu") == "cpu"
         precision = chosen.precision or ("64" if double else "32")
@@ -294,7 +295,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         """That of `random_state`; without one that of the checkpoint to go on from, or one of torch's generator."""
         if self.random_state is None:
             known = checkpoints.seed(chosen.checkpoint)
-            return int(torch.randint(2**31 - 1, ())) if known is None else known
+            return new_seed() if known is None else known
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     # ---------------------------------------------------------------- use
