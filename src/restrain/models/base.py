@@ -78,6 +78,9 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         """The size of the output layer that the data ask for."""
         raise NotImplementedError
 
+    def _check_split(self, part: Samples, held: Samples) -> None:
+        """Warn of what validation can't judge."""
+
     _labels = False
     _has_targets = True
 
@@ -234,7 +237,9 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if valid is None or (isinstance(valid, (int, float)) and valid is not False and valid == 0):
             return samples, None
         if isinstance(valid, (int, float, np.floating)):
-            return split(samples, float(valid), self.seed_)
+            part, held = split(samples, float(valid), self.seed_)
+            self._check_split(part, held)
+            return part, held
         return samples, self._samples(*self._unpacked(valid), reset=False)
 
     def _learn_scales(self, samples: Samples) -> None:

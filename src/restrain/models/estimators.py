@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import numpy as np
@@ -14,8 +15,9 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 from torch.nn import functional as F
 
-from restrain.errors import PlanError
+from restrain.errors import PlanError, RestrainWarning
 from restrain.models.base import KeywordModel
+from restrain.models.data import Samples, warn_of_unheld
 
 
 class _CrossEntropy:
@@ -114,7 +116,30 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
             raise PlanError(f"y has the labels {new[:10].tolist()}, which are not among {self.classes_[:20].tolist()}")
         return indices.reshape(y.shape[:2] if steps else -1)
 
+    def _check_split(self, part: Samples, held: Samples) -> None:
+        if held.y.ndim == 1:
+            warn_of_unheld(part.y[part.rows], held.y[held.rows], self.classes_)
+
     def _learned_classes(self, labels: Any) -> Any:
+        known = self._known_classes(labels)
+        found = np.unique(labels)
+        if len(known) < 2:
+            raise PlanError(
+                f"a classifier tells at least two classes apart, got one class only: {found.tolist()}; for data of one "
+                "kind there is rs.Autoencoder"
+            )
+        if len(found) == 1 and len(labels) > 1 and "_classes" not in vars(self):
+            warnings.warn(
+                f"all {len(labels)} labels are of one class, {found[0].item()!r}: any network learns to say that",
+                RestrainWarning,
+                stacklevel=2,
+            )
+        return known
+
+    def _known_classes(self, labels: Any) -> Any:
+        """All classes that there will be: as `partial_fit` says, class indices below the size of the output, or those
+        that there are.
+        """
         if "_classes" in vars(self):
             return self._classes
         if self.layers is not None and labels.dtype.kind in "iu":
