@@ -182,11 +182,10 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         known = (*settings.NAMES, "how", *of_rules)
         wrong = [name for name in given if name not in known]
         if wrong:
-            raise keywords.unknown(wrong, known, f"training a {type(self).__name__}")
+            raise keywords.unknown(wrong, known, type(self).__name__)
         own = {name: getattr(self, name) for name in known}
-        for one, other in (("weight_l2", "weight_decay"), ("weight_decay", "weight_l2")):
-            if given.get(one) is not None and other not in given:
-                own[other] = None
+        for name in set(of_rules) & {name for name, value in given.items() if value is not None} - {"regularizers"}:
+            own.update(dict.fromkeys(keywords.aliases(name, of_rules)))
         values = {**own, **given}
         chosen = Settings(**{name: values[name] for name in settings.NAMES})
         return chosen, {name: values[name] for name in of_rules}, values["how"]
