@@ -17,13 +17,13 @@ from torch import Tensor
 from restrain import registry
 from restrain.errors import FileError, PlanError
 from restrain.models import checkpoints, files, keywords, optimizers, progress, settings
-from restrain.models.data import Samples, Scale, batches, generator, split
+from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
-from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
+from restrain.models.specs import RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Task, Training
 from restrain.transforms.normalization import Standardize
 
@@ -211,15 +211,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _inputs(self, x: Any, reset: bool) -> Any:
         """The inputs as an array, which is not copied where it is one already."""
         if getattr(x, "ndim", 2) != 3:
-            x = validate_data(self, x, reset=reset, dtype="numeric")
+            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric"), "X")
             layers = None if reset else self.layers_
             if layers and any(layer["form"] in RECURRENT for layer in layers):
                 raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
             return x
-        x = check_array(x, dtype="numeric", allow_nd=True)
+        x = as_numbers(x, lambda: check_array(x, dtype="numeric", allow_nd=True), "X")
         if reset:
-            specs = self.layers if self.layers is not None else self.hidden
-            if not any(form in str(spec) for spec in np.atleast_1d(np.array(specs, object)) for form in RECURRENT):
+            if not set(forms(self.hidden if self.layers is None else self.layers)) & set(RECURRENT):
                 raise PlanError(
                     "Found array with dim 3, while dim <= 2 is required without recurrent layers; for sequences "
                     "(batch, time, features) write layers such as (20, 'lstm')"
@@ -263,8 +262,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         """A new network, by the layers that were given or by the data."""
         given = self.layers
         if given is None:
-            sizes = [self.hidden] if isinstance(self.hidden, (int, np.integer)) else list(self.hidden)
-            given = [self.n_features_in_, *sizes, self._outputs()]
+            given = [self.n_features_in_, *as_list(self.hidden), self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
         if samples.x.ndim == 3 and not self._steps:

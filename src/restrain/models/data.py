@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,6 +17,52 @@ from restrain.fields import listed
 from restrain.transforms.normalization import Standardize
 
 _LOADED = 2**30  # bytes of samples that are made tensors at once
+
+
+@runtime_checkable
+class _Frame(Protocol):
+    """A table of named columns, each of its own type, of pandas or Polars."""
+
+    columns: Any
+    dtypes: Any
+
+    def __getitem__(self, name: Any) -> Any: ...
+
+
+def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
+    """The array of numbers that scikit-learn's `check` makes of what was given.
+
+    Raises:
+        PlanError: columns of a table, or the whole, are something else, such as categories or dates.
+    """
+    try:
+        array = check()
+    except (TypeError, ValueError) as error:
+        if not isinstance(given, _Frame) or not _strange_columns(given):
+            raise
+        raise _no_numbers(given, name) from error
+    if array.dtype.kind not in "biuf":
+        raise _no_numbers(given if isinstance(given, _Frame) else array, name)
+    return array
+
+
+def _strange_columns(table: _Frame) -> list[str]:
+    """The columns that aren't numbers, with their types."""
+    kinds = [np.asarray(table[column]).dtype for column in table.columns]
+    return [
+        f"{column!r} ({dtype})"
+        for column, dtype, kind in zip(table.columns, table.dtypes, kinds, strict=True)
+        if kind.kind not in "biuf"
+    ]
+
+
+def _no_numbers(given: Any, name: str) -> PlanError:
+    columns = isinstance(given, _Frame)
+    said = f"its columns {listed(_strange_columns(given))} aren't" if columns else f"got {given.dtype}"
+    return PlanError(
+        f"{name} is of numbers, {said}: make numbers of them first, of categories by pandas.get_dummies, of dates as "
+        "days since one of them; or leave them out"
+    )
 
 
 @dataclass(frozen=True)
