@@ -63,12 +63,7 @@ def make(
     else:
         raise PlanError(f"algo= is a name such as 'adam', or a class of optimizers; got {algo!r}")
     if momentum is not None:
-        if "momentum" not in inspect.signature(build).parameters:
-            having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
-            raise PlanError(f"algo={algo!r} has no momentum=; these have: {', '.join(having)}, nag")
-        if not (isinstance(momentum, Real) and 0 <= momentum < 1):
-            raise PlanError(f"momentum= is a number from 0 to below 1, got {momentum!r}")
-        options["momentum"] = momentum
+        options["momentum"] = _checked_momentum(algo, build, momentum)
     if options.get("nesterov") and options["momentum"] == 0:
         raise PlanError("algo='nag' needs a momentum above zero; without momentum it is 'sgd'")
     build = functools.partial(_light, build) if build in _CLASSES.values() else build
@@ -79,6 +74,21 @@ def make(
     if not isinstance(made, Optimizer):
         raise PlanError(f"algo={algo!r} gave {type(made).__name__}, not a torch optimizer")
     return made
+
+
+def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> Any:
+    """The momentum, if the optimizer has one.
+
+    Raises:
+        PlanError: it has none, or the number can't be.
+    """
+    if "momentum" not in inspect.signature(build).parameters:
+        having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
+        shown = ", ".join([name for name in having if name in NAMES])
+        raise PlanError(f"algo={algo!r} has no momentum=; these have: {shown}, nag")
+    if not (isinstance(momentum, Real) and 0 <= momentum < 1):
+        raise PlanError(f"momentum= is a number from 0 to below 1, got {momentum!r}")
+    return momentum
 
 
 def rate_at(learning_rate: Any, epoch: int) -> float:
