@@ -6,8 +6,9 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from math import inf, isfinite
 from numbers import Real
 from typing import Any, TypeGuard, TypeVar
@@ -128,3 +129,16 @@ def level_of_caller() -> int:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "restrain":
         frame, level = frame.f_back, level + 1
     return level
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Names in a sentence, at most so many of them, and how many more there are."""
+    shown = ", ".join(names[:most]) or "none"
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def near_names(wrong: Sequence[str], names: Sequence[str]) -> str:
+    """The end of an error about names that don't exist: at most ten near names, and the others where they are few."""
+    near = list(dict.fromkeys(name for one in wrong for name in get_close_matches(one, names)))
+    hint = f" (near it: {listed(near)})" if near else ""
+    return f"{hint}; there are: {listed(names, 12)}" if not near or len(names) <= 12 else hint

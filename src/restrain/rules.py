@@ -32,8 +32,7 @@ class What:
         super().__init_subclass__(**others)
         if "__repr__" not in vars(cls):
             cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass doesn't write its own then
-        if register:
-            registry.register(cls, (cls.__name__.lower(), *cls.keywords))
+        registry.register(cls, (cls.__name__.lower(), *cls.keywords) if register else ())
 
     def __repr__(self) -> str:
         return call_text(self)

@@ -10,7 +10,7 @@ import pytest
 
 from restrain.cli import jobs, tables
 from restrain.cli.encoding import Encoding, Feature
-from restrain.errors import DataError
+from restrain.errors import DataError, RestrainWarning
 
 TEXT = "age,color,wage\n30,red,1e3\n41,blue,2000.5\n52,red,-3\n"
 
@@ -311,10 +311,13 @@ def test_split():
     assert sorted([*train, *valid]) == list(range(100))
     assert jobs.split(100, 0.2, seed=1)[1].tolist() == valid.tolist()
     assert jobs.split(100, 0.2, seed=2)[1].tolist() != valid.tolist()
-    rare = np.array(["common"] * 99 + ["rare"])
+    y = np.array(["common"] * 90 + ["rare"] * 10)
     for seed in range(30):
-        train, valid = jobs.split(100, 0.5, seed, rare)
-        assert 99 in train
+        train, valid = jobs.split(100, 0.5, seed, y)
+        assert (y[valid] == "rare").sum() == 5
         assert len(train) + len(valid) == 100
+    with pytest.warns(RestrainWarning, match="no row is held back of 'once'"):
+        train, valid = jobs.split(100, 0.5, 0, np.array(["often"] * 99 + ["once"]))
+    assert 99 in train
     with pytest.raises(DataError, match="leaves none"):
         jobs.split(3, 0.1, 0)

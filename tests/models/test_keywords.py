@@ -1,10 +1,13 @@
 """Keywords of the models: what each one adds, by its formula in NumPy; and what is refused."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 
 import restrain as rs
+from restrain import registry
 from restrain.errors import HowError, PenaltyError, PlanError, RestrainError, RestrainWarning, SelectionError
 from restrain.models import keywords
 from restrain.models.layers import Network
@@ -233,7 +236,7 @@ def test_noise_acts_at_its_places_and_in_training_only():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"weight_l3": 0.1}, PlanError, r"near it: weight_l\d.*hidden_dropout.*quartic"),
+        ({"weight_l3": 0.1}, PlanError, r"no keyword 'weight_l3' \(near it: weight_l2, weight_l1, weighted\)$"),
         ({"weight_l1": -0.1}, PenaltyError, "weight_l1=-0.1: a strength is a finite number, zero or more"),
         ({"weight_l1": "0.1"}, PlanError, "expected a number, or a dict"),
         ({"weight_l1": True}, PlanError, "expected a number"),
@@ -247,7 +250,11 @@ def test_noise_acts_at_its_places_and_in_training_only():
             HowError,
             "'loss' or 'gradient' or 'decoupled' or 'proximal'",
         ),
-        ({"weight_l2": 0.1, "weight_decay": 0.1}, PlanError, "another name of weight_l2"),
+        (
+            {"weight_l2": 0.1, "weight_decay": 0.1},
+            PlanError,
+            r"^weight_l2 and weight_decay are names of one thing, L2 on weights: write one.*regularizers=\[.*rs\.L2\(",
+        ),
         ({"hidden_l1": {"strength": 0.1, "on": "hidden"}}, PlanError, "matches no layer.*'in', 'hid1', 'out'"),
         ({"hidden_dropout": 1.0}, RestrainError, "from 0 to below 1; got 1.0"),
         ({"dropout": {"hid1": -0.1}}, RestrainError, "from 0 to below 1"),
@@ -270,6 +277,63 @@ def test_refused_with_what_exists(given, error, message):
     model = rs.Classifier([4, 8, 3])
     with pytest.raises(error, match=message):
         model.train((IRIS, RNG.integers(0, 3, 30)), epochs=1, **given)
+
+
+TWICE = [
+    ("weight_l2", "l2"),
+    ("weight_decay", "l2"),
+    ("weight_l1", "l1"),
+    ("grouplasso", "group_lasso"),
+    ("tv", "total_variation"),
+    ("totalvariation", "tv"),
+    ("max_norm", "maxnorm"),
+    ("nonnegative", "non_negative"),
+    ("slope", "owl"),
+    ("hidden_noise", "gaussiannoise"),
+    ("gaussian_noise", "gaussiannoise"),
+    ("drop_path", "stochastic_depth"),
+    ("kl_sparsity", "klsparsity"),
+    ("recurrent_state", "state_change"),
+    ("recurrent_norm", "normchange"),
+    ("decov", "decorrelation"),
+]
+
+
+@pytest.mark.parametrize("names", TWICE, ids="+".join)
+def test_two_names_of_one_thing_are_refused(names):
+    layers = resolve([4, (5, "rnn"), 3])
+    for pair in (names, names[::-1]):
+        with pytest.raises(PlanError, match=f"^{pair[0]} and {pair[1]} are names of one thing, "):
+            keywords.rules(dict.fromkeys(pair, 0.1), keywords.Context(layers))
+        one = {pair[0]: 0.1, pair[1]: None}
+        for off in (None, False, *([] if pair[1] in keywords.CONSTRAINTS else [0, 0.0])):
+            keywords._refuse_aliases(
+                [name for name, value in {**one, pair[1]: off}.items() if keywords._acts(name, value)]
+            )
+
+
+def test_every_two_names_of_one_class_are_names_of_one_thing():
+    """Whatever is registered; and what acts elsewhere, or is of another class, goes together."""
+    known = keywords.names()
+    for name in registry.names():
+        same = {other for other in registry.names() if registry.lookup(other) is registry.lookup(name)}
+        if name not in keywords.OWN:
+            assert same - set(keywords.OWN) <= set(keywords.aliases(name, known)), name
+    together = ["weight_l1", "hidden_l1", "weight_l2", "input_noise", "hidden_noise", "output_noise", "noise",
+                "input_dropout", "hidden_dropout", "dropout", "max_norm", "grouplasso", "contractive", "jacobiannorm",
+                "recurrent_norm", "recurrent_state", "nonnegative", "quartic", "unitnorm"]  # fmt: skip
+    for name in together:
+        assert keywords.aliases(name, together) == [name]
+
+
+def test_an_alias_in_a_call_takes_the_place_of_the_models_own():
+    model = rs.Classifier([4, 8, 3], weight_l2=0.1, group_lasso=0.1, epochs=1)
+    data = (IRIS, RNG.integers(0, 3, 30))
+    model.train(data, l2=0.2).train(data, grouplasso=0.3).train(data)
+    rows = [sorted(set(row) & {"weight_l2", "l2", "group_lasso", "grouplasso"}) for row in model.history_]
+    assert rows == [["group_lasso", "l2"], ["grouplasso", "weight_l2"], ["group_lasso", "weight_l2"]]
+    with pytest.raises(PlanError, match="weight_l2 and l2 are names of one"):
+        model.set_params(l2=0.1).fit(*data)
 
 
 def test_a_network_without_hidden_layers_has_no_hidden_keywords():
@@ -309,3 +373,50 @@ def test_contractive_behind_a_batchnorm_is_refused():
     with pytest.raises(PlanError, match="depend on the other samples: use layernorm"):
         rs.Autoencoder([4, 8, "batchnorm", 4]).train(IRIS, contractive=0.1)
     rs.Autoencoder([4, 8, "layernorm", 5, 4], epochs=1).train(IRIS, contractive=0.1)
+
+
+# Words of other libraries
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("kind", "factor", "scale"), [("Classifier", 2, 1), ("Regressor", 1, 2)])
+def test_alpha_of_scikit_learn_is_what_the_error_says(kind, factor, scale):
+    """Its loss is ours (of a regressor half of ours), for its alpha = weight_l2 · factor · batch size."""
+    from sklearn import neural_network
+
+    alpha, y = 0.7, RNG.integers(0, 3, 30)
+    settings = {"alpha": alpha, "solver": "sgd", "learning_rate_init": 1e-12, "momentum": 0, "max_iter": 1}
+    reference = getattr(neural_network, f"MLP{kind}")(
+        hidden_layer_sizes=(8,), activation="tanh", batch_size=30, **settings
+    )
+    reference.fit(IRIS, y)
+    model = getattr(rs, kind)(hidden=(8,), activation="tanh", algo="sgd", learning_rate=0.0, epochs=1, batch_size=30)
+    model.fit(IRIS, y, weight_l2=alpha / (factor * 30))
+    with torch.no_grad():
+        for name, weight, bias in zip(("hid1", "out"), reference.coefs_, reference.intercepts_, strict=True):
+            model.module_.get_submodule(name).weight.copy_(torch.tensor(weight.T))
+            model.module_.get_submodule(name).bias.copy_(torch.tensor(bias))
+    loss = model.train((IRIS, y), weight_l2=alpha / (factor * 30)).history_[-1]["loss"]
+    assert loss == pytest.approx(scale * reference.loss_, rel=1e-9)
+
+
+@pytest.mark.parametrize("word", keywords.WORDS)
+def test_a_word_of_another_library_is_told_in_ours_in_one_line(word):
+    assert word not in rs.Classifier().get_params()
+    for call in (lambda: rs.Regressor(**{word: 1}), lambda: rs.Regressor([4, 1]).fit(IRIS, IRIS[:, 0], **{word: 1})):
+        with pytest.raises(PlanError, match=f"^Regressor has no keyword '{word}': write ") as caught:
+            call()
+        message = str(caught.value)
+        assert "\n" not in message
+        assert len(message) < 200
+    ours = set(re.findall(r"(\w+)=", keywords.WORDS[word]))
+    assert ours <= set(rs.Regressor().get_params())
+    assert ours or word == "warm_start"
+
+
+def test_words_beside_other_mistakes():
+    with pytest.raises(PlanError, match=r"no keyword 'max_iter': write epochs=; 'epoch' \(near it: epochs\)$"):
+        rs.Classifier(max_iter=3, epoch=3)
+    with pytest.raises(PlanError, match=r"no keyword 'zzz'; there are: layers, hidden, .* and \d+ more$") as caught:
+        rs.Classifier(zzz=3)
+    assert len(str(caught.value)) < 300

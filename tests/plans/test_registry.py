@@ -36,8 +36,10 @@ def test_registry():
     for stranger in (first, Scaled, int):
         with pytest.raises(PlanError, match="name of its own"):
             registry.name_of(stranger)
-    with pytest.raises(PlanError, match=r"near it: grouplasso.*there are: .*l1"):
+    with pytest.raises(PlanError, match=r"'gruplasso' \(near it: grouplasso, group_lasso, sparsegrouplasso\)$"):
         registry.lookup("gruplasso")
+    with pytest.raises(PlanError, match=r"'zzz'; there are: alpha_dropout, .* and \d+ more$"):
+        registry.lookup("zzz")
 
 
 def test_names_of_ours_cannot_be_taken():

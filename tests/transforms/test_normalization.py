@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 import restrain as rs
-from restrain.errors import TransformError
+from restrain.errors import RestrainWarning, TransformError
 from restrain.transforms import normalization
 
 EPS = np.finfo(np.float64).eps
@@ -308,3 +308,88 @@ def test_refuses_settings():
         rs.Standardize(missing="drop")
     with pytest.raises(TransformError, match="complex"):
         fitted()(torch.ones(2, 3, dtype=torch.complex64))
+
+
+# Names of columns
+
+
+def tables(**columns):
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame(columns)
+
+
+TABLE = {"a": [1.0, 3.0, 2.0], "b": [20.0, 20.0, 50.0], "c": [-1.0, 5.0, 0.0]}
+
+
+@pytest.mark.parametrize("kind", [rs.Standardize, rs.RobustScale])
+@pytest.mark.parametrize("columns", ["abc", "bac", "ab", "abcd", "abd", "xyz"])
+def test_names_of_columns_are_refused_where_scikit_learn_refuses_them(kind, columns):
+    table = tables(**TABLE)
+    scale, reference = kind().fit(table), StandardScaler().fit(table)
+    other = tables(**{name: TABLE.get(name, [0.0, 1.0, 2.0]) for name in columns})
+    assert scale.feature_names_in_ == tuple(reference.feature_names_in_)
+    if columns == "abc":
+        expected = reference.transform(other) if kind is rs.Standardize else scale(torch.tensor(other.to_numpy()))
+        np.testing.assert_allclose(scale(other), expected)
+        return
+    with pytest.raises(ValueError, match="feature names"):
+        reference.transform(other)
+    for call in (scale, scale.inverse, scale.inverse_std):
+        with pytest.raises(TransformError, match="feature names should be those of this"):
+            call(other)
+
+
+def test_what_is_wrong_with_the_names_is_said():
+    scale = rs.Standardize().fit(tables(**TABLE))
+    for columns, said in (
+        ("cab", r"a, b, c; got a table in the order c, a, b\. Choose.*table\[list\(scale\.feature_names_in_\)\]$"),
+        ("abcd", "got a table also with d. Choose"),
+        ("abd", "got a table without c, also with d$"),
+    ):
+        with pytest.raises(TransformError, match=said):
+            scale(tables(**{name: TABLE.get(name, [0.0, 1.0, 2.0]) for name in columns}))
+
+
+@pytest.mark.parametrize(("fitted_on", "called_with"), [("table", "array"), ("array", "table")])
+def test_where_names_cannot_be_checked_it_warns_as_scikit_learn_does(fitted_on, called_with):
+    table = tables(**TABLE)
+    data = {"table": table, "array": table.to_numpy()}
+    scale, reference = rs.Standardize().fit(data[fitted_on]), StandardScaler().fit(data[fitted_on])
+    with pytest.warns(UserWarning, match="feature names"):
+        expected = reference.transform(data[called_with])
+    with pytest.warns(RestrainWarning, match="same order can't be checked") as told:
+        found = scale(data[called_with])
+    assert told[0].filename == __file__
+    np.testing.assert_allclose(found, expected)
+    np.testing.assert_allclose(scale.inverse(found), table, atol=1e-12)  # no word: a result has no names
+    scale(torch.tensor(table.to_numpy()))
+
+
+def test_names_that_are_no_text():
+    table = tables(**TABLE)
+    table.columns = [0, 1, 2]
+    scale = rs.Standardize().fit(table)
+    assert scale.feature_names_in_ is None
+    scale(table.to_numpy())
+    table.columns = ["a", 1, "c"]
+    with pytest.raises(TransformError, match="got int among them"):
+        rs.Standardize().fit(table)
+    with pytest.raises(TypeError, match="Feature names are only supported"):
+        StandardScaler().fit(table)
+
+
+def test_names_of_chunks_of_copies_and_of_states():
+    table = tables(**TABLE)
+    scale = rs.Standardize().fit([table[:1], table[1:].to_numpy(), table[:2]])
+    assert scale.feature_names_in_ == ("a", "b", "c")
+    with pytest.raises(TransformError, match=r"of the first part.*in the order c, b, a"):
+        rs.Standardize().fit([table, table[["c", "b", "a"]]])
+    for twin in (copy.deepcopy(scale), pickle.loads(pickle.dumps(scale))):
+        with pytest.raises(TransformError, match="feature names"):
+            twin(table[["c", "b", "a"]])
+    scale.load_state_dict(copy.deepcopy(scale.state_dict()))
+    assert scale.feature_names_in_ is not None
+    scale.load_state_dict(rs.Standardize().fit(np.eye(3)).state_dict())
+    assert scale.feature_names_in_ is None
+    assert scale.fit(table).feature_names_in_ is not None
+    assert scale.fit(np.eye(3)).feature_names_in_ is None

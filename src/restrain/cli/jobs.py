@@ -14,7 +14,7 @@ from restrain.cli import tables
 from restrain.cli.encoding import Encoding
 from restrain.cli.tables import Table
 from restrain.errors import DataError
-from restrain.models import files, load
+from restrain.models import files, held_back, load, warn_of_unheld
 
 
 @dataclass
@@ -92,7 +92,7 @@ def targets(table: Table, model: str, names: Sequence[str]) -> Any:
 
 
 def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
-    """Rows to train on and rows to validate with, drawn by the seed; of each class some are trained on.
+    """Rows to train on and rows to validate with, drawn by the seed; of classes, each in its proportion.
 
     Args:
         count: of rows.
@@ -107,11 +107,12 @@ def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
     if not 0 < held < count:
         raise DataError(f"--valid {part:g} of {count} rows leaves none to validate with, or none to train on")
     order = np.random.default_rng(seed).permutation(count)
-    valid, train = order[:held], order[held:]
-    if y is not None:
-        only = ~np.isin(y[valid], y[train])
-        valid, train = valid[~only], np.concatenate([train, valid[only]])
-    return np.sort(train), np.sort(valid)
+    if y is None:
+        return held_back(order, held)
+    names, kinds = np.unique(y, return_inverse=True)
+    train, valid = held_back(order, held, kinds)
+    warn_of_unheld(kinds, kinds[valid], names)
+    return train, valid
 
 
 def prepare(

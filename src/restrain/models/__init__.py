@@ -3,7 +3,8 @@
 from restrain.extras import needing
 
 with needing("models", __name__):
+    from restrain.models.data import held_back, warn_of_unheld
     from restrain.models.estimators import Autoencoder, Classifier, Regressor
     from restrain.models.loading import load
 
-__all__ = ["Autoencoder", "Classifier", "Regressor", "load"]
+__all__ = ["Autoencoder", "Classifier", "Regressor", "held_back", "load", "warn_of_unheld"]

@@ -17,13 +17,13 @@ from torch import Tensor
 from restrain import registry
 from restrain.errors import FileError, PlanError
 from restrain.models import checkpoints, files, keywords, optimizers, progress, settings
-from restrain.models.data import Samples, Scale, batches, generator, split
+from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors
-from restrain.models.running import Plain, running
+from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
-from restrain.models.specs import RECURRENT, LayerData, hidden, resolve
+from restrain.models.specs import RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Task, Training
 from restrain.transforms.normalization import Standardize
 
@@ -62,6 +62,8 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
+        for cls in state.get("_meant", ()):
+            registry.adopt(cls)
 
     # ---------------------------------------------------------------- what the kinds of models differ in
 
@@ -75,6 +77,9 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _outputs(self) -> int:
         """The size of the output layer that the data ask for."""
         raise NotImplementedError
+
+    def _check_split(self, part: Samples, held: Samples) -> None:
+        """Warn of what validation can't judge."""
 
     _labels = False
     _has_targets = True
@@ -177,11 +182,10 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         known = (*settings.NAMES, "how", *of_rules)
         wrong = [name for name in given if name not in known]
         if wrong:
-            raise keywords.unknown(wrong, known, f"training a {type(self).__name__}")
+            raise keywords.unknown(wrong, known, type(self).__name__)
         own = {name: getattr(self, name) for name in known}
-        for one, other in (("weight_l2", "weight_decay"), ("weight_decay", "weight_l2")):
-            if given.get(one) is not None and other not in given:
-                own[other] = None
+        for name in set(of_rules) & {name for name, value in given.items() if value is not None} - {"regularizers"}:
+            own.update(dict.fromkeys(keywords.aliases(name, of_rules)))
         values = {**own, **given}
         chosen = Settings(**{name: values[name] for name in settings.NAMES})
         return chosen, {name: values[name] for name in of_rules}, values["how"]
@@ -207,15 +211,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _inputs(self, x: Any, reset: bool) -> Any:
         """The inputs as an array, which is not copied where it is one already."""
         if getattr(x, "ndim", 2) != 3:
-            x = validate_data(self, x, reset=reset, dtype="numeric")
+            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric"), "X")
             layers = None if reset else self.layers_
             if layers and any(layer["form"] in RECURRENT for layer in layers):
                 raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
             return x
-        x = check_array(x, dtype="numeric", allow_nd=True)
+        x = as_numbers(x, lambda: check_array(x, dtype="numeric", allow_nd=True), "X")
         if reset:
-            specs = self.layers if self.layers is not None else self.hidden
-            if not any(form in str(spec) for spec in np.atleast_1d(np.array(specs, object)) for form in RECURRENT):
+            if not set(forms(self.hidden if self.layers is None else self.layers)) & set(RECURRENT):
                 raise PlanError(
                     "Found array with dim 3, while dim <= 2 is required without recurrent layers; for sequences "
                     "(batch, time, features) write layers such as (20, 'lstm')"
@@ -232,7 +235,9 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if valid is None or (isinstance(valid, (int, float)) and valid is not False and valid == 0):
             return samples, None
         if isinstance(valid, (int, float, np.floating)):
-            return split(samples, float(valid), self.seed_)
+            part, held = split(samples, float(valid), self.seed_)
+            self._check_split(part, held)
+            return part, held
         return samples, self._samples(*self._unpacked(valid), reset=False)
 
     def _learn_scales(self, samples: Samples) -> None:
@@ -257,15 +262,13 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         """A new network, by the layers that were given or by the data."""
         given = self.layers
         if given is None:
-            sizes = [self.hidden] if isinstance(self.hidden, (int, np.integer)) else list(self.hidden)
-            given = [self.n_features_in_, *sizes, self._outputs()]
+            given = [self.n_features_in_, *as_list(self.hidden), self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
         if samples.x.ndim == 3 and not self._steps:
             layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
         self.seed_ = place.agreed(self._new_seed(chosen))
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(generator(self.seed_, 0).initial_seed())
+        with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
         double = samples.x.dtype == np.float64 and str(chosen.device or "cpu") == "cpu"
         precision = chosen.precision or ("64" if double else "32")
@@ -294,7 +297,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         """That of `random_state`; without one that of the checkpoint to go on from, or one of torch's generator."""
         if self.random_state is None:
             known = checkpoints.seed(chosen.checkpoint)
-            return int(torch.randint(2**31 - 1, ())) if known is None else known
+            return new_seed() if known is None else known
         return int(check_random_state(self.random_state).randint(2**31 - 1))
 
     # ---------------------------------------------------------------- use

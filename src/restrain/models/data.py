@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from restrain.errors import PlanError
+from restrain.errors import PlanError, RestrainWarning
+from restrain.fields import listed
 from restrain.transforms.normalization import Standardize
 
 _LOADED = 2**30  # bytes of samples that are made tensors at once
+
+
+@runtime_checkable
+class _Frame(Protocol):
+    """A table of named columns, each of its own type, of pandas or Polars."""
+
+    columns: Any
+    dtypes: Any
+
+    def __getitem__(self, name: Any) -> Any: ...
+
+
+def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
+    """The array of numbers that scikit-learn's `check` makes of what was given.
+
+    Raises:
+        PlanError: columns of a table, or the whole, are something else, such as categories or dates.
+    """
+    try:
+        array = check()
+    except (TypeError, ValueError) as error:
+        if not isinstance(given, _Frame) or not _strange_columns(given):
+            raise
+        raise _no_numbers(given, name) from error
+    if array.dtype.kind not in "biuf":
+        raise _no_numbers(given if isinstance(given, _Frame) else array, name)
+    return array
+
+
+def _strange_columns(table: _Frame) -> list[str]:
+    """The columns that aren't numbers, with their types."""
+    kinds = [np.asarray(table[column]).dtype for column in table.columns]
+    return [
+        f"{column!r} ({dtype})"
+        for column, dtype, kind in zip(table.columns, table.dtypes, kinds, strict=True)
+        if kind.kind not in "biuf"
+    ]
+
+
+def _no_numbers(given: Any, name: str) -> PlanError:
+    columns = isinstance(given, _Frame)
+    said = f"its columns {listed(_strange_columns(given))} aren't" if columns else f"got {given.dtype}"
+    return PlanError(
+        f"{name} is of numbers, {said}: make numbers of them first, of categories by pandas.get_dummies, of dates as "
+        "days since one of them; or leave them out"
+    )
 
 
 @dataclass(frozen=True)
@@ -135,7 +183,7 @@ def shuffled(size: int, seed: int, *path: int) -> Any:
 
 
 def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:
-    """Training and validation samples, drawn by the seed.
+    """Training and validation samples, drawn by the seed; of class indices, each class in its proportion.
 
     Raises:
         PlanError: a part that isn't between 0 and 1, or that leaves one of them empty.
@@ -145,8 +193,62 @@ def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:
     count = round(part * len(samples))
     if not 0 < count < len(samples):
         raise PlanError(f"valid={part!r} of {len(samples)} samples leaves none to validate on, or none to train on")
-    order = shuffled(len(samples), seed, 1)
-    return samples.part(np.sort(order[count:])), samples.part(np.sort(order[:count]))
+    rows = slice(None) if samples.rows is None else samples.rows
+    labels = samples.y[rows] if samples.labels and samples.y.ndim == 1 else None
+    train, valid = held_back(shuffled(len(samples), seed, 1), count, labels)
+    return samples.part(train), samples.part(valid)
+
+
+def held_back(order: Any, count: int, labels: Any = None) -> tuple[Any, Any]:
+    """Rows to train on and `count` rows to validate with, each sorted.
+
+    Args:
+        order: the rows in random order; the first are held back.
+        count: how many to hold back.
+        labels: the class of each row, by its number. Each class is held back in its proportion, rounded by the largest
+            remainders, as scikit-learn's `StratifiedShuffleSplit` does; at least one row of each is trained on.
+
+    Raises:
+        PlanError: that many rows can't be held back, with a row of each class left.
+    """
+    if labels is None:
+        return np.sort(order[count:]), np.sort(order[:count])
+    _, first, kinds, sizes = np.unique(labels[order], return_index=True, return_inverse=True, return_counts=True)
+    if len(order) - count < len(sizes):
+        raise PlanError(
+            f"holding back {count} of {len(order)} rows leaves fewer to train on than there are classes, {len(sizes)}: "
+            "hold back fewer, or give validation data of their own"
+        )
+    exact, most = sizes * count / len(order), sizes - 1
+    shares = np.minimum(np.floor(exact), most).astype(int)
+    by_remainder = np.lexsort((first, np.floor(exact) - exact))  # equal ones as they come in the random order
+    while shares.sum() < count:
+        free = by_remainder[shares[by_remainder] < most[by_remainder]]
+        shares[free[: count - shares.sum()]] += 1
+    by_class = np.argsort(kinds, kind="stable")
+    within = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    held = np.zeros(len(order), bool)
+    held[by_class] = within < np.repeat(shares, sizes)
+    return np.sort(order[~held]), np.sort(order[held])
+
+
+def warn_of_unheld(labels: Any, held: Any, names: Any) -> None:
+    """Warn of classes of which no row is held back.
+
+    Args:
+        labels: the class of each row, by its number.
+        held: those of the rows that are held back.
+        names: the name of each class.
+    """
+    absent = np.setdiff1d(labels, held)
+    if len(absent):
+        shown = listed([repr(name) for name in np.asarray(names)[absent].tolist()])
+        warnings.warn(
+            f"no row is held back of {shown}: too few rows for that part, and at least one is trained on. Validation "
+            "doesn't judge these classes; a larger valid=, or validation data of their own, would",
+            RestrainWarning,
+            stacklevel=2,
+        )
 
 
 def fingerprint(samples: Samples | None) -> list[Any]:

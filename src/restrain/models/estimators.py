@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, Self
 
 import numpy as np
@@ -14,8 +15,10 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d
 from torch import Tensor
 from torch.nn import functional as F
 
-from restrain.errors import PlanError
+from restrain.errors import PlanError, RestrainWarning
+from restrain.fields import listed
 from restrain.models.base import KeywordModel
+from restrain.models.data import Samples, as_numbers, warn_of_unheld
 
 
 class _CrossEntropy:
@@ -90,6 +93,36 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
         """The probability of each class, in the order of `classes_`."""
         return torch.softmax(self._forward(X), -1).numpy()
 
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """The part of samples (of sequences with a label a step: of steps) whose class is the most likely one.
+
+        Raises:
+            PlanError: labels of another kind than those of the training.
+        """
+        check_is_fitted(self, "module_")
+        self._check_kind(np.asarray(y))
+        if not self.labels_of_steps_:
+            return float(super().score(X, y, sample_weight))
+        right = (self.predict(X) == np.asarray(y)).mean(1)
+        return float(np.average(right, weights=sample_weight))
+
+    def _check_kind(self, labels: Any) -> None:
+        """Refuse text where the classes are numbers, and numbers where they are text.
+
+        Raises:
+            PlanError: so it is.
+        """
+        known, given = self.classes_.ravel().tolist(), labels.ravel().tolist()
+        kind = {isinstance(value, str) for value in known}
+        other = [
+            value for value in given if isinstance(value, str) not in kind and value is not None and value == value
+        ]
+        if other:
+            raise PlanError(
+                f"y has labels such as {other[0]!r}, where the classes of the training are "
+                f"{listed([repr(value) for value in known])}: give labels of that kind"
+            )
+
     def _finished(self, output: Tensor) -> Any:
         return torch.softmax(output, -1).numpy()
 
@@ -108,13 +141,38 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
             self.classes_ = self._learned_classes(labels)
         elif steps != self.labels_of_steps_:
             raise PlanError("a label for each step of a sequence, or one for the whole: as in the first training")
+        else:
+            self._check_kind(labels)
         indices = np.searchsorted(self.classes_, labels).clip(max=len(self.classes_) - 1)
         if (self.classes_[indices] != labels).any():
             new = np.setdiff1d(labels, self.classes_)
             raise PlanError(f"y has the labels {new[:10].tolist()}, which are not among {self.classes_[:20].tolist()}")
         return indices.reshape(y.shape[:2] if steps else -1)
 
+    def _check_split(self, part: Samples, held: Samples) -> None:
+        if held.y.ndim == 1:
+            warn_of_unheld(part.y[part.rows], held.y[held.rows], self.classes_)
+
     def _learned_classes(self, labels: Any) -> Any:
+        known = self._known_classes(labels)
+        found = np.unique(labels)
+        if len(known) < 2:
+            raise PlanError(
+                f"a classifier tells at least two classes apart, got one class only: {found.tolist()}; for data of one "
+                "kind there is rs.Autoencoder"
+            )
+        if len(found) == 1 and len(labels) > 1 and "_classes" not in vars(self):
+            warnings.warn(
+                f"all {len(labels)} labels are of one class, {found[0].item()!r}: any network learns to say that",
+                RestrainWarning,
+                stacklevel=2,
+            )
+        return known
+
+    def _known_classes(self, labels: Any) -> Any:
+        """All classes that there will be: as `partial_fit` says, class indices below the size of the output, or those
+        that there are.
+        """
         if "_classes" in vars(self):
             return self._classes
         if self.layers is not None and labels.dtype.kind in "iu":
@@ -169,7 +227,8 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
         return _SquaredError()
 
     def _targets(self, x: Any, y: Any, reset: bool) -> Any:
-        y = check_array(y, ensure_2d=False, allow_nd=True, dtype="numeric", input_name="y")
+        given = {"ensure_2d": False, "allow_nd": True, "dtype": "numeric", "input_name": "y"}
+        y = as_numbers(y, lambda: check_array(y, **given), "the target y of a Regressor")
         steps = x.ndim == 3 and y.ndim > 1 and y.shape[:2] == x.shape[:2]
         flat = y.ndim == (2 if steps else 1)
         if y.ndim > (3 if steps else 2):

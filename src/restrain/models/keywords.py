@@ -22,9 +22,8 @@ theanets' contractive and recurrent_norm, as coded, are other quantities, and ha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
@@ -32,7 +31,7 @@ from typing import Any
 from restrain import registry
 from restrain.activation_points import Places, inputs, outputs
 from restrain.errors import PlanError, RestrainError
-from restrain.fields import by_new_names
+from restrain.fields import by_new_names, near_names
 from restrain.models.specs import RECURRENT, LayerData, hidden
 from restrain.named_tensors import near
 from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
@@ -81,11 +80,44 @@ def registered(reserved: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in registry.names() if name not in (*OWN, "regularizers", *reserved))
 
 
+_SIZES, _EPOCHS, _VALID = (
+    "hidden=, the sizes of hidden layers",
+    "epochs=",
+    "valid=, a part of the data or data of their own",
+)
+_STRENGTH = "weight_l1= or weight_l2="
+WORDS = {
+    **dict.fromkeys(
+        ("hidden_layer_sizes", "hidden_sizes", "hidden_units", "hidden_layers", "n_hidden", "units"), _SIZES
+    ),
+    **dict.fromkeys(("layer_sizes", "sizes"), "layers=, the input first"),
+    "alpha": "weight_l2=; alpha of scikit-learn's MLPClassifier is weight_l2 · 2 · batch_size, of its MLPRegressor "
+    "weight_l2 · batch_size",
+    **dict.fromkeys(("max_iter", "n_iter", "n_epochs", "num_epochs", "max_epochs", "nb_epoch", "iterations"), _EPOCHS),
+    **dict.fromkeys(("early_stopping", "n_iter_no_change"), "patience=, validations without improvement, with valid="),
+    **dict.fromkeys(("validation_fraction", "validation_split", "validation_data", "eval_set"), _VALID),
+    "tol": "min_improvement=, a part of the loss",
+    **dict.fromkeys(("verbose", "verbosity"), "progress="),
+    **dict.fromkeys(("solver", "optimizer", "optim", "algorithm"), "algo="),
+    **dict.fromkeys(("learning_rate_init", "lr", "eta"), "learning_rate="),
+    "nesterovs_momentum": "algo= nag",
+    **dict.fromkeys(("seed", "random_seed"), "random_state="),
+    **dict.fromkeys(("dropout_rate", "dropout_prob"), "hidden_dropout="),
+    **dict.fromkeys(("C", "lam", "lambda_", "penalty", "l1_ratio", "kernel_regularizer"), _STRENGTH),
+    "activity_regularizer": "hidden_l1=",
+    **dict.fromkeys(("clipnorm", "grad_clip", "max_grad_norm", "gradient_clip_val"), "max_gradient_norm="),
+    **dict.fromkeys(("standardize", "scale"), "normalize="),
+    "warm_start": "train, a method, which goes on where the model is",
+}
+"""What other libraries call the keywords of ours."""
+
+
 def unknown(given: Sequence[str], known: Sequence[str], where: str) -> PlanError:
-    """The error for keywords that don't exist."""
-    close = [near for name in given for near in get_close_matches(name, known)]
-    hint = f" (near it: {', '.join(close)})" if close else ""
-    return PlanError(f"{where} has no keyword {', '.join(map(repr, given))}{hint}; there are: {', '.join(known)}")
+    """The error for keywords that don't exist: for a word of another library ours, else near names."""
+    ours = [f"{name!r}: write {WORDS[name]}" for name in given if name in WORDS]
+    others = [name for name in given if name not in WORDS]
+    wrong = f"{', '.join(map(repr, others))}{near_names(others, known)}"
+    return PlanError(f"{where} has no keyword {'; '.join([*ours, *([wrong] if others else [])])}")
 
 
 @dataclass(frozen=True)
@@ -144,14 +176,10 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
     Raises:
         PlanError: a keyword without meaning, or a value that it can't have.
     """
-    if settings.get("weight_decay") is not None and settings.get("weight_l2") is not None:
-        raise PlanError("weight_decay is another name of weight_l2: write one of them")
     made: list[Rule] = list(Plan.of(settings.get("regularizers")))
-    for keyword, value in settings.items():
-        if keyword == "regularizers" or value is None or value is False:
-            continue
-        if keyword not in CONSTRAINTS and _is_zero(value):
-            continue
+    acting = {keyword: value for keyword, value in settings.items() if _acts(keyword, value)}
+    _refuse_aliases(acting)
+    for keyword, value in acting.items():
         try:
             made += _of_keyword(keyword, value, context)
         except (RestrainError, TypeError) as error:
@@ -160,12 +188,50 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
     return made
 
 
+def _acts(keyword: str, value: Any) -> bool:
+    """Whether a keyword stands for a rule."""
+    if keyword == "regularizers" or value is None or value is False:
+        return False
+    return keyword in CONSTRAINTS or not (isinstance(value, Real) and value == 0)
+
+
+def _meaning(keyword: str) -> tuple[type, str]:
+    """The class that a keyword stands for, and where it acts unless told otherwise."""
+    cls: type[What] = OWN.get(keyword) or registry.lookup(keyword)
+    if keyword in PATTERNS:
+        return cls, "layers by their names"
+    if keyword in NOISES:
+        return cls, keyword.partition("_")[0]
+    if keyword in ACTIVATIONS or (issubclass(cls, Noise) and cls.on_places) or getattr(cls, "at_outputs", False):
+        return cls, "recurrent" if issubclass(cls, NormChange | StateChange) else "hidden"
+    return cls, "output" if issubclass(cls, OnDerivatives) else "weights"
+
+
+def aliases(keyword: str, names: Sequence[str]) -> list[str]:
+    """Those of `names` that stand for the same as a keyword, itself among them."""
+    meaning = _meaning(keyword)
+    return [name for name in names if name != "regularizers" and _meaning(name) == meaning]
+
+
+def _refuse_aliases(keywords: Collection[str]) -> None:
+    """Refuse two names of one thing, which would act twice.
+
+    Raises:
+        PlanError: there are such.
+    """
+    for keyword in keywords:
+        same = aliases(keyword, list(keywords))
+        if len(same) > 1:
+            cls, where = _meaning(keyword)
+            where = where if where == "weights" else f"{where} layers"
+            raise PlanError(
+                f"{' and '.join(same)} are names of one thing, {cls.__name__} on {where}: write one of them. A second "
+                f"one, elsewhere, is a rule: regularizers=[... rs.{cls.__name__}(...).on(...)]"
+            )
+
+
 def _are_globs(on: Any) -> bool:
     return isinstance(on, str) or (isinstance(on, (list, tuple)) and all(isinstance(glob, str) for glob in on))
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, Real) and value == 0
 
 
 def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:

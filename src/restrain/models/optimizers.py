@@ -13,14 +13,18 @@ from torch import nn
 from torch.optim import Optimizer
 
 from restrain.errors import PlanError
-from restrain.fields import is_number
+from restrain.fields import is_number, near_names
 
 _CLASSES = {
     name.lower(): cls
     for name, cls in vars(torch.optim).items()
     if isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer
 }
-NAMES = tuple(sorted({*_CLASSES, "nag"}))
+_UNFIT: dict[Any, str] = {
+    torch.optim.Muon: "moves matrices only, and networks have biases",
+    torch.optim.SparseAdam: "takes sparse gradients only, which no layer here has",
+}
+NAMES = tuple(sorted({name for name, cls in _CLASSES.items() if cls not in _UNFIT} | {"nag"}))
 _FUSED = ("adam", "adamw", "adagrad", "sgd", "nag")
 
 
@@ -42,10 +46,13 @@ def make(
     options: dict[str, Any] = {}
     if learning_rate is not None:
         options["lr"] = rate_at(learning_rate, 0)
+    unfit = _UNFIT.get(_CLASSES.get(algo.lower()) if isinstance(algo, str) else algo)
+    if unfit is not None:
+        raise PlanError(f"algo={algo!r} {unfit}; there are: {', '.join(NAMES)}")
     if isinstance(algo, str):
         name = algo.lower()
         if name not in NAMES:
-            raise PlanError(f"algo= names a torch optimizer, got {algo!r}; there are: {', '.join(NAMES)}")
+            raise PlanError(f"algo= names a torch optimizer, got {algo!r}{near_names([name], NAMES)}")
         if name == "nag":
             options.update(nesterov=True, momentum=0.9)
         if fused and name in _FUSED:
@@ -56,19 +63,32 @@ def make(
     else:
         raise PlanError(f"algo= is a name such as 'adam', or a class of optimizers; got {algo!r}")
     if momentum is not None:
-        if "momentum" not in inspect.signature(build).parameters:
-            having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
-            raise PlanError(f"algo={algo!r} has no momentum=; these have: {', '.join(having)}, nag")
-        if not (isinstance(momentum, Real) and 0 <= momentum < 1):
-            raise PlanError(f"momentum= is a number from 0 to below 1, got {momentum!r}")
-        options["momentum"] = momentum
+        options["momentum"] = _checked_momentum(algo, build, momentum)
     if options.get("nesterov") and options["momentum"] == 0:
         raise PlanError("algo='nag' needs a momentum above zero; without momentum it is 'sgd'")
     build = functools.partial(_light, build) if build in _CLASSES.values() else build
-    made = build(list(parameters), **options)
+    try:
+        made = build(list(parameters), **options)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"algo={algo!r} can't be made of the parameters and {options}: {error}") from error
     if not isinstance(made, Optimizer):
         raise PlanError(f"algo={algo!r} gave {type(made).__name__}, not a torch optimizer")
     return made
+
+
+def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> Any:
+    """The momentum, if the optimizer has one.
+
+    Raises:
+        PlanError: it has none, or the number can't be.
+    """
+    if "momentum" not in inspect.signature(build).parameters:
+        having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
+        shown = ", ".join([name for name in having if name in NAMES])
+        raise PlanError(f"algo={algo!r} has no momentum=; these have: {shown}, nag")
+    if not (isinstance(momentum, Real) and 0 <= momentum < 1):
+        raise PlanError(f"momentum= is a number from 0 to below 1, got {momentum!r}")
+    return momentum
 
 
 def rate_at(learning_rate: Any, epoch: int) -> float:

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ from torch.optim import Optimizer
 from restrain.errors import PlanError
 
 PRECISIONS = ("32", "64", "16-mixed", "bf16-mixed")
+_drawing = RLock()  # torch's generators belong to the process: threads that train draw from them in turn
+
+
+@contextmanager
+def seeded(seed: int, cuda: torch.device | None = None) -> Iterator[None]:
+    """Within it, torch's global generators draw from the seed; afterwards they stand where they stood."""
+    with _drawing, torch.random.fork_rng(devices=[] if cuda is None else [cuda]):
+        torch.default_generator.manual_seed(seed)
+        if cuda is not None:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
+def new_seed() -> int:
+    """A seed drawn from torch's global generator."""
+    with _drawing:
+        return int(torch.randint(2**31 - 1, ()))
 
 
 class Plain:
@@ -42,12 +60,9 @@ class Plain:
         """The number of the first process, in all of them."""
         return number
 
-    @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
         """Within it, torch's global generators draw from the seed; afterwards they stand where they stood."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            yield
+        return seeded(seed)
 
 
 class WithFabric(Plain):
@@ -102,14 +117,8 @@ class WithFabric(Plain):
     def agreed(self, number: int) -> int:
         return int(self.fabric.broadcast(number))
 
-    @contextmanager
-    def seeded(self, seed: int) -> Iterator[None]:
-        cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if cuda else []):
-            torch.default_generator.manual_seed(seed + self.rank)
-            if cuda:
-                torch.cuda.manual_seed(seed + self.rank)
-            yield
+    def seeded(self, seed: int) -> AbstractContextManager[None]:
+        return seeded(seed + self.rank, self.device if self.device.type == "cuda" else None)
 
 
 def running(device: Any, precision: str | None) -> Plain:

@@ -66,6 +66,20 @@ def resolve(specifications: Any, *, activation: str = "relu") -> list[LayerData]
     return layers
 
 
+def as_list(specifications: Any) -> list[Any]:
+    """Specifications as a list; a size alone is one."""
+    return [specifications] if isinstance(specifications, Integral) else list(specifications)
+
+
+def forms(specifications: Any) -> list[str]:
+    """The form of each layer.
+
+    Raises:
+        PlanError: a specification that can't be read.
+    """
+    return [_read(spec).get("form", "dense") for spec in as_list(specifications)]
+
+
 def _read(spec: Any) -> LayerData:
     """A specification as a dict with some of the keys."""
     if isinstance(spec, Mapping):
@@ -105,6 +119,8 @@ def _known(text: Any, known: Sequence[str], kind: str, spec: Any) -> str:
     name = ALIASES.get(str(text).lower(), str(text).lower())
     if name in known:
         return name
+    if name.startswith("bi"):
+        raise PlanError(f"{text!r}, in {spec!r}: layers read a sequence forwards only; write {' or '.join(RECURRENT)}")
     everything = [*dict.fromkeys((*known, *(FORMS if "or" in kind else ())))]
     near = get_close_matches(name, everything)
     hint = f" (near it: {', '.join(near)})" if near else ""

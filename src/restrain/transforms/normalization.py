@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -10,8 +11,9 @@ from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from restrain.errors import TransformError
+from restrain.errors import RestrainWarning, TransformError
 from restrain.extras import needing
+from restrain.fields import listed
 
 _BLOCK = 2**20  # numbers that are read at a time
 
@@ -23,10 +25,19 @@ class _Array(Protocol):
     def __array__(self) -> Any: ...
 
 
+@runtime_checkable
+class _Table(Protocol):
+    """A table whose columns have names, of pandas or Polars."""
+
+    columns: Any
+
+
 class _Scaling(nn.Module):
     """z = (x - shift) / size, for each feature, learned from data; shift and size are buffers with names."""
 
     names: ClassVar[tuple[str, str]]  # of shift and size
+    feature_names_in_: tuple[str, ...] | None = None
+    """The names of the columns of the table that it was fitted on. Not in the `state_dict`."""
 
     def __init__(self, missing: Literal["error", "ignore"] = "error") -> None:
         super().__init__()
@@ -44,14 +55,23 @@ class _Scaling(nn.Module):
         """Learn from data, anew, in float64.
 
         Args:
-            x: a tensor, an array (memory-mapped ones are read in blocks), or an iterable of such, each of which
-                holds further samples.
+            x: a tensor, an array (memory-mapped ones are read in blocks), a table with named columns, or an iterable
+                of such, each of which holds further samples.
 
         Raises:
             TransformError: no data, not numbers, chunks that don't fit together, infinite values, NaN unless
                 `missing="ignore"`, a feature without any value, or values too large for float64.
         """
-        shift, size = self._learn(_alike(_blocks(x), self.missing))
+        names: list[tuple[str, ...] | None] = []
+
+        def chunks() -> Iterator[Any]:
+            for chunk in _chunks(x):
+                names.append(_column_names(chunk))
+                _check_names(names[0], names[-1], "the first part")
+                yield chunk
+
+        shift, size = self._learn(_alike(_blocks(chunks()), self.missing))
+        self.feature_names_in_ = names[0]
         for name, learned in zip(self.names, (shift, size), strict=True):
             setattr(self, name, learned.to(self._buffers[name]))
         return self
@@ -70,7 +90,21 @@ class _Scaling(nn.Module):
         return self._shift.shape != (0,)
 
     def forward(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            self._warn_of_unnamed(_column_names(x))
         return self._mapped(x, lambda numbers: (numbers - self._shift) / self._size)
+
+    def _warn_of_unnamed(self, names: tuple[str, ...] | None) -> None:
+        """Warn where either the data of `fit` or those of a call have names of columns, and the others don't."""
+        known = self.feature_names_in_
+        if (names is None) != (known is None):
+            here, there = ("without", "with") if names is None else ("with", "without")
+            warnings.warn(
+                f"a table {here} names of columns, but this {type(self).__name__} was fitted {there} them: whether the "
+                "columns are in the same order can't be checked; fit and call it with the same kind of table",
+                RestrainWarning,
+                stacklevel=5,
+            )
 
     def inverse(self, z: Any) -> Any:
         """z · size + shift: values, means or quantiles on the scale of the data.
@@ -100,6 +134,7 @@ class _Scaling(nn.Module):
         if not self.fitted:
             kind = type(self).__name__
             raise TransformError(f"this {kind} has learned nothing yet: call .fit(x) first, or load its state_dict")
+        _check_names(self.feature_names_in_, _column_names(x), f"this {type(self).__name__}")
         numbers = x if isinstance(x, Tensor) else torch.from_numpy(_numbers(x))
         if numbers.is_complex():
             raise TransformError(f"expected real numbers, got {numbers.dtype}")
@@ -128,6 +163,8 @@ class _Scaling(nn.Module):
                     f"numbers and positive {self.names[1]}s; got the shapes {tuple(shift.shape)}, {tuple(size.shape)}"
                 )
                 return
+            if shift.shape != self._shift.shape or not shift.equal(self._shift.to(shift)):
+                self.feature_names_in_ = None  # what comes was learned from other data
             for name in self.names:
                 setattr(self, name, self._shift.new_zeros(shift.shape))
         super()._load_from_state_dict(state_dict, prefix, *others)
@@ -148,12 +185,15 @@ class Standardize(_Scaling):
     `state_dict`, which also an unfitted one loads. Results have the dtype of a floating-point input; NumPy arrays
     give NumPy arrays. Fitted in one pass, a block at a time.
 
+    Fitted on a table with named columns (pandas, Polars), it refuses tables with other names, or with another order, as
+    scikit-learn does, and warns of arrays, whose order nothing tells.
+
     Args:
         missing: "error" refuses NaN in `fit`; "ignore" learns from the values that are there. A call turns NaN
             into NaN.
 
     Raises:
-        TransformError: calls before `fit`, or with another number of features.
+        TransformError: calls before `fit`, with another number of features, or with other names.
 
     >>> scale = rs.Standardize().fit(torch.tensor([[0.0, 5.0], [2.0, 5.0]]))
     >>> scale(torch.tensor([[4.0, 5.0]]))
@@ -291,30 +331,68 @@ class _Moments:
         return mean, torch.where(constant, 1.0, deviation)
 
 
-def _blocks(x: Any) -> Iterator[tuple[int, Tensor]]:
-    """Samples in float64, a block at a time, each with the number of its first sample."""
+def _column_names(x: Any) -> tuple[str, ...] | None:
+    """The names of the columns of a table; None where they aren't text.
+
+    Raises:
+        TransformError: some of them are text, others aren't.
+    """
+    if isinstance(x, Tensor) or not isinstance(x, _Table):
+        return None
+    names = tuple(x.columns)
+    kinds = {isinstance(name, str): type(name).__name__ for name in names}
+    if len(kinds) == 2:
+        raise TransformError(
+            f"the names of columns are all text or none is, got {kinds[False]} among them: rename them, as by "
+            "table.columns = table.columns.astype(str)"
+        )
+    return names if True in kinds else None
+
+
+def _check_names(known: tuple[str, ...] | None, names: tuple[str, ...] | None, what: str) -> None:
+    """Refuse a table with other columns than `what` has, or in another order.
+
+    Raises:
+        TransformError: so it is.
+    """
+    if known is None or names is None or names == known:
+        return
+    missing, new = [n for n in known if n not in names], [n for n in names if n not in known]
+    said = [f"{word} {listed(some)}" for word, some in (("without", missing), ("also with", new)) if some]
+    raise TransformError(
+        f"the feature names should be those of {what}, in their order: {listed(known)}; got a table "
+        f"{', '.join(said) or f'in the order {listed(names)}'}"
+        + ("" if missing else ". Choose the columns: table[list(scale.feature_names_in_)]")
+    )
+
+
+def _chunks(x: Any) -> Iterator[Any]:
+    """The tensors, arrays and tables that data come in."""
     if isinstance(x, (Tensor, _Array)):
-        data = x if isinstance(x, Tensor) else _ndarray(x)
-        if not data.shape:
-            raise TransformError("expected samples along the first axis, got a single number")
-        rows = max(1, _BLOCK * len(data) // max(1, prod(data.shape)))
-        for start in range(0, len(data), rows):
-            yield start, _double(data[start : start + rows])
+        yield x
         return
     if isinstance(x, (str, bytes, Mapping)) or not isinstance(x, Iterable):
         raise TransformError(f"expected a tensor, an array, or an iterable of these, got {type(x).__name__}")
-    start = 0
     for chunk in x:
         if not isinstance(chunk, (Tensor, _Array)):
             raise TransformError(
                 f"expected an iterable of tensors or arrays, got one of {type(chunk).__name__}: "
                 "write torch.tensor(...) around lists of numbers"
             )
-        end = start
-        for within, block in _blocks(chunk):
-            yield start + within, block
-            end = start + within + len(block)
-        start = end
+        yield chunk
+
+
+def _blocks(chunks: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+    """Samples in float64, a block at a time, each with the number of its first sample."""
+    start = 0
+    for chunk in chunks:
+        data = chunk if isinstance(chunk, Tensor) else _ndarray(chunk)
+        if not data.shape:
+            raise TransformError("expected samples along the first axis, got a single number")
+        rows = max(1, _BLOCK * len(data) // max(1, prod(data.shape)))
+        for within in range(0, len(data), rows):
+            yield start + within, _double(data[within : within + rows])
+        start += len(data)
 
 
 def _alike(blocks: Iterator[tuple[int, Tensor]], missing: str) -> Iterator[Tensor]:
