@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from restrain.engine.ops import Lowered, Shrink, ShrinkRows, Step, quickly
+from restrain.torch_private import standalone_compile
 
 _ENTRIES, _ROWS = (70001,), (307, 233)  # sizes of examples: multiples of nothing, so that nothing is taken for granted
 
@@ -66,11 +67,10 @@ def _made(steps: Sequence[tuple[Step, int]], tensors: Sequence[Tensor]) -> Calla
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            from torch._inductor import standalone_compile
             from torch.fx.experimental.proxy_tensor import make_fx
 
             graph = make_fx(run, tracing_mode="symbolic")(*examples)
-            made = standalone_compile(graph, examples, dynamic_shapes="from_graph")
+            made = standalone_compile(graph, examples)
             made(*examples)
     except Exception:  # whatever stands in the way: the same is done without
         return None

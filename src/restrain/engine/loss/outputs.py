@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain.engine.core import dense, packs, simple
-from restrain.engine.loss.parameters import Job, applied, by_blocks, in_one_stretch, job_at, plain, transformed
+from restrain.engine.core import dense, simple
+from restrain.engine.loss.parameters import Job, applied, by_blocks, in_one_stretch, job_at, plain
 from restrain.engine.loss.passing import Absolute, AbsoluteThrough, Through
 from restrain.penalties import Penalty
 from restrain.penalties.base import batch_size
 from restrain.penalties.entrywise import Entrywise
+from restrain.torch_private import is_view, packs, transformed
 
 LOOPS_AT_PLACES = 1 << 15  # entries of an output from which on compiled loops are taken: each run does the same
 _KEPT = 32  # sizes of batches
@@ -77,7 +78,7 @@ class AtPlace:
 
 def _may_be_overwritten(h: Tensor) -> bool:
     """Whether our function may say that it changes `h`; a checkpoint compares what is kept, which must be h itself."""
-    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or h._is_view() or packs())
+    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or is_view(h) or packs())
 
 
 def _slope(penalty: Penalty) -> float | None:

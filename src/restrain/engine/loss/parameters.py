@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._utils
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from restrain.axes import Grouping
 from restrain.engine.backends import Sums
@@ -26,12 +24,13 @@ from restrain.engine.backends import known as sums_of
 from restrain.engine.core import Parts, Piece, dense, flattened, fresh, pieces_of, scratch, simple
 from restrain.engine.distributed import Term, own_part, value_on_part
 from restrain.engine.loss.accumulate import at_the_end, give, reached, takes, unobserved
-from restrain.engine.loss.passing import batched, gradients
+from restrain.engine.loss.passing import gradients
 from restrain.penalties import GroupLasso, Penalty, Scaled
 from restrain.penalties.base import Sum, is_off, times
 from restrain.penalties.entrywise import Entrywise
 from restrain.penalties.shrink import at_least_float32
 from restrain.schedule import Strength
+from restrain.torch_private import batched, flatten, foreach_mul, run_last, transformed, unflatten
 
 SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
 LOOPS, EACH = 1 << 18, 1 << 12  # entries of a rule from which on it takes compiled loops; what each tensor adds
@@ -84,16 +83,6 @@ def job_at(h: Tensor, what: Penalty, weight: float, large: bool) -> Job | None:
 def by_blocks() -> bool:
     """Whether plain eager code runs, without transformations of functions."""
     return not (torch.compiler.is_compiling() or transformed())
-
-
-def transformed() -> bool:
-    """Whether functions are transformed, traced or watched."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
-    )
 
 
 def plain(x: Tensor) -> bool:
@@ -197,7 +186,7 @@ def applied(job: Job, value: Tensor | None, *tensors: Tensor, last: bool = False
         if last and all(
             map(unobserved, tensors)
         ):  # each is added while it is in the cache, and its memory free for the next
-            result.grad_fn._set_sequence_nr(0)  # type: ignore[union-attr]
+            run_last(result.grad_fn)
         return result
     with torch.no_grad():
         return job.value(tensors) if value is None else value
@@ -354,8 +343,8 @@ class _Blocks(Job):
         flat = _joined(tensors)
         out = torch.empty_like(flat)
         self._put(flat, factor, out)
-        views = torch._utils._unflatten_dense_tensors(out, tensors)
-        return list(torch._foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
+        views = unflatten(out, tensors)
+        return list(foreach_mul(views, [1.0] * len(tensors) if self.alike else self.weights))
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(piece.strength, factor) for piece in self.pieces]
@@ -370,5 +359,4 @@ class _Blocks(Job):
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return flattened(tensors[0])
-    joined: Tensor = torch._utils._flatten_dense_tensors(tensors)
-    return joined
+    return flatten(tensors)

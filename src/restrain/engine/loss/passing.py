@@ -15,6 +15,7 @@ from torch import Tensor
 
 from restrain.engine.core import alike, flattened, fresh, scratch
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import batched
 
 _BLOCK = 1 << 18  # entries, whose gradients stay in the cache until they are added
 
@@ -132,11 +133,6 @@ def gradients(job: Job, tensors: Sequence[Tensor], factor: Tensor, fast: bool) -
     if torch.is_grad_enabled():
         return job.differentiable(tensors, factor)
     return (job.gradients if fast else job.by_formula)(tensors, factor)
-
-
-def batched(gradient: Tensor) -> bool:
-    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
 
 
 def _joins(x: Tensor, y: Tensor) -> bool:

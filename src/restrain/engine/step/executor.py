@@ -26,6 +26,7 @@ from restrain.engine.core import dense
 from restrain.engine.distributed import of_rows
 from restrain.engine.ops import Act, Gradient, Lot, Lowered, Tensors, as_rows, lower, quickly, rows_of, slowly
 from restrain.errors import RestrainWarning
+from restrain.torch_private import foreach_copy_
 
 BLOCK = 1 << 19  # entries
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
@@ -208,12 +209,12 @@ class _Gathered:
     def fill(self, members: Sequence[Tensors]) -> None:
         """Copy the members in."""
         for role, views in enumerate(self.views):
-            torch._foreach_copy_(views, [members[number][role] for number in self.numbers])
+            foreach_copy_(views, [members[number][role] for number in self.numbers])
 
     def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
         """Copy what the steps have changed back."""
         for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
-            torch._foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
+            foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
 
 
 @dataclass(frozen=True)

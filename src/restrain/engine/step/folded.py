@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from restrain.engine.backends import FORMULAS, Group, compiler, counted, moments, plain, update
 from restrain.engine.core import alike, simple
 from restrain.engine.ops import Given, Metric, Taken, lower, metric_of
 from restrain.engine.step.executor import Compile
 from restrain.engine.step.worklist import Job, Work
+from restrain.torch_private import dispatched, foreach_add_
 
 WORTH = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
 EACH = 500_000  # entries that a step counts for beside its own: calls that are saved
@@ -91,7 +91,7 @@ class Fold:
         """
         counts = [count for part in self.parts for count in part.batch.counts]
         if counts:
-            torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
+            foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
         for part in self.parts:
             members = [tensors for tensors in part.batch.members() if tensors[0].numel()]
             if members:
@@ -254,4 +254,4 @@ def _left(group: Group, done: set[int]) -> list[nn.Parameter]:
 def _observed(optimizer: Optimizer) -> bool:
     """Whether a loss scaler gave the step something to do, or somebody watches or changes torch's operations."""
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
-    return scaled or _get_current_dispatch_mode() is not None
+    return scaled or dispatched()
