@@ -93,7 +93,9 @@ TABLE = {
         "whether a leaf has hooks on its gradient",
         "it is taken to have some: gradients are returned, and added by autograd",
     ),
-    "version": Private("Tensor._version", "whether a tensor was changed in place", "a copy of its entries is compared"),
+    "version": Private(
+        "Tensor._version", "whether a tensor was changed in place", "its grad_fn and a copy of its entries are compared"
+    ),
     "is_view": Private("Tensor._is_view", "whether a tensor is a view", "it is taken for one, and copied"),
     # torch.func, modes and tracing
     "wrapped": Private(
@@ -163,7 +165,7 @@ TABLE = {
     "module_compiled": Private(
         "nn.Module._compiled_call_impl",
         "whether Module.compile was called",
-        "it is taken to be: derivatives run the model again",
+        "a layer in compiled code is known by its hooks, which are silent",
     ),
     "inductor": Private(
         ":_inductor.standalone_compile :_inductor.compile",
@@ -412,16 +414,16 @@ def is_view(t: Tensor) -> bool:
 
 
 class _Contents:
-    """A copy of a tensor's entries, which equals another of the same entries."""
+    """A copy of a tensor's entries, and the operation that gave it; an op in place that autograd records is another."""
 
     def __init__(self, t: Tensor) -> None:
-        self.entries = torch.func.debug_unwrap(t).detach().clone()
+        self.entries, self.node = torch.func.debug_unwrap(t).detach().clone(), t.grad_fn
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Contents) or self.entries.shape != other.entries.shape:
             return False
         a, b = self.entries, other.entries
-        return bool(((a == b) | ((a != a) & (b != b))).all())
+        return self.node is other.node and bool(((a == b) | ((a != a) & (b != b))).all())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -539,7 +541,8 @@ DispatchMode: Any = object if (_mode := _bind("dispatch_mode")) is None else _mo
 # Compilers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_disable, _compiled_call = _bind("never_compiled"), _bind("module_compiled")
+_disable = _bind("never_compiled")
+_bind("module_compiled")  # None unless it was
 
 
 def never_compiled(function: _F) -> _F:
@@ -576,8 +579,8 @@ def undone(function: Callable[..., None], *args: Any) -> None:
 
 
 def module_compiled(module: nn.Module) -> bool:
-    """Return whether `module.compile()` may have been called."""
-    return "module_compiled" in MISSING or module._compiled_call_impl is not None
+    """Return whether `module.compile()` was called; where that isn't known, no."""
+    return "module_compiled" not in MISSING and module._compiled_call_impl is not None
 
 
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -27,7 +27,7 @@ from restrain.penalties.base import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
 from restrain.penalties.replay import Randomness
-from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compiled, transforming, version
+from restrain.torch_private import MISSING, checkpoint_frame, in_checkpoint, module_compiled, transforming, version
 
 
 @dataclass(frozen=True)
@@ -249,9 +249,11 @@ class Derivative:
         if not self.arguments.records:
             return False
         root = self._root()
-        return any(not isinstance(given, Given) for _, given in self.arguments.records) or (
-            root is not None and _compiled(root, probe.point)
-        )
+        if any(not isinstance(given, Given) for _, given in self.arguments.records):
+            return True
+        if "module_compiled" in MISSING:  # as far as it was not looked at in a forward
+            return not {number for number, _ in self.arguments.records} <= {number for number, _ in probe.records}
+        return root is not None and _compiled(root, probe.point)
 
     def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
         """Join an attachment."""
