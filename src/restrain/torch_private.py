@@ -171,7 +171,7 @@ TABLE = {
         ":_inductor.standalone_compile :_inductor.compile",
         "compiled code of a graph",
         "the operations one by one",
-        "do without it",
+        "compile=False",
     ),
     # optimizers
     "step_hooks": Private(
@@ -313,14 +313,15 @@ def in_checkpoint() -> bool:
 
 
 def recomputing_saved_tensors() -> bool:
-    """Return whether a non-reentrant checkpoint recomputes; its first pass had its graph, so nothing is injected."""
+    """Return whether a non-reentrant checkpoint recomputes, where gradients are on; its first pass had its graph."""
     if _checkpoints is not None:
         return _packed_by(_checkpoints[2])
     from torch.utils import checkpoint
 
-    codes = _codes_in_backward() or []
-    others = {inspect.unwrap(checkpoint.checkpoint).__code__, checkpoint.CheckpointFunction.backward.__code__}
-    return others.isdisjoint(codes) and any(code.co_filename == checkpoint.__file__ for code in codes)
+    for code in _codes_in_backward() or ():
+        if code.co_filename == checkpoint.__file__ and not code.co_qualname.startswith("checkpoint_sequential"):
+            return code.co_qualname not in ("checkpoint", "CheckpointFunction.forward", "CheckpointFunction.backward")
+    return False
 
 
 def checkpoint_frame() -> Any:
