@@ -1,4 +1,4 @@
-"""A pytest plugin for `test_torch_private.py`: a recomputation by a checkpoint is taken for a forward."""
+"""A pytest plugin for `test_torch_private.py`: no change in place is seen."""
 
 import sys
 
@@ -6,7 +6,7 @@ import restrain.torch_private
 
 
 def pytest_configure(config):
-    right = restrain.torch_private.in_backward
+    right = restrain.torch_private.version
     for module in [m for name, m in sys.modules.items() if name.startswith("restrain")]:
-        if getattr(module, "in_backward", None) is right:
-            module.in_backward = lambda: False
+        if getattr(module, "version", None) is right:
+            module.version = lambda t: 0
