@@ -75,3 +75,7 @@ class RestrainDeprecationWarning(RestrainWarning, FutureWarning):
 
 class ExportError(RestrainError, AttributeError):
     """A model with rules attached can't be made into this: torch would compile the hooks, or a parametrisation."""
+
+
+class VersionError(RestrainError, RuntimeError):
+    """This version of torch lacks something that a rule needs; the message names it, and the way out."""

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from restrain.activation_points import outputs, select_places
 from restrain.engine import Draws, Hook
 from restrain.errors import SelectionError
 from restrain.named_tensors import layers
 from restrain.selections import as_where
+from restrain.torch_private import DROPOUTS
 
 _lock = threading.Lock()
 _entered: list[_Flags] = []  # the contexts that are open, in the order in which they were entered
@@ -114,8 +114,8 @@ def _own(model: nn.Module, also: Any) -> list[nn.Module]:
 
 
 def _is_random(module: nn.Module) -> bool:
-    if isinstance(module, _DropoutNd):
-        return module.p > 0
+    if isinstance(module, DROPOUTS):
+        return bool(module.p > 0)
     if isinstance(module, nn.RNNBase):
         return module.dropout > 0 and module.num_layers > 1
     return isinstance(module, nn.MultiheadAttention) and module.dropout > 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from restrain.errors import SelectionError
 from restrain.named_tensors import Layer, Slot, near
+from restrain.torch_private import NORMALIZATIONS
 
 Site: TypeAlias = tuple[Layer, str | None]  # a parameter's layer and its key there; of a layer itself, None
 
@@ -156,7 +157,7 @@ class Predicate(Where):
 
 
 _NORMS = (
-    nn.modules.batchnorm._NormBase,
+    *NORMALIZATIONS,
     nn.LayerNorm,
     nn.GroupNorm,
     nn.RMSNorm,

@@ -52,12 +52,9 @@ def outcome(kind, column):
     Any other end of a cell is an error.
     """
     PROGRESS.clear()
-    refusal = None
     try:
         found, expected = column.run(kind)
-    except RestrainError as error:
-        refusal = error
-    if refusal is not None:
+    except RestrainError as refusal:
         return refused(refusal, column.refuses.get(kind.name))
     assert kind.name not in column.refuses, "runs, though it is declared as refused"
     near = column.rounding

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from restrain.torch_private import fused_adam_, fused_adamw_, fused_sgd_, step_hooks
+
 _PLAIN = {"capturable": False, "differentiable": False, "amsgrad": False}
 
 
@@ -65,7 +67,7 @@ class _Sgd(Formula):
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         given: dict[str, Any] = {name: self.group[name] for name in names}
         gs = [g.contiguous() for g in gs]  # it takes entries as they lie
-        torch._fused_sgd_(ps, gs, [kept[0] for kept in state if kept], lr=row[0], is_first_step=False, **given)
+        fused_sgd_(ps, gs, [kept[0] for kept in state if kept], lr=row[0], is_first_step=False, **given)
 
 
 class _Adam(Formula):
@@ -95,7 +97,7 @@ class _Adam(Formula):
         given: dict[str, Any] = {name: self.group[name] for name in ("weight_decay", "eps", "amsgrad", "maximize")}
         (given["beta1"], given["beta2"]), times = self.group["betas"], [row[3].float()] * len(ps)
         gs = [g.contiguous() for g in gs]
-        carry_out = torch._fused_adamw_ if self.group["decoupled_weight_decay"] else torch._fused_adam_
+        carry_out = fused_adamw_ if self.group["decoupled_weight_decay"] else fused_adam_
         means, squares = map(list, zip(*state, strict=True))
         carry_out(ps, gs, means, squares, [], times, lr=row[0], **given)
 
@@ -105,7 +107,8 @@ def formula_of(optimizer: Any) -> Formula | None:
     kind = {SGD: _Sgd, Adam: _Adam, AdamW: _Adam}.get(type(optimizer))
     if kind is None or len(optimizer.param_groups) != 1:
         return None
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    hooks = step_hooks(optimizer)
+    if hooks is None or any(hooks):
         return None  # rules that act at the step
     group = optimizer.param_groups[0]
     plain = all(group.get(name, value) == value for name, value in _PLAIN.items())

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from restrain.errors import PlanError
 from restrain.fields import is_number, near_names
+from restrain.torch_private import MISSING, patch_step
 
 _CLASSES = {
     name.lower(): cls
@@ -120,9 +121,11 @@ def set_rate(optimizer: Optimizer, learning_rate: Any, epoch: int) -> None:
 
 def _light(cls: Any, parameters: list[nn.Parameter], **options: Any) -> Any:
     """cls(parameters, **options)."""
+    if "patch_step" in MISSING:
+        return cls(parameters, **options)
     made = type(cls.__name__, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})(parameters, **options)
     made.__class__ = cls
-    made._patch_step_function()
+    patch_step(made)
     return made
 
 

@@ -29,6 +29,7 @@ from restrain.models.running import Plain
 from restrain.models.settings import Settings
 from restrain.models.specs import RECURRENT
 from restrain.rules import Rule
+from restrain.torch_private import MISSING, compile_graph, linear_pointwise
 from restrain.transforms import Noise
 
 
@@ -120,7 +121,7 @@ class Program:
             try:
                 graph = self._graph(given)
                 with torch.random.fork_rng(devices=[]):
-                    return torch._inductor.compile(graph, given, _OPTIONS)  # type: ignore[no-any-return]
+                    return compile_graph(graph, given, _OPTIONS)
             except UnfitError:
                 raise
             except Exception as error:  # no compiler, or one that fails
@@ -172,7 +173,7 @@ class Program:
             gradients = [g * torch.clamp(limit / (length + 1e-6), max=1.0) for g in gradients]
         if self.formula is None:
             return gradients
-        if self.recorded:
+        if self.recorded and "fused" not in MISSING:
             self.formula.fused(list(params.values()), gradients, state, row)
             return []
         for p, g, kept in zip(params.values(), gradients, state, strict=True):
@@ -308,10 +309,10 @@ def _product() -> Any:
     None where this torch has none.
     """
     global _library
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    linear = linear_pointwise()
+    if linear is None:
         return None
     if _library is None:
-        linear = torch.ops.mkldnn._linear_pointwise.default
 
         def product(x: Tensor, w: Tensor, b: Tensor | None, turn_x: bool, turn_w: bool) -> Tensor:
             return linear(x.t() if turn_x else x, w if turn_w else w.t(), b, "none", [], "")  # type: ignore[no-any-return]

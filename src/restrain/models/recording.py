@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from restrain.torch_private import MISSING, DispatchMode
 
 
 class UnfitError(Exception):
     """An update that can't be recorded or compiled; says why."""
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(DispatchMode):  # type: ignore[misc]
     """Writes down each operation; every tensor is an argument or the result of another operation."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.kept: list[Tensor] = []  # a number stands for a tensor as long as the tensor lives
@@ -72,6 +73,8 @@ def record(run: Callable[..., Any], given: list[Tensor]) -> GraphModule:
         UnfitError: the graph would hold what another run needn't have: tensors that aren't arguments, random numbers,
             decisions by a computed number.
     """
+    if "dispatch_mode" in MISSING:
+        raise UnfitError(f"torch {torch.__version__} has no mode that sees each operation")
     recorder = _Recorder(given)
     with recorder:
         found = run(*given)

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from restrain.errors import CaptureError, PenaltyError, RestrainError
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import MISSING, MissingError, result_shapes, saved, static_graph
 
 _AT_ONCE = 2**22  # entries of a Jacobian that are computed together
 _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # dh/da of h = f(a), as a function of h
@@ -201,8 +202,8 @@ def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | 
     slopes, x = _SLOPES.get(node.name()), xs[0].tensor
     if slopes is not None:
         node = node.next_functions[0][0]
-    kept = {"AddmmBackward0": "_saved_mat1", "MmBackward0": "_saved_self"}.get("" if node is None else node.name())
-    if node is None or kept is None or getattr(node, "_saved_alpha", 1) != 1:
+    kept = {"AddmmBackward0": "mat1", "MmBackward0": "self"}.get("" if node is None else node.name())
+    if node is None or kept is None or "saved" in MISSING or saved(node, "alpha", 1) != 1:
         return None
     (before, number), (transposed, _) = node.next_functions[-2:]
     if x.requires_grad:
@@ -211,7 +212,7 @@ def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | 
         edge = torch.autograd.graph.get_gradient_edge(x)
         same = (before, number) == (edge.node, edge.output_nr)
     else:
-        same = before is None and getattr(node, kept) is x
+        same = before is None and saved(node, kept) is x
     if not same or transposed is None or transposed.name() != "TBackward0":
         return None
     weight = getattr(transposed.next_functions[0][0], "variable", None)
@@ -354,19 +355,20 @@ def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
     names = {node.name() for node in passed}
     found = {_OBSTACLES[name] for name in names if name in _OBSTACLES}
     found |= {"fused attention" for name in names if name.startswith("ScaledDotProduct")}
-    sinks = [
-        node for node in passed if node.name() == "_DDPSinkBackward"
-    ]  # they take any backward for that of the step
-    found |= {"DDP's static_graph=True" for node in sinks if node.ddp_weakref().static_graph}  # type: ignore[attr-defined]
+    # its node takes any backward for that of the step
+    found |= {"DDP's static_graph=True" for node in passed if static_graph(node)}
     return Between(frozenset(found), any(_mixes(node) for node in passed))
 
 
 def _mixes(node: torch.autograd.graph.Node) -> bool:
     """Whether it is batch normalisation in training mode, of more than one sample (instances are normalised as one)."""
-    if "BatchNorm" not in node.name() or not getattr(node, "_saved_training", True):
+    if "BatchNorm" not in node.name():
         return False
-    shapes = [tensor.shape for tensor in node._input_metadata]
-    return not shapes or not shapes[0] or int(shapes[0][0]) > 1
+    try:
+        trains, shapes = saved(node, "training", True), result_shapes(node)
+    except MissingError:
+        return True
+    return trains and (not shapes or not shapes[0] or int(shapes[0][0]) > 1)
 
 
 def _way(start: torch.autograd.graph.Node, ends: set[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from restrain.torch_private import compiler_loaded
 
 
 class Randomness:
@@ -109,7 +110,7 @@ def plainly(device: str, estimator: str) -> Iterator[None]:
     with ExitStack() as stack:
         for kind in {"cpu", device}:
             stack.enter_context(torch.autocast(kind, enabled=False))
-        if "torch._dynamo" in sys.modules:
+        if compiler_loaded():
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         if estimator == "jvp":
             stack.enter_context(_PlainNorms())
@@ -117,10 +118,8 @@ def plainly(device: str, estimator: str) -> Iterator[None]:
         if estimator != "difference":
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
             # torch.backends.mkldnn.flags() would set, and warn of, other things too
-            for enabled, enable in (
-                (torch._C._get_cudnn_enabled(), torch._C._set_cudnn_enabled),
-                (torch._C._get_mkldnn_enabled(), torch._C._set_mkldnn_enabled),
-            ):
-                stack.callback(enable, enabled)
-                enable(False)
+            backend: Any
+            for backend in (torch.backends.cudnn, torch.backends.mkldnn):
+                stack.callback(setattr, backend, "enabled", backend.enabled)
+                backend.enabled = False
         yield

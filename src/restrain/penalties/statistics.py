@@ -24,6 +24,7 @@ from restrain.penalties.base import (
     in_float32,
 )
 from restrain.penalties.functorch import as_plain
+from restrain.torch_private import in_backward
 
 _EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
 _ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
@@ -205,7 +206,7 @@ class _Memory:
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
         """Note a batch's mean for the next step, unless it is of nothing, not finite, or noted before."""
-        if not torch.compiler.is_compiling() and (_resting.depth or torch._C._current_graph_task_id() >= 0):
+        if not torch.compiler.is_compiling() and (_resting.depth or in_backward()):
             return  # evaluation, or a checkpoint's recomputation in backward
         good = (mean.isfinite() & (size > 0)).all()
         if self.pending.shape != mean.shape or self.pending.device != mean.device:

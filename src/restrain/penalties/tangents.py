@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from restrain.penalties.estimators import Batch, Direction
+from restrain.torch_private import MissingError, result_shapes, saved
 
 Node: TypeAlias = Any  # torch.autograd.graph.Node, of whose kinds each keeps something else
 Given: TypeAlias = list[Tensor | None]  # the derivative of each input of an operation; None where it doesn't depend
 
 _LEAF = "torch::autograd::AccumulateGrad"
-_FACTORS = {"AddmmBackward0": ("_saved_mat1", 1), "MmBackward0": ("_saved_self", 0)}  # x of b + x Wᵀ, and its place
+_FACTORS = {"AddmmBackward0": ("mat1", 1), "MmBackward0": ("self", 0)}  # x of b + x Wᵀ, and its place
 
 
 def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batch], bool] | None:
@@ -48,8 +49,11 @@ def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batc
     ends = [y.tensor.grad_fn for y in ys]
     if None in ends or any(y.tensor.output_nr for y in ys):
         return None
-    with torch.autocast(xs[0].tensor.device.type, enabled=False):
-        closed = _push(_upwards(ends), known, outside, set(known))
+    try:
+        with torch.autocast(xs[0].tensor.device.type, enabled=False):
+            closed = _push(_upwards(ends), known, outside, set(known))
+    except MissingError:
+        return None
     if closed is None or (outside and not closed) or any(end not in known for end in ends):
         return None
     return [replace(y, tensor=known[end]) for y, end in zip(ys, ends, strict=True)], closed
@@ -86,7 +90,7 @@ def _push(
         given: Given = [known.get(one) for one in before]
         kept, place = _FACTORS.get(name, ("", -1))
         if outside and kept and before[place] is None:
-            factor = getattr(node, kept)
+            factor = saved(node, kept)
             given[place] = next((u for x, u in outside if x is factor), None)
         if all(t is None for t in given):
             closed = closed and name == "TBackward0" and before[0] is not None and before[0].name() == _LEAF
@@ -116,9 +120,9 @@ def _symmetric(node: Node, given: Given) -> Tensor | None:
 def _linear(node: Node, given: Given) -> Tensor | None:
     _, place = _FACTORS[node.name()]
     x = given[place]
-    if x is None or sum(t is not None for t in given) > 1 or getattr(node, "_saved_alpha", 1) != 1:
+    if x is None or sum(t is not None for t in given) > 1 or saved(node, "alpha", 1) != 1:
         return None
-    matrix = node._saved_mat2
+    matrix = saved(node, "mat2")
     if matrix is None:  # kept for the gradient of x alone
         transposed = node.next_functions[place + 1][0]
         weight = (
@@ -136,12 +140,12 @@ def _convolution(node: Node, given: Given) -> Tensor | None:
     if x is None or any(t is not None for t in others):
         return None
     settings = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    return torch.convolution(x, node._saved_weight, None, *[getattr(node, f"_saved_{one}") for one in settings])
+    return torch.convolution(x, saved(node, "weight"), None, *[saved(node, one) for one in settings])
 
 
 def _sum(node: Node, given: Given, sign: float = 1.0) -> Tensor | None:
     x, y = given
-    other = None if y is None else y * (sign * node._saved_alpha)
+    other = None if y is None else y * (sign * saved(node, "alpha"))
     total = other if x is None else x if other is None else x + other
     assert total is not None
     return total.expand(_shape(node))
@@ -152,16 +156,14 @@ def _difference(node: Node, given: Given) -> Tensor | None:
 
 
 def _product(node: Node, given: Given) -> Tensor | None:
-    terms = [
-        t * getattr(node, key) for t, key in zip(given, ("_saved_other", "_saved_self"), strict=True) if t is not None
-    ]
+    terms = [t * saved(node, key) for t, key in zip(given, ("other", "self"), strict=True) if t is not None]
     total: Tensor = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     return total
 
 
 def _quotient(node: Node, given: Given) -> Tensor | None:
     x, y = given
-    return None if x is None or y is not None else x / node._saved_other
+    return None if x is None or y is not None else x / saved(node, "other")
 
 
 def _same_order(node: Node, given: Given) -> Tensor | None:
@@ -171,7 +173,7 @@ def _same_order(node: Node, given: Given) -> Tensor | None:
 
 def _max_pool(node: Node, given: Given) -> Tensor | None:
     assert given[0] is not None
-    chosen: Tensor = node._saved_result1
+    chosen: Tensor = saved(node, "result1")
     return given[0].flatten(-2).gather(-1, chosen.flatten(-2)).view_as(chosen)
 
 
@@ -183,7 +185,7 @@ def _mean_pool(node: Node, given: Given) -> Tensor | None:
 
 def _shape(node: Node) -> list[int]:
     """Of what the operation gave."""
-    return list(node._input_metadata[0].shape)
+    return list(result_shapes(node)[0])
 
 
 _RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {

@@ -243,7 +243,7 @@ class _PowerMethod(nn.Module):
 
     def forward(self, v: Tensor) -> Tensor:
         groups = unfolding(self.what.rows, v.shape)
-        matrix = in_float32(lambda x: self.norm(to_matrix(x.to(self.norm._u), groups)), v)
+        matrix = in_float32(lambda x: self.norm(to_matrix(x.to(next(self.norm.buffers())), groups)), v)
         return from_matrix(matrix, groups, tuple(v.shape)).to(v.dtype)
 
     def right_inverse(self, w: Tensor) -> Tensor:

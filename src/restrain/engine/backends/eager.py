@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch._utils
 from torch import Tensor
 
 from restrain.engine.backends.backend import Backend, Decider, Parts, Sums
@@ -23,6 +22,7 @@ from restrain.engine.ops import Batch, Gradient, Lowered, Tensors, as_rows, carr
 from restrain.operations import Absolute, Huber, Length, Logarithm, Operation, Square
 from restrain.penalties.base import times
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import flatten, foreach_copy_, foreach_mul, unflatten
 
 SMALL = 1 << 13  # entries of a tensor that is copied beside others
 FORMULA_BLOCK = 1 << 16  # entries, for formulas that make tensors on their way
@@ -114,12 +114,12 @@ class _Gathered:
     def fill(self, members: Sequence[Tensors]) -> None:
         """Copy the members in."""
         for role, views in enumerate(self.views):
-            torch._foreach_copy_(views, [members[number][role] for number in self.numbers])
+            foreach_copy_(views, [members[number][role] for number in self.numbers])
 
     def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
         """Copy what instructions have changed back."""
         for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
-            torch._foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
+            foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
 
 
 @dataclass(frozen=True)
@@ -326,8 +326,8 @@ class _Sums(Sums):
         out = torch.empty_like(flat)
         same = len(set(weights)) == 1
         self._put(flat, factor * weights[0] if same and weights[0] != 1 else factor, out)
-        found = torch._utils._unflatten_dense_tensors(out, tensors)
-        torch._foreach_copy_(list(into), found if same else torch._foreach_mul(found, weights))
+        found = unflatten(out, tensors)
+        foreach_copy_(list(into), found if same else foreach_mul(found, weights))
 
     def _put(self, flat: Tensor, factor: Tensor, out: Tensor) -> None:
         factors = [times(piece.strength, factor) for piece in self._pieces]
@@ -342,5 +342,4 @@ class _Sums(Sums):
 def _joined(tensors: Sequence[Tensor]) -> Tensor:
     if len(tensors) == 1:
         return flattened(tensors[0])
-    joined: Tensor = torch._utils._flatten_dense_tensors(tensors)
-    return joined
+    return flatten(tensors)

@@ -31,6 +31,7 @@ from restrain.engine.ops import (
 )
 from restrain.errors import RestrainWarning
 from restrain.penalties import Penalty
+from restrain.torch_private import standalone_compile
 
 COST = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that it takes
 _ENTRIES, _ROWS = (70001,), (307, 233)  # sizes of examples: multiples of nothing, so that nothing is taken for granted
@@ -133,11 +134,10 @@ def _made(steps: Sequence[tuple[Instruction, int]], tensors: Sequence[Tensor]) -
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
-            from torch._inductor import standalone_compile
             from torch.fx.experimental.proxy_tensor import make_fx
 
             graph = make_fx(run, tracing_mode="symbolic")(*examples)
-            made = standalone_compile(graph, examples, dynamic_shapes="from_graph")
+            made = standalone_compile(graph, examples)
             made(*examples)
     except Exception:  # whatever stands in the way: the same is done without
         return None

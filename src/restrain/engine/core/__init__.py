@@ -2,15 +2,7 @@
 
 from restrain.engine.core import structures
 from restrain.engine.core.hooks import Hook, eagerly
-from restrain.engine.core.injection import (
-    Inject,
-    Root,
-    checkpoint_frame,
-    in_backward,
-    in_checkpoint,
-    packs,
-    recomputing_saved_tensors,
-)
+from restrain.engine.core.injection import Inject, Root
 from restrain.engine.core.memory import BLOCK, alike, dense, flattened, fresh, in_blocks, scratch, simple, stretches
 from restrain.engine.core.overrides import Overrides
 from restrain.engine.core.randomness import Draws, exporting
@@ -23,17 +15,12 @@ __all__ = [
     "Overrides",
     "Root",
     "alike",
-    "checkpoint_frame",
     "dense",
     "eagerly",
     "exporting",
     "flattened",
     "fresh",
-    "in_backward",
     "in_blocks",
-    "in_checkpoint",
-    "packs",
-    "recomputing_saved_tensors",
     "scratch",
     "simple",
     "stretches",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from restrain.errors import ExportError
+from restrain.torch_private import never_compiled
 
 
 class Hook:
@@ -28,7 +27,7 @@ class Hook:
         )
 
 
-@torch._disable_dynamo  # type: ignore[attr-defined]
+@never_compiled
 def eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
     """Call it outside of compiled code, which the function would be traced into.
 

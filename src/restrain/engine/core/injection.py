@@ -9,12 +9,13 @@ root finds zeros in the cells.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from restrain.torch_private import queue_callback, require
 
 
 class Inject(torch.autograd.Function):
@@ -49,43 +50,12 @@ class Root(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, value: Tensor, write: Callable[[Tensor | None], None]) -> Tensor:
+        require("queue_callback")
         ctx.write = write
         return loss + value
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.write(gradient.detach())
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: ctx.write(None))
+        queue_callback(lambda: ctx.write(None))
         return gradient, None, None
-
-
-def in_backward() -> bool:
-    """Whether a backward runs in this thread: a layer that is called then is recomputed by checkpointing."""
-    return torch._C._current_graph_task_id() >= 0
-
-
-def packs() -> bool:
-    """Whether hooks get what is saved for the backward, as in non-reentrant checkpoints."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def in_checkpoint() -> bool:
-    """Whether a non-reentrant checkpoint runs for the first time."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__
-
-
-def recomputing_saved_tensors() -> bool:
-    """Whether non-reentrant checkpointing recomputes: the first pass had its graph, so nothing is injected."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__
-
-
-def checkpoint_frame() -> Any:
-    """What torch keeps for the non-reentrant checkpoint that runs or is recomputed here; None outside of one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if hooks is None or ("_checkpoint_hook" not in hooks[0].__qualname__ and not recomputing_saved_tensors()):
-        return None
-    pack = inspect.unwrap(hooks[0])
-    held = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True))
-    return held["target_frame_ref"].cell_contents() if recomputing_saved_tensors() else held["frame"].cell_contents

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from restrain.named_tensors import Handle, fully_sharded
-from restrain.penalties.functorch import life, over
+from restrain.torch_private import life, over
 
 
 class Overrides:
@@ -22,7 +22,7 @@ class Overrides:
         self.handles = list(dict.fromkeys(handles))
         self._own: list[tuple[weakref.ref[nn.Module], str, weakref.ref[Tensor]]] = []
         self._of_forward: dict[str, Tensor] = {}
-        self._life: Tensor | None = None
+        self._life: Any = None
 
     def remember(self, root: nn.Module) -> None:
         """Take what stands in the model now for its own."""

@@ -7,6 +7,8 @@ import threading
 import torch
 from torch import nn
 
+from restrain.torch_private import symbolic_tracing
+
 
 class _Sampling(threading.local):
     """How many `rs.sampling` of this thread something is in.
@@ -24,8 +26,7 @@ def exporting() -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    # make_fx records what runs, hooks too, and sets the same flag; no mode is at work in a symbolic trace
-    return tracing or (torch.fx._symbolic_trace.is_fx_symbolic_tracing() and not torch._C._len_torch_dispatch_stack())
+    return tracing or symbolic_tracing()
 
 
 class Draws:

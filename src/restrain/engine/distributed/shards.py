@@ -23,6 +23,7 @@ from restrain.named_tensors import Location, Slot, fully_sharded, is_sharded
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.group import GroupPenalty
 from restrain.rules import Rule, What
+from restrain.torch_private import version
 from restrain.transforms import Noise
 from restrain.transforms.sets import ByGroup
 
@@ -182,10 +183,10 @@ def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[S
             yield own, [local(t) for t in tensors], ranks_of(p)
         return
     gathered = [whole(t) for t in tensors]
-    versions = [t._version for t in gathered]
+    versions = [version(t) for t in gathered]
     yield whats, gathered, ()
-    for t, full, version in zip(tensors, gathered, versions, strict=True):
-        if is_sharded(t) and full._version != version:
+    for t, full, before in zip(tensors, gathered, versions, strict=True):
+        if is_sharded(t) and version(full) != before:
             local(t).copy_(part(full, t))
 
 

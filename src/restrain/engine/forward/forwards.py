@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from restrain.engine.core import (
     Hook,
     Overrides,
-    checkpoint_frame,
     exporting,
-    in_backward,
-    recomputing_saved_tensors,
     structures,
 )
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.forward.recording import PenaltyRecorder, Recorder
 from restrain.errors import CaptureError, NeverFiredError
 from restrain.penalties.functorch import unwrapped
+from restrain.torch_private import checkpoint_frame, in_backward, recomputing_saved_tensors
 
 
 class _Pause(threading.local):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.activation_points import Place
-from restrain.engine.core import Hook, checkpoint_frame, exporting, in_checkpoint, structures
+from restrain.engine.core import Hook, exporting, structures
 from restrain.engine.forward.forwards import Forwards, paused
 from restrain.engine.forward.recording import Point, Recorder, batch_dim, way_to
 from restrain.errors import CaptureError
@@ -26,8 +26,8 @@ from restrain.named_tensors import fully_sharded, is_sharded
 from restrain.penalties.base import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
-from restrain.penalties.functorch import transforming
 from restrain.penalties.replay import Randomness
+from restrain.torch_private import MISSING, checkpoint_frame, in_checkpoint, module_compiled, transforming, version
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Given:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
         """With the random state and the versions of the tensors now."""
         tensors = list(structures.tensors([args, kwargs]))
-        return cls(args, kwargs, Randomness(tensors), tuple(t._version for t in tensors))
+        return cls(args, kwargs, Randomness(tensors), tuple(map(version, tensors)))
 
     def check(self) -> None:
         """Before it is used again.
@@ -51,7 +51,7 @@ class Given:
         Raises:
             CaptureError: the forward changed a tensor in place.
         """
-        now = tuple(t._version for t in structures.tensors([self.args, self.kwargs]))
+        now = tuple(map(version, structures.tensors([self.args, self.kwargs])))
         if self.versions not in (None, now):
             raise CaptureError(
                 "the model's inputs were changed in place since its forward, so it can't run on them again: change a "
@@ -123,7 +123,7 @@ class Probe(Recorder):
         """Keep what a forward gave."""
         number = self.whose.forwards.forward_of(batch.tensor)
         self.records.append((number, dataclasses.replace(batch, forward=number)))
-        self.versions.append((batch.tensor, batch.tensor._version))
+        self.versions.append((batch.tensor, version(batch.tensor)))
 
 
 class Seen(Probe):
@@ -249,9 +249,11 @@ class Derivative:
         if not self.arguments.records:
             return False
         root = self._root()
-        return any(not isinstance(given, Given) for _, given in self.arguments.records) or (
-            root is not None and _compiled(root, probe.point)
-        )
+        if any(not isinstance(given, Given) for _, given in self.arguments.records):
+            return True
+        if "module_compiled" in MISSING:  # as far as it was not looked at in a forward
+            return not {number for number, _ in self.arguments.records} <= {number for number, _ in probe.records}
+        return root is not None and _compiled(root, probe.point)
 
     def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
         """Join an attachment."""
@@ -390,7 +392,7 @@ def _compiled(root: nn.Module, point: Point) -> bool:
     chain = [root]
     for key in point.path:
         chain.append(chain[-1]._modules[key])  # type: ignore[arg-type]
-    return any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in chain)
+    return any(type(m).__name__ == "OptimizedModule" or module_compiled(m) for m in chain)
 
 
 def _sharded(root: nn.Module) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from restrain.activation_points import Place, Target
-from restrain.engine.core import Draws, Hook, Inject, recomputing_saved_tensors, structures
+from restrain.engine.core import Draws, Hook, Inject, structures
 from restrain.engine.forward import masks
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
-from restrain.penalties.functorch import life, over, wrapped
+from restrain.torch_private import MISSING, anything_compiled, life, over, recomputing_saved_tensors, version, wrapped
 from restrain.transforms.base import Noise
 from restrain.transforms.layout import Layout
 
@@ -69,7 +68,7 @@ class Recorder:
     def __init__(self, rule: str, point: Point, optional: bool) -> None:
         self.rule, self.point, self.optional = rule, point, optional
         self.records: list[Any] = []  # with their graphs, each after the number of its forward
-        self.lives: dict[int, Tensor | None] = {}  # of the records that live inside a transform of torch.func
+        self.lives: dict[int, Any] = {}  # of the records that live inside a transform of torch.func
         self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
         self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
         self.fired = False  # ever
@@ -125,7 +124,7 @@ class Recorder:
         Raises:
             CaptureError: a later op has overwritten one of them in place.
         """
-        if any(tensor._version != version for tensor, version in self.versions):
+        if any(version(tensor) != before for tensor, before in self.versions):
             raise CaptureError(
                 f"{self.rule}: the {self.point} are overwritten by a later in-place op, so they can't be given to the "
                 "penalty as they were; make that op out of place (inplace=False)"
@@ -167,7 +166,7 @@ class PenaltyRecorder(Recorder):
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
         self.total = empty.new_zeros(2)  # of the values, and how many there are
         self.cell = torch.zeros_like(empty)
-        self._version = self.total._version  # compiled code adds in place, of which this is the only cheap sign
+        self._version = version(self.total)  # compiled code adds in place, of which this is the only cheap sign
 
     def has_fired(self) -> bool:
         return bool(self.records or self.hidden) or self.fired_compiled()
@@ -195,7 +194,7 @@ class PenaltyRecorder(Recorder):
         h = structures.get(structure, way)
         if not torch.compiler.is_compiling() and self.copies is not False:
             if self.copies is None:
-                self.probes.append((h, h._version))
+                self.probes.append((h, version(h)))
             h = h.clone()
         h = self.point.seen(h)
         packed = structures.packed(structure, way)
@@ -232,8 +231,9 @@ class PenaltyRecorder(Recorder):
     def settle(self) -> None:
         """After the first forward: whether a later op overwrote the tensor in place."""
         if self.probes and self.copies is None:
-            self.copies = any(h._version != version for h, version in self.probes)
-            if self.copies:
+            overwritten = any(version(h) != before for h, before in self.probes)
+            self.copies = overwritten or "version" in MISSING  # by a copy of what another op may have left alone
+            if overwritten:
                 warnings.warn(
                     f"{self.rule}: the {self.point} are overwritten by a later in-place op; the penalty acts on a copy "
                     "of it, at the price of one copy a forward (inplace=False there would spare it)",
@@ -244,7 +244,7 @@ class PenaltyRecorder(Recorder):
 
     def fired_compiled(self) -> bool:
         """Whether compiled code has added to the totals since they were last read."""
-        return self.total._version != self._version
+        return bool(version(self.total) != self._version)
 
     def clear(self) -> None:
         super().clear()
@@ -252,7 +252,7 @@ class PenaltyRecorder(Recorder):
             self.hidden, self.probes = [], []
         if self.fired_compiled():
             self.total.zero_()
-            self._version = self.total._version
+            self._version = version(self.total)
 
 
 def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
@@ -393,7 +393,7 @@ class LayerHook(Draws, Hook):
         tensor = recorder.point.seen(structures.get(structure, way_to(structure, recorder.point)))
         recorder.keep(self.gate.forward_of(tensor), tensor)
         if mode != "compiled":
-            recorder.versions.append((tensor, tensor._version))
+            recorder.versions.append((tensor, version(tensor)))
 
 
 class InputHook(LayerHook):
@@ -427,10 +427,12 @@ def way_to(structure: Any, point: Point) -> structures.Way:
 
 def forget_compiled_code() -> None:
     """Compiled code that was made before our hooks came would silently pass them by: have it made anew."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None or not len(dynamo.convert_frame.output_codes.seen):
-        return  # nothing has been compiled in this process
+    compiled = anything_compiled()
+    if compiled is False:
+        return
     torch.compiler.reset()
+    if compiled is None:
+        return  # it may be in vain
     warnings.warn(
         "something was compiled before these hooks came; torch.compiler.reset() was called, so that "
         "compiled models notice the new hooks, and they compile anew at their next call; coming before the first "

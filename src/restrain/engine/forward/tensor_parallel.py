@@ -19,6 +19,7 @@ from restrain.engine.core import Hook, structures
 from restrain.engine.forward.recording import Point, way_to
 from restrain.errors import CaptureError
 from restrain.named_tensors import fully_sharded, is_sharded
+from restrain.torch_private import tensor_parallel
 
 
 def groups(model: nn.Module) -> Iterator[Any]:
@@ -26,11 +27,13 @@ def groups(model: nn.Module) -> Iterator[Any]:
     around = bool(fully_sharded(model.modules()))
     known = set()
     for module in model.modules():
-        if not getattr(module, "_distribute_module_applied", False):
+        if not tensor_parallel(module):
             continue
         for p in module.parameters(recurse=False):
             if is_sharded(p):
                 mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+                if mesh.ndim == 1 and around:
+                    continue  # FSDP2 alone
                 for axis in [mesh.ndim - 1] if around else range(mesh.ndim):  # those of FSDP2 come first
                     group = mesh.get_group(axis)
                     if group not in known and dist.get_world_size(group) > 1:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restrain.torch_private import observed, queue_callback, will_execute
+
 
 def unobserved(p: Tensor) -> bool:
     """Whether it is trained, and nothing is told when its gradient is there: no hook, no process that waits for it."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    return p.is_leaf and p.requires_grad and not p._backward_hooks and not p._post_accumulate_grad_hooks
+    return p.is_leaf and p.requires_grad and not observed(p)
 
 
 def reached(nodes: Sequence[Any]) -> list[Tensor] | None:
@@ -27,7 +29,7 @@ def reached(nodes: Sequence[Any]) -> list[Tensor] | None:
     None for `autograd.grad`, which gives the gradients back, and for `backward(inputs=...)` that leaves some out.
     """
     try:
-        if not all(torch._C._will_engine_execute_node(node) for node in nodes):
+        if not all(map(will_execute, nodes)):
             return None
     except RuntimeError:  # what torch says of an end of the graph in autograd.grad
         return None
@@ -37,7 +39,7 @@ def reached(nodes: Sequence[Any]) -> list[Tensor] | None:
 
 def at_the_end(do: Callable[[], None]) -> None:
     """Call this when the backward that runs now is done."""
-    torch.autograd.Variable._execution_engine.queue_callback(do)
+    queue_callback(do)
 
 
 def takes(gradient: Tensor | None, p: Tensor) -> bool:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from restrain.engine.backends import Compile
-from restrain.engine.core import alike, dense, flattened, fresh, packs, scratch, simple
+from restrain.engine.core import alike, dense, flattened, fresh, scratch, simple
 from restrain.engine.loss.parameters import sum_at
-from restrain.engine.loss.sums import PenaltySum, applied, batched, eager, gradients, in_one_stretch, plain, transformed
+from restrain.engine.loss.sums import PenaltySum, applied, eager, gradients, in_one_stretch, plain
 from restrain.penalties import Penalty
 from restrain.penalties.base import batch_size
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import batched, is_view, packs, transformed
 
 _BLOCK = 1 << 18  # entries, whose gradients stay in the cache until they are added
 LOOPS_AT_PLACES = 1 << 15  # entries of an output from which on compiled loops are taken: each run does the same
@@ -85,7 +86,7 @@ class AtPlace:
 
 def _may_be_overwritten(h: Tensor) -> bool:
     """Whether our function may say that it changes `h`; a checkpoint compares what is kept, which must be h itself."""
-    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or h._is_view() or packs())
+    return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or is_view(h) or packs())
 
 
 def _slope(penalty: Penalty) -> float | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from restrain.engine.backends import Parts, Sums
 from restrain.engine.core import dense, fresh
@@ -22,21 +21,12 @@ from restrain.engine.loss.accumulate import at_the_end, give, reached, takes, un
 from restrain.penalties import Penalty
 from restrain.penalties.base import times
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import batched, run_last, transformed
 
 
 def eager() -> bool:
     """Whether plain eager code runs, without transformations of functions."""
     return not (torch.compiler.is_compiling() or transformed())
-
-
-def transformed() -> bool:
-    """Whether functions are transformed, traced or watched."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, and modes that count or look at operations
-    )
 
 
 def plain(x: Tensor) -> bool:
@@ -119,11 +109,6 @@ def gradients(job: PenaltySum, tensors: Sequence[Tensor], factor: Tensor, fast: 
     return (job.gradients if fast else job.by_formula)(tensors, factor)
 
 
-def batched(gradient: Tensor) -> bool:
-    """Whether it is many, by autograd.grad(is_grads_batched=True)."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(gradient))
-
-
 def applied(job: PenaltySum, value: Tensor | None, *tensors: Tensor, last: bool = False) -> Tensor:
     """The job's value, added to one at hand that has it already; its backward is the last of all that are ready."""
     if torch.is_grad_enabled() and tensors[0].requires_grad:
@@ -131,7 +116,7 @@ def applied(job: PenaltySum, value: Tensor | None, *tensors: Tensor, last: bool 
         if last and all(
             map(unobserved, tensors)
         ):  # each is added while it is in the cache, and its memory free for the next
-            result.grad_fn._set_sequence_nr(0)  # type: ignore[union-attr]
+            run_last(result.grad_fn)
         return result
     with torch.no_grad():
         return job.value(tensors) if value is None else value

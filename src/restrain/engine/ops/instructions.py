@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, length_of, put, row_dims
 from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
@@ -205,7 +206,7 @@ def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
     """The soft threshold; some zeros are -0.0."""
     if isinstance(threshold, Tensor):
         return w.sub_(w.clamp(-threshold, threshold))
-    return torch._C._nn.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
+    return F.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
 
 
 def carry_out(lowered: Lowered, tensors: Sequence[Tensor]) -> None:

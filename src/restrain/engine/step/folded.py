@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from restrain.engine.backends import Compile, Decider, Loop, loop, update
 from restrain.engine.core import alike, simple
@@ -37,6 +36,7 @@ from restrain.engine.ops import (
     state_names,
 )
 from restrain.engine.step.worklist import ParameterRules, Task
+from restrain.torch_private import dispatched, foreach_add_
 
 COST = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
 EACH = 500_000  # entries that a step counts for beside its own: calls that are saved
@@ -113,7 +113,7 @@ class Fold:
         """
         counts = [count for part in self.parts for count in part.bundle.counts]
         if counts:
-            torch._foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
+            foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
         for part in self.parts:
             members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:
@@ -276,4 +276,4 @@ def _left(group: Group, done: set[int]) -> list[nn.Parameter]:
 def _observed(optimizer: Optimizer) -> bool:
     """Whether a loss scaler gave the step something to do, or somebody watches or changes torch's operations."""
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
-    return scaled or _get_current_dispatch_mode() is not None
+    return scaled or dispatched()

@@ -38,6 +38,7 @@ from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
+from restrain.torch_private import step_hooks
 
 
 def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
@@ -123,8 +124,10 @@ class Stepper:
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Whether nobody's hooks come between ours, so that nobody can tell when a step was done."""
-        before, after = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
-        ends = [next(reversed(before), None), next(iter(after), None)]
+        hooks = step_hooks(optimizer)
+        if hooks is None:
+            return False
+        ends = [next(reversed(hooks[0]), None), next(iter(hooks[1]), None)]
         return ends == [handle.id for handle in self._handles]
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], folds: bool = True) -> Any:

@@ -7,7 +7,6 @@ by an exception. A recomputation (checkpointing) draws the same noise, as torch 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from restrain.engine.core import Draws, Hook
 from restrain.engine.distributed import NOISE_ON_PARTS
 from restrain.errors import DetachedError, HowError, NeverFiredError
 from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
+from restrain.torch_private import keep_flat, undone
 from restrain.transforms.base import Noise
 
 
@@ -139,8 +139,6 @@ def restore(module: nn.Module, noisy: list[tuple[Site, list[Noise]]]) -> None:
 def _set(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
     """Put a tensor before the stored one, or take it away; torch.compile sees in a checkpoint that it is both."""
     if torch.compiler.is_compiling():
-        from torch._dynamo.utils import _disable_side_effect_safety_checks_for_current_subtracer as undone
-
         undone(_write, owner, key, tensor)
     else:
         _write(owner, key, tensor)
@@ -157,13 +155,6 @@ def _owner(module: nn.Module, site: Site) -> nn.Module:
     for key in site.way:
         module = module._modules[key]  # type: ignore[assignment]
     return module
-
-
-def keep_flat(owner: nn.Module) -> None:
-    """The list of its weights that a recurrent layer hands to its kernel, as they are now."""
-    if isinstance(owner, nn.RNNBase):
-        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
-        owner._flat_weight_refs = [None if w is None else weakref.ref(w) for w in owner._flat_weights]
 
 
 @dataclass

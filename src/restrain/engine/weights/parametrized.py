@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
-from restrain.engine.weights.noise import keep_flat
 from restrain.errors import HowError, RestrainWarning
 from restrain.named_tensors import Handle, at_rest, fully_sharded, is_sharded
 from restrain.plans import Plan
+from restrain.torch_private import keep_flat
 from restrain.transforms.base import Reparametrization
 
 _SHARING = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
@@ -50,7 +50,7 @@ def _reduce_plain(owner: nn.Module, protocol: Any) -> Any:
     stored: dict[str, Any] = dict(owner.parametrizations.items())  # type: ignore[union-attr, operator]
     if not all(len(one) == 1 and one[0] in _orders for one in stored.values()):
         return object.__reduce_ex__(owner, protocol)  # where torch refuses
-    cls: type[nn.Module] = type(owner).__mro__[1]
+    cls: type[nn.Module] = parametrize.type_before_parametrizations(owner)
     plain = cls.__new__(cls)
     plain.__dict__.update(vars(owner))
     plain._modules = {name: m for name, m in owner._modules.items() if name != "parametrizations"}
