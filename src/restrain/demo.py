@@ -63,7 +63,7 @@ def digits(seed: int) -> Split:
 
 def classifier(seed: int, **keywords: Any) -> Classifier:
     """The network of the study, unfitted."""
-    fixed = {"hidden": (100,), "epochs": 60, "batch_size": 50, "learning_rate": 5e-3, "progress": False}
+    fixed: dict[str, Any] = {"hidden": (100,), "epochs": 60, "batch_size": 50, "learning_rate": 5e-3, "progress": False}
     model: Classifier = Classifier(random_state=seed, **fixed, **keywords)
     return model
 

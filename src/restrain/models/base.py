@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -38,7 +38,12 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     far), `seed_`, `compiled_` (what of an update was compiled, or why nothing).
     """
 
-    __init__ = Init()
+    if TYPE_CHECKING:
+
+        def __init__(self, layers: Iterable[Any] | None = None, **keywords: Any) -> None: ...
+
+    else:
+        __init__ = Init()
 
     module_: Network
     layers_: list[LayerData]

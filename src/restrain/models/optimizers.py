@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from numbers import Real
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> An
         having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
         shown = ", ".join([name for name in having if name in NAMES])
         raise PlanError(f"algo={algo!r} has no momentum=; these have: {shown}, nag")
-    if not (isinstance(momentum, Real) and 0 <= momentum < 1):
+    if not (is_number(momentum) and 0 <= float(momentum) < 1):
         raise PlanError(f"momentum= is a number from 0 to below 1, got {momentum!r}")
     return momentum
 

@@ -559,7 +559,7 @@ class Sum(Total[Penalty], _Combined, register=False):
 class _Elastic(Penalty, register=False):
     """a Σ|x| + c Σ|x|², joined of several."""
 
-    operations: Terms  # type: ignore[misc]
+    operations: Terms
 
     def __call__(self, w: Tensors) -> Tensor:
         return total(self.operations, w)

@@ -96,7 +96,9 @@ class Box(Constraint):
     @property
     def interval(self) -> Interval:  # type: ignore[override]
         """The bounds; None where they are infinite."""
-        return Interval(*[None if abs(bound) == inf else float(bound) for bound in (self.low, self.high)])
+        return Interval(
+            *[None if bound is None or abs(bound) == inf else float(bound) for bound in (self.low, self.high)]
+        )
 
     def __post_init__(self) -> None:
         for name, none in (("low", -inf), ("high", inf)):
