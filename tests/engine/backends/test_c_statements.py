@@ -14,7 +14,7 @@ from restrain.penalties import MCP
 
 LOWERED = {
     "gradient": [(Gradient(True, True), (0.3, 0.2))],
-    "gradient of operations": [(Gradient(False, True, (Huber(0.5), Logarithm(0.1))), (0.2, 0.3, 0.1))],
+    "gradient of operations": [(Gradient(False, True, (Huber(0.5),)), (0.2, 0.3))],
     "decay of an operation": [(Decay(Gradient(False, False, (Huber(0.5),)), shrinks=True), (0.3,))],
     "gradient of L1": [(Gradient(True, False), (0.3,))],
     "decay": [(Decay(Gradient(True, True), shrinks=False), (0.3, -0.2))],
@@ -150,6 +150,7 @@ def test_bfloat16_is_rounded_as_torch_does():
 
 def test_what_is_not_written_in_c():
     assert statements([(Gradient(False, False, (MCP(0.5),)), (0.2,))]) is None
+    assert statements([(Gradient(False, False, (Logarithm(0.5),)), (0.2,))]) is None
     assert statements([(Prox(True, False), (0.1, 0.2))]) is None
     assert c_compiler.loop((torch.complex64,), "w = w;", 0, (0,)) is None
 

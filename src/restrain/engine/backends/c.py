@@ -41,7 +41,7 @@ from restrain.engine.ops import (
     length_in,
     rows_of,
 )
-from restrain.operations import Absolute, Huber, Length, Logarithm, Operation, Square
+from restrain.operations import Absolute, Huber, Length, Operation, Square
 
 LONG = 1 << 18  # entries of a row; longer ones go otherwise, as a row belongs to one thread
 COST = 10**9  # entries × steps: when a loop makes up for compiling it (0.1 s, and 100 ps are saved an entry)
@@ -182,7 +182,6 @@ _TERMS: dict[type[Operation], tuple[str, str]] = {
         "CUT({s}, DELTA) * ({s} - CUT({s}, DELTA) / 2)",
         "({x} < -DELTA ? -DELTA : CUT({x}, DELTA))",
     ),
-    Logarithm: ("LOG1P({s} / EPSILON)", "SGN({x}) / ({s} + EPSILON)"),
     Length: ("{x} * {x}", "{x}"),  # of lengths, what their squares are sums of
 }
 

@@ -50,7 +50,6 @@ static inline int64_t tensor_of(const int64_t *ends, int64_t count, int64_t numb
 #define SGN(x) (wide)(((x) > 0) - ((x) < 0))
 #define CLAMP(x, low, high) ((x) < (low) ? (low) : (x) > (high) ? (high) : (x))
 #define CUT(x, high) ((x) > (high) ? (high) : (x))
-#define LOG1P(x) (sizeof(wide) == 4 ? (wide)log1pf((float)(x)) : (wide)log1p((double)(x)))
 #define ABS(x) (sizeof(wide) == 4 ? (wide)fabsf((float)(x)) : (wide)fabs((double)(x)))
 #define SQRT(x) (sizeof(wide) == 4 ? (wide)sqrtf((float)(x)) : (wide)sqrt((double)(x)))
 """
