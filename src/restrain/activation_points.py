@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from restrain.errors import SelectionError
+from restrain.fields import brief, is_whole
 from restrain.named_tensors import Layer, near
-from restrain.selections import SYMBOLS, Glob, Object, Regex, Where, as_where, chosen
+from restrain.selections import Glob, Object, Regex, There, Where, as_where, chosen, pattern, shown, spine
 
 Calls = Literal["mean", "sum"]
 Argument = (
@@ -40,7 +41,7 @@ class JoinedPlaces(Places):
     right: Places
 
     def __repr__(self) -> str:
-        return f"({self.left!r} {SYMBOLS[self.operation]} {self.right!r})"
+        return shown(self)
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Place(Places):
             value = getattr(self, key)
             shown = getattr(value, "__name__", value) if callable(value) else repr(value)
             given += [f"{key}={shown}"] * (value is not None)
+        given += [f"{key}={getattr(self, key)!r}" for key in ("index", "batch_dim") if getattr(self, key) is not None]
+        given += [f"calls={self.calls!r}"] * (self.calls != "mean")
         return f"rs.{self.kind}({', '.join(filter(None, given))})"
 
 
@@ -97,7 +100,7 @@ def outputs(
         lengths: the lengths of the sequences, (batch,), likewise.
 
     >>> rs.outputs("relu*", calls="sum")
-    rs.outputs('relu*')
+    rs.outputs('relu*', calls='sum')
     """
     return make_place(
         "outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
@@ -140,16 +143,20 @@ def make_place(
     Raises:
         SelectionError: an argument has a value that it can't have.
     """
-    if calls not in ("mean", "sum"):
-        raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {calls!r}")
+    if not any(calls is known or (isinstance(calls, str) and calls == known) for known in ("mean", "sum")):
+        raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {brief(calls)}")
     if via is not None and not callable(via):
-        raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {via!r}")
+        raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {brief(via)}")
+    if index is not None and not is_whole(index) and not isinstance(index, str):
+        raise SelectionError(f"index= is the position or the key of a member of the output; got {brief(index)}")
+    if batch_dim is not None and not is_whole(batch_dim):
+        raise SelectionError(f"batch_dim= is the number of the batch axis, such as 0 or 1; got {brief(batch_dim)}")
     for key, value in (("mask", mask), ("lengths", lengths)):
         named = isinstance(value, str | int) and not isinstance(value, bool)
         if value is not None and not named and not callable(value):
             raise SelectionError(
                 f"{key}= is the name of an argument of the model's forward, its position, or a function of all of "
-                f"them; got {value!r}"
+                f"them; got {brief(value)}"
             )
     if mask is not None and lengths is not None:
         raise SelectionError("write mask= or lengths=, not both: they say the same")
@@ -159,7 +166,7 @@ def make_place(
 def _as_places(given: Any) -> Places:
     if isinstance(given, Places):
         return given
-    raise SelectionError(f"places join with places only, got {given!r}; write rs.outputs({given!r})")
+    raise SelectionError(f"places join with places only, got {brief(given)}; write rs.outputs({brief(given)})")
 
 
 @dataclass(frozen=True)
@@ -175,21 +182,30 @@ class Target:
         return self.layer.name
 
 
-def select_places(where: Places, layers: Sequence[Layer]) -> list[Target]:
+def select_places(where: Places, layers: Sequence[Layer], optional: bool = False) -> list[Target]:
     """The places that `where` selects, in the model's order, each layer once.
+
+    Args:
+        where: the selection.
+        layers: all of the model.
+        optional: whether it, or a part of it, may match nothing.
 
     Raises:
         SelectionError: it matches nothing, or only layers that are never called (a ModuleList).
     """
     if isinstance(where, Place):
-        return _place_targets(where, layers)
-    assert isinstance(where, JoinedPlaces)
-    left, right = select_places(where.left, layers), select_places(where.right, layers)
-    if where.operation == "or":
-        taken = {_tensor(target) for target in left}
-        return left + [target for target in right if _tensor(target) not in taken]
-    keys = {(t.place.kind, id(t.layer.module)) for t in right}
-    return [t for t in left if ((t.place.kind, id(t.layer.module)) in keys) == (where.operation == "and")]
+        return _place_targets(where, layers, optional)
+    nodes = spine(where)
+    found = select_places(nodes[0].left, layers, optional)
+    for node in nodes:
+        right = select_places(node.right, layers, optional)
+        if node.operation == "or":
+            taken = {_tensor(target) for target in found}
+            found = found + [target for target in right if _tensor(target) not in taken]
+        else:
+            keys = {(t.place.kind, id(t.layer.module)) for t in right}
+            found = [t for t in found if ((t.place.kind, id(t.layer.module)) in keys) == (node.operation == "and")]
+    return found
 
 
 def _tensor(target: Target) -> tuple[Any, ...]:
@@ -198,12 +214,12 @@ def _tensor(target: Target) -> tuple[Any, ...]:
     return id(target.layer.module), place.kind, place.via, place.index
 
 
-def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:
+def _place_targets(place: Place, layers: Sequence[Layer], optional: bool) -> list[Target]:
     if place.which is None:
         return [Target(layers[0], place)]
     which, below = place.which, layers[1:]
     names, numbers = [layer.name for layer in below if layer.callable], {layer.name: i for i, layer in enumerate(below)}
-    taken = chosen(which, [[(layer, None)] for layer in below], numbers, names)
+    taken = chosen(which, There([[(layer, None)] for layer in below], numbers, names), optional)
     hits = [below[i] for i in sorted(taken) if below[i].callable]
     if isinstance(which, Object) and which.target is layers[0].module:
         hits = [layers[0]]
@@ -211,8 +227,7 @@ def _place_targets(place: Place, layers: Sequence[Layer]) -> list[Target]:
         seen = {id(hit.module) for hit in hits}
         hits = [hit for hit in hits if not any(id(outer) in seen for outer in hit.chain[:-1])]
     targets = {id(hit.module): Target(hit, place) for hit in reversed(hits)}
-    if not targets:
-        pattern = which.pattern if isinstance(which, (Glob, Regex)) else ""
+    if not targets and not optional:
         why = " that is ever called (a ModuleList is not)" if taken else ""
-        raise SelectionError(f"{place!r} matches no layer{why}{near(pattern, names)}")
+        raise SelectionError(f"{place!r} matches no layer{why}{near(pattern(which), names)}")
     return list(reversed(targets.values()))

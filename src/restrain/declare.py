@@ -17,7 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from restrain.activation_points import Place
 from restrain.errors import PlanError, SelectionError
-from restrain.named_tensors import Layer, layers
+from restrain.named_tensors import Layer, checked_module, layers
 from restrain.rules import How, Rule, What
 from restrain.selections import Names, Role
 
@@ -53,6 +53,7 @@ def regularized(layer: M, *, how: How | None = None, **what: What | Sequence[Wha
     >>> len(rs.attach(layer).plan)
     2
     """
+    checked_module(layer)
     for key in what:
         if key not in ("input", "output") and not _parameter_names(Layer("", (), layer, (layer,)), key):
             have = ", ".join(name for name, _ in layer.named_parameters(recurse=False)) or "none of its own"
@@ -169,7 +170,7 @@ def _rule(what: What, how: How | None, key: str, names: list[str]) -> Rule:
     if key not in ("input", "output"):
         return what.on(Names(tuple(names)), how=how, name=title)
     place = Place("outputs" if key == "output" else "inputs")
-    below = replace(place, which=Names(tuple(names)))
+    below = replace(place, which=Names(tuple(filter(None, names))))
     if "" not in names:
         return what.on(below, name=title)
     return what.on(place | below if len(names) > 1 else place, name=title)

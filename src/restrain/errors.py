@@ -1,8 +1,16 @@
-"""What the library raises and warns with. Each error is also the fitting built-in one."""
+"""Exceptions and warnings of the library. Each exception is also the fitting built-in one."""
+
+from __future__ import annotations
+
+_LONGEST = 6_000  # characters of a message
 
 
 class RestrainError(Exception):
-    """Base of every error that this library raises on purpose."""
+    """Base of every error that this library raises on purpose. Its text is of bounded length."""
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST * 2 // 3]} … {text[-_LONGEST // 3 :]}"
 
 
 class SelectionError(RestrainError, ValueError):
@@ -50,7 +58,15 @@ class DetachedError(RestrainError, RuntimeError):
 
 
 class FileError(RestrainError, ValueError):
-    """A file isn't a model that this version can read, or something can't be written into one."""
+    """A file isn't one that this version can read, or something can't be written into it."""
+
+
+class FileAccessError(FileError, OSError):
+    """The system refuses to read or write a file: no space, no permission, no such folder."""
+
+
+class MissingFileError(FileError, FileNotFoundError):
+    """There is no file of that name."""
 
 
 class DataError(RestrainError, ValueError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import reprlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -38,11 +39,24 @@ def call_text(thing: Any, prefix: str = "") -> str:
     return f"{prefix}{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxdict, _short.maxlist, _short.maxtuple = 4, 8, 8, 8
+_short.maxstring = _short.maxother = 120
+
+
+def brief(value: Any) -> str:
+    """repr(value) of bounded length, for errors: also of endless nesting, and of an object that has no repr."""
+    try:
+        return _short.repr(value)
+    except Exception:  # an int of more than 4,300 digits; whatever a user's own __repr__ raises
+        return f"<{type(value).__name__}>"
+
+
 def is_number(value: Any) -> bool:
-    """Whether it is a real number that a float can hold, which True and False aren't."""
+    """Whether it is a real number, finite also as a float; True and False aren't."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-    except OverflowError:
+    except (OverflowError, TypeError, ValueError):  # 10**400; a number that has no float
         return False
 
 

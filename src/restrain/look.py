@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from restrain.activation_points import Places, outputs, select_places
 from restrain.engine import Hook, Point, forget_compiled_code, paused, structures
-from restrain.named_tensors import layers, unwrap
+from restrain.named_tensors import checked_module, layers, unwrap
 from restrain.selections import as_where
 
 
@@ -77,7 +77,7 @@ def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[di
     >>> torch.equal(seen["1"], y)
     True
     """
-    root = unwrap(model)
+    root = unwrap(checked_module(model))
     seen: dict[str, Tensor] = {}
     places = where if isinstance(where, Places) else outputs(as_where(where))
     with ExitStack() as stack:

@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from restrain.errors import DetachedError
+from restrain.errors import DetachedError, PlanError
 
 # Wrapper class (by name, so that nothing heavy is imported) -> the attribute that holds the wrapped module.
 WRAPPERS = {
@@ -34,6 +35,17 @@ WRAPPERS = {
 def _wrapped_as(module: nn.Module) -> str | None:
     cls = type(module)
     return WRAPPERS.get(cls.__name__) if cls.__module__.startswith("torch.") else None
+
+
+def checked_module(model: Any) -> nn.Module:
+    """The model.
+
+    Raises:
+        PlanError: it is no nn.Module, or a scripted one.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise PlanError(f"expected an nn.Module that isn't scripted, got {type(model).__name__}")
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -14,15 +14,15 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from restrain import registry
+from restrain import registry, storage
 from restrain.activation_points import JoinedPlaces, Place, Places, make_place
-from restrain.errors import PenaltyError, PlanError
-from restrain.fields import given_fields
+from restrain.errors import FileError, PenaltyError, PlanError, RestrainError
+from restrain.fields import brief, given_fields, is_whole
 from restrain.penalties import Penalty, Scaled, Sum
 from restrain.penalties.base import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
@@ -37,7 +37,7 @@ from restrain.schedule import (
     Times,
     WarmUp,
 )
-from restrain.selections import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where
+from restrain.selections import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where, spine
 
 _Scalable = (Penalty, NetworkPenalty, OnDerivatives)
 _OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
@@ -63,21 +63,34 @@ def read_rule(data: Any) -> Rule:
         name, colon, strength = data.partition(":")
         data = {"what": name.strip(), **({"strength": strength.strip()} if colon else {})}
     if not isinstance(data, Mapping) or "what" not in data:
-        raise PlanError(f"a rule is a text such as 'l1:0.01' or a dict with the key 'what', got {data!r}")
+        raise PlanError(f"a rule is a text such as 'l1:0.01' or a dict with the key 'what', got {brief(data)}")
+    try:
+        storage.check_tree(data, "a rule")
+        return _read_rule(data)
+    except FileError as error:
+        raise PlanError(str(error)) from error
+    except RecursionError as error:
+        raise PlanError("a rule is nested too deep to be read") from error
+
+
+def _read_rule(data: Mapping[Any, Any]) -> Rule:
+    if True in data and "on" in data:
+        raise PlanError("a rule says on: twice, once as YAML's word for true; write one of them")
     data = {"on" if key is True else key: value for key, value in data.items()}  # as YAML reads the bare word on
-    unknown = set(data) - {"what", "strength", "on", "outputs", *_OPTIONS}
+    unknown = [key for key in data if key not in ("what", "strength", "on", "outputs", *_OPTIONS)]
     if unknown:
-        raise PlanError(
-            f"a rule has no {', '.join(sorted(map(str, unknown)))}; it has what, strength, on, outputs, "
-            f"{', '.join(_OPTIONS)}"
-        )
+        raise PlanError(f"a rule has no {_listed(unknown)}; it has what, strength, on, outputs, {', '.join(_OPTIONS)}")
     options: dict[str, Any] = {key: data[key] for key in _OPTIONS if key in data}
-    if not isinstance(options.get("optional", False), bool):
-        raise PlanError(f"optional is true or false, got {options['optional']!r}")
     if "outputs" in data:
         options["outputs"] = _read_where(data["outputs"])
     on = _read_where(data["on"]) if "on" in data else None
     return _read_scaled(data).on(on, **options)
+
+
+def _listed(keys: Iterable[Any]) -> str:
+    """Keys that are none, in their order."""
+    found = list(keys)
+    return ", ".join(key if isinstance(key, str) and len(key) < 80 else brief(key) for key in found[:8])
 
 
 def _read_scaled(data: Any) -> What:
@@ -85,7 +98,7 @@ def _read_scaled(data: Any) -> What:
     if not isinstance(data, Mapping) or "strength" not in data:
         return what
     if not isinstance(what, _Scalable):
-        raise PlanError(f"a strength is for penalties only; got strength={data['strength']!r} of {what!r}")
+        raise PlanError(f"a strength is for penalties only; got strength={brief(data['strength'])} of {brief(what)}")
     return read_strength(data["strength"]) * what  # type: ignore[no-any-return]
 
 
@@ -100,15 +113,12 @@ def read_strength(data: Any) -> Any:
         if form == "times" and isinstance(content, (list, tuple)) and content:
             return functools.reduce(operator.mul, map(read_strength, content))
         if form in FORMS and isinstance(content, Mapping):
-            try:
-                return FORMS[form](**{key: _number(value) for key, value in content.items()})
-            except (TypeError, PenaltyError) as error:
-                raise PlanError(f"strength {form}: {error}") from error
+            return _built(FORMS[form], f"strength {form}", {key: _number(value) for key, value in content.items()})
     strength = _number(data)
     if not isinstance(strength, (int, float)) or isinstance(strength, bool):
         raise PlanError(
             f"a strength is a number, or a dict of one of {', '.join((*FORMS, 'times'))}, as in "
-            f"{{linear: {{start: 0, end: 0.001, steps: 1000}}}}; got strength={data!r}"
+            f"{{linear: {{start: 0, end: 0.001, steps: 1000}}}}; got strength={brief(data)}"
         )
     return strength
 
@@ -117,17 +127,34 @@ def _read_what(data: Any) -> What:
     if isinstance(data, str):
         data = {"name": data}
     if not isinstance(data, Mapping):
-        raise PlanError(f"what is a registered name or a dict with one under 'name', got {data!r}")
+        raise PlanError(f"what is a registered name or a dict with one under 'name', got {brief(data)}")
     if "sum" in data:
         return _read_sum(data)
-    if "name" not in data:
-        raise PlanError(f"what needs a 'name' (of a penalty or transform), got {dict(data)!r}")
-    cls = registry.lookup(str(data["name"]))
+    name = data.get("name")
+    if not isinstance(name, str):
+        raise PlanError(f"what needs a 'name' (of a penalty or transform), got {brief(data)}")
     fields = {key: _read_field(value) for key, value in data.items() if key != "name"}
+    return _built(registry.lookup(name), name, fields)  # type: ignore[no-any-return]
+
+
+def _built(cls: type, name: str, fields: Mapping[Any, Any]) -> Any:
+    """cls(**fields), whatever is wrong with these.
+
+    Raises:
+        PlanError: a field that it doesn't have, or that it can't take.
+        PenaltyError, TransformError: as the class says.
+    """
+    strange = [key for key in fields if not isinstance(key, str)]
+    if strange:
+        raise PlanError(f"{name} has no setting {_listed(strange)}")
     try:
-        return cls(**fields)  # type: ignore[no-any-return]
-    except TypeError as error:
-        raise PlanError(f"{data['name']}: {error}") from error
+        return cls(**fields)
+    except PenaltyError as error:
+        raise (PlanError if name.startswith("strength ") else PenaltyError)(f"{name}: {error}") from error
+    except (RestrainError, RecursionError):
+        raise
+    except Exception as error:  # whatever a class, of a user perhaps, raises of settings of a wrong type
+        raise PlanError(f"{name}: {storage.first_line(error)}") from error
 
 
 def _read_field(value: Any) -> Any:
@@ -141,19 +168,19 @@ def _read_sum(data: Mapping[str, Any]) -> What:
     terms = data["sum"]
     if set(data) != {"sum"} or not isinstance(terms, (list, tuple)) or not terms:
         raise PlanError(
-            f"a sum is {{'sum': [...]}}, a list of penalties, each with its own strength; got {dict(data)!r}"
+            f"a sum is {{'sum': [...]}}, a list of penalties, each with its own strength; got {brief(data)}"
         )
     for term in terms:
         if isinstance(term, Mapping) and not set(term) <= {"what", "strength"} and "name" not in term:
-            raise PlanError(f"a term of a sum has what and strength, got {', '.join(map(str, term))}")
+            raise PlanError(f"a term of a sum has what and strength, got {_listed(term)}")
     members = [_read_scaled(term) for term in terms]
     for member in members:
         if not isinstance(member, _Scalable):
-            raise PlanError(f"a sum is of penalties, and {member!r} is none: write a rule of its own for it")
-    total: Any = members[0]
-    for member in members[1:]:
-        total = total + member
-    return total  # type: ignore[no-any-return]
+            raise PlanError(f"a sum is of penalties, and {brief(member)} is none: write a rule of its own for it")
+    try:
+        return functools.reduce(operator.add, members)
+    except TypeError as error:
+        raise PlanError(f"{brief(members)} can't be added: they are of parameters, of a network, of a loss") from error
 
 
 def _number(value: Any) -> Any:
@@ -177,17 +204,17 @@ def _read_where(data: Any) -> Where | Places:
         return _read_place("outputs" if "outputs" in data else "inputs", data)
     if isinstance(data, Mapping) and len(data) == 1:
         ((key, value),) = data.items()
-        if key == "role" and value in ROLES:
+        if key == "role" and isinstance(value, str) and value in ROLES:
             return Role(value)
         types = [value] if isinstance(value, str) else value
-        if key == "type" and isinstance(types, (list, tuple)) and all(isinstance(t, str) for t in types):
+        if key == "type" and isinstance(types, (list, tuple)) and types and all(isinstance(t, str) for t in types):
             return OfType(tuple(types))
         if key == "regex" and isinstance(value, str):
             return _read_regex(value)
         if key in ("and", "or", "minus"):
             return _join(key, value)
     raise PlanError(
-        f"can't read the selection {data!r}; write a glob, a list of names, {{role: weights}}, {{type: Conv2d}}, "
+        f"can't read the selection {brief(data)}; write a glob, a list of names, {{role: weights}}, {{type: Conv2d}}, "
         "{regex: ...}, {outputs: glob}, {inputs: glob}, or {and: [...]}, {or: [...]}, {minus: [...]}"
     )
 
@@ -195,31 +222,39 @@ def _read_where(data: Any) -> Where | Places:
 def _read_regex(pattern: str) -> Regex:
     try:
         return Regex(re.compile(pattern).pattern)
-    except re.error as error:
-        raise PlanError(f"{pattern!r} is no regular expression: {error}") from error
+    except (re.error, OverflowError) as error:
+        raise PlanError(f"{brief(pattern)} is no regular expression: {error}") from error
 
 
 def _join(operation: Any, members: Any) -> Where | Places:
-    if not isinstance(members, (list, tuple)):
-        raise PlanError(f"{operation!r} joins a list of two or more selections; got {members!r}")
-    selections = [_read_where(member) for member in members]
-    if len(selections) < 2 or len({isinstance(s, Places) for s in selections}) != 1:
-        raise PlanError(
-            f"{operation!r} joins two or more selections, all of parameters or all of places; got {members!r}"
-        )
-    joined: Any = selections[0]
-    for selection in selections[1:]:
-        joined = (JoinedPlaces if isinstance(joined, Places) else Joined)(operation, joined, selection)  # type: ignore[arg-type]
+    """The selections of a list, joined from left to right, without a call for each of a list in a list in a list."""
+    rest: list[Any] = []
+    while True:
+        if not isinstance(members, (list, tuple)) or len(members) < 2:
+            raise PlanError(f"{operation!r} joins a list of two or more selections; got {brief(members)}")
+        rest += members[:0:-1]
+        first = members[0]
+        if not (isinstance(first, Mapping) and len(first) == 1 and operation in first):
+            break
+        members = first[operation]
+    joined: Any = _read_where(first)
+    for member in reversed(rest):
+        selection: Any = _read_where(member)
+        if isinstance(joined, Places) != isinstance(selection, Places):
+            raise PlanError(
+                f"{operation!r} joins two or more selections, all of parameters or all of places; got {brief(members)}"
+            )
+        joined = (JoinedPlaces if isinstance(joined, Places) else Joined)(operation, joined, selection)
     return joined  # type: ignore[no-any-return]
 
 
 def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
     which = None if data[kind] in ("", None) else data[kind]  # "" is the model itself: TOML has no null
-    if isinstance(which, int) and not isinstance(which, bool):
-        which = str(which)  # a layer called 0, which YAML reads as a number
-    unknown = set(data) - {kind, "via", *_PLACE_OPTIONS}
+    if is_whole(which):
+        which = brief(which)  # a layer called 0, which YAML reads as a number
+    unknown = [key for key in data if key not in (kind, "via", *_PLACE_OPTIONS)]
     if unknown:
-        raise PlanError(f"{kind} has no {', '.join(sorted(unknown))}; it has via, {', '.join(_PLACE_OPTIONS)}")
+        raise PlanError(f"{kind} has no {_listed(unknown)}; it has via, {', '.join(_PLACE_OPTIONS)}")
     options = {key: data[key] for key in _PLACE_OPTIONS if key in data}
     chosen = None if which is None else as_where(_read_where(which))
     return make_place(kind, chosen, via=_function(data.get("via")), **options)
@@ -233,7 +268,7 @@ def _function(name: Any) -> Any:
     found = (getattr(torch, name, None) or getattr(torch.nn.functional, name, None)) if known else None
     if not callable(found) or isinstance(found, type):
         raise PlanError(
-            f"via= in a file names a function of torch or torch.nn.functional, such as 'relu'; got {name!r}"
+            f"via= in a file names a function of torch or torch.nn.functional, such as 'relu'; got {brief(name)}"
         )
     return found
 
@@ -323,7 +358,12 @@ def _write_where(where: Any) -> Any:
     if isinstance(where, Regex) and where.flags == Regex("").flags:
         return {"regex": where.pattern}
     if isinstance(where, (Joined, JoinedPlaces)):
-        return {where.operation: [_write_where(where.left), _write_where(where.right)]}
+        nodes = spine(where)
+        joined: Any = _write_where(nodes[0].left)
+        for node in nodes:
+            same = node is not nodes[0] and node.operation in joined
+            joined = {node.operation: [*(joined[node.operation] if same else [joined]), _write_where(node.right)]}
+        return joined
     if isinstance(where, Place):
         data: dict[str, Any] = {where.kind: "" if where.which is None else _write_where(where.which)}
         if where.via is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restrain.errors import PlanError
+from restrain import datafiles
+from restrain.errors import PlanError, RestrainError
+from restrain.fields import brief, is_whole
 from restrain.plandata import read_rule, write_rule
 from restrain.rules import Rule, What
+
+VERSION = 1  # of the data, which may say it
+_DEEPEST = 20  # of lists of plans within each other
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class Plan:
 
     rules: tuple[Rule, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not (_is_list(self.rules) and all(isinstance(rule, Rule) for rule in self.rules)):
+            raise PlanError(f"Plan(...) takes a tuple of rules; for anything else write Plan.of: {brief(self.rules)}")
+        object.__setattr__(self, "rules", tuple(self.rules))
+
     @classmethod
     def of(cls, given: Any) -> Plan:
         """The plan that a rule, text, dict, plan, or a list of these stands for.
@@ -37,15 +45,7 @@ class Plan:
         """
         if given is None or isinstance(given, Plan):
             return given or cls()
-        if isinstance(given, Rule):
-            return cls((given,))
-        if isinstance(given, (str, Mapping)):
-            return cls.from_dict(given) if isinstance(given, Mapping) and "rules" in given else cls((read_rule(given),))
-        if isinstance(given, What):
-            raise PlanError(f"{given!r} says what, but not where: write .on(...) after it")
-        if isinstance(given, Iterable):
-            return cls(tuple(rule for member in given for rule in cls.of(member)))
-        raise PlanError(f"expected rules made by .on(...), text, dicts or a list of them; got {given!r}")
+        return cls(tuple(_rules(given, 0)))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -54,9 +54,10 @@ class Plan:
         Raises:
             PlanError: an unknown name or key, or a number that isn't one.
         """
-        if not isinstance(data, Mapping) or set(data) != {"rules"} or not isinstance(data["rules"], (list, tuple)):
-            raise PlanError(f"a plan is {{'rules': [...]}}, a list under that one key; got {data!r}")
-        return cls(tuple(read_rule(rule) for rule in data["rules"]))
+        _check_version(data)
+        if not isinstance(data, Mapping) or not set(data) <= {"rules", "version"} or not _is_list(data.get("rules")):
+            raise PlanError(f"a plan is {{'rules': [...]}}, a list under that one key; got {brief(data)}")
+        return cls(tuple(_read(rule, f"rule {number}") for number, rule in enumerate(data["rules"], 1)))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data (dicts, lists, text, numbers).
@@ -69,12 +70,27 @@ class Plan:
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """The plan in a `.yaml`, `.yml`, `.toml` or `.json` file."""
-        return cls.from_dict(load(Path(path)))
+        """The plan in a `.yaml`, `.yml`, `.toml` or `.json` file.
+
+        Raises:
+            MissingFileError, FileAccessError: there is no such file, or it can't be opened.
+            PlanError: it is cut off or damaged, or holds no plan; the message names the file and the place in it.
+            PenaltyError, TransformError, SelectionError, HowError: a rule in it can't be.
+        """
+        data = datafiles.load(path)
+        try:
+            return cls.from_dict(data)
+        except RestrainError as error:
+            raise type(error)(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a `.yaml`, `.yml`, `.toml` or `.json` file."""
-        save(self.to_dict(), Path(path))
+        """Write the plan to a `.yaml`, `.yml`, `.toml` or `.json` file, whole or not at all.
+
+        Raises:
+            PlanError: another ending; a rule that has no text form.
+            FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
+        """
+        datafiles.save(self.to_dict(), path)
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)
@@ -86,42 +102,50 @@ class Plan:
         return Plan(self.rules + Plan.of(other).rules)
 
 
-def load(path: Path) -> Any:
-    """The data in a `.yaml`, `.yml`, `.toml` or `.json` file."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix in (".yaml", ".yml"):
-        return _yaml().safe_load(text)
-    if path.suffix == ".toml":
-        return tomllib.loads(text)
-    if path.suffix == ".json":
-        return json.loads(text)
-    raise PlanError(f"a plan file ends in .yaml, .yml, .toml or .json; got {path.name!r}")
-
-
-def save(data: dict[str, Any], path: Path) -> None:
-    """Write data to a `.yaml`, `.yml`, `.toml` or `.json` file."""
-    if path.suffix in (".yaml", ".yml"):
-        text = _yaml().safe_dump(data, sort_keys=False)
-    elif path.suffix == ".toml":
-        text = _toml().dumps(data)
-    elif path.suffix == ".json":
-        text = json.dumps(data, indent=2) + "\n"
+def _rules(given: Any, depth: int) -> Iterator[Rule]:
+    """The rules of what `Plan.of` takes."""
+    if isinstance(given, Rule):
+        yield given
+    elif isinstance(given, Mapping) and ("rules" in given or "version" in given):
+        yield from Plan.from_dict(given)
+    elif isinstance(given, (str, Mapping)):
+        yield read_rule(given)
+    elif isinstance(given, What):
+        raise PlanError(f"{brief(given)} says what, but not where: write .on(...) after it")
+    elif depth > _DEEPEST:
+        raise PlanError(f"a plan is a list of rules; got lists within lists, {_DEEPEST} deep")
     else:
-        raise PlanError(f"a plan file ends in .yaml, .yml, .toml or .json; got {path.name!r}")
-    path.write_text(text, encoding="utf-8")
+        for member in _members(given):
+            yield from _rules(member, depth + 1) if member is not None else ()
 
 
-def _yaml() -> Any:
+def _members(given: Any) -> Iterator[Any]:
     try:
-        import yaml
-    except ImportError as error:
-        raise PlanError("YAML plans need PyYAML: pip install 'restrain[plans]', or use .toml or .json") from error
-    return yaml
+        if isinstance(given, Iterable):
+            return iter(given)
+    except TypeError:  # a 0-d tensor, which says that it can be iterated over
+        pass
+    raise PlanError(f"expected rules made by .on(...), text, dicts or a list of them; got {brief(given)}")
 
 
-def _toml() -> Any:
+def _is_list(given: Any) -> bool:
+    return isinstance(given, (list, tuple))
+
+
+def _check_version(data: Any) -> None:
+    version = data.get("version", VERSION) if isinstance(data, Mapping) else VERSION
+    if not is_whole(version, 1):
+        raise PlanError(f"the version of a plan is a whole number such as {VERSION}; got {brief(version)}")
+    if version > VERSION:
+        raise PlanError(
+            f"this plan is of version {version}, and this library reads up to version {VERSION}: "
+            "pip install --upgrade restrain"
+        )
+
+
+def _read(data: Any, which: str) -> Rule:
+    """The rule, whose errors say which it is."""
     try:
-        import tomli_w
-    except ImportError as error:
-        raise PlanError("writing TOML needs tomli-w: pip install 'restrain[plans]', or use .json") from error
-    return tomli_w
+        return read_rule(data)
+    except RestrainError as error:
+        raise type(error)(f"{which}: {error}") from error

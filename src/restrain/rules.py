@@ -11,7 +11,7 @@ from torch import Tensor
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import HowError, PlanError
-from restrain.fields import call_text, is_whole
+from restrain.fields import brief, call_text, is_whole
 from restrain.named_tensors import Location
 from restrain.schedule import Strength
 from restrain.selections import Where, as_where, weights
@@ -109,8 +109,8 @@ class What:
         """
         what, selection = self.selected(where)
         moments = self.moments(isinstance(selection, Places))
-        if how is not None and how not in moments:
-            raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={how!r}")
+        if how is not None and not (isinstance(how, str) and how in moments):
+            raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={brief(how)}")
         rule = Rule(what, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
         _check(rule)
         return rule
@@ -169,26 +169,31 @@ class Rule:
         )
         given += [f"every={self.every}"] * (self.every != 1) + [f"start={self.start}"] * (self.start != 0)
         given += ["optional=True"] * self.optional + [f"momentum={self.momentum!r}"] * (self.momentum != "keep")
+        given += [f"outputs={self.outputs!r}"] * (self.outputs is not None)
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
 
 
 def _check(rule: Rule) -> None:
     what = rule.what
-    if rule.reduce not in ("sum", "mean"):
-        raise PlanError(f"reduce= is 'sum' or 'mean', got {rule.reduce!r}")
+    if rule.name is not None and not isinstance(rule.name, str):
+        raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
+    if not isinstance(rule.optional, bool):
+        raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
+    for key, known in (("reduce", ("sum", "mean")), ("momentum", ("keep", "tangent"))):
+        value = getattr(rule, key)
+        if not isinstance(value, str) or value not in known:
+            raise PlanError(f"{key}= is {' or '.join(map(repr, known))}, got {brief(value)}")
     if rule.reduce == "mean" and not what.entrywise:
         raise PlanError(f"reduce='mean' is for entrywise penalties such as L1 and L2, not for {what!r}")
     if not is_whole(rule.every, 1):
-        raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {rule.every!r}")
+        raise PlanError(f"every= is a whole number of optimizer steps, at least 1; got {brief(rule.every)}")
     if not is_whole(rule.start, 0):
-        raise PlanError(f"start= is a whole number of optimizer steps, zero or more; got {rule.start!r}")
+        raise PlanError(f"start= is a whole number of optimizer steps, zero or more; got {brief(rule.start)}")
     if (rule.every != 1 or rule.start) and rule.how in ("forward", "parametrize"):
         raise PlanError(
             f"how={rule.how!r} acts at each forward; every= and start= are for what acts at a step or a loss"
         )
-    if rule.momentum not in ("keep", "tangent"):
-        raise PlanError(f"momentum= is 'keep' or 'tangent', got {rule.momentum!r}")
     if rule.momentum == "tangent" and not (rule.how == "project" and what.has_tangent):
         raise PlanError(
             f"momentum='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "

@@ -8,15 +8,18 @@ joined by `&`, `|` and `-`. Places (layer outputs and inputs) are selected by th
 from __future__ import annotations
 
 import re
+import time
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
+from math import inf, log2
 from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError
+from restrain.fields import brief
 from restrain.named_tensors import Layer, Slot, near
 from restrain.torch_private import NORMALIZATIONS
 
@@ -35,6 +38,13 @@ class Where:
     def named(self, names: Collection[str]) -> Iterable[str] | None:
         """Those of the names that it takes; None if it looks at more than names."""
         return None
+
+    def check(self, there: There) -> None:
+        """Refuse a list in which a name stands that there isn't, beside others that there are.
+
+        Raises:
+            SelectionError: so it is; near names are listed.
+        """
 
     def __and__(self, other: Any) -> Joined:
         return Joined("and", self, as_where(other))
@@ -64,7 +74,26 @@ class Joined(Where):
     right: Where
 
     def __repr__(self) -> str:
-        return f"({self.left!r} {SYMBOLS[self.operation]} {self.right!r})"
+        return shown(self)
+
+
+def spine(joined: Any) -> list[Any]:
+    """The joins on the way to the leftmost selection, the innermost first: of a - b - c that of a - b, then the whole.
+
+    Whoever goes along it needs no call for each of a thousand.
+    """
+    nodes, kind = [], type(joined)
+    while type(joined) is kind:
+        nodes.append(joined)
+        joined = joined.left
+    return nodes[::-1]
+
+
+def shown(joined: Any) -> str:
+    """The text of joined selections."""
+    nodes = spine(joined)
+    rest = [f" {SYMBOLS[node.operation]} {node.right!r})" for node in nodes]
+    return f"{'(' * len(nodes)}{nodes[0].left!r}{''.join(rest)}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +118,11 @@ class Names(Where):
     def named(self, names: Collection[str]) -> Iterable[str]:
         return [name for name in self.names if name in names]
 
+    def check(self, there: There) -> None:
+        missing = [name for name in self.names if name not in there.numbers]
+        if 0 < len(missing) < len(self.names):
+            raise SelectionError(f"{brief(missing)}, in a list, matches nothing{near(missing[0], there.names)}")
+
     def __repr__(self) -> str:
         return repr(list(self.names))
 
@@ -100,11 +134,80 @@ class Regex(Where):
     pattern: str
     flags: int = re.compile("").flags
 
-    def named(self, names: Collection[str]) -> Iterable[str]:
-        return filter(re.compile(self.pattern, self.flags).search, names)
+    def __post_init__(self) -> None:
+        if _effort(self.pattern, self.flags) > _MOST_EFFORT:
+            raise SelectionError(
+                f"re.compile({brief(self.pattern)}) could take endless time: it repeats a group with a repetition or "
+                "choice in it, has too many of these in a row, or comments. Write a glob, a list of names, or a "
+                "predicate f(name, tensor)"
+            )
+
+    def named(self, names: Collection[str]) -> Iterator[str]:
+        found, end = re.compile(self.pattern, self.flags).search, time.monotonic() + _SECONDS
+        for name in names:
+            if found(name):
+                yield name
+            if time.monotonic() > end:
+                raise SelectionError(
+                    f"{self!r} takes longer than {_SECONDS} s for {len(names)} names, by going back and forth: write a "
+                    "glob, or a pattern with fewer repetitions"
+                )
 
     def __repr__(self) -> str:
-        return f"re.compile({self.pattern!r})"
+        given = re.RegexFlag(self.flags & ~re.UNICODE)
+        flags = [f"re.{flag.name}" for flag in re.RegexFlag if flag in given and flag.name is not None]
+        return f"re.compile({', '.join([repr(self.pattern), *[' | '.join(flags)] * bool(flags)])})"
+
+
+_SECONDS, _MOST_EFFORT, _LONGEST = 5, 22, 10_000  # for all names; bits, for each of them; characters of a pattern
+_REPEAT = r"(?:[*+?]|\{\d+(?:,\d*)?\}|\{,\d*\})[?+]?"
+_OPEN = r"\((?:\?(?:\([^)]*\)|P?<?[=!]|P?<|P=|[>:a-zA-Z-]+))?"  # a group, with what says of which kind it is
+_TOKEN = re.compile(
+    r"\(\?#[^)]*\)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]"  # a comment, an escape, a set of characters
+    rf"|(?P<open>{_OPEN})|(?P<close>\))|(?P<or>\|)|(?P<repeat>{_REPEAT})|.",
+    re.DOTALL,
+)
+
+
+def _effort(pattern: str, flags: int) -> float:
+    """Two to which power a regular expression may have to go through ways to match a name, as Python does it.
+
+    Each repetition of open length counts as 5 bits, an optional part as one, a choice as the logarithm of its members.
+    What is repeated may hold neither: that takes exponential time in the length of the name.
+    """
+    if len(pattern) > _LONGEST or (flags & re.VERBOSE and "#" in pattern):
+        return inf  # there may be brackets in comments
+    bits, groups = 0.0, [[0, 1]]  # of each open group: choices and open repetitions in it, and members of its choice
+    last: list[int] = [0, 1]  # the group that has just ended
+    for token in _TOKEN.finditer(pattern):
+        kind = token.lastgroup
+        if kind == "open":
+            groups.append([0, 1])
+        elif kind == "close" and len(groups) > 1:
+            last = groups.pop()
+            bits += log2(last[1])
+            groups[-1][0] += last[0]
+            continue
+        elif kind == "or":
+            groups[-1][0] += 1
+            groups[-1][1] += 1
+        elif kind == "repeat":
+            least, most = _times(token[0])
+            if most > 1 and last[0]:
+                return inf
+            bits += 5 if most - least > 1 else most - least
+            groups[-1][0] += most > least
+        last = [0, 1]
+    return bits
+
+
+def _times(repeat: str) -> tuple[float, float]:
+    """How often at least and at most."""
+    if repeat[0] != "{":
+        return {"*": (0, inf), "+": (1, inf), "?": (0, 1)}[repeat[0]]
+    least, comma, most = repeat.rstrip("?+")[1:-1].partition(",")
+    low = float(least or 0)
+    return low, (float(most) if most else inf) if comma else low
 
 
 @dataclass(frozen=True)
@@ -120,6 +223,18 @@ class OfType(Where):
     def _is(self, module: nn.Module) -> bool:
         bases = type(module).__mro__
         return any(t in bases if isinstance(t, type) else t in {b.__name__ for b in bases} for t in self.types)
+
+    def check(self, there: There) -> None:
+        texts = [name for name in self.types if isinstance(name, str)]
+        if len(self.types) < 2 or not texts:
+            return
+        modules = {m for own in there.sites for layer, key in own for m in (layer.chain if key else (layer.module,))}
+        known = {base.__name__ for kind in set(map(type, modules)) for base in kind.__mro__}
+        missing = [name for name in texts if name not in known]
+        if missing:
+            raise SelectionError(
+                f"{brief(missing)}, in a list of types, matches nothing{near(missing[0], sorted(known - {'object'}))}"
+            )
 
     def __repr__(self) -> str:
         return " | ".join(t.__name__ if isinstance(t, type) else t for t in self.types)
@@ -219,6 +334,8 @@ def as_where(given: Any) -> Where:
     if isinstance(given, str):
         return Glob(given)
     if isinstance(given, re.Pattern):
+        if not isinstance(given.pattern, str):
+            raise SelectionError(f"names are text, and {given!r} is of bytes: write re.compile({'...'!r})")
         return Regex(given.pattern, given.flags)
     if isinstance(given, (nn.Module, Tensor)):
         return Object(given)
@@ -249,46 +366,71 @@ class Parameters:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
-        self._sites, self._names = [slot.sites for slot in slots], [slot.name for slot in slots]
-        self._numbers = {name: i for i, slot in enumerate(slots) for name in slot.names}
+        self._there = There(
+            [slot.sites for slot in slots],
+            {name: i for i, slot in enumerate(slots) for name in slot.names},
+            [slot.name for slot in slots],
+        )
 
-    def select(self, where: Where) -> list[Slot]:
+    def select(self, where: Where, optional: bool = False) -> list[Slot]:
         """Those that it selects, in the model's order.
+
+        Args:
+            where: the selection.
+            optional: whether it, or a part of it, may match nothing.
 
         Raises:
             SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
         """
-        taken = chosen(where, self._sites, self._numbers, self._names)
-        if not taken:
+        taken = chosen(where, self._there, optional)
+        if not taken and not optional:
             places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
-            raise SelectionError(f"{where!r} selects no parameter{places}{near(_pattern(where), self._names)}")
+            raise SelectionError(f"{where!r} selects no parameter{places}{near(pattern(where), self._there.names)}")
         return [self.slots[i] for i in sorted(taken)]
 
 
-def chosen(where: Where, sites: Sequence[Sequence[Site]], numbers: Mapping[str, int], names: Sequence[str]) -> set[int]:
-    """The numbers of the parameters or layers that a selection takes.
-
-    A member of a list, or what is to be left out, that matches nothing is a misspelling: an error.
+@dataclass(frozen=True)
+class There:
+    """What a model has to be selected from, parameters or layers, by their numbers.
 
     Args:
-        where: the selection.
         sites: where each of them stands.
         numbers: {name: number}; one may have several names.
         names: those that an error tells of.
     """
+
+    sites: Sequence[Sequence[Site]]
+    numbers: Mapping[str, int]
+    names: Sequence[str]
+
+
+def chosen(where: Where, there: There, optional: bool = False) -> set[int]:
+    """The numbers of the parameters or layers that a selection takes.
+
+    A member of a list, or what is to be left out, that matches nothing is a misspelling: an error, unless `optional`.
+    """
     if not isinstance(where, Joined):
-        named = where.named(numbers.keys())
-        if named is not None:
-            return {numbers[name] for name in named}
-        return {i for i, own in enumerate(sites) if any(where.takes(*site) for site in own)}
-    left, right = (chosen(side, sites, numbers, names) for side in (where.left, where.right))
-    if where.operation == "and":
-        return left & right
-    for side, taken in ((where.left, left), (where.right, right)):
-        if not taken:
-            raise SelectionError(f"{side!r}, a part of {where!r}, matches nothing{near(_pattern(side), names)}")
-    return left | right if where.operation == "or" else left - right
+        return _chosen(where, there, optional)
+    nodes = spine(where)
+    taken = chosen(nodes[0].left, there, optional)
+    for node in nodes:
+        more = chosen(node.right, there, optional)
+        if node.operation != "and" and not optional and not (taken and more):
+            part = node.right if taken else node.left
+            raise SelectionError(f"{part!r}, a part of {where!r}, matches nothing{near(pattern(part), there.names)}")
+        taken = {"and": taken & more, "or": taken | more, "minus": taken - more}[node.operation]
+    return taken
 
 
-def _pattern(where: Where) -> str:
+def _chosen(where: Where, there: There, optional: bool) -> set[int]:
+    if not optional:
+        where.check(there)
+    named = where.named(there.numbers.keys())
+    if named is not None:
+        return {there.numbers[name] for name in named}
+    return {i for i, own in enumerate(there.sites) if any(where.takes(*site) for site in own)}
+
+
+def pattern(where: Where | None) -> str:
+    """The text that a selection by pattern has."""
     return where.pattern if isinstance(where, (Glob, Regex)) else ""

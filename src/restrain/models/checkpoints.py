@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from restrain.errors import PlanError
+from restrain import storage
+from restrain.errors import FileError, MissingFileError, PlanError
+from restrain.fields import brief, is_whole
 
 VERSION = 1
+_PARTS = ("training", "done", "network", "optimizer", "rules", "best", "history")
 
 
 def write(path: str | Path, state: dict[str, Any]) -> None:
-    """Write the state to a file, which at any instant holds either the state before or this one, whole."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("wb") as file:
-        torch.save({"version": VERSION, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    """Write the state to a file, which at any instant holds either the state before or this one, whole.
+
+    Raises:
+        FileAccessError: there is no such folder, no space or no permission.
+    """
+    storage.write_torch(path, {"version": VERSION, **state})
 
 
 def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
@@ -37,21 +34,22 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
         belongs_to: what the training is, to be found in the file under "training".
 
     Raises:
-        PlanError: the file is something else, or of another training.
+        PlanError: the file is something else, damaged, newer, or of another training.
+        FileAccessError: it can't be opened.
     """
     path = Path(path)
     if not path.parent.is_dir():
         raise PlanError(f"checkpoint={str(path)!r}: there is no folder {str(path.parent)!r}")
-    if not path.exists():
-        return None
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
-        version = state["version"]
-    except Exception as error:  # whatever a foreign file makes torch raise
+        state = storage.read_torch(path)
+    except MissingFileError:
+        return None
+    except FileError as error:
+        if isinstance(error, OSError):
+            raise
         raise PlanError(f"{str(path)!r} is not a checkpoint of a training ({error}); name another file") from error
-    if version != VERSION:
-        raise PlanError(f"the checkpoint {str(path)!r} is of version {version}, this library reads {VERSION}")
-    other = [key for key in belongs_to if state["training"].get(key) != belongs_to[key]]
+    _check(state, path)
+    other = [key for key in belongs_to if not _same(state["training"].get(key), belongs_to[key])]
     if other:
         raise PlanError(
             f"the checkpoint {str(path)!r} is of another training: {', '.join(other)} differ. Delete it to begin "
@@ -60,10 +58,76 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
     return state  # type: ignore[no-any-return]
 
 
+def _check(state: Any, path: Path) -> None:
+    """Refuse what isn't a state of this version."""
+    version = state.get("version") if isinstance(state, Mapping) else None
+    if not is_whole(version):
+        raise PlanError(f"{str(path)!r} is not a checkpoint of a training: it has no version; name another file")
+    if version != VERSION:
+        newer = ": pip install --upgrade restrain" if version > VERSION else ""
+        raise PlanError(f"the checkpoint {str(path)!r} is of version {version}, this library reads {VERSION}{newer}")
+    lost = [part for part in _PARTS if part not in state]
+    if lost or not isinstance(state["training"], Mapping) or not isinstance(state["history"], list):
+        raise PlanError(
+            f"{str(path)!r} is not a whole checkpoint of a training: it has {brief(sorted(map(str, state)))}, where "
+            f"{', '.join(_PARTS)} were expected; delete it to begin anew"
+        )
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    try:
+        return bool(found == wanted)
+    except Exception:  # of a tensor, say
+        return False
+
+
+def check_content(path: str | Path, state: Mapping[str, Any], network: Mapping[str, Tensor]) -> None:
+    """Refuse a state whose parts a training of that network can't go on from.
+
+    Raises:
+        PlanError: so it is.
+    """
+    best = state["best"] if isinstance(state["best"], Mapping) else {}
+    fits = {
+        "done": is_whole(state["done"], 0),
+        "network": alike(state["network"], network),
+        "best": set(best) == {"loss", "weights", "worse"}
+        and isinstance(best["loss"], float)
+        and is_whole(best["worse"], 0)
+        and (best["weights"] is None or alike(best["weights"], network)),
+        "history": all(isinstance(row, dict) and all(map(_is_numbered, row.items())) for row in state["history"]),
+        "compiled": any(state.get("compiled", False) is known for known in (False, True))
+        or _same(state["compiled"], "later")
+        or _same(state["compiled"], "recorded"),
+    }
+    wrong = [part for part, right in fits.items() if not right]
+    if wrong:
+        raise PlanError(
+            f"the checkpoint {str(path)!r} isn't what this training wrote: {', '.join(wrong)} can't be; delete it to "
+            "begin anew"
+        )
+
+
+def _is_numbered(pair: tuple[Any, Any]) -> bool:
+    return isinstance(pair[0], str) and isinstance(pair[1], int | float)
+
+
+def alike(found: Any, wanted: Mapping[str, Tensor]) -> bool:
+    """Whether these are tensors of the same names, shapes and types as others."""
+    if not isinstance(found, Mapping) or found.keys() != wanted.keys():
+        return False
+    return all(
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and (tensor.shape, tensor.dtype) == (wanted[name].shape, wanted[name].dtype)
+        for name, tensor in found.items()
+    )
+
+
 def seed(path: str | Path | None) -> int | None:
     """The seed of the training in a file; None where there is none to be read."""
     try:
-        found = torch.load(path, weights_only=True, map_location="cpu")["training"]["seed"] if path else None
-    except Exception:  # no such file, or a foreign one, of which `read` tells
+        found = storage.read_torch(path)["training"]["seed"] if path else None
+    except (FileError, LookupError, TypeError):  # no such file, or a foreign one, of which `read` tells
         return None
-    return found if isinstance(found, int) else None
+    return found if is_whole(found, 0) else None

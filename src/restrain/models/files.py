@@ -1,7 +1,7 @@
 """Models on file: one safetensors file, whose header holds everything but the tensors as JSON.
 
 Reading runs no code from the file: classes are looked up in the caller's table, penalties in the registry, and there
-is no pickle. A file is written beside its place and moved there when it is whole, so nobody ever reads half of one.
+is no pickle. `storage` writes the file, whole or not at all, and tells one that was cut or damaged.
 """
 
 from __future__ import annotations
@@ -16,27 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain import registry
-from restrain.errors import FileError, RestrainError
-from restrain.extras import needing
-from restrain.models import plain
+from restrain import registry, storage
+from restrain.errors import FileError, MissingFileError, RestrainError
+from restrain.fields import brief
+from restrain.models import plain, specs
 from restrain.models.layers import Network
 from restrain.transforms.normalization import Standardize
 
 FORMAT, VERSION = "restrain", 1
 FILE_NAME = "model.safetensors"  # in a folder
+_KEYS = {"format", "kind", "version", "restrain", "data"}
+_DEEPEST = 100  # levels of the data
 _UNSAVED = ("_optimizer",)  # as long as the weights again, or twice
-_FOREIGN = {
-    b"PK\x03\x04": "a zip archive, as torch.save writes",
-    b"\x80": "a pickle",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy array",
-}
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def place(path: str | os.PathLike[str]) -> Path:
     """The file that a path means: itself, or `model.safetensors` in the folder that it is."""
-    found = Path(path)
+    found = storage.as_path(path)
     folder = found.is_dir() or os.fspath(path).endswith(("/", os.sep))
     return found / FILE_NAME if folder else found
 
@@ -54,125 +51,68 @@ def write(path: str | os.PathLike[str], kind: str, data: Mapping[str, Any], tens
         tensors: copied to memory; of any dtype and device.
 
     Raises:
-        FileError: the folder doesn't exist, or data that JSON can't hold.
+        FileError: data that JSON can't hold.
+        FileAccessError: as `storage.write`.
     """
-    with needing("models", "a model's file"):
-        from safetensors import torch as safetensors
-
-    target = Path(os.path.realpath(place(path)))
-    if place(path) != Path(path):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.parent.is_dir():
-        raise FileError(f"the folder {target.parent} doesn't exist; create it first")
+    target = place(path)
+    if target != storage.as_path(path):
+        storage.make_folder(target.parent)
     try:
         text = json.dumps(data, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise FileError(f"can't be written as JSON: {error}") from error
     header = {"format": FORMAT, "kind": kind, "version": str(VERSION), "restrain": _here(), "data": text}
-    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    _replace(target, safetensors.save(own, header))
-    return target
-
-
-def _replace(target: Path, content: bytes) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # the new name too
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    return storage.write_safetensors(target, tensors, header)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The data and tensors that `write` wrote.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileError: it is cut off, foreign, of another kind, or newer than this version.
+        MissingFileError: there is no such file.
+        FileError: it is cut off, damaged, foreign, of another kind, or newer than this version.
     """
-    with needing("models", "a model's file"):
-        from safetensors import SafetensorError
-        from safetensors import torch as safetensors
-
     file = place(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"no file {file}: expected one that a model's save(path) wrote")
-    content = file.read_bytes()
-    data = _data(file, _header(file, content), kind)
     try:
-        return data, safetensors.load(content)
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise FileError(f"{file} is damaged ({error}); write it anew, or fetch it again") from error
+        notes, tensors = storage.read_safetensors(file, "a file of restrain")
+    except MissingFileError as error:
+        raise MissingFileError(f"no file {file}: expected one that a model's save(path) wrote") from error
+    return _data(file, notes, list(tensors), kind), tensors
 
 
-def _header(file: Path, content: bytes) -> dict[str, Any]:
-    """The header of a safetensors file that is as long as it says."""
-    length = int.from_bytes(content[:8], "little")
-    if content[8:9] != b"{" or length > 100_000_000:  # the format's own bound; else the length may look like a magic
-        for magic, what in _FOREIGN.items():
-            if content.startswith(magic):
-                raise _foreign(file, what)
-        if len(content) < 9:
-            raise _cut(file, len(content), "at least 9")
-        raise _foreign(file, "no safetensors file")
-    if len(content) < 8 + length:
-        raise _cut(file, len(content), f"at least {8 + length:,}")
-    try:
-        header = json.loads(content[8 : 8 + length])
-        ends = [value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"]
-        whole = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise FileError(f"{file} is damaged: its header can't be read ({error}); fetch it again") from error
-    if len(content) < whole:
-        raise _cut(file, len(content), f"{whole:,}")
-    return header  # type: ignore[no-any-return]
-
-
-def _data(file: Path, header: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    found = header.get("__metadata__") or {}
+def _data(file: Path, found: Mapping[str, str], names: list[str], kind: str) -> dict[str, Any]:
     if found.get("format") != FORMAT:
-        names = ", ".join([key for key in header if key != "__metadata__"][:3])
-        raise _foreign(file, f"a safetensors file of something else (with {names or 'no tensors'})")
+        with_names = ", ".join(names[:3]) or "no tensors"
+        raise FileError(
+            f"{file} isn't a file of restrain but a safetensors file of something else (with {with_names}); expected "
+            "what a model's save(path) wrote"
+        )
     try:
         version = int(found["version"])
     except (LookupError, ValueError) as error:
-        raise FileError(f"{file} is damaged: it has no version number") from error
+        raise storage.damaged(file, "it has no version number") from error
     if version > VERSION:
         raise FileError(
             f"{file} is newer than this library: restrain {found.get('restrain')} wrote it in format {version}, and "
             f"restrain {_here()} reads up to format {VERSION}: pip install --upgrade restrain"
         )
-    if found.get("kind") != kind:
-        raise FileError(f"{file} holds a {found.get('kind')}, where a {kind} was expected")
+    if set(found) != _KEYS:
+        raise storage.damaged(file, f"its header has {brief(sorted(found))} where {sorted(_KEYS)} were expected")
+    if found["kind"] != kind:
+        raise FileError(f"{file} holds a {found['kind']:.40}, where a {kind} was expected")
     try:
         data = json.loads(found["data"])
-    except (LookupError, ValueError, RecursionError) as error:
-        raise FileError(f"{file} is damaged: its data can't be read ({error}); fetch it again") from error
+    except (ValueError, RecursionError) as error:
+        raise storage.damaged(file, f"its data can't be read ({storage.first_line(error)})") from error
     if not isinstance(data, dict):
-        raise FileError(f"{file} is damaged: expected a dict, got {type(data).__name__}")
+        raise storage.damaged(file, f"expected a dict, got {type(data).__name__}")
+    storage.check_tree(data, str(file), len(found["data"]), _DEEPEST)
     return data
 
 
 def _here() -> str:
     """The version of this library."""
     return str(sys.modules["restrain"].__version__)  # loaded before any part of it
-
-
-def _foreign(file: Path, what: str) -> FileError:
-    return FileError(f"{file} isn't a file of restrain but {what}; expected what a model's save(path) wrote")
-
-
-def _cut(file: Path, size: int, whole: str) -> FileError:
-    return FileError(f"{file} is cut off: it has {size:,} bytes of {whole}; copy or download it again")
 
 
 # ---------------------------------------------------------------- models
@@ -230,8 +170,8 @@ def load(path: str | os.PathLike[str], classes: Mapping[str, type]) -> Any:
         classes: the classes that it may have, by name; no other is ever looked up.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileError: it is cut off, foreign, newer, or doesn't fit together.
+        MissingFileError: there is no such file.
+        FileError: it is cut off, damaged, foreign, newer, or doesn't fit together.
     """
     file = place(path)
     data, tensors = read(path, "model")
@@ -241,14 +181,14 @@ def load(path: str | os.PathLike[str], classes: Mapping[str, type]) -> Any:
         raise FileError(f"{file}: {error}") from error
     except RestrainError as error:
         raise FileError(f"{file} can't be loaded: {error}") from error
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"{file} is damaged: its parts don't fit together ({error}); fetch it again") from error
+    except Exception as error:  # whatever foreign content makes Python, NumPy and torch raise
+        raise storage.damaged(file, f"its parts don't fit together ({storage.first_line(error)})") from error
 
 
 def _put_together(data: Mapping[str, Any], tensors: Mapping[str, Tensor], classes: Mapping[str, type]) -> Any:
     name = data["class"]
-    if name not in classes:
-        raise FileError(f"a model is one of {', '.join(sorted(classes))}; the file has {name!r}")
+    if not isinstance(name, str) or name not in classes:
+        raise FileError(f"a model is one of {', '.join(sorted(classes))}; the file has {brief(name)}")
     settings = plain.decode(data["settings"])
     cls = classes[name]
     estimator = cls()
@@ -269,22 +209,53 @@ def _put_together(data: Mapping[str, Any], tensors: Mapping[str, Tensor], classe
 
 def _restored(value: Any, state: Mapping[str, Tensor], learned: Mapping[str, Any]) -> Any:
     if isinstance(value, dict) and "$network" in value:
-        module: torch.nn.Module = Network(plain.decode(learned["layers_"]))
-    elif isinstance(value, dict) and "$standardize" in value:
-        module = Standardize(value["$standardize"])
-    else:
-        return plain.decode(value)
-    floating = [tensor.dtype for tensor in state.values() if tensor.is_floating_point()]
-    if floating and isinstance(module, Network):
-        module.to(floating[0])
-    module.load_state_dict(state)
-    return module.eval()
+        return _network(plain.decode(learned["layers_"]), state)
+    if isinstance(value, dict) and "$standardize" in value:
+        scale = Standardize(value["$standardize"])
+        scale.load_state_dict(state)
+        return scale.eval()
+    return plain.decode(value)
+
+
+def _network(layers: Any, state: Mapping[str, Tensor]) -> Network:
+    """The network of these layers with these tensors, which are compared before anything is allocated."""
+    if isinstance(layers, list) and len(layers) > len(state) + 2:  # the input, and the choice of a step, have none
+        raise FileError(f"there are {len(layers)} layers, and tensors of fewer")
+    layers = specs.checked(layers)
+    with torch.device("meta"):
+        network = Network(layers)
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [name for name in sorted({*shapes, *found}) if shapes.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise FileError(
+            f"its parts don't fit together: by its layers {name!r} has the shape {shapes.get(name)}, and by its "
+            f"tensors {found.get(name)}"
+        )
+    floats = {name: tensor.dtype for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    counts = {tensor.dtype for name, tensor in state.items() if name not in floats}
+    if len(set(floats.values())) > 1 or not {*floats.values()} <= {*_FLOATS} or not counts <= {torch.int64}:
+        raise FileError(f"its tensors are of {brief(sorted(map(str, {*floats.values(), *counts})))}, not of one type")
+    network.load_state_dict(state, assign=True)
+    for layer in layers:
+        if layer["form"] == "tied":
+            one, other = network.get_submodule(layer["name"]), network.get_submodule(layer["partner"])
+            if not torch.equal(one.weight, other.weight):  # type: ignore[arg-type]
+                raise FileError(f"the weights of {layer['name']!r} and {layer['partner']!r} are tied, but differ")
+            one.weight = other.weight
+    return network.eval()
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The notes that were saved with a model.
 
     Raises:
-        FileNotFoundError, FileError: as in `load`.
+        MissingFileError, FileError: as in `load`.
     """
-    return dict(plain.decode(read(path, "model")[0]["notes"]))
+    try:
+        return dict(plain.decode(read(path, "model")[0]["notes"]))
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, RestrainError):
+            raise
+        raise storage.damaged(place(path), "its notes aren't a dict") from error

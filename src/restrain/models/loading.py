@@ -1,11 +1,20 @@
-"""`rs.load`: the classes that a model on file may have."""
+"""`rs.load`: the classes that a model on file may have, and what they must have learned."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
+
+from restrain.errors import FileError
+from restrain.fields import brief, is_whole
 from restrain.models import files
+from restrain.models.base import KeywordModel
 from restrain.models.estimators import Autoencoder, Classifier, Regressor
+from restrain.models.layers import Network
+from restrain.transforms.normalization import Standardize
 
 _CLASSES = {cls.__name__: cls for cls in (Autoencoder, Classifier, Regressor)}
 
@@ -20,7 +29,67 @@ def load(path: str | os.PathLike[str]) -> Autoencoder | Classifier | Regressor:
         path: the file, or the folder that it is in as `model.safetensors`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        FileError: it is cut off, foreign, newer than this library, or doesn't fit together.
+        MissingFileError: there is no such file.
+        FileError: it is cut off, damaged, foreign, newer than this library, or doesn't fit together.
     """
-    return files.load(path, _CLASSES)  # type: ignore[no-any-return]
+    model = files.load(path, _CLASSES)
+    for name, (expected, fits) in _learned(model).items():
+        value = vars(model).get(name, _ABSENT)
+        if value is _ABSENT or not fits(value):
+            came = "nothing" if value is _ABSENT else brief(value)
+            raise FileError(f"{files.place(path)} is damaged: {name} is {expected}, and it has {came}; fetch it again")
+    return model  # type: ignore[no-any-return]
+
+
+_ABSENT = object()
+
+
+def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]]:
+    """What a fitted model has: what each attribute is, in words and as a check; later checks rely on earlier ones."""
+    layers = vars(model).get("layers_") or [{}]
+    first, last = layers[0].get("size"), layers[-1].get("size")
+    found: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "module_": ("a network", lambda v: isinstance(v, Network)),
+        "n_features_in_": (f"{first}, the size of the input layer", lambda v: is_whole(v) and v == first),
+        "n_iter_": ("a number of epochs", lambda v: is_whole(v, 0)),
+        "seed_": ("a whole number", lambda v: is_whole(v, 0) and v < 2**63),
+        "compiled_": ("text", lambda v: isinstance(v, str)),
+        "history_": ("a list with a dict of numbers for each epoch", _is_history),
+        "input_scale_": (f"None, or what scales {first} features", lambda v: _scales(v, first)),
+        "target_scale_": (f"None, or what scales {last} targets", lambda v: _scales(v, last)),
+    }
+    if "feature_names_in_" in vars(model):
+        found["feature_names_in_"] = (f"{first} names of columns", lambda v: _is_names(v, first))
+    if isinstance(model, Classifier):
+        found["labels_of_steps_"] = ("true or false", lambda v: isinstance(v, bool))
+        found["classes_"] = (f"an array of {last} classes, sorted", lambda v: _is_classes(v, last))
+        if "_classes" in vars(model):
+            found["_classes"] = found["classes_"]
+    if isinstance(model, Regressor):
+        for name in ("is_flat_", "targets_of_steps_"):
+            found[name] = ("true or false", lambda v: isinstance(v, bool))
+        found["n_outputs_"] = (f"{last}, the size of the last layer", lambda v: is_whole(v) and v == last)
+    return found
+
+
+def _is_history(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, dict) and all(isinstance(k, str) and isinstance(v, int | float) for k, v in row.items())
+        for row in value
+    )
+
+
+def _scales(value: Any, size: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Standardize) and value.fitted and value.mean.shape in ((), (size,))
+
+
+def _is_names(value: Any, size: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.shape == (size,) and all(isinstance(name, str) for name in value)
+
+
+def _is_classes(value: Any, size: Any) -> bool:
+    if not isinstance(value, np.ndarray) or value.shape != (size,):
+        return False
+    return all(a < b for a, b in zip(value.tolist(), value.tolist()[1:], strict=False))

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.errors import PlanError
-from restrain.fields import is_number, near_names
+from restrain.fields import brief, is_number, is_whole, near_names
 from restrain.torch_private import MISSING, patch_step
 
 _CLASSES = {
@@ -143,9 +143,95 @@ def method(optimizer: Optimizer, name: str) -> Callable[..., Any]:
 
 
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take over a state, but not by what code it was made: it may be of another device."""
+    """Take over a state, but not by what code it was made: it may be of another device.
+
+    Raises:
+        PlanError: it isn't a state of such an optimizer with such parameters.
+    """
+    own = method(optimizer, "state_dict")()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not (_has_groups(state, own) and _has_tensors(state["state"], parameters, optimizer)):
+        raise PlanError(
+            f"this isn't a state of {type(optimizer).__name__} with these parameters: expected what its state_dict() "
+            f"gives, got {brief(state)}"
+        )
     fused = [group.get("fused") for group in optimizer.param_groups]
     method(optimizer, "load_state_dict")(state)
     for group, value in zip(optimizer.param_groups, fused, strict=True):
         if "fused" in group:
             group["fused"] = value
+
+
+_ONE, _FACTORS = ("step", "eta", "mu", "mu_product", "variance"), ("row_var", "col_var")  # not of a parameter's shape
+
+
+def _has_groups(state: Any, own: dict[str, Any]) -> bool:
+    """Whether the groups of a state are as one's own."""
+    if not isinstance(state, dict) or state.keys() != own.keys() or not isinstance(state["state"], dict):
+        return False
+    groups = state["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own["param_groups"]):
+        return False
+    return all(
+        isinstance(group, dict)
+        and {*mine, "initial_lr"} >= group.keys() >= mine.keys()
+        and group["params"] == mine["params"]
+        and all(_is_like(group[key], mine[key]) for key in mine)
+        for group, mine in zip(groups, own["param_groups"], strict=True)
+    )
+
+
+def _has_tensors(state: dict[Any, Any], parameters: list[Tensor], optimizer: Optimizer) -> bool:
+    """Whether the state of each parameter is as an optimizer of torch's keeps it; of other classes anything is."""
+    cls = type(optimizer)
+    if cls not in _CLASSES.values():
+        return True
+    whole, names = sum(p.numel() for p in parameters), _kept_names(optimizer)
+    return all(
+        is_whole(number, 0)
+        and number < len(parameters)
+        and isinstance(kept, dict)
+        and (names is None or not kept or kept.keys() == names)
+        and all(_fits(cls, name, value, parameters[number], whole) for name, value in kept.items())
+        for number, kept in state.items()
+    )
+
+
+def _kept_names(optimizer: Optimizer) -> set[str] | None:
+    """The names of what such an optimizer keeps of a parameter; None where one step doesn't tell."""
+    p = nn.Parameter(torch.zeros(1, 1))
+    p.grad = torch.zeros(1, 1)
+    if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adafactor)):
+        return None
+    options = {k: v for k, v in optimizer.defaults.items() if k not in ("fused", "decoupled_weight_decay")}
+    twin = _light(type(optimizer), [p], **options)
+    with torch.no_grad():
+        inspect.unwrap(type(twin).step)(twin)  # past the hooks of all optimizers
+    return set(twin.state[p])
+
+
+def _is_like(value: Any, mine: Any) -> bool:
+    """Whether it is of the same kind: numbers may change while training, and have to be finite."""
+    if isinstance(mine, (list, tuple)):
+        same = isinstance(value, (list, tuple)) and len(value) == len(mine)
+        return same and all(map(_is_like, value, mine))
+    if isinstance(mine, Tensor):
+        return isinstance(value, Tensor) and value.shape == mine.shape and value.layout is mine.layout
+    if is_number(mine):
+        return is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
+    return type(value) is type(mine) or (isinstance(mine, bool | None) and isinstance(value, bool | None))
+
+
+def _fits(cls: type, name: Any, value: Any, p: Tensor, whole: int) -> bool:
+    """Whether it can be a part of the state of a parameter; LBFGS keeps vectors of the `whole` of all parameters."""
+    if isinstance(value, (list, tuple)):
+        return all(_fits(cls, name, member, p, whole) for member in value)
+    if not isinstance(value, Tensor):
+        return value is None or is_number(value)
+    if value.layout is not torch.strided or not (value.is_floating_point() or value.is_complex()):
+        return False
+    if name in _ONE:
+        return value.numel() == 1 or value.shape == p.shape
+    if name in _FACTORS:
+        return value.dim() == p.dim() and all(a in (1, b) for a, b in zip(value.shape, p.shape, strict=True))
+    return value.shape == p.shape or (cls is torch.optim.LBFGS and value.dim() < 2 and value.numel() in (1, whole))

@@ -17,12 +17,14 @@ from torch.optim import Optimizer
 
 from restrain.activation_points import Places, inputs
 from restrain.errors import FileError, RestrainError
+from restrain.fields import brief
 from restrain.penalties import L1
 from restrain.plandata import read_strength, write_strength
 from restrain.plans import Plan
 from restrain.rules import Rule
 from restrain.schedule import Strength
 from restrain.selections import Where
+from restrain.storage import first_line
 from restrain.transforms import Noise
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -120,19 +122,24 @@ def decode(data: Any) -> Any:
         return {key: decode(member) for key, member in data.items()}
     ((form, content),) = data.items() if len(data) == 1 else [("several", None)]
     if form not in _FORMS:
-        raise FileError(f"expected one of {', '.join(_FORMS)}, got the keys {sorted(data)}")
+        raise FileError(f"expected one of {', '.join(_FORMS)}, got the keys {brief(sorted(data))}")
     try:
         return _FORMS[form](content)
     except RestrainError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"{form} can't be {content!r:.80}: {error}") from error
+    except Exception as error:  # whatever Python, NumPy and torch raise of content that isn't of that form
+        raise FileError(f"{form} can't be {brief(content)}: {first_line(error)}") from error
+
+
+_LARGEST = 2**28  # bytes of an array whose entries are much longer than what is in them
 
 
 def _decode_array(content: Any) -> Any:
     dtype = numpy.dtype(content["dtype"])
     if dtype.kind not in "biufUO":
         raise ValueError(f"arrays of {dtype} aren't written")
+    if dtype.kind == "U" and dtype.itemsize * len(content["data"]) > _LARGEST:
+        raise ValueError(f"{len(content['data'])} texts of {dtype.itemsize // 4} characters each")
     array = numpy.empty(len(content["data"]), dtype)
     array[:] = decode(content["data"])
     return array.reshape(content["shape"])

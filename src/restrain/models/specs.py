@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from restrain.errors import PlanError
+from restrain.fields import brief, is_whole
 
 ACTIVATIONS: dict[str, Any] = {
     "linear": lambda x: x,
@@ -78,6 +79,32 @@ def forms(specifications: Any) -> list[str]:
         PlanError: a specification that can't be read.
     """
     return [_read(spec).get("form", "dense") for spec in as_list(specifications)]
+
+
+def checked(layers: Any) -> list[LayerData]:
+    """Layers as `resolve` gives them, which come from a file.
+
+    Raises:
+        PlanError: they can't be.
+    """
+    if not isinstance(layers, list) or len(layers) < 2 or not all(isinstance(layer, dict) for layer in layers):
+        raise PlanError(f"layers are a list of dicts, from input to output; got {brief(layers)}")
+    dense: list[str] = []
+    for number, layer in enumerate(layers):
+        form, size = layer.get("form"), layer.get("size")
+        if form not in (("input",) if not number else (*FORMS, "last")) or not is_whole(size, 1) or size > _LARGEST:
+            raise PlanError(f"a layer has a form, and a size from 1 to {_LARGEST:,}; got {brief(layer)}")
+        known = {"rnn": ("tanh", "relu")}.get(form, ACTIVATIONS)
+        if layer.get("activation", "linear" if known is ACTIVATIONS else None) not in known:
+            raise PlanError(f"the activation of a layer is one of {', '.join(known)}; got {brief(layer)}")
+        if form == "tied" and layer.get("partner") not in dense:
+            raise PlanError(f"a tied layer has an earlier dense one as its partner; got {brief(layer)}")
+        dense += [layer.get("name")] * (form == "dense")
+    _check_names(layers)
+    return layers
+
+
+_LARGEST = 2**31 - 1
 
 
 def _read(spec: Any) -> LayerData:
@@ -196,12 +223,12 @@ def _name(form: str, before: list[LayerData], last: bool) -> str:
 
 
 def _check_names(layers: list[LayerData]) -> None:
-    names = [layer["name"] for layer in layers]
+    names = [layer.get("name") for layer in layers]
     for number, name in enumerate(names):
         if not isinstance(name, str) or not name.isidentifier():
             raise PlanError(f"a layer's name is a word of letters, digits and _, got {name!r}")
         if names.count(name) > 1:
-            raise PlanError(f"two layers are called {name!r}; the names are {', '.join(names)}")
+            raise PlanError(f"two layers are called {name!r}; the names are {', '.join(map(str, names))}")
         if number and (keyword.iskeyword(name) or hasattr(nn.Module(), name)):
             raise PlanError(f"{name!r} means something else in Python or in nn.Module; give the layer another name")
 

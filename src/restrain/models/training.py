@@ -335,6 +335,7 @@ class Training:
         state = checkpoints.read(self.settings.checkpoint, self._identity())
         if state is None:
             return
+        checkpoints.check_content(self.settings.checkpoint, state, self.network.state_dict())
         self._decided(state.get("compiled", False))
         self.network.load_state_dict(state["network"])
         optimizers.load(self.optimizer, state["optimizer"])

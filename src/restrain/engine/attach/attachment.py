@@ -17,7 +17,7 @@ from restrain.engine.attach import report
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.installation import Hooks
-from restrain.engine.attach.state import DetachedAttachment, by_new_names, check, fill
+from restrain.engine.attach.state import VERSION, DetachedAttachment, by_new_names, checked, fill, metric_names
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
@@ -38,7 +38,7 @@ from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
-from restrain.named_tensors import Handle, unwrap
+from restrain.named_tensors import Handle, checked_module, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
 from restrain.rules import Rule, What
@@ -77,8 +77,7 @@ def attach(
     >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
     ...     loss = reg.loss(model(torch.randn(4, 3)).square().mean())
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        raise PlanError(f"rules attach to an nn.Module that isn't scripted, got {type(model).__name__}")
+    checked_module(model)
     if compile != "auto" and not isinstance(compile, bool):
         raise PlanError(f"compile= is True, False or 'auto', got {compile!r}")
     declared, modules = declared_rules(model, skip=_claimed)
@@ -106,7 +105,7 @@ class Attachment:
     def __init__(
         self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
     ) -> None:
-        self._model = weakref.ref(model)
+        self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._bounds = bind(plan, model, compile)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
@@ -396,7 +395,7 @@ class Attachment:
         """What the rules have counted and keep: numbers and tensors for a checkpoint."""
         self._clock.end()
         return {
-            "version": 1,
+            "version": VERSION,
             "rules": [bound.key for bound in self._bounds],
             "steps": self._clock.steps,
             "epochs": self._clock.epochs,
@@ -411,18 +410,40 @@ class Attachment:
         """Go on where `state_dict` left off.
 
         Raises:
-            PlanError: it belongs to other rules, or a part of it is missing; nothing is changed then.
+            PlanError: it belongs to other rules or a newer version, or a part of it is missing, or of another type,
+                shape or kind; nothing is changed then.
         """
-        mine, state = self.state_dict(), by_new_names(state)
-        check(state, mine)
+        mine = self.state_dict()
+        metrics = {work.handle.name: self._metric_of(work.handle) for work in self._works()}
+        whole = checked(by_new_names(state), mine, metrics)
+        self._strengths.check(whole["strengths"], whole["steps"], whole["epochs"])
+        before = {**mine, "kept": {name: {k: t.clone() for k, t in own.items()} for name, own in mine["kept"].items()}}
+        try:
+            self._resume(whole, mine["kept"])
+        except BaseException:  # an interrupt
+            self._resume(before, mine["kept"])
+            raise
+
+    def _metric_of(self, handle: Handle) -> tuple[Tensor, tuple[str, ...]]:
+        """A parameter, and what the metric of the optimizer that holds it keeps of it."""
+        p = handle.find(self.model)
+        alive = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        owner = next((o for o in alive if any(p is q for group in o.param_groups for q in group["params"])), None)
+        return p, metric_names(owner)
+
+    def _resume(self, state: dict[str, Any], kept: dict[str, dict[str, Tensor]]) -> None:
+        """Take over a checked state."""
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
-        metrics = dict(state.get("metrics", ()))
+        metrics = dict(state["metrics"])
         for work in self._works():
-            kept, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
-            work.kept = {k: v.to(like.device, copy=True) if isinstance(v, Tensor) else v for k, v in kept.items()}
-        fill(mine["kept"], state["kept"])
+            own, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
+            wide = torch.promote_types(like.dtype, torch.float32)
+            work.kept = {
+                k: v.detach().to(like.device, wide, copy=True) if isinstance(v, Tensor) else v for k, v in own.items()
+            }
+        fill(kept, state["kept"])
         self._clock.epochs = state["epochs"]
         self._strengths.load(state["strengths"], self._clock.steps, self._clock.epochs)
 

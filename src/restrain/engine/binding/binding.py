@@ -142,17 +142,18 @@ class _There:
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
         own = self.layers[0].module
         self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
-        self._chosen: dict[Where, _Chosen] = {}
-        self._targets: dict[Places, _Targets] = {}
+        self._chosen: dict[tuple[Where, bool], _Chosen] = {}
+        self._targets: dict[tuple[Places, bool], _Targets] = {}
         self._locations: dict[str, Location] = {}
 
-    def chosen(self, where: Where) -> _Chosen:
+    def chosen(self, where: Where, optional: bool) -> _Chosen:
         """The parameters that a selection takes."""
-        if where not in self._chosen:
-            slots = self._parameters.select(where)
+        if (where, optional) not in self._chosen:
+            slots = self._parameters.select(where, optional)
             plain = all(not slot.parametrized and self._plain(slot) for slot in slots)
-            self._chosen[where] = _Chosen(slots, Names(tuple([slot.name for slot in slots])), plain)
-        return self._chosen[where]
+            by_name = Names(tuple([slot.name for slot in slots])) if slots else where
+            self._chosen[where, optional] = _Chosen(slots, by_name, plain)
+        return self._chosen[where, optional]
 
     def _plain(self, slot: Slot) -> bool:
         tensor = self.location(slot).tensor
@@ -165,15 +166,15 @@ class _There:
             self._locations[slot.name] = slot.location()
         return self._locations[slot.name]
 
-    def targets(self, where: Places) -> _Targets:
+    def targets(self, where: Places, optional: bool) -> _Targets:
         """The places that a selection takes."""
-        if where not in self._targets:
-            found = select_places(where, self.layers)
-            for target in found:
+        if (where, optional) not in self._targets:
+            found = select_places(where, self.layers, optional)
+            for target in found if not optional else ():
                 _check_caught(target)
             points = [Point.of(target) for target in found]
-            self._targets[where] = _Targets(found, points, _places_by_name(points))
-        return self._targets[where]
+            self._targets[where, optional] = _Targets(found, points, _places_by_name(points))
+        return self._targets[where, optional]
 
 
 @dataclass(frozen=True)
@@ -242,12 +243,7 @@ def _bind(bound: Bound, there: _There) -> Bound:
         if isinstance(rule.what, OnDerivatives):
             _bind_derivative(bound, targets, there)
         return bound
-    try:
-        chosen = there.chosen(rule.where)
-    except SelectionError:
-        if not rule.optional:
-            raise
-        chosen = _Chosen([], rule.where)
+    chosen = there.chosen(rule.where, rule.optional)
     bound.parameters = _resolved(rule, bound.what, chosen, there)
     if rule.how == "forward":
         pairs = zip(chosen.slots, bound.parameters, strict=True)
@@ -313,12 +309,7 @@ def _check_caught(target: Target) -> None:
 
 
 def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
-    try:
-        targets = there.targets(where)
-    except SelectionError:
-        if not rule.optional:
-            raise
-        return _Targets([], [], None)
+    targets = there.targets(where, rule.optional)
     for target in targets.found if not isinstance(rule.what, Penalty) else ():
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from restrain.engine.distributed import Term, acting, local, ranks_of, totals
-from restrain.errors import HowError, PenaltyError, RestrainWarning
+from restrain.errors import HowError, PenaltyError, PlanError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import as_plain
@@ -136,12 +136,43 @@ class Moving:
         Raises:
             PenaltyError: a schedule gives something that is no strength.
         """
-        value = self.rest(step, epoch) * math.prod(math.exp(controller.log) for controller in self.controllers)
+        self.now.fill_(self.value(step, epoch, [float(controller.log) for controller in self.controllers]))
+
+    def value(self, step: int, epoch: int, logs: Sequence[float]) -> float:
+        """What it is at a step, with these logarithms of what the targets ask for.
+
+        Raises:
+            PenaltyError: a schedule gives something that is no strength.
+        """
+        value = self.rest(step, epoch) * math.prod(map(math.exp, logs))
         if not math.isfinite(value):
             raise PenaltyError(
                 f"{self.source!r} gives {value} at step {step}; a strength is a finite number, zero or more"
             )
-        self.now.fill_(value)
+        return value
+
+    def check(self, state: Mapping[str, Tensor], step: int, epoch: int) -> None:
+        """Refuse numbers of a saved state, tensors as `state` gives them, with which it couldn't go on.
+
+        Raises:
+            PlanError: so it is.
+        """
+        numbers = {name: float(tensor) for name, tensor in state.items()}
+        for one in self.controllers:
+            low, high = (math.log(end) for end in (one.target.low, one.target.high))
+            bounds = {"log": (low - _NEAR, high + _NEAR), "rate": (1e-9, 1e9), "error": (-1, 1), "warned": (0, 1)}
+            for name, (least, most) in bounds.items():
+                if not least <= numbers[name] <= most:
+                    raise PlanError(
+                        f"{self.key!r}: {name} of this state is {numbers[name]:g}, not in {least:g} to {most:g}"
+                    )
+        negative = [name for name in ("strength", "stuck", "active", "calls") if numbers.get(name, 0.0) < 0]
+        if negative:
+            raise PlanError(f"{self.key!r}: {', '.join(negative)} of this state is below zero")
+        try:
+            self.value(step, epoch, [numbers["log"]] * len(self.controllers))
+        except Exception as error:  # whatever a user's schedule raises
+            raise PlanError(f"{self.key!r} can't go on from step {step}, epoch {epoch}: {error}") from error
 
     def rest(self, step: int, epoch: int) -> float:
         """What it is without the targets."""
@@ -286,10 +317,19 @@ class Strengths:
         """What they keep, for a checkpoint."""
         return {moving.key: {name: t.clone() for name, t in moving.state().items()} for moving in self.moving}
 
-    def load(self, state: dict[str, dict[str, Tensor]], steps: int, epoch: int) -> None:
+    def check(self, state: Mapping[str, Mapping[str, Tensor]], steps: int, epoch: int) -> None:
+        """Refuse a state, of tensors as `state` gives them, with which a strength couldn't go on.
+
+        Raises:
+            PlanError: so it is.
+        """
+        for moving in self.moving:
+            moving.check(state[moving.key], steps, epoch)
+
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], steps: int, epoch: int) -> None:
         """Go on where `state` left off."""
         for moving in self.moving:
             for name, tensor in moving.state().items():
-                tensor.copy_(state[moving.key][name])
+                tensor.copy_(state[moving.key][name].detach())
         self.done = steps
         self.refill(steps, epoch)

@@ -1,0 +1,432 @@
+"""Files of this library: written whole or not at all, and read within bounds.
+
+Everything that is saved goes through `write`: plans, models, checkpoints, predictions, pictures. Readers check sizes,
+depths and checksums before they make anything of a file, and raise `FileError` for whatever is wrong with it, which
+names the file and says what to do. No reader runs code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from restrain.errors import FileAccessError, FileError, MissingFileError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open can't be removed
+    fcntl = None  # type: ignore[assignment]
+
+MOST, DEEPEST = 1_000_000, 1_000  # values, and levels, of nested data
+_CHECKSUM = "checksum"  # in the header of a safetensors file
+_WAYS_OUT = {
+    errno.ENOTDIR: "name a file in a folder",
+    errno.ENOSPC: "make room there, or write elsewhere",
+    errno.EDQUOT: "make room there, or write elsewhere",
+    errno.EACCES: "ask for permission, or name another file",
+    errno.EPERM: "ask for permission, or name another file",
+    errno.EROFS: "name a file on another disk",
+    errno.EISDIR: "name a file in it",
+}
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive, as torch.save writes",
+    b"\x80": "a pickle",
+    b"\x89HDF": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+}
+
+
+# ---------------------------------------------------------------- paths
+
+
+def as_path(path: Any) -> Path:
+    """The path that text or an `os.PathLike` stands for.
+
+    Raises:
+        FileError: it is neither.
+    """
+    try:
+        text = os.fsdecode(path)
+    except (TypeError, ValueError) as error:
+        raise FileError(f"a path is text or a pathlib.Path; got {type(path).__name__}") from error
+    if "\0" in text:
+        raise FileError(f"a path has no null character; got {text!r:.200}")
+    return Path(text)
+
+
+def _denied(path: Path, done: str, error: OSError) -> FileAccessError:
+    """The error for a path that the system refuses to have read or written."""
+    way_out, reason = _WAYS_OUT.get(error.errno or 0, ""), str(error.strerror or error).rstrip(".")
+    folder = os.path.dirname(path)
+    if error.errno == errno.ENOENT and not os.path.isdir(folder):
+        reason, way_out = f"the folder {folder} doesn't exist", "create it first"
+    found = FileAccessError(f"{path} can't be {done}: {reason}{'; ' * bool(way_out)}{way_out}")
+    found.errno = error.errno
+    return found
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
+    """Write a file, of which there is at any instant the old state or the new one, whole.
+
+    The content goes into a temporary of its own in the same folder, is forced onto the disk, and takes the file's
+    name last. Temporaries that killed processes have left for this file are removed.
+
+    Args:
+        path: where to; links are followed. What is there and isn't a regular file, such as a pipe, is written to.
+        content: the bytes, or a function that writes them to an open binary file.
+
+    Returns:
+        The file, without links.
+
+    Raises:
+        FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
+    """
+    target = Path(os.path.realpath(as_path(path)))
+    try:
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                _put(content, file)
+        else:
+            _replace(target, content)
+    except FileError:
+        raise
+    except OSError as error:
+        raise _denied(target, "written", error) from error
+    return target
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is in, unless it is there.
+
+    Raises:
+        FileAccessError: the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _denied(folder, "made", error) from error
+
+
+def _put(content: bytes | Callable[[BinaryIO], object], file: Any) -> None:
+    if callable(content):
+        content(file)
+    else:
+        file.write(content)
+
+
+def _replace(target: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+    if mode is not None and not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    _clear(target)
+    temporary, file = _temporary(target)
+    try:
+        with file:
+            _put(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+            if mode is not None:
+                os.chmod(temporary, mode)
+            if fcntl is not None:
+                os.replace(temporary, target)  # while it is locked
+        if fcntl is None:
+            os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system does that for folders
+        _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a new name onto the disk."""
+    if fcntl is not None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _stem(target: Path) -> str:
+    """What the names of a file's temporaries begin with; names are of at most 255 bytes."""
+    name = os.fsencode(target.name)
+    return f".{target.name if len(name) < 200 else hashlib.sha256(name).hexdigest()}."
+
+
+def _temporary(target: Path) -> tuple[Path, Any]:
+    """A new file, open and locked, so that nobody takes it for one that a dead process has left."""
+    while True:
+        path = target.with_name(f"{_stem(target)}{os.urandom(4).hex()}.unfinished")
+        file = open(path, "xb")  # noqa: SIM115
+        if _is_locked(file) is not False and os.fstat(file.fileno()).st_nlink:
+            return path, file
+        file.close()  # somebody who clears up was faster
+
+
+def _is_locked(file: Any) -> bool | None:
+    """Lock a file; False where another process has locked it, None where the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _clear(target: Path) -> None:
+    """Remove the temporaries of a file whose processes are dead: a lock ends with its process."""
+    name = re.compile(re.escape(_stem(target)) + r"[0-9a-f]{8}\.unfinished")
+    with os.scandir(target.parent) as entries:
+        left = [entry.path for entry in entries if name.fullmatch(entry.name)]
+    for path in left:
+        with contextlib.suppress(OSError):  # another process removed it; Windows keeps what is open
+            if fcntl is None:
+                os.unlink(path)
+                continue
+            with open(path, "rb") as file:
+                if _is_locked(file):
+                    os.unlink(path)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@contextlib.contextmanager
+def opened(path: Any) -> Iterator[BinaryIO]:
+    """The file, open to be read.
+
+    Raises:
+        MissingFileError: there is none.
+        FileError: it can't be opened or read, or needs more memory than there is.
+    """
+    found = as_path(path)
+    try:
+        with open(found, "rb") as file:
+            yield file
+    except FileError:
+        raise
+    except FileNotFoundError as error:
+        raise MissingFileError(f"no file {found}: expected one that was saved there") from error
+    except OSError as error:
+        raise _denied(found, "read", error) from error
+    except MemoryError as error:
+        raise FileError(f"{found} needs more memory than there is") from error
+
+
+def read(path: Any, most: int | None = None) -> bytes:
+    """The content of a file of at most so many bytes.
+
+    Raises:
+        MissingFileError: there is none.
+        FileError: it can't be read, or is larger.
+    """
+    with opened(path) as file:
+        content = file.read() if most is None else file.read(most + 1)
+    if most is not None and len(content) > most:
+        raise FileError(f"{path} has more than {most:,} bytes, which no such file has: name another")
+    return content
+
+
+def check_tree(data: Any, where: str, most: int = MOST, deepest: int = DEEPEST) -> None:
+    """Refuse nested data of too many values or levels; a list that stands at two places counts twice.
+
+    Raises:
+        FileError: so it is.
+    """
+    waiting, count = [(data, 0)], 1
+    while waiting:
+        value, depth = waiting.pop()
+        members = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        count += len(members)
+        if count > most:
+            raise FileError(f"{where} holds more than {most:,} values, lists that are repeated counted each time")
+        if depth > deepest:
+            raise FileError(f"{where} is nested more than {deepest:,} levels deep")
+        waiting += [(member, depth + 1) for member in members]
+
+
+def damaged(path: object, why: object) -> FileError:
+    """The error for a file whose content isn't what was written."""
+    return FileError(f"{path} is damaged: {why}; write it anew, or fetch it again")
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# ---------------------------------------------------------------- torch.save
+
+
+def write_torch(path: Any, data: Any) -> Path:
+    """Write plain data and tensors by torch.save, with a CRC-32 of each part.
+
+    Raises:
+        FileAccessError: as `write`.
+    """
+    buffer = io.BytesIO()
+    checked = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(data, buffer)
+    finally:
+        torch.serialization.set_crc32_options(checked)
+    return write(path, buffer.getvalue())
+
+
+def read_torch(path: Any) -> Any:
+    """Plain data and tensors that torch.save wrote, on the CPU; classes and code in the file are refused.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FileError: it is cut off, damaged or foreign, or holds something else.
+    """
+    with opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        _check_zip(file, size, path)
+        file.seek(0)
+        try:
+            data = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever pickle, zip and torch raise
+            raise FileError(f"{path} isn't a file of data and tensors by torch.save: {_said(error)}") from error
+    check_tree(data, str(path))
+    _check_storages(data, size, path)
+    return data
+
+
+def _said(error: Exception) -> str:
+    """What torch.load says, without its advice to run the code in the file."""
+    _, mark, rest = str(error).partition("WeightsUnpickler error: ")
+    return rest.splitlines()[0][:300] if mark and rest.strip() else first_line(error)
+
+
+def _check_zip(file: BinaryIO, size: int, path: Any) -> None:
+    """Refuse an archive whose parts don't add up, or aren't what their CRC-32 says; torch looks at neither."""
+    if not zipfile.is_zipfile(file):
+        return  # of torch before 1.6, or torn, of which torch tells
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if len({member.filename for member in members}) < len(members):
+                raise damaged(path, "two parts of it have one name")
+            if any(m.compress_type != zipfile.ZIP_STORED for m in members) or sum(m.file_size for m in members) > size:
+                raise FileError(f"{path} isn't a file by torch.save, which compresses nothing; name another file")
+            wrong = archive.testzip()
+    except FileError:
+        raise
+    except Exception as error:  # whatever zipfile raises of what isn't an archive
+        raise damaged(path, first_line(error)) from error
+    if wrong is not None:
+        raise damaged(path, f"its part {wrong!r} isn't what was written, by the CRC-32")
+
+
+def _check_storages(data: Any, size: int, path: Any) -> None:
+    """Refuse tensors that are larger than the file: torch lets a file say any size."""
+    waiting = [data]
+    while waiting:
+        value = waiting.pop()
+        waiting += value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        if dense and value.untyped_storage().nbytes() > size:
+            raise damaged(path, f"it says that a tensor has the shape {tuple(value.shape)}, more than it holds")
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def write_safetensors(path: Any, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Path:
+    """Write tensors and text as a safetensors file, with a SHA-256 of all of it in its header.
+
+    Raises:
+        FileAccessError: as `write`.
+    """
+    from safetensors import torch as safetensors
+
+    own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    content = safetensors.save(own, {**notes, _CHECKSUM: "0" * 64})
+    end = 8 + int.from_bytes(content[:8], "little")
+    head = content[:end].replace(_as_written("0" * 64), _as_written(_digest(content, end, "0" * 64)))
+    return write(path, head + content[end:])
+
+
+def read_safetensors(path: Any, kind: str = "a safetensors file") -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The texts and tensors in a safetensors file, whoever wrote it; `kind` is what errors call it.
+
+    Raises:
+        MissingFileError: there is no such file.
+        FileError: it is cut off, damaged, or no such file.
+    """
+    try:
+        from safetensors import torch as safetensors
+    except ImportError as error:
+        raise FileError(f"{path} needs safetensors: pip install 'restrain[models]'") from error
+    content = read(path)
+    notes = _notes(path, content, kind)
+    checksum = notes.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _digest(content, 8 + int.from_bytes(content[:8], "little"), checksum):
+        raise damaged(path, "its content isn't what was written, by its checksum")
+    try:
+        return notes, safetensors.load(content)
+    except MemoryError as error:
+        raise FileError(f"{path} needs more memory than there is") from error
+    except Exception as error:  # whatever safetensors and torch raise
+        raise damaged(path, first_line(error)) from error
+
+
+def _as_written(checksum: str) -> bytes:
+    return f'"{_CHECKSUM}":"{checksum}"'.encode(errors="replace")
+
+
+def _digest(content: bytes, end: int, checksum: str) -> str:
+    """SHA-256 of a safetensors file, taken with zeros instead of the checksum in its header."""
+    found = hashlib.sha256(content[:end].replace(_as_written(checksum), _as_written("0" * 64)))
+    found.update(memoryview(content)[end:])
+    return found.hexdigest()
+
+
+def _notes(path: Any, content: bytes, kind: str) -> dict[str, str]:
+    """The texts in the header of a safetensors file that is as long as it says."""
+    length = int.from_bytes(content[:8], "little")
+    if content[8:9] != b"{" or length > 100_000_000:  # the format's own bound; else the length may look like a magic
+        for magic, what in _FOREIGN.items():
+            if content.startswith(magic):
+                raise FileError(f"{path} isn't {kind} but {what}; name another file")
+        if len(content) < 9:
+            raise _cut(path, len(content), "at least 9")
+        raise FileError(f"{path} isn't {kind} but no safetensors file; name another file")
+    if len(content) < 8 + length:
+        raise _cut(path, len(content), f"at least {8 + length:,}")
+    try:
+        header = json.loads(content[8 : 8 + length])
+        notes = header.get("__metadata__") or {}
+        ends = [value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"]
+        whole = 8 + length + max(ends, default=0)
+        texts = {str(key): value for key, value in notes.items() if isinstance(value, str)}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise damaged(path, f"its header can't be read ({first_line(error)})") from error
+    if len(content) < whole:
+        raise _cut(path, len(content), f"{whole:,}")
+    return texts
+
+
+def _cut(path: Any, size: int, whole: str) -> FileError:
+    return FileError(f"{path} is cut off: it has {size:,} bytes of {whole}; copy or download it again")
