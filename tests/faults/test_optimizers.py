@@ -217,23 +217,6 @@ def lasso(make):
         return str(error)
 
 
-def lasso(make):
-    """Train a lasso whose strength aims at a half of zeros; return weights and strength, or how it is refused."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1))
-    x, optimizer = torch.randn(32, 6), make(model.parameters())
-    rule = rs.Target(zeros=0.5, every=2) * rs.L1().on(rs.weights, how="proximal", name="sparse")
-    try:
-        reg = attached(model, rule, optimizer)
-        for _ in range(60):
-            optimizer.zero_grad()
-            reg.loss((model(x) - x.sum(1, keepdim=True)).square().mean()).backward()
-            optimizer.step()
-        return [p.tolist() for p in model.parameters()], reg.strengths()["sparse"]
-    except RestrainError as error:
-        return str(error)
-
-
 def zero_redundancy(rank, port, results):
     """Train it on each rank with the same data, by an optimizer that shares parameters out among the ranks."""
     from torch.distributed.optim import ZeroRedundancyOptimizer
