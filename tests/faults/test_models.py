@@ -161,8 +161,8 @@ ALIASES = [
     ("nuclearnorm", "nuclear_norm"),
 ]
 VALUES = {"max_norm": 1.0, "maxnorm": 1.0, "nonnegative": True, "non_negative": True}
-VALUES |= dict.fromkeys(("elasticnet", "elastic_net"), {"strength": 1e-3, "l1": 1.0, "l2": 1.0})
-VALUES |= dict.fromkeys(("klsparsity", "kl_sparsity"), {"strength": 1e-3, "rate": 0.1})
+VALUES |= {name: {"strength": 1e-3, "l1": 1.0, "l2": 1.0} for name in ("elasticnet", "elastic_net")}
+VALUES |= {name: {"strength": 1e-3, "rate": 0.1} for name in ("klsparsity", "kl_sparsity")}
 DATA = np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2
 
 
