@@ -68,7 +68,7 @@ def share(found, right):
 def test_two_targets_in_one_option_are_refused_for_a_classifier(run):
     draws = np.random.default_rng(0)
     write("data.csv", a=draws.normal(size=40), y=["u", "v"] * 20, t=["p", "q"] * 20)
-    code, out, err = fit(run, target="y,t")
+    code, _, err = fit(run, target="y,t")
     assert code != 0
     assert "t" in err
 
@@ -108,7 +108,7 @@ def test_values_that_were_not_there_in_training_are_counted_in_a_note(run):
     write("data.csv", kind=[f"k{k}" for k in kind], y=np.where(kind == 1, "one", "more"))
     write("new.csv", kind=["other", "k1", "other"], y=["one"] * 3)
     assert fit(run)[0] == 0
-    code, found, err = predicted(run, "new.csv", "--unknown", "zeros")
+    code, _, err = predicted(run, "new.csv", "--unknown", "zeros")
     assert code == 0
     assert "kind" in err
     assert "2" in err
