@@ -121,7 +121,7 @@ FROM_INSIDE = pytest.mark.xfail(strict=True, reason="faults.md E7")
 
 @pytest.mark.parametrize(
     "penalty",
-    [rs.L1(), rs.L2(), *(pytest.param(p, marks=FROM_INSIDE) for p in (rs.GroupLasso(), rs.Huber(1.0), rs.Norm()))],
+    [rs.L1(), rs.L2(), *(pytest.param(p, marks=FROM_INSIDE) for p in (rs.GroupLasso(), rs.Huber(1.0), rs.Norm(2)))],
     ids=repr,
 )
 def test_the_value_of_a_sparse_tensor_is_right_or_refused(penalty):
