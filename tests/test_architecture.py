@@ -200,7 +200,7 @@ def test_layering_check_lets_pass():
 ABOVE = ("src/restrain/models", "src/restrain/integrations", "src/restrain/cli")
 OF_OTHERS = re.compile(  # private names of torch and of trainers, not of the engine
     r"_optimizer_step_(pre|post)_hooks|_fused_\w+_|_patch_step_function|_linear_pointwise|_inductor|_logger_connector|"
-    r"_should_accumulate"
+    r"_should_accumulate|_get_output_dir|_trial|_optimizers"
 )
 
 

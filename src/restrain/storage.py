@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import FileAccessError, FileError, MissingFileError
+from restrain.extras import needing
 
 try:
     import fcntl
@@ -359,7 +360,8 @@ def write_safetensors(path: Any, tensors: Mapping[str, Tensor], notes: Mapping[s
     Raises:
         FileAccessError: as `write`.
     """
-    from safetensors import torch as safetensors
+    with needing("models", "a safetensors file"):
+        from safetensors import torch as safetensors
 
     own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     content = safetensors.save(own, {**notes, _CHECKSUM: "0" * 64})
@@ -375,10 +377,9 @@ def read_safetensors(path: Any, kind: str = "a safetensors file") -> tuple[dict[
         MissingFileError: there is no such file.
         FileError: it is cut off, damaged, or no such file.
     """
-    try:
+    with needing("models", str(path)):
         from safetensors import torch as safetensors
-    except ImportError as error:
-        raise FileError(f"{path} needs safetensors: pip install 'restrain[models]'") from error
+
     content = read(path)
     notes = _notes(path, content, kind)
     checksum = notes.pop(_CHECKSUM, None)

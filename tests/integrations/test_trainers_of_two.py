@@ -21,6 +21,10 @@ run = one.trainer(folder, callbacks=[one.RestrainCallback(one.PLAN)], **options)
 run.fit(module, loader)
 assert torch.distributed.get_world_size() == 2
 one.assert_same(module, one.by_hand())
+mine = [float(run.callback_metrics[key]) for key in ("data_loss", "penalties/sparse")]
+others = [None, None]
+torch.distributed.all_gather_object(others, mine)
+assert others[0] == others[1], others  # each process has other rows
 print("penalty", float(run.callback_metrics["penalty"]))
 """
 HUGGINGFACE = """
@@ -33,6 +37,12 @@ for accumulate in (1, 2):  # rows with unequal numbers of items
     for a, b in zip(run.model.parameters(), one.by_hand(3, 2 * accumulate).parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert torch.distributed.get_world_size() == 2
+    mine = [[entry[key] for key in ("data_loss", "penalties/sparse")] for entry in run.state.log_history[:3]]
+    others = [None, None]
+    torch.distributed.all_gather_object(others, mine)
+    assert others[0] == others[1], others  # each process has other rows
+    first = run.state.log_history[0]
+    assert abs(first["loss"] - first["data_loss"] - first["penalties/decay"] - first["penalties/sparse"]) < 2e-3, first
     print("penalty", run.state.log_history[0]["penalty"])
 """
 

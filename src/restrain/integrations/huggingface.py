@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 import weakref
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restrain.errors import NotCollectedError, PlanError, RestrainWarning
+from restrain.errors import PlanError, RestrainWarning
 from restrain.extras import needing
-from restrain.integrations.session import Session
+from restrain.integrations.session import Around, Session
 
 with needing("huggingface", __name__):
     from transformers import Trainer, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
 
 _FILE = "restrain.pt"  # in the Trainer's checkpoint folders
 
@@ -23,11 +25,12 @@ _FILE = "restrain.pt"  # in the Trainer's checkpoint folders
 class RestrainCallback(TrainerCallback):
     """Attaches a plan while the Trainer trains: `RestrainCallback(plan).add_to(trainer)`.
 
-    Penalties whose how is "loss" join the loss that the model itself returns, once an update: whole where the Trainer
-    divides by the accumulated batches, in parts where the model has divided by all their items. "data_loss" (the mean
-    since the last time, as "loss" is), "penalty", "penalties/<rule>", and "strengths/<rule>" of those that move are in
-    the Trainer's logs and whatever it reports to; what the rules count and keep is a file in its checkpoints. A second
-    `train()` on the same model goes on from the first; with another model (`model_init`) the rules begin anew.
+    Penalties whose how is "loss" join what `compute_loss` returns, your own or the Trainer's, once an update: whole
+    where the Trainer divides by the accumulated batches, in parts where that loss is already divided by all their
+    items. "data_loss" (the mean since the last time, as "loss" is), "penalty", "penalties/<rule>", and
+    "strengths/<rule>" of those that move are in the Trainer's logs and whatever it reports to; what the rules count and
+    keep is a file in its checkpoints. A second `train()` on the same model goes on from the first; with another model
+    (`model_init`) the rules begin anew. However `train()` ends, the rules are detached.
 
     >>> from restrain.integrations.huggingface import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
@@ -35,10 +38,11 @@ class RestrainCallback(TrainerCallback):
 
     def __init__(self, plan: Any) -> None:
         self._session = Session(plan)
-        self._handle: Any = None
-        self._trainer: Any = lambda: None
-        self._reached = False
+        self._trainer: weakref.ref[Trainer] | None = None  # the one that trains
+        self._join: Around | None = None
+        self._resumes: Any = None  # what it was told to resume from
         self._loaded = False
+        self._epoch = 0  # the next one
 
     @property
     def reg(self) -> Any:
@@ -49,101 +53,129 @@ class RestrainCallback(TrainerCallback):
         """Put it first among the trainer's callbacks, so that its values are there when the others report.
 
         Raises:
-            PlanError: the trainer computes the loss outside of the model, where it can't be reached.
+            PlanError: the trainer has another one.
         """
-        if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(one, RestrainCallback) and one is not self for one in callbacks):
             raise PlanError(
-                "this Trainer computes its loss by compute_loss_func or label smoothing, past the model's own: add the "
-                "penalties there, return reg.loss(loss), and attach the rules by rs.attach(model, plan, optimizer)"
+                "this Trainer has a RestrainCallback already, and both would add their penalties: put all rules into "
+                "one plan, or write trainer.remove_callback(RestrainCallback) before"
             )
-        trainer.callback_handler.callbacks.insert(0, self)
-        self._trainer = weakref.ref(trainer)
+        if self not in callbacks:
+            callbacks.insert(0, self)
+        Around(trainer, "train", self._train)
         return self
 
     def load(self, checkpoint: str | Path) -> RestrainCallback:
-        """Go on from the state in a checkpoint that isn't in the Trainer's output_dir, where it is found by itself."""
-        self._session.load_state_dict(torch.load(Path(checkpoint) / _FILE, weights_only=True))
+        """Begin the next training with the state in a checkpoint, whichever the Trainer itself resumes from."""
+        state = torch.load(Path(checkpoint) / _FILE, weights_only=True)
+        state.pop("belongs_to", None)
+        self._session.load_state_dict(state)
         self._loaded = True
         return self
 
+    def _train(self, trainer: Trainer, train: Any, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's `train`, however it ends."""
+        self._trainer = weakref.ref(trainer)
+        self._resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
+        try:
+            return train(*args, **kwargs)
+        finally:
+            self._trainer, self._loaded = None, False
+            self._end()
+
+    def _end(self) -> None:
+        if self._join is not None:
+            self._join.remove()
+            self._join = None
+        self._session.end()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._trainer() is None:
+        if self._trainer is None:
             raise PlanError(
                 "callbacks=[RestrainCallback(plan)] would come after those that report: write "
                 "RestrainCallback(plan).add_to(trainer)"
             )
-        if args.torch_compile:
+        if args.n_gpu > 1:
             raise PlanError(
-                "torch_compile=True compiles the whole forward, the hook on its loss with it: compile the layers"
+                f"one process would train on {args.n_gpu} devices by nn.DataParallel, whose replicas the rules can't "
+                "see: launch with torchrun, or show it one device (CUDA_VISIBLE_DEVICES=0)"
             )
-        self._remove()
-        if state.global_step and not self._loaded:
-            self._resume(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self._loaded, optimizer = False, kwargs["optimizer"]
+        self._end()
+        if self._resumes and not self._loaded:
+            last: Any = get_last_checkpoint(args.output_dir) if self._resumes is True else self._resumes  # type: ignore[no-untyped-call]
+            self._resume(Path(last))
+        self._loaded, self._epoch, optimizer = False, int(state.epoch or 0), kwargs["optimizer"]
         self._session.begin(kwargs["model"], [getattr(optimizer, "optimizer", optimizer)])
-        self._handle = kwargs["model"].register_forward_hook(self._add, with_kwargs=True)
+        self._join = Around(self._trainer(), "compute_loss", self._compute_loss)
 
     def _resume(self, checkpoint: Path) -> None:
-        if (checkpoint / _FILE).exists():
-            self.load(checkpoint)
-        else:
+        if not (checkpoint / _FILE).exists():
             warnings.warn(
-                f"training goes on at step {checkpoint.name.removeprefix('checkpoint-')}, but the rules begin anew: "
-                f"there is no {checkpoint / _FILE}. If the checkpoint is elsewhere, write callback.load(checkpoint) "
-                "before trainer.train(resume_from_checkpoint=checkpoint)",
+                f"training resumes from {checkpoint}, but the rules begin anew: there is no {_FILE} in it. If another "
+                "checkpoint has it, write callback.load(that_checkpoint) before trainer.train(...)",
                 RestrainWarning,
                 stacklevel=2,
             )
-
-    def _remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self._session.end()
-
-    def _add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        if not (model.training and torch.is_grad_enabled()):
-            return None
-        loss = output["loss"] if isinstance(output, dict) else output[0]
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            raise PlanError("the model returned no loss: give the Trainer batches with labels")
-        steps = self._trainer().current_gradient_accumulation_steps  # fewer at the end of an epoch
-        loss = self._session.loss(loss, self._share(kwargs, steps), weight=1 / steps)
-        if loss.requires_grad:
-            loss.register_hook(self._reach)
-        if isinstance(output, dict):
-            output["loss"] = loss
-            return output
-        return (loss, *output[1:])
-
-    def _share(self, kwargs: dict[str, Any], steps: int) -> float:
-        """The part of the penalties that belongs to one forward."""
-        if kwargs.get("num_items_in_batch") is None:
-            return 1.0  # the Trainer divides this loss by the number of accumulated batches
-        args = self._trainer().args
-        return float(1 / (steps * (args.world_size if args.average_tokens_across_devices else 1)))
-
-    def _reach(self, gradient: Tensor) -> None:
-        self._reached = True
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self._reached:
-            raise NotCollectedError(
-                "the Trainer's backward didn't pass the loss that the model returned, so the penalties had no effect: "
-                "its compute_loss uses another; return reg.loss(loss) from there, with rules attached by rs.attach"
+        elif torch.load(checkpoint / _FILE, weights_only=True).get("belongs_to") != _identity(checkpoint):
+            raise PlanError(
+                f"{checkpoint / _FILE} is of another run, which had a checkpoint of that name: delete it, and the "
+                f"rules begin anew; or write callback.load({str(checkpoint)!r}) before trainer.train(...) to take it"
             )
-        self._reached = False
+        else:
+            self.load(checkpoint)
+
+    def _compute_loss(self, trainer: Trainer, compute: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The trainer's `compute_loss`, with the penalties in training."""
+        found = compute(model, *args, **kwargs)
+        if not (model.training and torch.is_grad_enabled()):
+            return found
+        items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
+        steps = trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
+        share = 1 / steps if _is_scaled(trainer, items) else 1.0
+        if isinstance(found, tuple):
+            return (self._session.loss(found[0], share, weight=1 / steps), *found[1:])
+        return self._session.loss(found, share, weight=1 / steps)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._session.epoch_begins(self._epoch)
+        self._epoch += 1
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._session.epoch_ends()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs is not None and "loss" in logs:
-            found = self._session.logs()
+            found = self._session.logs(self._mean if args.world_size > 1 else None)
             logs.update(found)
             state.log_history[-1].update(found)
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.exists():
-            torch.save(self._session.state_dict(), folder / _FILE)
+    def _mean(self, values: Tensor) -> Tensor:
+        trainer = self._trainer() if self._trainer is not None else None
+        assert trainer is not None
+        return trainer.accelerator.reduce(values.to(trainer.args.device), reduction="mean")  # type: ignore[no-any-return]
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._remove()
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer() if self._trainer is not None else None
+        if trainer is None or not state.is_world_process_zero:
+            return
+        folder = Path(trainer._get_output_dir(trainer._trial)) / f"checkpoint-{state.global_step}"
+        if folder.exists():
+            torch.save({**self._session.state_dict(), "belongs_to": _identity(folder)}, folder / _FILE)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(RestrainCallback(None)), "_session": self._session}  # a copy isn't added to a trainer
+
+
+def _is_scaled(trainer: Trainer, items: Any) -> bool:
+    """Whether the Trainer takes a loss to be divided by all items of an update, as its `training_step` decides."""
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)  # of transformers 5
+    if told is not None:
+        return bool(told)
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
+def _identity(checkpoint: Path) -> str:
+    """A digest of the Trainer's own state in a checkpoint, whose losses and numbers no other run has."""
+    file = checkpoint / "trainer_state.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""

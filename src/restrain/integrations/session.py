@@ -1,23 +1,62 @@
-"""What the callbacks share: a plan that is attached while a trainer trains, its state, and what is logged."""
+"""Shared by the callbacks: an attachment that lives while a trainer trains, its state, and what is logged."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine import Attachment, attach
+from restrain.errors import PlanError
 from restrain.integrations.logged import logs
 
 
+class Around:
+    """`owner.name(...)` becomes `wrap(owner, method, ...)` until `remove`.
+
+    Trainers have no event for the loss on its way to the backward, nor for an exception. The attribute stands on the
+    trainer's instance, never on a model or an optimizer; in a copy or a pickle it is the method itself.
+    """
+
+    def __init__(self, owner: Any, name: str, wrap: Callable[..., Any]) -> None:
+        self._owner, self._name = weakref.ref(owner), name
+        self._wrap: Callable[..., Any] | None = wrap
+        self._before = vars(owner).get(name)
+        vars(owner)[name] = self
+
+    def _method(self) -> Callable[..., Any]:
+        owner = self._owner()
+        return self._before or getattr(type(owner), self._name).__get__(owner)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        method, owner = self._method(), self._owner()
+        return method(*args, **kwargs) if self._wrap is None else self._wrap(owner, method, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Give the owner its method back; calling it again does nothing."""
+        owner, self._wrap = self._owner(), None
+        if owner is not None and vars(owner).get(self._name) is self:
+            del vars(owner)[self._name]
+            if self._before is not None:
+                vars(owner)[self._name] = self._before
+
+    def __reduce__(self) -> Any:
+        return (_itself, (self._method(),))
+
+
+def _itself(method: Any) -> Any:
+    return method
+
+
 class Session:
-    """An attachment that lives as long as a fit.
+    """An attachment that lives as long as a fit, in its trainer's epochs.
 
     A fit goes on from a state that was loaded before it, or from the last fit's, if that was one of the same model;
-    with another model it begins anew.
+    with another model it begins anew. So do the epochs of schedules, whatever number the trainer's own begin with.
     """
 
     def __init__(self, plan: Any) -> None:
@@ -25,42 +64,79 @@ class Session:
         self.reg: Attachment | None = None
         self._state: dict[str, Any] = {}  # loaded, or of the last fit
         self._fitted: weakref.ref[nn.Module] | None = None  # whose state it is; None of one that was loaded
+        self._first: int | None = None  # the number that the trainer's epoch zero has in the schedules
+        self._epoch: int | None = None  # the trainer's epoch that runs
+        self._ended = False  # whether it has ended, which counts as the next one begins: what is logged is of this one
         self._losses: Tensor | None = None
         self._weights = 0.0
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Attachment:
-        """Attach the plan, and go on from a state that is there for this model."""
+        """Attach the plan, and go on from a state that is there for this model.
+
+        Raises:
+            PlanError: from that state it can't.
+        """
         self.end()
-        self.reg = attach(model, self.plan, list(optimizers))
-        if self._state and (self._fitted is None or self._fitted() is self.reg.model):
-            self.reg.load_state_dict(self._state)
-        self._state, self._fitted = {}, None
         self.data_loss()  # of a fit that broke off
-        return self.reg
+        reg = attach(model, self.plan, list(optimizers))
+        self._first, self._epoch, self._ended, state = None, None, False, self._state
+        try:
+            if state and (self._fitted is None or self._fitted() is reg.model):
+                self._load(reg, state)
+        except BaseException:
+            reg.detach()
+            raise
+        self.reg, self._state, self._fitted = reg, {}, None
+        return reg
+
+    def _load(self, reg: Attachment, state: dict[str, Any]) -> None:
+        rest = dict(state)
+        first = rest.pop("first_epoch", None)
+        try:
+            reg.load_state_dict(rest)
+        except (PlanError, RuntimeError) as error:
+            source = "the state that was loaded" if self._fitted is None else "the last fit of this model"
+            raise PlanError(
+                f"the rules can't go on from {source}: {error}. If the plan or the model was changed since, make a "
+                "new RestrainCallback, whose rules begin anew"
+            ) from error
+        self._first = first
 
     def end(self) -> None:
-        """Detach."""
+        """Detach, and remember the state; without a fit it does nothing."""
         if self.reg is not None:
-            self._state, self._fitted = self.reg.state_dict(), weakref.ref(self.reg.model)
-            self.reg.detach()
-            self.reg = None
+            reg = self.reg
+            try:
+                self._state, self._fitted = self.state_dict(), weakref.ref(reg.model)
+            finally:
+                self.reg = None
+                reg.detach()
+
+    def epoch_begins(self, number: int) -> None:
+        """The trainer's epoch of that number runs: schedules follow, also over those that a resumed fit left out."""
+        if self.reg is None or number == self._epoch:
+            return
+        self._epoch = number
+        if self._ended:
+            self.reg.next_epoch()
+            self._ended = False
+        epochs = self.reg.state_dict()["epochs"]
+        self._first = max(epochs - number, epochs - number if self._first is None else self._first)
+        for _ in range(self._first + number - epochs):
+            self.reg.next_epoch()
+
+    def epoch_ends(self) -> None:
+        """The trainer's epoch has ended."""
+        self._ended = self.reg is not None
 
     def loss(self, data_loss: Tensor, share: float = 1.0, weight: float = 1.0) -> Tensor:
         """The data loss with `share` of the penalties; it weighs `weight` in the mean that is logged."""
         assert self.reg is not None
-        self._note(data_loss / share, weight)
-        return self.reg.loss(data_loss, share=share)
-
-    def join(self, loss: Tensor, scale: float) -> None:
-        """Add the penalties, scaled, in place to a loss that is so scaled: its owner goes on with that very tensor."""
-        assert self.reg is not None
-        self._note(loss / scale, 1.0)
-        loss.add_(self.reg.loss(loss, share=scale) - loss)
-
-    def _note(self, data_loss: Tensor, weight: float) -> None:
-        part = data_loss.detach() * weight
+        joined = self.reg.loss(data_loss, share=share)
+        part = data_loss.detach() / share * weight
         self._losses = part if self._losses is None else self._losses + part
         self._weights += weight
+        return joined
 
     def data_loss(self) -> float | None:
         """The mean of the data losses since it was last asked for; None if there was none."""
@@ -70,18 +146,26 @@ class Session:
 
     def state_dict(self) -> dict[str, Any]:
         """What belongs into the trainer's checkpoint."""
-        return self.reg.state_dict() if self.reg is not None else self._state
+        if self.reg is None:
+            return self._state
+        state = self.reg.state_dict()
+        return {**state, "epochs": state["epochs"] + self._ended, "first_epoch": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state: at once, or when the fit begins."""
         if self.reg is not None and state:
-            self.reg.load_state_dict(state)
+            self._load(self.reg, state)
         else:
             self._state, self._fitted = state, None
 
-    def logs(self) -> dict[str, float]:
-        """The mean data loss since the last time, and what the rules are worth now."""
-        return {} if self.reg is None else logs(self.reg, self.data_loss())
+    def logs(self, mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
+        """The mean data loss since the last time, and the rules' values now; `mean` takes it over the processes."""
+        if self.reg is None:
+            return {}
+        found = logs(self.reg, self.data_loss())
+        if mean is None:
+            return found
+        return dict(zip(found, mean(torch.tensor(list(found.values()))).tolist(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = vars(Session(self.plan))

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from restrain.engine import Hook
+from restrain.errors import PlanError
 from restrain.extras import needing
-from restrain.integrations.session import Session
+from restrain.integrations.session import Around, Session
 
 with needing("skorch", __name__):
     from skorch import NeuralNet
@@ -21,7 +23,9 @@ class RestrainCallback(Callback):  # type: ignore[misc]
     Penalties whose how is "loss" join the criterion's loss in training, not in validation; so "train_loss" has them,
     "valid_loss" hasn't. The history gets "data_loss" (the epoch's mean, as "train_loss" is), "penalty",
     "penalties/<rule>", and "strengths/<rule>" of those that move, which `PrintLog` shows. The rules' state is pickled
-    with the net, and a `partial_fit` goes on from it; a checkpoint has it with `Checkpoint(f_rules="rules.pt")`.
+    with the net, also while it is fitted, and a `partial_fit` goes on from it; a checkpoint has it with
+    `Checkpoint(f_rules="rules.pt")`. Another plan (`set_params`) begins anew. However the fit ends, the rules are
+    detached.
 
     >>> from restrain.integrations.skorch import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
@@ -31,20 +35,49 @@ class RestrainCallback(Callback):  # type: ignore[misc]
         self.plan = plan
 
     def initialize(self) -> RestrainCallback:
-        if hasattr(self, "session_"):  # perhaps of a fit that broke off
-            self._remove()
-        self.session_ = Session(self.plan)
-        self._handle: Any = None
+        if not hasattr(self, "session_"):
+            self.session_ = Session(self.plan)
+            self.join_: _Join | None = None
+            self.around_: Around | None = None
         return self
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-        self._remove()
-        self.session_.begin(net.module_, [net.optimizer_])
+        if sum(isinstance(callback, RestrainCallback) for _, callback in net.callbacks_) > 1:
+            raise PlanError("this net has several RestrainCallbacks: put all rules into one plan")
+        if not isinstance(net.criterion_, nn.Module):
+            raise PlanError(
+                f"penalties join the loss of a criterion that is an nn.Module, got {type(net.criterion_).__name__}: "
+                "wrap it in one"
+            )
+        if self.session_.plan is not self.plan or not net.history:  # another plan, or a net that begins anew
+            self.session_ = Session(self.plan)
         net.rules_ = self.session_  # where skorch looks for what f_rules= saves
-        self._handle = net.criterion_.register_forward_hook(self._add)
+        if self.around_ is not None:  # of a fit that broke off before its loop
+            self.around_.remove()
+        self.around_ = Around(net, "fit_loop", self._fit_loop)
 
-    def _add(self, criterion: nn.Module, args: Any, loss: Tensor) -> Tensor | None:
-        return self.session_.loss(loss) if torch.is_grad_enabled() else None
+    def _fit_loop(self, net: NeuralNet, fit_loop: Any, *args: Any, **kwargs: Any) -> Any:
+        """The net's `fit_loop`, however it ends: skorch has no event for an exception."""
+        self.join_ = _Join(self.session_)
+        handle = net.criterion_.register_forward_hook(self.join_)
+        try:
+            self.session_.begin(net.module_, [getattr(net, f"{name}_") for name in net._optimizers])
+            return fit_loop(*args, **kwargs)
+        finally:
+            handle.remove()
+            if self.around_ is not None:
+                self.around_.remove()
+            self.join_ = self.around_ = None
+            self.session_.end()
+
+    def on_epoch_begin(self, net: NeuralNet, **kwargs: Any) -> None:
+        self.session_.epoch_begins(len(net.history) - 1)
+
+    def on_batch_begin(self, net: NeuralNet, **kwargs: Any) -> None:
+        self._expect()
+
+    def on_grad_computed(self, net: NeuralNet, named_parameters: Any, **kwargs: Any) -> None:
+        self._expect()  # an optimizer with a closure computes several times in a batch
 
     def on_batch_end(self, net: NeuralNet, batch: Any = None, training: bool = False, **kwargs: Any) -> None:
         if training and (data_loss := self.session_.data_loss()) is not None:
@@ -55,15 +88,31 @@ class RestrainCallback(Callback):  # type: ignore[misc]
         net.history.record("data_loss", sum(loss * size for loss, size in batches) / sum(size for _, size in batches))
         for name, value in self.session_.logs().items():
             net.history.record(name, value)
+        self.session_.epoch_ends()
 
-    def on_train_end(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
-        self._remove()
-
-    def _remove(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        self.session_.end()
+    def _expect(self) -> None:
+        if self.join_ is not None:
+            self.join_.joined = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_handle": None}
+        state = dict(vars(self))
+        return {**state, "join_": None, "around_": None} if "session_" in state else state
+
+
+class _Join(Hook):
+    """The hook on the criterion; dead in a copy."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.joined = False  # whether the penalties are in a loss of this batch already
+
+    def __call__(self, criterion: nn.Module, args: Any, loss: Tensor) -> Tensor | None:
+        if not torch.is_grad_enabled():
+            return None
+        if self.joined:
+            raise PlanError(
+                "the criterion was called twice for one batch, so the penalties would be added twice: let one "
+                "criterion compute the whole loss, or call the second under torch.no_grad() where it only measures"
+            )
+        self.joined = True
+        return self.session.loss(loss)
