@@ -31,6 +31,7 @@ TORCHS = {
 OTHERS = {
     *("_replace", "_fields", "_getframe", "_Float16"),  # of Python and C
     *("_logger_connector", "_should_accumulate"),  # of Lightning
+    *("_get_output_dir", "_trial"),  # of Hugging Face's Trainer
     *("_meant", "_classes"),  # ours, set by name
 }
 WORD = re.compile(r"_[a-zA-Z]\w*")

@@ -17,6 +17,8 @@ from version_0_1.common import DATA, assert_near, digests, unpack
 
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 PINNED = json.loads((DATA / "pickles" / "pinned.json").read_text())
+# 0.2 reads old names of settings, and says what they are called now
+pytestmark = pytest.mark.filterwarnings("ignore::restrain.errors.RestrainDeprecationWarning")
 quiet = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
 

@@ -230,7 +230,7 @@ class OfType(Where):
             return
         modules = {m for own in there.sites for layer, key in own for m in (layer.chain if key else (layer.module,))}
         known = {base.__name__ for kind in set(map(type, modules)) for base in kind.__mro__}
-        missing = [name for name in texts if name not in known]
+        missing = [name for name in texts if name not in known and not hasattr(nn, name)]
         if missing:
             raise SelectionError(
                 f"{brief(missing)}, in a list of types, matches nothing{near(missing[0], sorted(known - {'object'}))}"

@@ -31,14 +31,15 @@ class RestrainCallback(Callback):  # type: ignore[misc]
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
     """
 
+    join_: _Join | None = None  # while a net is fitted
+    around_: Around | None = None
+
     def __init__(self, plan: Any) -> None:
         self.plan = plan
 
     def initialize(self) -> RestrainCallback:
         if not hasattr(self, "session_"):
             self.session_ = Session(self.plan)
-            self.join_: _Join | None = None
-            self.around_: Around | None = None
         return self
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:

@@ -380,7 +380,7 @@ def test_a_state_of_other_rules_is_refused():
     ]
     train(model, optimizer, reg, 2)
     for state in wrong:
-        with pytest.raises(PlanError, match="other rules"):
+        with pytest.raises(PlanError, match=r"other rules|reads up to version 1|isn't whole"):
             reg.load_state_dict(state)
     assert reg.state_dict()["steps"] == 2, "a refused state changes nothing"
     reg.load_state_dict(good)

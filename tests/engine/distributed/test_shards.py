@@ -337,7 +337,7 @@ def test_the_shard_in_float32_is_penalised_not_the_weights_in_bfloat16(ranks_fou
 
 def test_one_message_for_all_rules(ranks_found):
     for found in ranks_found.values():
-        assert found["messages"] == [3, 3]  # of three numbers each: the loss, the values
+        assert found["messages"] == [1, 3]  # numbers of each: the sum in the loss, the values
 
 
 def test_gradient_noise_is_that_of_the_whole_tensor(ranks_found):

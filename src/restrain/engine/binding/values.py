@@ -50,13 +50,13 @@ class LossRules:
         if not bounds:
             return None
         summed = [bound for bound in bounds if bound.rule.reduce != "mean"]
-        means = parameter_values([bound for bound in bounds if bound.rule.reduce == "mean"], root)
-        pairs = self._pairs(summed, root) if summed else []
-        terms = parameters.values(pairs, compile=bounds[0].compile)
-        total, *others = [*totals([terms]), *means] if summed else means
-        for other in others:
-            total = total + other.to(total.device)
-        return total
+        terms = parameters.values(self._pairs(summed, root), compile=bounds[0].compile) if summed else []
+        for bound in bounds:
+            if bound.rule.reduce == "mean":
+                own = bound.tensors(root)
+                found = parameters.values(own, True, bound.compile)
+                terms += [(value / len(own), ranks) for value, ranks in found]
+        return totals([terms])[0]
 
     def _pairs(self, bounds: Sequence[Bound], root: nn.Module) -> list[tuple[Tensor, Penalty]]:
         """The tensors that are trained now, each with the sum of its penalties."""

@@ -170,7 +170,7 @@ class Moving:
         if negative:
             raise PlanError(f"{self.key!r}: {', '.join(negative)} of this state is below zero")
         try:
-            self.value(step, epoch, [numbers["log"]] * len(self.controllers))
+            self.value(step, epoch, [numbers.get("log", 0.0)] * len(self.controllers))
         except Exception as error:  # whatever a user's schedule raises
             raise PlanError(f"{self.key!r} can't go on from step {step}, epoch {epoch}: {error}") from error
 
