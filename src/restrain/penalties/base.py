@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import Any, ClassVar, TypeAlias
@@ -403,14 +403,14 @@ def _equal(leaf: Penalty) -> Any:
     return leaf
 
 
-def joined(penalty: Penalty) -> Penalty:
-    """The same sum with equal members joined; those whose strength moves stay as they are."""
-    fixed = [pair for pair in penalty.leaves() if not isinstance(pair[0], Tensor)]
-    moving = [Scaled(strength, leaf) for strength, leaf in penalty.leaves() if isinstance(strength, Tensor)]
+def joined(penalties: Sequence[Penalty]) -> Penalty:
+    """The sum of penalties with equal members joined; a penalty whose strength moves stays as it is."""
+    moving = [one for one in penalties if any(isinstance(strength, Tensor) for strength, _ in one.leaves())]
+    fixed = [one for one in penalties if not any(one is other for other in moving)]
     if len(fixed) < 2:
-        return penalty
-    l1, l2, others = Sum(tuple([Scaled(strength, leaf) for strength, leaf in fixed])).split()
-    elastic = [Scaled(1.0, _Elastic(((l1, Absolute()), (l2, Square()))))] if l1 or l2 else []
+        return penalties[0] if len(penalties) == 1 else Sum(tuple(penalties))
+    l1, l2, others = Sum(tuple(fixed)).split()
+    elastic = [_Elastic(((l1, Absolute()), (l2, Square())))] if l1 or l2 else []
     terms = (*elastic, *[Scaled(strength, leaf) for strength, leaf in others], *moving)
     return terms[0] if len(terms) == 1 else Sum(terms)
 

@@ -13,7 +13,7 @@ from restrain.engine.distributed import totals, whole
 from restrain.engine.loss import parameters
 from restrain.named_tensors import Handle
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
-from restrain.penalties.base import Sum, joined
+from restrain.penalties.base import joined
 from restrain.rules import What
 
 
@@ -73,7 +73,7 @@ class LossRules:
             for name, whats in of_each.items():
                 key = tuple(map(id, whats))
                 if key not in made:
-                    made[key] = whats[0] if len(whats) == 1 else joined(Sum(tuple(whats)))
+                    made[key] = joined(whats)
                 self._joined[name] = made[key]
         return [(p, self._joined[handle.name]) for handle, p in bounds[0].trained(self._handles, root)]
 
