@@ -1,7 +1,7 @@
 """What all of the engine stands on: structures of tensors, autograd functions, hooks, overrides, memory, randomness."""
 
 from restrain.engine.core import structures
-from restrain.engine.core.hooks import Hook, eagerly
+from restrain.engine.core.hooks import Hook, eagerly, not_alone
 from restrain.engine.core.injection import (
     Inject,
     Root,
@@ -32,6 +32,7 @@ __all__ = [
     "fresh",
     "in_backward",
     "in_checkpoint",
+    "not_alone",
     "packs",
     "pieces_of",
     "recomputing_saved_tensors",

@@ -31,7 +31,7 @@ class Clock:
         self.model, self.steps, self._from = model, 0, 0
         self.on_end = on_end  # called after a training step
         self.epochs = 0  # as the user counts them
-        self.on_any: list[Listener] = []  # called after any step in the process
+        self.on_step: list[Listener] = []  # called after any step of an optimizer that was given or trains the model
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
         self._given = [_Known(one) for one in given]
         self._others: list[_Known] = []
@@ -59,9 +59,11 @@ class Clock:
             return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
         if nested(optimizer):
             return
-        for listener in self.on_any:
-            listener(optimizer, root)
         known = self._of(optimizer)
+        if known not in self._given and not known.trains(root):
+            return
+        for listener in self.on_step:
+            listener(optimizer, root)
         known.came = True
         if real_step(optimizer) and known.trains(root):
             known.steps += 1
