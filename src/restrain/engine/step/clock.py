@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -125,27 +126,35 @@ class _Known:
 
 
 class _Watchers:
-    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process."""
+    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process.
+
+    Threads attach and detach while others step: the list is replaced under a lock, and never changed in place.
+    """
 
     def __init__(self) -> None:
-        self.clocks: list[Clock] = []
+        self.clocks: tuple[Clock, ...] = ()
         self.hook: Any = None
+        self._lock = threading.RLock()
 
     def add(self, clock: Clock) -> None:
-        self.clocks.append(clock)
-        self.hook = self.hook or register_optimizer_step_post_hook(self.after)
+        with self._lock:
+            self.clocks = (*self.clocks, clock)
+            self.hook = self.hook or register_optimizer_step_post_hook(self.after)
 
     def remove(self, clock: Clock) -> None:
-        self.clocks = [c for c in self.clocks if c is not clock and c.model() is not None]
-        if not self.clocks and self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        with self._lock:
+            self.clocks = tuple(c for c in self.clocks if c is not clock and c.model() is not None)
+            if not self.clocks and self.hook is not None:
+                self.hook.remove()
+                self.hook = None
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        alive = [(clock, root) for clock in self.clocks if (root := clock.model()) is not None]
-        self.clocks = [clock for clock, _ in alive]
-        for clock, root in alive:
-            clock.after(optimizer, root)
+        for clock in self.clocks:
+            root = clock.model()
+            if root is None:
+                self.remove(clock)
+            else:
+                clock.after(optimizer, root)
 
 
 _watchers = _Watchers()
