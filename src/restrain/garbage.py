@@ -11,9 +11,16 @@ from contextlib import contextmanager
 def uncollected() -> Iterator[None]:
     """Within it no garbage is collected: thousands of new objects would set off passes over all objects there are."""
     collecting = gc.isenabled()
-    gc.disable()
     try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+        try:
+            gc.disable()
+            yield
+        finally:
+            _collect_again(collecting)
+    finally:  # an interrupt may have come in place of the line above
+        _collect_again(collecting)
+
+
+def _collect_again(collecting: bool) -> None:
+    if collecting:
+        gc.enable()

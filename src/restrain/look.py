@@ -27,6 +27,8 @@ class _Begins(Hook):
 class _Records(Hook):
     """Keeps a layer's tensor under its name; of a further call under name#2, name#3, and so on."""
 
+    hands_on = True
+
     def __init__(self, seen: dict[str, Tensor], point: Point, copy: bool) -> None:
         self.seen, self.point, self.copy = seen, point, copy
 

@@ -57,13 +57,10 @@ def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
         for module in random:  # the model may be put into evaluation within, as `predict` does
             stack.callback(module.register_forward_pre_hook(_Switch()).remove)
         for draws in drawing:
-            draws.sampling.depth += 1
-            stack.callback(_leave, draws)
+            depth = draws.sampling.depth
+            stack.callback(setattr, draws.sampling, "depth", depth)  # first, as an interrupt may come in between
+            draws.sampling.depth = depth + 1
         yield
-
-
-def _leave(draws: Draws) -> None:
-    draws.sampling.depth -= 1
 
 
 class _Flags:

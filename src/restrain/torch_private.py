@@ -96,6 +96,18 @@ TABLE = {
     "version": Private(
         "Tensor._version", "whether a tensor was changed in place", "its grad_fn and a copy of its entries are compared"
     ),
+    "sequence": Private(
+        "_C._autograd._get_sequence_nr",
+        "the order in which nodes of the graph were made, by which a forward knows its own",
+        "refused: penalties on outputs",
+        "put penalties on parameters",
+    ),
+    "not_alone": Private(
+        "_C._dynamo.eval_frame._FrameAction _C._dynamo.eval_frame._FrameExecStrategy "
+        "_C._dynamo.eval_frame.set_code_exec_strategy",
+        "hooks of a compiled model that run outside of its forward are not compiled by themselves",
+        "they are",
+    ),
     "is_view": Private("Tensor._is_view", "whether a tensor is a view", "it is taken for one, and copied"),
     # torch.func, modes and tracing
     "wrapped": Private(
@@ -402,6 +414,19 @@ def result_shapes(node: Any) -> list[Any]:
     return [one.shape for one in metadata]
 
 
+def newest_node() -> int:
+    """The number of the node of the graph that this thread makes next."""
+    return refuse("sequence") if _newest is None else int(_newest())
+
+
+_newest = _bind("sequence")
+
+
+def made_since(node: Any, number: int) -> bool:
+    """Whether a node was made since `newest_node` gave a number."""
+    return bool(node._sequence_nr() >= number)
+
+
 def observed(leaf: Tensor) -> bool:
     """Return whether there may be hooks that are told when a leaf's gradient is there."""
     if _hooks_of_leaves is None:
@@ -565,6 +590,17 @@ def anything_compiled() -> bool | None:
     codes = getattr(getattr(sys.modules["torch._dynamo"], "convert_frame", None), "output_codes", None)
     seen = getattr(codes, "seen", None)
     return None if seen is None else len(seen) > 0
+
+
+def not_alone(function: _F) -> _F:
+    """Have a function traced where compiled code calls it, but never compiled by itself, nor what it calls then.
+
+    torch.compile calls the hooks of the model that it is given outside of the compiled forward, and compiles each one.
+    """
+    if (found := _bind("not_alone")) is not None:
+        action, strategy, put = found
+        put(function.__code__, strategy(action.SKIP, action.SKIP))
+    return function
 
 
 def undone(function: Callable[..., None], *args: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +9,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import squared
+from restrain.callstack import Block
 from restrain.errors import PenaltyError
 from restrain.penalties.all_reduce import over_processes
 from restrain.penalties.base import (
@@ -174,23 +172,12 @@ def _log1p(u: Tensor) -> Tensor:
     return safe.log1p() + (u - safe) / _EDGE
 
 
-class _Resting(threading.local):
-    """How many `resting` this thread is in."""
-
-    depth = 0
+_resting = Block()
 
 
-_resting = _Resting()
-
-
-@contextmanager
-def resting() -> Iterator[None]:
+def resting() -> Block:
     """Within it, running means are looked at but not fed: for evaluation."""
-    _resting.depth += 1
-    try:
-        yield
-    finally:
-        _resting.depth -= 1
+    return _resting
 
 
 class _Memory:
@@ -206,7 +193,7 @@ class _Memory:
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
         """Note a batch's mean for the next step, unless it is of nothing, not finite, or noted before."""
-        if not torch.compiler.is_compiling() and (_resting.depth or in_backward()):
+        if not torch.compiler.is_compiling() and (_resting.on or in_backward()):
             return  # evaluation, or a checkpoint's recomputation in backward
         good = (mean.isfinite() & (size > 0)).all()
         if self.pending.shape != mean.shape or self.pending.device != mean.device:

@@ -154,8 +154,6 @@ def test_loss_scaling_and_accumulation_reach_injected_penalties(problem, reentra
     plain(3 * x).square().sum().backward()
     torch.testing.assert_close(gradients(other), gradients(plain))
     other.zero_grad()
-    if backend != "eager":
-        torch.optim.SGD([nn.Parameter(torch.zeros(()))]).step()  # any step clears what no loss has asked for
     for xs, ys in zip(x.detach().chunk(4), y.chunk(4), strict=True):
         (1024 * reg.loss(F.cross_entropy(run(xs.requires_grad_()), ys)) / 4).backward()
     torch.testing.assert_close([g / 1024 for g in gradients(other)], expected)
@@ -194,7 +192,7 @@ def test_a_forward_that_nothing_depends_on_is_forgotten_at_once(reentrant):
     x = torch.randn(12, 6)
     for _ in range(5):
         net(x)
-    assert all(len(recorder.records) <= 2 for recorder in reg._forwards.penalty_recorders), "of the last forward alone"
+    assert len(reg._forwards.pending) == 1, "the last forward alone"
     out = net(x)
     value = reg.penalty()
     torch.testing.assert_close(

@@ -42,7 +42,9 @@ def test_penalties_are_those_of_the_parameters_that_the_last_forward_used():
     model(X)
     torch.testing.assert_close(added(), own)
     functional_call(model, parameters, (X,))
-    torch.optim.SGD([nn.Parameter(torch.zeros(()))]).step()  # any step ends it
+    torch.optim.SGD([nn.Parameter(torch.zeros(()))]).step()  # one of another model doesn't end it
+    torch.testing.assert_close(added(), 2 * own)
+    torch.optim.SGD(model.parameters()).step()
     torch.testing.assert_close(added(), own)
 
 

@@ -32,7 +32,7 @@ from restrain.engine.binding import (
 )
 from restrain.engine.core import Root, eagerly
 from restrain.engine.distributed import ranks, shards
-from restrain.engine.forward import Forwards, Parts, forget_compiled_code, set_cells
+from restrain.engine.forward import Forwards, Parts, forget_compiled_code
 from restrain.engine.step import Clock, ParameterRules, Stepper, hold_from_now
 from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
@@ -117,7 +117,6 @@ class Attachment:
         self._on_parameters = LossRules(self._loss_rules)
         self._clock = Clock(self._model, optimizers, self._keep_up)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
-        self._clock.on_any.append(lambda optimizer, root: self._forwards.stepped())
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
@@ -139,7 +138,8 @@ class Attachment:
 
     def _listen(self) -> None:
         """To forwards, of which one begins another training step, and to real steps of the optimizers."""
-        self._forwards.began = self._clock.end
+        self._forwards.began, self._forwards.root = self._clock.end, self._model
+        self._clock.on_step.append(lambda optimizer, root: self._forwards.stepped())
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
@@ -239,6 +239,7 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[tuple[Tensor, float]], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and factors; collected ones without."""
         model = self.model
+        self._weight_noise.restore()
         if (
             torch.is_grad_enabled() and not self._forwards.recorders
         ):  # what a forward measured has the strength that it had
@@ -267,10 +268,9 @@ class Attachment:
         return factors, [one for one in collected if one.hidden is not None]
 
     def _collect(self, loss: Tensor | None) -> bool:
-        """Collect what the forwards recorded; false in evaluation, where they record nothing."""
+        """Collect what the forwards gave that count for a loss; false if there are none, as in evaluation."""
         if self._forwards.recorders and self.model.training and torch.is_grad_enabled():
-            self._forwards.collect(loss)
-            return True
+            return self._forwards.collect(loss)
         return False
 
     def _hidden(self, hidden: list[Any], joins: Tensor, share: float | Tensor = 1.0) -> tuple[Any, Any]:
@@ -281,7 +281,10 @@ class Attachment:
                 raise DetachedError(
                     "the rules were detached before backward(), which recomputes a checkpoint without them"
                 )
-            set_cells(hidden, None if gradient is None else gradient * share)
+            if gradient is None:
+                self._forwards.empty_cells()
+            else:
+                self._forwards.fill_cells(hidden, gradient * share)
 
         value = sum([one.hidden for one in hidden])
         return value.to(joins.device, joins.dtype) if isinstance(value, Tensor) else value, write
@@ -291,6 +294,7 @@ class Attachment:
 
         Of a penalty on activations the value that was last collected; nan before the first.
         """
+        self._weight_noise.restore()
         return report.values(self._bounds, self.model, self._forwards)
 
     def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
@@ -331,7 +335,7 @@ class Attachment:
 
     def forget(self) -> None:
         """Forget what forwards have given since the last step, as if they had never run."""
-        self._forwards.stepped()
+        self._forwards.clear()
         self._tripwire.collected = self._forwards.ran = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -359,7 +363,7 @@ class Attachment:
         for stepper in self._steppers:
             stepper.remove()
         model = self._model()
-        self._weight_noise.end(model)
+        self._weight_noise.end()
         if model is not None:
             self._parametrized.end(model)
         self._clock.remove()
@@ -367,7 +371,7 @@ class Attachment:
             _claimed.discard(module)
         self._steppers, self._detached = [], True
         leave(self)
-        self._forwards.stepped()
+        self._forwards.clear()
 
     def _keepers(self) -> Iterator[tuple[str, dict[str, Tensor], What, Handle | None]]:
         """All that keeps tensors, under names of their own, with these, and the parameter it is bound to, if any."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from restrain.errors import ExportError
 from restrain.torch_private import never_compiled
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 class Hook:
     """Base of the hooks on a model's layers. A copy or a pickle of one is dead: a copied model is free of the rules."""
+
+    hands_on = False  # whether it hands what it sees to somebody who may compute a loss from it
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())

@@ -1,7 +1,7 @@
 """What happens during a forward of the model: recording of activations, masks, Jacobians."""
 
 from restrain.engine.forward import masks
-from restrain.engine.forward.forwards import Forwards, RootBegins, RootEnds, paused, set_cells
+from restrain.engine.forward.forwards import Forwards, RootBegins, RootEnds, paused
 from restrain.engine.forward.jacobians import Derivative
 from restrain.engine.forward.masks import Inputs, positional
 from restrain.engine.forward.recording import (
@@ -32,5 +32,4 @@ __all__ = [
     "masks",
     "paused",
     "positional",
-    "set_cells",
 ]

@@ -1,52 +1,48 @@
-"""The forwards of a model with rules on its activations: when to record, and what they add up to for the loss."""
+"""The forwards of a model with rules on its activations: when to record, and which of them count for a loss."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from restrain.callstack import Block, Call
 from restrain.engine.core import (
     Hook,
     Overrides,
     exporting,
     structures,
 )
+from restrain.engine.forward.marks import Mark, marks_before
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.forward.recording import PenaltyRecorder, Recorder
+from restrain.engine.forward.records import Forward, Record
 from restrain.errors import CaptureError, NeverFiredError
 from restrain.penalties.functorch import unwrapped
-from restrain.torch_private import checkpoint_frame, in_backward, recomputing_saved_tensors
+from restrain.torch_private import checkpoint_frame, in_backward, not_alone, recomputing_saved_tensors
+
+_MOST_KEPT = 16  # forwards whose outputs are gone, which a hook of somebody else may have handed on
+_ENDED = "it was ended by an exception"
+_keys = itertools.count()
+_paused = Block()
 
 
-class _Pause(threading.local):
-    """How many pauses this thread is in."""
-
-    depth = 0
-
-
-_pause = _Pause()
-
-
-@contextmanager
-def paused() -> Iterator[None]:
+def paused() -> Block:
     """Within it, no attachment records in this thread: for forwards that only look (`rs.activations`)."""
-    _pause.depth += 1
-    try:
-        yield
-    finally:
-        _pause.depth -= 1
+    return _paused
 
 
 @dataclass
 class Collected:
-    """Weighted value of a recorder since the last collection: `direct` × `factor` with its graph, `hidden` without."""
+    """Weighted value of a recorder at a collection: `direct` × `factor` with its graph, `hidden` without."""
 
     recorder: PenaltyRecorder
     direct: Tensor | None
@@ -56,30 +52,72 @@ class Collected:
 
 
 class Derived(Protocol):
-    """A rule on derivatives; the `Derivative` of `derivative`."""
+    """A rule on derivatives; the `Derivative` of `jacobians`."""
 
     recorders: list[Recorder]
 
-    @property
-    def known(self) -> bool:
-        """Whether it has collected anything."""
-
-    def collect(self, unrelated: set[int]) -> None:
-        """Take what the forwards gave, but for some of them."""
+    def collect(self, forwards: Sequence[Forward]) -> None:
+        """Take what these forwards gave; the same forwards again change nothing."""
 
     def forget(self) -> None:
         """Forget what was collected."""
 
 
-class _End:
-    """Hangs on the node of the autograd graph that a forward ended in."""
+class Further(Protocol):
+    """A further forward for the sake of a derivative; the `Rerun` of `jacobians`."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    call: Call
+
+
+@dataclass
+class _Running:
+    """A forward of the model that runs; `forward` is that of the outermost one, None if that one isn't in training."""
+
+    call: Call
+    inputs: Inputs | None
+    forward: Forward | None
+
+
+class _Thread(threading.local):
+    """What runs in this thread: forwards of the model, the innermost last, and a further forward for a derivative."""
+
+    def __init__(self) -> None:
+        self.running: list[_Running] = []
+        self.further: Any = None
+
+
+class Compiled:
+    """A forward that ran as compiled code.
+
+    Compiled code can't mark nodes, but it can store an object. The attachment notes it before the next loss, or when
+    the next compiled forward takes its place.
+
+    Args:
+        forwards: those of the attachment.
+        output: of the model.
+        added: what it added to the total of each penalty's recorder.
+        kept: what it gave to each recorder beside that.
+    """
+
+    forwards: Forwards | None = None
+
+    def __init__(self, forwards: Forwards, output: Any, added: list[Tensor], kept: list[list[Any]]) -> None:
+        self.forwards, self.output, self.added, self.kept = forwards, output, added, kept
+
+    @not_alone
+    def note(self) -> None:
+        """Have it noted, once."""
+        forwards, self.forwards = self.forwards, None
+        if forwards is not None:
+            forwards.note(self)
+
+    @not_alone
+    def __del__(self) -> None:
+        self.note()
 
 
 class Forwards:
-    """The training forwards of one model since its rules' values were last collected."""
+    """The training forwards of one model from which losses are still to come."""
 
     def __init__(self) -> None:
         self.penalty_recorders: list[PenaltyRecorder] = []
@@ -88,30 +126,64 @@ class Forwards:
         self.recorders: list[Recorder] = []  # all these
         self._reached = False  # whether each place was
         self.ran = False  # a training forward ran since the last real optimizer step
-        self.current: list[Collected] = []
+        self.pending: dict[int, Forward] = {}  # by number, in their order
+        self._numbers, self._collections = itertools.count(1), itertools.count(1)
+        self._key = f"restrain {next(_keys)}"
+        self._lost: list[weakref.ref[Mark]] = []  # marks of forwards that were given up before any loss counted them
+        self._thread = _Thread()
+        self.current: list[Collected] = []  # of the last collection
         self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
-        self.number = 0  # of the forward that runs or ran last
-        self._ends: dict[int, list[weakref.ref[_End]]] = {}  # what lives as long as the ends of a forward's graph
-        self._alone = 0  # the number of the last layer that was called outside a forward of the model; negative
-        self._key = f"restrain {id(self)}"
-        self.depth = 0  # of the forwards of the model that run in eager code
-        self.rerun: Any = None  # a forward for the sake of a derivative
-        self._training = False  # inside a forward that began in training and with gradients on
         self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
-        self._inputs: list[Inputs] = []  # of the forwards of the model that run, the innermost last
         self.began: Callable[[], None] = lambda: None  # called when a training forward begins, in eager code
         self.overridden = Overrides()
         self._of_frames: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
+        self._filled: list[PenaltyRecorder] = []  # whose cells aren't empty
+        self.root: Callable[[], nn.Module | None] = lambda: None
+        # Of compiled code:
+        self.compiled: Compiled | None = None  # the last forward
+        self._before: list[Tensor] = []  # totals
+        self._compiled_inputs: list[Inputs] = []
+
+    # What runs
+
+    def running(self, below: FrameType | None = None) -> Forward | None:
+        """The training forward that runs in this thread; those that an exception has ended are given up."""
+        running = self._thread.running
+        while running and not running[-1].call.runs(below or sys._getframe(1)):
+            ended = running[-1]
+            if len(running) == 1 and ended.forward is not None:
+                self._give_up(ended.forward, _ENDED)
+            del running[-1:]
+        return running[-1].forward if running else None
+
+    def outermost(self) -> Forward | None:
+        """The training forward that runs in this thread, outside of any call of the model within it."""
+        forward = self.running()
+        return forward if len(self._thread.running) == 1 else None
 
     def mode(self) -> str:
         """What a layer that is called now should do with its penalties."""
         if torch.compiler.is_compiling():
             return "compiled" if torch.is_grad_enabled() else "off"
-        if _pause.depth:
+        if _paused.on:
             return "off"
         if in_backward():
             return "recompute" if torch.is_grad_enabled() else "off"
-        return "record" if self._training or torch.is_grad_enabled() else "off"
+        return "record" if torch.is_grad_enabled() or self.running() is not None else "off"
+
+    def plain(self) -> Forward | None:
+        """The training forward that a layer belongs to, if eager code runs and nothing else goes on; else None."""
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_backward() or _paused.on:
+            return None
+        return self.running()
+
+    def forward(self) -> Forward:
+        """The forward to which a layer belongs that is called now; of a layer that is called alone, one of its own."""
+        forward = self.running()
+        return self._new() if forward is None else forward
+
+    def _new(self, call: Call | None = None) -> Forward:
+        return Forward(self.pending, self._key, next(self._numbers), call)
 
     def passes(self, mode: str) -> bool:
         """Whether, in this mode, another tensor may go on in the place of a layer's output.
@@ -120,38 +192,55 @@ class Forwards:
         """
         return not self.derived and (mode == "record" or (mode == "recompute" and recomputing_saved_tensors()))
 
-    def plain(self) -> bool:
-        """Whether a layer is called in a training forward in eager code, and nothing else is going on."""
-        return (
-            not torch.compiler.is_compiling()
-            and self._training
-            and torch.is_grad_enabled()
-            and not in_backward()
-            and not _pause.depth
-        )
-
     @property
-    def recording(self) -> bool:
-        """Whether the outermost forward of the model begins or runs, in training and with gradients."""
-        return self.depth == 1 and self._training
+    def further(self) -> Any:
+        """The further forward that runs in this thread for a derivative."""
+        further = self._thread.further
+        return further if further is not None and further.call.runs(sys._getframe(1)) else None
 
-    def begin(self, model: nn.Module, inputs: Inputs | None = None) -> None:
-        """A forward of the whole model begins."""
-        if inputs is not None:
-            self._inputs.append(inputs)
-        if torch.compiler.is_compiling():
-            if model.training and torch.is_grad_enabled():
-                self.ran = True
-            return
-        self.depth += 1
-        if self.depth == 1 and not _pause.depth:
+    @further.setter
+    def further(self, further: Further | None) -> None:
+        self._thread.further = further
+
+    def begin(self, model: nn.Module, inputs: Inputs | None, frame: FrameType) -> None:
+        """A forward of the whole model begins, in this frame."""
+        outer, call = self.running(frame.f_back), Call(frame, model)
+        nested, trains = bool(self._thread.running), model.training and torch.is_grad_enabled()
+        if not nested and not _paused.on:
             self.overridden.look(model)
-        if self.depth == 1 and model.training and torch.is_grad_enabled() and not _pause.depth and not in_backward():
-            self.began()
-            self.ran = self._training = True
-            self.number += 1
-            if self._ends:
-                self._drop({number for number, ends in self._ends.items() if ends and not any(end() for end in ends)})
+            if trains and not in_backward():
+                self.began()
+                self.ran = True
+                self._tidy()
+                outer = self._new(call)
+        self._thread.running.append(_Running(call, inputs, outer))
+        self._show_inputs()
+
+    def _show_inputs(self) -> None:
+        """Let compiled code below the model see what the innermost forward was called with."""
+        if self.names is not None:
+            shown = [running.inputs for running in self._thread.running[-1:]]
+            self._compiled_inputs = [inputs for inputs in shown if inputs is not None]
+
+    def _tidy(self) -> None:
+        """Before a forward: empty cells, forget forwards whose outputs are gone, note what compiled code gave."""
+        self._empty_cells()
+        self._note_compiled()
+        self._forget_gone()
+
+    def end(self, output: Any, frame: FrameType) -> None:
+        """The forward that runs in this frame ended; in another frame: one was ended by an exception."""
+        forward = self.running()
+        if forward is None and not self._thread.running:
+            return
+        innermost = self._thread.running[-1]
+        if not innermost.call.is_at(frame):
+            return
+        if forward is not None and len(self._thread.running) == 1 and self.recorders:
+            self._take_compiled(forward)
+            forward.end(iter((output,)) if type(output) is Tensor else structures.tensors(output))
+        del self._thread.running[-1:]
+        self._show_inputs()
 
     def inputs(self) -> Inputs | None:
         """What the model's forward was called with, for a layer that is called now; None outside of a forward.
@@ -160,46 +249,77 @@ class Forwards:
             CaptureError: it can't be told.
         """
         if torch.compiler.is_compiling():
-            return self._inputs[-1] if self._inputs else None
+            return self._compiled_inputs[-1] if self._compiled_inputs else None
         if not torch.is_grad_enabled():
             raise CaptureError(
                 "a place with mask= or lengths= is inside a reentrant checkpoint, whose recomputation doesn't know "
                 "the model's arguments; use checkpoint(..., use_reentrant=False)"
             )
+        self.running()
+        running = self._thread.running
         frame = checkpoint_frame()
         if in_backward() and frame in self._of_frames:
             return self._of_frames[frame]
-        if frame is not None and self._inputs:
-            self._of_frames[frame] = self._inputs[-1]
-        return self._inputs[-1] if self._inputs else None
+        if frame is not None and running and running[-1].inputs is not None:
+            self._of_frames[frame] = running[-1].inputs
+        return running[-1].inputs if running else None
 
-    def end(self, output: Any) -> None:
-        """The forward ended, with None for an output if it failed; what a failed one left is dropped."""
-        if self._inputs:
-            self._inputs.pop()
-        if torch.compiler.is_compiling():  # where even a look at the output would be traced
-            return
-        self.depth -= 1
-        if self.depth == 0:
-            if self._training and self.recorders:
-                tensors = (output,) if type(output) is Tensor else structures.tensors(output)
-                nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
-                self._ends[self.number] = [self._mark(node, self.number) for node in nodes]
-            self._training = False
-        if output is None:
-            self.clear()
+    # Compiled code
 
-    def _mark(self, node: Any, number: int) -> weakref.ref[_End]:
-        """Let something live as long as a node of the autograd graph, without keeping the node alive."""
-        end = node.metadata[self._key] = _End(number)
-        return weakref.ref(end)
+    def begin_compiled(self, model: nn.Module, inputs: Inputs | None) -> None:
+        """A forward of the whole model begins, in compiled code, into which this is traced."""
+        if inputs is not None:
+            self._compiled_inputs.append(inputs)
+        if model.training and torch.is_grad_enabled():
+            self.ran = True
+            self._before = [recorder.total.clone() for recorder in self.penalty_recorders]
+            for recorder in self.penalty_recorders:
+                recorder.total.zero_()
 
-    def _drop(self, forwards: set[int]) -> None:
-        """Forget forwards whose outputs nothing depends on any more."""
-        for number in forwards:
-            del self._ends[number]
-        for recorder in self.recorders if forwards else ():
-            recorder.drop(forwards)
+    def end_compiled(self, model: nn.Module, output: Any) -> None:
+        """It ended."""
+        if self._compiled_inputs:
+            self._compiled_inputs.pop()
+        if model.training and torch.is_grad_enabled() and self.recorders:
+            added = [recorder.total.clone() for recorder in self.penalty_recorders]
+            for recorder, before in zip(self.penalty_recorders, self._before, strict=True):
+                recorder.total.copy_(before)
+            kept = [recorder.compiled for recorder in self.recorders]
+            self.compiled = Compiled(self, output, added, kept)  # a look at the output would be traced
+            for recorder in self.recorders:
+                recorder.compiled = []
+
+    def note(self, compiled: Compiled) -> None:
+        """Make a forward of one that ran as compiled code."""
+        self._forget_gone()
+        forward = self._new()
+        for recorder, kept in zip(self.recorders, compiled.kept, strict=True):
+            for value in kept:
+                forward.keep(recorder, Record(value))
+        for recorder, added in zip(self.penalty_recorders, compiled.added, strict=True):
+            if (record := recorder.of_compiled(added)) is not None:
+                forward.keep(recorder, record)
+        forward.end(structures.tensors(compiled.output))
+
+    def _note_compiled(self) -> None:
+        """Note compiled forwards, and what compiled layers gave outside of forwards."""
+        compiled, self.compiled = self.compiled, None
+        if compiled is not None:
+            compiled.note()
+        self._take_compiled(self._new())
+
+    def _take_compiled(self, forward: Forward) -> None:
+        """Give to a forward what compiled layers added to the totals."""
+        for recorder in self.recorders:
+            kept, recorder.compiled = recorder.compiled, []
+            for value in kept:
+                forward.keep(recorder, Record(value))
+        for recorder in self.penalty_recorders:
+            record = recorder.take_total()
+            if record is not None:
+                forward.keep(recorder, record)
+
+    # Which forwards count
 
     def watch(
         self,
@@ -212,26 +332,62 @@ class Forwards:
         self.output_recorders += output_recorders
         self.recorders += [*penalty_recorders, *output_recorders, *others]
 
-    def forward_of(self, tensor: Tensor) -> int:
-        """The number of the forward of the model that gave the tensor; of a layer called alone, one of its own."""
-        if self._training or tensor.grad_fn is None:
-            return self.number
-        known = tensor.grad_fn.metadata.get(self._key)  # type: ignore[attr-defined]  # of another rule at this place
-        if isinstance(known, _End):
-            return known.number
-        self._alone -= 1
-        self._ends[self._alone] = [self._mark(tensor.grad_fn, self._alone)]
-        return self._alone
+    def _give_up(self, forward: Forward, why: str) -> None:
+        """Forget a forward that no loss has counted; one that depends on it is an error."""
+        forward.mark.lose(why)
+        self.pending.pop(forward.number, None)
+        self._lost = [mark for mark in self._lost if mark() is not None] + [weakref.ref(forward.mark)]
 
-    def clear(self) -> None:
-        """Forget what was recorded but not collected."""
-        for recorder in self.recorders:
-            recorder.clear()
-        self._ends.clear()
+    def _forget(self, forward: Forward, why: str) -> None:
+        if forward.collection:
+            self.pending.pop(forward.number, None)
+        else:
+            self._give_up(forward, why)
+
+    def _forget_gone(self) -> None:
+        """Forget the forwards that nothing depends on any more.
+
+        Of those whose outputs are gone, somebody may still hold an activation, which can't be told. Where the model
+        hands activations on, to hooks or as attributes, some are kept for losses that depend on them.
+        """
+        for forward in list(self.pending.values()):
+            if forward.call is not None and not forward.call.runs():  # in a thread that is over
+                self._give_up(forward, _ENDED)
+        gone = [forward for forward in list(self.pending.values()) if forward.gone]
+        kept = [forward for forward in gone if not forward.collection][-_MOST_KEPT:]
+        root = self.root() if kept else None
+        if root is None or not hands_on(root):
+            kept = []
+        for forward in gone:
+            if forward in kept:
+                forward.past = True
+            else:
+                self._forget(forward, "its output was gone before the loss was computed")
 
     def stepped(self) -> None:
-        """An optimizer took a step: what was not collected by then belongs to no loss to come."""
-        self.clear()
+        """An optimizer that holds the model's parameters, or was given to `attach`, took a step.
+
+        What a loss has counted is forgotten. What none has counted by then, counts only for a loss that depends on it;
+        where it can't be told whether there may be one, as of layers called alone, for one more step.
+        """
+        self._empty_cells()
+        self._note_compiled()
+        for forward in list(self.pending.values()):
+            if forward.call is not None:
+                continue  # it runs
+            if forward.collection or forward.gone or not forward.marked or (forward.open_ended and forward.past):
+                self._forget(forward, "the optimizer has taken steps since")
+            forward.past = True
+        self.overridden.forget()
+        self.current, self.outputs = [], {}
+        for rule in self.derived:
+            rule.forget()
+
+    def clear(self) -> None:
+        """Forget all, as if no forward had ever run."""
+        self._note_compiled()
+        self.pending.clear()
+        self._lost = []
         self.overridden.forget()
         self.current, self.outputs = [], {}
         for rule in self.derived:
@@ -242,54 +398,75 @@ class Forwards:
         parts = [part for recorder in self.recorders if recorder.rule == rule for part in recorder.last]
         return sum(float(part.mean()) for part in parts) if parts else float("nan")
 
-    def collect(self, loss: Tensor | None = None) -> None:
-        """Put what the forwards since the last collection gave into `current`; the same stays if there was none since.
+    def collect(self, loss: Tensor | None = None) -> bool:
+        """Put into `current` and `outputs` what those forwards gave that count for a loss; whether there are any.
 
-        Given the loss, forwards that it does not depend on are left out: a look at a batch before training, say.
+        Args:
+            loss: None, and a loss without a graph, counts all that no loss has counted since the last step.
 
         Raises:
             NeverFiredError: a place was never reached.
+            CaptureError: the loss depends on a forward that was given up.
         """
-        lost = [recorder for recorder in self.recorders if recorder.leave()]
-        fired = any(recorder.has_fired() for recorder in self.recorders)
-        known = self.current or self.outputs or any(rule.known for rule in self.derived)
-        if lost and (fired or not known):
-            raise CaptureError(
-                f"{lost[0].rule}: the {lost[0].point} were seen inside a transform of torch.func (grad, vmap, ...), "
-                f"which nothing can leave. {lost[0].way_out}"
-            )
-        if fired:
-            self._check_fired()
-            unrelated = self._unrelated(loss)
-            self.current = [_drain(recorder, unrelated) for recorder in self.penalty_recorders]
-            self.outputs = _outputs(self.output_recorders, unrelated) if self.output_recorders else {}
-            for rule in self.derived:
-                rule.collect(unrelated)
-            self._ends.clear()
-        elif not self.current and not self.outputs:
-            self._check_fired()
+        running = self.running()
+        self._empty_cells()
+        self._note_compiled()
+        ready = [f for f in list(self.pending.values()) if f.call is None or f is running]
+        for forward in ready:
+            forward.left_transform()
+        given = [forward for forward in ready if any(forward.records.values())]
+        counted = self._depended_on(given, loss) if loss is not None and loss.grad_fn is not None else _since(given)
+        self._check_transforms(counted, ready)
+        for rule in self.derived:
+            rule.collect(counted)
+        self._check_fired()
+        self.current = [self._drained(recorder, counted) for recorder in self.penalty_recorders] if counted else []
+        self.outputs = _outputs(self.output_recorders, counted)
+        if any(not forward.collection for forward in counted):
+            for forward in ready:
+                if forward.collection and forward.open_ended:
+                    self._forget(forward, "")
+            collection = next(self._collections)
+            for forward in counted:
+                forward.collection = collection
+        return bool(counted)
 
-    def _unrelated(self, loss: Tensor | None) -> set[int]:
-        """Of several forwards, those that the loss does not depend on.
+    def _depended_on(self, ready: Sequence[Forward], loss: Tensor) -> list[Forward]:
+        """The forwards that the loss depends on: those that no loss has counted, or where there is none, all."""
+        new = {forward.number for forward in ready if forward.marked and not forward.collection}
+        old = {forward.number for forward in ready if forward.marked}
+        self._lost = [mark for mark in self._lost if mark() is not None]
+        found = marks_before(loss, self._key, () if self._lost else new or old)
+        for mark in found:
+            if mark.lost:
+                raise CaptureError(
+                    f"the loss depends on a forward of the model whose activations were given up, as {mark.lost}. Keep "
+                    "what the model returns (out = model(x)) until reg.loss(...)"
+                )
+        numbers = {mark.number for mark in found}
+        depended_on = [f for f in ready if (f.number in numbers if f.marked else not f.past)]
+        return [forward for forward in depended_on if not forward.collection] or depended_on
 
-        Layers that were called alone are such too, unless the model is only ever used by its layers.
+    def _check_transforms(self, counted: Sequence[Forward], ready: Sequence[Forward]) -> None:
+        """Refuse what was seen inside a transform of torch.func only, if it would be missing.
+
+        Raises:
+            CaptureError: so it is.
         """
-        if loss is None or loss.grad_fn is None or len(self._ends) < 2 or max(self._ends) < 0:
-            return set()
-        waiting, seen, reached = [loss.grad_fn], {loss.grad_fn}, set()
-        while waiting:
-            node = waiting.pop()
-            reached.add(node.metadata.get(self._key))  # type: ignore[attr-defined]
-            following = {node for node, _ in node.next_functions if node is not None} - seen
-            seen |= following
-            waiting += following
-        return {n for n, ends in self._ends.items() if ends and not any(end() in reached for end in ends if end())}
+        asked = counted or [forward for forward in ready if not forward.collection]
+        for recorder in self.recorders:
+            seen = any(forward.records.get(recorder) for forward in asked)
+            if not seen and any(recorder in forward.lost for forward in asked):
+                for forward in asked:
+                    self.pending.pop(forward.number, None)
+                raise CaptureError(
+                    f"{recorder.rule}: the {recorder.point} were seen inside a transform of torch.func (grad, vmap, "
+                    f"...), which nothing can leave. {recorder.way_out}"
+                )
 
     def _check_fired(self) -> None:
         if self._reached:
             return
-        for recorder in self.recorders:
-            recorder.fired = recorder.fired or recorder.has_fired()
         self._reached = all(recorder.fired for recorder in self.recorders)
         never = [recorder for recorder in self.recorders if not recorder.fired and not recorder.optional]
         if never and not self.ran and len(never) == len(self.recorders):
@@ -305,58 +482,85 @@ class Forwards:
                 "the rules were attached. Select a layer that is called, or say optional=True in .on(...)"
             )
 
+    def _drained(self, recorder: PenaltyRecorder, forwards: Sequence[Forward]) -> Collected:
+        """The weighted value of a recorder at these forwards."""
+        records = [record for forward in forwards for record in forward.records.get(recorder, ())]
+        recorder.check(records)
+        direct, hidden = [r for r in records if r.graph], [r for r in records if not r.graph]
+        calls: Any = sum([record.calls for record in records]) if recorder.point.place.calls == "mean" else 1
+        share: Any = 0.0
+        if records:
+            share = recorder.weight / (calls.clamp_min(1) if isinstance(calls, Tensor) else calls)
+        unseen: Any = sum([record.value for record in hidden]) * share if hidden else None
+        seen, factor = (direct[0].value, direct[0].factor) if len(direct) == 1 else (None, 1.0)
+        if len(direct) > 1:
+            seen = torch.stack([record.value * record.factor for record in direct]).sum()
+        if isinstance(share, Tensor) and seen is not None:
+            seen = seen * share
+        else:
+            factor = factor * share
+        recorder.rooted = bool(hidden)
+        parts = ((seen, factor), (unseen, 1.0))
+        recorder.remember([(unwrapped(x) if isinstance(x, Tensor) else x, by) for x, by in parts if x is not None])
+        return Collected(recorder, seen, factor, unseen, share)
 
-def _drain(recorder: PenaltyRecorder, unrelated: set[int]) -> Collected:
-    recorder.settle()
-    direct = [(value, factor) for number, value, factor in recorder.records if number not in unrelated]
-    hidden = [value for number, value in recorder.hidden if number not in unrelated]
-    calls: Any = len(direct) + len(hidden)
-    unseen: Any = torch.stack(hidden).sum() if hidden else None
-    if recorder.fired_compiled():
-        total, count = (
-            recorder.total.tolist() if recorder.total.is_cpu else recorder.total.clone()
-        )  # no one waits for a CPU
-        unseen, calls = total if unseen is None else unseen + total, count + calls
-    share = (
-        recorder.weight / (calls if recorder.point.place.calls == "mean" else 1)
-        if direct or unseen is not None
-        else 0.0
-    )
-    unseen = None if unseen is None else unseen * share
-    seen, factor = direct[0] if len(direct) == 1 else (None, 1.0)
-    if len(direct) > 1:
-        seen = torch.stack([value * factor for value, factor in direct]).sum()
-    if isinstance(share, Tensor) and seen is not None:
-        seen = seen * share
-    else:
-        factor = factor * share
-    recorder.rooted = bool(hidden)
-    parts = ((seen, factor), (unseen, 1.0))
-    recorder.remember([(unwrapped(x) if isinstance(x, Tensor) else x, times) for x, times in parts if x is not None])
-    recorder.clear()
-    return Collected(recorder, seen, factor, unseen, share)
+    # Cells
+
+    def fill_cells(self, collected: Sequence[Collected], gradient: Tensor) -> None:
+        """Write into each recorder's cell what its value's gradient is, for the backward that runs."""
+        upstream: Any = gradient.item() if gradient.is_cpu else gradient
+        for one in collected:
+            if one.hidden is not None:
+                # .data: the graph of the forward holds the cell, and may see another value in it than at the forward
+                self._filled.append(one.recorder)
+                one.recorder.cell.data.fill_(upstream * one.share)
+
+    def empty_cells(self) -> None:
+        """At the end of the backward: one without `reg.loss` adds nothing of ours."""
+        filled, self._filled = self._filled, []
+        for recorder in filled:
+            recorder.cell.data.zero_()
+
+    def _empty_cells(self) -> None:
+        """After a backward that an exception ended."""
+        if self._filled and not in_backward():
+            self.empty_cells()
 
 
-def _outputs(output_recorders: Sequence[Recorder], unrelated: set[int]) -> dict[str, dict[str, Tensor]]:
+def _since(ready: Sequence[Forward]) -> list[Forward]:
+    """The forwards since the last step that no loss has counted; where there is none, those that the last one did."""
+    recent = [forward for forward in ready if not forward.past]
+    numbers = [forward.collection for forward in recent]
+    return [forward for forward in recent if forward.collection == (0 if 0 in numbers else max(numbers))]
+
+
+def hands_on(model: nn.Module) -> bool:
+    """Whether a hook of somebody else sees activations of the model, or one stands as an attribute of a layer."""
+    for module in model.modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if any(not isinstance(hook, Hook) or hook.hands_on for hook in hooks if not _of_torch(hook)):
+            return True
+        own = [value for value in vars(module).values() if isinstance(value, Tensor | list | tuple)]
+        members = [member for value in own for member in ((value,) if isinstance(value, Tensor) else value)]
+        if any(isinstance(member, Tensor) and member.grad_fn is not None for member in members):
+            return True
+    return False
+
+
+def _of_torch(hook: Any) -> bool:
+    """Whether a hook is one of torch itself: of FSDP2, of weight_norm."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
+
+
+def _outputs(output_recorders: Sequence[Recorder], forwards: Sequence[Forward]) -> dict[str, dict[str, Tensor]]:
     outputs: dict[str, dict[str, Tensor]] = {}
     for recorder in output_recorders:
+        records = [record for forward in forwards for record in forward.records.get(recorder, ())]
+        recorder.check(records)
         named = outputs.setdefault(recorder.rule, {})
-        recorder.settle()
-        for call, tensor in enumerate(tensor for number, tensor in recorder.records if number not in unrelated):
-            named[recorder.point.key + (f"#{call + 1}" if call else "")] = tensor
-        recorder.clear()
+        for call, record in enumerate(records):
+            named[recorder.point.key + (f"#{call + 1}" if call else "")] = record.value
     return outputs
-
-
-def set_cells(collected: Sequence[Collected], gradient: Tensor | None) -> None:
-    """Write into each recorder's cell what its value's gradient is; None empties them."""
-    upstream: Any = gradient.item() if gradient is not None and gradient.is_cpu else gradient
-    for one in collected:
-        if one.hidden is not None:
-            # .data: the graph of the forward holds the cell, and may see another value in it than at the forward
-            one.recorder.cell.data.fill_(
-                upstream * one.share
-            ) if upstream is not None else one.recorder.cell.data.zero_()
 
 
 class RootBegins(Hook):
@@ -365,16 +569,26 @@ class RootBegins(Hook):
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
 
+    @not_alone
     def __call__(self, module: nn.Module, args: Any, kwargs: Any = None) -> None:
         if exporting():
             return
         names = self.forwards.names
-        self.forwards.begin(module, None if names is None else (args, kwargs, names))
+        inputs = None if names is None else (args, kwargs, names)
+        if torch.compiler.is_compiling():
+            self.forwards.begin_compiled(module, inputs)
+        else:
+            self.forwards.begin(module, inputs, sys._getframe(1))
 
 
 class RootEnds(RootBegins):
-    """Post-hook of the model itself; called after an exception too, with None for the output."""
+    """Post-hook of the model itself; called after an `Exception` too, from another frame."""
 
+    @not_alone
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
-        if self.forwards.depth or (torch.compiler.is_compiling() and not exporting()):
-            self.forwards.end(output)
+        if exporting():
+            return
+        if torch.compiler.is_compiling():
+            self.forwards.end_compiled(module, output)
+        else:
+            self.forwards.end(output, sys._getframe(1))

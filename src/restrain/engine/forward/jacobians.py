@@ -8,9 +8,9 @@ differentiated twice, that is all; elsewhere the model runs again on the inputs 
 from __future__ import annotations
 
 import dataclasses
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from restrain.activation_points import Place
+from restrain.callstack import Call
 from restrain.engine.core import Hook, exporting, structures
 from restrain.engine.forward.forwards import Forwards, paused
 from restrain.engine.forward.recording import Point, Recorder, batch_dim, way_to
+from restrain.engine.forward.records import Forward, Record
 from restrain.errors import CaptureError
 from restrain.named_tensors import fully_sharded, is_sharded
 from restrain.penalties.base import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
 from restrain.penalties.replay import Randomness
-from restrain.torch_private import MISSING, checkpoint_frame, in_checkpoint, module_compiled, transforming, version
+from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compiled, transforming, version
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ class Given:
 
 @dataclass
 class Rerun:
-    """A further forward: what stands in the place of each input, and what the outputs are."""
+    """A further forward, by this call: what stands in the place of each input, and what the outputs are."""
 
     whose: Derivative
+    call: Call
     move: Callable[[Batch], Tensor]
     outputs: dict[Point, list[Batch]] = field(default_factory=dict)
     moved: int = 0
@@ -72,15 +75,11 @@ class Rerun:
 class Probe(Recorder):
     """A place of a rule on derivatives; its records are batches."""
 
-    records: list[Any]
     way_out = "Penalties on derivatives aren't known there: use loss.backward() on a plain call of the model"
 
     def __init__(self, rule: Derivative, point: Point, optional: bool) -> None:
         super().__init__(rule.key, point, optional)
         self.whose = rule
-
-    def has_fired(self) -> bool:
-        return bool(self.records) or self.whose.blind(self)
 
     def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
         """Look at a layer that is called; returns what it gives, or puts another tensor in its place."""
@@ -93,7 +92,7 @@ class Probe(Recorder):
         way = self._way(structure)
         h = structures.get(result, way)  # with what rules before have put there
         if mode != "again" and transforming():
-            self.lost = True
+            self.whose.forwards.forward().lose(self)
             return result  # inside torch.func, nothing can leave
         if not torch.is_grad_enabled():
             raise CaptureError(
@@ -121,9 +120,9 @@ class Probe(Recorder):
 
     def note(self, batch: Batch) -> None:
         """Keep what a forward gave."""
-        number = self.whose.forwards.forward_of(batch.tensor)
-        self.records.append((number, dataclasses.replace(batch, forward=number)))
-        self.versions.append((batch.tensor, version(batch.tensor)))
+        forward, tensor = self.whose.forwards.forward(), batch.tensor
+        own = dataclasses.replace(batch, forward=forward.number)
+        forward.keep(self, Record(own, watched=tensor, version=version(tensor)), tensor)
 
 
 class Seen(Probe):
@@ -134,7 +133,7 @@ class Seen(Probe):
             return result
         batch = dataclasses.replace(batch, tensor=self.point.seen(batch.tensor))
         if mode == "again":
-            self.whose.forwards.rerun.outputs.setdefault(self.point, []).append(batch)
+            self.whose.forwards.further.outputs.setdefault(self.point, []).append(batch)
         else:
             self.note(batch)
         return result
@@ -145,8 +144,8 @@ class Moved(Probe):
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
         if mode == "again":
-            self.whose.forwards.rerun.moved += 1
-            h = self.whose.forwards.rerun.move(batch)
+            self.whose.forwards.further.moved += 1
+            h = self.whose.forwards.further.move(batch)
             if h is not batch.tensor and in_checkpoint():
                 raise CaptureError(
                     f"{self.rule}: the {self.point} are inside a checkpoint, whose recomputation would not see how "
@@ -172,8 +171,6 @@ class Moved(Probe):
 class Arguments(Recorder, Hook):
     """The pre-hook of the model that keeps what it is called with, where it may have to run again."""
 
-    records: list[Any]
-
     def __init__(self, rule: Derivative) -> None:
         super().__init__(rule.key, Point("", (), Place("inputs")), optional=True)
         self.whose = rule
@@ -183,10 +180,11 @@ class Arguments(Recorder, Hook):
             return
         if torch.compiler.is_compiling():
             if module.training and torch.is_grad_enabled():
-                self.records.append((0, (args, kwargs)))
+                self.compiled.append((args, kwargs))
             return
-        if self.whose.forwards.recording and self.whose.runs_again and self.whose.due():
-            self.records.append((self.whose.forwards.number, Given.of(args, kwargs)))
+        forward = self.whose.forwards.outermost()
+        if forward is not None and self.whose.runs_again and self.whose.due():
+            forward.keep(self, Record(Given.of(args, kwargs)))
 
 
 class Derivative:
@@ -218,6 +216,7 @@ class Derivative:
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
         self._blind = False  # whether what is pending comes from compiled code, which no probe saw
         self._term: Tensor | None = None
+        self._collected: list[int] = []  # the numbers of the forwards that are pending or in the term
         self._say("chosen at the first loss" if self.penalty.estimator == "auto" else self.penalty.estimator)
 
     def _say(self, estimator: str) -> None:
@@ -228,9 +227,10 @@ class Derivative:
 
     def mode(self) -> str:
         """What a probe should do now: as `Forwards.mode`, or 'again' in a further forward for this rule."""
-        if self.forwards.rerun is None:
+        further = self.forwards.further
+        if further is None:
             return self.forwards.mode()
-        return "again" if self.forwards.rerun.whose is self else "off"
+        return "again" if further.whose is self else "off"
 
     @property
     def probes(self) -> list[Probe]:
@@ -244,48 +244,44 @@ class Derivative:
             return False
         return self.choice is None or self.choice.again or self.light or self.choice.estimator == "jvp"
 
-    def blind(self, probe: Probe) -> bool:
-        """Whether a place can't be looked at in the forward, since it lies in compiled code, which has run."""
-        if not self.arguments.records:
-            return False
-        root = self._root()
-        if any(not isinstance(given, Given) for _, given in self.arguments.records):
-            return True
-        if "module_compiled" in MISSING:  # as far as it was not looked at in a forward
-            return not {number for number, _ in self.arguments.records} <= {number for number, _ in probe.records}
-        return root is not None and _compiled(root, probe.point)
+    def _unseen(self, forwards: Sequence[Forward]) -> list[Probe]:
+        """The places that can't have been seen in these forwards, since they lie in compiled code."""
+        arguments = [record for forward in forwards for record in forward.records.get(self.arguments, ())]
+        if any(not isinstance(record.value, Given) for record in arguments):
+            return self.probes
+        root = self._root() if arguments else None
+        return [] if root is None else [probe for probe in self.probes if _compiled(root, probe.point)]
 
     def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
         """Join an attachment."""
         self.forwards, self.due, self._root = forwards, due, root
         forwards.derived.append(self)
 
-    def collect(self, unrelated: set[int]) -> None:
-        """Take what the forwards since the last collection gave."""
+    def collect(self, forwards: Sequence[Forward]) -> None:
+        """Take what these forwards gave; the same forwards again change nothing."""
+        numbers = [forward.number for forward in forwards]
+        if numbers == self._collected:
+            return
+        kept: list[list[Any]] = []
         for recorder in self.recorders:
-            recorder.settle()
-        kept: list[list[Any]] = [
-            [record for n, record in recorder.records if n not in unrelated] for recorder in self.recorders
-        ]
+            records = [record for forward in forwards for record in forward.records.get(recorder, ())]
+            recorder.check(records)
+            kept.append([record.value for record in records])
         moved, by_place, given = kept[: len(self.moved)], kept[len(self.moved) : -1], kept[-1]
         ys = [_weighted(probe, batches) for probe, batches in zip(self.seen, by_place, strict=True)]
         arguments = [g if isinstance(g, Given) else Given(g[0], g[1], None, None) for g in given]
         self._pending = ([y for some in ys for y in some], [x for some in moved for x in some], arguments)
-        self._blind = any(self.blind(probe) for probe in self.probes)
-        self._term = None
+        unseen = self._unseen(forwards)
+        for probe in unseen:
+            probe.fired = True
+        self._blind, self._term, self._collected = bool(unseen), None, numbers
         if not self._blind and not (moved and any(moved) and (any(by_place) or self.penalty.of_loss)):
             self._pending = None  # not due, or optional places that were not reached
-        for recorder in self.recorders:
-            recorder.clear()
-
-    @property
-    def known(self) -> bool:
-        """Whether anything was collected since the last step."""
-        return self._pending is not None or self._term is not None
 
     def forget(self) -> None:
         """Forget what was collected."""
         self._pending = self._term = None
+        self._collected = []
 
     def value(self, root: nn.Module, loss: Tensor | None) -> Tensor | None:
         """Strength × value at the forwards that were collected, with its graph; None if there were none.
@@ -348,9 +344,12 @@ class Derivative:
     def _run(self, root: nn.Module, given: Given) -> Callable[[Any], list[Batch]]:
         def run(move: Callable[[Batch], Tensor]) -> list[Batch]:
             given.check()
-            rerun = Rerun(self, move)
-            with paused(), _running(self.forwards, rerun):
-                root(*given.args, **given.kwargs)
+            rerun = self.forwards.further = Rerun(self, Call(sys._getframe()), move)
+            try:
+                with paused():
+                    root(*given.args, **given.kwargs)
+            finally:
+                self.forwards.further = None
             missing = [probe.point for probe in self.seen if probe.point not in rerun.outputs]
             if missing or not rerun.moved:
                 point = missing[0] if missing else self.moved[0].point
@@ -370,15 +369,6 @@ class Derivative:
             found.append(Batch.of(h, batch_dim(probe.point.place.batch_dim, probe.point.find(root), h)))
         xs, ys = found[: len(self.moved)], found[len(self.moved) :]
         return times(self.strength, self.penalty.of_graph(ys, xs, self.penalty.choose(ys, xs).estimator))
-
-
-@contextmanager
-def _running(forwards: Forwards, rerun: Rerun) -> Iterator[None]:
-    forwards.rerun = rerun
-    try:
-        yield
-    finally:
-        forwards.rerun = None
 
 
 def _weighted(probe: Seen, batches: Sequence[Batch]) -> list[Batch]:

@@ -1,11 +1,11 @@
-"""Places that rules look at, and what the forwards since the last collection gave there."""
+"""Recorders at the places that rules look at, and the hooks by which they see what layers give there."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,13 @@ from restrain.activation_points import Place, Target
 from restrain.engine.core import Draws, Hook, Inject, structures
 from restrain.engine.forward import masks
 from restrain.engine.forward.masks import Inputs
+from restrain.engine.forward.records import Forward, Record
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
-from restrain.torch_private import MISSING, anything_compiled, life, over, recomputing_saved_tensors, version, wrapped
+from restrain.torch_private import MISSING, anything_compiled, recomputing_saved_tensors, version, wrapped
 from restrain.transforms.base import Noise
 from restrain.transforms.layout import Layout
-
-Record: TypeAlias = tuple[int, Tensor]  # the number of the forward, and what it gave
 
 
 @dataclass(frozen=True)
@@ -58,25 +57,15 @@ class Point:
 
 
 class Recorder:
-    """A place that a rule looks at, and what the forwards since the last collection gave there.
-
-    For a penalty on the whole network these are the tensors themselves.
-    """
+    """A place that a rule looks at. What it sees there, it gives to the forward that runs."""
 
     way_out = "Call reg.loss inside the function that is transformed"
 
     def __init__(self, rule: str, point: Point, optional: bool) -> None:
         self.rule, self.point, self.optional = rule, point, optional
-        self.records: list[Any] = []  # with their graphs, each after the number of its forward
-        self.lives: dict[int, Any] = {}  # of the records that live inside a transform of torch.func
-        self.versions: list[tuple[Tensor, int]] = []  # those of tensors that must not change until they are used
-        self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
         self.fired = False  # ever
-        self.lost = False  # whether a transform of torch.func kept what was seen since the last collection
-
-    def has_fired(self) -> bool:
-        """Whether it gave anything since the last collection."""
-        return bool(self.records)
+        self.compiled: list[Any] = []  # what compiled code saw since that was last noted
+        self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
 
     @property
     def last(self) -> list[Tensor]:
@@ -90,41 +79,13 @@ class Recorder:
         """Remember these parts, each a tensor or a number times another, as the value that was last collected."""
         self._last = parts
 
-    def drop(self, forwards: set[int]) -> None:
-        """Forget what some forwards gave."""
-        self.records = [record for record in self.records if record[0] not in forwards]
-
-    def clear(self) -> None:
-        """Forget what was collected."""
-        if self.records or self.versions or self.lives or self.lost:
-            self.records, self.versions, self.lives, self.lost = [], [], {}, False
-
-    def keep(self, forward: int, tensor: Tensor) -> None:
-        """Keep what a forward gave."""
-        self.records.append((forward, tensor))
-        if torch.compiler.is_compiling():
-            return
-        if self.lives:
-            self.lives.pop(id(tensor), None)  # of a tensor that is gone, in whose place this one may stand
-        if wrapped(tensor):
-            self.lives[id(tensor)] = life()
-
-    def leave(self) -> bool:
-        """Forget what lived inside a transform of torch.func that is over; whether nothing is left for that."""
-        if not (self.lives or self.lost):
-            return False
-        alive = [record for record in self.records if not over(self.lives.get(id(record[1])))]
-        lost = (self.lost or len(alive) < len(self.records)) and not alive
-        self.records, self.lost = alive, False
-        return lost
-
-    def settle(self) -> None:
-        """Before the records are used.
+    def check(self, records: Sequence[Record]) -> None:
+        """Before records are used.
 
         Raises:
             CaptureError: a later op has overwritten one of them in place.
         """
-        if any(version(tensor) != before for tensor, before in self.versions):
+        if any(record.changed for record in records):
             raise CaptureError(
                 f"{self.rule}: the {self.point} are overwritten by a later in-place op, so they can't be given to the "
                 "penalty as they were; make that op out of place (inplace=False)"
@@ -141,6 +102,7 @@ class PenaltyRecorder(Recorder):
     """A penalty at one place; its records are the penalty's values.
 
     `weight` scales its value (1 / number of places under `reduce="mean"`). Places of one rule may share `at_place`.
+    What compiled code measures, it adds to `total`: the sum of the values, and their number.
     """
 
     def __init__(
@@ -159,17 +121,11 @@ class PenaltyRecorder(Recorder):
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
         self._at_place = at_place
         self.simple = not (mean or point.place.padded or point.place.via is not None)
-        self.records: list[tuple[int, Tensor, float]] = []  # a value is the tensor times the number
-        self.hidden: list[Record] = []  # values from inside a reentrant checkpoint, without their graphs
-        self.rooted = False  # whether there were such since the last collection
-        self.probes: list[tuple[Tensor, int]] = []
+        self.rooted = False  # whether a value without a graph was recorded since the last collection, or counted by it
         self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
-        self.total = empty.new_zeros(2)  # of the values, and how many there are
+        self.total = empty.new_zeros(2)
         self.cell = torch.zeros_like(empty)
         self._version = version(self.total)  # compiled code adds in place, of which this is the only cheap sign
-
-    def has_fired(self) -> bool:
-        return bool(self.records or self.hidden) or self.fired_compiled()
 
     def on_the_way(self, h: Tensor, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
         """What goes on in the place of a layer's output (h itself, even), and the value, in two factors.
@@ -193,8 +149,6 @@ class PenaltyRecorder(Recorder):
         """
         h = structures.get(structure, way)
         if not torch.compiler.is_compiling() and self.copies is not False:
-            if self.copies is None:
-                self.probes.append((h, version(h)))
             h = h.clone()
         h = self.point.seen(h)
         packed = structures.packed(structure, way)
@@ -212,26 +166,11 @@ class PenaltyRecorder(Recorder):
             return self.penalty.mean(h)
         return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)
 
-    def keep(self, forward: int, tensor: Tensor, factor: float = 1.0) -> None:
-        super().keep(forward, tensor)
-        self.records[-1] = forward, tensor, factor
-
-    def record(self, forward: int, value: Tensor) -> None:
-        """Keep a value that a forward gave."""
-        if torch.is_grad_enabled():
-            self.keep(forward, value)
-        else:
-            self.hidden.append((forward, value))
-            self.rooted = True
-
-    def drop(self, forwards: set[int]) -> None:
-        super().drop(forwards)
-        self.hidden = [record for record in self.hidden if record[0] not in forwards]
-
-    def settle(self) -> None:
+    def check(self, records: Sequence[Record]) -> None:
         """After the first forward: whether a later op overwrote the tensor in place."""
-        if self.probes and self.copies is None:
-            overwritten = any(version(h) != before for h, before in self.probes)
+        watched = [record for record in records if record.watched is not None]
+        if watched and self.copies is None:
+            overwritten = any(record.changed for record in watched)
             self.copies = overwritten or "version" in MISSING  # by a copy of what another op may have left alone
             if overwritten:
                 warnings.warn(
@@ -240,19 +179,22 @@ class PenaltyRecorder(Recorder):
                     RestrainWarning,
                     stacklevel=2,
                 )
-        self.probes.clear()
+        for record in watched:
+            record.watched = None
 
-    def fired_compiled(self) -> bool:
-        """Whether compiled code has added to the totals since they were last read."""
-        return bool(version(self.total) != self._version)
+    def take_total(self) -> Record | None:
+        """What compiled code has added to the total since it was last taken."""
+        if version(self.total) == self._version:
+            return None
+        record = self.of_compiled(self.total.clone())
+        self.total.zero_()
+        self._version = version(self.total)
+        return record
 
-    def clear(self) -> None:
-        super().clear()
-        if self.hidden or self.probes:
-            self.hidden, self.probes = [], []
-        if self.fired_compiled():
-            self.total.zero_()
-            self._version = version(self.total)
+    def of_compiled(self, added: Tensor) -> Record | None:
+        """The record of what compiled code has added, if that is known to be anything: no one waits but for a CPU."""
+        value, calls = added.tolist() if added.is_cpu else added
+        return Record(value, graph=False, calls=calls) if isinstance(calls, Tensor) or calls else None
 
 
 def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
@@ -267,18 +209,16 @@ def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
 
 
 class Gate(Protocol):
-    """What a hook asks before it records; the attachment's `Capture`."""
-
-    def forward_of(self, tensor: Tensor) -> int:
-        """The number of the forward that gave the tensor."""
+    """What a hook asks before it records; the attachment's `Forwards`."""
 
     def mode(self) -> str:
         """'record', 'compiled', 'recompute' or 'off'."""
 
-    number: int  # of the forward that runs
+    def forward(self) -> Forward:
+        """The forward to which a layer belongs that is called now."""
 
-    def plain(self) -> bool:
-        """Whether a layer is called in a training forward in eager code, and nothing else is going on."""
+    def plain(self) -> Forward | None:
+        """The training forward that a layer belongs to, if eager code runs and nothing else goes on; else None."""
 
     def passes(self, mode: str) -> bool:
         """Whether another tensor may go on in the place of a layer's output."""
@@ -315,10 +255,11 @@ class LayerHook(Draws, Hook):
         return bool(self.noises)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if self.lone is not None and module.training and self.gate.plain() and not self.sampling.depth:
-            found = self.lone.on_the_way(output, (), module) if type(output) is Tensor else None
-            if found is not None:
-                self.lone.keep(self.gate.number, *found[1:])
+        if self.lone is not None and module.training and type(output) is Tensor and not self.sampling.depth:
+            forward = self.gate.plain()
+            found = None if forward is None else self.lone.on_the_way(output, (), module)
+            if forward is not None and found is not None:
+                forward.keep(self.lone, Record.of(*found[1:]), output)
                 return found[0]
         return self.act(module, output, args, kwargs) if self.draws(module) else None
 
@@ -328,10 +269,11 @@ class LayerHook(Draws, Hook):
         if (self.penalty_recorders or self.output_recorders) and not self.sampling.depth:
             mode = self.gate.mode()
             if mode != "off":
+                forward = self.gate.forward() if mode == "record" else None
                 for recorder in self.penalty_recorders:
-                    result = self._penalize(recorder, mode, module, structure, result)
+                    result = self._penalize(recorder, mode, forward, module, structure, result)
                 for outputs in self.output_recorders:
-                    self._watch(outputs, mode, structure)
+                    self._watch(outputs, mode, forward, structure)
         if self.probes and not torch.compiler.is_compiling():
             for probe in self.probes:
                 result = probe.act(module, structure, result)
@@ -347,42 +289,46 @@ class LayerHook(Draws, Hook):
             result = structures.put(result, way, noise.at(x, layout))
         return result
 
-    def _penalize(self, recorder: PenaltyRecorder, mode: str, module: nn.Module, structure: Any, result: Any) -> Any:
+    def _penalize(
+        self,
+        recorder: PenaltyRecorder,
+        mode: str,
+        forward: Forward | None,
+        module: nn.Module,
+        structure: Any,
+        result: Any,
+    ) -> Any:
         way = way_to(structure, recorder.point)
-        if mode == "recompute" and wrapped(structures.get(structure, way)):
+        seen = structures.get(structure, way)
+        if mode == "recompute" and wrapped(seen):
             return result
-        inputs = None
-        if recorder.point.place.padded:
-            if mode != "recompute" or recomputing_saved_tensors():
-                inputs = self.gate.inputs()
-            if inputs is None:
-                return result  # a layer that is called alone: which positions count isn't known
+        asks = recorder.point.place.padded and (mode != "recompute" or recomputing_saved_tensors())
+        inputs = self.gate.inputs() if asks else None
+        if recorder.point.place.padded and inputs is None:
+            return result  # a layer that is called alone: which positions count isn't known
         if mode != "recompute":
             with torch.no_grad():  # a graph would be missed in a checkpoint's recomputation
                 for activity in recorder.activities:
-                    activity.add(recorder.point.seen(structures.get(structure, way)))
+                    activity.add(recorder.point.seen(seen))
         h = structures.get(result, way)
         passed = recorder.on_the_way(h, way, module) if self.gate.passes(mode) else None
         if passed is not None:
-            if mode == "record":
-                recorder.keep(self.gate.forward_of(structures.get(structure, way)), *passed[1:])
+            if forward is not None:
+                forward.keep(recorder, Record.of(*passed[1:]), seen)
             return result if passed[0] is h else passed[0]
         value = recorder.evaluate(structure, way, module, inputs)
-        if mode == "record":
-            recorder.record(self.gate.forward_of(structures.get(structure, way)), value)
+        if forward is not None:
+            forward.keep(recorder, Record.of(value, watched=seen if recorder.copies is None else None), seen)
+            recorder.rooted = recorder.rooted or not torch.is_grad_enabled()
             return result
         if mode == "compiled":
-            if recorder.total.device != value.device:
-                raise CaptureError(
-                    "the model was moved to another device after its rules were attached: attach after .to(...)"
-                )
-            recorder.total.add_(torch.cat([value.detach().reshape(1), value.new_ones(1)]))
+            _add(recorder, value)
         elif not recorder.rooted or recomputing_saved_tensors():
             return result
         injected = Inject.apply(h, value, recorder.cell, recorder.copies is not False)  # type: ignore[no-untyped-call]
         return structures.put(result, way, injected)
 
-    def _watch(self, recorder: Recorder, mode: str, structure: Any) -> None:
+    def _watch(self, recorder: Recorder, mode: str, forward: Forward | None, structure: Any) -> None:
         if mode == "recompute":
             return
         if not torch.is_grad_enabled():
@@ -391,9 +337,17 @@ class LayerHook(Draws, Hook):
                 "use checkpoint(..., use_reentrant=False)"
             )
         tensor = recorder.point.seen(structures.get(structure, way_to(structure, recorder.point)))
-        recorder.keep(self.gate.forward_of(tensor), tensor)
-        if mode != "compiled":
-            recorder.versions.append((tensor, version(tensor)))
+        if forward is not None:
+            forward.keep(recorder, Record.of(tensor, watched=tensor), tensor)
+        else:
+            recorder.compiled.append(tensor)
+
+
+def _add(recorder: PenaltyRecorder, value: Tensor) -> None:
+    """Add a value to the recorder's total, in compiled code."""
+    if recorder.total.device != value.device:
+        raise CaptureError("the model was moved to another device after its rules were attached: attach after .to(...)")
+    recorder.total.add_(torch.cat([value.detach().reshape(1), value.new_ones(1)]))
 
 
 class InputHook(LayerHook):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +32,7 @@ class Clock:
         self.model, self.steps, self._from = model, 0, 0
         self.on_end = on_end  # called after a training step
         self.epochs = 0  # as the user counts them
-        self.on_any: list[Listener] = []  # called after any step in the process
+        self.on_step: list[Listener] = []  # called after any step of an optimizer that was given or trains the model
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
         self._given = [_Known(one) for one in given]
         self._others: list[_Known] = []
@@ -59,9 +60,11 @@ class Clock:
             return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
         if nested(optimizer):
             return
-        for listener in self.on_any:
-            listener(optimizer, root)
         known = self._of(optimizer)
+        if known not in self._given and not known.trains(root):
+            return
+        for listener in self.on_step:
+            listener(optimizer, root)
         known.came = True
         if real_step(optimizer) and known.trains(root):
             known.steps += 1
@@ -123,27 +126,35 @@ class _Known:
 
 
 class _Watchers:
-    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process."""
+    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process.
+
+    Threads attach and detach while others step: the list is replaced under a lock, and never changed in place.
+    """
 
     def __init__(self) -> None:
-        self.clocks: list[Clock] = []
+        self.clocks: tuple[Clock, ...] = ()
         self.hook: Any = None
+        self._lock = threading.RLock()
 
     def add(self, clock: Clock) -> None:
-        self.clocks.append(clock)
-        self.hook = self.hook or register_optimizer_step_post_hook(self.after)
+        with self._lock:
+            self.clocks = (*self.clocks, clock)
+            self.hook = self.hook or register_optimizer_step_post_hook(self.after)
 
     def remove(self, clock: Clock) -> None:
-        self.clocks = [c for c in self.clocks if c is not clock and c.model() is not None]
-        if not self.clocks and self.hook is not None:
-            self.hook.remove()
-            self.hook = None
+        with self._lock:
+            self.clocks = tuple(c for c in self.clocks if c is not clock and c.model() is not None)
+            if not self.clocks and self.hook is not None:
+                self.hook.remove()
+                self.hook = None
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        alive = [(clock, root) for clock in self.clocks if (root := clock.model()) is not None]
-        self.clocks = [clock for clock, _ in alive]
-        for clock, root in alive:
-            clock.after(optimizer, root)
+        for clock in self.clocks:
+            root = clock.model()
+            if root is None:
+                self.remove(clock)
+            else:
+                clock.after(optimizer, root)
 
 
 _watchers = _Watchers()

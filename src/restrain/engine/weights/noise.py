@@ -7,19 +7,24 @@ by an exception. A recomputation (checkpointing) draws the same noise, as torch 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from restrain.callstack import Call
 from restrain.engine.core import Draws, Hook
 from restrain.engine.distributed import NOISE_ON_PARTS
-from restrain.errors import DetachedError, HowError, NeverFiredError
+from restrain.errors import DetachedError, HowError, NeverFiredError, RestrainWarning
 from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
-from restrain.torch_private import keep_flat, undone
+from restrain.torch_private import keep_flat, undone, version
 from restrain.transforms.base import Noise
 
 
@@ -73,12 +78,66 @@ def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
     return type(chain[i]).forward is not nn.Module.forward and not inside
 
 
+@dataclass
+class _Hidden:
+    """What a call of a module hides: (owner, attribute, what stood there before) in the order in which it came."""
+
+    call: Call
+    entries: list[tuple[weakref.ref[nn.Module], str, Any]] = field(default_factory=list)
+    versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # the disturbed tensors as they were made
+
+    def hide(self, owner: nn.Module, key: str, value: Any) -> None:
+        """Put a value before what is stored."""
+        self.entries.append((weakref.ref(owner), key, owner.__dict__.get(key, _NOTHING)))
+        owner.__dict__[key] = value
+
+    def undo(self) -> None:
+        """Let be seen what was seen before; that may be done twice."""
+        for reference, key, before in reversed(self.entries):
+            owner = reference()
+            if owner is None:
+                continue
+            if before is _NOTHING:
+                owner.__dict__.pop(key, None)
+            else:
+                owner.__dict__[key] = before
+            keep_flat(owner)
+
+
+_NOTHING = object()
+
+
+class _Clean:
+    """`__reduce_ex__` of a module whose weights are hidden: copies and pickles are of the stored weights.
+
+    That also holds where an interrupt has left the disturbed weights behind.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, protocol: Any) -> Any:
+        module = self._module()
+        assert module is not None
+        hidden = [key for key in (*module._parameters, "__reduce_ex__") if key in module.__dict__]
+        values = {key: module.__dict__.pop(key) for key in hidden}
+        keep_flat(module)
+        try:
+            reduced = module.__reduce_ex__(protocol)
+            state = [dict(part) if part is module.__dict__ else part for part in reduced]
+        finally:
+            module.__dict__.update(values)
+            keep_flat(module)
+        return tuple(state)
+
+
 class Disturb(Draws, Hook):
     """Forward pre-hook: puts the disturbed weights before the stored ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noises: list[tuple[Site, list[Noise]]] = []
+        self.hidden: list[_Hidden] = []  # of the calls that run, the innermost last
         self.fired = False
         self.calls = torch.zeros(1)  # in compiled code: what is done in place leaves a compiled checkpoint, too
 
@@ -91,15 +150,29 @@ class Disturb(Draws, Hook):
             known.append(noise)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        compiled = torch.compiler.is_compiling()
-        if not compiled:
-            restore(module, self.noises)  # after an interrupt that no hook sees
+        if torch.compiler.is_compiling():
+            if self.draws(module):
+                self.calls.add_(1)
+                for site, owner, disturbed in self._disturbed(module):
+                    _set(owner, site.attribute, disturbed)
+                    keep_flat(owner)
+            return
+        frame = sys._getframe(1)
+        self.restore(frame.f_back)
         if not self.draws(module):
             return
-        if compiled:
-            self.calls.add_(1)
-        else:
-            self.fired = True
+        self._check_alone()
+        self.fired = True
+        self.hidden.append(hidden := _Hidden(Call(frame, module)))
+        for site, owner, disturbed in self._disturbed(module):
+            if not isinstance(owner.__dict__.get("__reduce_ex__"), _Clean):
+                hidden.hide(owner, "__reduce_ex__", _Clean(owner))
+            hidden.versions.append((site.name, disturbed, version(disturbed)))
+            hidden.hide(owner, site.attribute, disturbed)
+            keep_flat(owner)
+
+    def _disturbed(self, module: nn.Module) -> Iterator[tuple[Site, nn.Module, Tensor]]:
+        """Each weight, where it belongs, and disturbed."""
         for site, noises in self.noises:
             owner = _owner(module, site)
             w = owner._parameters.get(site.attribute)
@@ -113,27 +186,56 @@ class Disturb(Draws, Hook):
             disturbed: Tensor = w
             for noise in noises:
                 disturbed = noise.of_weight(disturbed)
-            _set(owner, site.attribute, disturbed)
-            keep_flat(owner)
+            yield site, owner, disturbed
+
+    def _check_alone(self) -> None:
+        """Refuse two threads at once, which would see each other's weights.
+
+        Raises:
+            HowError: another thread runs the module.
+        """
+        if any(not hidden.call.is_here for hidden in self.hidden):
+            raise HowError(
+                f"two threads call the layer of {self.noises[0][0].name!r} at once, and noise on a weight is seen by "
+                "both: give each thread a copy of the model, or let one wait for the other"
+            )
+
+    def end(self, frame: FrameType) -> None:
+        """The call that runs in this frame ended; in another frame: one was ended by an exception."""
+        self.restore()
+        if self.hidden and self.hidden[-1].call.is_at(frame):
+            self.hidden[-1].undo()
+            del self.hidden[-1:]
+
+    def restore(self, below: FrameType | None = None) -> None:
+        """Let stored weights be seen again that a call has left hidden, as an exception ended it."""
+        for hidden in reversed([hidden for hidden in self.hidden if not hidden.call.runs(below)]):
+            edited = [name for name, tensor, before in hidden.versions if version(tensor) != before]
+            hidden.undo()
+            self.hidden.remove(hidden)
+            if edited:
+                warnings.warn(
+                    f"{', '.join(map(repr, edited))} was changed after an interrupt that had left the disturbed weight "
+                    "in the place of the stored one: what was changed is lost. Change the weight again",
+                    RestrainWarning,
+                    stacklevel=3,
+                )
 
 
 class Restore(Hook):
-    """Forward hook, also called after an exception: takes the disturbed weights away."""
+    """Forward hook, also called after an `Exception`: takes the disturbed weights away."""
 
     def __init__(self, disturb: Disturb) -> None:
         self.disturb = disturb
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        restore(module, self.disturb.noises)
-
-
-def restore(module: nn.Module, noisy: list[tuple[Site, list[Noise]]]) -> None:
-    """Let the stored weights be seen again."""
-    for site, _ in noisy:
-        owner = _owner(module, site)
-        if site.attribute in owner.__dict__:
-            _set(owner, site.attribute, None)
-            keep_flat(owner)
+        if not torch.compiler.is_compiling():
+            self.disturb.end(sys._getframe(1))
+        for site, _ in self.disturb.noises:
+            owner = _owner(module, site)
+            if torch.compiler.is_compiling() and site.attribute in owner.__dict__:
+                _set(owner, site.attribute, None)
+                keep_flat(owner)
 
 
 def _set(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
@@ -187,15 +289,17 @@ class WeightNoise:
         self.handles.append(module.register_forward_pre_hook(disturb, prepend=first))
         self.handles.append(module.register_forward_hook(Restore(disturb), always_call=True))
 
-    def end(self, root: nn.Module | None) -> None:
+    def end(self) -> None:
         """Take the hooks away, and what an interrupted forward may have left."""
         for handle in self.handles:
             handle.remove()
-        for path, disturb in self.hooks.items():
-            module = None if root is None else follow(root, path)
-            if module is not None:
-                restore(module, disturb.noises)
+        self.restore()
         self.handles, self.hooks = [], {}
+
+    def restore(self) -> None:
+        """Let stored weights be seen again that an interrupted forward has left hidden."""
+        for disturb in self.hooks.values():
+            disturb.restore()
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """After a real step.
@@ -203,6 +307,7 @@ class WeightNoise:
         Raises:
             NeverFiredError: a weight has a gradient, though the module that should have disturbed it was never called.
         """
+        self.restore()
         for disturb in self.hooks.values():
             disturb.fired = disturb.fired or bool(disturb.calls)
             silent = [] if disturb.fired else [site for site, _ in disturb.noises if self.checked[site]]

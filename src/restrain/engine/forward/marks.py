@@ -1,0 +1,115 @@
+"""Marks of forwards on the nodes of autograd graphs, by which a loss tells which forwards it depends on.
+
+A mark is metadata of a node that is there anyway: a node of our own would stand in the way of in-place operations.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Collection, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+
+class Mark:
+    """The mark of a forward on the nodes of its activations, which its records keep alive.
+
+    Nodes that no record keeps, those of outputs and of gradients, have the `outer` mark: while that exists, somebody
+    can compute with what the forward gave.
+
+    Args:
+        key: of the attachment, in the metadata of nodes.
+        number: of the forward.
+    """
+
+    __slots__ = ("__weakref__", "_outer", "key", "lost", "number")
+
+    def __init__(self, key: str, number: int) -> None:
+        self.key, self.number = key, number
+        self.lost = ""  # why the forward was given up, if it was
+        self._outer: Any = None  # a weak reference, once there was one
+
+    def put(self, node: Any, passes: bool = True) -> None:
+        """Mark the node of an activation; if it passes gradients, these too."""
+        if self._add(node) and passes:
+            node.register_hook(self)
+
+    def put_outer(self, nodes: Sequence[Any], passes: bool = True) -> None:
+        """Mark nodes that no record keeps."""
+        for node in nodes:
+            if self.outer()._add(node) and passes:
+                node.register_hook(self)
+
+    def _add(self, node: Any) -> bool:
+        marks = node.metadata.setdefault(self.key, [])
+        new = self not in marks
+        if new:
+            marks.append(self)
+        return new
+
+    def __call__(self, sent: tuple[Tensor | None, ...], received: tuple[Tensor | None, ...]) -> None:
+        """Mark the gradients that a backward sends on from a marked node, if it builds a graph (`create_graph=True`).
+
+        A derivative need not depend on the node that it goes through: that of a Softplus depends on the input of the
+        node, that of a linear layer on the weight.
+        """
+        if torch.is_grad_enabled():
+            self.put_outer([g.grad_fn for g in sent if g is not None and g.grad_fn is not None], passes=False)
+
+    def outer(self) -> Mark:
+        """The mark of nodes that no record keeps."""
+        mark = self._outer and self._outer()
+        if mark is None:
+            mark = Mark(self.key, self.number)
+            mark.lost = self.lost
+            self._outer = weakref.ref(mark)
+        return mark  # type: ignore[no-any-return]
+
+    @property
+    def has_outer(self) -> bool | None:
+        """Whether a node that no record keeps is marked; None if there never was one."""
+        return None if self._outer is None else self._outer() is not None
+
+    def lose(self, why: str) -> None:
+        """Give the forward up: a loss that depends on it is an error from now on."""
+        self.lost = why
+        if self.has_outer:
+            self.outer().lost = why
+
+
+def marks_before(loss: Tensor, key: str, wanted: Collection[int]) -> set[Mark]:
+    """Marks on the ancestors of a loss, up to where the forwards of all wanted numbers are found; none wanted: all."""
+    missing, found = set(wanted), set[Mark]()
+    waiting, seen = [loss.grad_fn], set[Any]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        following = node.next_functions
+        if not following:  # a leaf
+            continue
+        marks = node.metadata.get(key)
+        if marks:
+            found.update(marks)
+            missing.difference_update([mark.number for mark in marks])
+            if wanted and not missing:
+                break
+        waiting += [other for other, _ in following if other is not None]
+    return found
+
+
+def checkpoint_node() -> Any:
+    """The node of the outermost reentrant checkpoint that runs for the first time; None outside of all."""
+    frame: FrameType | None = sys._getframe(1)
+    found = None
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            found = frame.f_locals["ctx"]
+        frame = frame.f_back
+    return found
