@@ -29,7 +29,7 @@ TORCHS = {
     if name.startswith("_") and not name.startswith("__")
 }
 OTHERS = {
-    *("_replace", "_fields", "_getframe", "_Float16"),  # of Python and C
+    *("_replace", "_fields", "_getframe", "_current_frames", "_Float16"),  # of Python and C
     *("_logger_connector", "_should_accumulate"),  # of Lightning
     *("_get_output_dir", "_trial"),  # of Hugging Face's Trainer
     *("_meant", "_classes"),  # ours, set by name
@@ -618,7 +618,7 @@ def suite(*arguments, missing="all"):
 def test_a_sample_of_the_suite():
     passed, failed, refused, said = suite("tests/test_everywhere.py", "-k", f"equal_or_refused and ({COLUMNS})")
     assert failed == 0, said
-    assert passed > 60
+    assert passed > 40
     assert 0 < refused < 15
 
 

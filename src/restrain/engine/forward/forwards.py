@@ -282,8 +282,8 @@ class Forwards:
             self._compiled_inputs.pop()
         if model.training and torch.is_grad_enabled() and self.recorders:
             added = [recorder.total.clone() for recorder in self.penalty_recorders]
-            for recorder, before in zip(self.penalty_recorders, self._before, strict=True):
-                recorder.total.copy_(before)
+            for penalised, before in zip(self.penalty_recorders, self._before, strict=True):
+                penalised.total.copy_(before)
             kept = [recorder.compiled for recorder in self.recorders]
             self.compiled = Compiled(self, output, added, kept)  # a look at the output would be traced
             for recorder in self.recorders:

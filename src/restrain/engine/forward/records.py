@@ -46,7 +46,7 @@ class Record:
     @property
     def changed(self) -> bool:
         """Whether the watched tensor was overwritten in place."""
-        return self.watched is not None and self.version(self.watched) != self.version
+        return self.watched is not None and version(self.watched) != self.version
 
 
 class Forward:
