@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from restrain.models import Autoencoder, Classifier, Regressor, load
 
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
-    from restrain import errors, moved
+    from restrain import errors, moved, operations
     from restrain import schedule as schedules
     from restrain.activation_points import inputs, outputs
     from restrain.declare import regularized, scope
@@ -198,6 +198,7 @@ __all__ = [
     "inputs",
     "load",
     "norms",
+    "operations",
     "outputs",
     "recording",
     "regularized",

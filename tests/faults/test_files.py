@@ -590,7 +590,6 @@ def test_a_small_model_file_that_says_it_is_large_takes_no_memory(tmp_path):
 # E7: interrupts while nothing is collected
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 def test_an_interrupt_at_any_line_of_attach_leaves_the_garbage_collector_on():
     plan = [0.1 * rs.L2().on("*.weight"), 0.1 * rs.L1().on("0.weight", how="proximal")]
 

@@ -33,7 +33,6 @@ def slope(model, x):
 # A1: forwards whose output isn't in the loss, and which the loss depends on all the same
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A1")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_forward_counts_that_joins_the_loss_by_a_derivative(first):
     model = network()
@@ -48,7 +47,6 @@ def test_a_forward_counts_that_joins_the_loss_by_a_derivative(first):
     torch.testing.assert_close(torch.autograd.grad(penalty, model[0].weight), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A1")
 def test_a_forward_counts_that_joins_the_loss_as_forces():
     """Energies of one batch and forces of another: the output of the second forward isn't in the loss."""
     model = network()
@@ -58,7 +56,6 @@ def test_a_forward_counts_that_joins_the_loss_as_forces():
     torch.testing.assert_close(penalty, (sparsity(model, X) + sparsity(model, Z)) / 2)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A1")
 def test_a_forward_counts_whose_features_join_the_loss():
     model, taken = network(), []
     model[1].register_forward_hook(lambda layer, given, output: taken.append(output))
@@ -88,7 +85,6 @@ def pair(strength=1.0):
     return model, optimizer, rs.attach(model, strength * rs.L1().on(rs.outputs("1")), optimizer)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A2")
 @pytest.mark.parametrize("attached_too", [False, True])
 def test_one_forward_of_a_generator_serves_a_step_of_the_discriminator_and_its_own_loss(attached_too):
     model, optimizer, reg = pair()
@@ -126,7 +122,6 @@ def trained(own, turns=None):
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A2")
 def test_two_models_that_train_in_two_threads_end_as_one_after_the_other():
     right = [trained(own) for own in (0, 1)]
     found, turns = {}, [threading.Semaphore(1), threading.Semaphore(0)]
@@ -190,7 +185,6 @@ def losses(hit=None, interrupt=None):
     return [*found, reg.loss(0 * model(x).sum()).item()]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_an_interrupted_forward_leaves_later_losses_as_they_are(error):
     assert losses(error) == pytest.approx(losses())
@@ -200,7 +194,6 @@ def test_a_forward_that_raised_an_exception_leaves_later_losses_as_they_are():
     assert losses(ValueError) == pytest.approx(losses())
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 def test_an_interrupt_at_any_line_of_ours_in_a_forward_leaves_later_losses_as_they_are():
     right, seen, wrong = losses(), Interrupt(), {}
     losses(interrupt=seen)
@@ -239,7 +232,6 @@ def noisy():
     return model, reg, right
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 def test_weights_can_be_edited_after_an_interrupted_forward_with_noise_on_them():
     model, _, _ = noisy()
     assert model[0].weight is dict(model.named_parameters())["0.weight"]
@@ -250,7 +242,6 @@ def test_weights_can_be_edited_after_an_interrupted_forward_with_noise_on_them()
     torch.testing.assert_close(model[0](torch.ones(1, 4)), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 def test_a_model_can_be_copied_after_an_interrupted_forward_with_noise_on_its_weights():
     model, _, right = noisy()
     twin = copy.deepcopy(model)
@@ -259,7 +250,6 @@ def test_a_model_can_be_copied_after_an_interrupted_forward_with_noise_on_its_we
     torch.testing.assert_close(twin.eval()[0](torch.ones(1, 4)), wanted)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 def test_a_model_that_is_saved_after_an_interrupted_forward_with_noise_on_its_weights_can_be_trained(tmp_path):
     model, _, right = noisy()
     torch.save(model, tmp_path / "model.pt")

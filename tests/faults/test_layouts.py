@@ -82,7 +82,7 @@ def test_weights_by_role_do_not_take_a_parameter_of_three_axes_by_meaning():
 
 def test_dims_serve_where_nothing_explains_axes():
     model = Experts()
-    rs.attach(model, rs.NM(2, 4, along=2).on("experts"), sgd(model))
+    rs.attach(model, rs.NM(2, 4, dim=2).on("experts"), sgd(model))
     assert ((model.experts != 0).view(4, 8, 2, 4).sum(-1) == 2).all()
     decoder = Decoder()
     rs.attach(decoder, rs.UnitNorm(0).on("decoder"), sgd(decoder))
@@ -103,7 +103,7 @@ def test_layers_explain_their_own_axes():
 def test_n_of_m_goes_by_its_lists_of_indices():
     w = torch.tensor([[4.0, 3.0, 1.0, 2.0]])  # of columns 0 and 2 the first is larger, of 1 and 3 the first, too
     right = torch.tensor([[4.0, 3.0, 0.0, 0.0]])
-    constraint = lambda: rs.NM(1, 2, along={"in": [[0, 2], [1, 3]]})  # noqa: E731
+    constraint = lambda: rs.NM(1, 2, dim={"in": [[0, 2], [1, 3]]})  # noqa: E731
     right_or_refused(lambda: constraint().project(w), right)
     layer = nn.Linear(4, 1)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_rules_on_two_members_of_an_output_have_names_of_their_own_that_say_whic
     "make",
     [
         pytest.param(
-            lambda: rs.NM(1, 2, along={"in": [[0, 1], [2, 3]]}),
+            lambda: rs.NM(1, 2, dim={"in": [[0, 1], [2, 3]]}),
             marks=pytest.mark.xfail(strict=True, reason="faults.md A22"),
         ),
         lambda: rs.GroupLasso({"in": [[0, 1], [2, 3]]}),

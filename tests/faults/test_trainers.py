@@ -403,7 +403,6 @@ class Rivals(pl.LightningModule):
         return [torch.optim.SGD(part.parameters(), lr=0.1) for part in (self.G, self.D)]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A10")
 def test_a_gan_in_one_module_has_the_generators_penalty_in_its_loss_or_is_refused(tmp_path):
     plan = [0.1 * rs.L2().on("G.*.weight", name="decay"), 0.1 * rs.L1().on(rs.outputs("G.1"), name="sparse")]
     right = Rivals()

@@ -296,9 +296,9 @@ class Forwards:
         for recorder, kept in zip(self.recorders, compiled.kept, strict=True):
             for value in kept:
                 forward.keep(recorder, Record(value))
-        for recorder, added in zip(self.penalty_recorders, compiled.added, strict=True):
-            if (record := recorder.of_compiled(added)) is not None:
-                forward.keep(recorder, record)
+        for penalty, added in zip(self.penalty_recorders, compiled.added, strict=True):
+            if (record := penalty.of_compiled(added)) is not None:
+                forward.keep(penalty, record)
         forward.end(structures.tensors(compiled.output))
 
     def _note_compiled(self) -> None:
@@ -444,7 +444,7 @@ class Forwards:
                     "what the model returns (out = model(x)) until reg.loss(...)"
                 )
         numbers = {mark.number for mark in found}
-        depended_on = [f for f in ready if (f.number in numbers if f.marked else not f.past)]
+        depended_on = [f for f in ready if (f.number in numbers if f.marked else f.hidden and not f.past)]
         return [forward for forward in depended_on if not forward.collection] or depended_on
 
     def _check_transforms(self, counted: Sequence[Forward], ready: Sequence[Forward]) -> None:

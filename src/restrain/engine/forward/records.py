@@ -62,6 +62,7 @@ class Forward:
         self._pending, self.number, self.call = pending, number, call
         self.mark = Mark(key, number)
         self.marked = False  # whether any node has the mark
+        self.hidden = False  # whether there is a record of what has a graph somewhere, but no node to be seen
         self.records: dict[Hashable, list[Record]] = {}  # by recorder
         self.lost: set[Hashable] = set()  # recorders that saw a tensor which can't leave a transform of torch.func
         self.collection = 0  # the number of the collection that counted it
@@ -69,8 +70,10 @@ class Forward:
         self._start = 0 if call is None else newest_node()
 
     def keep(self, recorder: Any, record: Record, seen: Tensor | None = None) -> None:
-        """Keep a record of a recorder, who saw this tensor."""
-        if seen is not None:
+        """Keep a record of a recorder, who saw this tensor; none of what compiled code has added."""
+        if seen is None:
+            self.hidden = True
+        else:
             self._mark(seen)
         self.records.setdefault(recorder, []).append(record)
         self._pending[self.number] = self
@@ -87,7 +90,9 @@ class Forward:
         if node is None and not torch.is_grad_enabled() and (node := checkpoint_node()) is not None:
             self.mark.put_outer([node], passes=False)
             self.marked = True
-        elif node is not None and self._is_own(node):
+        elif node is None:
+            self.hidden = self.hidden or activation.requires_grad or wrapped(activation)
+        elif self._is_own(node):
             self.mark.put(node)
             self.marked = True
 
