@@ -619,7 +619,7 @@ def test_a_sample_of_the_suite():
     passed, failed, refused, said = suite("tests/test_everywhere.py", "-k", f"equal_or_refused and ({COLUMNS})")
     assert failed == 0, said
     assert passed > 40
-    assert 0 < refused < 15
+    assert 0 < refused < 40  # penalties on outputs are refused without the order of nodes
 
 
 def test_a_wrong_way_without_them_is_noticed():

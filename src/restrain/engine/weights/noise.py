@@ -167,7 +167,7 @@ class Disturb(Draws, Hook):
         for site, owner, disturbed in self._disturbed(module):
             if not isinstance(owner.__dict__.get("__reduce_ex__"), _Clean):
                 hidden.hide(owner, "__reduce_ex__", _Clean(owner))
-            hidden.versions.append((site.name, disturbed, version(disturbed)))
+            hidden.versions.append((site.name, disturbed, _version(disturbed)))
             hidden.hide(owner, site.attribute, disturbed)
             keep_flat(owner)
 
@@ -210,7 +210,7 @@ class Disturb(Draws, Hook):
     def restore(self, below: FrameType | None = None) -> None:
         """Let stored weights be seen again that a call has left hidden, as an exception ended it."""
         for hidden in reversed([hidden for hidden in self.hidden if not hidden.call.runs(below)]):
-            edited = [name for name, tensor, before in hidden.versions if version(tensor) != before]
+            edited = [name for name, tensor, before in hidden.versions if _version(tensor) != before]
             hidden.undo()
             self.hidden.remove(hidden)
             if edited:
@@ -257,6 +257,11 @@ def _owner(module: nn.Module, site: Site) -> nn.Module:
     for key in site.way:
         module = module._modules[key]  # type: ignore[assignment]
     return module
+
+
+def _version(tensor: Tensor) -> Any:
+    """The version of a tensor; an inference tensor has none."""
+    return None if tensor.is_inference() else version(tensor)
 
 
 @dataclass
