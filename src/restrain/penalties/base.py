@@ -410,7 +410,7 @@ def joined(penalties: Sequence[Penalty]) -> Penalty:
     if len(fixed) < 2:
         return penalties[0] if len(penalties) == 1 else Sum(tuple(penalties))
     l1, l2, others = Sum(tuple(fixed)).split()
-    elastic = [_Elastic(((l1, Absolute()), (l2, Square())))] if l1 or l2 else []
+    elastic = [_Elastic(((l1, Absolute()), (l2, Square())))] if l1 or l2 or not (others or moving) else []
     terms = (*elastic, *[Scaled(strength, leaf) for strength, leaf in others], *moving)
     return terms[0] if len(terms) == 1 else Sum(terms)
 

@@ -76,6 +76,14 @@ def test_what_changes_afterwards_is_seen():
     torch.testing.assert_close(reg.penalty(), expected())
 
 
+def test_rules_without_strength_add_nothing():
+    model = nn.Linear(3, 2)
+    reg = rs.attach(model, [(0.0 * rs.L1()).on("weight"), (0.0 * rs.L2()).on("weight")])
+    reg.penalty().backward()
+    assert float(reg.penalty().detach()) == 0
+    assert not model.weight.grad.any()
+
+
 def test_joined_penalties_are_few():
     many = [0.01 * rs.L1(), *[0.1 * rs.ElasticNet(1.0, 2.0)] * 50, *[rs.Huber(0.5)] * 20]
     assert len(joined(many).leaves()) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
 class LossRules:
     """The penalties on parameters that join the loss: those on one tensor are computed as one penalty.
 
-    What was joined is kept, and looked at again where a tensor, its being frozen or the rules that are due changed.
+    The joined penalties are kept while the same rules are due; the parameters are looked up at each loss.
     """
 
     def __init__(self, bounds: Sequence[Bound]) -> None:
@@ -42,7 +41,6 @@ class LossRules:
         self._joined: dict[str, Penalty] = {}  # by the name of the parameter
         self._due: list[str] = []
         self._handles: list[Handle] = []
-        self._seen: list[tuple[weakref.ref[Tensor], bool]] = []
 
     def value(self, root: nn.Module, due: Collection[str]) -> Tensor | None:
         """The sum of those rules that are due, with its graph; None where there is none."""
