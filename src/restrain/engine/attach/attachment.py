@@ -262,7 +262,8 @@ class Attachment:
                     recorder.remember([(terms[-1].detach(), 1.0)])
         derived = [b.derivative.value(model, loss) for b in due.values() if b.derivative is not None and recorded]
         terms += [term for term in derived if term is not None]
-        collected = [one for one in self._forwards.current if recorded and one.recorder.rule in due]
+        seen = [one.due(due) for one in self._forwards.current] if recorded else []
+        collected = [one for one in seen if one is not None]
         factors = [(term, 1.0) for term in terms]
         factors += [(one.direct, one.factor) for one in collected if one.direct is not None]
         return factors, [one for one in collected if one.hidden is not None]

@@ -33,9 +33,8 @@ class Evaluation:
     def attached(self) -> Iterator[Evaluation]:
         """Hooks on the model and its layers, within it."""
         with ExitStack() as stack:
-            for bound in self._bounds:
-                for recorder in bound.recorders:
-                    stack.callback(self._hook(recorder).remove)
+            for recorder in {id(recorder): recorder for bound in self._bounds for recorder in bound.recorders}.values():
+                stack.callback(self._hook(recorder).remove)
             stack.callback(self._model.register_forward_pre_hook(self._begins, with_kwargs=True).remove)
             yield self
 
@@ -57,12 +56,15 @@ class Evaluation:
     def values(self) -> dict[str, Tensor]:
         """{rule: strength × value} of every penalty, for the model's last forward; the data loss is in none of them."""
         values: dict[str, Tensor] = {}
+        known: dict[int, Tensor] = {}  # by recorder, which rules share
         for bound in self._bounds:
             if bound.penalty_recorders:
                 with torch.no_grad(), resting():
-                    values[bound.key] = torch.stack(
-                        [self._value(recorder) for recorder in bound.penalty_recorders]
-                    ).sum()
+                    for recorder in bound.penalty_recorders:
+                        if id(recorder) not in known:
+                            known[id(recorder)] = self._value(recorder)
+                    parts = [known[id(one)] * one.factors[bound.key] for one in bound.penalty_recorders]
+                    values[bound.key] = torch.stack(parts).sum()
             elif bound.derivative is not None and bound.derivative.penalty.of_loss:
                 continue  # the data loss here is of other modes and weights
             elif bound.derivative is not None:
@@ -90,7 +92,7 @@ def latest(bounds: Sequence[Bound], model: nn.Module) -> dict[str, Tensor]:
     with torch.no_grad():
         for bound in bounds:
             if bound.recorders:
-                parts = [part.reshape(()) for recorder in bound.recorders for part in recorder.last]
+                parts = [part.reshape(()) for recorder in bound.recorders for part in recorder.last(bound.key)]
                 values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, model, {})

@@ -63,16 +63,17 @@ class Hooks:
             self._handles.append(model.register_forward_hook(RootEnds(self.forwards), always_call=True))
 
     def _put_at_layers(self, bound: Bound, model: nn.Module, known: dict[int, LayerHook]) -> None:
+        first = [recorder for recorder in bound.penalty_recorders if recorder.rule == bound.key]
         self.forwards.watch(
-            bound.penalty_recorders,
+            first,
             bound.output_recorders,
             () if bound.derivative is None else bound.derivative.recorders,
         )
         probes = bound.derivative.probes if bound.derivative is not None else []
-        for recorder in (*bound.penalty_recorders, *bound.output_recorders, *probes):
+        for recorder in (*first, *bound.output_recorders, *probes):
             if id(recorder.point) not in known:
                 known[id(recorder.point)] = self._at(model, recorder.point)
-        for recorder in bound.penalty_recorders:
+        for recorder in first:
             known[id(recorder.point)].penalty_recorders.append(recorder)
         for recorder in bound.output_recorders:
             known[id(recorder.point)].output_recorders.append(recorder)

@@ -38,9 +38,8 @@ def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor |
         return None if bound.output_recorders and not outputs else network_value(bound, root, outputs)
     if not bound.penalty_recorders:
         return parameter_values([bound], root)[0]
-    parts = [
-        one.direct * one.factor for one in forwards.current if one.recorder.rule == bound.key and one.direct is not None
-    ]
+    due = [one.due((bound.key,)) for one in forwards.current]
+    parts = [one.direct * one.factor for one in due if one is not None and one.direct is not None]
     return torch.stack(parts).sum() if parts else None
 
 

@@ -145,6 +145,8 @@ class _There:
         self._chosen: dict[tuple[Where, bool], _Chosen] = {}
         self._targets: dict[tuple[Places, bool], _Targets] = {}
         self._locations: dict[str, Location] = {}
+        self._points: dict[Any, Point] = {}
+        self._recorders: dict[Any, dict[int, PenaltyRecorder]] = {}
 
     def chosen(self, where: Where, optional: bool) -> _Chosen:
         """The parameters that a selection takes."""
@@ -172,9 +174,25 @@ class _There:
             found = select_places(where, self.layers, optional)
             for target in found if not optional else ():
                 _check_caught(target)
-            points = [Point.of(target) for target in found]
+            points = [self._point(Point.of(target)) for target in found]
             self._targets[where, optional] = _Targets(found, points, _places_by_name(points))
         return self._targets[where, optional]
+
+    def _point(self, point: Point) -> Point:
+        """One object for all points at which the same tensor is caught, however they were selected."""
+        return self._points.setdefault((point.path, replace(point.place, which=None)), point)
+
+    def shared(
+        self, what: Penalty, mean: bool, optional: bool, moving: Sequence[Moving]
+    ) -> tuple[float, Penalty, dict[int, PenaltyRecorder]]:
+        """A penalty as strength × penalty, and the recorders, by point, of the rules so far that have the second."""
+        (strength, leaf), *others = what.leaves()
+        if others or moving or isinstance(strength, Tensor) or leaf.state():
+            return 1.0, what, {}
+        try:
+            return strength, leaf, self._recorders.setdefault((leaf, mean, optional), {})
+        except TypeError:  # it can't be hashed
+            return 1.0, what, {}
 
 
 @dataclass(frozen=True)
@@ -264,15 +282,21 @@ def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
     what = bound.what.bound_in(model)
     for place in {point.place for point in bound.points if point.place.padded}:
         masks.check(place, what, model)
-    same = AtPlace(what, bound.compile) if _same_anywhere(what, "bound_at_place") else None
     activities = [moving.activity for moving in bound.moving if moving.activity is not None]
     empty, optional = blank(there.device), bound.rule.optional
+    strength, known = 1.0, dict[int, PenaltyRecorder]()
+    if same := _same_anywhere(what, "bound_at_place"):
+        strength, what, known = there.shared(what, mean, optional, bound.moving)
+    at_place = AtPlace(what, bound.compile)
     penalty_recorders = []
     for point in bound.points:
-        own = same or AtPlace(what.bound_at_place(), bound.compile)
-        penalty_recorders.append(
-            PenaltyRecorder(bound.key, point, optional, own, empty, mean=mean, weight=weight, activities=activities)
-        )
+        if id(point) not in known:
+            own = at_place if same else AtPlace(what.bound_at_place(), bound.compile)
+            known[id(point)] = PenaltyRecorder(
+                bound.key, point, optional, own, empty, mean=mean, weight=weight, activities=activities
+            )
+        known[id(point)].factors[bound.key] = strength
+        penalty_recorders.append(known[id(point)])
     return penalty_recorders
 
 

@@ -6,7 +6,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
@@ -49,6 +49,15 @@ class Collected:
     factor: float
     hidden: Tensor | float | None
     share: Tensor | float  # the recorder's gradient for a loss gradient of one, in its cell
+
+    def due(self, rules: Collection[str]) -> Collected | None:
+        """The same for these rules together; None where none of them looks at the place."""
+        factors = [factor for rule, factor in self.recorder.factors.items() if rule in rules]
+        if not factors:
+            return None
+        factor = sum(factors)
+        hidden = None if self.hidden is None else self.hidden * factor
+        return Collected(self.recorder, self.direct, self.factor * factor, hidden, self.share * factor)
 
 
 class Derived(Protocol):
@@ -395,7 +404,7 @@ class Forwards:
 
     def last(self, rule: str) -> float:
         """The value of a rule on activations that was last collected; nan before the first."""
-        parts = [part for recorder in self.recorders if recorder.rule == rule for part in recorder.last]
+        parts = [part for recorder in self.recorders if rule in recorder.factors for part in recorder.last(rule)]
         return sum(float(part.mean()) for part in parts) if parts else float("nan")
 
     def collect(self, loss: Tensor | None = None) -> bool:
@@ -475,7 +484,9 @@ class Forwards:
                 "penalise: call reg.loss(...) after the model's forward, in train() mode and with gradients on"
             )
         if never:
-            names = ", ".join(sorted({f"{recorder.point.name!r} ({recorder.rule})" for recorder in never}))
+            names = ", ".join(
+                sorted({f"{recorder.point.name!r} ({', '.join(recorder.factors)})" for recorder in never})
+            )
             raise NeverFiredError(
                 f"a training forward ran, but these places were never reached: {names}. The layer may be unused, in "
                 "eval() mode, called past its hooks (F.linear(x, layer.weight), layer.forward(x)) or compiled before "

@@ -57,21 +57,28 @@ class Point:
 
 
 class Recorder:
-    """A place that a rule looks at. What it sees there, it gives to the forward that runs."""
+    """A place that rules look at. What is seen there, the recorder gives to the forward that runs.
+
+    Args:
+        rule: the first of these rules, which installs it.
+        point: the place.
+        optional: whether the place need not be reached.
+    """
 
     way_out = "Call reg.loss inside the function that is transformed"
 
     def __init__(self, rule: str, point: Point, optional: bool) -> None:
         self.rule, self.point, self.optional = rule, point, optional
+        self.factors = {rule: 1.0}  # by rule: what the rule takes of the value times
         self.fired = False  # ever
         self.compiled: list[Any] = []  # what compiled code saw since that was last noted
         self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
 
-    @property
-    def last(self) -> list[Tensor]:
-        """The value that was last collected, in parts without a graph."""
+    def last(self, rule: str) -> list[Tensor]:
+        """The value for a rule that was last collected, in parts without a graph."""
+        own = self.factors[rule]
         return [
-            torch.as_tensor(part, dtype=None if isinstance(part, Tensor) else torch.float64) * factor
+            torch.as_tensor(part, dtype=None if isinstance(part, Tensor) else torch.float64) * (factor * own)
             for part, factor in self._last
         ]
 
@@ -99,7 +106,7 @@ def blank(device: torch.device) -> Tensor:
 
 
 class PenaltyRecorder(Recorder):
-    """A penalty at one place; its records are the penalty's values.
+    """A penalty at one place, for all rules that multiply it by a number; its records are the penalty's values.
 
     `weight` scales its value (1 / number of places under `reduce="mean"`). Places of one rule may share `at_place`.
     What compiled code measures, it adds to `total`: the sum of the values, and their number.
