@@ -1,4 +1,4 @@
-"""Models that are fitted by keyword: scikit-learn estimators, for which scikit-learn is needed."""
+"""scikit-learn estimators regularised by keyword. Needs scikit-learn."""
 
 from restrain.extras import needing
 

@@ -1,4 +1,4 @@
-"""The base of the keyword models: a scikit-learn estimator around a network that is trained under rules."""
+"""Base of the keyword models: a scikit-learn estimator around a network trained under rules."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ from restrain.models.specs import RECURRENT, LayerData, as_list, forms, hidden, 
 from restrain.models.training import Task, Training
 from restrain.transforms.normalization import Standardize
 
-_AT_ONCE = 2**18  # numbers that are read at a time where nothing is trained
+_AT_ONCE = 2**18  # numbers read at a time outside of training
 
 
 class KeywordModel(BaseEstimator):  # type: ignore[misc]
     """Base of Classifier, Regressor and Autoencoder.
 
-    Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data), `history_` (a dict
-    an epoch), `input_scale_` and `target_scale_` (what standardises, or None), `n_features_in_`, `n_iter_` (epochs so
-    far), `seed_`, `compiled_` (what of an update was compiled, or why nothing).
+    Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data),
+    `history_` (a dict per epoch), `input_scale_` and `target_scale_` (a `Standardize`, or None),
+    `n_features_in_`, `n_iter_` (epochs so far), `seed_`, `compiled_` (which part of the update was
+    compiled, or why none was).
     """
 
     if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __getstate__(self) -> dict[str, Any]:
-        # with the user's classes, so that in another process their names are registered before `clone` asks for them
+        # The user's classes come along, so that another process registers their names before
+        # `clone` asks for them.
         meant = {name: registry.lookup(name) for name in keywords.registered(tuple(DEFAULTS))}
         kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
         return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
@@ -70,21 +72,21 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         for cls in state.get("_meant", ()):
             registry.adopt(cls)
 
-    # ---------------------------------------------------------------- what the kinds of models differ in
+    # ---------------------------------------------------------------- overridden by subclasses
 
     def _task(self) -> Task:
         raise NotImplementedError
 
     def _targets(self, x: Any, y: Any, reset: bool) -> Any:
-        """The targets as the loss takes them; learns what there is to learn of them where `reset`."""
+        """Return the targets as the loss takes them; with `reset`, learn classes or shape first."""
         raise NotImplementedError
 
     def _outputs(self) -> int:
-        """The size of the output layer that the data ask for."""
+        """Return the size of the output layer that fits the targets."""
         raise NotImplementedError
 
     def _check_split(self, part: Samples, held: Samples) -> None:
-        """Warn of what validation can't judge."""
+        """Warn of classes that are missing from the validation data."""
 
     _labels = False
     _has_targets = True
@@ -92,26 +94,27 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     # ---------------------------------------------------------------- training
 
     def train(self, data: Any, valid: Any = None, **given: Any) -> Self:
-        """Go on training; keywords last for this call.
+        """Continue training from the current weights; the first call builds the network.
 
         Args:
-            data: (X, y), (X, y, sample_weight), or X where there are no targets.
-            valid: the same of validation data, or the part of the data to hold back.
-            given: keywords of the constructor for training and rules.
+            data: (X, y) or (X, y, sample_weight); of an Autoencoder X or (X, None, sample_weight).
+            valid: validation data in the same form, or the fraction of the data to hold back.
+            given: keywords for training and rules that replace the constructor's for this call.
 
         Raises:
-            PlanError: a keyword that doesn't exist, or a value that it can't have.
-            SelectionError: a rule that matches nothing.
+            PlanError: a keyword doesn't exist, or its value isn't allowed.
+            SelectionError: a rule matches nothing.
         """
         for _ in self.itertrain(data, valid, **given):
             pass
         return self
 
     def itertrain(self, data: Any, valid: Any = None, **given: Any) -> Iterator[tuple[Monitors, Monitors]]:
-        """As `train`, an epoch at a time: a pair of monitors after each, of training and of the last validation.
+        """Train like `train`; yield (training monitors, last validation monitors) after each epoch.
 
-        Monitors are a dict with "loss" (data loss and all rules), "data_loss", each rule by its name, and "acc" of a
-        Classifier. Without validation data the second is empty.
+        Monitors are a dict with "loss" (data loss plus all rules), "data_loss", the value of each
+        rule by its name, and "acc" for a Classifier. Without validation data the second dict is
+        empty.
         """
         fresh = "module_" not in vars(self)
         return self._run(self._start(*self._unpacked(data), valid, given, fresh=fresh))
@@ -131,7 +134,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return x, y, weight
 
     def _start(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool) -> Training:
-        """Everything up to the first epoch."""
+        """Check data and keywords, build the network if `fresh`, and return the Training."""
         chosen, of_rules, how = self.split_keywords(given)
         place = running(chosen.device, chosen.precision)
         samples = self._samples(x, y, weight, reset=fresh)
@@ -182,7 +185,13 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             self._optimizer = ((algo, chosen.momentum), optimizers.method(training.optimizer, "state_dict")())
 
     def split_keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
-        """Settings of training and keywords of rules: those given for this call, else the estimator's own."""
+        """Return (settings of training, keywords of rules, `how`).
+
+        Values in `given` replace the estimator's own.
+
+        Raises:
+            PlanError: a keyword doesn't exist, or a setting of training isn't allowed.
+        """
         of_rules = keywords.names(tuple(DEFAULTS))
         known = (*settings.NAMES, "how", *of_rules)
         wrong = [name for name in given if name not in known]
@@ -214,7 +223,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return Samples(x, targets, weight, labels=self._labels)
 
     def _inputs(self, x: Any, reset: bool) -> Any:
-        """The inputs as an array, which is not copied where it is one already."""
+        """Return X as a checked array; an array of numbers isn't copied."""
         if getattr(x, "ndim", 2) != 3:
             x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric"), "X")
             layers = None if reset else self.layers_
@@ -246,7 +255,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return samples, self._samples(*self._unpacked(valid), reset=False)
 
     def _learn_scales(self, samples: Samples) -> None:
-        """Mean and deviation of the training part, of inputs and (for numbers) of targets."""
+        """Fit mean and deviation of the training inputs, and of numeric targets."""
         rows = samples.rows
 
         def chunks(array: Any) -> Iterator[Any]:
@@ -264,7 +273,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     # ---------------------------------------------------------------- the network
 
     def _build(self, samples: Samples, chosen: Settings, place: Plain) -> None:
-        """A new network, by the layers that were given or by the data."""
+        """Build a new network from `layers`, or from `hidden` and the sizes of the data."""
         given = self.layers
         if given is None:
             given = [self.n_features_in_, *as_list(self.hidden), self._outputs()]
@@ -284,7 +293,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     @property
     def _steps(self) -> bool:
-        """Whether there is a target for each step of a sequence."""
+        """True if each step of a sequence has its own target."""
         return True
 
     def _check_sizes(self, layers: list[LayerData]) -> None:
@@ -299,7 +308,11 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
                 )
 
     def _new_seed(self, chosen: Settings) -> int:
-        """That of `random_state`; without one that of the checkpoint to go on from, or one of torch's generator."""
+        """Draw a seed from `random_state`.
+
+        Without `random_state`, return the seed stored in the checkpoint, else one from torch's
+        global generator.
+        """
         if self.random_state is None:
             known = checkpoints.seed(chosen.checkpoint)
             return new_seed() if known is None else known
@@ -308,13 +321,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     # ---------------------------------------------------------------- use
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model to a file, which `rs.load` reads; a path that is a folder gets `model.safetensors`.
+        """Write the model to a file for `rs.load`; return the path of the file.
 
-        Written whole or not at all. The optimizer's state isn't kept.
+        A folder gets `model.safetensors`. The file is written whole or not at all. The optimizer's
+        state isn't saved.
 
         Raises:
-            FileError: the model isn't fitted, or is of a class of your own, or a setting is code, which a file doesn't
-                hold.
+            FileError: the model isn't fitted, is an instance of your own subclass, or has a setting
+                that is code.
         """
         if not type(self).__module__.startswith("restrain."):
             raise FileError(
@@ -324,11 +338,11 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return files.save(self, path)
 
     def _forward(self, x: Any) -> Tensor:
-        """The network's output."""
+        """Return the network's output for all samples of x."""
         return torch.cat([self.module_(batch) for batch in self._ready(x)])
 
     def _ready(self, x: Any) -> Iterator[Tensor]:
-        """The inputs as the network takes them, in evaluation, some samples at a time."""
+        """Yield batches of scaled inputs, with the network in evaluation mode and gradients off."""
         check_is_fitted(self, "module_")
         samples = Samples(self._inputs(x, reset=False), dtype=self._dtype, scale=self._scale)
         self.module_.eval()
@@ -341,25 +355,30 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return next(self.module_.parameters()).dtype
 
     def activations(self, X: Any) -> dict[str, Any]:
-        """Every layer's output by name, in order, without noise and dropout; a Classifier's last are logits."""
+        """Return the output of each layer by name, in order, without noise and dropout.
+
+        The last layer of a Classifier gives logits.
+        """
         parts = [outputs_of(self.module_, batch) for batch in self._ready(X)]
         return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
     def encode(self, X: Any, layer: str | None = None) -> Any:
-        """What a layer puts out: the middle one, or the one of that name.
+        """Return the output of the named layer for X; by default of the middle layer.
 
         Raises:
-            PlanError: there is no such layer.
+            PlanError: no layer has that name.
         """
         check_is_fitted(self, "module_")
         name = self._layer(layer)
         return self.activations(X)[name]
 
     def decode(self, Z: Any, layer: str | None = None) -> Any:
-        """The output for what a layer put out: `decode(encode(X))` is the model's output for X.
+        """Return the model's output, given the output Z of a layer (see `encode`).
+
+        `decode(encode(X))` is the model's output for X.
 
         Raises:
-            PlanError: there is no such layer, or the codes are of another size.
+            PlanError: no layer has that name, or Z doesn't fit its size.
         """
         check_is_fitted(self, "module_")
         name = self._layer(layer)
@@ -376,7 +395,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         return self._finished(torch.cat(parts))
 
     def _finished(self, output: Tensor) -> Any:
-        """The network's output as the user gets it."""
+        """Convert the network's output to the user's units, as an array."""
         return (output if self._scale is None else self._scale.y.inverse(output)).numpy()
 
     def _layer(self, name: str | None) -> str:
@@ -390,5 +409,5 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
 
 def _rows(array: Any) -> int:
-    """How many samples are that many numbers."""
+    """Return the number of samples to read at a time (at least 1)."""
     return int(max(1, _AT_ONCE * len(array) // max(1, array.size)))

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: written whole or not at all, read without running code."""
+"""Checkpoints of a training, written whole or not at all and read without running code."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ _PARTS = ("training", "done", "network", "optimizer", "rules", "best", "history"
 
 
 def write(path: str | Path, state: dict[str, Any]) -> None:
-    """Write the state to a file, which at any instant holds either the state before or this one, whole.
+    """Write the state to a file atomically: the file holds the old state or the new one.
 
     Raises:
-        FileAccessError: there is no such folder, no space or no permission.
+        FileAccessError: the folder doesn't exist, or there is no space or no permission.
     """
     storage.write_torch(path, {"version": VERSION, **state})
 
 
 def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
-    """The state in a file; None if there is no such file.
+    """Read the state of a training from a file; return None if the file doesn't exist.
 
     Args:
         path: the file.
-        belongs_to: what the training is, to be found in the file under "training".
+        belongs_to: identity of the training, compared with the entry "training" of the file.
 
     Raises:
-        PlanError: the file is something else, damaged, newer, or of another training.
-        FileAccessError: it can't be opened.
+        PlanError: the folder doesn't exist, or the file isn't a checkpoint, is damaged, has another
+            version, or belongs to another training.
+        FileAccessError: the file can't be opened.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -59,7 +60,7 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _check(state: Any, path: Path) -> None:
-    """Refuse what isn't a state of this version."""
+    """Raise PlanError unless `state` is a complete checkpoint of this version."""
     version = state.get("version") if isinstance(state, Mapping) else None
     if not is_whole(version):
         raise PlanError(f"{str(path)!r} is not a checkpoint of a training: it has no version; name another file")
@@ -77,15 +78,20 @@ def _check(state: Any, path: Path) -> None:
 def _same(found: Any, wanted: Any) -> bool:
     try:
         return bool(found == wanted)
-    except Exception:  # of a tensor, say
+    except Exception:  # for example, the truth value of a tensor
         return False
 
 
 def check_content(path: str | Path, state: Mapping[str, Any], network: Mapping[str, Tensor]) -> None:
-    """Refuse a state whose parts a training of that network can't go on from.
+    """Check that a training of the given network can continue from the state.
+
+    Args:
+        path: the file, for the message.
+        state: as returned by `read`.
+        network: the `state_dict()` of the network.
 
     Raises:
-        PlanError: so it is.
+        PlanError: a part has the wrong type, shape or range.
     """
     best = state["best"] if isinstance(state["best"], Mapping) else {}
     fits = {
@@ -113,7 +119,7 @@ def _is_numbered(pair: tuple[Any, Any]) -> bool:
 
 
 def alike(found: Any, wanted: Mapping[str, Tensor]) -> bool:
-    """Whether these are tensors of the same names, shapes and types as others."""
+    """True if `found` holds dense tensors with the names, shapes and dtypes of `wanted`."""
     if not isinstance(found, Mapping) or found.keys() != wanted.keys():
         return False
     return all(
@@ -125,9 +131,9 @@ def alike(found: Any, wanted: Mapping[str, Tensor]) -> bool:
 
 
 def seed(path: str | Path | None) -> int | None:
-    """The seed of the training in a file; None where there is none to be read."""
+    """Return the seed stored in a checkpoint, or None if it can't be read."""
     try:
         found = storage.read_torch(path)["training"]["seed"] if path else None
-    except (FileError, LookupError, TypeError):  # no such file, or a foreign one, of which `read` tells
+    except (FileError, LookupError, TypeError):  # `read` reports a foreign file later
         return None
     return found if is_whole(found, 0) else None

@@ -1,4 +1,4 @@
-"""Samples on their way to the network: rows of arrays, read a batch at a time, never copied whole."""
+"""Samples for the network: arrays read batch by batch, split, shuffled and scaled."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import listed
 from restrain.transforms.normalization import Standardize
 
-_LOADED = 2**30  # bytes of samples that are made tensors at once
+_LOADED = 2**30  # bytes; larger data are converted batch by batch
 
 
 @runtime_checkable
 class _Frame(Protocol):
-    """A table of named columns, each of its own type, of pandas or Polars."""
+    """A data frame of pandas or Polars: named columns, each with its own dtype."""
 
     columns: Any
     dtypes: Any
@@ -30,10 +30,10 @@ class _Frame(Protocol):
 
 
 def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
-    """The array of numbers that scikit-learn's `check` makes of what was given.
+    """Return the result of `check`, scikit-learn's validation of `given`, if it is numeric.
 
     Raises:
-        PlanError: columns of a table, or the whole, are something else, such as categories or dates.
+        PlanError: the array, or a column of the table, isn't numeric (categories or dates, say).
     """
     try:
         array = check()
@@ -47,7 +47,7 @@ def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
 
 
 def _strange_columns(table: _Frame) -> list[str]:
-    """The columns that aren't numbers, with their types."""
+    """Return the columns that aren't numeric, as "'name' (dtype)"."""
     kinds = [np.asarray(table[column]).dtype for column in table.columns]
     return [
         f"{column!r} ({dtype})"
@@ -67,25 +67,26 @@ def _no_numbers(given: Any, name: str) -> PlanError:
 
 @dataclass(frozen=True)
 class Scale:
-    """What standardises inputs and targets on their way in, and undoes it on the way out."""
+    """Standardisation of inputs (`x`) and targets (`y`)."""
 
     x: Standardize
     y: Standardize
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Standardised inputs."""
+        """Return the inputs, standardised."""
         return self.x(x)  # type: ignore[no-any-return]
 
     def targets(self, y: Tensor) -> Tensor:
-        """Standardised targets."""
+        """Return the targets, standardised."""
         return self.y(y)  # type: ignore[no-any-return]
 
 
 @dataclass
 class Samples:
-    """Rows of inputs, targets and weights. The arrays may be memory-mapped; `rows` says which of them take part.
+    """Inputs, targets and weights of samples, as arrays that may be memory-mapped.
 
-    `scale`, where it is given, is what standardises inputs and targets on their way.
+    `rows` selects the samples that take part (None: all). `scale` standardises inputs and targets
+    when they are read.
     """
 
     x: Any
@@ -95,28 +96,28 @@ class Samples:
     dtype: torch.dtype = torch.float32
     labels: bool = False  # targets are class indices
     scale: Scale | None = None
-    tensors: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # all of it, once it is loaded
+    tensors: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # all rows, after `load`
 
     def __len__(self) -> int:
         return len(self.x) if self.rows is None else len(self.rows)
 
     @property
     def mean_weight(self) -> float:
-        """The mean weight of all rows; one where there are none."""
+        """Return the mean weight of the selected rows; 1 without weights."""
         if self.weight is None:
             return 1.0
         weight = self.weight if self.rows is None else self.weight[self.rows]
         return float(np.mean(weight, dtype=np.float64))
 
     def part(self, rows: Any) -> Samples:
-        """Some of the rows, by their numbers here."""
+        """Return a subset of these samples; `rows` are indices into the selected rows."""
         rows = np.asarray(rows)
         return replace(self, tensors=None, rows=rows if self.rows is None else self.rows[rows])
 
     def load(self) -> None:
-        """Make tensors of all rows, where the arrays are in memory and the tensors take little of it.
+        """Convert all rows to tensors, unless they are memory-mapped or exceed `_LOADED` bytes.
 
-        Rows of bytes stay bytes; `batch` and the compiled update make numbers of them.
+        Inputs of dtype uint8 without a scale stay uint8; `batch` converts them.
         """
         some = [array for array in (self.x, self.y, self.weight) if array is not None]
         size = sum(len(self) * array[:1].size for array in some) * self.dtype.itemsize
@@ -129,7 +130,7 @@ class Samples:
             self.tensors = (torch.tensor(x), *replace(self, x=self.x[:, :0]).batch(slice(None))[1:])
 
     def batch(self, which: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Inputs, targets and weights of some rows, as tensors of their own."""
+        """Return (inputs, targets, weights) of the rows `which`, as new tensors."""
         if self.tensors is not None:
             where = torch.from_numpy(which)
             x, y, weight = (None if t is None else t.index_select(0, where) for t in self.tensors)
@@ -145,7 +146,7 @@ class Samples:
 
 
 def _is_mapped(array: Any) -> bool:
-    """Whether an array is, or is a part of, a file."""
+    """True if the array is memory-mapped, or a view of a memory-mapped one."""
     while array is not None and not isinstance(array, np.memmap):
         array = getattr(array, "base", None)
     return array is not None
@@ -157,9 +158,9 @@ def _tensor(array: Any, index: Any, dtype: torch.dtype, scale: Any = None) -> Te
 
 
 def batches(size: int, batch_size: int, order: Any = None, *, pairs: bool = False) -> Iterator[Any]:
-    """The numbers of the rows of each batch, in that order, or in theirs.
+    """Yield the row indices of each batch, taken from `order` (None: 0, 1, ..., size - 1).
 
-    With `pairs`, a last batch of one row joins the one before.
+    With `pairs`, a last batch of a single row is merged into the batch before it.
     """
     stops = [*range(batch_size, size, batch_size), size]
     if pairs and len(stops) > 1 and stops[-1] - stops[-2] == 1:
@@ -171,22 +172,22 @@ def batches(size: int, batch_size: int, order: Any = None, *, pairs: bool = Fals
 
 
 def generator(seed: int, *path: int) -> torch.Generator:
-    """A generator of its own for a seed and a path of numbers, such as a purpose and an epoch."""
+    """Return an independent generator for a seed and a path of numbers (purpose, epoch)."""
     text = ",".join(map(str, (seed, *path))).encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
     return torch.Generator().manual_seed(number)
 
 
 def shuffled(size: int, seed: int, *path: int) -> Any:
-    """The numbers from 0 to size - 1 in an order that seed and path determine."""
+    """Return a permutation of 0, ..., size - 1 determined by seed and path."""
     return torch.randperm(size, generator=generator(seed, *path)).numpy()
 
 
 def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:
-    """Training and validation samples, drawn by the seed; of class indices, each class in its proportion.
+    """Split into (training, validation) samples, by the seed; class labels are stratified.
 
     Raises:
-        PlanError: a part that isn't between 0 and 1, or that leaves one of them empty.
+        PlanError: `part` isn't between 0 and 1, leaves one side empty, or a class without training.
     """
     if not 0 < part < 1:
         raise PlanError(f"valid= is a part between 0 and 1, or validation data; got {part!r}")
@@ -200,16 +201,17 @@ def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:
 
 
 def held_back(order: Any, count: int, labels: Any = None) -> tuple[Any, Any]:
-    """Rows to train on and `count` rows to validate with, each sorted.
+    """Split rows into (rows to train on, `count` rows to validate on), both sorted.
 
     Args:
-        order: the rows in random order; the first are held back.
-        count: how many to hold back.
-        labels: the class of each row, by its number. Each class is held back in its proportion, rounded by the largest
-            remainders, as scikit-learn's `StratifiedShuffleSplit` does; at least one row of each is trained on.
+        order: the row indices in random order; the first are held back.
+        count: number of rows to hold back.
+        labels: the class of each row, indexed by row, for a stratified split. Each class is held
+            back in proportion, rounded by largest remainders as in scikit-learn's
+            `StratifiedShuffleSplit`; at least one row of each class is trained on.
 
     Raises:
-        PlanError: that many rows can't be held back, with a row of each class left.
+        PlanError: with `labels`, fewer rows than classes would be left to train on.
     """
     if labels is None:
         return np.sort(order[count:]), np.sort(order[:count])
@@ -221,7 +223,7 @@ def held_back(order: Any, count: int, labels: Any = None) -> tuple[Any, Any]:
         )
     exact, most = sizes * count / len(order), sizes - 1
     shares = np.minimum(np.floor(exact), most).astype(int)
-    by_remainder = np.lexsort((first, np.floor(exact) - exact))  # equal ones as they come in the random order
+    by_remainder = np.lexsort((first, np.floor(exact) - exact))  # ties in the random order
     while shares.sum() < count:
         free = by_remainder[shares[by_remainder] < most[by_remainder]]
         shares[free[: count - shares.sum()]] += 1
@@ -233,12 +235,12 @@ def held_back(order: Any, count: int, labels: Any = None) -> tuple[Any, Any]:
 
 
 def warn_of_unheld(labels: Any, held: Any, names: Any) -> None:
-    """Warn of classes of which no row is held back.
+    """Warn of classes without a row in the validation data.
 
     Args:
-        labels: the class of each row, by its number.
-        held: those of the rows that are held back.
-        names: the name of each class.
+        labels: class index of each training row.
+        held: class index of each row that is held back.
+        names: name of each class, by class index.
     """
     absent = np.setdiff1d(labels, held)
     if len(absent):
@@ -252,7 +254,7 @@ def warn_of_unheld(labels: Any, held: Any, names: Any) -> None:
 
 
 def fingerprint(samples: Samples | None) -> list[Any]:
-    """A few numbers that tell one set of samples from another: shapes, and a digest of some rows."""
+    """Return length, shape of X and a digest of up to 256 rows, to recognise the same samples."""
     if samples is None:
         return []
     digest = hashlib.blake2b(digest_size=16)

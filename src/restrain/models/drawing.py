@@ -1,10 +1,11 @@
-"""Random numbers of a compiled update: each is a mix of its position and of two keys, so that they are drawn at once.
+"""Counter-based random numbers for compiled updates: a hash of position and two keys.
 
-A generator such as torch's gives one number after the other; a function of the position runs on all lanes of the
-processor, and 64 × 784 normal numbers take less than half of the time. Position and keys pass two rounds of a 32-bit
-mixing function, in which a change of any bit changes every bit of the result with a probability near one half. The
-keys, 64 bits for each draw of each update, come from torch's generator. Uniform numbers have 24 bits, as torch's; the
-rate of a dropout is exact to 2⁻³²; normal numbers are Box and Muller's (1958), within ±5.9 deviations.
+torch's generator is sequential; a function of the position is vectorised, and 64 × 784 normal
+numbers take less than half of the time. Position and keys pass two rounds of a 32-bit mixing
+function, in which a change of any bit flips every output bit with a probability near one half. The
+keys, 64 bits for each draw of each update, come from torch's generator. Uniform numbers have 24
+bits, like torch's; a dropout rate is exact to 2⁻³²; normal numbers are by Box and Muller (1958),
+within ±5.9 deviations.
 """
 
 from __future__ import annotations
@@ -18,34 +19,34 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-DRAWS = 16  # how many an update may have
+DRAWS = 16  # greatest number of draws in an update
 
 
 def keys(updates: int) -> Tensor:
-    """Two keys for each draw of so many updates, from torch's generator: (updates, DRAWS, 2)."""
+    """Return two int32 keys per draw and update, from torch's generator: (updates, DRAWS, 2)."""
     return torch.randint(-(2**31), 2**31, (updates, DRAWS, 2), dtype=torch.int32)
 
 
 def _mixed(h: Tensor) -> Tensor:
-    """A bijection of 32 bits; shifts and multipliers are those found by the hash-prospector project (C. Wellons)."""
+    """Mix 32 bits bijectively; shifts and multipliers are from hash-prospector (C. Wellons)."""
     h = (h ^ ((h >> 16) & 0xFFFF)) * 0x21F0AAAD
     h = (h ^ ((h >> 15) & 0x1FFFF)) * 0x735A2D97
     return h ^ ((h >> 15) & 0x1FFFF)
 
 
 def bits(first: int, count: int, key: Tensor) -> Tensor:
-    """32 random bits for each of the positions from `first` on."""
+    """Return 32 random bits, as int32, for each position from `first` to `first + count - 1`."""
     return _mixed(_mixed(torch.arange(first, first + count, dtype=torch.int32) + key[0]) ^ key[1])
 
 
 def uniform(like: Tensor, key: Tensor) -> Tensor:
-    """Uniform numbers from 0 to below 1."""
+    """Return uniform numbers in [0, 1), in the shape and dtype of `like`."""
     drawn = ((bits(0, like.numel(), key) >> 8) & 0xFFFFFF).float() * 2.0**-24
     return drawn.view(like.shape).to(like.dtype)
 
 
 def normal(like: Tensor, key: Tensor) -> Tensor:
-    """Standard normal numbers."""
+    """Return standard normal numbers, in the shape and dtype of `like`."""
     half = (like.numel() + 1) // 2
     inner = ((bits(0, half, key) >> 8) & 0xFFFFFF).float() * 2.0**-24 + 2.0**-25
     length, angle = torch.sqrt(-2 * torch.log(inner)), bits(half, half, key).float() * (math.pi * 2.0**-31)
@@ -54,13 +55,16 @@ def normal(like: Tensor, key: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, rate: float, key: Tensor) -> Tensor:
-    """x with zeros at that rate, the rest divided by 1 - rate."""
+    """Return x with entries zeroed with probability `rate`, the others divided by 1 - rate."""
     least = round(rate * 2**32) - 2**31
     return torch.where(bits(0, x.numel(), key).view(x.shape) >= least, x / (1 - rate), 0.0)
 
 
 class Drawing(TorchFunctionMode):
-    """Within it, what our noises draw from torch's generator is drawn by the keys of an update."""
+    """Context in which `randn_like`, `rand_like` and `F.dropout` draw by the keys of an update.
+
+    Draws for complex tensors still come from torch's generator.
+    """
 
     def __init__(self, key: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Classifier, Regressor and Autoencoder."""
+"""The estimators Classifier, Regressor and Autoencoder."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from restrain.models.data import Samples, as_numbers, warn_of_unheld
 
 
 class _CrossEntropy:
-    """Cross-entropy of logits, the mean over the steps of a sequence; and whether the greatest is right."""
+    """Cross-entropy of logits and accuracy, averaged over the steps of a sequence."""
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """-log softmax(output) of the target."""
+        """Return -log softmax(output)[target] of each sample, shape (batch,)."""
         return _per_sample(F.cross_entropy(output.movedim(-1, 1), target, reduction="none"))
 
     def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Accuracy."""
+        """Return {"acc": accuracy of each sample, shape (batch,)}."""
         return {"acc": _per_sample((output.argmax(-1) == target).to(output.dtype))}
 
 
 class _SquaredError:
-    """The squared error, the mean over features (and steps)."""
+    """Squared error, averaged over features and steps."""
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean of (output - target)² of each sample."""
+        """Return the mean of (output - target)² of each sample, shape (batch,)."""
         return _per_sample((output - target).square())
 
     def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """None."""
+        """Return no scores."""
         return {}
 
 
@@ -50,20 +50,22 @@ def _per_sample(values: Tensor) -> Tensor:
 
 
 class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
-    """A network that tells classes apart, regularised by keyword: cross-entropy of the softmax of its outputs.
+    """Neural-network classifier regularised by keyword; minimises the softmax cross-entropy.
 
     Args:
-        layers: as in [784, (100, "tanh"), 10]; None takes `hidden`, and the sizes of input and output from the data.
-            With layers given, integer labels are class indices.
+        layers: all layers, as in [784, (100, "tanh"), 10] (see `restrain.models.specs`); None takes
+            `hidden`, and the sizes of input and output from the data. With `layers` given, integer
+            labels are class indices.
         hidden: the hidden layers, a size or a list as in `layers`.
-        activation: of hidden layers that say none.
-        normalize: standardise the inputs by mean and deviation of the training part.
-        how: the moment at which penalties on weights act, such as "proximal", unless a keyword's dict says it.
-        valid: the part of the data that `fit` holds back to validate on.
-        random_state: a seed; None draws one from torch's global generator.
+        activation: activation of hidden layers that don't name one.
+        normalize: standardise the inputs by mean and deviation of the training data.
+        how: moment at which penalties on weights act, such as "proximal", unless the dict of a
+            keyword has its own.
+        valid: fraction of the data held back for validation, or validation data (X, y).
+        random_state: seed; None draws one from torch's global generator.
 
-    Further keywords: those of training (see `restrain.models.settings`), those of rules (see
-    `restrain.models.keywords`), and the name of every registered penalty.
+    Further keywords: settings of training (see `restrain.models.settings`), rules (see
+    `restrain.models.keywords`), and the name of every registered penalty or transform.
 
     >>> X, y = torch.randn(20, 3).numpy(), [0, 1] * 10
     >>> rs.Classifier(hidden=(8,), weight_l2=1e-3, epochs=2).fit(X, y).predict(X).shape
@@ -73,31 +75,31 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
     _labels = True
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
-        """Train anew; keywords last for this call, the others are the constructor's. See `train`."""
+        """Train from scratch; return self. Keywords replace the constructor's for this call."""
         self.__dict__.pop("_classes", None)
         return self._fit(X, y, sample_weight, valid, given)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None, **given: Any) -> Self:
-        """Go on for one epoch; the first call takes all classes that there will be."""
+        """Train one more epoch; `classes` at the first call lists all classes of later data too."""
         fresh = "module_" not in vars(self)
         if fresh and classes is not None:
             self._classes = np.unique(classes)
         return self._fit(X, y, sample_weight, None, {"epochs": 1, **given}, fresh=fresh)
 
     def predict(self, X: Any) -> Any:
-        """The most likely class of each sample (of sequences with a label a step: of each step)."""
+        """Return the most likely class of each sample, or of each step if steps are labelled."""
         indices = self._forward(X).argmax(-1).numpy()
         return self.classes_[indices]
 
     def predict_proba(self, X: Any) -> Any:
-        """The probability of each class, in the order of `classes_`."""
+        """Return the probability of each class, in the order of `classes_`."""
         return torch.softmax(self._forward(X), -1).numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """The part of samples (of sequences with a label a step: of steps) whose class is the most likely one.
+        """Return the accuracy over samples, or over steps if steps are labelled.
 
         Raises:
-            PlanError: labels of another kind than those of the training.
+            PlanError: labels are text where the classes are numbers, or the other way round.
         """
         check_is_fitted(self, "module_")
         self._check_kind(np.asarray(y))
@@ -107,10 +109,10 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
         return float(np.average(right, weights=sample_weight))
 
     def _check_kind(self, labels: Any) -> None:
-        """Refuse text where the classes are numbers, and numbers where they are text.
+        """Check that labels are text or numbers as `classes_` are.
 
         Raises:
-            PlanError: so it is.
+            PlanError: a label is of the other kind.
         """
         known, given = self.classes_.ravel().tolist(), labels.ravel().tolist()
         kind = {isinstance(value, str) for value in known}
@@ -170,8 +172,13 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
         return known
 
     def _known_classes(self, labels: Any) -> Any:
-        """All classes that there will be: as `partial_fit` says, class indices below the size of the output, or those
-        that there are.
+        """Return all classes, sorted.
+
+        They are the `classes` of `partial_fit`, else with `layers` and integer labels the indices
+        below the size of the output, else the labels that occur.
+
+        Raises:
+            PlanError: an integer label isn't an index of the given output layer.
         """
         if "_classes" in vars(self):
             return self._classes
@@ -196,10 +203,10 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
 
 
 class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
-    """A network that predicts numbers, regularised by keyword: mean squared error.
+    """Neural-network regressor regularised by keyword; minimises mean squared error.
 
-    Arguments as those of `Classifier`; `normalize=True` standardises inputs and targets, and undoes it in
-    predictions. Strengths then belong to the standardised data.
+    Arguments as in `Classifier`. `normalize=True` standardises targets too and converts predictions
+    back; strengths then refer to the standardised data.
 
     >>> X = torch.randn(50, 3, dtype=torch.float64).numpy()
     >>> model = rs.Regressor(hidden=(), algo="lbfgs", batch_size=50, epochs=20, random_state=0).fit(X, X @ [1, 2, 3])
@@ -208,15 +215,15 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
     """
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
-        """Train anew; keywords last for this call, the others are the constructor's. See `train`."""
+        """Train from scratch; return self. Keywords replace the constructor's for this call."""
         return self._fit(X, y, sample_weight, valid, given)
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None, **given: Any) -> Self:
-        """Go on for one epoch."""
+        """Train one more epoch."""
         return self._fit(X, y, sample_weight, None, {"epochs": 1, **given}, fresh="module_" not in vars(self))
 
     def predict(self, X: Any) -> Any:
-        """The prediction for each sample, in the shape of the targets."""
+        """Return the prediction for each sample, in the shape of the targets."""
         return self._finished(self._forward(X))
 
     def _finished(self, output: Tensor) -> Any:
@@ -254,9 +261,10 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
 
 
 class Autoencoder(TransformerMixin, KeywordModel):  # type: ignore[misc]
-    """A network that reproduces its input, regularised by keyword; under noise it is compared with the clean input.
+    """Autoencoder regularised by keyword; minimises the mean squared error of the reconstruction.
 
-    Arguments as those of `Classifier`. `transform` gives the output of the middle layer.
+    Under noise, the reconstruction is compared with the clean input. Arguments as in `Classifier`.
+    `transform` returns the output of the middle layer.
 
     >>> X = torch.randn(20, 4).numpy()
     >>> model = rs.Autoencoder([4, (8, "relu"), (4, "tied")], hidden_l1=1e-3, epochs=2).fit(X)
@@ -267,27 +275,27 @@ class Autoencoder(TransformerMixin, KeywordModel):  # type: ignore[misc]
     _has_targets = False
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
-        """Train anew; `y` is ignored. Keywords last for this call, the others are the constructor's. See `train`."""
+        """Train from scratch; `y` is ignored. Keywords replace the constructor's for this call."""
         return self._fit(X, None, sample_weight, valid, given)
 
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None, **given: Any) -> Self:
-        """Go on for one epoch."""
+        """Train one more epoch; `y` is ignored."""
         return self._fit(X, None, sample_weight, None, {"epochs": 1, **given}, fresh="module_" not in vars(self))
 
     def transform(self, X: Any, layer: str | None = None) -> Any:
-        """The codes of samples: what the middle layer, or the one of that name, puts out."""
+        """Return the codes of the samples: the output of the middle or the named layer."""
         return self.encode(X, layer)
 
     def inverse_transform(self, Z: Any, layer: str | None = None) -> Any:
-        """The samples that codes stand for."""
+        """Return the reconstructions of codes; see `decode`."""
         return self.decode(Z, layer)
 
     def predict(self, X: Any) -> Any:
-        """The reconstruction of each sample."""
+        """Return the reconstruction of each sample."""
         return self._finished(self._forward(X))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """R² of the reconstruction: one minus its squared error over the variance, both summed over features."""
+        """Return R² of the reconstruction: 1 - Σ (x - x̂)² / Σ (x - mean)², summed over features."""
         check_is_fitted(self, "module_")
         x = self._inputs(X, reset=False)
         flat = x.reshape(-1, x.shape[-1])

@@ -1,7 +1,8 @@
-"""Models on file: one safetensors file, whose header holds everything but the tensors as JSON.
+"""Models on file: one safetensors file, with everything but the tensors as JSON in its header.
 
-Reading runs no code from the file: classes are looked up in the caller's table, penalties in the registry, and there
-is no pickle. `storage` writes the file, whole or not at all, and tells one that was cut or damaged.
+Reading runs no code from the file: classes are looked up in the caller's table, penalties in the
+registry, and there is no pickle. `storage` writes the file whole or not at all, and detects a
+truncated or damaged one.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ from restrain.models.layers import Network
 from restrain.transforms.normalization import Standardize
 
 FORMAT, VERSION = "restrain", 1
-FILE_NAME = "model.safetensors"  # in a folder
+FILE_NAME = "model.safetensors"  # when the path is a folder
 _KEYS = {"format", "kind", "version", "restrain", "data"}
-_DEEPEST = 100  # levels of the data
-_UNSAVED = ("_optimizer",)  # as long as the weights again, or twice
+_DEEPEST = 100  # greatest nesting of the data
+_UNSAVED = ("_optimizer",)  # its state can take up to twice the space of the weights
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def place(path: str | os.PathLike[str]) -> Path:
-    """The file that a path means: itself, or `model.safetensors` in the folder that it is."""
+    """Return the path of the file: `path`, or `model.safetensors` in the folder `path`."""
     found = storage.as_path(path)
     folder = found.is_dir() or os.fspath(path).endswith(("/", os.sep))
     return found / FILE_NAME if folder else found
@@ -42,17 +43,19 @@ def place(path: str | os.PathLike[str]) -> Path:
 
 
 def write(path: str | os.PathLike[str], kind: str, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Write data and tensors, atomically: there is the old file or the new one, whole, whenever the power fails.
+    """Write data and tensors atomically; return the path of the file.
+
+    At any time, also after a power failure, the file is the old one or the new one, whole.
 
     Args:
-        path: the file, or a folder (existing, or with a slash at the end) for `model.safetensors`.
-        kind: what it is; `read` asks for it.
-        data: what `json` can write.
-        tensors: copied to memory; of any dtype and device.
+        path: the file, or a folder (existing, or with a trailing slash) for `model.safetensors`.
+        kind: type of the content, checked by `read`.
+        data: JSON data.
+        tensors: of any dtype and device.
 
     Raises:
-        FileError: data that JSON can't hold.
-        FileAccessError: as `storage.write`.
+        FileError: the data can't be written as JSON.
+        FileAccessError: as in `storage.write_safetensors`.
     """
     target = place(path)
     if target != storage.as_path(path):
@@ -66,11 +69,11 @@ def write(path: str | os.PathLike[str], kind: str, data: Mapping[str, Any], tens
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The data and tensors that `write` wrote.
+    """Return (data, tensors) as written by `write`.
 
     Raises:
-        MissingFileError: there is no such file.
-        FileError: it is cut off, damaged, foreign, of another kind, or newer than this version.
+        MissingFileError: the file doesn't exist.
+        FileError: the file is truncated, damaged, foreign, of another kind, or of a newer version.
     """
     file = place(path)
     try:
@@ -111,31 +114,29 @@ def _data(file: Path, found: Mapping[str, str], names: list[str], kind: str) -> 
 
 
 def _here() -> str:
-    """The version of this library."""
-    return str(sys.modules["restrain"].__version__)  # loaded before any part of it
+    """Return the version of this library."""
+    return str(sys.modules["restrain"].__version__)  # the package is loaded before its modules
 
 
 # ---------------------------------------------------------------- models
 
 
 def save(estimator: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> Path:
-    """Write a fitted model: its settings, what it learned, and notes of yours.
+    """Write a fitted model with its settings and learned attributes; return the path of the file.
 
     Args:
         estimator: a Classifier, Regressor or Autoencoder.
-        path: the file, or a folder (existing, or with a slash at the end) for `model.safetensors`.
-        notes: plain data that `read_notes` gives back.
-
-    Returns:
-        The file.
+        path: the file, or a folder (existing, or with a trailing slash) for `model.safetensors`.
+        notes: plain data, returned by `read_notes`.
 
     Raises:
-        FileError: the model isn't fitted, or a setting is code, which a file doesn't hold.
+        FileError: the model isn't fitted, or a setting is code.
+        FileAccessError: as in `write`.
     """
     name, given = type(estimator).__name__, estimator.get_params(deep=False)
     if "module_" not in vars(estimator):
         raise FileError(f"this {name} has learned nothing yet: call fit or train, then save")
-    # a registered name that isn't used may be unknown where the file is read
+    # An unused registered name is left out: it may be unknown where the file is read.
     said = {key: value for key, value in given.items() if value is not None or key not in registry.names()}
     tensors: dict[str, Tensor] = {}
     learned = {
@@ -153,7 +154,7 @@ def save(estimator: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] 
 
 
 def _take_apart(key: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """A learned attribute as JSON; the tensors of modules go to `tensors`."""
+    """Return a learned attribute as JSON; tensors of modules are added to `tensors`."""
     if not isinstance(value, (Network, Standardize)):
         return plain.encode(value, key)
     tensors.update({f"{key}.{name}": tensor for name, tensor in value.state_dict().items()})
@@ -163,15 +164,15 @@ def _take_apart(key: str, value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def load(path: str | os.PathLike[str], classes: Mapping[str, type]) -> Any:
-    """The model that `save` wrote.
+    """Return the model written by `save`.
 
     Args:
         path: the file, or its folder.
-        classes: the classes that it may have, by name; no other is ever looked up.
+        classes: the allowed classes by name; no other class is looked up.
 
     Raises:
-        MissingFileError: there is no such file.
-        FileError: it is cut off, damaged, foreign, newer, or doesn't fit together.
+        MissingFileError: the file doesn't exist.
+        FileError: the file is truncated, damaged, foreign, of a newer version, or inconsistent.
     """
     file = place(path)
     data, tensors = read(path, "model")
@@ -218,8 +219,12 @@ def _restored(value: Any, state: Mapping[str, Tensor], learned: Mapping[str, Any
 
 
 def _network(layers: Any, state: Mapping[str, Tensor]) -> Network:
-    """The network of these layers with these tensors, which are compared before anything is allocated."""
-    if isinstance(layers, list) and len(layers) > len(state) + 2:  # the input, and the choice of a step, have none
+    """Build the network and assign its tensors; names and shapes are checked before any allocation.
+
+    Raises:
+        FileError: the tensors don't fit the layers.
+    """
+    if isinstance(layers, list) and len(layers) > len(state) + 2:  # input and last step have no tensors
         raise FileError(f"there are {len(layers)} layers, and tensors of fewer")
     layers = specs.checked(layers)
     with torch.device("meta"):
@@ -248,7 +253,7 @@ def _network(layers: Any, state: Mapping[str, Tensor]) -> Network:
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The notes that were saved with a model.
+    """Return the notes saved with a model.
 
     Raises:
         MissingFileError, FileError: as in `load`.

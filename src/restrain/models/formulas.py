@@ -1,10 +1,11 @@
-"""The updates of the optimizers that a compiled step carries out itself, on the optimizer's own state.
+"""Updates of SGD, Adam and AdamW for compiled code, in place on the optimizer's own state.
 
     SGD     g += decay p;  b = μ b + (1 - dampening) g;  p -= lr (g + μ b if nesterov else b)
-    Adam    m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;  p -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
+    Adam    m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;
+            p -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)
 
-AdamW is Adam with p *= 1 - lr decay before it instead of g += decay p. What changes from update to update is a row of
-a table, so that the compiled code stays one.
+AdamW is Adam with p *= 1 - lr decay before it instead of g += decay p. Scalars that change from
+update to update come as a row of a table, so that the code is compiled once.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ _PLAIN = {"capturable": False, "differentiable": False, "amsgrad": False}
 
 
 class Formula:
-    """The update of one optimizer, of one group of parameters that all have its state."""
+    """Base of the updates: one optimizer with one group of parameters, all with state."""
 
-    names: tuple[str, ...] = ()  # of the tensors that it keeps for each parameter
+    names: tuple[str, ...] = ()  # of the state tensors of a parameter
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.group = optimizer, optimizer.param_groups[0]
         self.params: list[Tensor] = list(self.group["params"])
 
     def state(self) -> list[list[Tensor]]:
-        """What it keeps, a list a parameter."""
+        """Return the state tensors, a list for each parameter."""
         return [[self.optimizer.state[p][name] for name in self.names] for p in self.params]
 
     def table(self, updates: int) -> Tensor:
-        """What changes, a row for each of the next updates."""
+        """Return the scalars of the next updates, a float64 row for each update."""
         return torch.full((updates, 1), float(self.group["lr"]), dtype=torch.float64)
 
     def took(self, updates: int) -> None:
-        """So many updates were carried out."""
+        """Advance the optimizer's step counters by the number of updates carried out."""
 
     def apply(self, p: Tensor, g: Tensor, state: list[Tensor], row: Tensor) -> None:
-        """One update of one parameter, in place."""
+        """Update one parameter and its state in place; `row` is the row of `table`."""
         raise NotImplementedError
 
     def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
-        """One update of all, by torch's own operation in one pass."""
+        """Update all parameters and their state in place by torch's fused operation."""
         raise NotImplementedError
 
 
@@ -66,7 +67,7 @@ class _Sgd(Formula):
     def fused(self, ps: list[Tensor], gs: list[Tensor], state: list[list[Tensor]], row: Tensor) -> None:
         names = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
         given: dict[str, Any] = {name: self.group[name] for name in names}
-        gs = [g.contiguous() for g in gs]  # it takes entries as they lie
+        gs = [g.contiguous() for g in gs]  # the operation ignores strides
         fused_sgd_(ps, gs, [kept[0] for kept in state if kept], lr=row[0], is_first_step=False, **given)
 
 
@@ -103,13 +104,13 @@ class _Adam(Formula):
 
 
 def formula_of(optimizer: Any) -> Formula | None:
-    """The formula of an optimizer; None where its own `step` is to be called."""
+    """Return the formula of an optimizer, or None if its own `step` must be called."""
     kind = {SGD: _Sgd, Adam: _Adam, AdamW: _Adam}.get(type(optimizer))
     if kind is None or len(optimizer.param_groups) != 1:
         return None
     hooks = step_hooks(optimizer)
     if hooks is None or any(hooks):
-        return None  # rules that act at the step
+        return None  # rules act at the step
     group = optimizer.param_groups[0]
     plain = all(group.get(name, value) == value for name, value in _PLAIN.items())
     return kind(optimizer) if plain and not isinstance(group["lr"], Tensor) else None

@@ -1,22 +1,28 @@
-"""Keywords of the models → rules.
+"""Keywords of the models, converted to rules.
 
-    keyword                                    what it does, and where unless told otherwise by on=
-    weight_l1, weight_l2 (= weight_decay)      s Σ|w|, s Σw² over weights; on= is a glob over parameters
-    hidden_l1                                  s Σ|h|, summed over units and hidden layers, averaged over the batch
-    contractive                                s ‖∂h/∂x‖_F², hidden layers, averaged over the batch
-    recurrent_norm, recurrent_state            s (‖hₜ₊₁‖²-‖hₜ‖²)², s ‖hₜ₊₁-hₜ‖²: mean over transitions and batch
-    input_noise, hidden_noise, output_noise    Gaussian noise of that deviation, in training only
-    input_dropout, hidden_dropout, output_...  dropout at that rate, in training only
+    keyword                                    rule, and its default layers (changed by on=)
+    weight_l1, weight_l2 (= weight_decay)      s Σ|w|, s Σw² over weights; on= is a glob over
+                                               parameters
+    hidden_l1                                  s Σ|h| over units and hidden layers, mean over batch
+    contractive                                s ‖∂h/∂x‖_F² of hidden layers, mean over batch
+    recurrent_norm, recurrent_state            s (‖hₜ₊₁‖² - ‖hₜ‖²)², s ‖hₜ₊₁ - hₜ‖², mean over
+                                               transitions and batch
+    input_noise, hidden_noise, output_noise    Gaussian noise of deviation s, in training only
+    input_dropout, hidden_dropout, output_...  dropout at rate s, in training only
     noise, dropout                             {glob over layers: deviation or rate}
     nonnegative, max_norm                      constraints on weights
-    any registered name                        a penalty of that strength, on weights or (klsparsity, ...) hidden layers
+    any registered name                        penalty of strength s, on weights or, for penalties
+                                               on activations such as klsparsity, hidden layers
     regularizers                               a list of rules
 
-A number, a schedule or a target is the strength; a dict has strength and, as in `.on(...)`, on, how, reduce, name,
-every, optional, and the settings of the penalty. The keywords of noise also take noise, as in
-hidden_dropout=rs.Dropout(0.2, same_over="time"). `reduce="mean"` is theanets' value: over the entries of each tensor a
-mean, then over tensors. So its strength is ours × entries of a row (or of the matrix, for weights) × number of layers.
-theanets' contractive and recurrent_norm, as coded, are other quantities, and have no such form here.
+The value is the strength s (a number, a schedule or a target), or a dict of strength, the options
+on, how, reduce, name, every and optional of `.on(...)`, and the settings of the penalty. Keywords
+of noise also take a noise, as in hidden_dropout=rs.Dropout(0.2, same_over="time").
+
+`reduce="mean"` gives the value of theanets: the mean over the entries of each tensor, then over
+tensors. A strength of theanets is therefore ours × entries of a row (for weights: of the matrix) ×
+number of layers. theanets' contractive and recurrent_norm are other quantities in its code and have
+no equivalent here.
 """
 
 from __future__ import annotations
@@ -71,12 +77,12 @@ OWN: dict[str, type[What]] = {**WEIGHTS, **ACTIVATIONS, **NOISES, **PATTERNS, **
 
 
 def names(reserved: Sequence[str] = ()) -> tuple[str, ...]:
-    """Every keyword there is now: ours, then the registered names."""
+    """Return all current keywords: the built-in ones, then the registered names."""
     return (*OWN, "regularizers", *registered(reserved))
 
 
 def registered(reserved: Sequence[str]) -> tuple[str, ...]:
-    """The registered names that don't mean something else: neither one of our keywords nor one of `reserved`."""
+    """Return the registered names that are neither built-in keywords nor in `reserved`."""
     return tuple(name for name in registry.names() if name not in (*OWN, "regularizers", *reserved))
 
 
@@ -109,11 +115,11 @@ WORDS = {
     **dict.fromkeys(("standardize", "scale"), "normalize="),
     "warm_start": "train, a method, which goes on where the model is",
 }
-"""What other libraries call the keywords of ours."""
+"""Keywords of other libraries, each with the keyword to write instead."""
 
 
 def unknown(given: Sequence[str], known: Sequence[str], where: str) -> PlanError:
-    """The error for keywords that don't exist: for a word of another library ours, else near names."""
+    """Return the error for unknown keywords, with our word for another library's, or near names."""
     ours = [f"{name!r}: write {WORDS[name]}" for name in given if name in WORDS]
     others = [name for name in given if name not in WORDS]
     wrong = f"{', '.join(map(repr, others))}{near_names(others, known)}"
@@ -122,16 +128,19 @@ def unknown(given: Sequence[str], known: Sequence[str], where: str) -> PlanError
 
 @dataclass(frozen=True)
 class Context:
-    """What the keywords are applied to: the layers, and the moment of penalties on parameters that say none."""
+    """Layers that keywords refer to, and the default moment `how` of penalties on parameters."""
 
     layers: list[LayerData]
     how: Any = None
 
     def places(self, pattern: Any) -> Places:
-        """The outputs of the layers that match a glob or any of a list of them; that of the input layer is the input.
+        """Return the outputs of the layers that match a glob or a list of globs.
+
+        For the input layer, it is the input of the model. Other selections (`Places`, types,
+        predicates) pass through.
 
         Raises:
-            SelectionError, PlanError: no layer matches; those that there are are listed.
+            PlanError: a glob matches no layer; the message lists near names.
         """
         if isinstance(pattern, Places):
             return pattern
@@ -144,10 +153,10 @@ class Context:
         return outputs(inside) if len(inside) == len(taken) else inputs() | outputs(inside)
 
     def match(self, pattern: Any) -> list[str]:
-        """The names of the layers that match a glob or any of a list of them.
+        """Return the names of the layers that match a glob or a list of globs, in layer order.
 
         Raises:
-            PlanError: a glob matches none.
+            PlanError: a glob matches no layer.
         """
         globs, every = [pattern] if isinstance(pattern, str) else pattern, [layer["name"] for layer in self.layers]
         for glob in globs:
@@ -156,7 +165,11 @@ class Context:
         return [name for name in every if any(fnmatchcase(name, glob) for glob in globs)]
 
     def default(self, keyword: str) -> Any:
-        """The layers that a keyword means by itself."""
+        """Return the names of the layers where a keyword acts without on=.
+
+        Raises:
+            PlanError: the network has no such layer.
+        """
         every = [layer["name"] for layer in self.layers]
         if keyword.startswith("recurrent"):
             found = [layer["name"] for layer in self.layers if layer["form"] in RECURRENT]
@@ -171,10 +184,11 @@ class Context:
 
 
 def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
-    """The rules that keywords stand for; None, False and a plain strength of zero stand for none.
+    """Return the rules of all keywords; None, False and a strength of zero give no rule.
 
     Raises:
-        PlanError: a keyword without meaning, or a value that it can't have.
+        RestrainError: a value isn't allowed, or two keywords mean the same rule; the message names
+            the keyword. Usually a PlanError.
     """
     made: list[Rule] = list(Plan.of(settings.get("regularizers")))
     acting = {keyword: value for keyword, value in settings.items() if _acts(keyword, value)}
@@ -189,14 +203,14 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
 
 
 def _acts(keyword: str, value: Any) -> bool:
-    """Whether a keyword stands for a rule."""
+    """True if the value gives a rule; 0 does for a constraint."""
     if keyword == "regularizers" or value is None or value is False:
         return False
     return keyword in CONSTRAINTS or not (isinstance(value, Real) and value == 0)
 
 
 def _meaning(keyword: str) -> tuple[type, str]:
-    """The class that a keyword stands for, and where it acts unless told otherwise."""
+    """Return the class of a keyword and a word for its default layers."""
     cls: type[What] = OWN.get(keyword) or registry.lookup(keyword)
     if keyword in PATTERNS:
         return cls, "layers by their names"
@@ -208,16 +222,16 @@ def _meaning(keyword: str) -> tuple[type, str]:
 
 
 def aliases(keyword: str, names: Sequence[str]) -> list[str]:
-    """Those of `names` that stand for the same as a keyword, itself among them."""
+    """Return the names with the same class and default layers as a keyword, itself included."""
     meaning = _meaning(keyword)
     return [name for name in names if name != "regularizers" and _meaning(name) == meaning]
 
 
 def _refuse_aliases(keywords: Collection[str]) -> None:
-    """Refuse two names of one thing, which would act twice.
+    """Check that no two keywords mean the same rule, which would act twice.
 
     Raises:
-        PlanError: there are such.
+        PlanError: two keywords do.
     """
     for keyword in keywords:
         same = aliases(keyword, list(keywords))
@@ -265,7 +279,7 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
 
 
 def _plain(cls: type[What], value: Any) -> dict[str, Any]:
-    """What a value that isn't a dict says: the strength, or (of a constraint without settings) where."""
+    """Return a plain value as a dict: the strength, or for a reparametrisation True or on=."""
     if issubclass(cls, Reparametrization) and (value is True or isinstance(value, (str, list))):
         return {} if value is True else {"on": value}
     if isinstance(value, (bool, str)):
@@ -274,7 +288,11 @@ def _plain(cls: type[What], value: Any) -> dict[str, Any]:
 
 
 def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
-    """The penalty of that strength; of a transform, the strength is its first setting."""
+    """Return strength × penalty, or a transform whose first setting is the strength.
+
+    Raises:
+        PlanError: a setting doesn't exist or is missing, or a penalty has no strength.
+    """
     fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
     settings = by_new_names(cls, settings)
     if fields is not None and set(settings) - set(fields):
@@ -298,7 +316,7 @@ def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
 
 
 def _how_to_write(cls: type[What], settings: Mapping[str, Any]) -> str:
-    """What to write for a class that can't be made of these settings; empty where that isn't known."""
+    """Return the hint on missing settings of a class, or "" if none is missing."""
     fields: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
     needed = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
     missing = [name for name in needed if name not in settings]

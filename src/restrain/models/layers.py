@@ -1,7 +1,7 @@
-"""The networks of keyword models: layers as data (see `specs`) made into modules.
+"""Networks of the keyword models, built from layers as data (see `specs`).
 
-Each layer is one module, which holds its weight and bias and applies its activation; so `rs.outputs("hid1")` is
-what the layer puts out, and its parameters are `hid1.weight` and `hid1.bias`.
+Each layer is one module that holds weight and bias and applies the activation: `rs.outputs("hid1")`
+is the output after the activation, and the parameters are `hid1.weight` and `hid1.bias`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Dense(nn.Linear):
 
 
 class Tied(nn.Module):
-    """activation(Wᵀ x + b), where W is the weight of another layer: the same parameter, with two names."""
+    """activation(Wᵀ x + b), with W the weight of another layer: one parameter with two names."""
 
     def __init__(self, partner: Dense, activation: str) -> None:
         super().__init__()
@@ -47,7 +47,10 @@ class Tied(nn.Module):
 
 
 class Normalized(nn.Module):
-    """activation(normalised x), over the batch or over the features; of sequences (batch, time, features) too."""
+    """activation(normalised x), normalised over the batch or the features.
+
+    x is (batch, features) or (batch, time, features).
+    """
 
     def __init__(self, form: str, size: int, activation: str) -> None:
         super().__init__()
@@ -61,39 +64,39 @@ class Normalized(nn.Module):
 
 
 class Rnn(nn.RNN):
-    """hₜ = activation(W xₜ + U hₜ₋₁ + b), activation tanh or relu; the states of all steps."""
+    """States of all steps of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
 
 class Lstm(nn.LSTM):
-    """The states h of a long short-term memory, of all steps."""
+    """States h of all steps of a long short-term memory."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
 
 class Gru(nn.GRU):
-    """The states of a gated recurrent unit, of all steps."""
+    """States of all steps of a gated recurrent unit."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)[0]
 
 
 class LastStep(nn.Module):
-    """The last step of sequences (batch, time, features)."""
+    """Last step of sequences (batch, time, features)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The last step."""
+        """Return x[:, -1]."""
         return x[:, -1]
 
 
 class Network(nn.Module):
-    """The layers in a row, under their names; built by their data.
+    """Sequential network whose submodules have the names of the layers.
 
     Args:
-        layers: as `specs.resolve` gives them, the input first.
+        layers: plain data as returned by `specs.resolve`, the input first.
     """
 
     def __init__(self, layers: list[LayerData]) -> None:
@@ -118,13 +121,16 @@ class Network(nn.Module):
         raise PlanError(f"no form of layer is called {form!r}")
 
     def forward(self, x: Tensor) -> Tensor:
-        """The output."""
+        """Return the output of the last layer."""
         for layer in self.children():
             x = layer(x)
         return x
 
     def after(self, name: str, h: Tensor) -> Tensor:
-        """The output for what the layer of that name put out; the input's for a name that no layer has."""
+        """Return the network's output, given the output h of a named layer.
+
+        A name that no module has, such as that of the input layer, takes h as the input.
+        """
         names = [key for key, _ in self.named_children()]
         for layer in list(self.children())[names.index(name) + 1 if name in names else 0 :]:
             h = layer(h)
@@ -132,12 +138,12 @@ class Network(nn.Module):
 
     @property
     def needs_pairs(self) -> bool:
-        """Whether it can't train on a batch of one sample."""
+        """True if training needs batches of at least two samples (batch normalisation)."""
         return any(isinstance(module, nn.BatchNorm1d) for module in self.modules())
 
 
 def outputs_of(network: Network, x: Tensor) -> dict[str, Any]:
-    """Every layer's output by name."""
+    """Return the output of each layer by name, in order."""
     found = {}
     for name, layer in network.named_children():
         x = found[name] = layer(x)

@@ -1,4 +1,4 @@
-"""`rs.load`: the classes that a model on file may have, and what they must have learned."""
+"""`rs.load`: the classes allowed in a model file, and checks of their learned attributes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ _CLASSES = {cls.__name__: cls for cls in (Autoencoder, Classifier, Regressor)}
 
 
 def load(path: str | os.PathLike[str]) -> Autoencoder | Classifier | Regressor:
-    """The model that `model.save(path)` wrote. Runs no code from the file.
+    """Load a model written by `model.save(path)`; no code from the file is run.
 
-    The optimizer's state isn't kept: `train` goes on with a fresh one. Where a keyword is a penalty of your own,
-    import the module that defines it first.
+    The optimizer's state isn't saved: `train` continues with a fresh one. If a keyword is a penalty
+    of your own, import the module that defines it first.
 
     Args:
-        path: the file, or the folder that it is in as `model.safetensors`.
+        path: the file, or a folder with `model.safetensors`.
 
     Raises:
-        MissingFileError: there is no such file.
-        FileError: it is cut off, damaged, foreign, newer than this library, or doesn't fit together.
+        MissingFileError: the file doesn't exist.
+        FileError: the file is truncated, damaged, foreign, newer than this library, or
+            inconsistent.
     """
     model = files.load(path, _CLASSES)
     for name, (expected, fits) in _learned(model).items():
@@ -45,7 +46,7 @@ _ABSENT = object()
 
 
 def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]]:
-    """What a fitted model has: what each attribute is, in words and as a check; later checks rely on earlier ones."""
+    """Return (description, check) of each learned attribute; later checks rely on earlier ones."""
     layers = vars(model).get("layers_") or [{}]
     first, last = layers[0].get("size"), layers[-1].get("size")
     found: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -1,4 +1,4 @@
-"""What a training tells: the data loss and each rule's value, averaged over an epoch or over validation data."""
+"""Monitors: data loss and rule values, averaged over an epoch or over validation data."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Monitors = dict[str, float]
 
 @dataclass
 class Means:
-    """Sums over batches, each weighted by its number of rows; read once, at the end."""
+    """Means over batches, weighted by rows; values stay on the device up to 1,024 batches."""
 
     rows: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     waiting: list[tuple[dict[str, Tensor], int]] = field(default_factory=list)
 
     def add(self, values: dict[str, Tensor], rows: int) -> None:
-        """Add the means over a batch of so many rows."""
+        """Add the mean values of a batch of `rows` rows."""
         self.waiting.append(({key: value.detach() for key, value in values.items()}, rows))
         if len(self.waiting) == 1024:
             self._add_up()
 
     def take(self, sums: dict[str, Tensor], rows: int) -> None:
-        """Add sums over so many rows."""
+        """Add sums over `rows` rows."""
         self.rows += rows
         for key, value in sums.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
 
     def _add_up(self) -> None:
-        """Add up what waits, by one operation a name: a number that is added alone takes as long as a thousand."""
+        """Add the waiting values to the sums, one operation per name: 1,000 cost as much as one."""
         waiting, self.waiting = self.waiting, []
         for key in {key: None for values, _ in waiting for key in values}:
             found = torch.stack([values[key] for values, _ in waiting if key in values])
@@ -44,25 +44,25 @@ class Means:
         self.rows += sum(rows for _, rows in waiting)
 
     def read(self, rules: list[str]) -> Monitors:
-        """The means, with their "loss": the data loss and all rules."""
+        """Return the means, and "loss": the data loss plus the values of `rules`."""
         self._add_up()
         found = {key: float(value) / max(self.rows, 1) for key, value in self.sums.items()}
         return {"loss": found["data_loss"] + sum(found.get(rule, 0.0) for rule in rules), **found}
 
 
 def penalties(reg: Attachment | None) -> list[str]:
-    """The names of the rules that have a value."""
+    """Return the names of the rules that are penalties."""
     return [] if reg is None else [rule.key for rule in reg.rules if rule.is_penalty]
 
 
 def training_values(reg: Attachment | None) -> dict[str, Tensor]:
-    """The value of each penalty at the loss that was collected last, without waiting for the device."""
+    """Return the value of each penalty at the last loss, without waiting for the device."""
     return {} if reg is None else reg.latest()
 
 
 @contextmanager
 def evaluating(reg: Attachment | None) -> Iterator[Evaluation | None]:
-    """Within it, the values of rules are measured in evaluation."""
+    """Context for measuring rules in evaluation; yields the Evaluation, or None without rules."""
     if reg is None:
         yield None
         return

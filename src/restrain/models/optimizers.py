@@ -1,4 +1,4 @@
-"""Optimizers by name, and learning rates that change from epoch to epoch."""
+"""Optimizers by name, and learning rates by epoch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,20 @@ def make(
     momentum: float | None = None,
     fused: bool = False,
 ) -> Optimizer:
-    """The optimizer that `algo` names: one of torch's in any case, "nag" (SGD with Nesterov's momentum), or a function
-    of parameters and lr, such as a class or a `functools.partial` of one. With `fused`, those that torch can do so work
-    in one pass over the weights.
+    """Return the optimizer for `algo`.
+
+    Args:
+        algo: a class of `torch.optim` by name (upper or lower case), "nag" (SGD with Nesterov
+            momentum, 0.9 by default), or a function of parameters and lr, such as a class or a
+            `functools.partial`.
+        parameters: the parameters to optimise.
+        learning_rate: a number or a function of the epoch; None keeps the optimizer's default.
+        momentum: None keeps the default.
+        fused: use torch's fused kernels for the named optimizers that have them.
 
     Raises:
-        PlanError: no such optimizer, or one without momentum is to have it.
+        PlanError: the optimizer doesn't exist, can't train these networks, has no momentum, or
+            refuses its arguments.
     """
     options: dict[str, Any] = {}
     if learning_rate is not None:
@@ -77,10 +85,10 @@ def make(
 
 
 def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> Any:
-    """The momentum, if the optimizer has one.
+    """Return the momentum, a number in [0, 1).
 
     Raises:
-        PlanError: it has none, or the number can't be.
+        PlanError: the optimizer takes no momentum, or the number is out of range.
     """
     if "momentum" not in inspect.signature(build).parameters:
         having = [n for n, cls in sorted(_CLASSES.items()) if "momentum" in inspect.signature(cls).parameters]
@@ -92,10 +100,14 @@ def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> An
 
 
 def rate_at(learning_rate: Any, epoch: int) -> float:
-    """The learning rate of an epoch (counted from 0): a number, or what a function of the epoch says.
+    """Return the learning rate in an epoch, counted from 0.
+
+    Args:
+        learning_rate: a number, or a function epoch → number.
+        epoch: the epoch.
 
     Raises:
-        PlanError: it isn't a finite number, zero or more.
+        PlanError: the rate isn't a finite number, zero or more.
     """
     rate = learning_rate(epoch) if callable(learning_rate) else learning_rate
     if not is_number(rate) or rate < 0:
@@ -106,20 +118,20 @@ def rate_at(learning_rate: Any, epoch: int) -> float:
 
 
 def set_rate(optimizer: Optimizer, learning_rate: Any, epoch: int) -> None:
-    """Give the optimizer the rate of an epoch; None leaves it its own."""
+    """Set the learning rate of an epoch in all groups of the optimizer; None changes nothing."""
     if learning_rate is not None:
         for group in optimizer.param_groups:
             group["lr"] = rate_at(learning_rate, epoch)
 
 
-# ---------------------------------------------------------------- torch's optimizers without its compiler
+# ------------------------------------------------------- torch's optimizers without its compiler
 #
-# torch wraps the methods of its optimizers so that torch.compile leaves them alone, and imports the compiler for that,
-# at the first call of any: nearly a second. A model's optimizer is its own, and no compiled code calls it.
+# torch wraps the methods of its optimizers for torch.compile, and imports the compiler at the
+# first call, which takes nearly a second. No compiled code calls the optimizer of a keyword model.
 
 
 def _light(cls: Any, parameters: list[nn.Parameter], **options: Any) -> Any:
-    """cls(parameters, **options)."""
+    """Return cls(parameters, **options), made without importing torch's compiler."""
     if "patch_step" in MISSING:
         return cls(parameters, **options)
     made = type(cls.__name__, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})(parameters, **options)
@@ -129,9 +141,9 @@ def _light(cls: Any, parameters: list[nn.Parameter], **options: Any) -> Any:
 
 
 def method(optimizer: Optimizer, name: str) -> Callable[..., Any]:
-    """A method of an optimizer, of one of torch's without what is wrapped around it.
+    """Return a method of an optimizer, unwrapped for classes of `torch.optim`.
 
-    Around `step`, hooks of rules are called, and no gradient is recorded.
+    `step` still calls its hooks and records no gradients.
     """
     cls = type(optimizer)
     if cls not in _CLASSES.values() or optimizer.defaults.get("differentiable"):
@@ -143,10 +155,10 @@ def method(optimizer: Optimizer, name: str) -> Callable[..., Any]:
 
 
 def load(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Take over a state, but not by what code it was made: it may be of another device.
+    """Load a state into an optimizer, which keeps its option `fused`: the device may differ.
 
     Raises:
-        PlanError: it isn't a state of such an optimizer with such parameters.
+        PlanError: the state is of another optimizer or of other parameters.
     """
     own = method(optimizer, "state_dict")()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -166,7 +178,7 @@ _ONE, _FACTORS = ("step", "eta", "mu", "mu_product", "variance"), ("row_var", "c
 
 
 def _has_groups(state: Any, own: dict[str, Any]) -> bool:
-    """Whether the groups of a state are as one's own."""
+    """True if the state has the parameter groups and options of `own`, the optimizer's state."""
     if not isinstance(state, dict) or state.keys() != own.keys() or not isinstance(state["state"], dict):
         return False
     groups = state["param_groups"]
@@ -182,7 +194,7 @@ def _has_groups(state: Any, own: dict[str, Any]) -> bool:
 
 
 def _has_tensors(state: dict[Any, Any], parameters: list[Tensor], optimizer: Optimizer) -> bool:
-    """Whether the state of each parameter is as an optimizer of torch's keeps it; of other classes anything is."""
+    """True if the state of each parameter fits; only classes of `torch.optim` are checked."""
     cls = type(optimizer)
     if cls not in _CLASSES.values():
         return True
@@ -198,7 +210,10 @@ def _has_tensors(state: dict[Any, Any], parameters: list[Tensor], optimizer: Opt
 
 
 def _kept_names(optimizer: Optimizer) -> set[str] | None:
-    """The names of what such an optimizer keeps of a parameter; None where one step doesn't tell."""
+    """Return the names of the state of a parameter, found by a step on a copy of the optimizer.
+
+    None for optimizers whose state one step doesn't tell.
+    """
     p = nn.Parameter(torch.zeros(1, 1))
     p.grad = torch.zeros(1, 1)
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adafactor)):
@@ -211,7 +226,7 @@ def _kept_names(optimizer: Optimizer) -> set[str] | None:
 
 
 def _is_like(value: Any, mine: Any) -> bool:
-    """Whether it is of the same kind: numbers may change while training, and have to be finite."""
+    """True if an option has the type of `mine`; numbers may differ, but must be finite."""
     if isinstance(mine, (list, tuple)):
         same = isinstance(value, (list, tuple)) and len(value) == len(mine)
         return same and all(map(_is_like, value, mine))
@@ -223,7 +238,10 @@ def _is_like(value: Any, mine: Any) -> bool:
 
 
 def _fits(cls: type, name: Any, value: Any, p: Tensor, whole: int) -> bool:
-    """Whether it can be a part of the state of a parameter; LBFGS keeps vectors of the `whole` of all parameters."""
+    """True if the value can be part of the state of parameter p.
+
+    `whole` is the number of entries of all parameters, the length of vectors of LBFGS.
+    """
     if isinstance(value, (list, tuple)):
         return all(_fits(cls, name, member, p, whole) for member in value)
     if not isinstance(value, Tensor):

@@ -1,6 +1,7 @@
-"""Settings and learned attributes of models as JSON, and back: nothing but data, looked up in fixed tables.
+"""Settings and learned attributes of models as JSON, and back; no code is stored or run.
 
-JSON's own types stand for themselves; whatever else there is, is a dict with one key that begins with "$".
+JSON types stand for themselves. Any other value is a dict with one key that begins with "$" and is
+looked up in a fixed table.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ _OPTIMIZERS: dict[str, type[Optimizer]] = {
 
 
 def encode(value: Any, name: str) -> Any:
-    """The value as JSON has it; `name` is what an error calls it.
+    """Return the value as JSON data; `name` stands for it in errors.
 
     Raises:
-        FileError: it, or something in it, is code or an object without a form on file.
+        FileError: the value, or a member, is code or of a type without a form here.
     """
     if isinstance(value, numpy.generic):
         value = value.item()
@@ -108,11 +109,11 @@ def _cannot(value: Any, name: str, what: str, instead: str) -> FileError:
 
 
 def decode(data: Any) -> Any:
-    """What `encode` wrote.
+    """Return the value for JSON data written by `encode`.
 
     Raises:
-        FileError: a form that doesn't exist, or content that doesn't fit its form.
-        PlanError: a rule whose penalty isn't registered.
+        FileError: a form doesn't exist, or content doesn't fit its form.
+        PlanError: the penalty of a rule isn't registered.
     """
     if isinstance(data, list):
         return [decode(member) for member in data]
@@ -127,11 +128,11 @@ def decode(data: Any) -> Any:
         return _FORMS[form](content)
     except RestrainError:
         raise
-    except Exception as error:  # whatever Python, NumPy and torch raise of content that isn't of that form
+    except Exception as error:  # whatever Python, NumPy and torch raise for malformed content
         raise FileError(f"{form} can't be {brief(content)}: {first_line(error)}") from error
 
 
-_LARGEST = 2**28  # bytes of an array whose entries are much longer than what is in them
+_LARGEST = 2**28  # bytes of a text array; its dtype can declare longer texts than the file has
 
 
 def _decode_array(content: Any) -> Any:

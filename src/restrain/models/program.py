@@ -1,11 +1,11 @@
-"""One update as compiled code: rows gathered, forward, rules, backward, and the optimizer's formula where it has one.
+"""One training update as compiled code: forward, rules, backward and the optimizer's formula.
 
-The update is run once on copies, which records its operations; hooks of rules act there as they do in any forward. What
-can't be recorded (numbers that a rule keeps in tensors of its own, other random numbers) is said by `UnfitError`, and
-the training goes on as it is written. Where there is no compiler, the recorded operations are carried
-out one by one. Large products of matrices go to oneDNN, which on processors of
-other makers than MKL's takes half of its time. The compiled code works on the parameters, the optimizer's state and
-the sums of the monitors in place, and nothing waits for a number.
+The update runs on copies until two runs record the same operations; hooks of rules act as in any
+forward. `UnfitError` says what can't be recorded (tensors that a rule keeps, other random draws);
+the training then continues uncompiled. Without a compiler, the recorded operations run one by one.
+Large matrix products go to oneDNN, which takes half the time of MKL on processors that aren't
+Intel's. The compiled code works in place on parameters, optimizer state and sums of the monitors,
+and never waits for a number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from restrain.transforms import Noise
 
 
 class Training(Protocol):
-    """What is recorded: the `Training` of `training`."""
+    """The part of `training.Training` that is used here."""
 
     network: Network
     reg: Attachment | None
@@ -46,26 +46,26 @@ class Training(Protocol):
     step: Callable[[], Any]
 
     def values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-        """Data loss and scores of a batch."""
+        """Return data loss and scores of a batch."""
 
 
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
-# another thread pays from so many entries on; shapes and addresses are always those of the recording
+# Entries from which on another thread pays. Shapes and alignment are those of the recording.
 _OPTIONS = {"cpp.min_chunk_size": 2**15, "size_asserts": False, "alignment_asserts": False}
-_WIDTH = 4  # of the table
-_LARGE = 2**18  # products of so many factors and more go to oneDNN
+_WIDTH = 4  # columns of the table of scalars
+_LARGE = 2**18  # multiplications from which on a matrix product goes to oneDNN
 
 
 class _Loss(nn.Module):
-    """The loss of a batch, and the values of the monitors."""
+    """Loss and monitors of a batch, as a module for `functional_call`."""
 
     def __init__(self, training: Training) -> None:
         super().__init__()
         self.network = training.network
-        self.training_of = (training,)  # not a part of the module
+        self.training_of = (training,)  # in a tuple, so that it isn't a submodule
 
     def forward(self, x: Tensor, y: Tensor | None, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both."""
+        """Return (loss, values of the monitors)."""
         training = self.training_of[0]
         values = training.values(self.network(x), x if y is None else y, weight)
         loss = values["data_loss"]
@@ -78,15 +78,15 @@ def _said(error: Exception) -> str:
 
 
 class Program:
-    """The compiled update of a training; made when its optimizer has its state.
+    """Compiled update of a training whose optimizer has its state (see `ready`).
 
     Args:
-        training: whose update it is.
-        recorded: carry out the recorded operations one by one, as it is done where the compiler fails; afterwards
-            what it failed of.
+        training: the training.
+        recorded: if not empty, run the recorded operations one by one. Becomes the reason if the
+            compiler fails.
 
     Raises:
-        UnfitError: it can't be recorded.
+        UnfitError: the update can't be recorded.
     """
 
     def __init__(self, training: Training, recorded: str = "") -> None:
@@ -124,12 +124,16 @@ class Program:
                     return compile_graph(graph, given, _OPTIONS)
             except UnfitError:
                 raise
-            except Exception as error:  # no compiler, or one that fails
+            except Exception as error:  # the compiler is missing or fails
                 self.recorded = _said(error)
         return self._graph(given).forward
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
-        """The operations of an update, which are the same every time; a first forward does more than those to come."""
+        """Record the update until two runs agree: a first forward may do more than later ones.
+
+        Raises:
+            UnfitError: the last two of three runs differ, or recording fails.
+        """
         try:
             with torch.random.fork_rng(devices=[]):
                 graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
@@ -147,12 +151,12 @@ class Program:
         return graphs[-1]
 
     def _forget(self) -> None:
-        """What the recording left with the rules belongs to no step."""
+        """Drop the values that rules collected while recording."""
         if self.training.reg is not None:
             self.training.reg.forget()
 
     def _update(self, sums: Tensor, *rest: Tensor) -> list[Tensor]:
-        """One update on flat arguments: its gradients, where the optimizer is to carry them out."""
+        """Run one update on flat arguments; return gradients if the optimizer has no formula."""
         given = iter(rest)
         params = {f"network.{name}": next(given) for name in self.params}
         buffers = {f"network.{name}": next(given) for name in self.buffers}
@@ -183,7 +187,7 @@ class Program:
     # ---------------------------------------------------------------- running it
 
     def update(self, rows: Any) -> None:
-        """Carry out the update on a batch of those rows."""
+        """Run the update on the batch with the given row indices."""
         if self._done == self._made:
             self._begin()
         self._done += 1
@@ -196,7 +200,7 @@ class Program:
             self.training.step()
 
     def _begin(self) -> None:
-        """The numbers of the next updates."""
+        """Prepare scalars and random keys of the next updates."""
         self._took()
         count = min(_AT_ONCE, len(self.training.train) // self.size)
         table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype)
@@ -213,7 +217,10 @@ class Program:
         self._made = self._done = 0
 
     def settle(self, means: Means, rows: int) -> None:
-        """After the last update of an epoch, and before one that isn't compiled: hand over what was added up."""
+        """Add the sums over `rows` rows to `means`, and reset them.
+
+        To be called after the last update of an epoch and before an uncompiled one.
+        """
         self._took()
         if rows:
             means.take(dict(zip(self.names, (self._sums * self.size).unbind(), strict=False)), rows)
@@ -221,10 +228,10 @@ class Program:
 
 
 def check(training: Training) -> None:
-    """Whether an update can be compiled at all.
+    """Check that the updates of a training can be compiled.
 
     Raises:
-        UnfitError: it can't.
+        UnfitError: they can't; the message says why.
     """
     place, optimizer = training.place, training.optimizer
     if place.device.type != "cpu" or place.ranks > 1 or type(place).__name__ != "Plain":
@@ -243,7 +250,7 @@ def check(training: Training) -> None:
 
 
 def ready(training: Training) -> bool:
-    """Whether the optimizer has its state, which its own first step makes."""
+    """True if the optimizer has its state, made by its own first step, or has no formula."""
     formula = formula_of(training.optimizer)
     return formula is None or all(
         training.optimizer.state[p].get(name) is not None for p in formula.params for name in formula.names
@@ -254,14 +261,14 @@ def ready(training: Training) -> bool:
 
 
 def improve(graph: GraphModule) -> None:
-    """Let oneDNN carry out the large products of float32 matrices in a graph, and add up matrices row by row."""
+    """Rewrite a graph: large float32 products by oneDNN, sums of matrices row by row."""
     aten, ours = torch.ops.aten, _product()
     for node in list(graph.graph.nodes):
         same = _unchanged(node)
         if same is not None:
             node.replace_all_uses_with(same)
         elif node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
-            _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # a single sum waits for each addition
+            _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # rows are summed independently
         elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
             bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)
             found, inner = node.meta["val"], x.meta["val"].shape[1]
@@ -276,7 +283,7 @@ def improve(graph: GraphModule) -> None:
 
 
 def _unchanged(node: Node) -> Any:
-    """What a node only hands on, without gradients or turned twice; None for one that does something."""
+    """Return the input of a node that changes no values (detach, double transpose), else None."""
     aten = torch.ops.aten
     if node.target is aten.detach.default:
         return node.args[0]
@@ -286,7 +293,7 @@ def _unchanged(node: Node) -> Any:
 
 
 def _unturned(node: Node) -> tuple[Any, bool]:
-    """What a matrix is the transpose of, and whether it is one."""
+    """Return (x, True) for a node that is the transpose of x, else (node, False)."""
     return (node.args[0], True) if node.target is torch.ops.aten.t.default else (node, False)
 
 
@@ -304,9 +311,9 @@ _library: torch.library.Library | None = None
 
 
 def _product() -> Any:
-    """x w + b by oneDNN, of transposes where said, as an operation that inductor takes as it is.
+    """Return x w + b by oneDNN as an operation that inductor doesn't decompose.
 
-    None where this torch has none.
+    x and w are transposed if `turn_x`, `turn_w`. None if this torch has no such operation.
     """
     global _library
     linear = linear_pointwise()

@@ -9,7 +9,7 @@ from restrain.extras import needing
 
 
 def bar(epochs: int, wanted: bool | None) -> Any:
-    """A progress bar: always, never, or (None) where stderr is a terminal."""
+    """Return a progress bar over epochs; `wanted=None` shows it if stderr is a terminal."""
     show = sys.stderr is not None and sys.stderr.isatty() if wanted is None else wanted
     if not show:
         return _NoBar()

@@ -1,7 +1,7 @@
-"""Records the operations of a function of tensors as a graph, by running it once.
+"""Record the operations of a function of tensors as a graph, by running it once.
 
-As torch's `make_fx` does, which however loads torch's compiler, nearly a second. Here the function runs on real
-tensors, so that nothing is needed but a mode that sees each operation.
+torch's `make_fx` does the same but loads torch's compiler, which takes nearly a second. Here the
+function runs on real tensors under a dispatch mode that sees each operation.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from restrain.torch_private import MISSING, DispatchMode
 
 
 class UnfitError(Exception):
-    """An update that can't be recorded or compiled; says why."""
+    """An update can't be recorded or compiled; the message says why."""
 
 
 class _Recorder(DispatchMode):  # type: ignore[misc]
-    """Writes down each operation; every tensor is an argument or the result of another operation."""
+    """Dispatch mode that adds each operation to a graph.
+
+    Each input of an operation must be an argument or the result of an earlier operation.
+    """
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
-        self.kept: list[Tensor] = []  # a number stands for a tensor as long as the tensor lives
+        self.kept: list[Tensor] = []  # ids are unique only while the tensors live
         for number, tensor in enumerate(given):
             self._known(tensor, self.graph.placeholder(f"given_{number}"))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # torch's compiler never sees this, and needn't be told so
+        return False  # torch's compiler never sees this mode; the default would load it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
@@ -57,7 +60,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         self.kept.append(tensor)
 
     def written(self, value: Any) -> Any:
-        """Arguments with a node in the place of each tensor."""
+        """Return the arguments with each tensor replaced by its node."""
         return map_aggregate(value, lambda member: self._node(member) if isinstance(member, Tensor) else member)
 
     def _node(self, tensor: Tensor) -> Node:
@@ -67,11 +70,13 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
 
 
 def record(run: Callable[..., Any], given: list[Tensor]) -> GraphModule:
-    """The operations of run(*given), which works on the tensors that are given. In `meta["val"]`, their shapes.
+    """Run `run(*given)` on the given tensors; return its operations as a graph.
+
+    The `meta["val"]` of a node is a meta tensor with shape, strides and dtype of its result.
 
     Raises:
-        UnfitError: the graph would hold what another run needn't have: tensors that aren't arguments, random numbers,
-            decisions by a computed number.
+        UnfitError: another run might differ: it reads tensors that aren't arguments, draws random
+            numbers, or branches on a computed number.
     """
     if "dispatch_mode" in MISSING:
         raise UnfitError(f"torch {torch.__version__} has no mode that sees each operation")

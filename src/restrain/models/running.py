@@ -1,5 +1,6 @@
-"""Where a training runs: plainly on the CPU, or by Lightning Fabric on other devices, in mixed precision, on several
-processes. Fabric is imported only when it is asked for.
+"""Run a training on the CPU, or by Lightning Fabric on other devices or several processes.
+
+Fabric also provides mixed precision. It is imported only when needed.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from torch.optim import Optimizer
 from restrain.errors import PlanError
 
 PRECISIONS = ("32", "64", "16-mixed", "bf16-mixed")
-_drawing = RLock()  # torch's generators belong to the process: threads that train draw from them in turn
+_drawing = RLock()  # torch's generators are global: threads that train take turns
 
 
 @contextmanager
 def seeded(seed: int, cuda: torch.device | None = None) -> Iterator[None]:
-    """Within it, torch's global generators draw from the seed; afterwards they stand where they stood."""
+    """Context in which torch's global generators start from the seed; restores their state."""
     with _drawing, torch.random.fork_rng(devices=[] if cuda is None else [cuda]):
         torch.default_generator.manual_seed(seed)
         if cuda is not None:
@@ -31,47 +32,47 @@ def seeded(seed: int, cuda: torch.device | None = None) -> Iterator[None]:
 
 
 def new_seed() -> int:
-    """A seed drawn from torch's global generator."""
+    """Draw a seed from torch's global generator."""
     with _drawing:
         return int(torch.randint(2**31 - 1, ()))
 
 
 class Plain:
-    """One process, on the CPU."""
+    """Run in one process on the CPU."""
 
     rank, ranks, device = 0, 1, torch.device("cpu")
 
     def setup(self, network: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Any]:
-        """The network and the optimizer as they are to be called."""
+        """Return the network and the optimizer to call."""
         return network, optimizer
 
     def backward(self, loss: Tensor) -> None:
-        """Compute the gradients."""
+        """Compute the gradients of the loss."""
         loss.backward()
 
     def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The mean over all processes."""
+        """Return the mean of each value over all processes."""
         return values
 
     def unscaled(self, optimizer: Any) -> None:
-        """Give the gradients their true size, before they are clipped."""
+        """Undo the loss scaling of the gradients, before they are clipped."""
 
     def agreed(self, number: int) -> int:
-        """The number of the first process, in all of them."""
+        """Return the number of the first process, in each process."""
         return number
 
     def seeded(self, seed: int) -> AbstractContextManager[None]:
-        """Within it, torch's global generators draw from the seed; afterwards they stand where they stood."""
+        """Context in which torch's global generators start from the seed (see `seeded`)."""
         return seeded(seed)
 
 
 class WithFabric(Plain):
-    """By Lightning Fabric.
+    """Run by Lightning Fabric.
 
     Under `torchrun`, each process takes its share of every batch, and the gradients are averaged.
 
     Raises:
-        PlanError: Fabric isn't installed, or can't have that device.
+        PlanError: Fabric isn't installed, or refuses the device or precision.
     """
 
     def __init__(self, device: str | None, precision: str) -> None:
@@ -89,7 +90,7 @@ class WithFabric(Plain):
                 accelerator=kind,
                 devices=[int(number)] if number else int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
                 num_nodes=max(1, ranks // int(os.environ.get("LOCAL_WORLD_SIZE", ranks))),
-                # the network has its type already; Fabric's "64-true" would round the outputs to float32
+                # The network has its dtype already; "64-true" would round the outputs to float32.
                 precision="32-true" if precision in ("32", "64") else precision,  # type: ignore[arg-type]
                 strategy="ddp" if ranks > 1 else "auto",
             )
@@ -122,10 +123,10 @@ class WithFabric(Plain):
 
 
 def running(device: Any, precision: str | None) -> Plain:
-    """Where to run: Fabric, if a device, a mixed precision or several processes are asked for.
+    """Return where to run: Fabric for another device, mixed precision or several processes.
 
     Raises:
-        PlanError: a precision that doesn't exist.
+        PlanError: the precision doesn't exist; or as in `WithFabric`.
     """
     precision = precision or "32"
     if precision not in PRECISIONS:

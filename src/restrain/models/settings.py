@@ -1,4 +1,4 @@
-"""The keywords of training, and what they may be."""
+"""Keywords of training, and their checks."""
 
 from __future__ import annotations
 
@@ -14,25 +14,31 @@ from restrain.fields import is_number
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is trained.
+    """Settings of training a model.
 
     Args:
-        algo: a torch optimizer by name ("sgd", "nag", "adam", "rmsprop", "lbfgs", ...), or a function of parameters
-            and lr.
-        learning_rate: a number, or a function epoch → number, epochs of this call counted from 0; None is the
-            optimizer's own.
-        momentum: for the optimizers that have one.
-        batch_size: samples a step.
-        epochs: how often each sample is seen at most.
-        shuffle: a new order of samples in every epoch.
-        patience: stop after so many validations in a row without improvement.
-        min_improvement: by what part of the best validation loss a better one must be less to count.
+        algo: a torch optimizer by name ("sgd", "nag", "adam", "rmsprop", "lbfgs", ...), or a
+            function of parameters and lr.
+        learning_rate: a number, or a function epoch → number, with epochs of this call counted from
+            0; None keeps the optimizer's default.
+        momentum: for optimizers that have one; None keeps the default.
+        batch_size: samples per step.
+        epochs: greatest number of passes over the data.
+        shuffle: draw a new order of the samples in each epoch.
+        patience: stop after this number of validations in a row without improvement; None: never.
+        min_improvement: least decrease that counts, as a fraction of the best validation loss.
         validate_every: epochs from one validation to the next.
-        max_gradient_norm: longer gradients (of all parameters together) are scaled down to that length.
-        progress: a progress bar: None where stderr is a terminal, True or False always or never.
-        checkpoint: a file, written after every epoch; a fit that finds one there goes on from it.
-        compile: whether the whole update is compiled (CPU, one process): True, False, or "auto", for long trainings.
-        device, precision: "cuda", "cuda:1", "mps"; "32", "64", "16-mixed", "bf16-mixed".
+        max_gradient_norm: clip the norm of the gradient of all parameters; None: don't.
+        progress: show a progress bar; None: if stderr is a terminal.
+        checkpoint: file written after each epoch; if it exists, training continues from it.
+        compile: compile the whole update (one process on the CPU): True, False, or "auto" for long
+            trainings only.
+        device: "cpu", "cuda", "cuda:1", "mps"; None: the CPU.
+        precision: "32", "64", "16-mixed" or "bf16-mixed"; None: "64" for float64 data on the CPU,
+            else "32".
+
+    Raises:
+        PlanError: a value isn't allowed.
     """
 
     algo: Any = "adam"
@@ -70,12 +76,12 @@ class Settings:
             raise PlanError(f'compile= is True, False or "auto"; got {self.compile!r}')
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with: all that changes the result."""
+        """Return the settings that change the result, which a checkpoint must share."""
         found = {name: getattr(self, name) for name in NAMES if name not in _OUTSIDE}
         return {name: _plain(value) for name, value in found.items()}
 
 
-_OUTSIDE = ("progress", "checkpoint", "device", "compile")  # what a checkpoint needn't agree with, or says itself
+_OUTSIDE = ("progress", "checkpoint", "device", "compile")  # may differ, or are stored separately
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The signature of the models: every keyword that there is, also those of penalties registered later."""
+"""Signature of the estimators: all keywords, including names that are registered later."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ DEFAULTS = {
 
 
 class Init:
-    """`__init__` with all keywords that there are now, also names that were registered after the class was made.
+    """Descriptor for an `__init__` whose signature lists the keywords known at the time of access.
 
-    scikit-learn reads the parameters of an estimator from that signature.
+    scikit-learn reads the parameters of an estimator from this signature.
     """
 
     def __get__(self, instance: Any, owner: Any) -> Any:

@@ -1,14 +1,16 @@
-"""Layer specifications: what a person writes for a layer, resolved to plain data.
+"""Layer specifications, as a user writes them, resolved to plain data.
 
-    specification                         layer
-    50                                    50 units, relu (the last layer: linear)
-    (50, "tanh")                          the same with another activation; also (20, "lstm"), (20, "rnn", "tanh")
-    "tied", (4, "tied")                   multiplies by the transposed weight of its partner: the last layer backwards
-                                          that has none
-    "batchnorm", "layernorm"              normalises what comes, sample by batch or by features
+    specification                   layer
+    50                              50 units, relu (the last layer: linear)
+    (50, "tanh")                    the same with another activation; also (20, "lstm"),
+                                    (20, "rnn", "tanh")
+    "tied", (4, "tied")             multiplies by the transposed weight of its partner, the nearest
+                                    earlier dense layer without a partner
+    "batchnorm", "layernorm"        normalises over the batch or over the features
     dict(size=, name=, activation=, form=, partner=)
 
-The first specification is the input, the last one the output. Resolved, each is a dict of text and numbers.
+The first specification is the input, the last one the output. Resolved, each is a dict of text and
+numbers.
 """
 
 from __future__ import annotations
@@ -48,10 +50,16 @@ LayerData = dict[str, Any]
 
 
 def resolve(specifications: Any, *, activation: str = "relu") -> list[LayerData]:
-    """The layers as plain data: each a dict with name, form, size, activation, and partner where it is tied.
+    """Return the layers as dicts of name, form, size, activation, and partner if tied.
+
+    The input layer, the first, has name, form and size only.
+
+    Args:
+        specifications: a list with at least input and output.
+        activation: for hidden layers that don't name one.
 
     Raises:
-        PlanError: a specification that can't be read, sizes that don't fit, or a name that can't be used.
+        PlanError: a specification can't be read, sizes don't fit, or a name can't be used.
     """
     if isinstance(specifications, (str, bytes, Mapping)) or not isinstance(specifications, Sequence):
         raise PlanError(f"layers are a list such as [784, 100, 10], got {specifications!r}")
@@ -68,24 +76,24 @@ def resolve(specifications: Any, *, activation: str = "relu") -> list[LayerData]
 
 
 def as_list(specifications: Any) -> list[Any]:
-    """Specifications as a list; a size alone is one."""
+    """Return specifications as a list; a single size becomes a list of one."""
     return [specifications] if isinstance(specifications, Integral) else list(specifications)
 
 
 def forms(specifications: Any) -> list[str]:
-    """The form of each layer.
+    """Return the form of each layer.
 
     Raises:
-        PlanError: a specification that can't be read.
+        PlanError: a specification can't be read.
     """
     return [_read(spec).get("form", "dense") for spec in as_list(specifications)]
 
 
 def checked(layers: Any) -> list[LayerData]:
-    """Layers as `resolve` gives them, which come from a file.
+    """Return layers read from a file, checked to have the form that `resolve` returns.
 
     Raises:
-        PlanError: they can't be.
+        PlanError: the layers have another form.
     """
     if not isinstance(layers, list) or len(layers) < 2 or not all(isinstance(layer, dict) for layer in layers):
         raise PlanError(f"layers are a list of dicts, from input to output; got {brief(layers)}")
@@ -108,7 +116,11 @@ _LARGEST = 2**31 - 1
 
 
 def _read(spec: Any) -> LayerData:
-    """A specification as a dict with some of the keys."""
+    """Return a specification as a dict of the keys that it states.
+
+    Raises:
+        PlanError: the specification can't be read.
+    """
     if isinstance(spec, Mapping):
         unknown = set(spec) - set(KEYS)
         if unknown:
@@ -162,7 +174,11 @@ def _input(layer: LayerData) -> LayerData:
 
 
 def _complete(layer: LayerData, before: list[LayerData], *, last: bool, activation: str) -> LayerData:
-    """A layer with everything that it left to be filled in."""
+    """Return the layer with name, size and activation filled in.
+
+    Raises:
+        PlanError: the layer lacks a size, or doesn't fit the layers before it.
+    """
     form = layer.get("form", "dense")
     done: LayerData = {"name": layer.get("name") or _name(form, before, last), "form": form}
     incoming = before[-1]["size"]
@@ -189,12 +205,16 @@ def _complete(layer: LayerData, before: list[LayerData], *, last: bool, activati
     if done["activation"] == "softmax":
         if not last:
             raise PlanError("softmax is for the output of a Classifier; hidden layers have one of the others")
-        done["activation"] = "linear"  # a Classifier's output are logits; the loss and predict_proba hold the softmax
+        done["activation"] = "linear"  # the output is logits; the loss and predict_proba apply softmax
     return done
 
 
 def _tied(layer: LayerData, before: list[LayerData], incoming: int) -> LayerData:
-    """Partner and size of a tied layer."""
+    """Return partner and size of a tied layer.
+
+    Raises:
+        PlanError: no free dense layer fits.
+    """
     taken = {other.get("partner") for other in before}
     free = [number for number, other in enumerate(before) if other["form"] == "dense" and other["name"] not in taken]
     names = [before[number]["name"] for number in free]
@@ -234,5 +254,5 @@ def _check_names(layers: list[LayerData]) -> None:
 
 
 def hidden(layers: list[LayerData]) -> list[str]:
-    """The names of the layers between input and output that compute: not normalisation, not the choice of a step."""
+    """Return the names of the hidden layers, without normalisation and choice of the last step."""
     return [layer["name"] for layer in layers[1:-1] if layer["form"] in ("dense", "tied", *RECURRENT)]

@@ -1,7 +1,8 @@
 """The training loop of the keyword models.
 
-Everything random in an epoch (order of the batches, noise, dropout) is drawn from the seed and the number of the
-epoch alone. So a training that was stopped goes on exactly where it was, and torch's own generator stays as it was.
+Everything random in an epoch (order of the batches, noise, dropout) depends on the seed and the
+number of the epoch alone. So an interrupted training continues exactly where it was, and torch's
+global generator is left unchanged.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from restrain.models.settings import Settings
 from restrain.penalties.derivative import OnDerivatives
 from restrain.rules import Rule
 
-_SOME = 1_000  # updates of a small network after which recording them has paid
-_LONG = 20_000  # after which compiling has
-_HEAVY = 1e7  # entries × samples whose update saves as much again
-_WAITING = {"recorded": "the training is short", "later": "an eighth of the epochs comes first"}  # not compiled
+_SOME = 1_000  # updates of a small network from which on recording them pays
+_LONG = 20_000  # updates from which on compiling pays
+_HEAVY = 1e7  # entries × samples for which an update counts twice
+_WAITING = {"recorded": "the training is short", "later": "an eighth of the epochs comes first"}  # why not compiled
 
 
 class Task(Protocol):
-    """What the network is to do: the loss of each sample, and other scores."""
+    """Loss and scores of each sample."""
 
     def losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """The data loss of each sample, of shape (batch,)."""
+        """Return the data loss of each sample, shape (batch,)."""
 
     def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Other numbers of each sample, by name."""
+        """Return further scores by name, each of shape (batch,)."""
 
 
 @dataclass
 class Best:
-    """The best validation so far: its data loss, the weights then, and how many have not been better since."""
+    """Best validation so far: data loss, weights, and number of validations since (`worse`)."""
 
     loss: float = math.inf
     weights: dict[str, Tensor] | None = None
     worse: int = 0
 
     def take(self, loss: float, network: Network, improvement: float) -> None:
-        """Look at one more validation."""
+        """Add a validation; a loss counts as better if below (1 - improvement) × the best."""
         margin = improvement * abs(self.loss) if math.isfinite(self.loss) else 0.0
         if loss < self.loss - margin:
             self.loss, self.worse = loss, 0
@@ -63,17 +64,22 @@ class Best:
 
 @dataclass
 class Training:
-    """A network being trained on samples under rules.
+    """Training of a network on samples under rules.
 
     Args:
         network: trained in place.
-        rules: what regularises it.
-        task: its loss.
-        train, valid: samples.
+        rules: the regularisation.
+        task: loss and scores.
+        train, valid: training and validation samples; valid may be None.
         settings: optimizer, epochs and so on.
-        seed: of all that is random.
-        before: how many epochs it has had before.
-        state: the optimizer's, to go on with.
+        seed: seed of everything random.
+        before: number of epochs already trained.
+        state: state of the optimizer to continue with.
+        place: where to run.
+        history: a dict per epoch, filled during training.
+
+    Raises:
+        PlanError: the optimizer or a rule can't be used here.
     """
 
     network: Network
@@ -102,13 +108,13 @@ class Training:
         self.done, self.best = 0, Best()
         self.program: Any = None
         self.compiled: bool | str = self._by_length() if self.settings.compile == "auto" else self.settings.compile
-        self.resumed = False  # with that decision
+        self.resumed = False  # True: `compiled` comes from a checkpoint
         self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
         self.train.load()
         self.derivatives = any(isinstance(rule.what, OnDerivatives) for rule in self.rules)
         self.mean_weight = self.train.mean_weight
         for rule in self.rules:
-            if rule.how == "parametrize":  # the weights on file and of the best epoch have plain names
+            if rule.how == "parametrize":  # it would rename the weights in files and in `Best`
                 raise PlanError(
                     f"{rule.label}: the models' own training takes no how='parametrize'. Constraints have "
                     "how='project'; for the rest train model.module_ in a loop of your own, with rs.attach"
@@ -116,9 +122,9 @@ class Training:
         self.reg = attach(self.network, list(self.rules), self.optimizer) if self.rules else None
 
     def epochs(self) -> Iterator[tuple[Monitors, Monitors]]:
-        """Train; after each epoch, the monitors of training and of the last validation ({} before the first).
+        """Train; yield (training monitors, last validation monitors) after each epoch.
 
-        At the end, or when the caller stops, the best weights by validation are back.
+        At the end, or when the caller stops, the network gets the best weights by validation.
 
         Raises:
             TrainingError: the loss isn't finite.
@@ -153,7 +159,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing more to do."""
+        """True after all epochs, or when patience has run out."""
         patience = self.settings.patience
         return self.done >= self.settings.epochs or (patience is not None and self.best.worse >= patience)
 
@@ -178,7 +184,7 @@ class Training:
         return found
 
     def _updates(self, order: Any, means: Means) -> None:
-        """The updates of an epoch: full batches compiled, where that is decided; others as `_step` writes them."""
+        """Run the updates of an epoch: full batches compiled if so decided, others by `_step`."""
         size, waiting = self.settings.batch_size, 0
         for rows in batches(len(self.train), size, order, pairs=self.network.needs_pairs):
             if self.compiled and self.program is None:
@@ -195,7 +201,7 @@ class Training:
             self.program.settle(means, waiting)
 
     def _step(self, rows: Any, means: Means) -> None:
-        mine = rows[self.place.rank :: self.place.ranks]  # the share of this process
+        mine = rows[self.place.rank :: self.place.ranks]  # the rows of this process
         share = len(mine) * self.place.ranks / len(rows)
         x, y, weight = self._batch(self.train, mine if len(mine) else rows[:1])
         seen: list[dict[str, Tensor]] = []
@@ -227,7 +233,10 @@ class Training:
         return x, y, weight
 
     def values(self, output: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-        """The mean data loss and scores of a batch, each sample by its weight over the mean weight of all."""
+        """Return the mean data loss and scores of a batch.
+
+        Weights are divided by the mean weight of the training samples.
+        """
         target = target.detach()
         values = {"data_loss": self.task.losses(output, target), **self.task.scores(output, target)}
         if weight is not None:
@@ -235,7 +244,7 @@ class Training:
         return {key: value.mean() for key, value in values.items()}
 
     def evaluate(self, samples: Samples) -> Monitors:
-        """The monitors of samples, with noise and dropout off."""
+        """Return the monitors of samples, with noise and dropout off."""
         self.network.eval()
         means = Means()
         with evaluating(self.reg) as evaluation, self._graph(evaluation):
@@ -250,19 +259,19 @@ class Training:
         return means.read(penalties(self.reg))
 
     def _graph(self, evaluation: Evaluation | None) -> Any:
-        """Gradients on where a rule takes derivatives, else off."""
+        """Return a context with gradients off, unless a rule takes derivatives."""
         return nullcontext() if evaluation is not None and evaluation.needs_graph else torch.no_grad()
 
     def _weighted(self, x: Tensor, y: Tensor | None, weight: Tensor, mean: float) -> dict[str, Tensor]:
-        """Data loss and scores by the weights."""
+        """Return weighted data loss and scores; `mean` is the mean weight of these samples."""
         return self.values(self.network(x), x if y is None else y, weight * (self.mean_weight / mean))
 
     # ---------------------------------------------------------------- compilation
 
     def _by_length(self) -> bool | str:
-        """What is worth its time: compiling some ten thousand updates, of large networks fewer; recording some hundred.
+        """Return whether compiling ("later") or recording ("recorded") pays, by the expected work.
 
-        A training may end long before all its epochs, so it is compiled ("later") when an eighth of them is done.
+        "later" compiles after an eighth of the epochs, as a training may stop early.
         """
         updates = self.settings.epochs * (len(self.train) // self.settings.batch_size)
         entries = sum(p.numel() for p in self.network.parameters())
@@ -270,7 +279,7 @@ class Training:
         return "later" if work >= _LONG else "recorded" if work >= _SOME else False
 
     def _compile(self) -> None:
-        """Record and compile the update, as soon as the optimizer has its state; or say why not."""
+        """Record and compile the update once the optimizer has its state; else note why not."""
         from restrain.models import program
         from restrain.models.recording import UnfitError
 
@@ -290,7 +299,7 @@ class Training:
                 self._without(said, self.compiled if why else "recorded", expected=bool(why))
 
     def _without(self, said: str, compiled: bool | str, *, expected: bool = False) -> None:
-        """Go on without compiled code."""
+        """Continue without compiled code; warn if it was asked for, unless `expected`."""
         if not expected and (self.settings.compile is True or self.resumed):
             warnings.warn(
                 f"compile={self.settings.compile!r}, but compiled is {said}; compile=False would say that you know",
@@ -302,7 +311,7 @@ class Training:
     # ---------------------------------------------------------------- checkpoints
 
     def _identity(self) -> dict[str, Any]:
-        """What this training is: a checkpoint of another one is refused."""
+        """Return the identity of this training, which a checkpoint must share."""
         return {
             **self.settings.identity(),
             "optimizer": type(self.optimizer).__name__,
@@ -345,7 +354,11 @@ class Training:
         self.history[:] = state["history"]
 
     def _decided(self, compiled: bool | str) -> None:
-        """The training that goes on was compiled, or not; other code would round otherwise."""
+        """Compile, or don't, as before the checkpoint: other code would round differently.
+
+        Raises:
+            PlanError: `compile=` contradicts the checkpoint.
+        """
         if self.settings.compile not in ("auto", bool(compiled)):
             raise PlanError(
                 f"the checkpoint {str(self.settings.checkpoint)!r} is of a training with compile={bool(compiled)}, "
@@ -356,7 +369,7 @@ class Training:
     # ---------------------------------------------------------------- what went wrong
 
     def _warn_of_empty(self) -> None:
-        """Warn of weights and of hidden layers that a rule has emptied."""
+        """Warn of weights and layer outputs that a rule has made all zeros."""
         if self.reg is None:
             return
         self.network.eval()
@@ -376,7 +389,7 @@ class Training:
 
 
 def _said(rule: Rule, names: list[str]) -> str:
-    """A rule as text that is the same in every process."""
+    """Return the rule as text that is the same in each process."""
     what = repr(rule.what)
     what = type(rule.what).__name__ if " at 0x" in what else what
     return f"{what} on {names} how={rule.how} reduce={rule.reduce} every={rule.every}"
