@@ -1,7 +1,7 @@
-"""Calls that run, told by their frames on the call stack.
+"""Running calls, recognised by their frames on the call stack.
 
-An exception may come between any two lines (Ctrl-C), so that a later line can't be relied on to put something back.
-State that belongs to a call is kept together with a `Call`, and is void once that call has left the stack.
+Ctrl-C can raise between any two lines, so a later line can't be relied on to restore state. State
+that belongs to a call is stored with a `Call` instead, and is void when the call left the stack.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 
 class Call:
-    """A call of a function that runs now. Neither its frame nor its locals are kept alive.
+    """Reference to a running call, which keeps neither its frame nor its locals alive.
 
     Args:
         frame: the frame of the call.
-        of: the `self` of the call. A frame that has ended may leave its address to another call of the same function;
-            the object tells the two apart.
+        of: the `self` of the call. A later call of the same function may get a frame at the same
+            address; the object tells the two apart.
     """
 
     __slots__ = ("_address", "_code", "_of", "_thread")
@@ -30,11 +30,11 @@ class Call:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is one of this thread."""
+        """True if the call belongs to the current thread."""
         return self._thread == threading.get_ident()
 
     def is_at(self, frame: FrameType) -> bool:
-        """Whether this is its frame."""
+        """True if `frame` is the frame of the call."""
         return (
             id(frame) == self._address
             and frame.f_code is self._code
@@ -42,7 +42,10 @@ class Call:
         )
 
     def runs(self, below: FrameType | None = None) -> bool:
-        """Whether the call is on the stack of its thread; on this thread's from `below` on, if that is given."""
+        """True if the call is still on the stack of its thread.
+
+        `below` is the frame at which to start on the current thread's stack.
+        """
         frame = (below or sys._getframe(1)) if self.is_here else sys._current_frames().get(self._thread)
         while frame is not None:
             if id(frame) == self._address and self.is_at(frame):
@@ -52,9 +55,10 @@ class Call:
 
 
 class Block(threading.local):
-    """A `with` statement that other code of the thread may ask about: `block.on` is true inside of it.
+    """Thread-local context manager: `block.on` is true while the thread is inside its `with`.
 
-    It belongs to the call in which the `with` stands, not to one that hands it to an `ExitStack`.
+    The block belongs to the call that contains the `with` statement, so it can't be entered by an
+    `ExitStack`.
     """
 
     def __init__(self) -> None:
@@ -68,7 +72,7 @@ class Block(threading.local):
 
     @property
     def on(self) -> bool:
-        """Whether this thread is inside."""
-        while self._calls and not self._calls[-1].runs():  # left by an exception that hit `__exit__` itself
+        """True if the current thread is inside the block."""
+        while self._calls and not self._calls[-1].runs():  # an exception may have interrupted `__exit__`
             self._calls.pop()
         return bool(self._calls)

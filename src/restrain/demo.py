@@ -1,8 +1,8 @@
-"""`make demo`: the main jobs on real data, the 1,797 handwritten digits that scikit-learn ships.
+"""Demo on the 1,797 handwritten digits of scikit-learn (`make demo`, `restrain demo`).
 
-First keyword models on few images (`restrain.study`). Then, with a training loop of one's own, one plain PyTorch
-network is trained without rules, with rules in the loss and with proximal ones, and a sparse autoencoder learns
-features; the rest is printed and drawn.
+Part 1 compares keyword models on 200 training images. Part 2 is a training loop in plain PyTorch:
+one network without rules, with rules in the loss and with proximal rules, and a sparse autoencoder.
+Results are printed and drawn.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CODE_STRENGTHS = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 
 @dataclass(frozen=True)
 class Split:
-    """Images as rows of 64 numbers in [0, 1], and labels: to train on, to choose strengths by, to test with."""
+    """(images, labels) for training, choice of strengths, test; images are 64 numbers in [0, 1]."""
 
     train: tuple[Any, Any]
     valid: tuple[Any, Any]
@@ -51,7 +51,7 @@ class Split:
 
 
 def digits(seed: int) -> Split:
-    """The 1,797 digits, shuffled and split."""
+    """Return the 1,797 digits, shuffled by the seed and split."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -62,14 +62,17 @@ def digits(seed: int) -> Split:
 
 
 def classifier(seed: int, **keywords: Any) -> Classifier:
-    """The network of the study, unfitted."""
+    """Return an unfitted classifier with the fixed settings of part 1."""
     fixed: dict[str, Any] = {"hidden": (100,), "epochs": 60, "batch_size": 50, "learning_rate": 5e-3, "progress": False}
     model: Classifier = Classifier(random_state=seed, **fixed, **keywords)
     return model
 
 
 def chosen() -> dict[str, dict[str, Any]]:
-    """Of each kind, and of all scaled together, the strengths of the best mean validation accuracy over two seeds."""
+    """Return for each kind of rule the keywords with the best mean validation accuracy of 2 seeds.
+
+    "all" is all kinds together, with strengths scaled by 1, 0.5 or 0.25.
+    """
     best = {}
     for kind, candidates in CANDIDATES.items():
         scores = [_accuracy(keywords) for keywords in candidates]
@@ -92,7 +95,7 @@ def _accuracy(keywords: dict[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class Gain:
-    """Test accuracy of a kind less that of the plain network: the mean over seeds, and its standard error."""
+    """Test accuracy of a kind of rule minus the plain network's, for each seed."""
 
     kind: str
     keywords: dict[str, Any]
@@ -100,17 +103,17 @@ class Gain:
 
     @property
     def mean(self) -> float:
-        """The mean difference."""
+        """Return the mean difference."""
         return statistics.mean(self.differences)
 
     @property
     def error(self) -> float:
-        """Its standard error."""
+        """Return the standard error of the mean."""
         return statistics.stdev(self.differences) / math.sqrt(len(self.differences))
 
 
 def gains(seeds: int, step: Any = lambda: None) -> tuple[list[float], list[Gain]]:
-    """The plain network's test accuracies, and every kind's differences from them. Calls `step` after each fit."""
+    """Return the plain network's test accuracies and the gains; call `step` after each fit."""
     kinds = chosen()
     plain: list[float] = []
     differences: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -126,8 +129,9 @@ def gains(seeds: int, step: Any = lambda: None) -> tuple[list[float], list[Gain]
 
 
 def frontier(epochs: int = 30) -> Iterator[tuple[float, float, float]]:
-    """For each strength of an L1 on a relu code: the share of exact zeros in the code, and the mean squared error of a
-    pixel, both on images that were not trained on.
+    """Yield (strength of an L1 on the relu code, fraction of exact zeros, error) of autoencoders.
+
+    The error is the mean squared error of a pixel; both are measured on held-out images.
     """
     split = digits(0)
     x = np.concatenate([split.train[0], split.valid[0], split.test[0][:600]])
@@ -141,7 +145,7 @@ def frontier(epochs: int = 30) -> Iterator[tuple[float, float, float]]:
 
 
 def run(out: Path, seeds: int, epochs: int) -> Iterator[str]:
-    """The study, as lines to print; its picture is written into a folder."""
+    """Run part 1: yield the lines to print, and write the picture into the folder `out`."""
     from tqdm import tqdm
 
     with tqdm(total=seeds * (len(CANDIDATES) + 2), unit=" fits", file=sys.stderr, desc="20 seeds") as bar:
@@ -163,7 +167,7 @@ BATCH = 64
 
 @dataclass
 class Run:
-    """One training: the model, what was measured at its end, and the curves of its losses."""
+    """Training run of part 2: the model, its final results, and its loss curves."""
 
     title: str
     model: nn.Module
@@ -178,7 +182,7 @@ class Run:
 
 @dataclass
 class Digits:
-    """Images as rows of 64 numbers in [0, 1], labels; 1,000 images to train on, the rest to test with."""
+    """Images as rows of 64 numbers in [0, 1] and labels: 1,000 for training, the rest for test."""
 
     x: Tensor
     y: Tensor
@@ -187,7 +191,7 @@ class Digits:
 
     @classmethod
     def load(cls) -> Digits:
-        """The digits, shuffled once."""
+        """Return the digits in a fixed random order."""
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
@@ -198,13 +202,13 @@ class Digits:
 
 
 def network() -> nn.Sequential:
-    """A plain network, of which nothing is changed for the rules."""
+    """Return a plain network; rules need no change in it."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 class SparseAutoencoder(nn.Module):
-    """64 pixels → 100 non-negative features, few of them at work → 64 pixels."""
+    """64 pixels → 100 non-negative features, few of them active → 64 pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -212,7 +216,7 @@ class SparseAutoencoder(nn.Module):
         self.encoder, self.relu, self.decoder = nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction."""
+        """Return the reconstruction."""
         return self.decoder(self.relu(self.encoder(x)))  # type: ignore[no-any-return]
 
 
@@ -233,7 +237,7 @@ SPARSE = [
 
 
 def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_of: Any, bar: Any, epochs: int) -> Run:
-    """The loop that anybody writes, with two lines for the rules: `attach` and `reg.loss`."""
+    """Train with an ordinary loop and two lines for the rules, `attach` and `reg.loss`."""
     run, started = Run(title, model), time.perf_counter()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     reg = rs.attach(model, plan, optimizer) if plan else None
@@ -263,24 +267,24 @@ def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_
 
 
 def classify(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy."""
+    """Return the cross-entropy."""
     return F.cross_entropy(model(x), y)
 
 
 def reconstruct(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Squared error, summed over pixels."""
+    """Return the squared error, summed over pixels, mean over images."""
     return (model(x) - x).square().sum(1).mean()  # type: ignore[no-any-return]
 
 
 def zeros(model: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """Of every weight: its name, its exact zeros, its entries."""
+    """Yield (name, number of exact zeros, number of entries) of each weight."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
             yield name, int((p == 0).sum()), p.numel()
 
 
 def report(run: Run) -> str:
-    """What is printed of a run."""
+    """Return the text to print for a run."""
     lines = [f"\n{run.title}", "-" * len(run.title)]
     accuracy = "" if run.accuracy != run.accuracy else f"   test accuracy {run.accuracy:.2%}"
     lines.append(f"data loss {run.data_loss:.4f} (test {run.test_loss:.4f}){accuracy}   {run.seconds:.1f} s")
@@ -305,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def own_networks(out: Path, epochs: int) -> None:
-    """The second job: networks of one's own, trained, reported and drawn."""
+    """Run part 2: train, print and draw the PyTorch networks."""
     from tqdm import tqdm
 
     data = Digits.load()
@@ -338,7 +342,7 @@ def own_networks(out: Path, epochs: int) -> None:
 
 
 def draw(runs: list[Run], data: Digits, out: Path) -> Iterator[Path]:
-    """The pictures, written into a folder."""
+    """Write the pictures of part 2 into the folder `out`; yield their paths."""
     plain, in_loss, proximal, sparse = runs
     features = {run.title: run.model[0].weight for run in (plain, in_loss, proximal)}  # type: ignore[index]
     usage = rs.activations(sparse.model, data.x)["relu"].mean(0)

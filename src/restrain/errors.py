@@ -1,4 +1,4 @@
-"""Exceptions and warnings of the library. Each exception is also the fitting built-in one."""
+"""Exceptions and warnings of the library. Each exception also derives from a built-in one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _LONGEST = 6_000  # characters of a message
 
 
 class RestrainError(Exception):
-    """Base of every error that this library raises on purpose. Its text is of bounded length."""
+    """Base of the errors that this library raises. A long message is shortened in the middle."""
 
     def __str__(self) -> str:
         text = super().__str__()
@@ -14,35 +14,35 @@ class RestrainError(Exception):
 
 
 class SelectionError(RestrainError, ValueError):
-    """A selection matches nothing, or nothing that the rule can act on."""
+    """A selection matches nothing that the rule can act on."""
 
 
 class PlanError(RestrainError, ValueError):
-    """A rule or plan can't be made of what was given: an unknown name, option or value."""
+    """A rule, plan or setting can't be read: an unknown name, option or value."""
 
 
 class PenaltyError(RestrainError, ValueError):
-    """A penalty can't take this: a setting, a tensor's type or shape, or an axis named by `per=`."""
+    """A penalty doesn't accept a setting, a tensor's dtype or shape, or an axis named by `per=`."""
 
 
 class TransformError(RestrainError, ValueError):
-    """A transform can't take this: a setting, or a tensor's type."""
+    """A transform doesn't accept a setting, or a tensor's dtype or shape."""
 
 
 class NoProxError(RestrainError, TypeError):
-    """No proximal operator is known for this penalty."""
+    """A penalty has no known proximal operator."""
 
 
 class HowError(RestrainError, ValueError):
-    """A rule was asked to act at a moment that it can't have."""
+    """A rule can't act at the moment `how`, or its target can't be measured."""
 
 
 class OptimizerError(RestrainError, ValueError):
-    """An optimizer is missing, or can't carry out a rule."""
+    """A rule needs an optimizer, or the optimizer can't carry it out."""
 
 
 class NotCollectedError(RestrainError, RuntimeError):
-    """Penalties never joined the loss, although a training step was taken."""
+    """A training step was taken without adding the penalties to the loss."""
 
 
 class NeverFiredError(RestrainError, RuntimeError):
@@ -50,48 +50,48 @@ class NeverFiredError(RestrainError, RuntimeError):
 
 
 class CaptureError(RestrainError, RuntimeError):
-    """A layer's output or input can't be caught as it is."""
+    """The output or input of a layer can't be recorded."""
 
 
 class DetachedError(RestrainError, RuntimeError):
-    """The attachment, or the model that it was bound to, is gone."""
+    """The rules are detached, or their model no longer exists."""
 
 
 class FileError(RestrainError, ValueError):
-    """A file isn't one that this version can read, or something can't be written into it."""
+    """A file can't be read by this version, or a value can't be written to a file."""
 
 
 class FileAccessError(FileError, OSError):
-    """The system refuses to read or write a file: no space, no permission, no such folder."""
+    """The operating system refuses to read or write a file: no space, no permission, no folder."""
 
 
 class MissingFileError(FileError, FileNotFoundError):
-    """There is no file of that name."""
+    """A file doesn't exist."""
 
 
 class DataError(RestrainError, ValueError):
-    """A table can't be used as it is; the message names file, row and column."""
+    """A table of data has an error; the message names file, row and column."""
 
 
 class TrainingError(RestrainError, RuntimeError):
-    """A training can't go on: its loss isn't finite any more."""
+    """Training stops because the loss isn't finite."""
 
 
 class MissingExtraError(RestrainError, ModuleNotFoundError):
-    """A package that only a part of the library needs isn't installed; the message has the line to install it."""
+    """An optional package isn't installed; the message has the command to install it."""
 
 
 class RestrainWarning(UserWarning):
-    """Something is likely not what was meant."""
+    """A setting or situation is allowed but probably a mistake."""
 
 
 class RestrainDeprecationWarning(RestrainWarning, FutureWarning):
-    """A setting was given by its old name, which the next version no longer takes."""
+    """A setting was given by its old name, which the next version no longer accepts."""
 
 
 class ExportError(RestrainError, AttributeError):
-    """A model with rules attached can't be made into this: torch would compile the hooks, or a parametrisation."""
+    """torch.jit.script can't compile a model with rules: neither hooks nor parametrisations."""
 
 
 class VersionError(RestrainError, RuntimeError):
-    """This version of torch lacks something that a rule needs; the message names it, and the way out."""
+    """This version of torch lacks a function that a rule needs; the message names a way out."""

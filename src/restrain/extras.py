@@ -1,4 +1,4 @@
-"""Packages that only parts of the library need: `pip install 'restrain[models]'` and the like."""
+"""Optional packages, installed as extras such as `pip install 'restrain[models]'`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from restrain.errors import MissingExtraError
 
 @contextmanager
 def needing(extra: str, what: str) -> Iterator[None]:
-    """Name the extra to install where an import within it finds that a package is missing.
+    """Context for imports of optional packages; a missing package raises an error naming the extra.
 
     Args:
         extra: the name in `restrain[extra]`.
-        what: what needs it: a module's `__name__`, or a plain name.
+        what: the module or feature that needs the package, for the message.
 
     Raises:
-        MissingExtraError: a package that isn't ours isn't installed.
+        MissingExtraError: a package other than restrain isn't installed.
 
     >>> with needing("models", "the example"):
     ...     import no_such_package
@@ -36,7 +36,7 @@ def needing(extra: str, what: str) -> Iterator[None]:
 
 
 def stand_in(name: str, error: MissingExtraError) -> Any:
-    """Return a class that raises the error when it is called, in the place of one that can't be imported."""
+    """Return a class to stand in for one that can't be imported; calling it raises the error."""
 
     def refuse(cls: type, *args: Any, **kwargs: Any) -> None:
         raise MissingExtraError(*error.args, name=error.name)

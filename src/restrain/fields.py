@@ -1,4 +1,4 @@
-"""The settings of penalties, transforms and strengths: what they can be, which were given, how they are written."""
+"""Settings of penalties, transforms and strengths: checks, text forms, and old names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any, TypeGuard, TypeVar
 from restrain.errors import PlanError, RestrainDeprecationWarning
 
 T = TypeVar("T")
-_RENAMED: dict[type, Mapping[str, str]] = {}  # of a class: its settings, old name = new name
+_RENAMED: dict[type, Mapping[str, str]] = {}  # class → {old name of a setting: new name}
 
 
 def given_fields(thing: Any) -> dict[str, Any]:
-    """The fields of a dataclass that aren't as by default, and penalties in it; of another object all attributes."""
+    """Return the fields of a dataclass that aren't at their defaults; else all attributes."""
     if not is_dataclass(thing):
         return dict(vars(thing))
     pairs = ((field, getattr(thing, field.name)) for field in fields(thing) if field.init and field.repr)
@@ -31,7 +31,10 @@ def given_fields(thing: Any) -> dict[str, Any]:
 
 
 def call_text(thing: Any, prefix: str = "") -> str:
-    """The call that makes it, with what isn't as by default; where all is, with the first field, if that isn't None."""
+    """Return the constructor call as text, with the settings that differ from their defaults.
+
+    If none differs, the first field is shown, unless it is None.
+    """
     given = given_fields(thing)
     first = fields(thing)[0].name if not given and is_dataclass(thing) and fields(thing) else None
     if first is not None and getattr(thing, first) is not None:
@@ -45,7 +48,7 @@ _short.maxstring = _short.maxother = 120
 
 
 def brief(value: Any) -> str:
-    """repr(value) of bounded length, for errors: also of endless nesting, and of an object that has no repr."""
+    """Return repr(value) of bounded length, for messages; safe for recursive and faulty objects."""
     try:
         return _short.repr(value)
     except Exception:  # an int of more than 4,300 digits; whatever a user's own __repr__ raises
@@ -53,29 +56,31 @@ def brief(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, finite also as a float; True and False aren't."""
+    """True if the value is a real number, finite as a float, and not a bool."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-    except (OverflowError, TypeError, ValueError):  # 10**400; a number that has no float
+    except (OverflowError, TypeError, ValueError):  # no conversion to float, such as 10**400
         return False
 
 
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
-    """Whether it is a whole number, not below `least`."""
+    """True if the value is an int, at least `least`, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
-# Settings that have got a new name
+# Renamed settings
 
 
 def renamed(**new_names: str) -> Callable[[type[T]], type[T]]:
-    """Decorate a class that takes settings by their old names too: in calls, in plans, in pickles, and when read.
+    """Return a class decorator that accepts old names of settings, with a warning.
+
+    Old names work in calls, as attributes and in pickles (without a warning), and in plans.
 
     Args:
         new_names: old name = new name.
 
     Raises:
-        PlanError: the class is called with a setting by both names.
+        PlanError: the class is called with both names of a setting.
     """
 
     def decorate(cls: type[Any]) -> type[Any]:
@@ -105,7 +110,7 @@ def by_new_names(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings of a class with old names replaced, each with a warning.
 
     Raises:
-        PlanError: a setting is given by both names.
+        PlanError: both names of a setting are given.
     """
     new_names = next((_RENAMED[base] for base in cls.__mro__ if base in _RENAMED), {})
     found = dict(settings)
@@ -118,7 +123,7 @@ def by_new_names(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_by_new_names(text: str) -> str:
-    """Return the text of rules, such as the keys of a saved state, with old names of settings replaced.
+    """Return the text of rules (such as keys of a saved state) with old names replaced.
 
     >>> text_by_new_names("0.5 * StateChange(per_unit=True, time=1) on rs.outputs('lstm')")
     "0.5 * StateChange(per_unit=True, dim=1) on rs.outputs('lstm')"
@@ -138,7 +143,7 @@ def _warn(cls: type, old: str, new: str) -> None:
 
 
 def level_of_caller() -> int:
-    """The `stacklevel` by which a warning points at the code that called this library."""
+    """Return the `stacklevel` with which a warning points at the code that called this library."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "restrain":
         frame, level = frame.f_back, level + 1
@@ -146,13 +151,13 @@ def level_of_caller() -> int:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Names in a sentence, at most so many of them, and how many more there are."""
+    """Return names joined by commas, at most `most` of them, and the number of the others."""
     shown = ", ".join(names[:most]) or "none"
     return f"{shown} and {len(names) - most} more" if len(names) > most else shown
 
 
 def near_names(wrong: Sequence[str], names: Sequence[str]) -> str:
-    """The end of an error about names that don't exist: at most ten near names, and the others where they are few."""
+    """Return the end of an error about unknown names: near names, and all names if they are few."""
     near = list(dict.fromkeys(name for one in wrong for name in get_close_matches(one, names)))
     hint = f" (near it: {listed(near)})" if near else ""
     return f"{hint}; there are: {listed(names, 12)}" if not near or len(names) <= 12 else hint

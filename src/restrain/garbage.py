@@ -1,4 +1,4 @@
-"""When Python may look for garbage."""
+"""Pause of Python's cyclic garbage collection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Within it no garbage is collected: thousands of new objects would set off passes over all objects there are."""
+    """Context without garbage collection: thousands of new objects would trigger full passes."""
     collecting = gc.isenabled()
     try:
         try:
@@ -17,7 +17,7 @@ def uncollected() -> Iterator[None]:
             yield
         finally:
             _collect_again(collecting)
-    finally:  # an interrupt may have come in place of the line above
+    finally:  # an interrupt may have prevented the line above
         _collect_again(collecting)
 
 

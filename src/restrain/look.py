@@ -1,4 +1,4 @@
-"""Looking inside a model: what its layers put out."""
+"""Inspect a model: outputs of its layers, by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from restrain.selections import as_where
 
 
 class _Begins(Hook):
-    """At the model's own input: a new forward begins."""
+    """Forward pre-hook of the model: clears the recorded tensors when a new forward begins."""
 
     def __init__(self, seen: dict[str, Tensor]) -> None:
         self.seen = seen
@@ -25,7 +25,7 @@ class _Begins(Hook):
 
 
 class _Records(Hook):
-    """Keeps a layer's tensor under its name; of a further call under name#2, name#3, and so on."""
+    """Hook that stores a layer's tensor under its name; for further calls name#2, name#3, ..."""
 
     hands_on = True
 
@@ -45,11 +45,11 @@ class _Records(Hook):
 
 
 def activations(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-    """Every layer's output in the order in which the layers finish, by one forward of the model on the arguments.
+    """Run the model once on the arguments; return the output of each layer by name.
 
-    The model runs in the mode it is in (noise and dropout act in `train()`), with gradients if they are on; rules that
-    are attached to it don't record. Of a tuple output, the first floating-point tensor. Values are copies, so that a
-    later in-place op doesn't change them.
+    Layers come in the order in which they finish. The model keeps its mode (noise and dropout act
+    in `train()`) and gradients stay on if they are; attached rules don't record. A tuple output
+    gives its first floating-point tensor. Values are copies, safe from later in-place operations.
 
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     >>> list(rs.activations(model, torch.ones(1, 3)))
@@ -62,16 +62,19 @@ def activations(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor
 
 @contextmanager
 def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[dict[str, Tensor]]:
-    """Within it, the outputs of the selected layers are kept, by name, at each of your own forwards.
+    """Context that records the outputs of selected layers, by name, in each forward of the model.
+
+    Yields a dict of the tensors of the last forward; the second call of `relu` in it is `relu#2`.
 
     Args:
-        model: the model, which runs as it does without.
-        where: a glob over layer names, a type, a predicate, or `rs.outputs(...)`, `rs.inputs(...)`, whose tensors are
-            called `fc1:inputs`, and after `via=torch.tanh` `fc1:tanh`.
-        copy: keep copies; with False the very tensors, through which gradients flow, but which a later in-place op
-            overwrites.
+        model: the model; its forward is unchanged.
+        where: a glob over layer names, a type, a predicate, or `rs.outputs(...)`, `rs.inputs(...)`.
+            Inputs are named like `fc1:inputs`, tensors after `via=torch.tanh` like `fc1:tanh`.
+        copy: record copies. False records the tensors themselves, which a later in-place operation
+            may overwrite.
 
-    The dict holds the last forward of the model; a second call of `relu` in it is `relu#2`.
+    Raises:
+        SelectionError: no layer matches.
 
     >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
     >>> with rs.recording(model, nn.ReLU) as seen:

@@ -1,4 +1,4 @@
-"""Modules of version 0.1 under the names that pickles of it hold; imported when one is read."""
+"""Old names of modules, as they occur in pickles of version 0.1, mapped to today's modules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOVED = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Finds a module under its old name."""
+    """Import hook that loads a module under its old name."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,10 +36,10 @@ class Moved(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `create_module` has filled the module."""
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Add the import hook for old names, once."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.append(Moved())

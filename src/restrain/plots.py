@@ -1,4 +1,4 @@
-"""Pictures: learned features, zeros by layer, curves of the data loss and of every rule. Needs matplotlib."""
+"""Plots of learned features, zeros by layer and loss curves, for the demo. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def _written(figure: Any, path: Path) -> Path:
 
 
 def features(weights: Mapping[str, Tensor], shape: tuple[int, int], path: Path, shown: int = 40) -> Path:
-    """Rows of each matrix as images, one panel a matrix; red is positive, blue negative, white exactly zero.
+    """Plot rows of each matrix as images, one panel per matrix; return the path.
+
+    Red is positive, blue negative, white zero.
 
     Args:
-        weights: title -> matrix of shape (features, height × width).
+        weights: title → matrix of shape (features, height × width).
         shape: height and width of an image.
         path: the file to write.
-        shown: how many rows; the first ones.
+        shown: number of rows to plot, from the first.
     """
     plt = _pyplot()
     columns = 20
@@ -52,11 +54,11 @@ def features(weights: Mapping[str, Tensor], shape: tuple[int, int], path: Path, 
 
 
 def zeros_by_layer(counts: Mapping[str, Sequence[tuple[str, int, int]]], path: Path) -> Path:
-    """Bars of the share of exact zeros of each weight, a group of bars a weight, a color a run.
+    """Plot the fraction of exact zeros as bars, one group per weight, one color per run.
 
     Args:
-        counts: run -> (weight name, zeros, entries) of each weight.
-        path: the file to write.
+        counts: run → (weight name, zeros, entries) of each weight.
+        path: the file to write and return.
     """
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
@@ -74,11 +76,11 @@ def zeros_by_layer(counts: Mapping[str, Sequence[tuple[str, int, int]]], path: P
 
 
 def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Path:
-    """The data loss and every rule's value over the epochs, each apart, a panel a run, on a logarithmic axis.
+    """Plot data loss and rule values over epochs, one panel per run, on a logarithmic axis.
 
     Args:
-        runs: run -> curve name -> value after each epoch.
-        path: the file to write.
+        runs: run → curve name → value after each epoch.
+        path: the file to write and return.
     """
     plt = _pyplot()
     columns = 2
@@ -97,12 +99,12 @@ def curves(runs: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> Pat
 
 
 def study(gains: Sequence[Any], points: Sequence[tuple[float, float, float]], path: Path) -> Path:
-    """Differences of accuracy with two standard errors, a point a seed; and the frontier of zeros against error.
+    """Plot accuracy gains, a point per seed and mean ± 2 standard errors; and error against zeros.
 
     Args:
-        gains: with `kind`, `differences`, `mean` and `error`.
-        points: strength, share of zeros, error.
-        path: the file to write.
+        gains: objects with `kind`, `differences`, `mean` and `error` (see `demo.Gain`).
+        points: (strength, fraction of zeros, error) of each autoencoder.
+        path: the file to write and return.
     """
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The names of penalties and transforms, by which plans on file and keywords of models find their classes."""
+"""Registry of penalties and transforms by name, for plan files and keywords of models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from restrain.errors import PenaltyError, PlanError
 from restrain.fields import near_names
 
 _classes: dict[str, type] = {}
-_copies: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # classes made by cloudpickle: whether adopted
+_copies: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # class made by cloudpickle → adopted
 _lock = RLock()
 
 
-# Keywords of the models, which no penalty may take; tests hold this list against the models' own.
+# Keywords of the models, which no penalty may take; a test compares this list with the models.
 RESERVED = frozenset(
     [
         "activation",
@@ -60,17 +60,17 @@ RESERVED = frozenset(
 
 
 def register(cls: type, names: Sequence[str]) -> None:
-    """Let `names` mean `cls`; the first is the one that it is written by. A class without names stays out.
+    """Register a class under names; the first is the one used when writing.
 
-    A class takes over a name of a user's earlier class (a notebook cell that runs twice), and leaves to its
-    bases the further names that it inherits from them.
+    A class replaces a user's earlier class of the same name (a notebook cell that runs twice).
+    Further names that it inherits stay with its base class.
 
-    cloudpickle, by which joblib, dask and Ray send classes to their workers, makes a class without a body at each load.
-    It fills the class, or drops it where the process has that class already. Hence a class without a body is registered
-    when it is filled and its name is needed, see `adopt`.
+    cloudpickle, used by joblib, dask and Ray to send classes to workers, first makes a class with
+    an empty body at each load, then fills it, or drops it if the process has the class already.
+    Such a class is registered only once it is filled and a name is looked up (see `adopt`).
 
     Raises:
-        PenaltyError: a user's class would take a name of the library's own.
+        PenaltyError: a user's class has the name of a class of the library or of a model keyword.
     """
     if _is_made_without_body():
         with _lock:
@@ -92,7 +92,7 @@ def register(cls: type, names: Sequence[str]) -> None:
 
 
 def adopt(cls: type) -> None:
-    """Let names mean a class that cloudpickle made, except names of classes that were defined in this process."""
+    """Register a class made by cloudpickle, without names of classes defined in this process."""
     with _lock:
         if cls in _copies and "registered_as" in vars(cls):
             _copies[cls] = True
@@ -101,10 +101,10 @@ def adopt(cls: type) -> None:
 
 
 def lookup(name: str) -> type:
-    """The class of that name; upper and lower case are the same.
+    """Return the class registered under a name, ignoring case.
 
     Raises:
-        PlanError: there is none; the message lists near names.
+        PlanError: the name is unknown; the message lists near names.
     """
     _adopt_filled()
     found = _classes.get(name.lower())
@@ -114,10 +114,10 @@ def lookup(name: str) -> type:
 
 
 def name_of(cls: type) -> str:
-    """The name that a class is written by.
+    """Return the name under which a class is written.
 
     Raises:
-        PlanError: it has none, or another class has it now.
+        PlanError: the class isn't registered, or another class has taken its name.
     """
     _adopt_filled()
     name = cls.__name__.lower()
@@ -131,13 +131,13 @@ def name_of(cls: type) -> str:
 
 
 def names() -> tuple[str, ...]:
-    """All names, sorted."""
+    """Return all registered names, sorted."""
     _adopt_filled()
     return tuple(sorted(_classes))
 
 
 def _adopt_filled() -> None:
-    """Adopt the classes that cloudpickle has filled since they were made."""
+    """Adopt the classes of cloudpickle that have been filled since the last call."""
     with _lock:
         waiting = [cls for cls, adopted in _copies.items() if not adopted and "registered_as" in vars(cls)]
     for cls in waiting:
@@ -145,7 +145,7 @@ def _adopt_filled() -> None:
 
 
 def _is_made_without_body() -> bool:
-    """Whether the class being made has an empty namespace, which no class statement gives it."""
+    """True if the class is being made with an empty namespace, which no class statement does."""
     frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not types.new_class.__code__:
         frame = frame.f_back
@@ -157,5 +157,5 @@ def _from_ours(cls: type) -> bool:
 
 
 def _is_ours(cls: type) -> bool:
-    """Whether a module of ours holds the class: one that a doctest defines only says that it is from there."""
+    """True if a module of the library defines the class; a doctest's class only claims it."""
     return _from_ours(cls) and vars(sys.modules[cls.__module__]).get(cls.__qualname__) is cls

@@ -1,4 +1,4 @@
-"""Predictions with noise and dropout at work: Monte-Carlo samples of a model that is in evaluation."""
+"""Monte-Carlo predictions: noise and dropout active in a model in evaluation mode."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from restrain.selections import as_where
 from restrain.torch_private import DROPOUTS
 
 _lock = threading.Lock()
-_entered: list[_Flags] = []  # the contexts that are open, in the order in which they were entered
+_entered: list[_Flags] = []  # open contexts, in the order of entry
 
 
 @contextmanager
 def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
-    """Within it, the model is in evaluation but for what is random, which acts as in training.
+    """Context in which the model is in evaluation mode, but noise and dropout act as in training.
 
-    That is noise and dropout of rules that are attached to it, its own dropout modules (`nn.Dropout` and its kin), and
-    the dropout inside `nn.LSTM`, `nn.GRU`, `nn.RNN` and `nn.MultiheadAttention`. Batch normalisation uses its running
-    values, penalties record nothing. Where the model itself calls `F.dropout(x, training=self.training)`, name the
-    layer by `also`. Afterwards each module is in the mode in which it was. Noise of rules acts in this thread only;
-    the modes of the model's own modules are seen by all threads.
+    Active are noise and dropout of attached rules, the model's dropout modules (`nn.Dropout` and
+    its variants), and the dropout inside `nn.LSTM`, `nn.GRU`, `nn.RNN`, `nn.MultiheadAttention`.
+    Batch normalisation uses its running statistics, and penalties record nothing. Layers that call
+    `F.dropout(x, training=self.training)` must be named by `also`. On exit, each module returns to
+    its previous mode. Noise of rules acts in this thread only; the modes of modules are visible to
+    all threads.
 
     Args:
-        model: any module; nothing need be attached to it.
-        also: further layers that go by `self.training`: a glob over layer names, a type, a predicate f(name, module).
+        model: any module, with or without rules.
+        also: further layers that depend on `self.training`: a glob over layer names, a type, or a
+            predicate f(name, module).
 
     Raises:
-        SelectionError: nothing in the model is random.
+        SelectionError: nothing in the model is random, or `also` matches no layer.
 
     Source: Gal and Ghahramani (2016), dropout as a Bayesian approximation.
 
@@ -54,17 +56,17 @@ def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
     with ExitStack() as stack:
         flags = _Flags(model, random)
         stack.callback(flags.restore)
-        for module in random:  # the model may be put into evaluation within, as `predict` does
+        for module in random:  # `model.eval()` may be called inside the context, as `predict` does
             stack.callback(module.register_forward_pre_hook(_Switch()).remove)
         for draws in drawing:
             depth = draws.sampling.depth
-            stack.callback(setattr, draws.sampling, "depth", depth)  # first, as an interrupt may come in between
+            stack.callback(setattr, draws.sampling, "depth", depth)  # first: an interrupt may come in between
             draws.sampling.depth = depth + 1
         yield
 
 
 class _Flags:
-    """The modes in which the modules were, and are again after `restore`."""
+    """Previous modes of all modules of a model, set back by `restore`."""
 
     def __init__(self, model: nn.Module, random: Sequence[nn.Module]) -> None:
         with _lock:
@@ -76,7 +78,7 @@ class _Flags:
                 module.training = True
 
     def restore(self) -> None:
-        """Set them back; those that another thread still uses are left, and it sets them back in its turn."""
+        """Set the modes back; a later context that is still open will do so instead of this."""
         with _lock:
             later = _entered[_entered.index(self) + 1 :]
             _entered.remove(self)
@@ -89,7 +91,7 @@ class _Flags:
 
 
 class _Switch(Hook):
-    """Before a random layer's forward: it is on, although the model may have been put into evaluation since."""
+    """Forward pre-hook that puts a random layer back into training mode."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not module.training:
@@ -97,11 +99,11 @@ class _Switch(Hook):
 
 
 def _own(model: nn.Module, also: Any) -> list[nn.Module]:
-    """The modules of the model that are random in training and otherwise the same in either mode."""
+    """Return the random modules of the model, the layers in `also`, and their encoder layers."""
     named = [] if also is None else select_places(outputs(as_where(also)), list(layers(model)))
     random = [module for module in model.modules() if _is_random(module)] + [target.layer.module for target in named]
     inside = set(random)
-    # in evaluation, a whole encoder layer may run as one fused operation, which knows no dropout
+    # In evaluation, an encoder layer may run as one fused operation without dropout.
     fused = [
         module
         for module in model.modules()
@@ -119,7 +121,7 @@ def _is_random(module: nn.Module) -> bool:
 
 
 def _attached(model: nn.Module) -> list[Draws]:
-    """The hooks (and parts of the model) that draw by rules."""
+    """Return the hooks and modules of attached rules that draw random numbers."""
     found: list[Any] = []
     for module in model.modules():
         found += [module, *module._forward_hooks.values(), *module._forward_pre_hooks.values()]

@@ -1,7 +1,8 @@
-"""Strength over time: schedules, and targets that a controller reaches. Public as `rs.schedules` and `rs.Target`.
+"""Strengths that change over time: schedules, and targets reached by a controller.
 
-A schedule or target multiplies a penalty as a number does. Once its rule is attached, the strength is a 0-d tensor
-that is refilled after each real step of the optimizer, so nothing that was compiled is compiled again.
+Public as `rs.schedules` and `rs.Target`. A schedule or target multiplies a penalty like a number.
+Once its rule is attached, the strength is a 0-d tensor updated after each optimizer step, so that
+nothing is recompiled.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ Unit = Literal["step", "epoch"]
 
 
 class Strength(ABC):
-    """Base of the strengths that move: number × strength and strength × strength are such again."""
+    """Base of schedules and targets; their products, also with numbers, are strengths too."""
 
-    __array_ufunc__ = None  # NumPy's numbers leave `c * strength` to us
+    __array_ufunc__ = None  # so that NumPy scalars leave `c * strength` to __rmul__
     prefix: ClassVar[str] = "schedules."  # of its name in `rs`
 
     def __mul__(self, other: float | Strength) -> Strength:
@@ -45,20 +46,21 @@ class Strength(ABC):
 
     @property
     def parts(self) -> tuple[float, tuple[Strength, ...]]:
-        """The number and the other strengths that it is a product of."""
+        """Return the factors of the product: a number, and strengths that aren't products."""
         return 1.0, (self,)
 
     @abstractmethod
     def at(self, step: int, epoch: int = 0) -> float:
-        """The strength at a step in an epoch, both counted from zero.
+        """Return the strength at a step in an epoch, both counted from zero.
 
         Raises:
-            PenaltyError: it isn't a finite number, zero or more; or a target's, which only a training tells.
+            PenaltyError: the strength isn't a finite number, zero or more; or it is a target, whose
+                strength is known only while training.
         """
 
 
 class Schedule(Strength):
-    """Base of schedules: a strength for each step or epoch.
+    """Base of schedules: a strength as a function of the step or epoch.
 
     >>> schedule = 2 * rs.schedules.Linear(0, 1e-3, steps=1000)
     >>> [schedule.at(step) for step in (0, 500, 2000)]
@@ -69,7 +71,7 @@ class Schedule(Strength):
 
     @abstractmethod
     def value(self, t: int) -> float:
-        """The strength at a step or, where `unit` is "epoch", in an epoch."""
+        """Return the strength at step t, or in epoch t if `unit` is "epoch"."""
 
     def at(self, step: int, epoch: int = 0) -> float:
         t = epoch if self.unit == "epoch" else step
@@ -83,7 +85,7 @@ class Schedule(Strength):
 
 @dataclass(frozen=True, repr=False)
 class Times(Strength):
-    """A product of strengths; made by `*`."""
+    """Product of a number and strengths, made by `*`."""
 
     number: float
     members: tuple[Strength, ...]
@@ -105,16 +107,16 @@ def _product(number: float, members: tuple[Strength, ...]) -> Strength:
 
 @dataclass(frozen=True, repr=False)
 class _Ramp(Schedule):
-    """From `start` to `end` in `steps` steps or epochs, counted from `begin`; constant before and after.
+    """Base of ramps from `start` to `end`, constant before and after.
 
     Args:
         start, end: strengths.
-        steps: how many steps (epochs, where `unit` says so) it takes.
-        begin: the step or epoch at which it begins.
+        steps: length of the ramp in steps, or in epochs if `unit` is "epoch".
+        begin: step or epoch at which the ramp begins.
         unit: "step" or "epoch".
 
     Raises:
-        PenaltyError: a setting that can't be.
+        PenaltyError: a setting isn't allowed.
     """
 
     start: float
@@ -135,12 +137,12 @@ class _Ramp(Schedule):
 
     @abstractmethod
     def between(self, part: float) -> float:
-        """The strength after that part of the way, above zero and below one."""
+        """Return the strength after a fraction of the ramp, 0 < part < 1."""
 
 
 @dataclass(frozen=True, repr=False)
 class Linear(_Ramp):
-    """start + (end - start) t / steps, then `end`.
+    """Linear ramp: start + (end - start) t / steps, then `end`.
 
     >>> [rs.schedules.Linear(0, 0.8, steps=4).at(step) for step in (0, 1, 4, 9)]
     [0.0, 0.2, 0.8, 0.8]
@@ -152,7 +154,7 @@ class Linear(_Ramp):
 
 @dataclass(frozen=True, repr=False)
 class Cosine(_Ramp):
-    """end + (start - end) (1 + cos(π t / steps)) / 2, then `end`: slow at both ends.
+    """Cosine ramp, slow at both ends: end + (start - end) (1 + cos(π t / steps)) / 2, then `end`.
 
     Source: Loshchilov and Hutter (2017), SGDR, eq. 5, without restarts.
 
@@ -166,10 +168,10 @@ class Cosine(_Ramp):
 
 @dataclass(frozen=True, repr=False)
 class Exponential(_Ramp):
-    """start (end / start)^(t / steps), then `end`: the same ratio from each step to the next.
+    """Geometric ramp, with a constant ratio: start (end / start)^(t / steps), then `end`.
 
     Raises:
-        PenaltyError: a start or an end of zero, which no ratio leads to.
+        PenaltyError: start or end is zero.
 
     >>> rs.schedules.Exponential(1e-4, 1e-2, steps=2).at(1)
     0.001
@@ -186,10 +188,10 @@ class Exponential(_Ramp):
 
 @dataclass(frozen=True, repr=False)
 class WarmUp(Schedule):
-    """t / steps, then one: to be multiplied, as in `1e-3 * rs.schedules.WarmUp(500)`.
+    """Factor t / steps, then 1: for products such as `1e-3 * rs.schedules.WarmUp(500)`.
 
     Args:
-        steps: the step (epoch, where `unit` says so) from which on it is one.
+        steps: step (or epoch, by `unit`) from which on the factor is 1.
         unit: "step" or "epoch".
 
     >>> schedule = rs.schedules.WarmUp(500) * rs.schedules.Cosine(1e-3, 0, steps=9500, begin=500)
@@ -210,11 +212,11 @@ class WarmUp(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Steps(Schedule):
-    """The first of `values`, and from each of `milestones` on the next.
+    """Piecewise constant schedule: values[0], and values[i + 1] from milestones[i] on.
 
     Args:
         values: strengths, one more than milestones.
-        milestones: steps or epochs, growing.
+        milestones: increasing steps or epochs.
         unit: "step" or "epoch".
 
     >>> [rs.schedules.Steps([1e-3, 1e-4], milestones=[100]).at(step) for step in (99, 100)]
@@ -244,7 +246,7 @@ class Steps(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Function(Schedule):
-    """f(t), of a function from the number of the step or epoch to a strength. It can't be written to a file.
+    """Schedule f(t), with f a function from step or epoch to strength. Can't be written to a file.
 
     >>> rs.schedules.Function(lambda step: 0.1 / (1 + step)).at(9)
     0.01
@@ -268,36 +270,40 @@ class Function(Schedule):
 
 @dataclass(frozen=True, repr=False)
 class Target(Strength):
-    """The strength at which something measured has the value that is asked for, found while training.
+    """Strength that a controller adjusts in training until a measured quantity has a given value.
 
-    Exactly one of these is given:
+    Give exactly one target:
 
-    * `zeros`: the share of exact zeros among the entries of the rule's parameters; for how="proximal".
+    * `zeros`: fraction of exact zeros among the entries of the rule's parameters; needs
+      how="proximal".
     * `norm`: √Σ|w|² over all entries of the rule's parameters.
-    * `active`: the share of entries |h| > `above` of the rule's outputs, averaged over samples, calls and places.
-    * `gradient_share`: ‖g‖ / (‖g‖ + ‖r‖), g the gradient of the rule and r that of all else, over the rule's
-      parameters, right after a step.
+    * `active`: fraction of entries |h| > `above` in the rule's activations, averaged over samples,
+      calls and activations.
+    * `gradient_share`: ‖g‖ / (‖g‖ + ‖r‖) right after a step, with g the rule's gradient and r the
+      remaining gradient of the rule's parameters.
 
-    A controller moves the logarithm of the strength by PI control: every so many steps by the rate times the error
-    (in parts of a norm, or of p (1 - p) of a share p; cut at ±1), and by `damping` times the error's change. The rate
-    is halved when the error changes its sign and grows back while it doesn't, which damps what lags behind.
+    The controller is PI control of the logarithm of the strength: at each measurement it adds
+    rate × error + damping × change of the error. The error is relative to the wanted norm, or to
+    p (1 - p) for a wanted fraction p, and clipped to ±1. The rate is halved when the error changes
+    sign, down to gain / 4, and otherwise grows by 10 % up to `gain`; this damps oscillations when
+    the quantity lags behind the strength.
 
     Args:
-        zeros, active, gradient_share: above 0, below 1.
+        zeros, active, gradient_share: above 0 and below 1.
         norm: above 0.
-        start: the strength at first.
-        low, high: its bounds; staying at one of them off the target is warned of once.
+        start: initial strength.
+        low, high: bounds of the strength; warns once if it stays at a bound off the target.
         every: steps from one measurement to the next.
-        smoothing: part of the last measurement that is kept in the next, from 0 to below 1.
-        gain: greatest rate; 0.25 changes a strength by at most 28 % a measurement.
-        damping: of the error's change.
-        above: from which size on an output is active.
+        smoothing: weight of earlier measurements in the exponential average, in [0, 1).
+        gain: greatest rate; at 0.25 the rate changes a strength by at most 28 % per measurement.
+        damping: weight of the error's change.
+        above: magnitude above which an activation counts as active.
 
     Raises:
-        PenaltyError: none or several of them, or a setting that can't be.
+        PenaltyError: none or several targets are given, or a setting isn't allowed.
 
-    Source: dual ascent of Gallego-Posada and others (2022), eq. 5, made PI as by Sohrabi and others (2024), on the
-    logarithm; the rates of Riedmiller and Braun (1993).
+    Source: dual ascent of Gallego-Posada and others (2022), eq. 5, with PI control as in Sohrabi
+    and others (2024), on the logarithm; rate adaptation of Riedmiller and Braun (1993).
 
     >>> rs.Target(zeros=0.9, start=1e-3) * rs.L1()
     Target(zeros=0.9, start=0.001) * L1()
@@ -340,19 +346,19 @@ class Target(Strength):
 
     @property
     def kind(self) -> str:
-        """What is measured."""
+        """Return the name of the measured quantity."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
     @property
     def goal(self) -> float:
-        """What it should be."""
+        """Return the wanted value."""
         return getattr(self, self.kind)  # type: ignore[no-any-return]
 
     def at(self, step: int, epoch: int = 0) -> float:
         raise PenaltyError(f"the strength of {self!r} is found while training: attach its rule (reg.strengths() tells)")
 
     def error(self, measured: float) -> float:
-        """How far the strength is from enough: above zero where it is too weak, from -1 to 1."""
+        """Return the error of a measured value, in [-1, 1]; positive if the strength is too low."""
         missing = (self.goal - measured) / (self.goal if self.kind == "norm" else self.goal * (1 - self.goal))
         return max(-1.0, min(1.0, missing if self.kind in ("zeros", "gradient_share") else -missing))
 
@@ -368,10 +374,10 @@ def _is_strength(number: Any) -> bool:
 
 
 def checked_number(name: str, number: Any) -> float:
-    """A number as a float.
+    """Return a strength as a float; `name` stands for it in the error.
 
     Raises:
-        PenaltyError: it isn't a finite real number, zero or more.
+        PenaltyError: the number isn't finite and real, zero or more.
     """
     if not _is_strength(number):
         raise PenaltyError(f"{name} is a finite number, zero or more; got {number!r}")
@@ -382,7 +388,7 @@ def checked_divisor(divisor: Any) -> float:
     """Return the divisor of a strength as a float.
 
     Raises:
-        PenaltyError: it isn't a finite real number above zero.
+        PenaltyError: the divisor isn't finite, real and above zero.
     """
     if not (_is_strength(divisor) and divisor > 0):
         raise PenaltyError(f"a strength is divided by a finite number above zero; got {divisor!r}")

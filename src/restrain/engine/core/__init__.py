@@ -1,4 +1,4 @@
-"""What all of the engine stands on: structures of tensors, autograd functions, hooks, overrides, memory, randomness."""
+"""Basis of the engine: nested tensors, autograd functions, hooks, overrides, memory, randomness."""
 
 from restrain.engine.core import structures
 from restrain.engine.core.hooks import Hook, eagerly

@@ -1,4 +1,4 @@
-"""What hangs on a model: base of all hooks, and what becomes of them in a copy."""
+"""Base of all hooks on a model. In a copy of the model they do nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Hook:
-    """Base of the hooks on a model's layers. A copy or a pickle of one is dead: a copied model is free of the rules."""
+    """Base of the hooks on a model's layers; a copy or pickle is a DeadHook, without rules."""
 
-    hands_on = False  # whether it hands what it sees to somebody who may compute a loss from it
+    hands_on = False  # True if it passes tensors to the user, who may compute a loss from them
 
     def __reduce__(self) -> tuple[type[DeadHook], tuple[()]]:
         return (DeadHook, ())
 
     @property
     def __name__(self) -> str:
-        """What torch.jit.script asks for first, before it would compile a hook.
+        """Refuse torch.jit.script, which reads this name before it compiles a hook.
 
         Raises:
             ExportError: always.
@@ -34,15 +34,16 @@ class Hook:
 
 @never_compiled
 def eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call it outside of compiled code, which the function would be traced into.
+    """Return call(*args, **kwargs), run outside of compiled code and never traced into it.
 
-    What joins the loss depends on what the forwards have left behind, what is done at a step on what stands in it.
+    The loss and the step depend on state that earlier forwards have left, which tracing would
+    freeze.
     """
     return call(*args, **kwargs)
 
 
 class DeadHook(Hook):
-    """What a hook becomes in a copy or a pickle of its model."""
+    """Hook without effect, in place of a hook in a copy or pickle of its model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         return None

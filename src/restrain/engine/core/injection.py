@@ -1,10 +1,10 @@
-"""Two autograd functions that carry a penalty's gradient where its value can't take its own graph along.
+"""Autograd functions that give a penalty its gradient when its value carries no graph.
 
-Inside reentrant checkpointing and inside compiled code, the value of a penalty leaves the layer without a graph.
-There `Inject` passes the layer's output on unchanged and remembers the penalty; in backward it sends the penalty
-the gradient that stands in a *cell*, a tensor. `Root` stands on the loss; its backward writes the loss's own
-upstream gradient into the cells, so that loss scaling and accumulation come out right. A backward without the
-root finds zeros in the cells.
+Inside reentrant checkpointing and compiled code, the value of a penalty leaves the layer without a
+graph. There `Inject` returns the layer's output unchanged and takes the penalty as a second input;
+in backward it passes the penalty the gradient stored in a *cell*, a tensor. `Root` is applied to the
+loss; its backward writes the upstream gradient of the loss into the cells, so that loss scaling and
+accumulation are right. A backward without the root finds zeros in the cells.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from restrain.torch_private import queue_callback, require
 
 
 class Inject(torch.autograd.Function):
-    """`Inject.apply(h, penalty, cell, copy)` is h (or a copy, where a later op overwrites it in place).
+    """`Inject.apply(h, penalty, cell, copy)` returns h, or a copy if a later op overwrites it in place.
 
-    In backward, `penalty` receives the gradient that stands in `cell` then.
+    In backward, `penalty` receives the gradient stored in `cell` at that time.
     """
 
     generate_vmap_rule = True
@@ -39,14 +39,18 @@ class Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        # The sum of nothing ties the reading of the cell to the backward: a compiler may compute what depends on the
-        # forward alone in the forward, when the cell is still empty.
+        # The empty sum makes the read of the cell depend on the gradient. Otherwise a compiler may
+        # read the cell in the forward, when it is still empty.
         nothing = gradient.flatten()[:0].abs().sum()
         return gradient, (ctx.cell.squeeze(0) + nothing).to(ctx.dtype), None, None
 
 
 class Root(torch.autograd.Function):
-    """`Root.apply(loss, value, write)` is loss + value; in backward, `write(g)` sets the cells, g the upstream."""
+    """`Root.apply(loss, value, write)` returns loss + value.
+
+    In backward, `write(g)` fills the cells with the upstream gradient g, and `write(None)` resets
+    them at the end of the backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, value: Tensor, write: Callable[[Tensor | None], None]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Memory of tensors: how entries lie in it, blocks that stay in the cache, and buffers that are kept.
+"""Memory of tensors: layout, blocks that fit the cache, and reused buffers.
 
-Getting new memory from the system costs a CPU more than the computation does.
+On a CPU, getting new memory from the system costs more than the computation.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BLOCK = 1 << 19  # entries
 
 
 def dense(x: Tensor) -> bool:
-    """Whether the entries fill one stretch of memory, in whatever order (channels_last does)."""
+    """True if the entries fill one contiguous range of memory, in any order (as channels_last)."""
     return torch.ops.aten.is_non_overlapping_and_dense(x)  # type: ignore[no-any-return]
 
 
 def alike(tensors: Sequence[Tensor]) -> bool:
-    """Whether entries of the same place lie alike in the memory of all, without gaps."""
+    """True if all tensors have the same dense memory layout (for tensors of one shape)."""
     first = tensors[0]
     return all(t.is_contiguous() for t in tensors) or (
         all(t.stride() == first.stride() for t in tensors) and dense(first)
@@ -32,17 +32,17 @@ def alike(tensors: Sequence[Tensor]) -> bool:
 
 
 def simple(x: Tensor) -> bool:
-    """Whether it is real, and precise enough to be computed with."""
+    """True for float32 and float64, in which sums are precise enough."""
     return x.dtype in (torch.float32, torch.float64)
 
 
 def flattened(x: Tensor) -> Tensor:
-    """Its entries in one dim, in whatever order; in its own memory if they fill one stretch of it."""
+    """Return the entries in one dim, in memory order if x is dense; a view where possible."""
     return x.as_strided((x.numel(),), (1,)) if not x.is_contiguous() and dense(x) else x.reshape(-1)
 
 
 def fresh(x: Tensor) -> Tensor:
-    """A tensor of the same shape, and of the same strides if entries fill a stretch of memory."""
+    """Return an uninitialised tensor of the same shape, with the same strides if x is dense."""
     known = x.is_contiguous() or dense(x)
     out = torch.empty_like(x) if known else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.nbytes >= _LARGE and out.is_cpu and type(out) is Tensor:
@@ -50,19 +50,19 @@ def fresh(x: Tensor) -> Tensor:
     return out
 
 
-_LARGE = 1 << 25  # bytes; from here on malloc takes memory from the system, and gives it back, each time
+_LARGE = 1 << 25  # bytes from which on malloc takes memory from the system and returns it each time
 
 
 @functools.cache
 def _madvise() -> Any:
-    """The system's function, where there is one."""
+    """Return the function madvise of Linux, or None."""
     return getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
 
 
 def _in_huge_pages(t: Tensor) -> None:
-    """Ask the system for pages of 2 MiB for the memory of a new tensor: 4 KiB each are four times as slow to get.
+    """Advise the system to use pages of 2 MiB for a new tensor: pages of 4 KiB take four times as long.
 
-    It is advice: where it isn't taken, nothing changes.
+    The system may ignore the advice.
     """
     page = 1 << 21
     start = -(-t.data_ptr() // page) * page
@@ -71,21 +71,21 @@ def _in_huge_pages(t: Tensor) -> None:
         madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(14))  # MADV_HUGEPAGE
 
 
-_PARTS = 64  # of the memory for blocks that are remembered
+_PARTS = 64  # cached views of buffers
 
 
 class Scratch(threading.local):
-    """Memory for what is computed of a block.
-
-    A CPU's is kept, of each thread and dtype: memory that is new costs more than the computation does.
-    """
+    """Buffers for intermediate results of a block, kept per thread and dtype on the CPU."""
 
     def __init__(self) -> None:
         self.held: dict[tuple[torch.dtype, int], Tensor] = {}
-        self.parts: dict[tuple[torch.dtype, int, int], Tensor] = {}  # of these, as were wanted before
+        self.parts: dict[tuple[torch.dtype, int, int], Tensor] = {}  # views of `held`, by size
 
     def like(self, x: Tensor, number: int = 0) -> Tensor:
-        """A tensor of the size of a flat one, with anything in it; one of each number."""
+        """Return a buffer of the size and dtype of the flat tensor x, with undefined entries.
+
+        Buffers of different `number` don't overlap.
+        """
         if not x.is_cpu or x.numel() > BLOCK:
             return torch.empty_like(x)
         size = x.numel()
@@ -98,7 +98,7 @@ class Scratch(threading.local):
             with torch.inference_mode(False):
                 held = torch.empty(BLOCK, dtype=x.dtype, device=x.device)
             if type(held) is not Tensor:
-                return held[:size]  # what a mode makes of it
+                return held[:size]  # a tensor subclass made by a mode isn't kept
             self.held[x.dtype, number] = held
         if len(self.parts) == _PARTS:
             self.parts.clear()
@@ -111,13 +111,13 @@ scratch = Scratch()
 
 
 def in_blocks(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
-    """Each tensor in blocks of the same entries; in one part where it can't be cut."""
+    """Split the tensors into matching blocks; yield them whole if they can't be split."""
     whole = stretches(tensors) if tensors[0].numel() > BLOCK else None
     return [tensors] if whole is None else zip(*[t.split(BLOCK) for t in whole], strict=True)
 
 
 def stretches(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """The tensors as stretches of memory; None where their entries don't lie alike, each filling one."""
+    """Return flat views of the tensors in memory order; None if they differ in layout or have gaps."""
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]

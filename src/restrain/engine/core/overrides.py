@@ -1,6 +1,6 @@
-"""Other tensors in the place of a model's parameters, where `torch.func.functional_call` has put them for a forward.
+"""Tensors that `torch.func.functional_call` substitutes for a model's parameters in a forward.
 
-Penalties on parameters act on those that the last forward used.
+Penalties on parameters act on the tensors that the last forward used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from restrain.torch_private import life, over
 
 
 class Overrides:
-    """The tensors that `functional_call` puts in the place of parameters with penalties."""
+    """Record of the tensors that `functional_call` substitutes for parameters with penalties."""
 
     def __init__(self, handles: Iterable[Handle] = ()) -> None:
         self.handles = list(dict.fromkeys(handles))
@@ -25,37 +25,37 @@ class Overrides:
         self._life: Any = None
 
     def remember(self, root: nn.Module) -> None:
-        """Take what stands in the model now for its own."""
+        """Record the current parameters as the model's own."""
         owners = {id(m): m for handle in self.handles for m in _owners(handle, root)}
         cells = [(m, key, p) for m in owners.values() for key, p in m._parameters.items() if p is not None]
         self._own = [(weakref.ref(m), key, weakref.ref(p)) for m, key, p in cells]
 
     def look(self, root: nn.Module) -> None:
-        """A forward begins."""
+        """At the begin of a forward, record substituted tensors, if any."""
         self._of_forward = {}
         if all((m := owner()) is not None and m._parameters.get(key) is own() for owner, key, own in self._own):
             return
-        if not fully_sharded(root.modules()):  # which swaps parameters, too
+        if not fully_sharded(root.modules()):  # FSDP swaps parameters, too
             self._of_forward = {handle.name: handle.find(root) for handle in self.handles}
             self._life = life()
 
     def forget(self) -> None:
-        """What a forward used is of no interest any more."""
+        """Forget the tensors of the last forward."""
         self._of_forward = {}
 
     def now(self, root: nn.Module) -> dict[str, Tensor]:
-        """What the last forward used in the place of parameters, by their names.
+        """Return the tensors that the last forward used for parameters, by parameter name.
 
-        Empty where it used the model's own, and after the transform of torch.func that it ran in.
+        Empty if the forward used the model's own, or its torch.func transform has ended.
         """
         if self._of_forward and all(self._of_forward[h.name] is h.find(root) for h in self.handles):
-            self.remember(root)  # they were replaced for good
+            self.remember(root)  # still there after the forward: replaced for good
             self._of_forward = {}
         return {} if over(self._life) else self._of_forward
 
 
 def _owners(handle: Handle, root: nn.Module) -> Sequence[nn.Module]:
-    """The modules that hold a parameter, or what it is computed from."""
+    """Return the modules that hold a parameter, or its parametrisation's original tensors."""
     owner: Any = handle.find_owner(root)
     if owner is None:
         return []

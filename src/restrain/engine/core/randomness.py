@@ -1,4 +1,4 @@
-"""What draws at random in training, and inside `rs.sampling` in evaluation too."""
+"""Base of hooks that draw random numbers in training, and inside `rs.sampling` in evaluation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from restrain.torch_private import symbolic_tracing
 
 
 class _Sampling(threading.local):
-    """How many `rs.sampling` of this thread something is in.
+    """Nesting depth of `rs.sampling` contexts in this thread.
 
-    The number is set in `__init__`, for each thread: torch.compile guards what stands in the instance, and would take
-    a default of the class for a constant.
+    The depth is set in `__init__`, for each thread: torch.compile guards attributes of the
+    instance, but takes a class attribute for a constant.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class _Sampling(threading.local):
 
 
 def exporting() -> bool:
-    """Whether a model is being exported or traced. Hooks do nothing then: what is made is the model without rules."""
+    """True while a model is exported or traced; hooks then do nothing, so rules are left out."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -30,16 +30,16 @@ def exporting() -> bool:
 
 
 class Draws:
-    """Base of hooks (or parts of a model) that draw in training, and where `self.sampling.depth` is above zero."""
+    """Base of hooks or modules that draw in training, or if `self.sampling.depth` is positive."""
 
     def __init__(self) -> None:
         self.sampling = _Sampling()
 
     @property
     def random(self) -> bool:
-        """Whether there is anything that it draws."""
+        """True if it ever draws random numbers."""
         return True
 
     def draws(self, module: nn.Module) -> bool:
-        """Whether it draws in a forward of this module now."""
+        """True if it draws in a forward of this module now."""
         return bool(self.sampling.depth) or (module.training and not exporting())

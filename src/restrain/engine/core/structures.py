@@ -1,6 +1,6 @@
-"""Which tensor of an output or input is meant, and putting another in its place.
+"""Find and replace a tensor in a nested output or input.
 
-Outputs may be tensors, packed sequences, and tuples, lists, dicts or dataclasses of these.
+A structure is a tensor, a packed sequence, or a tuple, list, dict or dataclass of structures.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 Step = int | str
-Way = tuple[Step, ...]  # how to get from a structure to a tensor in it
+Way = tuple[Step, ...]  # keys from a structure to a tensor in it
 
 
 def find(structure: Any, index: Step | None) -> Way | None:
-    """The way to the tensor that is meant: the first floating-point one, of the member `index` if that is given.
+    """Return the way to the first floating-point or complex tensor, within member `index` if given.
 
-    Returns None where there is none.
+    None if there is no such tensor.
     """
     if index is None:
         return _first(structure)
@@ -54,7 +54,7 @@ def _members(structure: Any) -> list[tuple[Step, Any]]:
 
 
 def tensors(structure: Any) -> Iterator[Tensor]:
-    """All tensors in a structure."""
+    """Yield all tensors in a structure."""
     if isinstance(structure, Tensor):
         yield structure
     elif isinstance(structure, PackedSequence):
@@ -65,12 +65,12 @@ def tensors(structure: Any) -> Iterator[Tensor]:
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> dict[Step, Any]:
-    """The inputs of a layer as one structure: positional ones by number, keyword ones by name."""
+    """Return the inputs of a layer as one dict: positional by number, keyword by name."""
     return {**dict(enumerate(args)), **kwargs}
 
 
 def get(structure: Any, way: Way) -> Any:
-    """What stands at the end of the way."""
+    """Return the member at the end of the way."""
     for step in way:
         structure = _step(structure, step)
     return structure
@@ -85,7 +85,7 @@ def _by_attribute(structure: Any) -> bool:
 
 
 def put(structure: Any, way: Way, new: Tensor) -> Any:
-    """A structure with `new` at the end of the way; the given one is not changed."""
+    """Return a copy of the structure with `new` at the end of the way."""
     if not way:
         return new
     step, rest = way[0], way[1:]
@@ -103,16 +103,19 @@ def put(structure: Any, way: Way, new: Tensor) -> Any:
 
 
 def rows(structure: Any, way: Way) -> tuple[Tensor | None, int]:
-    """Of a packed sequence whose data the way leads to: which sequence each row is of, and how many there are."""
+    """Return (sequence index of each row, number of sequences) of a packed sequence.
+
+    (None, 0) if the way doesn't lead to the data of a packed sequence.
+    """
     found = packed(structure, way)
     if found is None:
         return None, 0
-    sizes = found.batch_sizes.tolist()  # at each step, the first so many sequences still run
+    sizes = found.batch_sizes.tolist()  # number of sequences at each step, longest first
     return torch.cat([torch.arange(size) for size in sizes]).to(found.data.device), sizes[0]
 
 
 def packed(structure: Any, way: Way) -> PackedSequence | None:
-    """The packed sequence whose data the way leads to; None elsewhere."""
+    """Return the packed sequence if the way leads to its data, else None."""
     if not way or way[-1] != "data":
         return None
     found = get(structure, way[:-1])
