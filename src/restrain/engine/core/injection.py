@@ -2,9 +2,9 @@
 
 Inside reentrant checkpointing and compiled code, the value of a penalty leaves the layer without a
 graph. There `Inject` returns the layer's output unchanged and takes the penalty as a second input;
-in backward it passes the penalty the gradient stored in a *cell*, a tensor. `Root` is applied to the
-loss; its backward writes the upstream gradient of the loss into the cells, so that loss scaling and
-accumulation are right. A backward without the root finds zeros in the cells.
+in backward it passes the penalty the gradient stored in a *cell*, a tensor. `Root` is applied to
+the loss; its backward writes the upstream gradient of the loss into the cells, so that loss scaling
+and accumulation are right. A backward without the root finds zeros in the cells.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from restrain.torch_private import queue_callback, require
 
 
 class Inject(torch.autograd.Function):
-    """`Inject.apply(h, penalty, cell, copy)` returns h, or a copy if a later op overwrites it in place.
+    """`Inject.apply(h, penalty, cell, copy)` returns h, or a copy, which a later op may overwrite.
 
     In backward, `penalty` receives the gradient stored in `cell` at that time.
     """

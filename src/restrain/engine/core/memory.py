@@ -60,9 +60,9 @@ def _madvise() -> Any:
 
 
 def _in_huge_pages(t: Tensor) -> None:
-    """Advise the system to use pages of 2 MiB for a new tensor: pages of 4 KiB take four times as long.
+    """Advise the system to use pages of 2 MiB for a new tensor; it may ignore that.
 
-    The system may ignore the advice.
+    Getting the memory in pages of 4 KiB takes four times as long.
     """
     page = 1 << 21
     start = -(-t.data_ptr() // page) * page
@@ -111,13 +111,13 @@ scratch = Scratch()
 
 
 def in_blocks(tensors: Sequence[Tensor]) -> Iterable[Sequence[Tensor]]:
-    """Split the tensors into matching blocks; yield them whole if they can't be split."""
+    """Return matching blocks of the tensors; whole tensors if small or without common layout."""
     whole = stretches(tensors) if tensors[0].numel() > BLOCK else None
     return [tensors] if whole is None else zip(*[t.split(BLOCK) for t in whole], strict=True)
 
 
 def stretches(tensors: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return flat views of the tensors in memory order; None if they differ in layout or have gaps."""
+    """Return flat views of the tensors in memory order; None without a common dense layout."""
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return [t.view(-1) for t in tensors]

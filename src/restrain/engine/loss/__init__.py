@@ -1,4 +1,4 @@
-"""Values of penalties for the loss, and how their gradients join the backward."""
+"""Values of penalties for the loss, and their gradients in the backward."""
 
 from restrain.engine.loss import parameters
 from restrain.engine.loss.outputs import AtPlace

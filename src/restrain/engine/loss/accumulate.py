@@ -1,8 +1,8 @@
-"""Parameters whose `.grad` a backward of ours may add to in place, when all else of it is done.
+"""Add gradients of penalties to `.grad` in place, at the end of the backward.
 
-What a function's backward returns is a tensor that autograd adds to another: it is made, written, read again and given
-back to the system, where one pass over the gradients would do. So where nobody could tell the difference, ours returns
-nothing, and adds at the end of the backward to what stands in `.grad` by then.
+A gradient that a backward returns is allocated, written, read again by autograd for the addition,
+and freed, where one pass over the gradients would do. So if no hook or other process can see the
+difference, our backward returns None and adds to `.grad` at the end.
 """
 
 from __future__ import annotations
@@ -17,33 +17,34 @@ from restrain.torch_private import observed, queue_callback, will_execute
 
 
 def unobserved(p: Tensor) -> bool:
-    """Whether it is trained, and nothing is told when its gradient is there: no hook, no process that waits for it."""
+    """True for a trained leaf without gradient hooks, outside of torch.distributed."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
     return p.is_leaf and p.requires_grad and not observed(p)
 
 
 def reached(nodes: Sequence[Any]) -> list[Tensor] | None:
-    """In a backward, the parameters at the ends of a graph, if it adds to the gradients of all of them, unobserved.
+    """Return the parameters of the given leaf nodes, if the running backward accumulates into all.
 
-    None for `autograd.grad`, which gives the gradients back, and for `backward(inputs=...)` that leaves some out.
+    None if a node has no unobserved parameter, in `autograd.grad`, which returns gradients instead,
+    and in a `backward(inputs=...)` without all of them.
     """
     try:
         if not all(map(will_execute, nodes)):
             return None
-    except RuntimeError:  # what torch says of an end of the graph in autograd.grad
+    except RuntimeError:  # raised for leaf nodes in autograd.grad
         return None
     found = [getattr(node, "variable", None) for node in nodes]
     return found if all(p is not None and unobserved(p) for p in found) else None  # type: ignore[return-value]
 
 
 def at_the_end(do: Callable[[], None]) -> None:
-    """Call this when the backward that runs now is done."""
+    """Call a function at the end of the running backward."""
     queue_callback(do)
 
 
 def takes(gradient: Tensor | None, p: Tensor) -> bool:
-    """Whether it lies in memory as the parameter does."""
+    """True if the gradient has dtype, strides and device (CPU) to be updated in place by loops."""
     return (
         type(gradient) is Tensor
         and gradient.layout == torch.strided
@@ -55,10 +56,10 @@ def takes(gradient: Tensor | None, p: Tensor) -> bool:
 
 
 def give(p: Tensor, gradient: Tensor) -> None:
-    """Add a gradient as torch does it: in place where there is a plain one."""
+    """Add a gradient to `p.grad` like autograd: in place if `.grad` is dense and has no graph."""
     if p.grad is None:
         p.grad = gradient
     elif p.grad.layout == torch.strided and not p.grad.requires_grad:
         p.grad.add_(gradient)
     else:
-        p.grad = gradient + p.grad  # of a sparse one torch takes this order only
+        p.grad = gradient + p.grad  # dense + sparse works in this order only

@@ -1,8 +1,7 @@
-"""Penalties on the outputs of layers: how their values and gradients are computed.
+"""Values and gradients of penalties on layer outputs.
 
-Where output and value come of one autograd function, the penalty's gradient joins that of all that comes later where
-the two meet: in one pass that reads the tensor and the incoming gradient, and writes the sum. The value has a graph of
-its own; it may be differentiated without what comes later, and what comes later without it.
+If one autograd function returns both output and value, its backward adds the penalty's gradient to
+the incoming gradient in one pass. Output and value can still be differentiated separately.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from restrain.penalties.base import batch_size
 from restrain.penalties.shrink import at_least_float32
 from restrain.torch_private import batched, is_view, packs, transformed
 
-_BLOCK = 1 << 18  # entries, whose gradients stay in the cache until they are added
-LOOPS_AT_PLACES = 1 << 15  # entries of an output from which on compiled loops are taken: each run does the same
-_KEPT = 32  # sizes of batches
+_BLOCK = 1 << 18  # entries whose gradients stay in the cache until they are added
+LOOPS_AT_PLACES = 1 << 15  # entries of an output from which on compiled loops are used: each run does the same
+_KEPT = 32  # cached sums, by dtype and batch size
 
 
 class AtPlace:
-    """A penalty on the outputs of layers, averaged over the batch; what is known of it is kept from call to call."""
+    """Penalty on layer outputs, averaged over the batch; caches its `PenaltySum` between calls."""
 
     def __init__(self, penalty: Penalty, compile: Compile = "auto") -> None:
         self.penalty, self.compile = penalty, compile
@@ -37,15 +36,15 @@ class AtPlace:
         self._jobs: dict[Any, PenaltySum | None] = {}
 
     def value(self, h: Tensor, dim: int | None) -> Tensor:
-        """`penalty.over_batch(h, dim)`."""
+        """Return `penalty.over_batch(h, dim)`, with batch dim `dim` (None: no batch)."""
         job = self._known(h, dim)
         return self.penalty.over_batch(h, dim) if job is None else applied(job, None, h)
 
     def of_relu(self, h: Tensor, dim: int | None) -> tuple[Tensor, float] | None:
-        """The value, in two factors, where `h` comes of a ReLU and the penalty is an L1: the first is a plain sum.
+        """Return (Σh, factor) of the value for an L1 on the output h of a ReLU, else None.
 
-        Its gradient is one at the zeros, too, where ReLU lets none through. Nothing is kept for the backward, so that
-        `h` may be overwritten.
+        The gradient of Σh is 1 at zeros too, where ReLU's backward blocks it. Nothing is saved for
+        the backward, so h may be overwritten.
         """
         if self._slope is None or (node := h.grad_fn) is None or node.name() != "ReluBackward0":
             return None
@@ -54,16 +53,17 @@ class AtPlace:
         return h.sum(), self._slope / (1 if dim is None else batch_size(h, dim))
 
     def by_signs(self, h: Tensor, dim: int | None) -> Tensor | None:
-        """The value where the penalty is an L1 of real entries, and the code is compiled."""
+        """Return the value of an L1 of real entries, for compiled code; else None."""
         if self._slope is None or h.is_complex():
             return None
         value: Tensor = Absolute.apply(h)[0] * (self._slope / (1 if dim is None else batch_size(h, dim)))  # type: ignore[no-untyped-call]
         return value
 
     def through(self, h: Tensor, dim: int | None, copy: bool) -> tuple[Tensor, Tensor, float] | None:
-        """What goes on in the place of `h` (equal to it, or a copy), and the value; None where that isn't known.
+        """Return (output, value, factor), or None if the penalty isn't supported.
 
-        The gradient of the value joins that of what goes on in one pass, where the two meet.
+        The output replaces h: equal to it, or with `copy` safe from later in-place operations. The
+        value is value × factor. Its gradient is added to that of the output in one pass.
         """
         if not (torch.is_grad_enabled() and h.requires_grad) or (job := self._known(h, dim)) is None:
             return None
@@ -85,12 +85,12 @@ class AtPlace:
 
 
 def _may_be_overwritten(h: Tensor) -> bool:
-    """Whether our function may say that it changes `h`; a checkpoint compares what is kept, which must be h itself."""
+    """True if an autograd function may mark h as changed in place; checkpoints compare h itself."""
     return simple(h) and h.is_cpu and dense(h) and not (h.is_leaf or is_view(h) or packs())
 
 
 def _slope(penalty: Penalty) -> float | None:
-    """a where the penalty is a Σ|x|."""
+    """Return a if the penalty is a Σ|x|, else None."""
     parts = penalty.leaves()
     if not all(leaf.operations is not None and leaf.elastic is not None for _, leaf in parts):
         return None
@@ -99,7 +99,7 @@ def _slope(penalty: Penalty) -> float | None:
 
 
 class Through(torch.autograd.Function):
-    """`Through.apply(job, h, copy)` is h (or a copy, where a later op overwrites it in place) and the value."""
+    """`Through.apply(job, h, copy)` returns h and the value; a copy of h may be overwritten."""
 
     @staticmethod
     def forward(ctx: Any, job: PenaltySum, h: Tensor, copy: bool) -> tuple[Tensor, Tensor]:
@@ -110,7 +110,7 @@ class Through(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, factor: Tensor | None) -> tuple[Tensor | None, ...]:
-        if factor is None:  # the value isn't in what is differentiated
+        if factor is None:  # the value isn't differentiated
             return None, gradient, None
         (h,) = ctx.saved_tensors
         fast = eager() and not (batched(factor) or (gradient is not None and batched(gradient)))
@@ -127,7 +127,7 @@ class Through(torch.autograd.Function):
 
 
 class Absolute(torch.autograd.Function):
-    """Σ|x|, for which the signs are kept, a byte each; so a later op may overwrite x in place."""
+    """Σ|x| with the signs saved, a byte each, so that a later op may overwrite x in place."""
 
     generate_vmap_rule = True
 
@@ -149,7 +149,7 @@ class Absolute(torch.autograd.Function):
 
 
 class AbsoluteThrough(torch.autograd.Function):
-    """x itself on its way, which a later op will overwrite in place, and Σ|x|; as `Through`, but the signs are kept."""
+    """x and Σ|x|, for an x that a later op overwrites in place; like `Through`, but saves signs."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +176,7 @@ class AbsoluteThrough(torch.autograd.Function):
 
 
 def _signs(x: Tensor, signs: Tensor) -> Tensor:
-    """Σ|x| of a block, whose signs are written."""
+    """Return Σ|x| of a block, and write its signs."""
     signs.copy_(torch.sgn(x, out=scratch.like(x)))
     return torch.abs(x, out=scratch.like(x)).sum()
 
@@ -187,14 +187,14 @@ def _blocks(x: Tensor) -> Sequence[Tensor]:
 
 
 def _joins(x: Tensor, y: Tensor) -> bool:
-    """Whether y is a plain tensor, with its entries in memory as those of x are."""
+    """True if y is a plain dense tensor with the memory layout and device of x."""
     if type(y) is not Tensor or y.layout != torch.strided or x.device != y.device:
         return False
     return alike((x, y))
 
 
 def _added(job: PenaltySum, x: Tensor, factor: Tensor, given: Tensor) -> Tensor:
-    """given + factor · gradient, in new memory: who else holds what is given isn't known."""
+    """Return given + factor · gradient in new memory, as others may hold `given`."""
     if x.numel() <= _BLOCK or not x.is_cpu:
         return job.gradients((x,), factor)[0].add_(given)
     out = fresh(x)

@@ -1,8 +1,8 @@
 """Values of penalties on many parameters, for the loss.
 
-Tensors with the same penalty are computed together: by loops of C from `LOOPS` entries on, else by torch, where small
-tensors join in one function, so that no more memory is needed than for one tensor after the other. What no backend
-knows is the formula itself.
+Tensors with the same penalty are computed together: by C loops from `LOOPS` entries on, else by
+torch, which joins small tensors in one autograd function of bounded memory. Other penalties run
+their own formula under autograd.
 """
 
 from __future__ import annotations
@@ -24,13 +24,19 @@ from restrain.penalties import Penalty, Scaled
 from restrain.penalties.base import Sum, is_off
 from restrain.schedule import Strength
 
-SMALL, JOINED = 1 << 16, 1 << 18  # entries of tensors that are joined, and of what they are joined to
-LOOPS, EACH = 1 << 18, 1 << 12  # entries of a rule from which on it takes compiled loops; what each tensor adds
-JOINED_BY_LOOPS = 1 << 21  # entries of which the gradients are computed together
+SMALL, JOINED = 1 << 16, 1 << 18  # greatest entries of a tensor that is joined, and of a bundle
+LOOPS, EACH = 1 << 18, 1 << 12  # entries from which on loops are used; extra entries for each further tensor
+JOINED_BY_LOOPS = 1 << 21  # entries whose gradients the loops compute together
 
 
 def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False, compile: Compile = "auto") -> list[Term]:
-    """Terms whose sum is that of the penalties' values, each on its tensor (or those divided by numbers of entries)."""
+    """Return terms whose sum is the sum of the penalties' values.
+
+    Args:
+        pairs: (tensor, penalty on it).
+        mean: divide each value by the number of entries of its tensor.
+        compile: use of compiled loops.
+    """
     terms: list[Term] = []
     alike: dict[Any, list[_Member]] = {}
     known = eager()
@@ -46,7 +52,7 @@ def values(pairs: Sequence[tuple[Tensor, Penalty]], mean: bool = False, compile:
 
 
 def _values(members: Sequence[_Member], compile: Compile) -> Iterator[Tensor]:
-    """Values whose sum is that of members that are alike."""
+    """Yield values whose sum is the sum over members with equal keys."""
     entries = sum([one.x.numel() for one in members]) + EACH * (len(members) - 1)
     parts = members[0].what.leaves()
     flat = all(in_one_stretch(one.x) for one in members)
@@ -63,7 +69,10 @@ def _values(members: Sequence[_Member], compile: Compile) -> Iterator[Tensor]:
 
 
 def sum_at(h: Tensor, what: Penalty, weight: float, large: bool, compile: Compile) -> PenaltySum | None:
-    """What computes the weighted penalty on tensors like `h`, by loops if they are large; None if that isn't known."""
+    """Return the PenaltySum of a weighted penalty on tensors like h, or None if no backend has it.
+
+    `large` allows compiled loops.
+    """
     if _key(what, h) is None:
         return None
     parts = what.leaves()
@@ -80,7 +89,7 @@ class _Member:
 
 
 def _key(what: Penalty, x: Tensor) -> Any:
-    """Equal for penalties that are the same on all tensors; None for what isn't known here."""
+    """Return a key, equal for penalties that can be summed together; None if none can be."""
     if isinstance(what, Scaled):
         off = isinstance(what.strength, Strength) or is_off(what.strength)
         inner = None if off else _key(what.penalty, x)
@@ -99,13 +108,13 @@ def _key(what: Penalty, x: Tensor) -> Any:
 
 
 def _rows(groups: Any, x: Tensor) -> bool:
-    """Whether each group is a stretch of memory, and no other dtype is needed to add up its squares."""
+    """True if each group is a contiguous row of x, and its dtype is precise enough for squares."""
     along = simple(x) and isinstance(groups, Grouping) and groups.keep == (0,) and groups.lists is None
     return along and groups.shape == tuple(x.shape) and dense(x) and x.stride(0) * x.shape[0] == x.numel()
 
 
 def _bundles(members: Sequence[_Member], small: int, most: int) -> Iterator[list[_Member]]:
-    """Small members together, large ones alone."""
+    """Yield members in bundles: small ones together up to `most` entries, large ones alone."""
     joined: list[_Member] = []
     size = 0
     for member in members:
@@ -134,7 +143,10 @@ def _sum(bundle: Sequence[_Member], parts: Parts, sums: Sums) -> PenaltySum:
 
 
 def _by_loops(members: Sequence[_Member], parts: Parts, loops: Sums) -> Iterator[Tensor]:
-    """The values: one of all parameters whose gradients are added in place; others' gradients are made a few a time."""
+    """Yield two values: of the parameters whose gradients are added in place, and of the others.
+
+    The gradients of the others are computed in bundles.
+    """
     ends: list[_Member] = []
     others: list[_Member] = []
     for one in members:

@@ -1,7 +1,7 @@
-"""A weighted sum of a penalty on several tensors as one autograd function, with no graph inside.
+"""Weighted sum of a penalty on several tensors, as one autograd function without an inner graph.
 
-Its backward computes the gradient from the tensors alone, by a backend, in one pass that reads and writes each once.
-What autograd must see through (compilation, torch.func, forward mode) is the formula itself.
+Its backward computes the gradients from the tensors alone, by a backend, in one pass that reads and
+writes each tensor once. Compilation, torch.func and forward mode use the penalty's formula instead.
 """
 
 from __future__ import annotations
@@ -25,43 +25,46 @@ from restrain.torch_private import batched, run_last, transformed
 
 
 def eager() -> bool:
-    """Whether plain eager code runs, without transformations of functions."""
+    """True outside of compilation, torch.func, forward mode, tracing and modes."""
     return not (torch.compiler.is_compiling() or transformed())
 
 
 def plain(x: Tensor) -> bool:
-    """Whether it is a dense tensor of torch's own class, with entries."""
+    """True for a non-empty strided tensor of class Tensor or Parameter."""
     return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.numel() > 0
 
 
 def in_one_stretch(x: Tensor) -> bool:
-    """Whether the entries can be read where they are, one after the other."""
+    """True if C loops can read the entries in memory order (dense, on the CPU)."""
     return x.is_cpu and (x.is_contiguous() or dense(x)) and not x.is_neg()
 
 
 @dataclass
 class PenaltySum:
-    """The same penalty on some tensors, as bound to each, and the weight of its value on each."""
+    """Σ weight · penalty(tensor) over some tensors, with the penalty as bound to each."""
 
     whats: list[Penalty]
     weights: list[float]
-    parts: Parts  # of the first, with strengths as they are at the forward
-    sums: Sums  # what computes it
+    parts: Parts  # leaves of the first penalty, with their strengths at the forward
+    sums: Sums  # backend
 
     def value(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sum of the values."""
+        """Return the weighted sum of the values."""
         return self.sums.value(tensors, self.weights)
 
     def gradients(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-        """factor · gradient for each tensor, each in memory of its own."""
-        if self.sums.adds and not all(map(in_one_stretch, tensors)):  # hooks of saved tensors may have changed that
+        """Return factor · gradient for each tensor, in new memory."""
+        if self.sums.adds and not all(map(in_one_stretch, tensors)):  # changed by hooks of saved tensors
             return self.by_formula(tensors, factor)
         found = [fresh(x) for x in tensors]
         self.sums.gradients(tensors, self.weights, factor, found)
         return found
 
     def adds(self, tensors: Sequence[Tensor], factor: Tensor, nodes: Sequence[Any]) -> bool:
-        """Whether these are added in place, at the end of the backward, to the parameters at these nodes."""
+        """Arrange to add the gradients in place at the end of the backward; return False if unsafe.
+
+        `nodes` are the leaf nodes of the parameters.
+        """
         ends = reached(nodes) if self.sums.adds and all(map(in_one_stretch, tensors)) else None
         if ends is not None:
             at_the_end(functools.partial(self._add, tensors, factor, ends))
@@ -81,7 +84,7 @@ class PenaltySum:
                         give(p, found)
 
     def differentiable(self, tensors: Sequence[Tensor], factor: Tensor) -> Sequence[Tensor]:
-        """The same with a graph."""
+        """Return factor · gradient for each tensor, with a graph for higher derivatives."""
         with torch.enable_grad():
             of_each = [times(strength, leaf(x)) * weight for x, strength, leaf, weight in self._each(tensors)]
             total = functools.reduce(operator.add, of_each)
@@ -89,7 +92,7 @@ class PenaltySum:
         return found
 
     def by_formula(self, tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-        """The same for factors that transform what is done with them: vmap's batches, say."""
+        """Return factor · gradient for each tensor by the formula, for factors batched by vmap."""
         found: dict[int, Tensor] = {}
         for x, strength, leaf, weight in self._each(tensors):
             more = leaf.gradient(at_least_float32(x)) * (times(strength, factor) * weight)
@@ -103,19 +106,23 @@ class PenaltySum:
 
 
 def gradients(job: PenaltySum, tensors: Sequence[Tensor], factor: Tensor, fast: bool) -> Sequence[Tensor]:
-    """factor · gradient for each tensor, in whatever way it is asked for."""
+    """Return factor · gradient for each tensor: with a graph, by the backend, or by the formula."""
     if torch.is_grad_enabled():
         return job.differentiable(tensors, factor)
     return (job.gradients if fast else job.by_formula)(tensors, factor)
 
 
 def applied(job: PenaltySum, value: Tensor | None, *tensors: Tensor, last: bool = False) -> Tensor:
-    """The job's value, added to one at hand that has it already; its backward is the last of all that are ready."""
+    """Return the job's value as one autograd function of the tensors.
+
+    `value`, if given, already contains the job's value and is returned instead, with the gradients
+    of this job added to its graph. With `last`, the backward runs after all other ready nodes.
+    """
     if torch.is_grad_enabled() and tensors[0].requires_grad:
         result: Tensor = _Total.apply(job, value, *tensors)  # type: ignore[no-untyped-call]
         if last and all(
             map(unobserved, tensors)
-        ):  # each is added while it is in the cache, and its memory free for the next
+        ):  # autograd then adds each gradient while it is in the cache, and its memory is reused
             run_last(result.grad_fn)
         return result
     with torch.no_grad():
@@ -123,7 +130,7 @@ def applied(job: PenaltySum, value: Tensor | None, *tensors: Tensor, last: bool 
 
 
 class _Total(torch.autograd.Function):
-    """The value of a job on some tensors, or one of many tensors, of which the job does the gradients of some."""
+    """Value of a job, or a given total that contains it; the backward does the job's gradients."""
 
     @staticmethod
     def forward(ctx: Any, job: PenaltySum, value: Tensor | None, *tensors: Tensor) -> Tensor:

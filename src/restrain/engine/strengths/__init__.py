@@ -1,4 +1,4 @@
-"""Strengths that move: schedules and targets."""
+"""Strengths that change during training: schedules and targets."""
 
 from restrain.engine.strengths.moving import Activity, Moving, Strengths, tensor_of
 

@@ -1,7 +1,7 @@
-"""Strengths that move: the tensors that hold them, refilled after each real step, and the controllers of targets.
+"""Tensors of changing strengths, updated after each optimizer step, and controllers of targets.
 
-All numbers of a controller are 0-d float64 tensors on the CPU, in `reg.state_dict()`. Compiled code only ever reads
-the strength's own tensor.
+The state of a controller is 0-d float64 tensors on the CPU, saved in `reg.state_dict()`. Compiled
+code only reads the tensor of the strength.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from restrain.penalties.functorch import as_plain
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 
-_SLOWEST = 1 / 4  # the least rate, as a part of the greatest
+_SLOWEST = 1 / 4  # least rate, as a fraction of the greatest
 _PATIENCE = 50  # measurements at a bound before a warning
-_NEAR = 0.02
+_NEAR = 0.02  # relative tolerance of targets, and of bounds in a loaded state
 
-Tensors = Sequence[tuple[Tensor, Any]]  # parameters, each with what acts on it
+Tensors = Sequence[tuple[Tensor, Any]]  # (parameter, penalty on it)
 
 
 def _number(value: float = 0.0) -> Tensor:
@@ -36,25 +36,25 @@ def _number(value: float = 0.0) -> Tensor:
 
 
 class Activity:
-    """How much of the outputs that a rule looks at is active, added up since the last measurement."""
+    """Fraction of active entries in a rule's activations, averaged since the last measurement."""
 
     def __init__(self, above: float, device: torch.device) -> None:
         self.above = above
-        # of one entry and in place, as what leaves compiled code must be (see `penalty_recorders.PenaltyRecorder`)
+        # One entry each, updated in place: see `PenaltyRecorder` in engine/forward/recording.py.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total, self.count = (torch.zeros(1, dtype=dtype, device=device) for _ in range(2))
 
     def add(self, h: Tensor) -> None:
-        """Look at one output."""
+        """Add the active fraction of one output."""
         if not h.numel():
             return
         with as_plain(h) as plain:
             active = (plain.abs() > self.above).to(self.total.dtype).mean()
-            self.total.add_(active.to(self.total.device))  # of a model that was moved since it was attached
+            self.total.add_(active.to(self.total.device))  # the model may have moved since it was attached
             self.count.add_(1)
 
     def take(self) -> float | None:
-        """The mean since the last time, over all processes; None if there was nothing."""
+        """Return the mean over all processes since the last call, and reset; None if empty."""
         both = torch.cat([self.total, self.count])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(both)
@@ -65,7 +65,7 @@ class Activity:
 
 
 class Controller:
-    """Moves the logarithm of a strength until what is measured is what was asked for; see `Target`."""
+    """PI controller of the logarithm of a strength; see `Target` for the formula."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -73,11 +73,11 @@ class Controller:
         self.measured, self.error, self.stuck, self.warned = (_number(math.nan), _number(), _number(), _number())
 
     def state(self) -> dict[str, Tensor]:
-        """All that it knows."""
+        """Return the tensors of the controller by name."""
         return {key: value for key, value in vars(self).items() if isinstance(value, Tensor)}
 
     def update(self, found: float) -> bool:
-        """Take a measurement; whether it is the time to say that the target seems out of reach."""
+        """Move the strength by a measurement; return True, once, if the target is out of reach."""
         target, first = self.target, bool(self.measured.isnan())
         kept = 0.0 if first else target.smoothing
         measured = found if first else kept * float(self.measured) + (1 - kept) * found
@@ -102,7 +102,7 @@ class Controller:
 
 @dataclass
 class Moving:
-    """A strength of a rule that moves, and the 0-d tensor that holds it."""
+    """Changing strength of a rule, with its 0-d tensor `now`."""
 
     rule: Rule
     key: str
@@ -113,10 +113,11 @@ class Moving:
 
     @classmethod
     def of(cls, rule: Rule, key: str, source: Strength, device: torch.device) -> Moving:
-        """Made for a rule.
+        """Return the Moving of a strength of a rule, with controllers and its value at step 0.
 
         Raises:
-            HowError: a target that can't be measured for that rule.
+            HowError: a target can't be measured for this rule.
+            PenaltyError: the strength has several targets, or isn't a finite number, zero or more.
         """
         targets = [part for part in source.parts[1] if isinstance(part, Target)]
         for target in targets:
@@ -131,18 +132,18 @@ class Moving:
         return moving
 
     def refill(self, step: int, epoch: int) -> None:
-        """Put in what it is at a step.
+        """Update the tensor to the strength at a step.
 
         Raises:
-            PenaltyError: a schedule gives something that is no strength.
+            PenaltyError: a schedule gives a value that isn't a finite number, zero or more.
         """
         self.now.fill_(self.value(step, epoch, [float(controller.log) for controller in self.controllers]))
 
     def value(self, step: int, epoch: int, logs: Sequence[float]) -> float:
-        """What it is at a step, with these logarithms of what the targets ask for.
+        """Return the strength at a step: number × schedules × exp(logs), a log for each target.
 
         Raises:
-            PenaltyError: a schedule gives something that is no strength.
+            PenaltyError: the result, or a schedule's value, isn't a finite number, zero or more.
         """
         value = self.rest(step, epoch) * math.prod(map(math.exp, logs))
         if not math.isfinite(value):
@@ -152,10 +153,10 @@ class Moving:
         return value
 
     def check(self, state: Mapping[str, Tensor], step: int, epoch: int) -> None:
-        """Refuse numbers of a saved state, tensors as `state` gives them, with which it couldn't go on.
+        """Check that training can continue from a saved state, tensors as returned by `state`.
 
         Raises:
-            PlanError: so it is.
+            PlanError: a number is out of range.
         """
         numbers = {name: float(tensor) for name, tensor in state.items()}
         for one in self.controllers:
@@ -175,12 +176,12 @@ class Moving:
             raise PlanError(f"{self.key!r} can't go on from step {step}, epoch {epoch}: {error}") from error
 
     def rest(self, step: int, epoch: int) -> float:
-        """What it is without the targets."""
+        """Return the strength without targets: number × schedules."""
         number, parts = self.source.parts
         return number * math.prod(part.at(step, epoch) for part in parts if not isinstance(part, Target))
 
     def state(self) -> dict[str, Tensor]:
-        """What it keeps from step to step."""
+        """Return all tensors that change from step to step, by name."""
         kept = {"strength": self.now}
         for controller in self.controllers:
             kept |= controller.state()
@@ -189,7 +190,10 @@ class Moving:
         return kept
 
     def control(self, step: int, epoch: int, tensors: Callable[[], Tensors]) -> None:
-        """After a step (they are counted from zero), where it is time: measure, and move the strength."""
+        """After a step, counted from zero: measure and move the strength if a measurement is due.
+
+        `tensors` returns the (parameter, penalty) pairs of the rule.
+        """
         for controller in self.controllers:
             if step < self.rule.start or (step + 1) % controller.target.every or not self.rest(step, epoch):
                 continue
@@ -218,7 +222,7 @@ class Moving:
 
 
 def tensor_of(source: Strength, known: list[Moving], rule: Rule, key: str, device: torch.device) -> Tensor:
-    """The tensor that holds a strength of a rule; it joins the known ones, where equal ones are one."""
+    """Return the tensor of a rule's strength: an equal one in `known`, or a new one added to it."""
     for moving in known:
         if moving.source == source:
             return moving.now
@@ -227,7 +231,11 @@ def tensor_of(source: Strength, known: list[Moving], rule: Rule, key: str, devic
 
 
 def _check(target: Target, rule: Rule) -> None:
-    """Refuse a target that can't be measured for a rule."""
+    """Check that a target can be measured for a rule.
+
+    Raises:
+        HowError: it can't.
+    """
     if isinstance(rule.what, OnDerivatives):
         raise HowError(
             f"{target!r} isn't known for a penalty on derivatives, {rule.what!r}: use a number or a schedule"
@@ -245,7 +253,7 @@ def _check(target: Target, rule: Rule) -> None:
 
 
 def _sum(parts: Sequence[Term]) -> float:
-    """The sum of 0-d tensors, over all processes where they are of shards; waits for their device once."""
+    """Return the sum of 0-d tensors, over all processes for shards; waits for the device once."""
     return float(totals([parts])[0])
 
 
@@ -266,7 +274,11 @@ _MEASURES = {"zeros": _zeros, "norm": _norm}
 
 
 def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
-    """‖g‖ / (‖g‖ + ‖r‖), g the gradient of the rule and r that of all else, after a step which g may be a part of."""
+    """Return ‖g‖ / (‖g‖ + ‖r‖), with g the rule's gradient and r the rest of `.grad`, after a step.
+
+    g is subtracted from `.grad` for rules whose moment puts it there ("loss", "gradient"). None if
+    both are zero.
+    """
     mean = rule.reduce == "mean"
     inside = rule.how in ("loss", "gradient")
     own, others = [], []
@@ -282,26 +294,29 @@ def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
 
 
 class Strengths:
-    """All strengths of an attachment that move."""
+    """All changing strengths of an attachment."""
 
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.bounds = [bound for bound in bounds if bound.moving]
-        self.done = 0  # steps
+        self.done = 0  # steps taken
 
     @property
     def moving(self) -> list[Moving]:
-        """Them all."""
+        """Return all changing strengths."""
         return [moving for bound in self.bounds for moving in bound.moving]
 
     @property
     def by_gradients(self) -> bool:
-        """Whether any goes by the gradients that a step leaves behind."""
+        """True if a target measures the gradients that a step leaves behind."""
         return any(one.target.kind == "gradient_share" for moving in self.moving for one in moving.controllers)
 
     def stepped(self, steps: int, epoch: int, root: nn.Module) -> None:
-        """After a training step: so many were taken by now. Called without gradients."""
+        """Measure and update all strengths after a training step; to be called without gradients.
+
+        `steps` is the number of steps taken so far.
+        """
         if steps == self.done:
-            return  # of an optimizer that is behind another
+            return  # of an optimizer that has taken fewer steps than another
         self.done = steps
         for bound in self.bounds:
             for moving in bound.moving:
@@ -309,25 +324,25 @@ class Strengths:
         self.refill(steps, epoch)
 
     def refill(self, steps: int, epoch: int) -> None:
-        """Put in what they are at a step."""
+        """Update all tensors to the strengths at a step."""
         for moving in self.moving:
             moving.refill(steps, epoch)
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What they keep, for a checkpoint."""
+        """Return copies of all state, for a checkpoint."""
         return {moving.key: {name: t.clone() for name, t in moving.state().items()} for moving in self.moving}
 
     def check(self, state: Mapping[str, Mapping[str, Tensor]], steps: int, epoch: int) -> None:
-        """Refuse a state, of tensors as `state` gives them, with which a strength couldn't go on.
+        """Check that training can continue from a state, tensors as returned by `state`.
 
         Raises:
-            PlanError: so it is.
+            PlanError: a number is out of range.
         """
         for moving in self.moving:
             moving.check(state[moving.key], steps, epoch)
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], steps: int, epoch: int) -> None:
-        """Go on where `state` left off."""
+        """Load a state as returned by `state`, at a number of steps and an epoch."""
         for moving in self.moving:
             for name, tensor in moving.state().items():
                 tensor.copy_(state[moving.key][name].detach())
