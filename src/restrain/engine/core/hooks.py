@@ -36,8 +36,7 @@ class Hook:
 def eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
     """Return call(*args, **kwargs), run outside of compiled code and never traced into it.
 
-    The loss and the step depend on state that earlier forwards have left, which tracing would
-    freeze.
+    What a call adds to the loss or does at a step depends on the state left by earlier forwards.
     """
     return call(*args, **kwargs)
 

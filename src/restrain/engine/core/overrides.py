@@ -31,7 +31,7 @@ class Overrides:
         self._own = [(weakref.ref(m), key, weakref.ref(p)) for m, key, p in cells]
 
     def look(self, root: nn.Module) -> None:
-        """At the begin of a forward, record substituted tensors, if any."""
+        """Record the substituted tensors, if any; called when a forward begins."""
         self._of_forward = {}
         if all((m := owner()) is not None and m._parameters.get(key) is own() for owner, key, own in self._own):
             return
