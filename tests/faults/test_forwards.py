@@ -232,7 +232,6 @@ def noisy():
     return model, reg, right
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E1")
 def test_weights_can_be_edited_after_an_interrupted_forward_with_noise_on_them():
     model, _, _ = noisy()
     assert model[0].weight is dict(model.named_parameters())["0.weight"]

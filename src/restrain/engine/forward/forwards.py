@@ -311,13 +311,13 @@ class Forwards:
     def _take_compiled(self, forward: Forward) -> None:
         """Give to a forward what compiled layers added to the totals."""
         for recorder in self.recorders:
-            kept, recorder.compiled = recorder.compiled, []
-            for value in kept:
-                forward.keep(recorder, Record(value))
-        for recorder in self.penalty_recorders:
-            record = recorder.take_total()
-            if record is not None:
-                forward.keep(recorder, record)
+            if recorder.compiled:
+                kept, recorder.compiled = recorder.compiled, []
+                for value in kept:
+                    forward.keep(recorder, Record(value))
+        for penalty in self.penalty_recorders:
+            if (record := penalty.take_total()) is not None:
+                forward.keep(penalty, record)
 
     # Which forwards count
 
