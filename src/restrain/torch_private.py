@@ -422,9 +422,9 @@ def newest_node() -> int:
 _newest = _bind("sequence")
 
 
-def made_since(node: Any, number: int) -> bool:
-    """Whether a node was made since `newest_node` gave a number."""
-    return bool(node._sequence_nr() >= number)
+def made_as(node: Any) -> int:
+    """Return the number of a node in the order in which nodes are made; `newest_node` gives that of the next."""
+    return int(node._sequence_nr())
 
 
 def observed(leaf: Tensor) -> bool:

@@ -105,9 +105,13 @@ def test_one_forward_of_a_generator_serves_a_step_of_the_discriminator_and_its_o
         optimizer.step()
 
 
+SEEDED = threading.Lock()
+
+
 def trained(own, turns=None):
     """Train one model; where there are turns, wait for one's own before each half of a step."""
-    model, optimizer, reg = pair(0.1)
+    with SEEDED:  # of the process
+        model, optimizer, reg = pair(0.1)
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(own))
     for number in range(8):
         assert turns is None or turns[own].acquire(timeout=20)
