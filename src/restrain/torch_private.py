@@ -737,8 +737,12 @@ def keep_flat(layer: nn.Module) -> None:
     """Let a layer's kernel see the weights as they are now, if it is a recurrent one, which keeps a list of them."""
     names = None if "flat_weights" in MISSING else getattr(layer, "_flat_weights_names", None)
     if isinstance(layer, nn.RNNBase) and names is not None:
-        layer._flat_weights = [getattr(layer, name, None) for name in names]
-        layer._flat_weight_refs = [None if w is None else weakref.ref(w) for w in layer._flat_weights]
+        weights = [getattr(layer, name, None) for name in names]
+        refs = [None if w is None else weakref.ref(w) for w in weights]
+        if torch.compiler.is_compiling():
+            layer._flat_weights, layer._flat_weight_refs = weights, refs
+        else:  # at once: an interrupt in between would leave the one without the other
+            layer.__dict__.update(_flat_weights=weights, _flat_weight_refs=refs)
 
 
 def static_graph(node: Any) -> bool:

@@ -262,3 +262,28 @@ def test_a_model_that_is_saved_after_an_interrupted_forward_with_noise_on_its_we
     torch.testing.assert_close(dict(twin.state_dict()), dict(right), rtol=0, atol=0)
     twin(torch.ones(3, 4)).sum().backward()
     assert twin[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, nn.GRU])
+def test_an_interrupt_at_any_line_of_ours_leaves_the_stored_weights_in_sight(layer):
+    name, x = ("0.weight", torch.ones(3, 4)) if layer is nn.Linear else ("0.weight_ih_l0", torch.ones(2, 3, 4))
+
+    def left(interrupt):
+        torch.manual_seed(0)
+        model = nn.Sequential(layer(4, 5))
+        right = [copy.deepcopy(model.state_dict()), model(x)]
+        rs.attach(model, rs.DropConnect(0.5).on(name), sgd(model))
+        with interrupt:
+            model(x)
+        named, own = dict(model.named_parameters()), name.partition(".")[2]
+        assert getattr(model[0], own) is named[name]
+        assert getattr(copy.deepcopy(model)[0], own).is_leaf
+        torch.testing.assert_close([copy.deepcopy(model.eval()).state_dict(), model(x)], right)
+
+    seen = Interrupt()
+    left(seen)
+    assert len(seen.lines) > 20
+    for line in seen.lines:
+        interrupt = Interrupt(line)
+        left(interrupt)
+        assert interrupt.raised

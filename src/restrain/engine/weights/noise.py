@@ -9,6 +9,7 @@ away again. Either way `parameters()`, `state_dict()` and the optimizer see the 
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,9 @@ def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
     return type(chain[i]).forward is not nn.Module.forward and not inside
 
 
+_several_threads = threading.RLock()  # may come to one layer at once, each with weights of its own
+
+
 @dataclass(eq=False)
 class _Disturbance:
     """The disturbed weights of one call of a module, by owner and attribute; void once the call has left the stack."""
@@ -101,7 +105,8 @@ class _Stored(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         for one in reversed(self.disturbances):
             tensor = one.tensors.get((self.owner, key))
-            if tensor is not None and one.call.is_here and one.call.runs():
+            # compiled code, of which this is a part, can't look at the call stack
+            if tensor is not None and (torch.compiler.is_compiling() or (one.call.is_here and one.call.runs())):
                 return tensor
         return super().__getitem__(key)
 
@@ -109,12 +114,15 @@ class _Stored(dict[str, Any]):
         return dict, (dict(self.items()),)
 
     @classmethod
-    def of(cls, owner: nn.Module) -> _Stored:
-        """The one of an owner, who gets it if there is none yet."""
+    def put(cls, owner: nn.Module, key: str, disturbance: _Disturbance, tensor: Tensor) -> None:
+        """Let code below a call see this tensor by the name of an owner's weight."""
         found = owner._parameters
         if not isinstance(found, cls):
             found = owner.__dict__["_parameters"] = cls(owner)
-        return found
+        if disturbance not in found.disturbances:
+            found.disturbances.append(disturbance)
+        disturbance.tensors[id(owner), key] = tensor
+        keep_flat(owner)
 
     def drop(self, disturbance: _Disturbance, owner: nn.Module) -> None:
         """Forget a call; after the last, the owner has its own mapping again, with what has changed since."""
@@ -158,14 +166,13 @@ class Disturb(Draws, Hook):
         if not self.draws(module):
             return
         self.fired = True
-        self.running.append(one := _Disturbance(Call(frame, module)))
+        one = _Disturbance(Call(frame, module))
+        with _several_threads:
+            self.running.append(one)
         for site, owner, disturbed in self._disturbed(module):
-            self._check_thread(owner)
-            stored = _Stored.of(owner)
-            if one not in stored.disturbances:
-                stored.disturbances.append(one)
-            one.tensors[id(owner), site.attribute] = disturbed
-            keep_flat(owner)
+            with _several_threads:
+                self._check_thread(owner)
+                _Stored.put(owner, site.attribute, one, disturbed)
 
     def _disturbed(self, module: nn.Module) -> Iterator[tuple[Site, nn.Module, Tensor]]:
         """Each weight, where it belongs, and disturbed."""
@@ -209,11 +216,12 @@ class Disturb(Draws, Hook):
             self._drop(one, module)
 
     def _drop(self, one: _Disturbance, module: nn.Module) -> None:
-        for site, _ in self.noises:
-            owner = _owner(module, site)
-            if isinstance(owner._parameters, _Stored):
-                owner._parameters.drop(one, owner)
-        self.running = [other for other in self.running if other is not one]
+        with _several_threads:
+            for site, _ in self.noises:
+                owner = _owner(module, site)
+                if isinstance(owner._parameters, _Stored):
+                    owner._parameters.drop(one, owner)
+            self.running = [other for other in self.running if other is not one]
 
 
 class Restore(Hook):
