@@ -9,12 +9,13 @@ state, so that they differ in the rule only. Peak memory is the most that torch'
 step, of what was taken in that step, as its profiler reports it.
 """
 
+import time
 import warnings
 
 import lists
 import torch
 from lists import twin
-from measure import Section, digits, judged, options, paired, ratios, spread, times
+from measure import Section, digits, judged, options, paired, quartiles, ratios, spread, times
 from torch import nn
 from torch._C._profiler import _EventType
 from torch.autograd import profiler
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from torch.profiler._utils import traverse_dfs
 
 import restrain as rs
+from restrain.engine.forward import forwards
 
 STRENGTH = 1e-6
 HEAD = ["step", "ms", "× plain", "goal"]
@@ -278,6 +280,58 @@ def derivatives(section, quick):
     section.table("Penalties on derivatives: forward, loss, penalty, backward", columns, rows)
 
 
+def deep(quick):
+    """(a model, its loss of a batch, its optimizer)."""
+    width, depth = (8, 4) if quick else (256, 50)
+    model = nn.Sequential(*[layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.ReLU())])
+    x = torch.randn(64, width)
+    return model, lambda net: net(x).square().mean(), lambda ps: torch.optim.SGD(ps, lr=1e-4)
+
+
+def walks(section, quick):
+    """What it costs to ask the graph of a loss which forwards it depends on, in a step with a rule on each output."""
+    rows, walk = [], forwards.marks_before
+    models = {
+        "MLP, 50 layers of 256": (deep, nn.ReLU),
+        "ResNet-50": (resnet50, Bottleneck),
+        "GPT-2 small": (gpt2, nn.GELU),
+    }
+    for title, (load, kind) in models.items():
+        model, loss, make = load(quick)
+        kind = type(model.transformer.h[0].mlp.act) if kind is nn.GELU else kind
+        optimizer = make(model.parameters())
+        for whole in (False, True):
+            spent = []
+
+            def timed(data, key, wanted, whole=whole, spent=spent):
+                start = time.perf_counter()
+                found = walk(data, key, () if whole else wanted)
+                spent.append(time.perf_counter() - start)
+                return found
+
+            with rs.attach(model, STRENGTH * rs.L1().on(rs.outputs(kind)), optimizer) as reg:
+
+                def step(reg=reg, optimizer=optimizer, model=model, loss=loss):
+                    optimizer.zero_grad()
+                    reg.loss(loss(model)).backward()
+                    optimizer.step()
+
+                forwards.marks_before = timed
+                try:
+                    seconds = paired({"step": step}, 2 if quick else 15, budget=20)["step"]
+                finally:
+                    forwards.marks_before = walk
+            share = [a / b for a, b in zip(spent[1:], seconds, strict=True)]
+            cells = [spread(seconds, 1e3), spread(spent[1:], 1e3), spread(share, 100)]
+            rows.append([title, "whole graph" if whole else "usual", *cells, judged(quartiles(share)[1], 0.01)])
+    note = (
+        "The search ends where the forwards in question are found; it goes over the whole graph where the loss depends on "
+        "none, and as long as a forward was given up of which something is left."
+    )
+    columns = ["model", "search", "step, ms", "search, ms", "share, %", "goal"]
+    section.table("Which forwards count: the search over the loss's ancestors", columns, rows, note)
+
+
 def main():
     given = options(__doc__)
     warnings.simplefilter("ignore", FutureWarning)
@@ -291,6 +345,7 @@ def main():
     large(section, "GPT-2 small, batch 4 of 64 tokens", gpt2, given.quick)
     outputs(section, given.quick)
     derivatives(section, given.quick)
+    walks(section, given.quick)
     section.finish(given.out, given.quick)
 
 

@@ -422,9 +422,9 @@ def newest_node() -> int:
 _newest = _bind("sequence")
 
 
-def made_since(node: Any, number: int) -> bool:
-    """Whether a node was made since `newest_node` gave a number."""
-    return bool(node._sequence_nr() >= number)
+def made_as(node: Any) -> int:
+    """Return the number of a node in the order in which nodes are made; `newest_node` gives that of the next."""
+    return int(node._sequence_nr())
 
 
 def observed(leaf: Tensor) -> bool:
@@ -737,8 +737,12 @@ def keep_flat(layer: nn.Module) -> None:
     """Let a layer's kernel see the weights as they are now, if it is a recurrent one, which keeps a list of them."""
     names = None if "flat_weights" in MISSING else getattr(layer, "_flat_weights_names", None)
     if isinstance(layer, nn.RNNBase) and names is not None:
-        layer._flat_weights = [getattr(layer, name, None) for name in names]
-        layer._flat_weight_refs = [None if w is None else weakref.ref(w) for w in layer._flat_weights]
+        weights = [getattr(layer, name, None) for name in names]
+        refs = [None if w is None else weakref.ref(w) for w in weights]
+        if torch.compiler.is_compiling():
+            layer._flat_weights, layer._flat_weight_refs = weights, refs
+        else:  # at once: an interrupt in between would leave the one without the other
+            layer.__dict__.update(_flat_weights=weights, _flat_weight_refs=refs)
 
 
 def static_graph(node: Any) -> bool:

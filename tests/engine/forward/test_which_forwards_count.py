@@ -125,14 +125,9 @@ def _nothing_compiled():
     torch.compiler.reset()
 
 
-OPEN = {("an_interrupt_in_a_forward", "linear last layer"), ("an_interrupt_in_a_hook", "linear last layer")}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SITUATIONS)
-def test_the_forwards_that_a_loss_depends_on_count(name, kind, request):
-    if (name, kind) in OPEN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="layers called one by one after an interrupt"))
+def test_the_forwards_that_a_loss_depends_on_count(name, kind):
     SITUATIONS[name](KINDS[kind])
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -144,6 +145,86 @@ def test_a_forward_that_fails(error):
             assert not hidden(layer)
         clean_up()
         assert not hidden(layer)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_that_is_interrupted_shows_and_keeps_the_stored_weights(kind):
+    torch.manual_seed(0)
+    layer, x = kind(3, 4), torch.randn(5, 2, 3)
+    right = layer(x)[0].detach()
+    model = nn.Sequential(layer)
+    reg = rs.attach(model, GAUSSIAN.on("0.weight_ih_l0"))
+    with pytest.raises(KeyboardInterrupt), torch.autograd.graph.saved_tensors_hooks(_interrupt, _interrupt):
+        model(x)  # in its kernel
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
+        assert twin[0].weight_ih_l0.is_leaf
+        torch.testing.assert_close(twin.eval()(x)[0], right)
+    assert type(model[0]._parameters) is dict
+    reg.detach()
+    torch.testing.assert_close(layer(x)[0], right)
+
+
+def _interrupt(*given):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_a_forward_that_alone_is_compiled_sees_the_noise():
+    layer, x, made = nn.Linear(4, 3), torch.ones(2, 4), []
+    model = nn.Sequential(layer)
+    rs.attach(model, GAUSSIAN.on("0.weight"))
+    layer.forward = torch.compile(
+        layer.forward, fullgraph=True, backend=lambda graph, inputs: made.append(graph) or graph.forward
+    )
+    try:
+        for again in range(2):
+            torch.manual_seed(1)
+            y = model.train()(x)
+            torch.manual_seed(1)
+            torch.testing.assert_close(y, F.linear(x, GAUSSIAN(layer.weight), layer.bias))
+            assert not torch.equal(model(x), model(x))
+            torch.testing.assert_close(model.eval()(x), F.linear(x, layer.weight, layer.bias))
+            assert len(made) == 2, again
+    finally:
+        torch._dynamo.reset()
+
+
+def test_each_of_two_threads_sees_its_own_noise():
+    """Each has drawn the noise of its own seed under a lock, and both compute while the other is in the layer."""
+    layer, x = Meeting(4, 3), torch.ones(2, 4)
+    rs.attach(layer, GAUSSIAN.on("weight"))
+    drawing, seeds, found = threading.Lock(), [1, 2], {}
+    layer.register_forward_pre_hook(lambda *given: drawing.release())
+    layer.met = threading.Barrier(2, timeout=20)
+
+    def work(seed):
+        for _ in range(20):
+            drawing.acquire()
+            torch.manual_seed(seed)
+            found.setdefault(seed, []).append(layer(x))
+
+    threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    for seed in seeds:
+        torch.manual_seed(seed)
+        right = F.linear(x, GAUSSIAN(layer.weight), layer.bias)
+        assert len(found[seed]) == 20
+        for y in found[seed]:
+            torch.testing.assert_close(y, right)
+    assert type(layer._parameters) is dict
+
+
+class Meeting(nn.Linear):
+    """A layer in which two threads wait for each other, before and after they look at the weight."""
+
+    def forward(self, x):
+        self.met.wait()
+        weight = self.weight
+        self.met.wait()
+        return F.linear(x, weight, self.bias)
 
 
 def test_functional_calls():

@@ -239,7 +239,6 @@ class Attachment:
     def _terms(self, loss: Tensor | None = None) -> tuple[list[tuple[Tensor, float]], list[Any]]:
         """The values of the loss rules that are due: those with their graphs, and factors; collected ones without."""
         model = self.model
-        self._weight_noise.restore()
         if (
             torch.is_grad_enabled() and not self._forwards.recorders
         ):  # what a forward measured has the strength that it had
@@ -295,7 +294,6 @@ class Attachment:
 
         Of a penalty on activations the value that was last collected; nan before the first.
         """
-        self._weight_noise.restore()
         return report.values(self._bounds, self.model, self._forwards)
 
     def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
@@ -364,7 +362,7 @@ class Attachment:
         for stepper in self._steppers:
             stepper.remove()
         model = self._model()
-        self._weight_noise.end()
+        self._weight_noise.end(model)
         if model is not None:
             self._parametrized.end(model)
         self._clock.remove()

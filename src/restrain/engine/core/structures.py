@@ -55,13 +55,19 @@ def _members(structure: Any) -> list[tuple[Step, Any]]:
 
 def tensors(structure: Any) -> Iterator[Tensor]:
     """Yield all tensors in a structure."""
+    return (tensor for _, tensor in each(structure))
+
+
+def each(structure: Any) -> Iterator[tuple[Way, Tensor]]:
+    """Yield all tensors in a structure, each with the path to it."""
     if isinstance(structure, Tensor):
-        yield structure
+        yield (), structure
     elif isinstance(structure, PackedSequence):
-        yield structure.data
+        yield ("data",), structure.data
     else:
-        for _, member in _members(structure):
-            yield from tensors(member)
+        for step, member in _members(structure):
+            for way, tensor in each(member):
+                yield (step, *way), tensor
 
 
 def arguments(args: tuple[Any, ...], kwargs: Mapping[Any, Any]) -> dict[Step, Any]:

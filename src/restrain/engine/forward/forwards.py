@@ -15,12 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.callstack import Block, Call
-from restrain.engine.core import (
-    Hook,
-    Overrides,
-    exporting,
-    structures,
-)
+from restrain.engine.core import Hook, Overrides, exporting
 from restrain.engine.forward.marks import Mark, marks_before
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.forward.recording import PenaltyRecorder, Recorder
@@ -29,7 +24,7 @@ from restrain.errors import CaptureError, NeverFiredError
 from restrain.penalties.functorch import unwrapped
 from restrain.torch_private import checkpoint_frame, in_backward, not_alone, recomputing_saved_tensors
 
-_MOST_KEPT = 16  # forwards whose outputs are gone, which a hook of somebody else may have handed on
+_MOST_KEPT = 16  # forwards that no loss has counted, but one may yet depend on
 _ENDED = "it was ended by an exception"
 _keys = itertools.count()
 _paused = Block()
@@ -237,19 +232,23 @@ class Forwards:
         self._note_compiled()
         self._forget_gone()
 
-    def end(self, output: Any, frame: FrameType) -> None:
-        """The forward that runs in this frame ended; in another frame: one was ended by an exception."""
+    def end(self, output: Any, frame: FrameType) -> Any:
+        """The forward that runs in this frame ended, with this output; in another frame, an exception ended one.
+
+        Return the output, in which aliases may stand in the place of tensors.
+        """
         forward = self.running()
         if forward is None and not self._thread.running:
-            return
+            return output
         innermost = self._thread.running[-1]
         if not innermost.call.is_at(frame):
-            return
+            return output
         if forward is not None and len(self._thread.running) == 1 and self.recorders:
             self._take_compiled(forward)
-            forward.end(iter((output,)) if type(output) is Tensor else structures.tensors(output))
+            output = forward.end(output)
         del self._thread.running[-1:]
         self._show_inputs()
+        return output
 
     def inputs(self) -> Inputs | None:
         """What the model's forward was called with, for a layer that is called now; None outside of a forward.
@@ -308,7 +307,7 @@ class Forwards:
         for penalty, added in zip(self.penalty_recorders, compiled.added, strict=True):
             if (record := penalty.of_compiled(added)) is not None:
                 forward.keep(penalty, record)
-        forward.end(structures.tensors(compiled.output))
+        forward.end(compiled.output)
 
     def _note_compiled(self) -> None:
         """Note compiled forwards, and what compiled layers gave outside of forwards."""
@@ -320,13 +319,13 @@ class Forwards:
     def _take_compiled(self, forward: Forward) -> None:
         """Give to a forward what compiled layers added to the totals."""
         for recorder in self.recorders:
-            kept, recorder.compiled = recorder.compiled, []
-            for value in kept:
-                forward.keep(recorder, Record(value))
-        for recorder in self.penalty_recorders:
-            record = recorder.take_total()
-            if record is not None:
-                forward.keep(recorder, record)
+            if recorder.compiled:
+                kept, recorder.compiled = recorder.compiled, []
+                for value in kept:
+                    forward.keep(recorder, Record(value))
+        for penalty in self.penalty_recorders:
+            if (record := penalty.take_total()) is not None:
+                forward.keep(penalty, record)
 
     # Which forwards count
 
@@ -376,15 +375,18 @@ class Forwards:
     def stepped(self) -> None:
         """An optimizer that holds the model's parameters, or was given to `attach`, took a step.
 
-        What a loss has counted is forgotten. What none has counted by then, counts only for a loss that depends on it;
-        where it can't be told whether there may be one, as of layers called alone, for one more step.
+        What a loss has counted is forgotten. What none has counted by then, counts only for a loss that depends on it.
+        Where it can't be told whether there may be one (layers called alone), it is forgotten after a later forward was
+        counted, or another step was taken.
         """
         self._empty_cells()
         self._note_compiled()
-        for forward in list(self.pending.values()):
-            if forward.call is not None:
-                continue  # it runs
-            if forward.collection or forward.gone or not forward.marked or (forward.open_ended and forward.past):
+        over = [forward for forward in list(self.pending.values()) if forward.call is None]
+        counted = max((forward.number for forward in over if forward.collection), default=0)
+        kept = [f for f in over if not (f.collection or f.gone or (f.open_ended and (f.past or f.number < counted)))]
+        kept = [forward for forward in kept if forward.marked][-_MOST_KEPT:]
+        for forward in over:
+            if forward not in kept:
                 self._forget(forward, "the optimizer has taken steps since")
             forward.past = True
         self.overridden.forget()
@@ -596,10 +598,11 @@ class RootEnds(RootBegins):
     """Post-hook of the model itself; called after an `Exception` too, from another frame."""
 
     @not_alone
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # type: ignore[override]
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:  # type: ignore[override]
         if exporting():
-            return
+            return None
         if torch.compiler.is_compiling():
             self.forwards.end_compiled(module, output)
-        else:
-            self.forwards.end(output, sys._getframe(1))
+            return None
+        result = self.forwards.end(output, sys._getframe(1))
+        return None if result is output else result

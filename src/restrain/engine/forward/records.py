@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, MutableMapping
+import sys
+from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from restrain.callstack import Call
+from restrain.engine.core import structures
 from restrain.engine.forward.marks import Mark, checkpoint_node
-from restrain.torch_private import life, made_since, newest_node, over, version, wrapped
+from restrain.torch_private import life, made_as, newest_node, over, version, wrapped
 
 
 @dataclass(slots=True)
@@ -67,7 +69,10 @@ class Forward:
         self.lost: set[Hashable] = set()  # recorders that saw a tensor which can't leave a transform of torch.func
         self.collection = 0  # the number of the collection that counted it
         self.past = False  # counts only for losses that are known to depend on it
+        # Sequence numbers of nodes, which rise along the graph: the next one at the beginning; the highest one of an
+        # activation; the lowest one of a marked node besides, whose mark is to tell whether anything is left.
         self._start = 0 if call is None else newest_node()
+        self._highest, self._lowest = -1, sys.maxsize
 
     def keep(self, recorder: Any, record: Record, seen: Tensor | None = None) -> None:
         """Keep a record of a recorder, who saw this tensor; none of what compiled code has added."""
@@ -88,35 +93,51 @@ class Forward:
     def _mark(self, activation: Tensor) -> None:
         node: Any = activation.grad_fn
         if node is None and not torch.is_grad_enabled() and (node := checkpoint_node()) is not None:
+            self._lowest = min(self._lowest, made_as(node))
             self.mark.put_outer([node], passes=False)
             self.marked = True
         elif node is None:
             self.hidden = self.hidden or activation.requires_grad or wrapped(activation)
         elif self._is_own(node):
+            self._highest = max(self._highest, made_as(node))
             self.mark.put(node)
             self.marked = True
 
     def _is_own(self, node: Any) -> bool:
         """Whether a node was made in this forward: what came with the inputs may belong to others, too."""
-        return made_since(node, self._start)
+        return made_as(node) >= self._start
 
-    def end(self, outputs: Iterator[Tensor]) -> None:
-        """The forward came to its end."""
-        nodes = [t.grad_fn for t in outputs if t.grad_fn is not None]
-        nodes = [node for node in nodes if self._is_own(node)]
+    def end(self, output: Any) -> Any:
+        """The forward came to its end; return its output.
+
+        Where the records keep the node of an output alive, an alias goes on in its place, whose node tells when nobody
+        can depend on it any more.
+        """
+        result, nodes = output, list[Any]()
+        for way, tensor in structures.each(output):
+            if tensor.grad_fn is not None and self._is_own(tensor.grad_fn):
+                kept = made_as(tensor.grad_fn) <= self._highest and tensor.layout is torch.strided
+                alias = torch.ops.aten.alias(tensor) if kept else tensor
+                result = structures.put(result, way, alias) if kept else result
+                nodes.append(alias.grad_fn)
+        self._lowest = min([self._lowest, *map(made_as, nodes)])
         self.mark.put_outer(nodes)
         self.marked = self.marked or bool(nodes)
         self.call = None
-
-    @property
-    def gone(self) -> bool:
-        """Whether outputs and gradients are gone; false if they aren't known."""
-        return self.call is None and self.mark.has_outer is False
+        return result
 
     @property
     def open_ended(self) -> bool:
-        """Whether nothing tells when its outputs are gone."""
-        return self.mark.has_outer is None
+        """Whether nothing tells when its outputs are gone: none is known, or one came before an activation.
+
+        That one's node is kept by the records.
+        """
+        return self.mark.has_outer is None or self._lowest <= self._highest
+
+    @property
+    def gone(self) -> bool:
+        """Whether outputs and gradients are gone; false if that can't be told."""
+        return self.call is None and not self.open_ended and not self.mark.has_outer
 
     def left_transform(self) -> None:
         """Leave out the records of transforms of torch.func that are over."""

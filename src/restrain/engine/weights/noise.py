@@ -1,15 +1,15 @@
-"""Noise on weights: during a layer's forward, an attribute of the module hides the stored weight.
+"""Noise on weights: during a layer's forward, the name of a weight means a disturbed tensor.
 
-`module.__dict__` is looked at before `module._parameters`, so the layer computes with what is put there, while
-`parameters()`, `state_dict()` and the optimizer see the stored tensor. The attribute goes when the forward ends, also
-by an exception. A recomputation (checkpointing) draws the same noise, as torch restores the global generator.
+In eager code the layer's `_parameters` are replaced by a mapping that knows the call for which the weights are
+disturbed. In compiled code the disturbed tensor is put into `module.__dict__`, which Python looks at first, and taken
+away again. Either way `parameters()`, `state_dict()` and the optimizer see the stored tensor. A recomputation
+(checkpointing) draws the same noise, as torch restores the global generator.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
-import weakref
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from restrain.callstack import Call
 from restrain.engine.core import Draws, Hook
 from restrain.engine.distributed import NOISE_ON_PARTS
-from restrain.errors import DetachedError, HowError, NeverFiredError, RestrainWarning
+from restrain.errors import DetachedError, HowError, NeverFiredError
 from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
-from restrain.torch_private import keep_flat, undone, version
+from restrain.torch_private import keep_flat, undone
 from restrain.transforms.base import Noise
 
 
@@ -78,57 +78,60 @@ def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
     return type(chain[i]).forward is not nn.Module.forward and not inside
 
 
-@dataclass
-class _Hidden:
-    """What a call of a module hides: (owner, attribute, what stood there before) in the order in which it came."""
+_several_threads = threading.RLock()  # may come to one layer at once, each with weights of its own
+
+
+@dataclass(eq=False)
+class _Disturbance:
+    """The disturbed weights of one call of a module, by owner and attribute; void once the call has left the stack."""
 
     call: Call
-    entries: list[tuple[weakref.ref[nn.Module], str, Any]] = field(default_factory=list)
-    versions: list[tuple[str, Tensor, int]] = field(default_factory=list)  # the disturbed tensors as they were made
-
-    def hide(self, owner: nn.Module, key: str, value: Any) -> None:
-        """Put a value before what is stored."""
-        self.entries.append((weakref.ref(owner), key, owner.__dict__.get(key, _NOTHING)))
-        owner.__dict__[key] = value
-
-    def undo(self) -> None:
-        """Let be seen what was seen before; that may be done twice."""
-        for reference, key, before in reversed(self.entries):
-            owner = reference()
-            if owner is None:
-                continue
-            if before is _NOTHING:
-                owner.__dict__.pop(key, None)
-            else:
-                owner.__dict__[key] = before
-            keep_flat(owner)
+    tensors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
-_NOTHING = object()
+class _Stored(dict[str, Any]):
+    """Stands in the place of an owner's `_parameters`, with the same contents, while a call disturbs some of these.
 
-
-class _Clean:
-    """`__reduce_ex__` of a module whose weights are hidden: copies and pickles are of the stored weights.
-
-    That also holds where an interrupt has left the disturbed weights behind.
+    By its name, a weight is the disturbed one for code below that call, and the stored one for everybody else: for
+    `parameters()` and `state_dict()`, for other threads, copies and pickles, and for all once the call has ended.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = weakref.ref(module)
+    def __init__(self, owner: nn.Module) -> None:
+        self.plain = owner._parameters
+        super().__init__(self.plain)
+        self.owner, self.disturbances = id(owner), list[_Disturbance]()
 
-    def __call__(self, protocol: Any) -> Any:
-        module = self._module()
-        assert module is not None
-        hidden = [key for key in (*module._parameters, "__reduce_ex__") if key in module.__dict__]
-        values = {key: module.__dict__.pop(key) for key in hidden}
-        keep_flat(module)
-        try:
-            reduced = module.__reduce_ex__(protocol)
-            state = [dict(part) if part is module.__dict__ else part for part in reduced]
-        finally:
-            module.__dict__.update(values)
-            keep_flat(module)
-        return tuple(state)
+    def __getitem__(self, key: str) -> Any:
+        for one in reversed(self.disturbances):
+            tensor = one.tensors.get((self.owner, key))
+            # compiled code, of which this is a part, can't look at the call stack
+            if tensor is not None and (torch.compiler.is_compiling() or (one.call.is_here and one.call.runs())):
+                return tensor
+        return super().__getitem__(key)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (dict(self.items()),)
+
+    @classmethod
+    def put(cls, owner: nn.Module, key: str, disturbance: _Disturbance, tensor: Tensor) -> None:
+        """Let code below a call see this tensor by the name of an owner's weight."""
+        found = owner._parameters
+        if not isinstance(found, cls):
+            found = owner.__dict__["_parameters"] = cls(owner)
+        if disturbance not in found.disturbances:
+            found.disturbances.append(disturbance)
+        disturbance.tensors[id(owner), key] = tensor
+        keep_flat(owner)
+
+    def drop(self, disturbance: _Disturbance, owner: nn.Module) -> None:
+        """Forget a call; after the last, the owner has its own mapping again, with what has changed since."""
+        self.disturbances = [one for one in self.disturbances if one is not disturbance]
+        if not self.disturbances:
+            self.plain.update(self.items())
+            for key in [key for key in self.plain if key not in self]:
+                del self.plain[key]
+            owner.__dict__["_parameters"] = self.plain
+        keep_flat(owner)
 
 
 class Disturb(Draws, Hook):
@@ -137,7 +140,7 @@ class Disturb(Draws, Hook):
     def __init__(self) -> None:
         super().__init__()
         self.noises: list[tuple[Site, list[Noise]]] = []
-        self.hidden: list[_Hidden] = []  # of the calls that run, the innermost last
+        self.running: list[_Disturbance] = []  # of calls that run, the innermost last
         self.fired = False
         self.calls = torch.zeros(1)  # in compiled code: what is done in place leaves a compiled checkpoint, too
 
@@ -158,18 +161,17 @@ class Disturb(Draws, Hook):
                     keep_flat(owner)
             return
         frame = sys._getframe(1)
-        self.restore(frame.f_back)
+        self.restore(module, frame.f_back)
         if not self.draws(module):
             return
-        self._check_alone()
         self.fired = True
-        self.hidden.append(hidden := _Hidden(Call(frame, module)))
+        one = _Disturbance(Call(frame, module))
+        with _several_threads:
+            self.running.append(one)
         for site, owner, disturbed in self._disturbed(module):
-            if not isinstance(owner.__dict__.get("__reduce_ex__"), _Clean):
-                hidden.hide(owner, "__reduce_ex__", _Clean(owner))
-            hidden.versions.append((site.name, disturbed, _version(disturbed)))
-            hidden.hide(owner, site.attribute, disturbed)
-            keep_flat(owner)
+            with _several_threads:
+                self._check_thread(owner)
+                _Stored.put(owner, site.attribute, one, disturbed)
 
     def _disturbed(self, module: nn.Module) -> Iterator[tuple[Site, nn.Module, Tensor]]:
         """Each weight, where it belongs, and disturbed."""
@@ -188,38 +190,37 @@ class Disturb(Draws, Hook):
                 disturbed = noise.of_weight(disturbed)
             yield site, owner, disturbed
 
-    def _check_alone(self) -> None:
-        """Refuse two threads at once, which would see each other's weights.
+    def _check_thread(self, owner: nn.Module) -> None:
+        """Refuse two threads at once in a recurrent layer, which hands one list of weights to its kernel.
 
         Raises:
-            HowError: another thread runs the module.
+            HowError: another thread is in the layer.
         """
-        if any(not hidden.call.is_here for hidden in self.hidden):
+        if isinstance(owner, nn.RNNBase) and not all(one.call.is_here for one in self.running):
             raise HowError(
-                f"two threads call the layer of {self.noises[0][0].name!r} at once, and noise on a weight is seen by "
-                "both: give each thread a copy of the model, or let one wait for the other"
+                f"two threads call the recurrent layer of {self.noises[0][0].name!r} at once, and it has one list of "
+                "weights for both, with noise on them: give each thread a copy of the model"
             )
 
-    def end(self, frame: FrameType) -> None:
+    def end(self, module: nn.Module, frame: FrameType) -> None:
         """The call that runs in this frame ended; in another frame: one was ended by an exception."""
-        self.restore()
-        if self.hidden and self.hidden[-1].call.is_at(frame):
-            self.hidden[-1].undo()
-            del self.hidden[-1:]
+        self.restore(module)
+        for one in [one for one in self.running if one.call.is_here][-1:]:
+            if one.call.is_at(frame):
+                self._drop(one, module)
 
-    def restore(self, below: FrameType | None = None) -> None:
-        """Let stored weights be seen again that a call has left hidden, as an exception ended it."""
-        for hidden in reversed([hidden for hidden in self.hidden if not hidden.call.runs(below)]):
-            edited = [name for name, tensor, before in hidden.versions if _version(tensor) != before]
-            hidden.undo()
-            self.hidden.remove(hidden)
-            if edited:
-                warnings.warn(
-                    f"{', '.join(map(repr, edited))} was changed after an interrupt that had left the disturbed weight "
-                    "in the place of the stored one: what was changed is lost. Change the weight again",
-                    RestrainWarning,
-                    stacklevel=3,
-                )
+    def restore(self, module: nn.Module, below: FrameType | None = None) -> None:
+        """Take away what calls have left that an exception has ended."""
+        for one in [one for one in self.running if not one.call.runs(below)]:
+            self._drop(one, module)
+
+    def _drop(self, one: _Disturbance, module: nn.Module) -> None:
+        with _several_threads:
+            for site, _ in self.noises:
+                owner = _owner(module, site)
+                if isinstance(owner._parameters, _Stored):
+                    owner._parameters.drop(one, owner)
+            self.running = [other for other in self.running if other is not one]
 
 
 class Restore(Hook):
@@ -230,10 +231,11 @@ class Restore(Hook):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.disturb.end(sys._getframe(1))
+            self.disturb.end(module, sys._getframe(1))
+            return
         for site, _ in self.disturb.noises:
             owner = _owner(module, site)
-            if torch.compiler.is_compiling() and site.attribute in owner.__dict__:
+            if site.attribute in owner.__dict__:
                 _set(owner, site.attribute, None)
                 keep_flat(owner)
 
@@ -257,11 +259,6 @@ def _owner(module: nn.Module, site: Site) -> nn.Module:
     for key in site.way:
         module = module._modules[key]  # type: ignore[assignment]
     return module
-
-
-def _version(tensor: Tensor) -> Any:
-    """The version of a tensor; an inference tensor has none."""
-    return None if tensor.is_inference() else version(tensor)
 
 
 @dataclass
@@ -294,17 +291,15 @@ class WeightNoise:
         self.handles.append(module.register_forward_pre_hook(disturb, prepend=first))
         self.handles.append(module.register_forward_hook(Restore(disturb), always_call=True))
 
-    def end(self) -> None:
+    def end(self, root: nn.Module | None) -> None:
         """Take the hooks away, and what an interrupted forward may have left."""
         for handle in self.handles:
             handle.remove()
-        self.restore()
+        for path, disturb in self.hooks.items():
+            module = None if root is None else follow(root, path)
+            if module is not None:
+                disturb.restore(module)
         self.handles, self.hooks = [], {}
-
-    def restore(self) -> None:
-        """Let stored weights be seen again that an interrupted forward has left hidden."""
-        for disturb in self.hooks.values():
-            disturb.restore()
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """After a real step.
@@ -312,7 +307,6 @@ class WeightNoise:
         Raises:
             NeverFiredError: a weight has a gradient, though the module that should have disturbed it was never called.
         """
-        self.restore()
         for disturb in self.hooks.values():
             disturb.fired = disturb.fired or bool(disturb.calls)
             silent = [] if disturb.fired else [site for site, _ in disturb.noises if self.checked[site]]
