@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restrain as rs
-from restrain import demo, plots
+from restrain import demo, plots, storage
 from restrain.extras import needing
 
 with needing("demo", __name__):
@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data of each training")
     given = parser.parse_args(arguments)
     started = time.perf_counter()
-    given.out.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(given.out)
     for line in demo.run(given.out, given.seeds, min(given.epochs, 30)):
         print(line, flush=True)
     own_networks(given.out, given.epochs)

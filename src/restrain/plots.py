@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from restrain import storage
+from restrain.errors import FileError
 from restrain.extras import needing
 
 
@@ -20,8 +22,19 @@ def _pyplot() -> Any:
 
 
 def _written(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
-    _pyplot().close(figure)
+    """Write a picture, whole or not at all.
+
+    Raises:
+        FileError: an ending that stands for no format of pictures.
+        FileAccessError: there is no such folder, no space or no permission.
+    """
+    kind, known = path.suffix.removeprefix(".").lower(), figure.canvas.get_supported_filetypes()
+    try:
+        if kind not in known:
+            raise FileError(f"a picture ends in .{', .'.join(sorted(known))}; got {path.name!r}")
+        storage.write(path, lambda file: figure.savefig(file, format=kind, dpi=110))
+    finally:
+        _pyplot().close(figure)
     return path
 
 

@@ -233,6 +233,16 @@ def opened(path: Any) -> Iterator[BinaryIO]:
         raise FileError(f"{found} needs more memory than there is") from error
 
 
+def written_at(path: Any) -> int:
+    """When a file was written last, in nanoseconds.
+
+    Raises:
+        MissingFileError, FileAccessError: there is none, or it can't be looked at.
+    """
+    with opened(path) as file:
+        return os.fstat(file.fileno()).st_mtime_ns
+
+
 def read(path: Any, most: int | None = None) -> bytes:
     """The content of a file of at most so many bytes.
 

@@ -205,6 +205,8 @@ def test_curves_as_a_picture(here):
     run("explain", "run", "--picture", "curves.png")
     assert (here / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert run("explain", "run", "--ascii").stdout.replace("…", "").isascii()
+    assert "a picture ends in ." in run("explain", "run", "--picture", "curves.xyz", code=1).stderr
+    assert "no/curves.png can't be written" in run("explain", "run", "--picture", "no/curves.png", code=1).stderr
 
 
 def test_the_same_seed_gives_the_same_model(here):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from restrain.errors import NotCollectedError, PlanError, RestrainWarning
+from restrain.errors import FileError, NotCollectedError, PlanError, RestrainWarning
 
 transformers = pytest.importorskip("transformers")
 
@@ -486,3 +486,20 @@ def test_log_history_stays_plain(tmp_path):
     RestrainCallback(PLAN).add_to(run)
     run.train()
     assert json.dumps(run.state.log_history)
+
+
+def test_a_damaged_state_in_a_checkpoint_is_told_with_its_file(tmp_path):
+    model = gpt2()
+    one = trainer(model, tmp_path, save_strategy="steps", save_steps=2)
+    RestrainCallback(PLAN).add_to(one)
+    one.train()
+    file = tmp_path / "checkpoint-2" / "restrain.pt"
+    whole = file.read_bytes()
+    for content, said in ((whole[:-20], "restrain.pt"), (b"", "restrain.pt"), (None, "expected a state of rules")):
+        torch.save([1, 2], file) if content is None else file.write_bytes(content)
+        other = trainer(gpt2(), tmp_path)
+        callback = RestrainCallback(PLAN).add_to(other)
+        with pytest.raises(FileError, match=said):
+            other.train(resume_from_checkpoint=str(file.parent))
+        with pytest.raises(FileError, match=said):
+            callback.load(file.parent)

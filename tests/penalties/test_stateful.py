@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from restrain.errors import PenaltyError, PlanError, SelectionError
+from restrain.errors import FileError, PenaltyError, PlanError, SelectionError
 
 
 def line(size=4):
@@ -72,7 +72,7 @@ def test_large_tensors_are_not_cut_between_weights():
         ([1.0, -1.0], "zero or more"),
         (float("inf"), "zero or more"),
         ([1.0, 2.0, 3.0, 4.0, 5.0], "can't be for"),
-        ("?", "No such"),
+        ("?", "no file"),
     ],
 )
 def test_weights_that_are_none(weights, what):
@@ -120,6 +120,22 @@ def test_a_checkpoint_is_a_reference(tmp_path, suffix):
     assert again.rules[0].what == rs.Distance(to=str(path))
     with pytest.raises(PenaltyError, match="nothing is given for 'weight'"):
         rs.attach(nn.Linear(1, 1), rs.Distance(to=str(path)).on("weight"))
+
+
+def test_files_that_are_no_references(tmp_path):
+    path = tmp_path / "x.pt"
+    for content, said in (
+        (torch.ones(2), "holds tensor.*expected a state_dict"),
+        ({1: torch.ones(1, 1)}, "expected a state_dict"),
+        ({"weight": torch.eye(2).to_sparse()}, "dense tensor for 'weight'"),
+        ({"weight": torch.ones(1, 2, device="meta")}, "dense tensor for 'weight'"),
+        ({"weight": torch.ones(1, 2) * 1j}, "real numbers for 'weight'"),
+        ({"weight": "text"}, "needs a tensor for 'weight'"),
+        ({"state": {"weight": torch.ones(1, 2)}}, "nothing is given for 'weight'"),
+    ):
+        torch.save(content, path)
+        with pytest.raises((PenaltyError, FileError), match=said):
+            rs.attach(nn.Linear(2, 1), rs.Distance(to=path).on("weight"))
 
 
 def test_a_file_that_was_written_anew_is_read_anew(tmp_path):

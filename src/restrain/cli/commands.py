@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import restrain as rs
-from restrain.errors import PlanError, RestrainError, RestrainWarning
+from restrain import storage
+from restrain.errors import RestrainError, RestrainWarning
 from restrain.extras import needing
 
 with needing("cli", __name__):
@@ -116,7 +117,7 @@ def fit(data: Path, **given: Any) -> None:
     _check_targets(given)
     keywords = options.keywords_of(given)
     if given["plan"] is not None:
-        keywords["regularizers"] = _plan(given["plan"])
+        keywords["regularizers"] = list(rs.Plan.load(given["plan"]))
     file = files.place(f"{given['out']}/")
     if file.exists() and not given["overwrite"]:
         raise click.UsageError(f"{file} is there already: write --overwrite, or another --out")
@@ -163,15 +164,6 @@ def _check_targets(given: dict[str, Any]) -> None:
         raise click.UsageError("a regressor has a --target, or several: write --target COLUMN")
 
 
-def _plan(path: Path) -> list[Any]:
-    try:
-        return list(rs.Plan.load(path))
-    except RestrainError as error:
-        raise PlanError(f"{path}: {error}") from error
-    except Exception as error:  # whatever a parser of YAML, TOML or JSON raises
-        raise PlanError(f"{path} can't be read as a plan: {error}") from error
-
-
 def _features(data: Path, given: dict[str, Any]) -> tuple[tables.Table, list[str], dict[str, Any]]:
     """The table, the columns that are inputs, and what is noted of the rest."""
     texts = [part for name in given["categories"] for part in (name, *name.split(","))]
@@ -211,7 +203,7 @@ def _inputs(data: Any) -> Any:
 
 
 def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(file.parent)
     if given["resume"]:
         keywords["checkpoint"] = str(file.with_name("checkpoint.pt"))
     kinds = {"classifier": Classifier, "regressor": Regressor, "autoencoder": Autoencoder}

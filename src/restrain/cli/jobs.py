@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
+from restrain import storage
 from restrain.cli import tables
 from restrain.cli.encoding import Encoding
 from restrain.cli.tables import Table
@@ -233,23 +235,35 @@ def write(columns: Mapping[str, Any], path: Path | None, stream: IO[str]) -> Non
 
     Raises:
         DataError: another ending.
+        FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
     """
-    ending = ".csv" if path is None else path.suffix.lower()
     if path is None:
         _write_csv(columns, stream, ",")
-    elif ending in (".csv", ".tsv"):
-        with path.open("w", newline="", encoding="utf-8") as file:
-            _write_csv(columns, file, "\t" if ending == ".tsv" else ",")
-    elif ending == ".npz":
-        arrays: dict[str, Any] = {name: np.asarray(values) for name, values in columns.items()}
-        np.savez(path, **arrays)
-    elif ending in (".parquet", ".pq"):
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.table({name: np.asarray(values) for name, values in columns.items()}), path)
-    else:
+        return
+    ending, arrays = path.suffix.lower(), {name: np.asarray(values) for name, values in columns.items()}
+    writers: dict[str, Callable[[BinaryIO], Any]] = {
+        ".csv": lambda file: _write_text(columns, file, ","),
+        ".tsv": lambda file: _write_text(columns, file, "\t"),
+        ".npz": lambda file: np.savez(file, **arrays),  # type: ignore[arg-type]
+        ".parquet": lambda file: _write_parquet(arrays, file),
+        ".pq": lambda file: _write_parquet(arrays, file),
+    }
+    if ending not in writers:
         raise DataError(f"predictions are written to .csv, .tsv, .parquet or .npz; got {path.name!r}")
+    storage.write(path, writers[ending])
+
+
+def _write_text(columns: Mapping[str, Any], file: BinaryIO, separator: str) -> None:
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    _write_csv(columns, text, separator)
+    text.detach()  # flushes it, and leaves the file open
+
+
+def _write_parquet(arrays: Mapping[str, Any], file: BinaryIO) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(dict(arrays)), file)
 
 
 def _write_csv(columns: Mapping[str, Any], stream: IO[str], separator: str) -> None:

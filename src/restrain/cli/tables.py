@@ -6,7 +6,9 @@ Rows are counted from 1, without the header, in everything that is said of them.
 from __future__ import annotations
 
 import decimal
+import gzip
 import warnings
+import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from restrain.errors import DataError
+from restrain import storage
+from restrain.errors import DataError, RestrainError
 
 _NAMED = "CSV (.csv, .tsv, .csv.gz), Parquet (.parquet) or NumPy (.npz)"
 
@@ -106,11 +109,19 @@ def read(path: str | Path, texts: Sequence[str] = (), separator: str | None = No
     """
     path = Path(path)
     name = path.name.lower().removesuffix(".gz")
-    readers = {".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".pq": _read_parquet, ".npz": _read_npz}
-    reader = readers.get(Path(name).suffix)
-    if reader is None:
+    formats = {".csv": (_read_csv, "CSV"), ".npz": (_read_npz, ".npz"), ".parquet": (_read_parquet, "Parquet")}
+    formats |= {".tsv": formats[".csv"], ".pq": formats[".parquet"]}
+    if Path(name).suffix not in formats:
         raise DataError(f"{path}: a table is {_NAMED}")
-    columns = dict(reader(path, list(texts), separator))
+    reader, kind = formats[Path(name).suffix]
+    storage.written_at(path)  # refuses what isn't there, or can't be opened
+    try:
+        _check_size(path, name)
+        columns = dict(reader(path, list(texts), separator))
+    except RestrainError:
+        raise
+    except Exception as error:  # whatever pandas, pyarrow, NumPy, gzip and zip raise of what isn't a table
+        raise DataError(f"{path} can't be read as {kind}: {_first_line(error)}; save it anew as {_NAMED}") from error
     table = Table(str(path), columns)
     if not columns or not len(table):
         raise DataError(f"{path}: there are no {'rows' if columns else 'columns'}")
@@ -118,6 +129,32 @@ def read(path: str | Path, texts: Sequence[str] = (), separator: str | None = No
 
 
 # ---------------------------------------------------------------- formats
+
+_SMALL, _RATIO = 2**28, 1000  # bytes that any file may unpack to; times its size that a larger one may
+
+
+def _check_size(path: Path, name: str) -> None:
+    """Refuse a small file that unpacks to a huge table, before anything is unpacked into memory.
+
+    Raises:
+        DataError: so it is.
+    """
+    most = max(_SMALL, _RATIO * path.stat().st_size)
+    if path.name.lower().endswith(".gz"):
+        with gzip.open(path) as stream:
+            size = sum(len(block) for block in iter(lambda: stream.read(2**20), b"")) if most == _SMALL else 0
+    elif name.endswith((".parquet", ".pq")):
+        from pyarrow import parquet
+
+        about = parquet.ParquetFile(path).metadata
+        size = 8 * about.num_rows * about.num_columns
+    elif name.endswith(".npz") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    else:
+        return
+    if size > most:
+        raise DataError(f"{path} unpacks to {size:,} bytes, and has {path.stat().st_size:,}: save it in parts")
 
 
 def _read_csv(path: Path, texts: list[str], separator: str | None) -> Iterator[tuple[str, Any]]:

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restrain.errors import PlanError, RestrainWarning
+from restrain import storage
+from restrain.errors import FileError, PlanError, RestrainWarning
 from restrain.extras import needing
+from restrain.fields import brief
 from restrain.integrations.session import Around, Session
 
 with needing("huggingface", __name__):
@@ -68,7 +70,7 @@ class RestrainCallback(TrainerCallback):
 
     def load(self, checkpoint: str | Path) -> RestrainCallback:
         """Begin the next training with the state in a checkpoint, whichever the Trainer itself resumes from."""
-        state = torch.load(Path(checkpoint) / _FILE, weights_only=True)
+        state = _state(checkpoint)
         state.pop("belongs_to", None)
         self._session.load_state_dict(state)
         self._loaded = True
@@ -117,7 +119,7 @@ class RestrainCallback(TrainerCallback):
                 RestrainWarning,
                 stacklevel=2,
             )
-        elif torch.load(checkpoint / _FILE, weights_only=True).get("belongs_to") != _identity(checkpoint):
+        elif _state(checkpoint).get("belongs_to") != _identity(checkpoint):
             raise PlanError(
                 f"{checkpoint / _FILE} is of another run, which had a checkpoint of that name: delete it, and the "
                 f"rules begin anew; or write callback.load({str(checkpoint)!r}) before trainer.train(...) to take it"
@@ -161,7 +163,7 @@ class RestrainCallback(TrainerCallback):
             return
         folder = Path(trainer._get_output_dir(trainer._trial)) / f"checkpoint-{state.global_step}"
         if folder.exists():
-            torch.save({**self._session.state_dict(), "belongs_to": _identity(folder)}, folder / _FILE)
+            storage.write_torch(folder / _FILE, {**self._session.state_dict(), "belongs_to": _identity(folder)})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(RestrainCallback(None)), "_session": self._session}  # a copy isn't added to a trainer
@@ -173,6 +175,19 @@ def _is_scaled(trainer: Trainer, items: Any) -> bool:
     if told is not None:
         return bool(told)
     return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
+def _state(checkpoint: str | Path) -> dict[str, Any]:
+    """The state of the rules in a Trainer's checkpoint folder, and the digest of the run that it belongs to.
+
+    Raises:
+        MissingFileError, FileError: there is none, or it is damaged.
+    """
+    file = storage.as_path(checkpoint) / _FILE
+    state = storage.read_torch(file)
+    if not isinstance(state, dict):
+        raise FileError(f"{file} holds {brief(state)}; expected a state of rules, a dict")
+    return state
 
 
 def _identity(checkpoint: Path) -> str:

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from restrain.errors import PenaltyError, SelectionError
+from restrain import storage
+from restrain.errors import FileError, PenaltyError, SelectionError
+from restrain.fields import brief
 from restrain.named_tensors import Location, near
 from restrain.penalties.base import Penalty, Tensors, checked_setting
 from restrain.penalties.entrywise import L1, L2, Entrywise
@@ -133,6 +135,7 @@ class Distance(_Kept):
 
     Raises:
         PenaltyError: a reference of another shape, or none of that name; a decay outside 0 to 1.
+        FileError: a file that isn't there, is cut off or damaged, or holds something else.
 
     Source: Li, Grandvalet and Davoine (2018), eq. 2; Kirkpatrick and others (2017), eq. 3.
 
@@ -227,18 +230,24 @@ def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
 def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
     """The tensor that is given for a parameter."""
     if isinstance(given, (str, Path)):
-        given = _loaded(Path(given), Path(given).stat().st_mtime_ns)
+        given = _loaded(Path(given), storage.written_at(given))
     if isinstance(given, Mapping):
         if at.name not in given:
             raise PenaltyError(
-                f"{type(penalty).__name__}: nothing is given for {at.name!r}{near(at.name, list(given))}"
+                f"{type(penalty).__name__}: nothing is given for {at.name!r}{near(at.name, list(map(str, given)))}"
             )
         given = given[at.name]
     found = given(at.tensor.detach()) if callable(given) else given
+    kind = type(penalty).__name__
     try:
-        return torch.as_tensor(found, dtype=None if isinstance(found, Tensor) else torch.float64).detach()
-    except (TypeError, ValueError) as error:
-        raise PenaltyError(f"{type(penalty).__name__} needs a tensor for {at.name!r}, got {found!r}: {error}") from None
+        tensor = torch.as_tensor(found, dtype=None if isinstance(found, Tensor) else torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise PenaltyError(f"{kind} needs a tensor for {at.name!r}, got {brief(found)}: {error}") from None
+    if tensor.layout is not torch.strided or tensor.is_quantized or (tensor.is_meta and not at.tensor.is_meta):
+        raise PenaltyError(f"{kind} needs a dense tensor for {at.name!r}, got one of {tensor.layout}: .to_dense()")
+    if tensor.is_complex() and not at.tensor.is_complex():
+        raise PenaltyError(f"{kind} needs real numbers for {at.name!r}, got {tensor.dtype}: write .real or .abs()")
+    return tensor
 
 
 @lru_cache(maxsize=1)
@@ -248,11 +257,9 @@ def _loaded(path: Path, written: int) -> dict[str, Tensor]:
     `written` is when the file was: one that has been written anew is read anew.
     """
     if path.suffix == ".safetensors":
-        try:
-            from safetensors.torch import load_file
-        except ImportError as error:
-            raise PenaltyError("a .safetensors file needs safetensors: pip install 'restrain[models]'") from error
-        tensors = load_file(path)
+        _, tensors = storage.read_safetensors(path)
     else:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = storage.read_torch(path)
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise FileError(f"{path} holds {brief(tensors)}; expected a state_dict, a dict of tensors by names")
     return {name.replace("_orig_mod.", "").removeprefix("module."): tensor for name, tensor in tensors.items()}
