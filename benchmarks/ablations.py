@@ -1,6 +1,6 @@
 """What each mechanism for speed gains: jobs with it and without it, taking turns; one by one, and all that go together.
 
-    python benchmarks/ablations.py [--quick] [--out folder]
+    python benchmarks/ablations.py [--quick] [--out folder] [--only "folding"]
 
 A mechanism is taken away by a patch of the function that decides for it, so that what it leaves does the work. Time is
 that of the process on one thread, which other processes disturb least. A number is time without / time with, the
@@ -209,22 +209,25 @@ def compared(name, shapes, variants, rounds, budget):
     return seconds
 
 
-def over_lists(section, quick):
+def over_lists(section, quick, only):
     """One table: a line for each mechanism and job, a column for each list."""
     rows = []
     lists = {title: tiny(shapes) if quick else shapes for title, shapes in LISTS.items()}
     for title, mechanism in MECHANISMS.items():
+        if only not in title:
+            continue
         base = ALWAYS.get(title, ())
         variants = {"with": base, "without": (*base, *mechanism.patches)}
         for job in mechanism.jobs:
             alone = job in NETWORK + DERIVED
             cells = []
             for shapes in [None] if alone else lists.values():
-                budget = 1 if quick else 8
-                seconds = compared(job, shapes, variants, 2 if quick else 15, budget)
+                budget = 1 if quick else 3
+                seconds = compared(job, shapes, variants, 2 if quick else 9, budget)
                 cells.append(f"{ratios(seconds, 'without', 'with')[1]:.2f}")
             cells = [*[""] * 3, *cells] if alone else [*cells, ""]
             rows.append([title, str(mechanism.length()), job, *cells])
+            print(*rows[-1], sep=" | ", flush=True)
     section.table("Time without / time with", ["mechanism", "lines", "job", *lists, "a training step"], rows)
 
 
@@ -265,12 +268,13 @@ def fits(section, quick):
 
 
 def main():
-    given = options(__doc__)
+    given = options(__doc__, ("--only", {"default": "", "help": "a part of the mechanism's name"}))
     torch.manual_seed(0)
     torch.set_num_threads(1)
     section = Section(__file__, "What each mechanism gains", "One thread.")
-    over_lists(section, given.quick)
-    fits(section, given.quick)
+    over_lists(section, given.quick, given.only)
+    if given.only in "the models' updates":
+        fits(section, given.quick)
     section.finish(given.out, given.quick)
 
 

@@ -1,4 +1,14 @@
-"""The forwards of a model with rules on its activations: when to record, and which of them count for a loss."""
+"""The forwards of a model with rules on its activations: when to record, and which of them count for a loss.
+
+A `Forward` is kept while a loss may depend on it: while one of its outputs or of its gradients
+exists, as weak references to their marks tell. The node of an activation tells nothing, as our own
+records keep it. Where the model hands activations on (a hook of somebody else, an attribute of a
+layer), forwards whose outputs are gone are kept too, up to 16. A loss that depends on a forward that
+was given up is an error. A graph that is cut by hand (split learning, cached gradients) can't be
+followed: add `reg.penalty()` there.
+
+Inside torch.func a value can't leave the transform: it is collected there, or that is an error.
+"""
 
 from __future__ import annotations
 

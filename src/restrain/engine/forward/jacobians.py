@@ -3,6 +3,11 @@
 At each place of theirs a probe notes the tensor of the forward. One whose derivative is taken by a tensor that needs no
 gradient (the model's input) hands on a twin in the same storage that does. Where the graph of the forward can be
 differentiated twice, that is all; elsewhere the model runs again on the inputs that were kept, with the probes at work.
+
+The nodes of the graph between the places say what stands in the way (reentrant checkpoints, fused
+attention, compiled code), which samples depend on each other, and where a closed form holds. The
+second run has the same random state, copies of the buffers, no autocast and no compiled code, and
+other rules don't see it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,14 @@
 """Marks of forwards on the nodes of autograd graphs, by which a loss tells which forwards it depends on.
 
 A mark is metadata of a node that is there anyway: a node of our own would stand in the way of in-place operations.
+
+Each forward marks the nodes of the activations that rules look at and of the model's outputs; the
+ancestors of a loss are searched until all forwards in question are found. A derivative need not
+depend on the node that it goes through (that of a Softplus depends on the node's input, that of a
+linear layer on the weight), so a hook on a marked node also marks the gradients that the node sends
+on, where a backward builds a graph. In a reentrant checkpoint the checkpoint's own node is marked.
+Compiled code can't mark: it stores an object with the outputs, whose nodes are marked before the next
+loss, or when the next compiled forward takes its place.
 """
 
 from __future__ import annotations

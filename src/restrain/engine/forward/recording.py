@@ -1,4 +1,10 @@
-"""Recorders at the places that rules look at, and the hooks by which they see what layers give there."""
+"""Recorders at the places that rules look at, and the hooks by which they see what layers give there.
+
+A later in-place operation would overwrite the tensor that a penalty's graph has saved. The first
+forward therefore penalises a copy and compares version counters; where nothing overwrites, later
+forwards don't copy. The L1 of a ReLU's output is its sum: the gradient at zeros is stopped by the
+ReLU, so nothing is saved. The L1 of an output that is overwritten saves signs, a byte each.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,10 @@
 A gradient that a backward returns is allocated, written, read again by autograd for the addition,
 and freed, where one pass over the gradients would do. So if no hook or other process can see the
 difference, our backward returns None and adds to `.grad` at the end.
+
+The difference can be seen by a hook on the parameter (also one registered after the forward), by
+`autograd.grad`, `backward(inputs=...)` without the parameter, `create_graph=True`, and processes of
+torch.distributed, which send gradients as soon as they are there. Then gradients are returned.
 """
 
 from __future__ import annotations

@@ -6,6 +6,16 @@ torch's. The optimizer's step then runs for a stand-in that holds the parameters
 from those who look at gradients, groups or state, and nothing needs to be put back.
 
 What isn't known to give the same is left to torch and to the rules' own passes, parameter by parameter.
+
+It is done only where ours is the last pre-hook and the first post-hook, without a loss scaler's
+`found_inf`, a dispatch mode or a compiled `step`, for dense CPU tensors of float32 or float64 that
+lie alike and share no memory, with a state that torch has made (not at Adam's first step), and for
+instructions that C knows. With a closure it comes at the closure's end. `"auto"` folds when steps ×
+(entries + 500,000) reach 10⁹, which depends on the count of steps and not on the past, so a resumed
+run is bit-identical. Differences that remain: after a folded step `.grad` lacks the gradient of
+`how="gradient"`; a profiler sees no torch operation; torch's foreach SGD with Nesterov momentum adds
+the momentum to `.grad`, the loop doesn't. A target by `gradient_share=` needs `.grad`, so nothing
+is folded then.
 """
 
 from __future__ import annotations

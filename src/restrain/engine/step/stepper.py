@@ -2,6 +2,9 @@
 
 All by the optimizer's own hooks, so that every trainer, schedule and loss scaler is served. Nothing is done in a step
 that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter without gradient.
+
+torch calls the hooks twice where a subclass's `step` calls `super().step()`; the call stack tells the
+inner call.
 """
 
 from __future__ import annotations
