@@ -11,6 +11,7 @@ step, of what was taken in that step, as its profiler reports it.
 
 import time
 import warnings
+from unittest import mock
 
 import lists
 import torch
@@ -288,45 +289,46 @@ def deep(quick):
     return model, lambda net: net(x).square().mean(), lambda ps: torch.optim.SGD(ps, lr=1e-4)
 
 
+def walked(rule, load, quick, whole):
+    """Seconds of training steps, and of the search over the loss's ancestors in each."""
+    (model, loss, make), walk, spent = load(quick), forwards.marks_before, []
+    optimizer = make(model.parameters())
+
+    def timed(data, key, wanted):
+        start = time.perf_counter()
+        found = walk(data, key, () if whole else wanted)
+        spent.append(time.perf_counter() - start)
+        return found
+
+    with rs.attach(model, STRENGTH * rule(model), optimizer) as reg:
+
+        def step():
+            optimizer.zero_grad()
+            reg.loss(loss(model)).backward()
+            optimizer.step()
+
+        with mock.patch.object(forwards, "marks_before", timed):
+            seconds = paired({"step": step}, 2 if quick else 15, budget=20)["step"]
+    return seconds, spent[1:]
+
+
 def walks(section, quick):
     """What it costs to ask the graph of a loss which forwards it depends on, in a step with a rule on each output."""
-    rows, walk = [], forwards.marks_before
     models = {
-        "MLP, 50 layers of 256": (deep, nn.ReLU),
-        "ResNet-50": (resnet50, Bottleneck),
-        "GPT-2 small": (gpt2, nn.GELU),
+        "MLP, 50 layers of 256": (deep, lambda model: nn.ReLU),
+        "ResNet-50": (resnet50, lambda model: Bottleneck),
+        "GPT-2 small": (gpt2, lambda model: type(model.transformer.h[0].mlp.act)),
     }
+    rows = []
     for title, (load, kind) in models.items():
-        model, loss, make = load(quick)
-        kind = type(model.transformer.h[0].mlp.act) if kind is nn.GELU else kind
-        optimizer = make(model.parameters())
         for whole in (False, True):
-            spent = []
-
-            def timed(data, key, wanted, whole=whole, spent=spent):
-                start = time.perf_counter()
-                found = walk(data, key, () if whole else wanted)
-                spent.append(time.perf_counter() - start)
-                return found
-
-            with rs.attach(model, STRENGTH * rs.L1().on(rs.outputs(kind)), optimizer) as reg:
-
-                def step(reg=reg, optimizer=optimizer, model=model, loss=loss):
-                    optimizer.zero_grad()
-                    reg.loss(loss(model)).backward()
-                    optimizer.step()
-
-                forwards.marks_before = timed
-                try:
-                    seconds = paired({"step": step}, 2 if quick else 15, budget=20)["step"]
-                finally:
-                    forwards.marks_before = walk
-            share = [a / b for a, b in zip(spent[1:], seconds, strict=True)]
-            cells = [spread(seconds, 1e3), spread(spent[1:], 1e3), spread(share, 100)]
+            seconds, spent = walked(lambda model, kind=kind: rs.L1().on(rs.outputs(kind(model))), load, quick, whole)
+            share = [a / b for a, b in zip(spent, seconds, strict=True)]
+            cells = [spread(seconds, 1e3), spread(spent, 1e3), spread(share, 100)]
             rows.append([title, "whole graph" if whole else "usual", *cells, judged(quartiles(share)[1], 0.01)])
     note = (
-        "The search ends where the forwards in question are found; it goes over the whole graph where the loss depends on "
-        "none, and as long as a forward was given up of which something is left."
+        "The search ends where the forwards in question are found; it goes over the whole graph where the loss "
+        "depends on none, and as long as a forward was given up of which something is left."
     )
     columns = ["model", "search", "step, ms", "search, ms", "share, %", "goal"]
     section.table("Which forwards count: the search over the loss's ancestors", columns, rows, note)
