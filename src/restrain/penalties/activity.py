@@ -118,7 +118,7 @@ class Confidence(_OfDistributions):
     """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), n classes: large for confident outputs.
 
     The confidence penalty -H, shifted by log n so that it is never negative. It keeps outputs from
-    being too confident. Axes and averages are those of `Entropy`.
+    being too confident. Axes and averages are as in `Entropy`.
 
     Args:
         dim: the axis of the classes; by default the last. Required for more than three axes.

@@ -81,7 +81,7 @@ class StateChange(_OfTransitions):
 class NormChange(_OfTransitions):
     """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)²: the norm stabiliser.
 
-    Steps, averages and axes are those of `StateChange`.
+    Steps, averages and axes are as in `StateChange`.
 
     Args:
         squared: use squared lengths, (‖hₜ₊₁‖² - ‖hₜ‖²)², smooth at zero, as in theanets'
