@@ -46,7 +46,7 @@ class Tripwire:
             )
 
     def _concerns(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
-        """Return True if the optimizer holds a parameter of the rule, or the rule has activations."""
+        """Return True if the optimizer holds a parameter of the rule, or it acts on activations."""
         if bound.points or bound.output_recorders:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -209,7 +209,7 @@ def own_part(what: Penalty, p: Tensor) -> tuple[Penalty, Tensor, Ranks]:
 
 
 def value_on_part(what: Penalty, x: Tensor, p: Tensor, mean: bool) -> Tensor:
-    """Return the value on a process's own part x of p; `mean`: divided by the number of all entries.
+    """Return the value on a process's own part x of p; `mean`: divided by p's number of entries.
 
     An empty part has the value zero.
     """
