@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class _Sum(torch.autograd.Function):
-    """Sum of a tensor over processes; backward multiplies the gradient by their number.
+    """Sum of a tensor over n processes; backward multiplies the gradient by n.
 
     That is right if every process's loss holds the same function of the sum, and gradients are
     averaged over processes, as in DDP. Backward then needs no communication.

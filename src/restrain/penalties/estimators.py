@@ -1,8 +1,9 @@
 """Estimators of squared Frobenius norms of Jacobians: by autograd, or along random directions.
 
 J_i is the derivative of a sample's outputs by its inputs. For v or u of independent random signs,
-E‖vᵀJ‖² = E‖Ju‖² = ‖J‖_F² (Hutchinson 1990). So all estimators but `exact` are unbiased (a
-difference quotient up to the square of its width). All are differentiable.
+E‖vᵀJ‖² = E‖Ju‖² = ‖J‖_F² (Hutchinson 1990). So random
+directions give unbiased estimates (a difference quotient up to the square of its width). All
+estimators are differentiable.
 """
 
 from __future__ import annotations
@@ -271,13 +272,19 @@ class _Tangent(_Shift):
 
     def __call__(self, x: Batch) -> Tensor:
         u, h = self.along(x.tensor), x.tensor
-        first = forward_ad.unpack_dual(h).tangent is None  # else it depends on another moved input
+        first = forward_ad.unpack_dual(h).tangent is None  # else h depends on another moved input
         moved: Tensor = forward_ad.make_dual(h if first else torch.zeros_like(u), u)
         return moved if first else h + moved
 
 
 def _width(h: Tensor) -> Tensor:
-    """Return eps^(1/3) · RMS(h), the step width that balances truncation and rounding errors."""
+    """Return eps^(1/3) · RMS(h), the step width that balances truncation and rounding errors.
+
+    An RMS of zero counts as one.
+
+    Raises:
+        PenaltyError: a dtype below float32.
+    """
     _check_digits(h)
     scale = h.detach().square().mean().sqrt()
     third: float = torch.finfo(h.dtype).eps ** (1 / 3)
@@ -328,7 +335,7 @@ def _load_forward_mode() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-# What the graph allows
+# Obstacles in the graph
 
 _OBSTACLES = {
     "CheckpointFunctionBackward": "a reentrant checkpoint",
@@ -340,10 +347,7 @@ _OBSTACLES = {
 
 @dataclass(frozen=True)
 class Between:
-    """Properties of the graph between inputs and outputs.
-
-    `obstacles`: operations that can't be differentiated twice. `mixes`: a layer mixes samples.
-    """
+    """The graph between inputs and outputs: obstacles to a second derivative, mixing of samples."""
 
     obstacles: frozenset[str]
     mixes: bool
@@ -376,7 +380,7 @@ def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
 def _mixes(node: torch.autograd.graph.Node) -> bool:
     """Return True for batch normalisation in train() mode of more than one sample.
 
-    Instance normalisation is batch normalisation of one sample.
+    Instance normalisation runs as batch normalisation of a single sample.
     """
     if "BatchNorm" not in node.name():
         return False

@@ -19,7 +19,7 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.rules import What
 from restrain.selections import Where
 
-_SMALL = 16  # estimator="auto" computes Jacobians of up to so many rows or columns exactly
+_SMALL = 16  # largest number of rows or columns for which "auto" is exact
 
 
 class _Jacobian(DerivativePenalty, register=False):
@@ -60,8 +60,8 @@ class _Jacobian(DerivativePenalty, register=False):
 class Contractive(_Jacobian):
     """Batch mean of ‖∂h_i/∂x_i‖_F², the squared Frobenius norm of a code's Jacobian.
 
-    Codes then change little except along the data. Use it as `1e-2 *
-    rs.Contractive().on(rs.outputs("encoder"))`.
+    Codes then change little except along the data. Write for instance
+    `1e-2 * rs.Contractive().on(rs.outputs("encoder"))`.
 
     Args:
         wrt: the activations by which the derivative is taken; the model's input by default.

@@ -59,7 +59,7 @@ class NuclearNorm(_OfMatrix):
             dims (see `unfold`).
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`; activations.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations.
 
     Source: Fazel (2002); Cai, Candès and Shen (2010), theorem 2.1, for the prox.
 
@@ -95,7 +95,7 @@ class SpectralNorm(_OfMatrix):
             norm is at most √(kernel entries) times the matrix norm.
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`; activations.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations.
 
     Source: Yoshida and Miyato (2017), who square it; Parikh and Boyd (2014), section 6.7, for the
     prox; Tsuzuku, Sato and Sugiyama (2018) for the bound.
@@ -137,8 +137,8 @@ class Orthogonality(_OfMatrix):
         power: 2 for squares, 1 for absolute values.
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`; activations; an
-            invalid setting.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations;
+            an invalid setting.
 
     Source: Xie, Xiong and Pu (2017) with squares; Brock and others (2017) with absolute values.
 

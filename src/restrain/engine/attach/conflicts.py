@@ -14,7 +14,7 @@ from restrain.errors import HowError
 _living: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], Sequence[ParameterRules]]] = (
     weakref.WeakKeyDictionary()
 )
-# (how of the earlier, of the later): one plan would apply these in another order, or as one
+# `how` in (earlier, later) attachment: one plan would apply them in another order, or joined
 _CLASHES = {
     ("decoupled", "gradient"),
     ("decoupled", "decoupled"),

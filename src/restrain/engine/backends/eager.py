@@ -28,7 +28,7 @@ SMALL = 1 << 13  # entries up to which a tensor is gathered with others
 FORMULA_BLOCK = 1 << 16  # entries per block, for formulas that allocate temporaries
 
 Kernel = Callable[[Sequence[Tensor], int], bool]
-"""Carry out instructions on one tensor, as rows if their length isn't 0; False if impossible."""
+"""Carry out instructions on a member's tensors, as rows of a nonzero length; False: impossible."""
 
 
 class Eager(Backend):

@@ -1,8 +1,8 @@
 """Instructions as one kernel compiled by inductor, which reads and writes each entry once.
 
-A kernel belongs to instructions, dtypes and a device, and is compiled once per process. Sizes,
-strengths, learning rates and the metric's scalars are its inputs, so that no schedule and no shape
-recompiles it. It is compiled by inductor without Dynamo: there are no guards,
+A kernel belongs to instructions, dtypes, a device and a number of threads, and is compiled once per
+process. Sizes, strengths, learning rates and the metric's scalars are its inputs, so that no
+schedule and no shape recompiles it. It is compiled by inductor without Dynamo: there are no guards,
 `torch.compiler.reset()` doesn't affect it, and a call costs microseconds. If compiling fails, as
 without a C++ compiler, there is no kernel.
 """
