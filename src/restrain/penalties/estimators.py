@@ -1,9 +1,8 @@
 """Estimators of squared Frobenius norms of Jacobians: by autograd, or along random directions.
 
 J_i is the derivative of a sample's outputs by its inputs. For v or u of independent random signs,
-E‖vᵀJ‖² = E‖Ju‖² = ‖J‖_F² (Hutchinson 1990). So random
-directions give unbiased estimates (a difference quotient up to the square of its width). All
-estimators are differentiable.
+E‖vᵀJ‖² = E‖Ju‖² = ‖J‖_F² (Hutchinson 1990): random directions give unbiased estimates (a difference
+quotient up to the square of its width). All estimators are differentiable.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A penalty or constraint by entry, or by groups that lie within a shard, acts on each process's own
 part. For others the tensor is gathered, and each process keeps its part of the result. Values of
-all rules are summed over the processes by one message, outside the graph: the gradient of a sum is
-local.
+all rules with the same mesh axes are summed over the processes together, an all-reduce per axis.
+The gradient of the sum is local.
 """
 
 from __future__ import annotations
@@ -228,7 +228,8 @@ def value_of(what: Penalty, p: Tensor) -> Term:
 def totals(rules: Sequence[Sequence[Term]]) -> list[Tensor]:
     """Return the sum over all processes of each list of terms.
 
-    One message per set of ranks carries all lists; none if all terms are complete.
+    Terms of all lists with the same ranks are summed together, by an all-reduce per mesh axis;
+    complete terms need no communication.
     """
     sums: list[dict[Ranks, Tensor]] = []
     for terms in rules:
@@ -277,7 +278,7 @@ def check(rule: Rule, slot: Slot, tensor: Any) -> None:
     """Refuse a rule that a sharded parameter doesn't support.
 
     Raises:
-        HowError: the parameter is sharded and the rule needs it whole, or it is a pending sum.
+        HowError: the rule can't act on a sharded parameter, or the parameter is a pending sum.
     """
     if not is_sharded(tensor):
         return
