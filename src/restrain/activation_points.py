@@ -1,4 +1,4 @@
-"""Where a rule on activations acts: the outputs and inputs of layers, and the algebra of such places."""
+"""Selections of activations: the outputs and inputs of layers, and their algebra."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from restrain.selections import Glob, Object, Regex, There, Where, as_where, cho
 Calls = Literal["mean", "sum"]
 Argument = (
     str | int | Callable[..., Any]
-)  # of the model's forward: its name, its position, or what makes it of them all
+)  # an argument of the model's forward by name or position, or a function of all
 
 
 class Places:
-    """Base of the selections of places; joins with other selections of places by `&`, `|` and `-`."""
+    """Base of selections of activations; they are combined by `&`, `|` and `-`."""
 
     def __and__(self, other: Any) -> JoinedPlaces:
         return JoinedPlaces("and", self, _as_places(other))
@@ -34,7 +34,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class JoinedPlaces(Places):
-    """Two selections of places joined by `&`, `|` or `-`."""
+    """Two selections of activations, combined by `&`, `|` or `-`."""
 
     operation: Literal["and", "or", "minus"]
     left: Places
@@ -59,7 +59,7 @@ class Place(Places):
 
     @property
     def padded(self) -> bool:
-        """Whether a mask or lengths say which positions count."""
+        """True if a mask or lengths say which positions count."""
         return self.mask is not None or self.lengths is not None
 
     def __repr__(self) -> str:
@@ -83,21 +83,25 @@ def outputs(
     mask: Argument | None = None,
     lengths: Argument | None = None,
 ) -> Place:
-    """The outputs of layers; of the whole model without an argument.
+    """Select the outputs of layers; without an argument, the output of the whole model.
 
-    A glob takes the outermost layers that match, below the root; a type or a predicate takes all.
+    A glob takes the outermost matching layers below the root; a type or a predicate takes all.
 
     Args:
-        which: a glob over layer names, a list of them, a regex, a module, a type or a predicate f(name, module).
-        via: a function that the model itself calls on this output without a module (`torch.relu`); penalties see
-            `via(output)`.
-        index: which member of a tuple or dict output; by default the first floating-point tensor in it.
-        batch_dim: the batch axis; by default 0, or 1 where the layer says `batch_first=False`.
-        calls: a layer that is called several times in a forward counts by the "mean" or the "sum" of its calls.
-        mask: which positions count, so that padding doesn't: an argument of the model's own forward by its name ("~"
-            before it: where it is true, positions don't count) or position, or a function of all its arguments. It
-            is (batch, time), or of as many axes as the output; what isn't zero counts.
-        lengths: the lengths of the sequences, (batch,), likewise.
+        which: a glob over layer names, a list of them, a regex, a module, a type or a predicate
+            f(name, module).
+        via: a function such as `torch.relu`, applied to the output; penalties see `via(output)`.
+        index: the position or key of a member of a tuple or dict output; by default its first
+            floating-point tensor.
+        batch_dim: the batch axis; by default 0, or 1 if the layer has `batch_first=False`.
+        calls: the "mean" or "sum" over a layer's calls, in all forwards of one loss.
+        mask: the positions that count, to leave padding out: the name or position of an argument of
+            the model's forward, or a function of all its arguments. "~" before the name inverts it.
+            The mask is (batch, time), or has as many axes as the output; nonzero positions count.
+        lengths: the sequence lengths, (batch,), in the same ways; instead of a mask.
+
+    Raises:
+        SelectionError: an invalid argument.
 
     >>> rs.outputs("relu*", calls="sum")
     rs.outputs('relu*', calls='sum')
@@ -117,7 +121,9 @@ def inputs(
     mask: Argument | None = None,
     lengths: Argument | None = None,
 ) -> Place:
-    """The inputs of layers; of the whole model without an argument. Arguments as those of `outputs`.
+    """Select the inputs of layers; without an argument, the input of the whole model.
+
+    Arguments are as in `outputs`.
 
     >>> rs.inputs()
     rs.inputs()
@@ -138,10 +144,10 @@ def make_place(
     mask: Any = None,
     lengths: Any = None,
 ) -> Place:
-    """The place that arguments of `outputs` or `inputs` stand for.
+    """Return the selection for the arguments of `outputs` or `inputs`.
 
     Raises:
-        SelectionError: an argument has a value that it can't have.
+        SelectionError: an invalid argument.
     """
     if not any(calls is known or (isinstance(calls, str) and calls == known) for known in ("mean", "sum")):
         raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {brief(calls)}")
@@ -171,24 +177,24 @@ def _as_places(given: Any) -> Places:
 
 @dataclass(frozen=True)
 class Target:
-    """A place in a model: a layer, and what is caught there."""
+    """The activation of one layer that a selection takes."""
 
     layer: Layer
     place: Place
 
     @property
     def name(self) -> str:
-        """The layer's name; the model itself is ''."""
+        """The layer's name; '' for the model itself."""
         return self.layer.name
 
 
 def select_places(where: Places, layers: Sequence[Layer], optional: bool = False) -> list[Target]:
-    """The places that `where` selects, in the model's order, each layer once.
+    """Return the activations that `where` selects, in the model's order, each layer once.
 
     Args:
         where: the selection.
-        layers: all of the model.
-        optional: whether it, or a part of it, may match nothing.
+        layers: all layers of the model.
+        optional: allow it, or a part of it, to match nothing.
 
     Raises:
         SelectionError: it matches nothing, or only layers that are never called (a ModuleList).
@@ -209,7 +215,7 @@ def select_places(where: Places, layers: Sequence[Layer], optional: bool = False
 
 
 def _tensor(target: Target) -> tuple[Any, ...]:
-    """What tells the tensors at two places apart."""
+    """Return a key that tells the tensors of two activations apart."""
     place = target.place
     return id(target.layer.module), place.kind, place.via, place.index
 

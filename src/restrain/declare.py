@@ -1,7 +1,7 @@
-"""Rules declared where layers are built, the Keras and TensorFlow habit: at a layer, or once for a scope.
+"""Declare rules where layers are built, as in Keras and TensorFlow: at a layer, or for a scope.
 
-A declaration is one plain attribute on the module, so it is copied and pickled with it. `attach` collects what the
-layers of a model declare.
+A declaration is one plain attribute of the module, so it is copied and pickled with it. `attach`
+collects the declarations of a model's layers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass
 class Declared:
-    """What a layer declares: at the layer itself, and by the scopes that it was built in, outermost first."""
+    """Declarations of a layer: its own, and its scopes', where inner scopes override outer ones."""
 
     own: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
     scope: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
@@ -37,17 +37,18 @@ _scope: ContextVar[dict[str, tuple[tuple[What, How | None], ...]] | None] = Cont
 
 
 def regularized(layer: M, *, how: How | None = None, **what: What | Sequence[What] | None) -> M:
-    """Declare at a layer what acts on its parameters, on its `output` and on its `input`; returns the same layer.
+    """Declare penalties or transforms of a layer's parameters, output and input; return it.
 
     Args:
-        layer: any module; it isn't wrapped or changed, but for one attribute.
+        layer: any module; it isn't wrapped or changed, except for one attribute.
         how: the moment at which penalties on its parameters act; "loss" by default.
-        what: keywords are names of the layer's parameters, `weight` and `bias` (for all of that role in a layer that
-            has none so called), `output` or `input`; values are penalties or transforms, or lists of them. None
-            takes back what a scope has declared.
+        what: keywords are names of the layer's parameters, `weight` and `bias` (all parameters of
+            that role if none has the name), `output` or `input`; values are penalties or
+            transforms, lists of them, or None to revoke the declaration of a scope.
 
     Raises:
         SelectionError: the layer has no such parameter.
+        PlanError: a value is neither a penalty nor a transform, or can't act by `how`.
 
     >>> layer = rs.regularized(nn.Linear(128, 32), weight=1e-4 * rs.L2(), output=1e-2 * rs.L1())
     >>> len(rs.attach(layer).plan)
@@ -66,9 +67,10 @@ def regularized(layer: M, *, how: How | None = None, **what: What | Sequence[Wha
 
 @contextmanager
 def scope(*, how: How | None = None, **what: What | Sequence[What] | None) -> Iterator[None]:
-    """Declare for every layer with parameters that is built inside; an inner scope overrides its keyword.
+    """Declare for every layer with parameters built inside; an inner scope overrides a keyword.
 
-    Keywords as those of `regularized`; `weight` and `bias` mean the roles: a normalisation layer's scale is no weight.
+    Keywords are as in `regularized`, but `weight` and `bias` mean roles: the scale of a
+    normalisation layer is no weight.
 
     >>> with rs.scope(weight=1e-4 * rs.L2()):
     ...     net = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
@@ -111,7 +113,7 @@ def _checked(what: dict[str, Any], how: How | None) -> dict[str, tuple[tuple[Wha
 
 
 def _parameter_names(layer: Layer, key: str, by_role: bool = False) -> list[str]:
-    """The layer's own parameters that a keyword means: the one of that name, else those of that role."""
+    """Return the layer's own parameters that a keyword means: of that name, else of that role."""
     stored = {k for k, p in layer.module._parameters.items() if p is not None}
     own = [*layer.module._parameters, *getattr(layer.module, "parametrizations", {})]
     own = [k for k in own if k in stored or k not in layer.module._parameters]
@@ -122,26 +124,28 @@ def _parameter_names(layer: Layer, key: str, by_role: bool = False) -> list[str]
 
 
 def _resolved(layer: Layer, declared: Declared) -> dict[str, tuple[str, tuple[tuple[What, How | None], ...]]]:
-    """{parameter, "input" or "output": (keyword, what acts there)}; the layer's own word comes last."""
+    """Return {parameter, "input" or "output": (keyword, members)}; the layer overrides scopes."""
     found = {}
     for keywords, by_scope in ((declared.scope, True), (declared.own, False)):
         for key, members in keywords.items():
-            by_role = by_scope and key in ("weight", "bias")  # a normalisation layer's scale is called weight, too
+            by_role = by_scope and key in ("weight", "bias")  # a normalisation layer's scale has the name weight too
             names = [key] if key in ("input", "output") else _parameter_names(layer, key, by_role)
             found.update(dict.fromkeys(names, (key, members)))
     return found
 
 
 def declared_rules(model: nn.Module, skip: Any = ()) -> tuple[list[Rule], list[nn.Module]]:
-    """The rules that the layers of a model declare, like ones joined; and the modules that declare them.
+    """Return (rules, modules): the rules declared by a model's layers, equal ones joined.
+
+    Modules in `skip` are left out.
 
     Raises:
-        SelectionError: a keyword of a scope that no layer built in it has a parameter for.
+        SelectionError: no layer built in a scope has a parameter of a keyword.
     """
     found: list[tuple[What, How | None, str, list[str]]] = []
     modules: dict[int, nn.Module] = {}
     unused: set[str] = set()
-    used = {"weight", "bias"}  # all of a scope's layers may be without a bias
+    used = {"weight", "bias"}  # may match no layer: all may be without bias
     for layer in layers(model):
         declared = layer.module.__dict__.get(ATTRIBUTE)
         if declared is None or layer.module in skip or id(layer.module) in modules:

@@ -1,7 +1,7 @@
-"""The named tensors and layers of a model, as a person names them.
+"""The named tensors and layers of a model, under the names that users give them.
 
-Wrappers (`torch.compile`, DDP, FSDP, checkpoint wrappers, averaged models) are seen through: a layer that the
-user calls `encoder.fc1` has that name whichever of them stand around it. A parametrised weight is `fc.weight`.
+Names skip wrappers (`torch.compile`, DDP, FSDP, checkpoint wrappers, averaged models): the layer
+`encoder.fc1` keeps that name in any of them. The name of a parametrised weight is `fc.weight`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from restrain.errors import DetachedError, PlanError
 
-# Wrapper class (by name, so that nothing heavy is imported) -> the attribute that holds the wrapped module.
+# Wrapper class (by name, to import nothing heavy) -> the attribute with the wrapped module.
 WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
@@ -38,7 +38,7 @@ def _wrapped_as(module: nn.Module) -> str | None:
 
 
 def checked_module(model: Any) -> nn.Module:
-    """The model.
+    """Return the model.
 
     Raises:
         PlanError: it is no nn.Module, or a scripted one.
@@ -49,7 +49,7 @@ def checked_module(model: Any) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module below every wrapper."""
+    """Return the user's module inside all wrappers."""
     while (attribute := _wrapped_as(model)) is not None:
         model = getattr(model, attribute)
     return model
@@ -57,21 +57,21 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Layer:
-    """A module of the model at one of its names: `path` are the attributes that lead to it from the root."""
+    """A module of the model at one of its names; `path` has the attributes from the root to it."""
 
     name: str
     path: tuple[str, ...]
     module: nn.Module
-    chain: tuple[nn.Module, ...]  # the modules from the root to this one, both included
+    chain: tuple[nn.Module, ...]  # modules from the root to this one, both included
 
     @property
     def callable(self) -> bool:
-        """Whether it has a forward of its own; a ModuleList has none, so nothing can be caught there."""
+        """True if the module has a forward; a ModuleList has none, so hooks see nothing there."""
         return type(self.module).forward is not nn.Module.forward
 
 
 def layers(model: nn.Module) -> Iterator[Layer]:
-    """Every layer of the model, parents first, at each of its names; the root's name is ''."""
+    """Yield every layer of the model, parents first, at each of its names ('' for the root)."""
     yield from _walk(unwrap(model), "", (), ())
 
 
@@ -88,48 +88,48 @@ def _walk(module: nn.Module, name: str, path: tuple[str, ...], chain: tuple[nn.M
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter of the model: one tensor, whatever the number of its names (tied weights have several)."""
+    """A parameter of the model: one tensor with all its names (tied weights have several)."""
 
-    sites: list[tuple[Layer, str]] = field(default_factory=list)  # (owner, attribute), the first gives the name
+    sites: list[tuple[Layer, str]] = field(default_factory=list)  # (owner, attribute); the first gives the name
     parametrized: bool = False
 
     @functools.cached_property
     def name(self) -> str:
-        """The first of its names."""
+        """The first of the parameter's names."""
         return self.names[0]
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """All its names."""
+        """All names of the parameter."""
         return [f"{layer.name}.{key}" if layer.name else key for layer, key in self.sites]
 
     @property
     def owner(self) -> nn.Module:
-        """The module that holds it, at its first name."""
+        """The module that has the parameter, at its first name."""
         return self.sites[0][0].module
 
     @property
     def attribute(self) -> str:
-        """Its attribute on the owner."""
+        """The parameter's attribute on the owner."""
         return self.sites[0][1]
 
     @functools.cached_property
     def handle(self) -> Handle:
-        """Where to look it up at each step."""
+        """The address by which the parameter is looked up at each step."""
         layer, key = self.sites[0]
         return Handle(self.name, layer.path, key)
 
     @property
     def owners(self) -> list[tuple[Layer, str]]:
-        """The modules that hold it, each once, with its attribute there; tied weights have several."""
+        """Modules that have the parameter, with its attribute; tied weights have several."""
         return list({(id(layer.module), key): (layer, key) for layer, key in reversed(self.sites)}.values())[::-1]
 
     def tensor(self) -> Tensor:
-        """The tensor; of a parametrised weight the effective one, computed anew."""
+        """Return the tensor; for a parametrised weight the effective one, recomputed."""
         return self.handle.look_up(self.owner, ())
 
     def location(self) -> Location:
-        """What penalties and transforms are told when they are bound to it."""
+        """Return the parameter's location, to which penalties and transforms are bound."""
         attentions = [m for m in self.sites[0][0].chain if isinstance(m, nn.MultiheadAttention)]
         heads = attentions[-1].num_heads if attentions else None
         return Location(self.tensor(), self.name, self.owner, self.attribute, heads)
@@ -137,25 +137,25 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Location:
-    """A parameter as it is when rules are attached: what a penalty or transform may need to know of it."""
+    """A parameter at attach, with the context that penalties and transforms may need."""
 
     tensor: Tensor
     name: str = ""
-    owner: nn.Module | None = None  # the module that holds it
+    owner: nn.Module | None = None  # the module that has it
     attribute: str = ""  # its name there
-    heads: int | None = None  # of the attention that it is a part of
+    heads: int | None = None  # number of heads, for a parameter of attention
 
 
 @dataclass(frozen=True)
 class Handle:
-    """A parameter's address. Tensors are looked up at each use: `assign=True`, FSDP2 and others replace them."""
+    """A parameter's address, looked up at each use: for instance FSDP2 replaces tensors."""
 
     name: str
     path: tuple[str, ...]
     attribute: str
 
     def find(self, root: nn.Module) -> Tensor:
-        """The tensor that stands there now; of a parametrised weight the effective one, computed anew.
+        """Return the current tensor; for a parametrised weight the effective one, recomputed.
 
         Raises:
             DetachedError: the model has lost that layer or parameter since the rules were attached.
@@ -163,18 +163,18 @@ class Handle:
         return self.look_up(root, self.path)
 
     def find_owner(self, root: nn.Module) -> nn.Module | None:
-        """The module that holds it; None if it is gone."""
+        """Return the module that has the parameter; None if it is gone."""
         return follow(root, self.path)
 
     def stored(self, root: nn.Module) -> list[Tensor]:
-        """The tensor itself; of a parametrised weight those that it is computed from."""
+        """Return the tensor; for a parametrised weight, the tensors that it is computed from."""
         owner = self.find_owner(root)
         if owner is not None and parametrize.is_parametrized(owner, self.attribute):
             return list(owner.parametrizations[self.attribute].parameters())  # type: ignore[index, union-attr]
         return [self.find(root)]
 
     def look_up(self, module: nn.Module, path: tuple[str, ...]) -> Tensor:
-        """The tensor at the end of `path` from `module`."""
+        """Return the tensor at the end of `path` from `module`."""
         owner = follow(module, path)
         found: Tensor | None = None if owner is None else owner._parameters.get(self.attribute)
         if found is not None and owner is not None:
@@ -192,7 +192,10 @@ class Handle:
 
 @contextmanager
 def at_rest(stored: Any) -> Iterator[None]:
-    """Within it, a look at a parametrised weight is no step of a power method and draws no noise."""
+    """Set modules to eval() within the block: computing a weight changes no state, draws no noise.
+
+    In train(), spectral normalisation would take a step of its power method.
+    """
     training = [module for module in stored.modules() if module.training]
     for module in training:
         module.training = False
@@ -204,7 +207,7 @@ def at_rest(stored: Any) -> Iterator[None]:
 
 
 def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
-    """The module at the end of a path of attributes; None if it is gone."""
+    """Return the module at the end of a path of attributes; None if it is gone."""
     found: nn.Module | None = module
     for key in path:
         found = None if found is None else found._modules.get(key)
@@ -212,7 +215,7 @@ def follow(module: nn.Module, path: Sequence[str]) -> nn.Module | None:
 
 
 def _along(module: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
-    """The modules on such a way, both ends included."""
+    """Yield the modules along a path of attributes, both ends included."""
     yield module
     for key in path:
         module = module._modules[key]  # type: ignore[assignment]
@@ -220,40 +223,43 @@ def _along(module: nn.Module, path: Sequence[str]) -> Iterator[nn.Module]:
 
 
 def _loaded(module: str, name: str) -> Any:
-    """A class of torch's, if anything has imported it."""
+    """Return a class of torch if its module was imported; else ()."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which each process holds a part."""
-    # a Parameter made of a DTensor is of the class DTensor
+    """Return True for a DTensor, of which each process has a part."""
+    # a Parameter made from a DTensor has the class DTensor
     return type(tensor) is not nn.Parameter and isinstance(tensor, _loaded("torch.distributed.tensor", "DTensor"))
 
 
 def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those among the modules to which FSDP2's `fully_shard` was applied."""
+    """Return the modules to which FSDP2's `fully_shard` was applied."""
     kind = _sharding()
     return [module for module in modules if isinstance(module, kind)] if kind else []
 
 
 def _sharding() -> Any:
-    """The class of the modules to which `fully_shard` was applied; none where that was never done in this process."""
+    """Return the class of modules after `fully_shard`; () if it wasn't used in this process."""
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    return kind if kind and kind.__subclasses__() else ()  # it makes a subclass of it for each class of modules
+    return kind if kind and kind.__subclasses__() else ()  # `fully_shard` makes a subclass for each class of modules
 
 
-# The shard that last stood at each attribute of a module; None where FSDP2 leaves a parameter alone.
+# The last shard at each attribute of a module; None for a parameter that FSDP2 leaves alone.
 _shards: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[Tensor] | None]] = weakref.WeakKeyDictionary()
 
 
 def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, path: Sequence[str]) -> Tensor:
-    """The tensor that is trained, where FSDP2 may have put a gathered one in its place, from forward to backward."""
+    """Return the trained tensor: the shard, if FSDP2 has a gathered tensor in its place.
+
+    FSDP2 keeps gathered tensors there from forward to backward.
+    """
     if not _shards and type(found) is nn.Parameter and not _sharding():
-        return found  # none of this is in use
+        return found  # FSDP2 isn't in use
     known = _shards.get(owner, {})
     reference = known.get(attribute)
     shard: Any = None if reference is None else reference()
-    if is_sharded(found):  # with tensor parallelism, a gathered one is a DTensor still, on fewer axes of the mesh
+    if is_sharded(found):  # with tensor parallelism, a gathered tensor is still a DTensor, on fewer mesh axes
         if shard is not None and shard.device_mesh.ndim > found.device_mesh.ndim:  # type: ignore[attr-defined]
             return shard  # type: ignore[no-any-return]
         _shards.setdefault(owner, {})[attribute] = weakref.ref(found)
@@ -272,7 +278,7 @@ def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, p
 
 
 def parameters(model: nn.Module) -> list[Slot]:
-    """The parameters of the model, each tensor once, in the order of `named_parameters()`."""
+    """Return the model's parameters, each tensor once, in the order of `named_parameters()`."""
     slots: dict[int, Slot] = {}
     for layer in layers(model):
         own = {key: p for key, p in layer.module._parameters.items() if p is not None}
@@ -286,7 +292,7 @@ def parameters(model: nn.Module) -> list[Slot]:
 
 
 def near(name: str, names: Sequence[str], limit: int = 40) -> str:
-    """A sentence for an error: the names that are close to the one that matched nothing, and what there is."""
+    """Return the end of an error message for an unknown name: similar names, and all names."""
     core = name.strip("*")
     close = [n for n in names if core and core in n] or difflib.get_close_matches(name, names, 5, 0.5)
     hint = f"; near it: {', '.join(map(repr, close[:8]))}" if close else ""

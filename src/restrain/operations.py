@@ -1,9 +1,10 @@
-"""Operations: what a penalty or constraint declares of its formula, as data, so that every backend can compute it fast.
+"""Operations: the formula of a penalty or constraint declared as data, for fast backends.
 
-A penalty that is a weighted sum of a function of each entry, or of the lengths of groups, says so in `operations`; a
-constraint that is an interval of entries or of lengths says so in `interval`. Here stand their formulas in plain torch,
-which are the reference; a backend (`engine/backends`) has a table of the operations that it knows. A penalty in
-another file, a user's included, is as fast as ours if it declares the same:
+A penalty that is a weighted sum of a function of each entry, or of the lengths of groups, declares
+it in `operations`; a constraint to an interval of entries or lengths declares it in `interval`.
+This file has the formulas in plain torch, the reference; a backend (`engine/backends`) has a table
+of the operations that it supports. A penalty defined elsewhere, such as a user's, is as fast as
+ours if it declares the same:
 
 >>> class Sparse(rs.Penalty):
 ...     entrywise = True
@@ -12,7 +13,7 @@ another file, a user's included, is as fast as ours if it declares the same:
 ...         return 2 * w.abs().sum()
 >>> rs.operations.check(Sparse())  # compares the formula with what is declared
 
-What is declared and what is computed are compared when a class is first attached; a disagreement is an error.
+When a class is first attached, its declaration and formula are compared; a difference is an error.
 """
 
 from __future__ import annotations
@@ -30,30 +31,30 @@ from restrain.errors import PenaltyError
 
 
 class Operation(ABC):
-    """A function of a tensor that is a sum over its entries or groups; members are frozen dataclasses."""
+    """Function of a tensor: a sum over entries or groups. Subclasses are frozen dataclasses."""
 
     by_entry: bool = True
-    """Whether it is a sum over entries, so that any part of a tensor can be taken alone."""
+    """True for a sum over entries: any part of a tensor can be computed alone."""
 
     @abstractmethod
     def total(self, x: Tensor) -> Tensor:
-        """The sum over the tensor, differentiable."""
+        """Return the sum over the tensor, differentiable."""
 
     @abstractmethod
     def slope(self, x: Tensor) -> Tensor:
-        """The gradient of `total`, zero where it has a kink."""
+        """Return the gradient of `total`, zero at kinks."""
 
 
 Terms: TypeAlias = "tuple[tuple[float, Operation], ...]"
-"""A weighted sum of operations."""
+"""A weighted sum of operations: pairs of factor and operation."""
 
 
 class ByEntry(Operation):
-    """An operation that is a sum over entries of `value`."""
+    """Sum of `value` over entries."""
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
-        """The function of each entry, real or complex; real."""
+        """Return the function of each entry: real, for real or complex entries."""
 
     def total(self, x: Tensor) -> Tensor:
         return self.value(x).sum()
@@ -110,7 +111,7 @@ class Logarithm(ByEntry):
 
 @dataclass(frozen=True)
 class Function(ByEntry):
-    """Any other function of each entry, with its derivative: `entries` and `slopes` of a penalty."""
+    """Any other function of entries and its derivative: `entries` and `slopes` of a penalty."""
 
     penalty: Any
 
@@ -123,7 +124,7 @@ class Function(ByEntry):
 
 @dataclass(frozen=True)
 class Length(Operation):
-    """√n_g ‖x_g‖₂ of each group g of n_g entries; a group whose squares sum to zero has the slope zero."""
+    """√n_g ‖x_g‖₂, summed over groups g of n_g entries; the slope is zero where ‖x_g‖₂ is zero."""
 
     per: Per | Grouping
     by_entry = False
@@ -144,38 +145,40 @@ class Length(Operation):
 
 @dataclass(frozen=True)
 class Interval:
-    """A constraint: low ≤ x ≤ high for every entry; None for no bound."""
+    """Constraint low ≤ x ≤ high for every entry; None for no bound."""
 
     low: float | None = None
     high: float | None = None
 
     def nearest(self, w: Tensor) -> Tensor:
-        """The nearest tensor within it."""
+        """Return the nearest tensor that satisfies the constraint."""
         return w.clamp(self.low, self.high)
 
 
 @dataclass(frozen=True)
 class LengthInterval:
-    """A constraint: low ≤ ‖x_g‖₂ ≤ high for every group g."""
+    """Constraint low ≤ ‖x_g‖₂ ≤ high for every group g."""
 
     low: float
     high: float
     per: Per | Grouping | None
 
     def nearest(self, w: Tensor) -> Tensor:
-        """The nearest tensor within it, where no group is zero."""
+        """Return the nearest tensor that satisfies the constraint; no group may be zero."""
         groups = Grouping(tuple(w.shape), ()) if self.per is None else grouping(self.per, w.shape)
         norms = group_norms(groups.view(w), groups)
         return groups.restore(groups.view(w) * (norms.clamp(self.low, self.high) / norms), w)
 
 
-# Comparison of what is declared with what is computed
+# Comparison of declarations with formulas
 
 _checked: set[type] = set()
 
 
 def check(what: Any) -> None:
-    """Compare what a penalty or constraint declares with what it computes, on random numbers; once for each class.
+    """Compare the declaration of a penalty or constraint with its formula on random numbers.
+
+    Each class is compared once.
 
     Raises:
         PenaltyError: they differ.
@@ -192,17 +195,17 @@ def check(what: Any) -> None:
 
 
 def total(terms: Terms, x: Tensor) -> Tensor:
-    """The value of a weighted sum of operations."""
+    """Return the value of a weighted sum of operations."""
     return weighted([(factor, one.total(x)) for factor, one in terms])
 
 
 def slope(terms: Terms, x: Tensor) -> Tensor:
-    """Its gradient."""
+    """Return the gradient of a weighted sum of operations."""
     return weighted([(factor, one.slope(x)) for factor, one in terms])
 
 
 def weighted(parts: list[tuple[float, Tensor]]) -> Tensor:
-    """The sum; a factor of one costs nothing."""
+    """Return the weighted sum of tensors, without multiplications by one."""
     first, *others = [value if factor == 1 else factor * value for factor, value in parts]
     for other in others:
         first = first + other

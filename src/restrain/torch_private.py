@@ -1,14 +1,14 @@
-"""All private names of torch that the library uses, each behind a function that also works without them.
+"""All private names of torch that the library uses, each behind a function that works without them.
 
-`TABLE` lists the capabilities: the private names of each, the public behaviour that these stand in
-for, and what happens where this torch lacks one of them. It is slower then, or refused by a
-`VersionError`; the result is never another one. All names were seen in the versions `SEEN`.
+`TABLE` lists the capabilities: the private names, the public behaviour for which they stand, and
+the consequence in a torch without them: slower code or a `VersionError`, never another result. All
+names were seen in the versions `SEEN`.
 
-A capability is asked for once, at import: `MISSING` holds those that this torch lacks. The
-environment variable RESTRAIN_MISSING takes more of them away, for tests: "all", or some by their
-names, separated by commas.
+Capabilities are looked up at import: `MISSING` has the ones that this torch lacks. For tests, the
+environment variable RESTRAIN_MISSING adds to it: "all", or names separated by commas.
 
-Names of `DE_FACTO` begin with an underscore, too, but can't go: they stand in what users have saved.
+Names in `DE_FACTO` begin with an underscore too, but can't be renamed: they are in files that users
+have saved.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ SEEN = ("2.13.0",)
 
 DE_FACTO = frozenset(
     {
-        # in the pickle of every module, which a renaming would break
+        # in the pickle of every module, so a renaming would break it
         "_parameters",
         "_buffers",
         "_modules",
         "_forward_hooks",
         "_forward_pre_hooks",
-        # in the keys of every state_dict of a model wrapped by torch.compile, by a checkpoint, by FSDP1
+        # in the state_dict keys of every model wrapped by torch.compile, checkpoints or FSDP1
         "_orig_mod",
         "_checkpoint_wrapped_module",
         "_fsdp_wrapped_module",
@@ -48,12 +48,12 @@ DE_FACTO = frozenset(
 
 
 class Private(NamedTuple):
-    """A capability of torch that has no public name."""
+    """A capability of torch without a public name."""
 
-    names: str  # below torch; what comes after a colon is looked for when it is used
+    names: str  # below torch; the part after a colon is looked up on use
     stands_for: str
     without: str
-    way_out: str = ""  # where it is refused
+    way_out: str = ""  # advice where it is refused
 
 
 TABLE = {
@@ -227,7 +227,7 @@ TABLE = {
 }
 
 
-# What this torch has
+# Capabilities of this torch
 
 
 def _asked_off() -> set[str]:
@@ -237,16 +237,16 @@ def _asked_off() -> set[str]:
     return set(TABLE) if "all" in names else names
 
 
-MISSING = _asked_off()  # capabilities; those that are looked for when they are used aren't known yet
+MISSING = _asked_off()  # capabilities; the ones looked up on use aren't known yet
 
 
 def _find(name: str) -> Any:
-    """The object at a dotted path below torch."""
+    """Return the object at a dotted path below torch; None for names that are looked up on use."""
     return operator.attrgetter(name.partition(":")[0])(torch) if not name.startswith(":") else None
 
 
 def _bind(capability: str) -> Any:
-    """The objects of a capability that are known at import, or None where one is missing."""
+    """Return the objects of a capability that are looked up at import; None if one is missing."""
     if capability in MISSING:
         return None
     try:
@@ -258,7 +258,7 @@ def _bind(capability: str) -> Any:
 
 
 def refuse(capability: str) -> NoReturn:
-    """Raise the error that this torch lacks a capability."""
+    """Raise a `VersionError`: this torch lacks a capability."""
     names, stands_for, _, way_out = TABLE[capability]
     missing = ", ".join("torch." + name.replace(":.", ".").lstrip(":").replace(":", ".") for name in names.split())
     raise VersionError(
@@ -271,7 +271,7 @@ def require(capability: str) -> None:
     """Check that this torch has a capability.
 
     Raises:
-        VersionError: it hasn't.
+        VersionError: it lacks the capability.
     """
     if capability in MISSING:
         refuse(capability)
@@ -285,18 +285,20 @@ _view = _bind("is_view")
 
 
 class MissingError(LookupError):
-    """A node of the graph lacks what was asked for."""
+    """A node of the graph lacks an attribute."""
 
 
 def in_backward() -> bool:
-    """Return whether a backward runs in this thread; a layer that is called then is recomputed by a checkpoint."""
+    """Return True if a backward runs in this thread.
+
+    A layer called then is recomputed by a checkpoint."""
     return _codes_in_backward() is not None if _graph_task is None else _graph_task() >= 0
 
 
 def _codes_in_backward() -> list[CodeType] | None:
-    """The code of each frame that the autograd engine called, the innermost first; None outside of a backward.
+    """Return the code of each frame called by the autograd engine, innermost first; else None.
 
-    The engine's own threads begin with a function of torch's that it calls.
+    The engine's own threads begin with a function of torch that it calls.
     """
     engine = {inspect.unwrap(torch.autograd.backward).__code__, inspect.unwrap(torch.autograd.grad).__code__}
     found, frame = list[CodeType](), sys._getframe(1)
@@ -309,7 +311,7 @@ def _codes_in_backward() -> list[CodeType] | None:
 
 
 def packs() -> bool:
-    """Return whether hooks get what is saved for the backward, as in non-reentrant checkpoints."""
+    """Return True if hooks pack tensors saved for the backward, as in non-reentrant checkpoints."""
     if _checkpoints is not None:
         return _checkpoints[0](False) is not None
     try:
@@ -320,12 +322,15 @@ def packs() -> bool:
 
 
 def in_checkpoint() -> bool:
-    """Return whether a non-reentrant checkpoint runs for the first time; without the names, whether `packs()`."""
+    """Return True in the first run of a non-reentrant checkpoint; without the names, `packs()`."""
     return packs() if _checkpoints is None else _packed_by(_checkpoints[1])
 
 
 def recomputing_saved_tensors() -> bool:
-    """Return whether a non-reentrant checkpoint recomputes, where gradients are on; its first pass had its graph."""
+    """Return True if a non-reentrant checkpoint recomputes; its first pass had a graph.
+
+    Gradients are enabled then.
+    """
     if _checkpoints is not None:
         return _packed_by(_checkpoints[2])
     from torch.utils import checkpoint
@@ -337,10 +342,12 @@ def recomputing_saved_tensors() -> bool:
 
 
 def checkpoint_frame() -> Any:
-    """Return what torch keeps of the non-reentrant checkpoint that runs or is recomputed here; None outside of one.
+    """Return torch's frame of the current non-reentrant checkpoint, first run or recomputation.
+
+    None outside of checkpoints.
 
     Raises:
-        VersionError: it can't be told whether there is one, or which.
+        VersionError: the names are missing, and there may be a checkpoint.
     """
     if _checkpoints is None:
         return refuse("checkpoints") if packs() else None
@@ -361,7 +368,7 @@ def _packed_by(kind: type) -> bool:
 
 
 def will_execute(node: Any) -> bool:
-    """Return whether the running backward is known to add to the gradient at a leaf.
+    """Return True if the running backward is known to accumulate the gradient of a leaf.
 
     Raises:
         RuntimeError: the leaf's gradient is captured, by `autograd.grad`.
@@ -373,7 +380,7 @@ def queue_callback(function: Callable[[], None]) -> None:
     """Call a function at the end of the running backward.
 
     Raises:
-        VersionError: it can't be done.
+        VersionError: this torch lacks the capability.
     """
     if _engine is None:
         refuse("queue_callback")
@@ -381,7 +388,7 @@ def queue_callback(function: Callable[[], None]) -> None:
 
 
 def run_last(node: Any) -> None:
-    """Let a node come after all others that are ready, in a backward."""
+    """Make a node come after all other ready nodes in a backward, if possible."""
     setter = None if "run_last" in MISSING else getattr(node, "_set_sequence_nr", None)
     if setter is not None:
         setter(0)
@@ -391,10 +398,10 @@ _ABSENT = object()
 
 
 def saved(node: Any, name: str, default: Any = _ABSENT) -> Any:
-    """Return what a node keeps for its backward.
+    """Return the attribute `name` that a node saves for its backward.
 
     Raises:
-        MissingError: it isn't known, and there is no default for kinds of nodes that lack it.
+        MissingError: it isn't known, and there is no default.
     """
     found = _ABSENT if "saved" in MISSING else getattr(node, f"_saved_{name}", default)
     if found is _ABSENT:
@@ -403,7 +410,7 @@ def saved(node: Any, name: str, default: Any = _ABSENT) -> Any:
 
 
 def result_shapes(node: Any) -> list[Any]:
-    """Return the shapes of what the operation of a node gave.
+    """Return the shapes of the results of a node's operation.
 
     Raises:
         MissingError: they aren't known.
@@ -415,7 +422,11 @@ def result_shapes(node: Any) -> list[Any]:
 
 
 def newest_node() -> int:
-    """The number of the node of the graph that this thread makes next."""
+    """Return the sequence number of the next node that this thread makes.
+
+    Raises:
+        VersionError: this torch lacks the capability.
+    """
     return refuse("sequence") if _newest is None else int(_newest())
 
 
@@ -423,24 +434,24 @@ _newest = _bind("sequence")
 
 
 def made_as(node: Any) -> int:
-    """Return the number of a node in the order in which nodes are made; `newest_node` gives that of the next."""
+    """Return a node's sequence number: nodes are numbered in the order in which they are made."""
     return int(node._sequence_nr())
 
 
 def observed(leaf: Tensor) -> bool:
-    """Return whether there may be hooks that are told when a leaf's gradient is there."""
+    """Return True if a leaf may have hooks on its gradient."""
     if _hooks_of_leaves is None:
         return True
     return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
 def is_view(t: Tensor) -> bool:
-    """Return whether a tensor may be a view of another."""
+    """Return True if a tensor may be a view of another."""
     return _view is None or _view(t)
 
 
 class _Contents:
-    """A copy of a tensor's entries, and the operation that gave it; an op in place that autograd records is another."""
+    """Copy of a tensor's entries, and its grad_fn, which in-place ops in the graph change."""
 
     def __init__(self, t: Tensor) -> None:
         self.entries, self.node = torch.func.debug_unwrap(t).detach().clone(), t.grad_fn
@@ -455,7 +466,7 @@ class _Contents:
 
 
 version: Callable[[Tensor], Any] = _Contents if _bind("version") is None else operator.attrgetter("_version")
-"""Something that differs from what it was before if a tensor was changed in place since."""
+"""Return a value that differs from earlier ones if a tensor was changed in place since."""
 
 
 # torch.func, modes and tracing
@@ -475,14 +486,14 @@ def _is_wrapped(t: Tensor) -> bool:
 
 
 wrapped: Callable[[Tensor], bool] = _is_wrapped if _wrappers is None else _wrappers[0]
-"""Whether a tensor lives inside a transform of torch.func."""
+"""Return True if a tensor lives inside a transform of torch.func."""
 
 unwrap: Callable[[Tensor], Tensor] = _unwrap_once if _wrappers is None else _wrappers[1]
-"""The tensor behind one wrapper of torch.func."""
+"""Return the tensor behind one wrapper of torch.func."""
 
 
 class _Refused(torch.autograd.Function):
-    """An autograd function without `setup_context`, which torch.func refuses."""
+    """Autograd function without `setup_context`, which torch.func refuses."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> None:
@@ -490,7 +501,7 @@ class _Refused(torch.autograd.Function):
 
 
 def transforming() -> bool:
-    """Return whether a transform of torch.func runs."""
+    """Return True if a transform of torch.func runs."""
     if _level is not None:
         return _level() is not None
     try:
@@ -501,10 +512,10 @@ def transforming() -> bool:
 
 
 def life() -> Any:
-    """Return a sign of the innermost transform of torch.func that runs, for `over`; None outside of all.
+    """Return a token of the innermost running transform of torch.func, for `over`; None outside.
 
     Raises:
-        VersionError: there is one, and no sign of it.
+        VersionError: a transform runs, and this torch lacks the capability.
     """
     if _lives is None:
         return refuse("life") if transforming() else None
@@ -513,15 +524,15 @@ def life() -> Any:
 
 
 def over(sign: Any) -> bool:
-    """Return whether the transform that gave the sign is over."""
+    """Return True if the transform of a token is over."""
     return sign is not None and bool(_lives[2](sign))
 
 
 def outside_functorch() -> AbstractContextManager[Any]:
-    """Within it, operations pass the transforms of torch.func by.
+    """Return a context within which operations bypass the transforms of torch.func.
 
     Raises:
-        VersionError: it can't be done.
+        VersionError: this torch lacks the capability.
     """
     if _past_functorch is None:
         refuse("outside_functorch")
@@ -529,12 +540,14 @@ def outside_functorch() -> AbstractContextManager[Any]:
 
 
 def batched(gradient: Tensor) -> bool:
-    """Return whether a gradient may be many, by autograd.grad(is_grads_batched=True)."""
+    """Return True if a gradient may be a batch of them, by autograd.grad(is_grads_batched=True)."""
     return _batched is None or _batched(gradient)
 
 
 def transformed() -> bool:
-    """Return whether functions may be transformed, traced or watched: by torch.func, forward mode, jit, a mode."""
+    """Return True if code may be transformed, traced or watched.
+
+    By torch.func, forward mode, torch.jit or a dispatch mode."""
     if _states is None:
         return True
     level, forward_mode, tracing, modes = _states
@@ -542,47 +555,49 @@ def transformed() -> bool:
 
 
 def dispatched() -> bool:
-    """Return whether a mode may see each operation."""
+    """Return True if a mode may see each operation."""
     return _modes is None or _modes() > 0
 
 
 def symbolic_tracing() -> bool:
-    """Return whether torch.fx traces by proxies. In make_fx, which sets the same flag, a mode sees tensors.
+    """Return True if torch.fx traces with proxies.
+
+    make_fx sets the same flag, but traces with tensors in a dispatch mode.
 
     Raises:
-        VersionError: torch.fx traces, and it can't be told how.
+        VersionError: torch.fx traces, and this torch lacks the capability.
     """
     if _tracing is not None:
         is_tracing, modes = _tracing
         return is_tracing() and not modes()
-    if nn.Module.__call__ is not _CALL:  # as it is where torch.fx traces
+    if nn.Module.__call__ is not _CALL:  # patched by torch.fx while it traces
         refuse("symbolic_tracing")
     return False
 
 
 DispatchMode: Any = object if (_mode := _bind("dispatch_mode")) is None else _mode
-"""TorchDispatchMode, the base of modes that see each operation."""
+"""TorchDispatchMode, the base of modes that see each operation; else object."""
 
 
 # Compilers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _disable = _bind("never_compiled")
-_bind("module_compiled")  # None unless it was
+_bind("module_compiled")  # only notes in MISSING: the class attribute is None
 
 
 def never_compiled(function: _F) -> _F:
-    """Return the function as one that isn't traced where compiled code calls it."""
+    """Return the function, excluded from tracing when compiled code calls it."""
     return (torch.compiler.disable if _disable is None else _disable)(function)  # type: ignore[no-any-return]
 
 
 def compiler_loaded() -> bool:
-    """Return whether torch's compiler may have been loaded."""
+    """Return True if torch's compiler may have been loaded."""
     return "compiler_loaded" in MISSING or "torch._dynamo" in sys.modules
 
 
 def anything_compiled() -> bool | None:
-    """Return whether anything was compiled in this process, or None where that isn't known."""
+    """Return True if anything was compiled in this process; None if not known."""
     if not compiler_loaded():
         return False
     if "anything_compiled" in MISSING:
@@ -593,9 +608,10 @@ def anything_compiled() -> bool | None:
 
 
 def not_alone(function: _F) -> _F:
-    """Have a function traced where compiled code calls it, but never compiled by itself, nor what it calls then.
+    """Return the function, traced when compiled code calls it, but never compiled by itself.
 
-    torch.compile calls the hooks of the model that it is given outside of the compiled forward, and compiles each one.
+    Neither are the functions that it calls. torch.compile calls the hooks of its model outside of
+    the compiled forward, and would compile each alone.
     """
     if (found := _bind("not_alone")) is not None:
         action, strategy, put = found
@@ -604,7 +620,7 @@ def not_alone(function: _F) -> _F:
 
 
 def undone(function: Callable[..., None], *args: Any) -> None:
-    """Call a function in compiled code, in a checkpoint too, as its side effect is taken back in there."""
+    """Call a function in compiled code, also in a checkpoint, which reverts its side effect."""
     if "undone" not in MISSING:
         from torch._dynamo import utils
 
@@ -616,15 +632,15 @@ def undone(function: Callable[..., None], *args: Any) -> None:
 
 
 def module_compiled(module: nn.Module) -> bool:
-    """Return whether `module.compile()` was called; where that isn't known, no."""
+    """Return True if `module.compile()` was called; False if not known."""
     return "module_compiled" not in MISSING and module._compiled_call_impl is not None
 
 
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
-    """Compile a graph of symbolic shapes by inductor, without Dynamo.
+    """Return a graph of symbolic shapes compiled by inductor, without Dynamo.
 
     Raises:
-        VersionError: it can't be done.
+        VersionError: this torch lacks the capability.
     """
     require("inductor")
     from torch._inductor import standalone_compile
@@ -633,10 +649,10 @@ def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any
 
 
 def compile_graph(graph: Any, examples: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph of fixed shapes by inductor, without Dynamo.
+    """Return a graph of fixed shapes compiled by inductor, without Dynamo.
 
     Raises:
-        VersionError: it can't be done.
+        VersionError: this torch lacks the capability.
     """
     require("inductor")
     from torch import _inductor
@@ -648,7 +664,7 @@ def compile_graph(graph: Any, examples: Sequence[Any], options: dict[str, Any]) 
 
 
 def step_hooks(optimizer: Optimizer) -> tuple[Mapping[int, Any], Mapping[int, Any]] | None:
-    """Return the hooks before and after an optimizer's step, by the ids of their handles; None if not known."""
+    """Return an optimizer's hooks before and after its step, by handle id; None if not known."""
     if "step_hooks" in MISSING:
         return None
     names = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
@@ -660,7 +676,7 @@ _patch = _bind("patch_step")
 
 
 def patch_step(optimizer: Optimizer) -> None:
-    """Let hooks be called around the step of an optimizer's class, as its constructor does."""
+    """Patch the step of an optimizer's class to call hooks, as its constructor does."""
     _patch(optimizer)
 
 
@@ -708,7 +724,7 @@ flatten, unflatten = _bind("flatten") or (_joined, _parted)
 
 
 def linear_pointwise() -> Any:
-    """Return oneDNN's x wᵀ + b, or None."""
+    """Return oneDNN's operation x wᵀ + b, or None."""
     if "linear_pointwise" in MISSING or not torch.backends.mkldnn.is_available():
         return None
     found = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -727,31 +743,33 @@ _NORMALIZATIONS = (
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 NORMALIZATIONS: tuple[type[nn.Module], ...] = _NORMALIZATIONS if _norm is None else (_norm,)
-"""Batch and instance normalisation."""
+"""Classes of batch and instance normalisation."""
 
 DROPOUTS: Any = _DROPOUTS if _dropout is None else (_dropout,)
-"""Dropout of entries and of channels; each has a `p`."""
+"""Classes of dropout of entries and channels; instances have `p`."""
 
 
 def keep_flat(layer: nn.Module) -> None:
-    """Let a layer's kernel see the weights as they are now, if it is a recurrent one, which keeps a list of them."""
+    """Update the list of weights that a recurrent layer passes to its kernel.
+
+    Other layers have no such list."""
     names = None if "flat_weights" in MISSING else getattr(layer, "_flat_weights_names", None)
     if isinstance(layer, nn.RNNBase) and names is not None:
         weights = [getattr(layer, name, None) for name in names]
         refs = [None if w is None else weakref.ref(w) for w in weights]
         if torch.compiler.is_compiling():
             layer._flat_weights, layer._flat_weight_refs = weights, refs
-        else:  # at once: an interrupt in between would leave the one without the other
+        else:  # in one call: an interrupt must not separate the two
             layer.__dict__.update(_flat_weights=weights, _flat_weight_refs=refs)
 
 
 def static_graph(node: Any) -> bool:
-    """Return whether a node of the graph may be that of DDP(static_graph=True)."""
+    """Return True if a node of the graph may belong to DDP(static_graph=True)."""
     if "static_graph" in MISSING:
         return torch.distributed.is_available() and torch.distributed.is_initialized()
     return bool(node.name() == "_DDPSinkBackward" and node.ddp_weakref().static_graph)
 
 
 def tensor_parallel(module: nn.Module) -> bool:
-    """Return whether tensor parallelism may have split a module's features."""
+    """Return True if tensor parallelism may have split a module's features."""
     return "tensor_parallel" in MISSING or getattr(module, "_distribute_module_applied", False)

@@ -1,4 +1,4 @@
-"""Penalties meant for outputs of layers, sample by sample: sparsity, entropy, the activity of sparse autoencoders."""
+"""Penalties of layer outputs, per sample: sparsity, entropy, activity of sparse autoencoders."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from restrain.rules import How
 
 @dataclass(frozen=True)
 class Hoyer(OfRows):
-    """(Σ|x|)² / Σ|x|²: the Hoyer square, between 1 for one entry that isn't zero and n for n equal ones.
+    """(Σ|x|)² / Σ|x|²: the Hoyer square, from 1 (one nonzero entry) to n (n entries of equal size).
 
-    It measures sparsity alone, as it doesn't change with the scale of x. It is 0, with the gradient 0, where all
-    entries are zero. Of a parameter it is that of the whole tensor, on outputs that of each sample, averaged. Hoyer's
-    own measure, of one tensor of n entries, is (√n - √value) / (√n - 1).
+    The value measures sparsity alone: it doesn't change with the scale of x. Where all entries are
+    zero, value and gradient are 0. A parameter counts as a whole; an output counts per sample,
+    averaged over the batch. Hoyer's own measure of n entries is (√n - √value) / (√n - 1).
 
     Source: Yang, Wen and Li (2020), DeepHoyer; Hoyer (2004) for the measure.
 
@@ -41,14 +41,14 @@ class Hoyer(OfRows):
             return size.sum()
         peak = size.detach().amax(1, keepdim=True)
         tiny = torch.finfo(peak.dtype).tiny
-        size = size / torch.where(peak < tiny, 1, peak)  # the value stays, and squares neither overflow nor vanish
+        size = size / torch.where(peak < tiny, 1, peak)  # same value, and squares neither overflow nor vanish
         squares = size.square().sum(1)
         return (size.sum(1).square() / torch.where(squares == 0, 1, squares)).sum()
 
 
 @dataclass(frozen=True)
 class _OfDistributions(Penalty, register=False):
-    """Base of sums over the distributions whose logits lie along an axis; on outputs averaged over the batch."""
+    """Base of sums over distributions whose logits lie along axis `dim`; batch mean on outputs."""
 
     dim: int | None = None
 
@@ -60,7 +60,7 @@ class _OfDistributions(Penalty, register=False):
 
     @abstractmethod
     def terms(self, logs: Tensor, p: Tensor, n: int) -> Tensor:
-        """What each of n probabilities p adds."""
+        """Return the summand of each entry, given log p, p and the number n of classes."""
 
     def __call__(self, w: Tensors) -> Tensor:
         return self._sum(w, None, None)
@@ -82,7 +82,7 @@ class _OfDistributions(Penalty, register=False):
             return x.sum()
         logs = x.log_softmax(axis)
         p = logs.exp()
-        logs = torch.where(p == 0, 0, logs)  # of logits of -inf, too
+        logs = torch.where(p == 0, 0, logs)  # 0 log 0 = 0; also for logits of -inf
         terms = self.terms(logs, p, x.shape[axis]).sum(axis, keepdim=True)
         return terms.sum() if mask is None else torch.where(mask, terms, 0).sum()
 
@@ -90,13 +90,17 @@ class _OfDistributions(Penalty, register=False):
 @renamed(per="dim")
 @dataclass(frozen=True)
 class Entropy(_OfDistributions):
-    """Σ H(softmax(x)), H(p) = -Σ p log p: the entropy of the distributions whose logits lie along an axis.
+    """Σ H(softmax(x)), H(p) = -Σ p log p: the entropy of the predicted class distributions.
 
-    Small where each sample is sure of one class: entropy minimisation, for unlabelled data. On outputs it sums over
-    positions and is averaged over the batch. Of outputs that are probabilities, penalise via=torch.log.
+    It is small where each sample is assigned to one class with certainty: entropy minimisation, for
+    unlabelled data. On outputs: the sum over positions, averaged over the batch. For outputs that
+    are probabilities instead of logits, use via=torch.log.
 
     Args:
-        dim: the axis of the classes; by default the last of outputs of up to three axes.
+        dim: the axis of the classes; by default the last. Required for more than three axes.
+
+    Raises:
+        PenaltyError: complex logits, or no such axis.
 
     Source: Grandvalet and Bengio (2005), semi-supervised learning by entropy minimization.
 
@@ -111,15 +115,19 @@ class Entropy(_OfDistributions):
 @renamed(per="dim")
 @dataclass(frozen=True)
 class Confidence(_OfDistributions):
-    """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), over n classes: large where a sample is sure of one.
+    """Σ log n - H(softmax(x)) = Σ KL(softmax(x) ‖ uniform), n classes: large for confident outputs.
 
-    The confidence penalty -H, moved by a constant so that it is nowhere negative: it keeps outputs from being too
-    sure. Axes and averages as those of `Entropy`.
+    The confidence penalty -H, shifted by log n so that it is never negative. It keeps outputs from
+    being too confident. Axes and averages are as in `Entropy`.
 
     Args:
-        dim: the axis of the classes; by default the last of outputs of up to three axes.
+        dim: the axis of the classes; by default the last. Required for more than three axes.
 
-    Source: Pereyra and others (2017), regularizing neural networks by penalizing confident output distributions.
+    Raises:
+        PenaltyError: complex logits, or no such axis.
+
+    Source: Pereyra and others (2017), regularizing neural networks by penalizing confident output
+    distributions.
 
     >>> rs.Confidence()(torch.tensor([[0.0, 0.0], [9.0, -9.0]]))
     tensor(0.6931)
@@ -131,18 +139,23 @@ class Confidence(_OfDistributions):
 
 @dataclass(frozen=True)
 class L0(Penalty):
-    """The number of entries above a threshold, Σ 1[x > threshold], with the gradient of a ramp in its place.
+    """Σ 1[x > threshold]: the number of entries above a threshold, with the gradient of a ramp.
 
-    The gradient of an entry is 1 / bandwidth where |x - threshold| < bandwidth / 2, else zero: that of a ramp of this
-    width around the threshold. Rajamanoharan and others give it (with the other sign) to a learned threshold of
-    JumpReLU units; here the threshold is a number, and what is pushed below it are the activations before the jump.
-    Of signed activations penalise via=torch.abs.
+    The gradient of an entry is 1 / bandwidth where |x - threshold| < bandwidth / 2, else zero: that
+    of a ramp of this width around the threshold. Rajamanoharan and others use it, with the other
+    sign, for the learned threshold of JumpReLU units; here the threshold is a number, and the
+    activations before the jump are pushed below it. For signed activations use via=torch.abs.
 
     Args:
         threshold: zero or more, so that zeros don't count.
-        bandwidth: in units of the activation. Narrow is a gradient for few entries, wide a biased one.
+        bandwidth: width of the ramp, in units of the activation. A narrow ramp gives few entries a
+            gradient; a wide ramp gives a biased gradient.
 
-    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders; the kernel is a rectangle.
+    Raises:
+        PenaltyError: complex entries.
+
+    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders; the kernel
+    is a rectangle.
 
     >>> h = torch.tensor([0.0, 0.5, 0.52, 3.0])
     >>> rs.L0(0.5, 0.1)(h), rs.L0(0.5, 0.1).gradient(h)
@@ -169,17 +182,24 @@ class L0(Penalty):
 
 @dataclass(frozen=True)
 class DecoderL1(Penalty):
-    """Σ_i |h_i| ‖W_i‖₂, W_i the weights that lead out of unit i of a sparse autoencoder: how much it adds at most.
+    """Σ_i |h_i| ‖W_i‖₂, W_i the decoder weights of unit i: bounds the contribution of each unit.
 
-    Unlike L1 on h, it can't be made small by small activations and large decoder weights. It is averaged over the
-    batch, and its gradient flows to the decoder, too. The units are the last axis of the output.
+    Unlike L1 on h, the value can't be made small by small activations with large decoder weights.
+    It is averaged over the batch, and the decoder gets a gradient too. The units are the last axis
+    of h.
 
     Args:
         decoder: the name of the decoder's weight.
-        per: what belongs to one unit in that weight: "in" for an nn.Linear, whose inputs the units are; "out" for the
-            weight of a tied encoder; 0 for a plain parameter of shape (units, inputs).
+        per: the axis of the units in that weight: "in" for an nn.Linear with the units as inputs;
+            "out" for the weight of a tied encoder; 0 for a plain parameter of shape (units,
+            inputs).
 
-    Source: Anthropic's interpretability team (2024), circuits updates of April: training sparse autoencoders.
+    Raises:
+        PenaltyError: FSDP2 shards the decoder, or it has another number of units than the output.
+        SelectionError: the model has no such parameter, or the penalty is put on parameters.
+
+    Source: Anthropic's interpretability team (2024), circuits updates of April: training sparse
+    autoencoders.
 
     >>> sae = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> reg = rs.attach(sae, 1e-3 * rs.DecoderL1("2.weight").on(rs.outputs("1")))
@@ -216,10 +236,10 @@ class DecoderL1(Penalty):
         return _BoundDecoderL1(self, slot.handle, weakref.ref(model), grouping_at(self.per, slot.location()))
 
     def refuse_sharded(self, decoder: Tensor, model: nn.Module) -> None:
-        """Refuse a decoder that FSDP2 gathers for its own layer's forward alone.
+        """Refuse a decoder sharded by FSDP2, gathered only for the forward of its own layer.
 
         Raises:
-            PenaltyError: so it is.
+            PenaltyError: the decoder or the model is sharded.
         """
         if is_sharded(decoder) or fully_sharded([model]):
             raise PenaltyError(
@@ -230,7 +250,7 @@ class DecoderL1(Penalty):
 
 @dataclass(frozen=True, eq=False)
 class _BoundDecoderL1(Penalty, register=False):
-    """`DecoderL1` with a model's decoder, which is looked up at each use."""
+    """`DecoderL1` with the decoder of a model, looked up by name at each call."""
 
     penalty: DecoderL1
     handle: Handle
@@ -244,7 +264,7 @@ class _BoundDecoderL1(Penalty, register=False):
 
     def __call__(self, w: Tensors) -> Tensor:
         root = self.model()
-        assert root is not None  # it is in its forward
+        assert root is not None  # alive: this runs in its forward
         decoder = self.handle.find(root)
         self.penalty.refuse_sharded(decoder, root)
         lengths = group_norms(decoder.to(torch.promote_types(decoder.dtype, torch.float32)), self.groups).flatten()
@@ -258,7 +278,7 @@ class _BoundDecoderL1(Penalty, register=False):
         return value
 
     def decoder_text(self) -> str:
-        """The decoder, for an error."""
+        """Return name and shape of the decoder for an error message."""
         return f"{self.handle.name!r} of shape {self.groups.shape}"
 
     def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:

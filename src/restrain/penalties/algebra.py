@@ -1,7 +1,7 @@
-"""The algebra of penalties: `strength * p`, `p / number` and `p + q` are penalties of the same kind again.
+"""Algebra of penalties: `strength * p`, `p / number` and `p + q` are penalties of the same kind.
 
-A kind is a base class: `Penalty` (of a tensor), `NetworkPenalty`, `OnDerivatives`. It names its own subclasses of
-`Multiple` and `Total` in `_forms`, and gets the operators from `Algebra`.
+A kind is a base class with the operators of `Algebra`: `Penalty` (of a tensor), `NetworkPenalty`,
+`OnDerivatives`. `_forms` returns its subclasses of `Multiple` and `Total`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ K = TypeVar("K", bound="Algebra[Any]")
 
 
 def checked_factor(strength: Any) -> Any:
-    """Return a strength: a number as a float, a moving strength or its tensor as it is.
+    """Return a strength: a number as a float, a moving strength or its tensor unchanged.
 
     Raises:
-        PenaltyError: it is none of these.
+        PenaltyError: the strength is none of these.
     """
     return strength if isinstance(strength, (Strength, Tensor)) else checked_number("a strength", strength)
 
@@ -44,15 +44,15 @@ def refuse_tensor(strength: Any) -> None:
 
 
 class Algebra(What, ABC, Generic[K], register=False):
-    """Base of the kinds of penalties: multiplied and divided by strengths, added to others of their kind."""
+    """Base of the kinds of penalties: products with strengths, sums of the same kind."""
 
     __array_ufunc__ = None  # NumPy scalars leave `c * penalty` to us
     apart: ClassVar[str] = ""
-    """Why a penalty of this kind can't be added to another kind, for the error."""
+    """Why a penalty of this kind can't be added to another kind, for the error message."""
 
     @abstractmethod
     def _forms(self) -> tuple[type[Multiple[K]], type[Total[K]] | None]:
-        """The classes of this kind's multiples and sums; None where there are no sums."""
+        """Return the classes of this kind's multiples and sums; None if it has no sums."""
 
     def _rescaled(self, change: Callable[[Any], Any]) -> K:
         return self._forms()[0](change(1.0), self)  # type: ignore[return-value, arg-type]
@@ -91,12 +91,12 @@ class Algebra(What, ABC, Generic[K], register=False):
 
 
 class Combination(Algebra[K], register=False):
-    """Base of penalties made of others of their kind."""
+    """Base of penalties made of other penalties of their kind."""
 
     @property
     @abstractmethod
     def members(self) -> tuple[K, ...]:
-        """The penalties that this one is made of."""
+        """The penalties that this penalty combines."""
 
     @abstractmethod
     def mapped(self, change: Callable[[K], K]) -> Any:
@@ -108,7 +108,7 @@ class Combination(Algebra[K], register=False):
 
 @dataclass(frozen=True, repr=False)
 class Multiple(Combination[K], register=False):
-    """strength · penalty; made by `strength * penalty`."""
+    """strength · penalty, the result of `strength * penalty`."""
 
     strength: float | Strength | Tensor
     penalty: K
@@ -117,7 +117,7 @@ class Multiple(Combination[K], register=False):
         checked_factor(self.strength)
 
     def __repr__(self) -> str:
-        s = self.strength  # a tensor holds a moving one: shown as it is now
+        s = self.strength  # a tensor holds a moving strength: show its current value
         inner = f"({self.penalty!r})" if isinstance(self.penalty, Total) else repr(self.penalty)
         return f"{f'{float(s):g}' if isinstance(s, Tensor) else repr(s)} * {inner}"
 
@@ -138,7 +138,7 @@ class Multiple(Combination[K], register=False):
 
 @dataclass(frozen=True, repr=False)
 class Total(Combination[K], register=False):
-    """p + q + ...; made by `p + q`."""
+    """p + q + ..., the result of `p + q`."""
 
     terms: tuple[K, ...]
 

@@ -1,4 +1,4 @@
-"""Sums over the processes of a distributed training, for penalties that are statistics of the whole batch."""
+"""Sums over the processes of a distributed training, for penalties of batch statistics."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of every process's tensor; its gradient is the number of processes times the own one.
+    """Sum of a tensor over n processes; backward multiplies the gradient by n.
 
-    That is right where every process's loss holds the same value of that sum, and gradients are averaged over
-    processes, as DDP does. Backward then needs no communication.
+    That is right if every process's loss holds the same function of the sum, and gradients are
+    averaged over processes, as in DDP. Backward then needs no communication.
     """
 
     @staticmethod
@@ -28,7 +28,7 @@ class _Sum(torch.autograd.Function):
 
 
 def over_processes(own: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, differentiable once; the tensor itself where there is one process."""
+    """Return the sum of a tensor over all processes, differentiable once."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return own
     return _Sum.apply(own)  # type: ignore[no-untyped-call, no-any-return]

@@ -1,7 +1,8 @@
-"""The base of penalties on derivatives of one place of a network by another.
+"""Base of penalties on the derivative of one activation of a network by another.
 
-Called with a function and a batch of inputs they give the value there; attached, they take the derivative between
-places of a model in its own forward. The members are in `jacobian`, how they are estimated in `estimators`.
+Called with a function and a batch of inputs, such a penalty returns its value there; attached to a
+model, it takes the derivative between two activations in the model's own forward. `jacobian` has
+the penalties, `estimators` how they are estimated.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from restrain.rules import How, What
 from restrain.selections import Where
 
 Estimator = Literal["auto", "exact", "vjp", "jvp", "difference"]
-RUNNING = ("jvp", "difference")  # those that run the model again, jvp where its graph doesn't do
+RUNNING = ("jvp", "difference")  # run the model again (jvp: if the graph of the forward doesn't suffice)
 REENTRANT, COMPILED, SHARDED = "a reentrant checkpoint", "compiled code", "sharded parameters"
 CLOSED = "in closed form"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An estimator, whether it runs the model again, and why."""
+    """An estimator, whether it runs the model again, and the reason."""
 
     estimator: str
     again: bool = False
@@ -47,7 +48,7 @@ class Choice:
 
 
 class OnDerivatives(Algebra["OnDerivatives"], register=False):
-    """Base of `DerivativePenalty`, and of such a penalty times a strength."""
+    """Base of `DerivativePenalty` and of its product with a strength."""
 
     apart = "has places of its own"
     strength: Any
@@ -59,7 +60,7 @@ class OnDerivatives(Algebra["OnDerivatives"], register=False):
 
     @abstractmethod
     def named(self, wrt: Places | None) -> Self:
-        """The same with `wrt` by names, as in a plan that is bound to a model."""
+        """Return the penalty with `wrt` given by names, as in a plan bound to a model."""
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if not at_places:
@@ -95,10 +96,12 @@ class ScaledDerivative(Multiple[OnDerivatives], OnDerivatives, register=False):
 
 
 class DerivativePenalty(OnDerivatives, register=False):
-    """Base of penalties on derivatives: of the outputs of a place by another place, averaged over the batch.
+    """Base of penalties on the derivative of some activations by others, averaged over the batch.
 
-    `.on(place)` says whose derivative is taken, of the model's outputs by default; `wrt=` by what, the model's inputs
-    by default. It acts in the loss. `penalty(function, x)` is the value for a function of a batch, without a model.
+    `.on(place)` selects the activations whose derivative is taken, by default the model's outputs;
+    `wrt=` selects the activations by which it is taken, by default the model's inputs. The penalty
+    acts in the loss. `penalty(function, x)` is its value for a function of a batch, without a
+    model.
     """
 
     strength = 1.0
@@ -123,12 +126,12 @@ class DerivativePenalty(OnDerivatives, register=False):
 
     @property
     def of_loss(self) -> bool:
-        """Whether it is the derivative of the data loss."""
+        """True for the derivative of the data loss."""
         return False
 
     @property
     def by(self) -> Places:
-        """The place by which the derivative is taken."""
+        """The activations by which the derivative is taken."""
         return inputs() if self.wrt is None else self.wrt
 
     def named(self, wrt: Places | None) -> Self:
@@ -146,16 +149,17 @@ class DerivativePenalty(OnDerivatives, register=False):
 
     @abstractmethod
     def of_graph(self, ys: Sequence[Batch], xs: Sequence[Batch], estimator: str) -> Tensor:
-        """The value, by the graph that leads from the outputs back to the inputs."""
+        """Return the value from the graph between outputs and inputs."""
 
     @abstractmethod
     def of_direction(self, tangents: Sequence[Batch]) -> Tensor:
-        """An estimate of the value, by the derivative of the outputs along random signs."""
+        """Return an estimate of the value from the outputs' derivative along random signs."""
 
     def of_tangents(self, ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[Tensor, bool] | None:
-        """The value along random directions by the graph of the forward, and whether inputs need no gradient for it.
+        """Return (value, bare) by random directions pushed along the graph of the forward.
 
-        None where an operation in it isn't known.
+        `bare` is True if that needs no gradient of the inputs. None if an operation isn't
+        supported.
         """
         values, bare = [], True
         for _ in range(self.projections):
@@ -167,7 +171,7 @@ class DerivativePenalty(OnDerivatives, register=False):
         return torch.stack(values).mean(), bare
 
     def of_runs(self, run: Run, estimator: str) -> Tensor:
-        """The value by further runs of the function."""
+        """Return the value by further runs of the function."""
         if estimator in RUNNING:
             return torch.stack([self.of_direction(pushed(run, estimator)) for _ in range(self.projections)]).mean()
         xs: list[Batch] = []
@@ -175,12 +179,13 @@ class DerivativePenalty(OnDerivatives, register=False):
         return self.of_graph(ys, xs, estimator)
 
     def __call__(self, function: Callable[[Tensor], Tensor], x: Tensor, *, batch_dim: int = 0) -> Tensor:
-        """The value for a function at a batch of inputs, differentiable by what the function depends on.
+        """Return the value for a function at a batch of inputs; differentiable.
 
         Args:
-            function: from a batch of inputs to their outputs (to the loss, where the derivative is the loss's).
-            x: the inputs.
-            batch_dim: their axis of samples, and that of the outputs.
+            function: maps a batch of inputs to their outputs (for the derivative of the loss: to
+                the loss).
+            x: the inputs, a floating-point tensor.
+            batch_dim: the axis of samples, in inputs and outputs.
 
         Raises:
             PenaltyError: inputs that aren't a floating-point tensor.
@@ -209,15 +214,16 @@ class DerivativePenalty(OnDerivatives, register=False):
     # The estimator
 
     def choose(self, ys: Sequence[Batch], xs: Sequence[Batch], obstacle: str = "") -> Choice:
-        """The estimator that is taken, by what was asked for and what the graph between the places allows.
+        """Return the estimator, from the user's setting and the graph between outputs and inputs.
 
         Args:
             ys: outputs.
             xs: inputs.
-            obstacle: what is known beforehand to stand in the way of a second derivative.
+            obstacle: a known obstacle to a second derivative.
 
         Raises:
-            PenaltyError, CaptureError: what was asked for is impossible, or there is no way from xs to ys.
+            PenaltyError, CaptureError: the requested estimator is impossible, or no output depends
+                on the inputs.
         """
         if self.estimator in RUNNING:
             return Choice(self.estimator, again=self.estimator != "jvp" or bool(obstacle), why=obstacle)
@@ -240,22 +246,22 @@ class DerivativePenalty(OnDerivatives, register=False):
 
     @abstractmethod
     def _freely(self, ys: Sequence[Batch], xs: Sequence[Batch], mixes: bool) -> Choice:
-        """What is taken where the graph can be differentiated twice; `mixes`: through batch normalisation."""
+        """Return the estimator for a twice differentiable graph; `mixes` if it has batch norms."""
 
     def _around(self, obstacle: str) -> Choice:
-        """What estimator="auto" means where it can't."""
+        """Return the estimator for "auto" with an obstacle to a second derivative."""
         return Choice({COMPILED: "vjp", SHARDED: "jvp"}.get(obstacle, "difference"), True, obstacle)
 
 
 def _noted(x: Batch, xs: list[Batch]) -> Tensor:
-    """The tensor, such that derivatives can be taken by it; noted in `xs`."""
+    """Return a tensor that requires a gradient, and append it to `xs`."""
     h = x.tensor if x.tensor.requires_grad else x.tensor.detach().requires_grad_()
     xs.append(dataclasses.replace(x, tensor=h))
     return h
 
 
 def replayed(run: Run, randomness: Randomness | None, module: Any, device: torch.device, estimator: str) -> Run:
-    """The run, alike each time in randomness and buffers, by operations that have the derivatives that are needed."""
+    """Return a run with the same randomness and buffers each time, free of unsuitable kernels."""
 
     def again(move: Any) -> list[Batch]:
         with ExitStack() as stack:

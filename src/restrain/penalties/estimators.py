@@ -1,8 +1,8 @@
-"""Estimators of squared Frobenius norms of Jacobians: from an autograd graph, or along random directions.
+"""Estimators of squared Frobenius norms of Jacobians: by autograd, or along random directions.
 
-J_i is the derivative of a sample's outputs by its inputs. For v or u of independent random signs, E‖vᵀJ‖² = E‖Ju‖² =
-‖J‖_F² (Hutchinson 1990); so all but `exact` are unbiased estimates (a difference quotient up to the square of its
-width). All are differentiable.
+J_i is the derivative of a sample's outputs by its inputs. For v or u of independent random signs,
+E‖vᵀJ‖² = E‖Ju‖² = ‖J‖_F² (Hutchinson 1990): random directions give unbiased estimates (a difference
+quotient up to the square of its width). All estimators are differentiable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from restrain.errors import CaptureError, PenaltyError, RestrainError
 from restrain.penalties.shrink import at_least_float32
 from restrain.torch_private import MISSING, MissingError, result_shapes, saved, static_graph
 
-_AT_ONCE = 2**22  # entries of a Jacobian that are computed together
+_AT_ONCE = 2**22  # entries of a Jacobian computed together
 _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # dh/da of h = f(a), as a function of h
     "ReluBackward0": lambda h: (h > 0).to(h),
     "TanhBackward0": lambda h: 1 - h.square(),
@@ -30,14 +30,14 @@ _SLOPES: dict[str, Callable[[Tensor], Tensor]] = {  # dh/da of h = f(a), as a fu
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A tensor of a batch.
+    """A batch: a tensor with its axis of samples.
 
     Args:
         tensor: the tensor.
-        dim: its axis of samples; None where samples can't be told apart (packed sequences).
+        dim: its axis of samples; None if samples can't be told apart (packed sequences).
         count: the number of samples.
-        weight: what its Jacobian counts by.
-        forward: the number of the forward that it is from.
+        weight: the factor of this tensor's Jacobian in the sum.
+        forward: the number of the forward that made it.
     """
 
     tensor: Tensor
@@ -48,10 +48,10 @@ class Batch:
 
     @classmethod
     def of(cls, tensor: Tensor, dim: int | None) -> Batch:
-        """The batch that a tensor is, its samples along `dim`; without one, a single sample.
+        """Return a tensor as a batch, with samples along `dim`; if `dim` is None, a single sample.
 
         Raises:
-            PenaltyError: it has no such axis.
+            PenaltyError: the tensor has no such axis.
         """
         if dim is not None and not -tensor.dim() <= dim < tensor.dim():
             raise PenaltyError(
@@ -60,7 +60,7 @@ class Batch:
         return cls(tensor, dim, 1 if dim is None else tensor.shape[dim])
 
     def by_sample(self, tensor: Tensor | None = None) -> Tensor:
-        """The tensor, or another of its shape, as (samples, entries)."""
+        """Return the tensor, or another of its shape, as (samples, entries)."""
         tensor = self.tensor if tensor is None else tensor
         if self.dim is None:
             return tensor.reshape(1, -1)
@@ -68,14 +68,14 @@ class Batch:
 
     @property
     def entries(self) -> int:
-        """The number of entries of a sample."""
+        """Number of entries per sample."""
         return self.tensor.numel() // max(self.count, 1)
 
 
 def signs(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Independent random signs, in shape, dtype and device of a tensor."""
+    """Return independent random signs with shape, dtype and device of a tensor."""
     drawn = torch.randint(2, like.shape, generator=generator, dtype=like.dtype, device=like.device)
-    return drawn.mul_(2).sub_(1)  # a quarter of what bernoulli_ takes
+    return drawn.mul_(2).sub_(1)  # a quarter of the time of bernoulli_
 
 
 def _square(tensors: Sequence[Tensor | None]) -> Tensor | float:
@@ -86,7 +86,7 @@ def _square(tensors: Sequence[Tensor | None]) -> Tensor | float:
 
 
 def projected(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
-    """Σ_y weight · mean ‖J_i‖_F², estimated by one backward through all at once."""
+    """Return an estimate of Σ_y weight · mean ‖J_i‖_F² by one backward from all outputs."""
     vs = [signs(y.tensor) * (y.weight / max(y.count, 1)) ** 0.5 for y in ys]
     given = [x.tensor for x in xs]
     pulled = torch.autograd.grad([y.tensor for y in ys], given, vs, create_graph=True, allow_unused=True)
@@ -94,9 +94,10 @@ def projected(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
 
 
 def exact(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
-    """Σ_y weight · mean ‖J_i‖_F², for samples that don't depend on each other.
+    """Return Σ_y weight · mean ‖J_i‖_F², for samples that don't depend on each other.
 
-    In closed form for a linear layer with or without activation; else by rows or by columns, whichever cost less.
+    Computed in closed form for a linear layer with or without activation; else by rows or columns
+    of the Jacobian, whichever costs less.
 
     Raises:
         PenaltyError: samples can't be told apart, or don't agree in number.
@@ -113,7 +114,7 @@ def exact(ys: Sequence[Batch], xs: Sequence[Batch]) -> Tensor:
 
 
 def of_the_same(y: Batch, xs: Sequence[Batch]) -> Sequence[Batch]:
-    """The inputs of the forward that gave an output; all, if it is from a layer that was called alone."""
+    """Return the inputs from an output's forward, or all inputs (a layer was called alone)."""
     return [x for x in xs if x.forward == y.forward] or xs
 
 
@@ -136,7 +137,10 @@ def _check_samples(ys: Sequence[Batch], xs: Sequence[Batch]) -> None:
 
 
 def _by_rows(y: Batch, xs: Sequence[Batch]) -> Tensor:
-    """A backward for each unit; of the sum over samples, since a sample's unit depends on its own input alone."""
+    """Return Σ_i ‖J_i‖_F² by a backward per output unit of the sum over samples.
+
+    The sum over samples suffices, since a sample's outputs depend on its own input alone.
+    """
     units, given = y.by_sample().sum(0), [x.tensor for x in xs]
     total = units.new_zeros((), dtype=_wide(y))
     for basis in _bases(units.new_empty(1, len(units)), sum(x.tensor.numel() for x in xs)):
@@ -145,7 +149,7 @@ def _by_rows(y: Batch, xs: Sequence[Batch]) -> Tensor:
 
 
 def _by_columns(y: Batch, xs: Sequence[Batch]) -> Tensor:
-    """Jᵀv is linear in v, and its derivative by v along u is Ju: two backwards for each entry of a sample's input."""
+    """Return Σ_i ‖J_i‖_F² by two backwards per input entry: Jᵀv's derivative by v gives Ju."""
     v = torch.zeros_like(y.tensor, requires_grad=True)
     given = [x.tensor for x in xs]
     pulled = torch.autograd.grad(y.tensor, given, v, create_graph=True, allow_unused=True)
@@ -159,7 +163,7 @@ def _by_columns(y: Batch, xs: Sequence[Batch]) -> Tensor:
 
 
 def _bases(like: Tensor, cost: int) -> list[Tensor]:
-    """The unit vectors along the entries of a sample, the same for all samples, some at once."""
+    """Return chunks of the unit vectors along the entries of a sample, the same for all samples."""
     samples, entries = like.shape
     some = max(1, _AT_ONCE // max(cost, 1))
     eye = torch.eye(entries, dtype=like.dtype, device=like.device)
@@ -167,7 +171,9 @@ def _bases(like: Tensor, cost: int) -> list[Tensor]:
 
 
 def _pulled(out: Tensor, given: Sequence[Tensor], basis: Tensor) -> Sequence[Tensor | None]:
-    """vᵀJ for each v of a basis; one by one where an operation can't be batched (dropout in a checkpoint)."""
+    """Return vᵀJ for each v of a basis, in a loop if an operation can't be batched.
+
+    Dropout in a checkpoint can't."""
     if not out.requires_grad:
         return []
     options = {"create_graph": True, "retain_graph": True, "allow_unused": True}
@@ -181,7 +187,7 @@ def _pulled(out: Tensor, given: Sequence[Tensor], basis: Tensor) -> Sequence[Ten
 
 
 def closed_form(y: Batch, xs: Sequence[Batch]) -> Tensor | None:
-    """Σ_i Σ_j f'(a_ij)² ‖w_j‖² where h = f(x Wᵀ + b) of the very input, by the graph; None elsewhere."""
+    """Return Σ_i Σ_j f'(a_ij)² ‖w_j‖² if h = f(x Wᵀ + b) by the graph; else None."""
     found = linear(y, xs)
     if found is None:
         return None
@@ -191,10 +197,10 @@ def closed_form(y: Batch, xs: Sequence[Batch]) -> Tensor | None:
 
 
 def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | None, Tensor] | None:
-    """f' as a function of h, and W, where h = f(x Wᵀ + b) by the graph; None elsewhere.
+    """Return (f' as a function of h, W) if h = f(x Wᵀ + b) by the graph; else None.
 
-    f is sigmoid, tanh, ReLU or nothing; a constant may be added to x. Where x needs no gradient, it must be the tensor
-    that was multiplied itself.
+    f is sigmoid, tanh, ReLU or the identity (then f' is None); a constant may be added to x. If x
+    needs no gradient, it must be the very tensor that was multiplied.
     """
     node = y.tensor.grad_fn
     if node is None or len(xs) != 1 or any(b.tensor.dim() != 2 or b.dim not in (0, -2) for b in (y, *xs)):
@@ -225,25 +231,25 @@ def linear(y: Batch, xs: Sequence[Batch]) -> tuple[Callable[[Tensor], Tensor] | 
 
 Move = Callable[[Batch], Tensor]
 Run = Callable[[Move], list[Batch]]
-"""The outputs of a function in a further run, in which `move(x)` stands in the place of each input x."""
+"""Run a function again with `move(x)` in place of each input x; return its outputs."""
 
 
 class Direction:
-    """Random signs for one input after another, the same for equal seeds, in whatever way the estimate is taken."""
+    """Random signs for one input after another: the same for equal seeds, for every estimator."""
 
     def __init__(self, seed: int | None = None) -> None:
         self.seed = int(torch.randint(2**62, ())) if seed is None else seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def along(self, h: Tensor) -> Tensor:
-        """Those of an input."""
+        """Return random signs of the shape of an input."""
         if h.device not in self.generators:
             self.generators[h.device] = torch.Generator(h.device).manual_seed(self.seed)
         return signs(h, self.generators[h.device])
 
 
 class _Shift(Direction):
-    """x ↦ x + t u width, u of random signs; the width is a part of x's size."""
+    """x ↦ x + t width u, u of random signs, with a step width relative to the size of x."""
 
     def __init__(self, seed: int, t: float | Tensor) -> None:
         super().__init__(seed)
@@ -258,17 +264,26 @@ class _Shift(Direction):
 
 
 class _Tangent(_Shift):
-    """The same at t = 0 as a dual number whose tangent is u; t itself would take two more passes."""
+    """x ↦ dual number with tangent u, the derivative of `_Shift` at t = 0.
+
+    Differentiation by t itself would take two more passes.
+    """
 
     def __call__(self, x: Batch) -> Tensor:
         u, h = self.along(x.tensor), x.tensor
-        first = forward_ad.unpack_dual(h).tangent is None  # else it depends on another place that was moved
+        first = forward_ad.unpack_dual(h).tangent is None  # else h depends on another moved input
         moved: Tensor = forward_ad.make_dual(h if first else torch.zeros_like(u), u)
         return moved if first else h + moved
 
 
 def _width(h: Tensor) -> Tensor:
-    """A third of the digits of the root mean square: there truncation and rounding are equally small."""
+    """Return eps^(1/3) · RMS(h), the step width that balances truncation and rounding errors.
+
+    An RMS of zero counts as one.
+
+    Raises:
+        PenaltyError: a dtype below float32.
+    """
     _check_digits(h)
     scale = h.detach().square().mean().sqrt()
     third: float = torch.finfo(h.dtype).eps ** (1 / 3)
@@ -281,10 +296,11 @@ def _check_digits(h: Tensor) -> None:
 
 
 def pushed(run: Run, estimator: str) -> list[Batch]:
-    """Ju for the outputs of a function, u of independent random signs; by jvp or by a central difference.
+    """Return Ju of a function's outputs for random signs u, by jvp or a central difference.
 
     Raises:
         CaptureError: an operation has no forward-mode derivative.
+        PenaltyError: a dtype below float32 in central differences.
     """
     seed = Direction().seed
     if estimator == "difference":
@@ -312,13 +328,13 @@ def pushed(run: Run, estimator: str) -> list[Batch]:
 
 @cache
 def _load_forward_mode() -> None:
-    """The first use loads torch's own decompositions, which warn that their way of being written is deprecated."""
+    """Load torch's forward mode without the deprecation warnings of its decompositions."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-# What the graph allows
+# Obstacles in the graph
 
 _OBSTACLES = {
     "CheckpointFunctionBackward": "a reentrant checkpoint",
@@ -330,14 +346,14 @@ _OBSTACLES = {
 
 @dataclass(frozen=True)
 class Between:
-    """What lies between inputs and outputs in their graph: obstacles to a double backward; layers that mix samples."""
+    """The graph between inputs and outputs: obstacles to a second derivative, mixing of samples."""
 
     obstacles: frozenset[str]
     mixes: bool
 
 
 def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
-    """Looks at the graph.
+    """Return the properties of the graph between inputs and outputs.
 
     Raises:
         CaptureError: an output does not depend on any of the inputs.
@@ -355,13 +371,16 @@ def between(ys: Sequence[Batch], xs: Sequence[Batch]) -> Between:
     names = {node.name() for node in passed}
     found = {_OBSTACLES[name] for name in names if name in _OBSTACLES}
     found |= {"fused attention" for name in names if name.startswith("ScaledDotProduct")}
-    # its node takes any backward for that of the step
+    # DDP's node would take any backward for that of the training step
     found |= {"DDP's static_graph=True" for node in passed if static_graph(node)}
     return Between(frozenset(found), any(_mixes(node) for node in passed))
 
 
 def _mixes(node: torch.autograd.graph.Node) -> bool:
-    """Whether it is batch normalisation in training mode, of more than one sample (instances are normalised as one)."""
+    """Return True for batch normalisation in train() mode of more than one sample.
+
+    Instance normalisation runs as batch normalisation of a single sample.
+    """
     if "BatchNorm" not in node.name():
         return False
     try:
@@ -372,7 +391,7 @@ def _mixes(node: torch.autograd.graph.Node) -> bool:
 
 
 def _way(start: torch.autograd.graph.Node, ends: set[torch.autograd.graph.Node]) -> set[torch.autograd.graph.Node]:
-    """The nodes on a way from one node back to others, both included."""
+    """Return the nodes on paths from a node back to `ends`, both included."""
     into: dict[torch.autograd.graph.Node, list[torch.autograd.graph.Node]] = {start: []}
     waiting = [start]
     while waiting:

@@ -1,4 +1,4 @@
-"""Tensors inside the transforms of torch.func (grad, vmap, ...), which wrap them."""
+"""Access tensors wrapped by the transforms of torch.func (grad, vmap, ...)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from restrain.torch_private import outside_functorch, unwrap, wrapped
 
 
 def unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor behind all wrappers, without a graph; it may have more axes."""
+    """Return the tensor behind all wrappers, detached; under vmap it has more axes."""
     while wrapped(tensor):
         tensor = unwrap(tensor)
     return tensor.detach()
 
 
 def trained(tensor: Tensor) -> bool:
-    """Whether a gradient is taken by it, inside the transform or outside."""
+    """Return True if a gradient is taken by the tensor, inside the transform or outside."""
     while wrapped(tensor) and not tensor.requires_grad:
         tensor = unwrap(tensor)
     return tensor.requires_grad
@@ -27,7 +27,7 @@ def trained(tensor: Tensor) -> bool:
 
 @contextmanager
 def as_plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor behind all wrappers, to look at and to add to what is outside."""
+    """Yield the tensor behind all wrappers, to read it or to add it outside of the transform."""
     if torch.compiler.is_compiling() or not wrapped(tensor):
         yield tensor.detach()
         return

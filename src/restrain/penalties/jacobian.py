@@ -1,4 +1,4 @@
-"""Penalties on Jacobians and gradients between places of a network."""
+"""Penalties on Jacobians and gradients between activations of a network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.rules import What
 from restrain.selections import Where
 
-_SMALL = 16  # rows or columns of a Jacobian that are computed exactly where the estimator is left to us
+_SMALL = 16  # largest number of rows or columns for which "auto" is exact
 
 
 class _Jacobian(DerivativePenalty, register=False):
@@ -58,19 +58,27 @@ class _Jacobian(DerivativePenalty, register=False):
 
 @dataclass(frozen=True, repr=False)
 class Contractive(_Jacobian):
-    """mean over the batch of ‖∂h_i/∂x_i‖_F²: the squared Frobenius norm of a code's derivative by the model's input.
+    """Batch mean of ‖∂h_i/∂x_i‖_F², the squared Frobenius norm of a code's Jacobian.
 
-    Codes then change little where the data don't lead. `1e-2 * rs.Contractive().on(rs.outputs("encoder"))`.
+    Codes then change little except along the data. Write for instance
+    `1e-2 * rs.Contractive().on(rs.outputs("encoder"))`.
 
     Args:
-        wrt: the place by which the derivative is taken; the model's input by default.
-        estimator: "exact"; "vjp" (random projections by backward passes), "jvp" (by forward mode, along the graph of
-            the forward or, where an operation in it isn't known for that, in a second forward), "difference" (by
-            central differences, in two further forwards); "auto" is exact where that is in closed form or the
-            Jacobian has at most 16 rows or columns, and else what the model allows.
+        wrt: the activations by which the derivative is taken; the model's input by default.
+        estimator: "exact"; "vjp" (random projections by backward passes); "jvp" (forward mode,
+            along the graph of the forward or, if that has an unsupported operation, in a second
+            forward); "difference" (central differences, in two further forwards). "auto" is exact
+            in closed form or if the Jacobian has at most 16 rows or columns; else it is an
+            estimator that the model allows.
         projections: the number of random directions.
 
-    Source: Rifai and others (2011), contractive auto-encoders, eq. 2; Hutchinson (1990) for random signs.
+    Raises:
+        PenaltyError: "exact" for samples that depend on each other (batch normalisation in train()
+            mode).
+        CaptureError: the derivative can't be taken through the model's graph.
+
+    Source: Rifai and others (2011), contractive auto-encoders, eq. 2; Hutchinson (1990) for random
+    signs.
 
     >>> layer = nn.Linear(3, 2)
     >>> value = rs.Contractive()(layer, torch.randn(8, 3))
@@ -84,16 +92,18 @@ class Contractive(_Jacobian):
 
 @dataclass(frozen=True, repr=False)
 class JacobianNorm(_Jacobian):
-    """mean over the batch of ‖∂y_i/∂x_i‖_F² of one place of a network by another.
+    """Batch mean of ‖∂y_i/∂x_i‖_F² between two activations of a network.
 
-    `rs.JacobianNorm(wrt=rs.outputs("fc1")).on(rs.outputs("fc3"))`, or with both in it
-    `rs.JacobianNorm(of=rs.outputs("fc3"), wrt=rs.outputs("fc1")).on()`.
+    Write `rs.JacobianNorm(wrt=rs.outputs("fc1")).on(rs.outputs("fc3"))`, or with both in the
+    penalty, `rs.JacobianNorm(of=rs.outputs("fc3"), wrt=rs.outputs("fc1")).on()`.
 
     Args:
-        of: whose derivative is taken, where `.on()` doesn't say it; the model's output by default.
-        wrt, estimator, projections: as of `Contractive`.
+        of: the activations whose derivative is taken, if not given by `.on()`; the model's output
+            by default.
+        wrt, estimator, projections: see `Contractive`.
 
-    Source: Hoffman, Roberts and Yaida (2019), eqs. 4 and 8, who halve it; Sokolic and others (2017).
+    Source: Hoffman, Roberts and Yaida (2019), eqs. 4 and 8, who halve it; Sokolic and others
+    (2017).
 
     >>> x = torch.ones(5, 3)
     >>> rs.JacobianNorm()(lambda x: x.square(), x).item()
@@ -110,20 +120,24 @@ class JacobianNorm(_Jacobian):
 
 @dataclass(frozen=True, repr=False)
 class GradientPenalty(DerivativePenalty):
-    """mean over the batch of (‖∂s_i/∂x_i‖₂ - target)², s_i being the sum of a sample's outputs: its output, if scalar.
+    """Batch mean of (‖∂s_i/∂x_i‖₂ - target)², s_i the sum of a sample's outputs.
 
-    With target=1 the penalty of WGAN-GP. With target=0 the squared norm, R1 and R2 of GANs on real and generated
-    inputs. With of="loss" s_i is the sample's data loss, taken for mean over the samples: double backpropagation.
-    `.on()` then says by what the derivative is taken.
+    target=1 is the penalty of WGAN-GP. target=0 is the squared norm: R1 and R2 of GANs on real and
+    generated inputs. With of="loss", s_i is the sample's data loss, assumed to be averaged over
+    samples: double backpropagation; `.on()` then takes the activations by which the derivative is
+    taken.
 
     Args:
-        target: the norm that is aimed at.
-        of: whose derivative is taken, where `.on()` doesn't say it; the model's output by default; or "loss".
-        wrt: as of `Contractive`.
-        estimator: "exact", by one backward; for target=0 also "jvp" and "difference", as of `Contractive`.
-        projections: the number of random directions of these.
+        target: the target norm, zero or more.
+        of: the activations whose derivative is taken, if not given by `.on()`; the model's output
+            by default; or "loss".
+        wrt: the activations by which the derivative is taken; the model's input by default.
+        estimator: "exact", by one backward; for target=0 also "jvp" and "difference", see
+            `Contractive`.
+        projections: the number of random directions of "jvp" and "difference".
 
-    Source: Gulrajani and others (2017), eq. 3; Mescheder and others (2018), eq. 9; Drucker and LeCun (1992).
+    Source: Gulrajani and others (2017), eq. 3; Mescheder and others (2018), eq. 9; Drucker and
+    LeCun (1992).
 
     >>> critic, x = nn.Linear(3, 1, bias=False), torch.randn(8, 3)
     >>> value = rs.GradientPenalty(target=1.0)(critic, x)
@@ -166,7 +180,7 @@ class GradientPenalty(DerivativePenalty):
 
     def _of(self, y: Batch, xs: Sequence[Batch]) -> Tensor:
         gradients = torch.autograd.grad(y.tensor.sum(), [x.tensor for x in xs], create_graph=True, allow_unused=True)
-        squares: dict[int, Tensor] = {}  # of the gradients of each sample, by forward
+        squares: dict[int, Tensor] = {}  # squared gradient norm per sample, by forward
         for x, gradient in zip(xs, gradients, strict=True):
             if gradient is not None:
                 square = at_least_float32(x.by_sample(gradient)).square().sum(1)

@@ -1,4 +1,4 @@
-"""Penalties on pairs of parameters: of their difference, and of their product."""
+"""Penalties on parameter pairs: of their difference, and of their product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from restrain.schedule import Strength
 
 
 class _Pairs(NetworkPenalty, register=False):
-    """Base of penalties on pairs of parameters whose names differ by a part: `left` in one, `right` in the other."""
+    """Base of penalties on parameter pairs; their names have `left` or `right` at a place."""
 
     takes_frozen = True
     left: str
@@ -36,10 +36,10 @@ class _Pairs(NetworkPenalty, register=False):
         self(parameters, {})
 
     def _pairs(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, str, Tensor]]:
-        """Each pair, with its names.
+        """Yield (name, parameter, partner's name, partner) for each pair.
 
         Raises:
-            SelectionError: a selected parameter has no partner, or there are none.
+            SelectionError: a selected parameter has no partner, or no pair is selected.
         """
         lefts = [name for name in parameters if self.left in name]
         if not lefts:
@@ -57,19 +57,19 @@ def _names(parameters: Mapping[str, Tensor]) -> str:
 
 @dataclass(frozen=True)
 class Tie(_Pairs):
-    """Σ over pairs of penalty(A - B): pulls two parameters together; both move, unless one is frozen.
+    """Σ over pairs of penalty(A - B): pulls two parameters together; a frozen one stays.
 
-    `1e-2 * rs.Tie("encoder", "decoder").on("*.weight")` pairs each parameter that has "encoder" in its name with the
-    one that has "decoder" there.
+    `1e-2 * rs.Tie("encoder", "decoder").on("*.weight")` pairs each parameter that has "encoder" in
+    its name with the parameter that has "decoder" instead.
 
     Args:
-        left: the part of the one's name.
-        right: the part in its place in the other's.
-        penalty: of the difference.
+        left: the part of A's name that differs.
+        right: the part of B's name in its place.
+        penalty: a penalty of the difference.
         transposed: compare A with the transpose of B, as in a tied autoencoder.
 
     Raises:
-        SelectionError: a parameter without a partner.
+        SelectionError: a parameter without a partner, or no pair.
         PenaltyError: partners of different shapes.
 
     >>> ones = {"encoder.weight": torch.ones(2, 3), "decoder.weight": torch.zeros(3, 2)}
@@ -107,17 +107,17 @@ class Tie(_Pairs):
 
 @dataclass(frozen=True)
 class ProductNorm(_Pairs):
-    """Σ over pairs of ‖B A‖_F² = Σ (BᵀB) ∘ (A Aᵀ), without forming B A: of a low-rank update, its own size.
+    """Σ over pairs of ‖B A‖_F² = Σ (BᵀB) ∘ (A Aᵀ): the size of low-rank updates B A.
 
-    Decay of the factors A and B apart isn't decay of what they do; this is. With B (out, r) and A (r, in) it costs
-    r² (out + in) instead of r · out · in.
+    Decay of the factors A and B isn't decay of their product; this penalty is. B A is not formed:
+    for B (out, r) and A (r, in) it costs r² (out + in) instead of r · out · in.
 
     Args:
-        left: the part of B's name.
-        right: the part in its place in A's.
+        left: the part of B's name that differs.
+        right: the part of A's name in its place.
 
     Raises:
-        SelectionError: a parameter without a partner.
+        SelectionError: a parameter without a partner, or no pair.
         PenaltyError: shapes that can't be multiplied.
 
     >>> factors = {"lora_B.weight": torch.ones(3, 1), "lora_A.weight": torch.full((1, 2), 2.0)}

@@ -1,4 +1,4 @@
-"""Running a function once more as it ran before: the same random numbers, no statistics updated twice."""
+"""Replay a forward: the same random numbers, and no statistics updated twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from restrain.torch_private import compiler_loaded
 
 
 class Randomness:
-    """The state of torch's global generators now, on the CPU and on the devices of some tensors."""
+    """Saved state of torch's global generators, on the CPU and on tensors' CUDA or XPU devices."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         devices = {tensor.device for tensor in tensors if tensor.device.type in ("cuda", "xpu")}
@@ -26,7 +26,7 @@ class Randomness:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Within it, that state again; afterwards the one from before."""
+        """Set the generators to the saved state within the block; restore them afterwards."""
         with torch.random.fork_rng([device for device, _ in self.states], device_type=self.kind):
             torch.set_rng_state(self.state)
             for device, state in self.states:
@@ -36,7 +36,7 @@ class Randomness:
 
 @contextmanager
 def spare_buffers(module: Any) -> Iterator[None]:
-    """Within it, a module has copies of its buffers, so that running statistics are updated in the copies."""
+    """Give a module copies of its buffers within the block, so that only the copies change."""
     modules = list(module.modules()) if isinstance(module, nn.Module) else []
     own = [(m, key, buffer) for m in modules for key, buffer in m._buffers.items() if buffer is not None]
     copies: dict[int, Tensor] = {}
@@ -50,10 +50,10 @@ def spare_buffers(module: Any) -> Iterator[None]:
 
 
 class _PlainNorms(TorchFunctionMode):
-    """Layer, batch and instance normalisation by plain operations.
+    """Replace layer, batch and instance normalisation by elementary operations.
 
-    torch 2.13 takes the forward-mode derivatives of its own as if mean and deviation were constants to a further
-    derivative: the tangent is right, its gradient is silently wrong.
+    Forward mode of torch 2.13 treats mean and deviation as constants in a further derivative: the
+    tangent is right, but its gradient silently wrong.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,7 +103,7 @@ _NORMS: dict[Any, Any] = {F.layer_norm: _layer_norm, F.batch_norm: _batch_norm, 
 
 @contextmanager
 def plainly(device: str, estimator: str) -> Iterator[None]:
-    """Within it, nothing is compiled, autocast is off, and nothing runs that lacks the derivatives of an estimator.
+    """Run the block without compilation, autocast, and kernels that lack the derivatives needed.
 
     Fused kernels of attention and recurrent layers have no second or no forward-mode derivative.
     """
@@ -117,7 +117,7 @@ def plainly(device: str, estimator: str) -> Iterator[None]:
             stack.enter_context(disable_saved_tensors_hooks("a checkpoint recomputes without forward mode"))
         if estimator != "difference":
             stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-            # torch.backends.mkldnn.flags() would set, and warn of, other things too
+            # torch.backends.mkldnn.flags() also sets other flags, with warnings
             backend: Any
             for backend in (torch.backends.cudnn, torch.backends.mkldnn):
                 stack.callback(setattr, backend, "enabled", backend.enabled)

@@ -1,4 +1,4 @@
-"""Penalties on sequences: how the state changes from one step to the next."""
+"""Penalties on sequences: the change of the state from each step to the next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from restrain.penalties.base import Penalty, Tensors, batch_size, checked_axis, 
 
 
 class _OfTransitions(Penalty, register=False):
-    """Base of means over the transitions of each sequence; a field but `dim` is a flag."""
+    """Base of means over the transitions of each sequence; all fields but `dim` must be flags."""
 
     dim: int | None
     takes_mask = True
@@ -29,10 +29,10 @@ class _OfTransitions(Penalty, register=False):
 
     @abstractmethod
     def changes(self, states: Tensor) -> Tensor:
-        """What each transition adds, (batch, time - 1), of states (batch, time, features)."""
+        """Return the transitions' terms, (batch, time - 1), of states (batch, time, features)."""
 
     def __call__(self, w: Tensors) -> Tensor:
-        """The sum over the sequences of a tensor; with up to two axes it is one sequence."""
+        """Return the sum over sequences; a tensor of up to two axes is one sequence."""
         return self.over_batch(w, 0) * w.shape[0] if w.dim() > 2 else self.over_batch(w, None)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
@@ -46,16 +46,22 @@ class _OfTransitions(Penalty, register=False):
 @renamed(time="dim")
 @dataclass(frozen=True)
 class StateChange(_OfTransitions):
-    """Mean over transitions of ‖hₜ₊₁ - hₜ‖², h a sequence of states: temporal activation regularisation (TAR).
+    """Mean over transitions of ‖hₜ₊₁ - hₜ‖²: temporal activation regularisation (TAR).
 
-    The mean is of each sequence's own transitions, between two steps that both count; then it is averaged over the
-    batch. Zero for a single step. A plain tensor is (time, features), or (batch, time, features), summed.
+    The mean over a sequence's transitions, between two unmasked steps, is averaged over the batch.
+    A sequence of a single step has the value zero. A plain tensor is (time, features), or (batch,
+    time, features), summed over the batch.
 
     Args:
-        per_unit: divided by the number of units (features), too.
-        dim: the axis of the steps; by default the first beside the batch axis. All others are features.
+        per_unit: divide also by the number of features.
+        dim: the axis of the steps; by default the first except the batch axis. All others are
+            features.
 
-    Source: Krueger and Memisevic (2016), section 2; Merity, McCann and Socher (2017), TAR, with per_unit=True.
+    Raises:
+        PenaltyError: an output without this axis; a mask that differs between features of a step.
+
+    Source: Krueger and Memisevic (2016), section 2; Merity, McCann and Socher (2017), TAR, with
+    per_unit=True.
 
     >>> rs.StateChange()(torch.tensor([[0.0, 0.0], [3.0, 4.0], [3.0, 4.0]]))
     tensor(12.5000)
@@ -73,13 +79,18 @@ class StateChange(_OfTransitions):
 @renamed(time="dim")
 @dataclass(frozen=True)
 class NormChange(_OfTransitions):
-    """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)², h a sequence of states: the norm stabiliser.
+    """Mean over transitions of (‖hₜ₊₁‖ - ‖hₜ‖)²: the norm stabiliser.
 
-    Steps, averages and axes as those of `StateChange`.
+    Steps, averages and axes are as in `StateChange`.
 
     Args:
-        squared: of squared lengths, (‖hₜ₊₁‖² - ‖hₜ‖²)², which are smooth at zero, as theanets' documentation has it.
-        dim: the axis of the steps; by default the first beside the batch axis. All others are features.
+        squared: use squared lengths, (‖hₜ₊₁‖² - ‖hₜ‖²)², smooth at zero, as in theanets'
+            documentation.
+        dim: the axis of the steps; by default the first except the batch axis. All others are
+            features.
+
+    Raises:
+        PenaltyError: an output without this axis; a mask that differs between features of a step.
 
     Source: Krueger and Memisevic (2016), eq. 1.
 
@@ -102,7 +113,7 @@ class NormChange(_OfTransitions):
 
 
 def _sequences(h: Tensor, batch: int | None, time: int | None, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(batch, time, features) of a layer's output, with zeros where steps don't count; and (batch, time): which do.
+    """Return an output as (batch, time, features), zero where masked; and the mask (batch, time).
 
     Raises:
         PenaltyError: no such axes; a mask that isn't the same for all features of a step.
@@ -135,7 +146,7 @@ def _sequences(h: Tensor, batch: int | None, time: int | None, mask: Tensor | No
 
 
 def _mean(changes: Tensor, kept: Tensor | None) -> Tensor:
-    """The mean over each sequence's transitions, of those that count, averaged over the batch."""
+    """Return the batch average of each sequence's mean over transitions of unmasked steps."""
     size = max(changes.shape[0], 1)
     if kept is None:
         return changes.sum() / (max(changes.shape[1], 1) * size)

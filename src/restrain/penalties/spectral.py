@@ -1,4 +1,4 @@
-"""Penalties of a tensor as a matrix: of its singular values, and of the angles between its rows or columns."""
+"""Penalties of a tensor as a matrix: singular values, and angles between rows or columns."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from restrain.rules import How
 
 @dataclass(frozen=True)
 class _OfMatrix(Penalty, register=False):
-    """Base of penalties of a matrix, whose rows `rows` names."""
+    """Base of penalties of a matrix; `rows` names the axes that index its rows."""
 
     rows: Rows = "out"
 
@@ -49,16 +49,17 @@ class _OfMatrix(Penalty, register=False):
 
 @dataclass(frozen=True)
 class NuclearNorm(_OfMatrix):
-    """Σ σ: the sum of the singular values, which with how="proximal" gives a matrix of low rank.
+    """Σ σ: the sum of the singular values. With how="proximal", matrices get a low rank.
 
-    The prox is a soft threshold of the singular values. The gradient is U Vᴴ over the singular values that aren't zero
-    to rounding, hence finite at any rank.
+    The prox is a soft threshold of the singular values. The gradient is U Vᴴ over the singular
+    values that aren't zero up to rounding, hence finite at any rank.
 
     Args:
-        rows: the axes that are the rows of the matrix: a name or dim as of `per=`, or some dims (see `unfold`).
+        rows: the axes that index the rows of the matrix: a name or dim as for `per=`, or a tuple of
+            dims (see `unfold`).
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations.
 
     Source: Fazel (2002); Cai, Candès and Shen (2010), theorem 2.1, for the prox.
 
@@ -85,18 +86,19 @@ class NuclearNorm(_OfMatrix):
 class SpectralNorm(_OfMatrix):
     """The largest singular value: how much the matrix can lengthen a vector.
 
-    The prox lowers the largest singular values to a common level, as that of `Norm(inf)` does with entries. The
-    gradient is u₁ v₁ᴴ, and zero at zero.
+    The prox lowers the largest singular values to a common level, as the prox of `Norm(inf)` lowers
+    entries. The gradient is u₁ v₁ᴴ, and zero at zero.
 
     Args:
-        rows: the axes that are the rows of the matrix, as of `NuclearNorm`. A convolution's matrix (out, the rest)
-            isn't the operator that it applies to an image; its norm bounds that operator's by √(kernel entries).
+        rows: the axes that index the rows of the matrix, as in `NuclearNorm`. A convolution's
+            matrix (out, the rest) isn't the operator that it applies to an image: that operator's
+            norm is at most √(kernel entries) times the matrix norm.
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations.
 
-    Source: Yoshida and Miyato (2017), who square it; Parikh and Boyd (2014), section 6.7, for the prox; Tsuzuku, Sato
-    and Sugiyama (2018) for the bound.
+    Source: Yoshida and Miyato (2017), who square it; Parikh and Boyd (2014), section 6.7, for the
+    prox; Tsuzuku, Sato and Sugiyama (2018) for the bound.
 
     >>> w = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
     >>> rs.SpectralNorm()(w), rs.SpectralNorm().prox(w, step=0.5)
@@ -107,7 +109,7 @@ class SpectralNorm(_OfMatrix):
     keywords = ("spectral_norm",)
 
     def __call__(self, w: Tensors) -> Tensor:
-        first = singular_values(to_matrix(w, unfolding(self.rows, w.shape)))[:1]  # none, of an empty tensor
+        first = singular_values(to_matrix(w, unfolding(self.rows, w.shape)))[:1]  # empty for an empty tensor
         return torch.where(first == 0, first.detach(), first).sum()
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
@@ -117,23 +119,26 @@ class SpectralNorm(_OfMatrix):
 
 @dataclass(frozen=True)
 class Orthogonality(_OfMatrix):
-    """Σ |W Wᴴ - I|^power: zero where the rows of the matrix are orthogonal and of length one.
+    """Σ |W Wᴴ - I|^power: zero if the rows of the matrix are orthogonal and of length one.
 
-    With `off_diagonal` the sum is over pairs of different rows, Σ_{i≠j} |w_i · w_j|^power: lengths don't count. With
-    `normalized` it is over these pairs, too, of the rows scaled to length one: cosines; a row of zeros counts for
-    nothing. More rows than columns can't all be orthogonal; then say `of="columns"`.
+    With `off_diagonal` the sum is over pairs of different rows, Σ_{i≠j} |w_i · w_j|^power: lengths
+    don't count. With `normalized` it is over the same pairs of rows scaled to length one: cosines;
+    rows of zeros add nothing. More rows than columns can't all be orthogonal; then use
+    `of="columns"`.
 
-    Keras' OrthogonalRegularizer is `factor / (n (n - 1))` times `Orthogonality(normalized=True, power=1)` of n rows.
+    Keras' OrthogonalRegularizer is `factor / (n (n - 1))` times `Orthogonality(normalized=True,
+    power=1)` of n rows.
 
     Args:
-        rows: the axes that are the rows of the matrix, as of `NuclearNorm`.
-        of: which are to be orthogonal, "rows" or "columns".
+        rows: the axes that index the rows of the matrix, as in `NuclearNorm`.
+        of: the vectors to make orthogonal, "rows" or "columns".
         off_diagonal: leave out the lengths.
         normalized: take cosines.
         power: 2 for squares, 1 for absolute values.
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`; a setting that it can't have.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`; activations;
+            an invalid setting.
 
     Source: Xie, Xiong and Pu (2017) with squares; Brock and others (2017) with absolute values.
 
@@ -164,7 +169,7 @@ class Orthogonality(_OfMatrix):
         if self.off_diagonal or self.normalized:
             return self._sum(_gram(matrix, self.normalized).fill_diagonal_(0))
         longer = matrix.shape[0] - matrix.shape[1]
-        if self.power == 2 and longer > 0:  # W Wᴴ has the eigenvalues of Wᴴ W, and zeros, each of which adds one
+        if self.power == 2 and longer > 0:  # W Wᴴ has Wᴴ W's eigenvalues and `longer` zeros: each adds 1
             return self._sum(_minus_one(_gram(matrix.mH))) + longer
         return self._sum(_minus_one(_gram(matrix)))
 
@@ -173,9 +178,9 @@ class Orthogonality(_OfMatrix):
 
 
 def _gram(matrix: Tensor, normalized: bool = False) -> Tensor:
-    """The products of all rows with each other; of normalised ones, the cosines."""
+    """Return the Gram matrix of the rows; if `normalized`, their cosines."""
     if normalized:
-        peak = matrix.detach().abs().amax(1, keepdim=True)  # without which squares would overflow or vanish
+        peak = matrix.detach().abs().amax(1, keepdim=True)  # else squares may overflow or vanish
         matrix = matrix / torch.where(peak < torch.finfo(peak.dtype).tiny, 1, peak)
         norms = group_norms(matrix, Grouping(tuple(matrix.shape), (0,)))
         matrix = matrix / torch.where(norms == 0, 1, norms)

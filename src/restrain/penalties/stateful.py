@@ -1,4 +1,4 @@
-"""Penalties that hold tensors of their own: a strength for each entry, and distances to a reference."""
+"""Penalties with tensors of their own: a strength per entry, and distances to a reference."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from restrain.rules import How
 from restrain.schedule import Strength
 
 Given: TypeAlias = Tensor | Mapping[str, Tensor] | str | Path | list[Any] | tuple[Any, ...] | Callable[[Tensor], Tensor]
-"""A tensor; one a parameter, by name; a file of such; nested lists; or a function of the parameter at attach."""
+"""A tensor, nested lists, a mapping from names, its file, or a function of the parameter."""
 
 
 class _Kept(Penalty, register=False):
-    """Base of penalties with a tensor of their own, which lives in `reg.state_dict()`; equal where that is."""
+    """Base of penalties with a tensor, saved by `reg.state_dict()` and compared by value."""
 
     uniform = False
     kept: Tensor | None
@@ -55,18 +55,21 @@ def _same(a: Any, b: Any) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class Weighted(_Kept):
-    """Σᵢ weightᵢ f(xᵢ), with f that of an entrywise penalty: a strength for each entry.
+    """Σᵢ weightᵢ f(xᵢ), f the function of an entrywise penalty: a strength for each entry.
 
-    The adaptive lasso is `Weighted(L1(), lambda w: 1 / w.abs().clamp_min(1e-3))`, whose weights come from the
-    parameters as they are at attach; a weight of zero leaves an entry out.
+    The adaptive lasso is `Weighted(L1(), lambda w: 1 / w.abs().clamp_min(1e-3))`, with weights from
+    the parameters at attach. A weight of zero leaves an entry out.
 
     Args:
         penalty: an entrywise penalty.
-        weights: numbers, zero or more, in a shape that fits the parameter's; a tensor, nested lists, a mapping from
-            parameter names, the path of a file of such (.pt or .safetensors), or a function of the parameter.
+        weights: numbers, zero or more, that broadcast to the parameter's shape: a tensor, nested
+            lists, a mapping from parameter names, the path of a file with such a mapping (.pt or
+            .safetensors), or a function of the parameter, called at attach.
 
     Raises:
-        PenaltyError: a penalty that isn't entrywise; weights that don't fit, are negative or not finite.
+        PenaltyError: a penalty that isn't entrywise; weights that don't fit, are negative or not
+            finite.
+        FileError: a file that is missing, damaged, or holds something else.
 
     Source: Zou (2006), the adaptive lasso, eq. 4.
 
@@ -93,7 +96,7 @@ class Weighted(_Kept):
         return self.penalty.shrinks
 
     def _for(self, x: Tensor) -> Tensor:
-        """The weights in the shape, precision and device of a tensor."""
+        """Return the weights with shape, real dtype and device of a tensor."""
         weights = self.kept
         if weights is None:
             weights = _given(self, self.weights, Location(x.detach()))
@@ -114,7 +117,7 @@ class Weighted(_Kept):
     def bound_to(self, at: Location) -> Weighted:
         weights = _given(self, self.weights, at).to(at.tensor.real)
         bound = dataclasses.replace(self, kept=weights)
-        bound._for(at.tensor)  # whether they fit
+        bound._for(at.tensor)  # raises if they don't fit
         if not bool((weights.isfinite() & (weights >= 0)).all()):
             raise PenaltyError(f"weights are finite numbers, zero or more; those for {at.name!r} aren't: {weights}")
         return bound
@@ -122,20 +125,25 @@ class Weighted(_Kept):
 
 @dataclass(frozen=True, eq=False)
 class Distance(_Kept):
-    """penalty(x - reference): how far a tensor is from another, which doesn't change with it.
+    """penalty(x - reference): a penalty of the difference to a reference, which gets no gradient.
 
-    `Distance()` pulls towards the values at attach (L2-SP), and with how="proximal" a `Distance(L1())` makes entries
-    exactly equal to them. `Distance(Weighted(L2(), fisher))` is elastic weight consolidation, at half its strength.
+    `Distance()` pulls towards the values at attach (L2-SP). With how="proximal", `Distance(L1())`
+    makes entries exactly equal to them. `Distance(Weighted(L2(), fisher))` is elastic weight
+    consolidation, at half its strength.
 
     Args:
         penalty: any penalty, of the difference.
-        to: the reference: None for the values at attach; else a tensor, a mapping from parameter names, the path of a
-            file of such (a `state_dict` in .pt or .safetensors), or a function of the parameter at attach.
-        decay: if given, the reference then follows the parameter: r ← decay r + (1 - decay) x after each real step.
+        to: the reference: None for the values at attach; else a tensor, nested lists, a mapping
+            from parameter names, the path of a file with such a mapping (a `state_dict` in .pt or
+            .safetensors), or a function of the parameter, called at attach.
+        decay: if given, the reference follows the parameter: r ← decay r + (1 - decay) x after each
+            real optimizer step.
 
     Raises:
-        PenaltyError: a reference of another shape, or none of that name; a decay outside 0 to 1.
-        FileError: a file that isn't there, is cut off or damaged, or holds something else.
+        PenaltyError: a reference of another shape, not finite, or missing for a name; a decay
+            outside 0 to 1.
+        FileError: a file that is missing, damaged, or holds something else.
+        SelectionError: the penalty is put on activations.
 
     Source: Li, Grandvalet and Davoine (2018), eq. 2; Kirkpatrick and others (2017), eq. 3.
 
@@ -167,7 +175,7 @@ class Distance(_Kept):
         return self.penalty.has_prox
 
     def _from(self, x: Tensor) -> Tensor:
-        """The reference for a tensor, in its precision and on its device."""
+        """Return the reference for a tensor, with its shape, dtype and device."""
         reference = self.kept
         if reference is None and self.to is None:
             raise PenaltyError(f"{self!r} takes its reference from a parameter at attach; here give one by to=")
@@ -219,7 +227,7 @@ class Distance(_Kept):
 
 
 def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
-    """The given tensor in the shape of another."""
+    """Return the given tensor broadcast to the shape of x."""
     try:
         return given.expand(x.shape)
     except RuntimeError:
@@ -228,7 +236,7 @@ def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
 
 
 def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
-    """The tensor that is given for a parameter."""
+    """Return the tensor given for a parameter: read from a file, looked up by name, or computed."""
     if isinstance(given, (str, Path)):
         given = _loaded(Path(given), storage.written_at(given))
     if isinstance(given, Mapping):
@@ -252,9 +260,9 @@ def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _loaded(path: Path, written: int) -> dict[str, Tensor]:
-    """The tensors in a file, by the names that they have without wrappers; read once for all parameters of a rule.
+    """Return the tensors of a file by names without wrapper prefixes; caches the last file.
 
-    `written` is when the file was: one that has been written anew is read anew.
+    `written` is the file's time of modification: a rewritten file is read again.
     """
     if path.suffix == ".safetensors":
         _, tensors = storage.read_safetensors(path)

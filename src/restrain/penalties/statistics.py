@@ -1,4 +1,4 @@
-"""Penalties that are statistics of units over a whole batch: of each unit's mean, of the units' covariances."""
+"""Penalties of batch statistics: the mean of each unit, the covariances between units."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from restrain.penalties.base import (
 from restrain.penalties.functorch import as_plain
 from restrain.torch_private import in_backward
 
-_EDGE = 1e-4  # log(x) goes on below it as its tangent; steeper ones overflow float16
-_ROUNDING = 1e-6  # by how much an activation may be outside [0, 1]
+_EDGE = 1e-4  # below it log(x) is replaced by its tangent; a steeper tangent overflows float16
+_ROUNDING = 1e-6  # tolerance for activations outside [0, 1]
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """Activations as rows of units, and which of them count."""
+    """Activations as a matrix (rows, units), with a mask of the entries that count."""
 
-    x: Tensor  # (rows, units), with zeros where they don't count
-    counts: Tensor | None  # true where they count; of one or all columns
-    everywhere: bool  # whether sums are over all processes
+    x: Tensor  # (rows, units), zero where masked out
+    counts: Tensor | None  # True where an entry counts: (rows, 1 or units); None: all count
+    everywhere: bool  # sum over all processes
 
     @classmethod
     def of(cls, h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, everywhere: bool = False) -> _Samples:
-        """Those of a layer's output, with one row for each index of the axes other than that of the units."""
+        """Return the samples of a layer's output; all axes but that of the units index rows."""
         if h.dim() < 2:
             return cls(h.reshape(1, -1), None if mask is None else mask.reshape(1, -1), everywhere)
         units = unit_axis(h, per, dim)
@@ -50,26 +50,27 @@ class _Samples:
         return cls(x.flatten(0, -2), kept.flatten(0, -2), everywhere)
 
     def sum(self, own: Tensor) -> Tensor:
-        """The sum over the processes that take part."""
+        """Return the sum of a tensor over processes if `everywhere`, else the tensor."""
         return over_processes(own) if self.everywhere else own
 
     def size(self) -> Tensor:
-        """The number of rows that count, for each unit."""
+        """Return the number of rows that count, for each unit."""
         if self.counts is None:
             return self.x.real.new_full((self.x.shape[1],), self.x.shape[0])
         return self.counts.sum(0).to(self.x.real.dtype).expand(self.x.shape[1])
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """Each unit's mean over the rows that count, and their number."""
+        """Return each unit's mean over the rows that count, and the number of these rows."""
         sums, size = self.sum(torch.stack([self.x.sum(0), self.size().to(self.x.dtype)]))
         return sums / size.real.clamp_min(1), size.real.detach()
 
 
 def unit_axis(h: Tensor, given: int | None, batch: int | None, name: str = "per", whose: str = "units") -> int:
-    """The axis of the units (or classes) of a layer's output, counted from zero.
+    """Return the axis of the units (or classes) of a layer's output, counted from zero.
 
     Raises:
-        PenaltyError: the output has no such axis, or that is the batch axis, or it isn't said and isn't plain.
+        PenaltyError: the output has no such axis, it is the batch axis, or it must be given for an
+            output of more than three axes.
     """
     if batch is not None:
         batch_size(h, batch)
@@ -89,26 +90,27 @@ def unit_axis(h: Tensor, given: int | None, batch: int | None, name: str = "per"
 
 @dataclass(frozen=True)
 class KLSparsity(Penalty):
-    """Σ_units KL(rate ‖ m) = Σ rate log(rate / m) + (1 - rate) log((1 - rate) / (1 - m)), m a unit's mean activation.
+    """Σ KL(rate ‖ m) = Σ rate log(rate / m) + (1 - rate) log((1 - rate) / (1 - m)) over units.
 
-    The mean is over the batch and over all other axes (time, space): it is a statistic of the batch, not a sum over
-    samples. Activations lie in [0, 1]; of tanh units penalise via=lambda h: (h + 1) / 2, of unbounded ones
-    via=torch.sigmoid. Below m = rate / 10⁴ the first logarithm goes on as its tangent, and likewise the second, so that
-    value and gradient stay finite.
-
-    On outputs the means are over all processes of a distributed training.
+    m is a unit's mean activation over the batch and all other axes (time, space), and over all
+    processes of a distributed training on outputs: a statistic of the batch, not a sum over
+    samples. Activations must lie in [0, 1]: use via=lambda h: (h + 1) / 2 for tanh units,
+    via=torch.sigmoid for unbounded ones. Below m = rate / 10⁴ the first logarithm is replaced by
+    its tangent, and likewise the second near m = 1, so that value and gradient stay finite.
 
     Args:
         rate: the wanted mean activation, between 0 and 1.
-        momentum: the weight of the means of earlier steps in a running mean, 0 for the batch alone; the gradient is
-            that of the batch's part, 1 - momentum. `reg.state_dict()` saves the running mean.
-        per: the axis of the units; by default the last of outputs of up to three axes.
-        sync: whether the mean is over all processes; False where they train different models.
+        momentum: the weight of earlier steps in a running mean; 0 uses the batch alone. The
+            gradient flows through the batch's part, 1 - momentum. `reg.state_dict()` saves the
+            running mean.
+        per: the axis of the units; by default the last. Required for more than three axes.
+        sync: take the mean over all processes; set False if they train different models.
 
     Raises:
-        PenaltyError: activations outside [0, 1] (not looked for in compiled code).
+        PenaltyError: activations outside [0, 1] (not checked in compiled code), or complex ones.
 
-    Source: Lee, Ekanadham and Ng (2008) for the idea; Ng (2011), sparse autoencoder, CS294A notes, section 3.
+    Source: Lee, Ekanadham and Ng (2008) for the idea; Ng (2011), sparse autoencoder, CS294A notes,
+    section 3.
 
     >>> h = torch.tensor([[0.1, 0.5], [0.3, 0.5]])
     >>> rs.KLSparsity(0.2)(h)
@@ -131,14 +133,14 @@ class KLSparsity(Penalty):
         checked_flag("sync", self.sync)
 
     def __call__(self, w: Tensors) -> Tensor:
-        """The value for a batch along dim 0."""
+        """Return the value for a batch along dim 0."""
         return self.over_batch(w, 0 if w.dim() else None)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return in_float32(lambda x: self.of_samples(_Samples.of(x, self.per, dim, mask), None), h)
 
     def of_samples(self, samples: _Samples, memory: _Memory | None) -> Tensor:
-        """The value, with the running mean in `memory` if there is one."""
+        """Return the value; a running mean in `memory` is used and updated."""
         _check_unit_interval(samples.x, self)
         mean, size = samples.mean()
         if memory is not None:
@@ -167,7 +169,7 @@ def _check_unit_interval(x: Tensor, penalty: Penalty) -> None:
 
 
 def _log1p(u: Tensor) -> Tensor:
-    """log(1 + u), from `_EDGE` downwards by the tangent there."""
+    """Return log(1 + u); below 1 + u = `_EDGE`, the tangent at that point."""
     safe = u.clamp_min(_EDGE - 1)
     return safe.log1p() + (u - safe) / _EDGE
 
@@ -176,15 +178,15 @@ _resting = Block()
 
 
 def resting() -> Block:
-    """Within it, running means are looked at but not fed: for evaluation."""
+    """Return the block within which running means are used but not updated: for evaluation."""
     return _resting
 
 
 class _Memory:
-    """An exponentially weighted mean over optimizer steps, and the sum of the means since the last one.
+    """Exponential moving average over optimizer steps, and the sum of means since the last step.
 
-    The tensors get their length from the first batch. They change after the step, not in the forward: a forward that
-    a checkpoint repeats must find what it found at first.
+    Tensors are sized by the first batch. The average changes after the step, not in the forward, so
+    that a forward repeated by a checkpoint finds the same state.
     """
 
     def __init__(self) -> None:
@@ -192,7 +194,10 @@ class _Memory:
         self.pending, self.count = torch.zeros(0), torch.zeros(1)
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
-        """Note a batch's mean for the next step, unless it is of nothing, not finite, or noted before."""
+        """Add a batch's mean to the pending sum, unless a unit has no rows or a mean isn't finite.
+
+        Does nothing in evaluation and when a checkpoint recomputes the forward.
+        """
         if not torch.compiler.is_compiling() and (_resting.on or in_backward()):
             return  # evaluation, or a checkpoint's recomputation in backward
         good = (mean.isfinite() & (size > 0)).all()
@@ -203,7 +208,11 @@ class _Memory:
         self.count.add_(good.to(self.count.dtype))
 
     def mixed(self, mean: Tensor, momentum: float) -> Tensor:
-        """The mean as it is after that batch."""
+        """Return the running mean updated by a batch's mean, without storing it.
+
+        Raises:
+            PenaltyError: the number of units has changed.
+        """
         if not self.total.numel():
             return mean
         if self.total.shape != mean.shape:
@@ -215,7 +224,7 @@ class _Memory:
         return (momentum * total + (1 - momentum) * mean) / (momentum * weight + (1 - momentum))
 
     def step(self, momentum: float) -> None:
-        """An optimizer has taken a step."""
+        """Update the running mean by the mean of the pending batches, after an optimizer step."""
         if not bool(self.count > 0):
             return
         if not self.total.numel():
@@ -228,7 +237,7 @@ class _Memory:
 
 
 class _AtPlace(Penalty, register=False):
-    """Base of a statistic at one place: `over_batch` is then that of all processes, all else the penalty's own."""
+    """Base of a statistic bound to one layer output: `over_batch` sums over all processes."""
 
     penalty: Any
     takes_mask = True
@@ -243,7 +252,7 @@ class _AtPlace(Penalty, register=False):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _KLAtPlace(_AtPlace, register=False):
-    """`KLSparsity` at one place: over all processes, with its running mean."""
+    """`KLSparsity` of one layer output: over all processes, with its running mean."""
 
     penalty: KLSparsity
     memory: _Memory = field(default_factory=_Memory)
@@ -268,14 +277,18 @@ class _KLAtPlace(_AtPlace, register=False):
 
 @dataclass(frozen=True)
 class Decorrelation(Penalty):
-    """½ (‖C‖_F² - ‖diag C‖²), C the covariances of the units over the batch: half the squares off its diagonal.
+    """½ (‖C‖_F² - ‖diag C‖²), C the covariance matrix of the units: half the off-diagonal squares.
 
-    C = mean of (h - m)(h - m)ᵀ over the batch and all axes but that of the units, m the means. It is a statistic of
-    the batch: on outputs, of the batches of all processes of a distributed training.
+    C is the mean of (h - m)(h - m)ᵀ over the batch and all axes but that of the units, with means
+    m: a statistic of the batch, and on outputs of the batches of all processes of a distributed
+    training.
 
     Args:
-        per: the axis of the units; by default the last of outputs of up to three axes.
-        sync: whether the covariances are over all processes; False where they train different models.
+        per: the axis of the units; by default the last. Required for more than three axes.
+        sync: take covariances over all processes; set False if they train different models.
+
+    Raises:
+        PenaltyError: no such axis; a mask that differs between the units of a sample.
 
     Source: Cogswell and others (2016), DeCov, eq. 2.
 
@@ -295,14 +308,14 @@ class Decorrelation(Penalty):
         checked_flag("sync", self.sync)
 
     def __call__(self, w: Tensors) -> Tensor:
-        """The value for a batch along dim 0."""
+        """Return the value for a batch along dim 0."""
         return self.over_batch(w, 0 if w.dim() else None)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return self.of(h, dim, mask, everywhere=False)
 
     def of(self, h: Tensor, dim: int | None, mask: Tensor | None, everywhere: bool) -> Tensor:
-        """The value of this process's batch, or of those of all processes."""
+        """Return the value of this process's batch; of all processes' batches if `everywhere`."""
 
         def value(x: Tensor) -> Tensor:
             samples = _Samples.of(x, self.per, dim, mask, everywhere)
@@ -310,7 +323,7 @@ class Decorrelation(Penalty):
             if counts is not None and counts.shape[1] != 1 and samples.x.shape[1] != 1:
                 raise PenaltyError(f"a mask for {self!r} takes or leaves all units of a sample together")
             mean, size = samples.mean()
-            # the deviations sum to zero, so that the covariances don't depend on the mean to first order
+            # deviations sum to zero: to first order, covariances don't depend on the mean
             deviations = samples.x - mean.detach()
             deviations = deviations if counts is None else torch.where(counts, deviations, 0)
             covariances = samples.sum(deviations.mH @ deviations) / size.clamp_min(1)
@@ -324,7 +337,7 @@ class Decorrelation(Penalty):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _DecorrelationAtPlace(_AtPlace, register=False):
-    """`Decorrelation` at one place: over all processes."""
+    """`Decorrelation` of one layer output, over all processes."""
 
     penalty: Decorrelation
 

@@ -1,4 +1,4 @@
-"""Penalties of structure within a tensor: of neighbours, and sums that go by a name of their own."""
+"""Penalties of structure within a tensor: total variation, sorted L1, sums with a name."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from restrain.penalties.group import GroupLasso
 from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
 from restrain.rules import How
 
-_EPS = 8 * 2.0**-52  # rounding errors that count as none, relative to the sums
+_EPS = 8 * 2.0**-52  # rounding errors below this, relative to the sums, count as zero
 
 
 @dataclass
 class _Knots:
-    """Where strings bend, in an array of all sequences one after the other."""
+    """Knots of the taut strings, in one flat array of all sequences."""
 
-    at: Tensor  # whether there is a knot behind an entry; the last entry of each sequence has one
-    side: Tensor  # 1 at the upper side of the tube, -1 at the lower one, 0 elsewhere and at the end of a sequence
+    at: Tensor  # True for a knot after the entry; always after the last of a sequence
+    side: Tensor  # 1: knot at the tube's upper side; -1: lower; 0: neither, or end
 
 
 def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
-    """The slopes of the taut strings of the rows of y, within `radius` of their running sums.
+    """Return argmin_x ½‖x - y‖² + radius Σ|x_{i+1} - x_i| per row of y: slopes of taut strings.
 
-    They are argmin_x ½‖x - y‖² + radius Σ|x_{i+1} - x_i|. For an infinite radius: the nearest nonincreasing
-    sequence, whose string is the least concave majorant of the running sums. A row with an entry that isn't finite
-    becomes NaN. Differentiable, also in the radius.
+    The taut string is the shortest path within `radius` of the running sums of a row. For an
+    infinite radius: the nearest nonincreasing sequence, whose string is the least concave majorant
+    of the running sums. A row with an entry that isn't finite becomes NaN. Differentiable, also in
+    the radius.
     """
     if not y.numel():
         return y.clone()
@@ -57,11 +58,12 @@ def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
 
 
 def _knots(y: Tensor, below: float, above: float) -> _Knots:
-    """The knots of the strings through the tubes from `below` under the running sums to `above` over them.
+    """Return knots of the taut strings, at most `below` under and `above` over the running sums.
 
-    Of a line between two known knots, the points farthest outside of the tube, above and below, are knots too: the
-    string must touch the tube there, or it would have an extremum in free air. So each round splits every block at
-    these points, until all lines stay inside: as in quickhull, a number of rounds like the logarithm of the length.
+    Between two known knots, the points where the straight line leaves the tube farthest, above and
+    below, are knots too: the string must touch the tube there, or it would have an extremum where
+    nothing holds it. Each round splits every block at these points, until all lines stay inside the
+    tube: as in quickhull, the number of rounds grows like the logarithm of the length.
     """
     knots = _Knots(torch.zeros(y.numel(), dtype=torch.bool, device=y.device), torch.zeros_like(y).flatten())
     knots.at[y.shape[1] - 1 :: y.shape[1]] = True
@@ -71,19 +73,19 @@ def _knots(y: Tensor, below: float, above: float) -> _Knots:
         upper, lower = entries[over], entries[under]
         knots.at[upper], knots.side[upper] = True, 1.0
         knots.at[lower], knots.side[lower] = True, -1.0
-        entries, values = entries[split], values[split]  # settled blocks are done with
+        entries, values = entries[split], values[split]  # drop settled blocks
     return knots
 
 
 def _farthest(
     entries: Tensor, values: Tensor, knots: _Knots, below: float, above: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entries are farthest over and under the tube in their block, and which are in a block with such."""
+    """Return masks of entries: farthest over the tube in a block, farthest under, to be split."""
     last = knots.at[entries]
     starts, ids = _blocks(last)
     ends = last.nonzero()[:, 0]
     lengths = (ends - starts + 1).to(values)
-    # where the string passes, relative to the running sums: at knots known (before entry 0 the index is -1, of a 0)
+    # offset of the string from the running sums at knots; index -1, before entry 0, has side 0
     left, right = below * knots.side[entries[starts] - 1], below * knots.side[entries[ends]]
     rest = values - (_sums(values, ids, starts) / lengths)[ids]
     run = rest.cumsum(0)
@@ -99,30 +101,32 @@ def _farthest(
 
 
 def _blocks(last: Tensor) -> tuple[Tensor, Tensor]:
-    """Where blocks start, and of each entry the number of its block, from which entries are the last of one."""
+    """Return each block's start and each entry's block number, given the mask of last entries."""
     first = last.roll(1)
     first[:1] = True
     return first.nonzero()[:, 0], first.cumsum(0) - 1
 
 
 def _sums(values: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
-    """Sums over blocks."""
+    """Return the sum of each block."""
     return values.new_zeros(len(starts)).index_add(0, ids, values)
 
 
 @dataclass(frozen=True)
 class TotalVariation(Penalty):
-    """Σ |x_{i+1} - x_i| along one dim, summed over all lines in that dim: it favours piecewise constant lines.
+    """Σ |x_{i+1} - x_i| along one dim, summed over the others: favours piecewise constant lines.
 
-    The prox is exact for every line, by the taut string: neighbours become exactly equal. There is none for complex
-    tensors, whose differences count by their modulus. On outputs, for instance along time, `dim` is a dim of the
-    output.
+    The prox is exact for every line, by the taut string: neighbours become exactly equal. Complex
+    tensors have no prox; their differences count by modulus. On outputs, `dim` is a dim of the
+    output, for instance time.
 
     Args:
-        dim: the dim along which neighbours are compared, or the axis by its meaning, such as "in" (see `axes`).
+        dim: the dim along which neighbours are compared: a number or, for parameters, a name such
+            as "in" (see `axes`).
 
     Raises:
-        PenaltyError: a tensor that has no such dim.
+        PenaltyError: a tensor without this dim; the batch axis of an output.
+        NoProxError: the prox of a complex tensor.
 
     Source: Rudin, Osher and Fatemi (1992); Davies and Kovac (2001) for the taut string.
 
@@ -174,7 +178,11 @@ class TotalVariation(Penalty):
         return dataclasses.replace(self, dim=self.dim_of(at.tensor.shape, at))
 
     def dim_of(self, shape: tuple[int, ...], at: Location | None = None) -> int:
-        """The dim that `dim` means for a tensor of that shape, of a model's parameter or of none."""
+        """Return `dim` as a number, for a tensor of the given shape or the parameter `at`.
+
+        Raises:
+            PenaltyError: there is no such dim, or the name means no single dim.
+        """
         if isinstance(self.dim, int):
             if not -len(shape) <= self.dim < len(shape):
                 raise PenaltyError(f"dim={self.dim} needs a tensor with that dim, got one of shape {tuple(shape)}")
@@ -186,16 +194,16 @@ class TotalVariation(Penalty):
 
 
 class Named(Penalty, register=False):
-    """Base of penalties that are a sum of others, under one name."""
+    """Base of penalties that are a sum of others under one name."""
 
     @property
     @abstractmethod
     def parts(self) -> Penalty:
-        """The sum."""
+        """The sum that this penalty stands for."""
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
-        """Whether that of the sum takes a step for each entry."""
+        """True if the prox of the sum takes a step for each entry."""
         return self.parts.groupwise
 
     @property
@@ -225,20 +233,21 @@ class Named(Penalty, register=False):
 class SparseGroupLasso(Named):
     """l1 Σ|x| + group Σ_g √n_g ‖x_g‖₂: whole groups become zero, and entries within the others.
 
-    The same as `l1 * L1() + group * GroupLasso(per)`. Simon and others write strength · ((1 - α) Σ_g √n_g ‖x_g‖₂ +
-    α Σ|x|).
+    The same as `l1 * L1() + group * GroupLasso(per)`. Simon and others write strength · ((1 - α)
+    Σ_g √n_g ‖x_g‖₂ + α Σ|x|). The prox is a soft threshold, then the prox of the groups.
 
     Args:
         l1: the strength for entries.
         group: the strength for groups.
-        per: what one group is; see `GroupLasso`.
+        per: the entries that form a group; see `GroupLasso`.
 
     Raises:
-        PenaltyError: a strength that isn't a finite number, zero or more; a tensor that has no such groups.
+        PenaltyError: a strength that isn't finite, zero or more; a tensor without these groups.
 
-    Source: Simon and others (2013), eq. 3; the prox is a soft threshold, then that of the groups.
+    Source: Simon and others (2013), eq. 3.
 
-    >>> rs.SparseGroupLasso(l1=0.1, group=0.5, per="row").prox(torch.tensor([[3.1, 4.1, 0.1], [0.2, 0.4, 0.3]]))
+    >>> w = torch.tensor([[3.1, 4.1, 0.1], [0.2, 0.4, 0.3]])
+    >>> rs.SparseGroupLasso(l1=0.1, group=0.5, per="row").prox(w)
     tensor([[2.4804, 3.3072, 0.0000],
             [0.0000, 0.0000, 0.0000]])
     """
@@ -267,7 +276,8 @@ class SparseGroupLasso(Named):
 class FusedLasso(Named):
     """l1 Σ|x| + tv Σ |x_{i+1} - x_i| along one dim: neighbours become equal, and most of them zero.
 
-    The same as `l1 * L1() + tv * TotalVariation(dim)`.
+    The same as `l1 * L1() + tv * TotalVariation(dim)`. The prox is that of the total variation,
+    then a soft threshold.
 
     Args:
         l1: the strength for entries.
@@ -275,10 +285,9 @@ class FusedLasso(Named):
         dim: the dim along which neighbours are compared; see `TotalVariation`.
 
     Raises:
-        PenaltyError: a strength that isn't a finite number, zero or more; a tensor that has no such dim.
+        PenaltyError: a strength that isn't finite, zero or more; a tensor without this dim.
 
-    Source: Tibshirani and others (2005); Friedman and others (2007), section 4, for the prox: that of the total
-    variation, then a soft threshold.
+    Source: Tibshirani and others (2005); Friedman and others (2007), section 4, for the prox.
 
     >>> rs.FusedLasso(l1=0.5, tv=0.3).prox(torch.tensor([0.0, 0.2, 0.1, 5.0, 5.2]))
     tensor([0.0000, 0.0000, 0.0000, 4.4500, 4.4500])
@@ -305,18 +314,21 @@ class FusedLasso(Named):
 
 @dataclass(frozen=True)
 class SLOPE(OfRows):
-    """Σ_i weights_i |x|_(i), where |x|_(1) ≥ |x|_(2) ≥ ... are the sorted sizes: the sorted L1 norm, or OWL.
+    """Σ_i weights_i |x|_(i), |x|_(1) ≥ |x|_(2) ≥ ... the sorted sizes: the sorted L1 norm, or OWL.
 
-    Large entries are penalised more than small ones, and entries of like size become equal in size. Equal weights give
-    `L1`, (1, 0, 0, ...) gives `Norm(inf)`, linear ones OSCAR. On outputs it is the value of each sample, averaged.
+    Large entries are penalised more than small ones, and entries of similar size become equal in
+    size. Equal weights give `L1`, weights (1, 0, 0, ...) `Norm(inf)`, linearly decreasing weights
+    OSCAR. On outputs: the value of each sample, averaged over the batch.
 
     Args:
-        weights: one for each entry of the tensor, none above the one before, zero or more.
-        q: instead of weights, the rate of false discoveries that they control for orthogonal features: with n entries
-            and noise of deviation one, weight i is the quantile 1 - i q / (2 n) of the normal distribution.
+        weights: one number per entry of the tensor, zero or more, in nonincreasing order.
+        q: instead of weights, the target false discovery rate for orthogonal features: with n
+            entries and noise of standard deviation one, weight i is the quantile 1 - i q / (2 n) of
+            the normal distribution.
 
     Raises:
-        PenaltyError: neither of the two or both, or what they can't be; a tensor with another number of entries.
+        PenaltyError: both or neither of weights and q; invalid values; a tensor with another number
+            of entries.
 
     Source: Bogdan and others (2015), also for q; Zeng and Figueiredo (2014) for OWL.
 
@@ -357,7 +369,7 @@ class SLOPE(OfRows):
         return (size * self._weights(size)).sum()
 
     def _weights(self, size: Tensor) -> Tensor:
-        """The weights of a row, as precise as it is and where it is."""
+        """Return the weights for rows of this size, in its dtype and on its device."""
         n = size.shape[-1]
         if self.q:
             ranks = torch.arange(1, n + 1, dtype=torch.float64)

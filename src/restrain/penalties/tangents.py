@@ -1,8 +1,10 @@
-"""Derivatives along random directions by the graph of a forward that has run, node by node from its inputs on.
+"""Derivatives along random directions by the graph of a finished forward.
 
-Forward mode proper runs the function once more. But what a node of the graph keeps for its backward is all that its
-derivative along a direction takes, too: a linear operation is done to the direction, and where the Jacobian is
-symmetric (activations), its own backward does it. What comes out is differentiable, as what nodes keep has its graph.
+Tangents pass node by node from the inputs to the outputs. torch's forward mode would run the
+function again. But the tensors that a graph node saves for its backward suffice for its derivative
+along a direction: a linear operation is applied to the direction, and a symmetric Jacobian
+(activations) is applied by the node's own backward. The result is differentiable, since saved
+tensors have their graph.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ from torch.nn import functional as F
 from restrain.penalties.estimators import Batch, Direction
 from restrain.torch_private import MissingError, result_shapes, saved
 
-Node: TypeAlias = Any  # torch.autograd.graph.Node, of whose kinds each keeps something else
-Given: TypeAlias = list[Tensor | None]  # the derivative of each input of an operation; None where it doesn't depend
+Node: TypeAlias = Any  # torch.autograd.graph.Node; each kind has its own saved attributes
+Given: TypeAlias = list[Tensor | None]  # tangent of each input of an operation; None: no tangent
 
 _LEAF = "torch::autograd::AccumulateGrad"
-_FACTORS = {"AddmmBackward0": ("mat1", 1), "MmBackward0": ("self", 0)}  # x of b + x Wᵀ, and its place
+_FACTORS = {"AddmmBackward0": ("mat1", 1), "MmBackward0": ("self", 0)}  # saved name and input index of x in b + x Wᵀ
 
 
 def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batch], bool] | None:
-    """Ju for the outputs, u of independent random signs; None where an operation on the way isn't known here.
+    """Return Ju of the outputs for random signs u; None if an operation isn't supported.
 
-    An input that needs no gradient isn't in the graph. It has to be a factor of matrix products, and all else in the
-    graph parameters, so that nothing else can have come of it.
+    An input that needs no gradient isn't in the graph. It must be a factor of matrix products, and
+    everything else in the graph made of parameters, so that nothing else can depend on it.
 
     Returns:
-        the derivatives, and whether they could have been had without a gradient of the inputs.
+        The derivatives, and True if they need no gradient of the inputs.
     """
     known: dict[Node, Tensor] = {}
     outside: list[tuple[Tensor, Tensor]] = []
@@ -60,7 +62,7 @@ def pushed_by_graph(ys: Sequence[Batch], xs: Sequence[Batch]) -> tuple[list[Batc
 
 
 def _upwards(ends: Sequence[Node]) -> list[Node]:
-    """The nodes that lead to some, each after those that lead to it."""
+    """Return the nodes that lead to `ends` in topological order, inputs first."""
     order: list[Node] = []
     seen: set[Node] = set()
     waiting = [(end, False) for end in ends]
@@ -78,9 +80,9 @@ def _upwards(ends: Sequence[Node]) -> list[Node]:
 def _push(
     order: Sequence[Node], known: dict[Node, Tensor], outside: Sequence[tuple[Tensor, Tensor]], starts: set[Node]
 ) -> bool | None:
-    """Carry derivatives on through the nodes; whether all is made of parameters and of inputs multiplied by them.
+    """Propagate tangents through the nodes into `known`; None if an operation isn't supported.
 
-    None where an operation isn't known.
+    Return True if the graph consists only of parameters and inputs multiplied by them.
     """
     closed = True
     for node in order:
@@ -123,7 +125,7 @@ def _linear(node: Node, given: Given) -> Tensor | None:
     if x is None or sum(t is not None for t in given) > 1 or saved(node, "alpha", 1) != 1:
         return None
     matrix = saved(node, "mat2")
-    if matrix is None:  # kept for the gradient of x alone
+    if matrix is None:  # saved only for the gradient of x
         transposed = node.next_functions[place + 1][0]
         weight = (
             getattr(transposed.next_functions[0][0], "variable", None) if transposed.name() == "TBackward0" else None
@@ -184,7 +186,7 @@ def _mean_pool(node: Node, given: Given) -> Tensor | None:
 
 
 def _shape(node: Node) -> list[int]:
-    """Of what the operation gave."""
+    """Return the shape of an operation's result."""
     return list(result_shapes(node)[0])
 
 
@@ -198,7 +200,7 @@ _RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {
     "DivBackward0": _quotient,
     "MaxPool2DWithIndicesBackward0": _max_pool,
     "AdaptiveAvgPool2DBackward0": _mean_pool,
-    "RsubBackward1": _symmetric,  # of a number and a tensor
+    "RsubBackward1": _symmetric,  # number - tensor
     **dict.fromkeys(("ViewBackward0", "UnsafeViewBackward0", "UnsqueezeBackward0"), _same_order),
     **{
         f"{name}Backward0": _symmetric

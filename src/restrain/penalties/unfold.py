@@ -1,7 +1,8 @@
-"""Tensors as matrices, and functions of their singular values.
+"""Unfold tensors into matrices; functions of the singular values.
 
-`rows=` says which axes of a tensor are the rows of its matrix; the others are the columns. A name or a dim is read as
-`per=` is (see `axes`): "out" makes every unit or filter a row. A tuple of dims makes a row of each index of them.
+`rows=` names the axes of a tensor that index the rows of its matrix; the others index the columns.
+A name or a dim is read as `per=` (see `axes`): "out" makes each unit or filter a row. A tuple of
+dims makes a row of each index of these dims.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ Rows: TypeAlias = Per | tuple[int, ...]
 
 
 def checked_rows(rows: Any) -> Rows:
-    """`rows` itself; a list of dims, as files have it, as a tuple.
+    """Return `rows`; a list of dims, as read from files, becomes a tuple.
 
     Raises:
-        PenaltyError: it is neither a known name, nor a dim, nor some of them.
+        PenaltyError: it is neither a known name, nor a dim, nor a sequence of dims.
     """
     if isinstance(rows, list | tuple):
         dims = tuple(rows)
@@ -41,10 +42,10 @@ def checked_rows(rows: Any) -> Rows:
 
 
 def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) -> Grouping:
-    """The groups of entries that are the rows of the tensor's matrix; in the layout of `at`, if that is known.
+    """Return the rows of the tensor's matrix as groups of entries; in the layout of `at` if given.
 
     Raises:
-        PenaltyError: the tensor has fewer than two axes, or not the ones that `rows` names.
+        PenaltyError: the tensor has fewer than two axes, or lacks an axis of `rows`.
 
     >>> unfolding((0, -3), (8, 4, 3, 3)).keep
     (0, 1)
@@ -66,15 +67,15 @@ def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) ->
 
 
 def unfolding_at(rows: Rows, at: Location) -> Grouping:
-    """The rows of a parameter of a model; see `unfolding`."""
+    """Return the rows of a model's parameter as groups; see `unfolding`."""
     return unfolding(rows, tuple(at.tensor.shape), at)
 
 
 def to_matrix(w: Tensor, groups: Grouping) -> Tensor:
-    """The matrix with a row for each group.
+    """Return the matrix with a row for each group.
 
     Raises:
-        PenaltyError: groups by lists of indices, whose sizes may differ.
+        PenaltyError: groups given by lists of indices, which may differ in size.
     """
     if groups.lists is not None:
         raise PenaltyError("lists of indices make no matrix here: give per= by a name, a dim or a block")
@@ -84,27 +85,27 @@ def to_matrix(w: Tensor, groups: Grouping) -> Tensor:
 
 
 def from_matrix(matrix: Tensor, groups: Grouping, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of that shape whose matrix it is."""
+    """Return the tensor of the given shape whose matrix this is: the inverse of `to_matrix`."""
     order = (*groups.keep, *groups.reduced)
     back = [order.index(dim) for dim in range(len(order))]
     return matrix.reshape([groups.shape[dim] for dim in order]).permute(back).reshape(shape)
 
 
 def singular_values(matrix: Tensor) -> Tensor:
-    """The singular values, the greatest first; all NaN where an entry isn't finite."""
-    finite = matrix.isfinite().all()  # LAPACK would raise
+    """Return the singular values, the greatest first; all NaN if an entry isn't finite."""
+    finite = matrix.isfinite().all()  # LAPACK raises on NaN and infinity
     return torch.where(finite, torch.linalg.svdvals(torch.where(finite, matrix, 0)), torch.nan)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, s and Vᴴ of the thin decomposition; s is NaN where an entry of the matrix isn't finite."""
+    """Return U, s and Vᴴ of the thin SVD; s is NaN if an entry of the matrix isn't finite."""
     finite = matrix.isfinite().all()
     u, s, vh = torch.linalg.svd(torch.where(finite, matrix, 0), full_matrices=False)
     return u, torch.where(finite, s, torch.nan), vh
 
 
 def change_singular_values(w: Tensor, groups: Grouping, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """U change(s) Vᴴ of a tensor U s Vᴴ, in its dtype; the tensor as it is where no singular value changes."""
+    """Return U change(s) Vᴴ of a tensor U s Vᴴ, in its dtype; its exact entries if s stays."""
     x = at_least_float32(w)
     if not w.numel():
         return w.clone()
@@ -115,26 +116,28 @@ def change_singular_values(w: Tensor, groups: Grouping, change: Callable[[Tensor
 
 
 class Spectrum(Protocol):
-    """A function f of the singular values s."""
+    """Function f of the singular values s, with its derivatives."""
 
     def mapped(self, s: Tensor) -> Tensor:
-        """f."""
+        """Return f(s)."""
 
     def slopes(self, s: Tensor, f: Tensor) -> Tensor:
-        """The limit of (f_i - f_j) / (s_i - s_j) for s_i → s_j."""
+        """Return the limit of (f_i - f_j) / (s_i - s_j) for s_i → s_j."""
 
     def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
-        """The transposed Jacobian of f, times v."""
+        """Return the transposed Jacobian of f at s, times v."""
 
 
 class SpectralMap(torch.autograd.Function):
-    """`SpectralMap.apply(matrix, spectrum)` is U f(s) Vᴴ, with a gradient also where singular values coincide.
+    """`SpectralMap.apply(matrix, spectrum)`: U f(s) Vᴴ, differentiable at equal singular values.
 
-    The derivative of torch's own decomposition isn't finite there, that of U change(s) Vᴴ is: in the basis of U and V
-    it multiplies the symmetric part of a movement by (f_i - f_j) / (s_i - s_j), the antisymmetric one by
-    (f_i + f_j) / (s_i + s_j), and what leaves these spaces by f / s. It has no second derivative.
+    There the derivative of torch's SVD isn't finite, but that of U f(s) Vᴴ is: in the basis of U
+    and V it multiplies the symmetric part of a perturbation by (f_i - f_j) / (s_i - s_j), the
+    antisymmetric part by (f_i + f_j) / (s_i + s_j), and components outside the column spaces of U
+    and V by f / s. There is no second derivative.
 
-    Source: Lewis and Sendov (2005), nonsmooth analysis of singular values, part II, for the real case.
+    Source: Lewis and Sendov (2005), nonsmooth analysis of singular values, part II, for the real
+    case.
     """
 
     @staticmethod
@@ -160,7 +163,7 @@ class SpectralMap(torch.autograd.Function):
 
 
 def _within(inner: Tensor, s: Tensor, f: Tensor, slope: Tensor, along: Tensor) -> Tensor:
-    """The part of that derivative within the spaces of U and V; `along` is its real diagonal."""
+    """Return the part of this derivative in the spaces of U and V; `along` is its real diagonal."""
     finfo = torch.finfo(s.dtype)
     apart, total = s[:, None] - s, s[:, None] + s
     near = apart.abs() <= 100 * finfo.eps * s.amax()

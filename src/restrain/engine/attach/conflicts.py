@@ -1,4 +1,4 @@
-"""Several attachments on one parameter: they must do what one plan with all their rules would do."""
+"""Check several attachments on one parameter: together they must equal one plan with all rules."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 from restrain.engine.step import ParameterRules
 from restrain.errors import HowError
 
-# What acts on the parameters of a model at its optimizers' steps, by those who attached it.
+# Model and rules at the optimizer's step of each living attachment.
 _living: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], Sequence[ParameterRules]]] = (
     weakref.WeakKeyDictionary()
 )
-# (an earlier attachment's, a later one's): one plan would do these in another order, or as one
+# `how` in (earlier, later) attachment: one plan would apply them in another order, or joined
 _CLASHES = {
     ("decoupled", "gradient"),
     ("decoupled", "decoupled"),
@@ -25,10 +25,11 @@ _CLASHES = {
 
 
 def join(owner: object, works: Sequence[ParameterRules], model: nn.Module) -> None:
-    """Remember what an attachment does at the step.
+    """Register the rules of an attachment at the optimizer's step.
 
     Raises:
-        HowError: another one acts on the same parameter, and both together wouldn't be the sum of their rules.
+        HowError: another attachment acts on the same parameter, and both together aren't the sum of
+            their rules.
     """
     mine = {id(work.handle.find(model)): work for work in works}
     for reference, others in list(_living.values()):
@@ -56,5 +57,5 @@ def _clashes(earlier: ParameterRules, later: ParameterRules) -> list[tuple[str, 
 
 
 def leave(owner: object) -> None:
-    """It acts no more."""
+    """Remove the rules of an attachment."""
     _living.pop(owner, None)

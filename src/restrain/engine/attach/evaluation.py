@@ -1,4 +1,4 @@
-"""The values of rules in evaluation, where the hooks that measure activations rest."""
+"""Values of rules in evaluation, where the training hooks don't measure activations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from restrain.penalties.statistics import resting
 
 
 class Evaluation:
-    """What a model's forwards in evaluation give for the rules of an attachment; made by `Attachment.evaluating`."""
+    """Values of an attachment's rules in evaluation forwards; made by `Attachment.evaluating`."""
 
     def __init__(self, bounds: Sequence[Bound], model: nn.Module) -> None:
         self._bounds, self._model = bounds, model
@@ -26,12 +26,12 @@ class Evaluation:
 
     @property
     def needs_graph(self) -> bool:
-        """Whether a rule takes derivatives, so that the forward must run with gradients on."""
+        """True if a rule takes derivatives, so that the forward must record a graph."""
         return any(bound.output_recorders or bound.derivative for bound in self._bounds)
 
     @contextmanager
     def attached(self) -> Iterator[Evaluation]:
-        """Hooks on the model and its layers, within it."""
+        """Set hooks on the model and its layers within the block."""
         with ExitStack() as stack:
             for recorder in {id(recorder): recorder for bound in self._bounds for recorder in bound.recorders}.values():
                 stack.callback(self._hook(recorder).remove)
@@ -54,9 +54,12 @@ class Evaluation:
         return module.register_forward_hook(lambda module, args, output: keep(output))
 
     def values(self) -> dict[str, Tensor]:
-        """{rule: strength × value} of every penalty, for the model's last forward; the data loss is in none of them."""
+        """Return {rule: strength × value} of every penalty for the model's last forward.
+
+        Rules on the derivative of the data loss are left out.
+        """
         values: dict[str, Tensor] = {}
-        known: dict[int, Tensor] = {}  # by recorder, which rules share
+        known: dict[int, Tensor] = {}  # by recorder, shared by rules
         for bound in self._bounds:
             if bound.penalty_recorders:
                 with torch.no_grad(), resting():
@@ -66,7 +69,7 @@ class Evaluation:
                     parts = [known[id(one)] * one.factors[bound.key] for one in bound.penalty_recorders]
                     values[bound.key] = torch.stack(parts).sum()
             elif bound.derivative is not None and bound.derivative.penalty.of_loss:
-                continue  # the data loss here is of other modes and weights
+                continue  # the data loss belongs to another mode and other weights
             elif bound.derivative is not None:
                 values[bound.key] = bound.derivative.of_tensors(self._seen)
             elif isinstance(bound.rule.what, NetworkPenalty):
@@ -87,7 +90,7 @@ class Evaluation:
 
 
 def latest(bounds: Sequence[Bound], model: nn.Module) -> dict[str, Tensor]:
-    """The value of each penalty at the loss that was collected last, as tensors on the device."""
+    """Return the value of each penalty at the last collected loss, as tensors on the device."""
     values: dict[str, Tensor] = {}
     with torch.no_grad():
         for bound in bounds:

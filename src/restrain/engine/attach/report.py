@@ -1,4 +1,4 @@
-"""What an attachment tells: who gets what, each rule's value, and its share of the gradient."""
+"""Reports of an attachment: table of rules, values, gradient norms and shares."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from restrain.transforms import Noise
 
 @dataclass(frozen=True)
 class Measure:
-    """A term's value, the Euclidean norm of its gradient over the parameters, and that norm's part of their sum."""
+    """Value of a loss term, Euclidean norm of its gradient, and share of the sum of norms."""
 
     value: float
     gradient: float
@@ -30,7 +30,7 @@ class Measure:
 
 
 def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor | None = None) -> Tensor | None:
-    """The rule's value with what graph there is; None where nothing was collected yet."""
+    """Return the rule's value with its graph, if any; None if nothing was collected yet."""
     if isinstance(bound.rule.what, OnDerivatives):
         return None if bound.derivative is None else bound.derivative.value(root, data_loss)
     if isinstance(bound.rule.what, NetworkPenalty):
@@ -44,7 +44,7 @@ def _term(bound: Bound, root: nn.Module, forwards: Forwards, data_loss: Tensor |
 
 
 def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict[str, float]:
-    """{rule: strength × value} of every penalty."""
+    """Return {rule: strength × value} of every penalty."""
     found: dict[str, float] = {}
     with torch.no_grad():
         direct = [bound for bound in bounds if not bound.recorders and isinstance(bound.rule.what, Penalty)]
@@ -63,7 +63,11 @@ def values(bounds: Sequence[Bound], root: nn.Module, forwards: Forwards) -> dict
 def measure(
     bounds: Sequence[Bound], root: nn.Module, forwards: Forwards, data_loss: Tensor | None
 ) -> dict[str, Measure]:
-    """Value, gradient norm and share of each penalty, and of the data loss if it is given."""
+    """Return value, gradient norm and share of each penalty, and of the data loss if given.
+
+    Raises:
+        PenaltyError: a data loss with sharded parameters.
+    """
     trained = [p for slot in parameters(root) for p in slot.handle.stored(root) if p.requires_grad]
     sharded = any(map(is_sharded, trained))
     if sharded and data_loss is not None:
@@ -82,7 +86,7 @@ def measure(
         while key in terms:
             key += " loss"
         terms[key], numbers[key] = data_loss, float(data_loss.detach())
-    if sharded:  # the gradient of what depends on activations is known in backward() only
+    if sharded:  # gradients through activations are known only in backward()
         terms |= {bound.key: None for bound in bounds if bound.recorders and bound.key in terms}
     known = {key: _gradient(term, trained) for key, term in terms.items() if term is not None}
     sizes = dict(zip(known, totals(list(known.values())), strict=True))
@@ -92,7 +96,7 @@ def measure(
 
 
 def _gradient(term: Tensor, trained: Sequence[Tensor]) -> list[Term]:
-    """The squares of its gradient, summed for each parameter."""
+    """Return the squared gradient norm of a term, per parameter."""
     if not term.requires_grad or not trained:
         return []
     gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
@@ -100,7 +104,7 @@ def _gradient(term: Tensor, trained: Sequence[Tensor]) -> list[Term]:
 
 
 def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None) -> str:
-    """Who gets what, a line a rule."""
+    """Return a table with a line per rule, and notes; `numbers` are the values, if known."""
     head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
     rows = [head]
     for bound in bounds:
@@ -142,7 +146,7 @@ def _short(names: Sequence[str], shown: int = 4) -> str:
 
 
 def note_gathered(bounds: Sequence[Bound], root: nn.Module) -> None:
-    """Let the table say which tensors are gathered, and how large they are."""
+    """Add notes for the table on sharded tensors that must be gathered, with their sizes."""
     if not any(map(is_sharded, root.parameters())):
         return
     for bound in bounds:

@@ -1,4 +1,4 @@
-"""Errors at the optimizer's step: a penalty that was meant for the loss but never collected; another optimizer."""
+"""Errors at the optimizer's step: penalties missing in the loss, and unknown optimizers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from restrain.named_tensors import Handle
 
 
 class Tripwire:
-    """After each real step of an optimizer that trains the model: whether the loss-mode rules were collected.
+    """Check after each real step that the loss-mode rules were collected after a training forward.
 
-    `collected` is set by the attachment whenever the penalties are asked for.
+    The attachment sets `collected` whenever the penalties are requested.
     """
 
     def __init__(self, bounds: list[Bound], forwards: Forwards, clock: Clock) -> None:
@@ -27,10 +27,11 @@ class Tripwire:
         self.collected = False
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """Called after a real step.
+        """Check and reset after a real step of an optimizer that trains the model.
 
         Raises:
-            NotCollectedError: a training forward ran, and rules that act in the loss were not asked for.
+            NotCollectedError: a training forward ran, and rules that act in the loss weren't
+                collected.
         """
         forgotten, step = self.forwards.ran and not self.collected, self.clock.steps - 1
         missed = (
@@ -45,7 +46,7 @@ class Tripwire:
             )
 
     def _concerns(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
-        """Whether the optimizer holds a parameter that the rule acts on, or (for activations) any of the model."""
+        """Return True if the optimizer holds a parameter of the rule, or it acts on activations."""
         if bound.points or bound.output_recorders:
             return True
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -53,17 +54,17 @@ class Tripwire:
 
 
 class UnknownOptimizers:
-    """Sees to it that what rules act on at the step is stepped by the optimizers that were given to `attach`."""
+    """Check that only optimizers given to `attach` move parameters with rules at the step."""
 
     def __init__(self, optimizers: Sequence[Optimizer], handles: Sequence[Handle]) -> None:
         self.known, self.handles = weakref.WeakSet(optimizers), handles
-        self.stepped = False  # whether a known one has, since a stranger did: one may be a part of the other
+        self.stepped = False  # a known one stepped since the last unknown one: either may wrap the other
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """Called after a real step.
+        """Check after a real step of an optimizer.
 
         Raises:
-            OptimizerError: of another optimizer, which moved such a parameter without its rules.
+            OptimizerError: an unknown optimizer moved a parameter without its rules.
         """
         if optimizer in self.known:
             self.stepped = True
@@ -80,7 +81,7 @@ class UnknownOptimizers:
             )
 
     def _within(self) -> bool:
-        """Whether a step of a known optimizer runs, of which this one is a part."""
+        """Return True if the step of a known optimizer is running and includes this step."""
         frame = sys._getframe(1)
         while frame is not None:
             known = frame.f_code.co_name == "step" and frame.f_locals.get("self")

@@ -1,9 +1,10 @@
-"""What a backend is, and the one decider of which backend computes.
+"""Base class of backends, and the decision which backend computes.
 
-A backend computes what `ops` and `restrain.operations` say as data: the value and gradient of sums of penalties, and
-the instructions around an optimizer's step. The order is C → inductor → eager torch → the formulas themselves, which
-know everything and are the reference. What a backend doesn't know, or what isn't worth its making, it leaves to the
-next. A new backend is one file with a subclass of `Backend`, and its place in `ORDER` of this package's front door.
+A backend computes sums of penalties (values and gradients) and instructions around an optimizer
+step, given as data by `ops` and `restrain.operations`. Backends run in the order C → inductor →
+eager torch → formulas. Each leaves to the next the work that it doesn't support or that isn't worth
+compiling; the formulas support everything and are the reference. A new backend is one file with a
+subclass of `Backend`, and an entry in `ORDER` of `executor`.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from restrain.engine.ops import Batch
 Compile: TypeAlias = "bool | Literal['auto']"
 
 Parts: TypeAlias = list[tuple[Any, Any]]
-"""The penalties that one is a sum of, each with its strength, a number or a tensor."""
+"""Terms of a sum of penalties: (strength, penalty), with a number or 0-d tensor as strength."""
 
 
 class Sums(ABC):
-    """A weighted sum of penalties on tensors that are alike in dtype, device and strides."""
+    """A weighted sum of penalties on tensors of the same dtype, device and strides."""
 
     adds: bool = False
-    """Whether `gradients` may add to what `into` holds."""
+    """True if `gradients` supports `add=True`."""
 
     @abstractmethod
     def value(self, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The sum of the values, each multiplied by its weight; in float32 at least."""
+        """Return Σ weight · value over the tensors, at least in float32."""
 
     @abstractmethod
     def gradients(
@@ -43,37 +44,40 @@ class Sums(ABC):
         *,
         add: bool = False,
     ) -> None:
-        """Write factor · weight · gradient of each into tensors of the same strides, or add it to them."""
+        """Write factor · weight · gradient of each tensor into `into`, or add it if `add`.
+
+        The tensors in `into` have the same strides."""
 
 
 @dataclass(frozen=True)
 class Decider:
-    """Decides which backend computes, by `compile=` and by the work.
+    """Decision whether a backend compiles code, by `compile=` and the amount of work.
 
     Args:
-        compile: True: code is made at once. "auto": as soon as the work makes up for making it. False: never.
-        steps: how many steps like this one have been taken.
+        compile: True: compile at once. "auto": once the work so far outweighs compiling. False:
+            never.
+        steps: the number of steps like this one taken before.
     """
 
     compile: Compile
     steps: int = 0
 
     def makes(self, work: float, cost: float) -> bool:
-        """Whether to make code for an amount of work a step, at a cost in the same unit."""
+        """Return True if code is worth compiling, given work per step and cost in the same unit."""
         return self.compile is True or (self.compile == "auto" and self.steps * work >= cost)
 
     def calls(self, work: float, least: float) -> bool:
-        """Whether to call code that makes up for being made by its first call on so much work."""
+        """Return True if one call on this much work is worth compiling code for."""
         return self.compile is not False and work >= least
 
 
 class Backend(ABC):
-    """A way of computing."""
+    """A way of computing sums of penalties and changes of tensors."""
 
     def sums(self, parts: Parts, like: Tensor) -> Sums | None:
-        """What computes a sum of penalties on tensors like this one; None where that isn't known here."""
+        """Return code for a sum of penalties on tensors like this one; None if not supported."""
         return None
 
     @abstractmethod
     def carry_out(self, batches: Sequence[Batch], decider: Decider) -> list[Batch]:
-        """Carry the changes of batches out in place, and return what is left to the next backend."""
+        """Apply the changes of batches in place; return the batches left to the next backend."""

@@ -1,7 +1,8 @@
-"""Loops over the entries of many tensors as C, compiled by this machine's own compiler when they are first needed.
+"""Loops over the entries of many tensors in C, compiled by the machine's compiler on first use.
 
-One call goes over all tensors: its threads have equal shares of all entries, so that nothing is copied together and no
-tensor is too small. Compiling a loop takes a fraction of a second. Where there is no compiler, there is no loop.
+One call processes all tensors, with an equal share of all entries for each thread: no tensors are
+copied together, and no tensor is too small. Compiling a loop takes a fraction of a second. Without
+a compiler there are no loops.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Stages: TypeAlias = "tuple[tuple[str, str, str], ...]"
 
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat", torch.float16: "_Float16"}
 
-# `wide` is the type in which is computed; LOAD and STORE are between it and a type of entries.
+# `wide` is the type of computations; load_ and store_ functions convert bfloat16 entries.
 PRELUDE = """
 #include <math.h>
 #include <stdint.h>
@@ -54,7 +55,8 @@ static inline int64_t tensor_of(const int64_t *ends, int64_t count, int64_t numb
 #define SQRT(x) (sizeof(wide) == 4 ? (wide)sqrtf((float)(x)) : (wide)sqrt((double)(x)))
 """
 
-# A thread's share of all entries, [from, to), and the tensor in which it begins; ends are where tensors end.
+# A thread's share of all entries, [from, to), and k, the tensor in which it begins; `ends` are the
+# cumulated sizes of the tensors.
 _SHARE = """
     int64_t share = ((total + omp_get_num_threads() - 1) / omp_get_num_threads() + 63) & ~(int64_t)63;
     int64_t from = share * omp_get_thread_num(), to = from + share < total ? from + share : total;
@@ -80,7 +82,7 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 }
 """
 
-# A row belongs to the thread in whose share it begins.
+# A row belongs to the thread whose share has its first entry.
 _ROWS = """
 #include <float.h>
 #define ADD_SQUARES(sums, at) for (int j = 0; j < 8; j++) { double x = entry_of(a0, at + j); sums[j] += x * x; }
@@ -122,13 +124,13 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 """
 
 
-_TIMEOUT = 20  # seconds for a loop; a compiler takes a tenth of one
-_hangs: list[list[str]] = []  # commands that ran out of time, and aren't asked again
+_TIMEOUT = 20  # seconds; compiling a loop takes a tenth of a second
+_hangs: list[list[str]] = []  # commands that timed out; not run again
 
 
 @functools.cache
 def compiled(source: str) -> Any:
-    """The library compiled from C; None where there is no compiler that makes one."""
+    """Return the library compiled from C source; None if there is no working compiler."""
     command = _compiler()
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
         file, made = Path(folder, "loop.c"), Path(folder, "loop.so")
@@ -141,17 +143,17 @@ def compiled(source: str) -> Any:
 
 
 def _compiler() -> list[str]:
-    """The command of $CC, or of a compiler on the path; empty where there is none."""
+    """Return the command of $CC, or of a compiler on the path; empty if there is none."""
     try:
         given = shlex.split(os.environ.get("CC", ""))
-    except ValueError:  # a quotation that doesn't end
+    except ValueError:  # unbalanced quotes
         return []
     found = given or [path for path in map(shutil.which, ("gcc", "cc", "clang", "g++", "c++")) if path][:1]
     return [] if found in _hangs else found
 
 
 def _runs(command: list[str]) -> bool:
-    """Run a compiler to its end; it is killed with all that it started if it takes too long."""
+    """Run a compiler; True if it succeeds. On a timeout it is killed with all its subprocesses."""
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
@@ -168,42 +170,43 @@ def _runs(command: list[str]) -> bool:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether a library reaches to its end: to load a truncated one would kill the process."""
+    """Return True if a library file is complete: loading a truncated one would kill the process."""
     head = library.read_bytes()[:64] if library.exists() else b""
-    if head[:5] != b"\x7fELF\x02":  # Mach-O and others are checked by the system
+    if head[:5] != b"\x7fELF\x02":  # the system checks Mach-O and others
         return bool(head) and head[:4] != b"\x7fELF"
     (start,), (size, count) = struct.unpack_from("<Q", head, 40), struct.unpack_from("<HH", head, 58)
     return len(head) == 64 and library.stat().st_size >= start + size * count > 64
 
 
 def names(roles: int) -> list[str]:
-    """What a body calls the entries: w, of the weights, then o0, o1, ..."""
+    """Return the names of entries in a loop's body: w for the weights, then o0, o1, ..."""
     return ["w", *(f"o{number}" for number in range(roles - 1))]
 
 
 @functools.cache
 def loop(kinds: tuple[torch.dtype, ...], body: str, numbers: int, changed: tuple[int, ...]) -> Loop | None:
-    """What does a body to each entry.
+    """Return a compiled loop that runs `body` for each entry; None if it can't be compiled.
 
     Args:
-        kinds: dtypes of the weights and of what else is read, entry by entry.
-        body: statements on `w`, `o0`, ... and on the member's numbers `n0`, `n1`, ...
-        numbers: how many.
-        changed: which of the tensors the body changes.
+        kinds: dtypes of the weights and of the other tensors.
+        body: statements on the entries `w`, `o0`, ... and the member's scalars `n0`, `n1`, ...
+        numbers: the number of scalars.
+        changed: indices of the tensors that the body changes.
     """
     return _made(_LOOP % {**_parts(kinds, numbers), "body": _of_entry(kinds, body, changed)}, kinds, changed)
 
 
 @functools.cache
 def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: tuple[int, ...]) -> Loop | None:
-    """What does stages to each row, the tensors being rows in memory.
+    """Return a compiled loop that runs `stages` for each row; None if it can't be compiled.
 
     Args:
-        kinds: as of `loop`.
-        stages: one after the other, statements on the row, of `length` entries, the first of which is at `a0`, with
-            its Euclidean length as `length_of(a0, length)`; whether its entries change; statements on each entry.
-        numbers: how many.
-        changed: which of the tensors the stages change.
+        kinds: dtypes of the weights and of the other tensors, all of them rows in memory.
+        stages: triples, run in order: statements on a row of `length` entries that starts at `a0`,
+            with Euclidean length `length_of(a0, length)`; a condition, true if its entries change;
+            statements on each entry.
+        numbers: the number of scalars.
+        changed: indices of the tensors that the stages change.
     """
     body = "\n".join(
         f"{row}\nif ({changes}) for (int64_t i = 0; i < length; i++) {{ {_of_entry(kinds, entry, changed)} }}"
@@ -213,7 +216,7 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
 
 
 def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict[str, str]:
-    """What templates need of the C around a body."""
+    """Return the C code for the templates' placeholders: declarations of arrays and scalars."""
     types = [TYPES.get(kind, "") for kind in kinds]
     arrays = [f"{t} *restrict a{r} = ({t} *)at[{r} * count + k]{offset};" for r, t in enumerate(types)]
     given = [f"const wide n{number} = (wide)numbers[k * {numbers} + {number}];" for number in range(numbers)]
@@ -227,7 +230,7 @@ def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict
 
 
 def _of_entry(kinds: Sequence[torch.dtype], body: str, changed: Sequence[int]) -> str:
-    """Statements on the entries numbered i: they are read, the body is done, those that changed are written."""
+    """Return C statements that load entry i of all tensors, run the body, and store changes."""
     types, entries = [TYPES.get(kind, "") for kind in kinds], names(len(kinds))
     load = [f"load_bfloat(a{r}[i])" if t == "bfloat" else f"(wide)a{r}[i]" for r, t in enumerate(types)]
     store = [f"store_bfloat({e})" if t == "bfloat" else f"({t}){e}" for t, e in zip(types, entries, strict=True)]
@@ -249,7 +252,7 @@ def _made(source: str, kinds: Sequence[torch.dtype], changed: Sequence[int]) -> 
 
 
 class Loop:
-    """A compiled loop, called with tensors whose entries lie alike in memory without gaps."""
+    """A compiled loop over tensors with the same dense layout."""
 
     def __init__(self, function: Any, changed: Sequence[int]) -> None:
         self._function, self._changed = function, changed
@@ -259,17 +262,17 @@ class Loop:
     def __call__(
         self, members: Sequence[Sequence[Tensor]], numbers: Sequence[float], lengths: Sequence[int] = ()
     ) -> None:
-        """Do it to all members, each of which has a tensor for every role, none of them empty.
+        """Run the loop on all members, each with a nonempty tensor for every role.
 
         Args:
-            members: each with its tensors.
-            numbers: of the first member, of the second, and so on.
-            lengths: of the rows of each, where it is done to rows.
+            members: for each member its tensors, in the order of `kinds`.
+            numbers: the scalars of the first member, of the second, and so on.
+            lengths: the row length of each member, for loops over rows.
         """
         roles, count = list(zip(*members, strict=True)), len(members)
         at = array("q", [address for role in roles for address in map(Tensor.data_ptr, role)])
         if any(len(set(at[role * count : (role + 1) * count])) < count for role in self._changed):
-            each = len(numbers) // count  # members in the same memory take turns
+            each = len(numbers) // count  # members that share memory run one after another
             for k, member in enumerate(members):
                 self([member], numbers[k * each : (k + 1) * each], lengths[k : k + 1])
             return

@@ -1,8 +1,8 @@
-"""Plain torch, by operations that write into memory that is there already.
+"""Backend of plain torch, by operations that write into existing memory.
 
-At the step, small tensors are copied into one buffer, in which instructions are carried out on all at once, and back;
-large ones are gone through in blocks that stay in the cache with all that is computed of them: of entries where each is
-for itself, of rows where groups are of rows. Values and gradients of sums go over blocks in the same way.
+At the step, small tensors are gathered in one buffer, changed there together, and copied back.
+Large tensors are processed in blocks that stay in the cache with all intermediate results: blocks
+of entries, or of rows if groups are rows. Values and gradients of sums use the same blocks.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from restrain.penalties.base import times
 from restrain.penalties.shrink import at_least_float32
 from restrain.torch_private import flatten, foreach_copy_, foreach_mul, unflatten
 
-SMALL = 1 << 13  # entries of a tensor that is copied beside others
-FORMULA_BLOCK = 1 << 16  # entries, for formulas that make tensors on their way
+SMALL = 1 << 13  # entries up to which a tensor is gathered with others
+FORMULA_BLOCK = 1 << 16  # entries per block, for formulas that allocate temporaries
 
 Kernel = Callable[[Sequence[Tensor], int], bool]
-"""Carries instructions out on one tensor, of rows if they have a length; False where it can't."""
+"""Carry out instructions on a member's tensors, as rows of a nonzero length; False: impossible."""
 
 
 class Eager(Backend):
-    """Instructions and operations by torch."""
+    """Instructions and operations as torch operations."""
 
     def __init__(self) -> None:
         self._layouts: dict[Any, _Layout] = {}
@@ -47,7 +47,7 @@ class Eager(Backend):
             if batch.lowered is None:
                 left.append(batch)
                 continue
-            if not batch.lowered:  # nothing is to be done
+            if not batch.lowered:  # nothing to do
                 continue
             others, by_length = ([], {0: [(one, one) for one in batch.members]}) if batch.by_entry else _rows(batch)
             for length, pairs in by_length.items():
@@ -62,7 +62,7 @@ class Eager(Backend):
         return left
 
     def _kernel(self, lowered: Lowered, members: Sequence[Tensors], length: int, decider: Decider) -> Kernel | None:
-        """What carries these instructions out on tensors like these; None leaves them to the next backend."""
+        """Return a kernel of instructions for tensors like these; None: for the next backend."""
 
         def run(tensors: Sequence[Tensor], length: int) -> bool:
             rows = [t.view(-1, length) for t in tensors] if length else None
@@ -75,11 +75,11 @@ class Eager(Backend):
         return run
 
     def _stretches(self, lowered: Lowered, members: Sequence[Tensors], length: int, kernel: Kernel) -> None:
-        """Large tensors alone, small ones gathered."""
+        """Run a kernel on each large tensor, and on buffers of gathered small tensors."""
         kinds = tuple([(t.dtype, t.device) for t in members[0]])
         key = (kinds, tuple([tensors[0].shape for tensors in members]))
         if key not in self._layouts:
-            if len(self._layouts) > 32:  # of sets of tensors that have changed again and again
+            if len(self._layouts) > 32:  # sets of tensors keep changing
                 self._layouts.clear()
             self._layouts[key] = _layout(members)
         for number in self._layouts[key].alone:
@@ -91,7 +91,7 @@ class Eager(Backend):
 
 
 def _rows(batch: Batch) -> tuple[list[Tensors], dict[int, list[tuple[Tensors, Tensors]]]]:
-    """Members whose memory isn't rows, and the others, each with its rows, by their length."""
+    """Return the members that aren't rows in memory; the others, by row length, with rows."""
     keep = rows_of(batch.changes, batch.members[0][0])
     others, found = list[Tensors](), dict[int, list[tuple[Tensors, Tensors]]]()
     for tensors in batch.members:
@@ -105,26 +105,26 @@ def _rows(batch: Batch) -> tuple[list[Tensors], dict[int, list[tuple[Tensors, Te
 
 @dataclass(frozen=True)
 class _Gathered:
-    """Buffers for some of the members, all of them small."""
+    """Buffers for some of the small members."""
 
     numbers: list[int]
     buffers: Tensors
-    views: list[list[Tensor]]  # of each buffer, in the members' shapes
+    views: list[list[Tensor]]  # of each buffer, with the members' shapes
 
     def fill(self, members: Sequence[Tensors]) -> None:
-        """Copy the members in."""
+        """Copy the members into the buffers."""
         for role, views in enumerate(self.views):
             foreach_copy_(views, [members[number][role] for number in self.numbers])
 
     def empty(self, members: Sequence[Tensors], lowered: Lowered) -> None:
-        """Copy what instructions have changed back."""
+        """Copy back the tensors that the instructions have changed."""
         for role in {int(isinstance(step, Gradient)) for step, _ in lowered}:
             foreach_copy_([members[number][role] for number in self.numbers], self.views[role])
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which of the members go alone, and which are gathered."""
+    """Indices of members processed alone, and buffers for the others."""
 
     alone: list[int]
     gathered: list[_Gathered]
@@ -138,7 +138,7 @@ def _layout(members: Sequence[Tensors]) -> _Layout:
 
 
 def _gather(members: Sequence[Tensors], small: Sequence[int]) -> Iterator[_Gathered]:
-    """Buffers for stretches of the small ones that together have no more entries than a block."""
+    """Yield buffers for runs of small members, each with at most `BLOCK` entries."""
     ends, begin = list(accumulate(members[number][0].numel() for number in small)), 0
     common = [torch.empty(min(BLOCK, ends[-1]), dtype=t.dtype, device=t.device) for t in members[0]]
     while begin < len(small):
@@ -157,18 +157,18 @@ def _gather(members: Sequence[Tensors], small: Sequence[int]) -> Iterator[_Gathe
 
 @dataclass
 class _Piece:
-    """An operation on a flat tensor, or on any block of it, without temporaries."""
+    """An operation on a flat tensor or a block of it, without temporaries."""
 
     strength: Any
-    width = 1  # blocks are of whole groups of so many entries
+    width = 1  # block sizes are multiples of this: the size of a group
     block = BLOCK
 
     def value(self, x: Tensor) -> Tensor:
-        """Without the strength."""
+        """Return the value, without the strength."""
         raise NotImplementedError
 
     def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        """out = factor · gradient."""
+        """Write factor · gradient into `out`, without the strength."""
         raise NotImplementedError
 
 
@@ -190,7 +190,7 @@ class _Squares(_Piece):
 
 @dataclass
 class _Huber(_Piece):
-    """Σ c (|x| - c / 2), where c is |x| cut at delta."""
+    """Σ c (|x| - c / 2), c = min(|x|, delta)."""
 
     delta: float
 
@@ -219,7 +219,7 @@ class _Logarithms(_Piece):
 
 @dataclass
 class _Lengths(_Piece):
-    """√width Σ‖row‖, of the tensor's rows."""
+    """√width Σ‖row‖₂ over rows of `width` entries."""
 
     width: int
 
@@ -239,7 +239,7 @@ class _Lengths(_Piece):
 
 @dataclass
 class _Entries(_Piece):
-    """Any other operation on entries, and any other dtype."""
+    """Any other operation, and any other dtype."""
 
     operation: Any
     block = FORMULA_BLOCK
@@ -260,7 +260,7 @@ _PIECES: dict[type[Operation], Callable[[Any, Any], _Piece]] = {
 
 
 def _pieces(parts: Parts, like: Tensor) -> list[_Piece] | None:
-    """What computes a sum of penalties on tensors like this one; None where one declares nothing."""
+    """Return the pieces of a sum of penalties on tensors like this one; None if not declared."""
     pieces: list[_Piece] = []
     for strength, leaf in parts:
         if leaf.operations is None:
@@ -277,7 +277,7 @@ def _pieces(parts: Parts, like: Tensor) -> list[_Piece] | None:
 
 
 class _Sums(Sums):
-    """By operations of torch on joined tensors, or on blocks of large ones."""
+    """Sums by torch operations on concatenated tensors, or on blocks of large ones."""
 
     def __init__(self, pieces: list[_Piece]) -> None:
         self._pieces = pieces
@@ -293,7 +293,7 @@ class _Sums(Sums):
         parts = self._cut(flat)
         if len(parts) == 1:
             sums = [piece.value(flat) for piece in self._pieces]
-        else:  # all that is to be done to a block at once
+        else:  # all pieces of a block while it is in the cache
             found = [[piece.value(part) for piece in self._pieces] for part in parts]
             sums = [torch.stack(of_parts).sum() for of_parts in zip(*found, strict=True)]
         total, *others = [times(piece.strength, value) for piece, value in zip(self._pieces, sums, strict=True)]
@@ -302,7 +302,7 @@ class _Sums(Sums):
         return total
 
     def _cut(self, flat: Tensor) -> Sequence[Tensor]:
-        """Parts of a flat tensor that stay in a processor's cache; other devices have other ways to be fast."""
+        """Return blocks of a flat tensor that fit the processor's cache; the whole on a GPU."""
         if flat.numel() <= self._block or flat.device.type != "cpu":
             return (flat,)
         width = max([piece.width for piece in self._pieces])

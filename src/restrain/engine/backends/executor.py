@@ -1,4 +1,4 @@
-"""Which backend does what: all in their order, each taking what it knows and what is worth its making."""
+"""Dispatch of batches and sums to the backends, in their order."""
 
 from __future__ import annotations
 
@@ -23,24 +23,27 @@ _c, _eager = C(), Eager()
 
 
 def sums_of(parts: Parts, like: Tensor, work: float, least: float, compile: Compile) -> Sums | None:
-    """What computes a sum of penalties: compiled code from `least` entries on, else torch; None where neither knows."""
+    """Return code for a sum of penalties: compiled for `least` entries of work or more, else torch.
+
+    None if no backend supports it.
+    """
     found = _c.sums(parts, like) if Decider(compile).calls(work, least) else None
     return _eager.sums(parts, like) if found is None else found
 
 
 class Executor:
-    """Carries changes out around an optimizer's step; its backends keep buffers from step to step."""
+    """Applies changes around an optimizer step; its backends keep buffers from step to step."""
 
     def __init__(self, compile: Compile) -> None:
         self.compile = compile
         self._backends = [backend() for backend in ORDER]
 
     def __call__(self, batches: Iterable[Batch], steps: int = 0) -> None:
-        """Change the first of each member's tensors in place, or its gradient; the batches are of different members.
+        """Change the first tensor of each member in place, or its gradient.
 
         Args:
-            batches: what to change, and how.
-            steps: how many steps like this one have been taken.
+            batches: tensors and their changes; no tensor is in two batches.
+            steps: the number of steps like this one taken before.
         """
         left = [batch.of(alike) for batch in batches for alike in _alike(batch.members) if alike]
         for backend in self._backends:
@@ -51,7 +54,7 @@ _dtype = attrgetter("dtype")
 
 
 def _alike(members: Sequence[Tensors]) -> Iterator[Sequence[Tensors]]:
-    """The members by dtypes and device."""
+    """Yield the members grouped by the dtypes and devices of their tensors."""
     every = list(chain.from_iterable(members))
     if len(set(map(_dtype, every))) <= 1 and len(set(map(torch.Tensor.get_device, every))) <= 1:
         yield members

@@ -1,4 +1,4 @@
-"""The formulas themselves, tensor by tensor: they know everything, and are what the other backends are held to."""
+"""Backend of the formulas, tensor by tensor: supports everything, the others' reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from restrain.engine.ops import Batch, Change, Tensors, by_formulas
 
 
 class Formula(Backend):
-    """`gradient`, `prox` and `project` of penalties and constraints, large tensors in blocks where that is the same."""
+    """Call `gradient`, `prox` and `project` of penalties and constraints.
+
+    Large tensors are processed in blocks if that gives the same result.
+    """
 
     def carry_out(self, batches: Sequence[Batch], decider: Decider) -> list[Batch]:
         for batch in batches:
@@ -25,7 +28,7 @@ class Formula(Backend):
 
 
 def _parts(batch: Batch, tensors: Tensors) -> Iterator[tuple[Sequence[Change], Sequence[Tensor]]]:
-    """Blocks of entries, or of rows where groups are of rows, with what changes them; else the whole."""
+    """Yield (changes, block): blocks of entries; of rows if groups are rows; else the whole."""
     w, changes = tensors[0], batch.changes
     if batch.by_entry:
         yield from ((changes, block) for block in in_blocks(tensors))
@@ -42,6 +45,6 @@ def _parts(batch: Batch, tensors: Tensors) -> Iterator[tuple[Sequence[Change], S
 
 
 def _of_rows(changes: Sequence[Change], w: Tensor, rows: int) -> list[Change] | None:
-    """What does to some rows what the changes do to all; None where one takes more than rows."""
+    """Return the changes for a block of rows; None if a change needs more than rows."""
     found = [of_rows(change.what, tuple(w.shape), rows) for change in changes]
     return None if None in found else [replace(change, what=own) for change, own in zip(changes, found, strict=True)]

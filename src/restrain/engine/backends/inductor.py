@@ -1,9 +1,10 @@
-"""Instructions as one compiled kernel of inductor, which reads and writes each entry once.
+"""Instructions as one kernel compiled by inductor, which reads and writes each entry once.
 
-A kernel belongs to instructions, dtypes and a kind of device, and is made once in a process. Sizes, strengths, learning
-rates and the metric's numbers are its inputs, so that no schedule and no shape has it made anew. It is made by inductor
-itself, without Dynamo: no guards are looked at, `torch.compiler.reset()` doesn't concern it, and a call costs
-microseconds. Where that fails, as it does without a C++ compiler, there is none.
+A kernel belongs to instructions, dtypes, a device and a number of threads, and is compiled once per
+process. Sizes, strengths, learning rates and the metric's scalars are its inputs, so that no
+schedule and no shape recompiles it. It is compiled by inductor without Dynamo: there are no guards,
+`torch.compiler.reset()` doesn't affect it, and a call costs microseconds. If compiling fails, as
+without a C++ compiler, there is no kernel.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from restrain.errors import RestrainWarning
 from restrain.penalties import Penalty
 from restrain.torch_private import standalone_compile
 
-COST = 2 * 10**10  # entries × steps: an estimate of when a kernel makes up for the seconds that it takes
-_ENTRIES, _ROWS = (70001,), (307, 233)  # sizes of examples: multiples of nothing, so that nothing is taken for granted
+COST = 2 * 10**10  # entries × steps: estimate of the work that outweighs the seconds of compiling
+_ENTRIES, _ROWS = (70001,), (307, 233)  # example sizes without small factors, so that inductor assumes no divisibility
 
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
 
 class Inductor(Eager):
-    """Kernels on whole tensors; what they can't do is left."""
+    """Kernels on whole tensors; unsupported batches are left to the next backend."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Inductor(Eager):
 
         def run(tensors: Sequence[Tensor], length: int) -> bool:
             whole = [t.view(-1, length) for t in tensors] if length else stretches(tensors)
-            if whole is None:  # entries don't lie alike
+            if whole is None:  # no common dense layout
                 carry_out(lowered, tensors)
             else:
                 made(*whole, numbers)
@@ -82,9 +83,9 @@ class Inductor(Eager):
 
 
 def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-    """What carries these instructions out in place on tensors like these, called with them and `_packed` numbers.
+    """Return a kernel that carries out instructions in place on tensors like these, or None.
 
-    None if there is no such kernel.
+    It is called with the tensors and the scalars from `_packed`.
     """
     if not all(_is_fixed(step) for step, _ in lowered):
         return None
@@ -92,7 +93,7 @@ def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | 
     key = (steps, tuple([t.dtype for t in tensors]), tensors[0].device, torch.get_num_threads())
     try:
         known = key in _kernels
-    except TypeError:  # a person's penalty that can't be hashed
+    except TypeError:  # a user's penalty that can't be hashed
         return None
     if not known:
         _kernels[key] = _made(steps, tensors)
@@ -100,7 +101,10 @@ def kernel(lowered: Lowered, tensors: Sequence[Tensor]) -> Callable[..., Any] | 
 
 
 def _is_fixed(step: Instruction) -> bool:
-    """Whether all that it calls is declared: what isn't may keep something, which would stand still in a kernel."""
+    """Return True if all penalties called declare their operations.
+
+    Others may have a state, which would be constant in a kernel.
+    """
     called: list[Any] = []
     if isinstance(step, Gradient | Decay):
         called = list((step.sum if isinstance(step, Decay) else step).others)
@@ -110,13 +114,13 @@ def _is_fixed(step: Instruction) -> bool:
 
 
 def _compiles_rows(lowered: Lowered) -> bool:
-    """Whether instructions of which some are on rows may be in one kernel."""
+    """Return True if instructions, some of them on rows, can be compiled into one kernel."""
     kinds = {type(step) for step, _ in lowered}
     return ShrinkRows in kinds and kinds <= {Shrink, ShrinkRows}
 
 
 def _packed(lowered: Lowered, w: Tensor) -> Tensor:
-    """The numbers of the instructions, as their kernel takes them."""
+    """Return the scalars of the instructions as one tensor, an input of the kernel."""
     numbers = [number for _, own in lowered for number in own]
     return torch.tensor(numbers, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
 
@@ -139,6 +143,6 @@ def _made(steps: Sequence[tuple[Instruction, int]], tensors: Sequence[Tensor]) -
             graph = make_fx(run, tracing_mode="symbolic")(*examples)
             made = standalone_compile(graph, examples)
             made(*examples)
-    except Exception:  # whatever stands in the way: the same is done without
+    except Exception:  # any failure: the next backend gives the same result
         return None
     return made

@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part, and what several processes must have in common."""
+"""Sharded parameters, and the state that processes of one training must share."""
 
 from restrain.engine.distributed import ranks, shards
 from restrain.engine.distributed.ranks import agreed_seed, common_generator

@@ -1,4 +1,4 @@
-"""What several processes that train one model must have in common, and what not."""
+"""Random numbers of processes that train one model: which they must share, and which not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _several() -> bool:
 
 
 def agreed_seed() -> int | None:
-    """A seed that all ranks agree on, drawn by the first of them; None in a single process."""
+    """Return a seed drawn by rank 0 and shared with all ranks; None in a single process."""
     if not _several():
         return None
     drawn = [int(torch.randint(2**62, ()))]
@@ -25,7 +25,7 @@ def agreed_seed() -> int | None:
 
 
 def common_generator(seed: int, key: str, device: torch.device) -> torch.Generator:
-    """A generator that is the same on all ranks, and another one for each key."""
+    """Return a generator that is the same on all ranks, and different for each key."""
     digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 

@@ -1,8 +1,9 @@
-"""Parameters that are sharded over processes: DTensors, as FSDP2 and tensor parallelism make them.
+"""Parameters sharded over processes: DTensors of FSDP2 and tensor parallelism.
 
-What acts on each entry alone, or on groups that lie wholly within a shard, acts on each process's own part. For all
-else the tensor is gathered, and of what comes out each process keeps its part. Values of all rules are summed over the
-processes by one message, outside the graph: the gradient of a sum is local.
+A penalty or constraint by entry, or by groups that lie within a shard, acts on each process's own
+part. For others the tensor is gathered, and each process keeps its part of the result. Values of
+all rules with the same mesh axes are summed over the processes together, an all-reduce per axis.
+The gradient of the sum is local.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from restrain.transforms import Noise
 from restrain.transforms.sets import ByGroup
 
 Ranks: TypeAlias = tuple[tuple[Any, int], ...]
-"""The axes of a mesh of processes along which a number has to be summed to be whole; none where it is."""
+"""Axes of device meshes over which a number must be summed; empty if it is already complete."""
 
 Term: TypeAlias = tuple[Tensor, Ranks]
 
@@ -40,7 +41,7 @@ NOISE_ON_PARTS = (
 
 
 class _OverRanks(torch.autograd.Function):
-    """The sums over processes; each one's own part of the gradient is that of its own term."""
+    """Sum over processes; each process's gradient is that of its own term."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
@@ -55,17 +56,23 @@ class _OverRanks(torch.autograd.Function):
 
 
 def local(t: Any) -> Tensor:
-    """The process's own part, which lies in the memory of `t`; of any other tensor all. Differentiable."""
+    """Return the process's own part, a view of the DTensor `t`; other tensors unchanged.
+
+    Differentiable.
+    """
     return t.to_local() if is_sharded(t) else t  # type: ignore[no-any-return]
 
 
 def whole(t: Any) -> Tensor:
-    """The gathered tensor; any other one itself. Differentiable, where all processes compute the same of it."""
+    """Return the gathered tensor; other tensors unchanged.
+
+    Differentiable, if all processes compute the same from it.
+    """
     return t.full_tensor() if is_sharded(t) else t  # type: ignore[no-any-return]
 
 
 def part(full: Tensor, like: Any) -> Tensor:
-    """Of a tensor that is the same on all processes, the part that this one has of `like`."""
+    """Return this process's part, sharded as `like`, of a tensor equal on all processes."""
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -74,23 +81,23 @@ def part(full: Tensor, like: Any) -> Tensor:
 
 
 def blank(t: Tensor) -> Tensor:
-    """A tensor with the whole shape of `t`, with no values in it if `t` is sharded."""
+    """Return an uninitialised tensor with the shape of a sharded `t`; other tensors unchanged."""
     return torch.empty(t.shape, dtype=t.dtype, device=local(t).device) if is_sharded(t) else t
 
 
 def ranks_of(t: Any) -> Ranks:
-    """Over what a sum of the entries of each process's own part of `t` has to be summed."""
+    """Return the mesh axes over which a sum of the entries of own parts of `t` must be summed."""
     return tuple((t.device_mesh, axis) for axis, _ in _split(t)) if is_sharded(t) else ()
 
 
 def _split(t: Any) -> list[tuple[int, Any]]:
-    """The axes of the mesh along which a tensor is split, each with how."""
+    """Return (mesh axis, placement) for the axes along which a tensor is split."""
     sizes = t.device_mesh.shape
     return [(i, how) for i, how in enumerate(t.placements) if not how.is_replicate() and sizes[i] > 1]
 
 
 def fitted(what: Any, t: Any) -> Any:
-    """What does to a process's own part of `t` what `what` does to all; None where that takes the whole tensor."""
+    """Return `what` for a process's own part of `t`; None if it needs the whole tensor."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     if not all(leaf.by_entry or _within(leaf, t) for leaf in leaves):
         return None
@@ -98,7 +105,7 @@ def fitted(what: Any, t: Any) -> Any:
 
 
 def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
-    """What does to some rows of a tensor of this shape what `what` does to all; None where it takes more than rows."""
+    """Return `what` for a block of `rows` rows of a tensor of this shape; None if it needs more."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     for groups in [leaf.per for leaf in leaves if isinstance(leaf, GroupPenalty | ByGroup)]:
         if (
@@ -114,15 +121,15 @@ def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
 
 
 def _within(leaf: Any, t: Any) -> bool:
-    """Whether no group of it is split, if it acts by group."""
+    """Return True if a penalty or constraint acts by group and no group of `t` is split."""
     groups = leaf.per if isinstance(leaf, GroupPenalty | ByGroup) else None
     return isinstance(groups, Grouping) and _own_view(groups, t) is not None
 
 
 def _own_view(groups: Grouping, t: Any) -> tuple[int, ...] | None:
-    """The shape in which the groups of a process's own part of `t` lie along whole dims; None if any group is split.
+    """Return the grouping's view shape for a process's own part of `t`; None if a group is split.
 
-    Whether it is None doesn't depend on the process.
+    None on one process means None on all.
     """
     from torch.distributed.tensor import Shard
 
@@ -132,7 +139,7 @@ def _own_view(groups: Grouping, t: Any) -> tuple[int, ...] | None:
         if groups.lists is not None or at is None or at not in groups.keep:
             return None
         block = t.shape[dim] // max(groups.shape[at], 1)
-        if block > 1:  # its borders must be those of parts, too; these are simple where one axis of the mesh splits
+        if block > 1:  # parts must end where blocks end; computed only for a split by one mesh axis
             here = [(axis, how) for axis, how in splits if how.dim % t.dim() == dim]
             if len(here) > 1 or not isinstance(here[0][1], Shard):
                 return None
@@ -143,7 +150,7 @@ def _own_view(groups: Grouping, t: Any) -> tuple[int, ...] | None:
 
 
 def _dim_of_view(groups: Grouping, shape: tuple[int, ...], dim: int) -> int | None:
-    """The first of those dims of a grouping's view that a tensor's dim becomes; None where it has no such."""
+    """Return the first dim of the grouping's view that a tensor's dim becomes, or None."""
     if groups.shape == shape:
         return dim
     starts = [at for at in range(len(groups.shape)) if prod(groups.shape[:at]) == prod(shape[:dim])]
@@ -155,7 +162,7 @@ def _dim_of_view(groups: Grouping, shape: tuple[int, ...], dim: int) -> int | No
 
 
 def _regrouped(what: Any, view: Callable[[Grouping], tuple[int, ...]]) -> Any:
-    """The same, for groups along the same dims of a tensor in another view."""
+    """Return `what` with its groupings in another view, along the same dims."""
     if isinstance(what, Grouping):
         return dataclasses.replace(what, shape=view(what))
     if isinstance(what, tuple):
@@ -168,10 +175,10 @@ def _regrouped(what: Any, view: Callable[[Grouping], tuple[int, ...]]) -> Any:
 
 
 def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[Sequence[Any], list[Tensor], Ranks]]:
-    """For a loop around what is done in place to `p` and others of its shape.
+    """Yield (whats, tensors, ranks) to act in place on `p` and other tensors of its shape.
 
-    It gives what acts, what it acts on, and over what sums of that have to be summed: own parts if all of `whats` can
-    act there (not at all where that part is empty), else gathered tensors, whose own parts are then written back.
+    Own parts are yielded if all of `whats` can act there, unless they are empty; else gathered
+    tensors, whose own parts are written back afterwards. Sums must be summed over `ranks`.
     """
     tensors = [p, *others]
     if not is_sharded(p):
@@ -191,7 +198,10 @@ def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[S
 
 
 def own_part(what: Penalty, p: Tensor) -> tuple[Penalty, Tensor, Ranks]:
-    """What acts, on what, and over what its values have to be summed: on the process's own part if that can be."""
+    """Return (penalty, tensor, ranks) for the process's own part if possible, else gathered.
+
+    Values must be summed over `ranks`.
+    """
     if not is_sharded(p):
         return what, p, ()
     own = fitted(what, p)
@@ -199,7 +209,10 @@ def own_part(what: Penalty, p: Tensor) -> tuple[Penalty, Tensor, Ranks]:
 
 
 def value_on_part(what: Penalty, x: Tensor, p: Tensor, mean: bool) -> Tensor:
-    """The value on a process's own part of p, or that divided by the number of all entries; zero if it has none."""
+    """Return the value on a process's own part x of p; `mean`: divided by p's number of entries.
+
+    An empty part has the value zero.
+    """
     if x is p:
         return what.mean(x) if mean else what(x)
     value = what(x) if x.numel() else x.abs().sum().to(torch.promote_types(x.real.dtype, torch.float32))
@@ -207,13 +220,17 @@ def value_on_part(what: Penalty, x: Tensor, p: Tensor, mean: bool) -> Tensor:
 
 
 def value_of(what: Penalty, p: Tensor) -> Term:
-    """The value of a penalty on a parameter."""
+    """Return (value, ranks) of a penalty on a parameter."""
     own, x, ranks = own_part(what, p)
     return value_on_part(own, x, p, mean=False), ranks
 
 
 def totals(rules: Sequence[Sequence[Term]]) -> list[Tensor]:
-    """The sums of several lists of terms over all processes: one message for them all, none if all are whole."""
+    """Return the sum over all processes of each list of terms.
+
+    Terms of all lists with the same ranks are summed together, by an all-reduce per mesh axis;
+    complete terms need no communication.
+    """
     sums: list[dict[Ranks, Tensor]] = []
     for terms in rules:
         found: dict[Ranks, Tensor] = {}
@@ -232,7 +249,7 @@ def totals(rules: Sequence[Sequence[Term]]) -> list[Tensor]:
 
 
 def total(numbers: Sequence[float], like: Tensor) -> list[float]:
-    """Sums over the own parts of `like`, summed over the processes."""
+    """Return numbers computed on own parts of `like`, summed over the processes."""
     ranks = ranks_of(like)
     return [float(one) for one in totals([[(torch.tensor(one, dtype=torch.float64), ranks)] for one in numbers])]
 
@@ -241,27 +258,27 @@ def total(numbers: Sequence[float], like: Tensor) -> list[float]:
 
 
 def at_rest(model: nn.Module) -> None:
-    """Let FSDP2 put the shards back into their places, where an evaluation has left gathered weights there."""
+    """Reshard FSDP2 modules in which an evaluation has left gathered weights."""
     for module in fully_sharded(model.modules()):
         module.reshard()
 
 
 def looks(what: What) -> bool:
-    """Whether what a rule does may look at a tensor's entries when it is bound, not at its shape alone."""
+    """Return True if binding may read a tensor's entries, not only its shape."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     return not all(leaf.by_entry or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves)
 
 
 def location(at: Location, looks: bool) -> Location:
-    """Where a rule is bound; the tensor is gathered for what looks at its entries."""
+    """Return the location at which a rule is bound; `looks`: with the gathered tensor."""
     return dataclasses.replace(at, tensor=whole(at.tensor.detach())) if looks else at
 
 
 def check(rule: Rule, slot: Slot, tensor: Any) -> None:
-    """Refuse what can't be done to a sharded parameter.
+    """Refuse a rule that a sharded parameter doesn't support.
 
     Raises:
-        HowError: so it is.
+        HowError: the rule can't act on a sharded parameter, or the parameter is a pending sum.
     """
     if not is_sharded(tensor):
         return

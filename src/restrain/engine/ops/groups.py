@@ -1,6 +1,7 @@
-"""Instructions for groups that are rows: the lengths of some rows, then the rows while they are in cache.
+"""Instructions for groups that are rows: compute lengths, then change the rows in the cache.
 
-Rows are the groups of one index of a dim, or of a whole tensor, where each lies in one stretch of memory.
+Rows are groups, each contiguous in memory: the indices of one dim, or the whole tensor as one
+group.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from restrain.penalties import Penalty
 from restrain.penalties.shrink import at_least_float32
 from restrain.transforms.base import slack
 
-_PART = 4096  # entries of which squares are summed one after the other, without loss of precision
+_PART = 4096  # entries whose squares are summed sequentially, without loss of precision
 
 
 def lengths(rows: Tensor) -> Tensor:
-    """The Euclidean length of each row, without temporaries; squares may overflow or vanish."""
+    """Return the Euclidean length of each row, without temporaries.
+
+    Squares may over- or underflow."""
     parts = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in rows.split(_PART, 1)]
     length: Tensor = parts[0]
     return length if len(parts) == 1 else torch.linalg.vector_norm(torch.cat(parts, 1), dim=1, keepdim=True)
@@ -32,20 +35,20 @@ def lengths(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Σ ‖row‖₂ of a matrix of rows."""
+    """Operation Σ ‖row‖₂ of a matrix."""
 
     def slope(self, rows: Tensor) -> Tensor:
-        """Each row divided by its length; zero where that is zero."""
+        """Return each row divided by its length; zero rows stay zero."""
         size = lengths(rows)
         return rows * torch.where(size == 0, 0, 1 / size)
 
 
 @dataclass(frozen=True)
 class ShrinkRows:
-    """Each row shortened by a number, at most to zero; a row with NaN stays as it is."""
+    """Shorten each row by a number, at most to zero; a row with NaN stays unchanged."""
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
-        compiled = isinstance(numbers[0], Tensor)  # which sums many squares side by side, and knows no parts
+        compiled = isinstance(numbers[0], Tensor)  # kernels sum squares in parallel, so they need no parts
         size = torch.linalg.vector_norm(w, dim=1, keepdim=True) if compiled else lengths(w)
         scale = (1 - numbers[0] / size).clamp_min_(0)
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
@@ -56,7 +59,10 @@ class ShrinkRows:
 
 @dataclass(frozen=True)
 class FitRows:
-    """Each row scaled so that its length is between `low` and `high`; by `constraint` where a square isn't exact."""
+    """Scale each row to a length between `low` and `high`.
+
+    If squares over- or underflow, `constraint` is used instead.
+    """
 
     low: float
     high: float
@@ -76,15 +82,15 @@ class FitRows:
 
 
 def fit_of(constraint: Any) -> FitRows | None:
-    """The instruction of a constraint on the lengths of rows; None if it is another one."""
+    """Return the instruction of a constraint on row lengths; None for other constraints."""
     interval = constraint.interval
     return FitRows(interval.low, interval.high, constraint) if isinstance(interval, LengthInterval) else None
 
 
 def row_dims(what: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The dims whose indices number the groups of a penalty or constraint; None if these aren't all the same rows.
+    """Return the dims whose indices number the groups; None unless all groups are the same rows.
 
-    What acts by entry has no groups, and goes with any.
+    Penalties that act by entry have no groups, and fit any.
     """
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     found = {dims for leaf in leaves if not leaf.by_entry for dims in _dims(leaf, shape)}
@@ -92,7 +98,7 @@ def row_dims(what: Any, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _dims(leaf: Any, shape: tuple[int, ...]) -> Iterator[tuple[int, ...] | None]:
-    """Those of each of its operations on groups, or of its interval; None where groups aren't rows."""
+    """Yield the row dims of each operation on groups, or of the interval; None if not rows."""
     if isinstance(leaf, Penalty):
         declared = [one for _, one in leaf.operations or ((1.0, None),) if one is None or not one.by_entry]
     else:
@@ -104,12 +110,12 @@ def _dims(leaf: Any, shape: tuple[int, ...]) -> Iterator[tuple[int, ...] | None]
 
 
 def length_of(groups: Any) -> int:
-    """The number of entries of each group."""
+    """Return the number of entries of each group."""
     return prod([groups.shape[dim] for dim in groups.reduced])
 
 
 def length_in(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> int | None:
-    """The length of rows, one for each index of `keep`, if the memory of the tensors is such rows; else None."""
+    """Return the length of rows, one per index of `keep`; None if memory isn't such rows."""
     first = tensors[0]
     count = first.shape[keep[0]] if keep else 1
     length = first.numel() // max(count, 1)
@@ -121,7 +127,7 @@ def length_in(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> int | None:
 
 
 def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, ...] | None:
-    """The memory of tensors as rows, one for each index of `keep`; None where it isn't."""
+    """Return views of tensors as rows, one per index of `keep`; None if memory isn't such rows."""
     length = length_in(tensors, keep)
     if length is None:
         return None
@@ -129,7 +135,7 @@ def as_rows(tensors: Sequence[Tensor], keep: tuple[int, ...]) -> tuple[Tensor, .
 
 
 def put(w: Tensor, new: Tensor) -> None:
-    """w = new, but where that isn't finite and w is: one NaN of a group or matrix would make all of it NaN."""
+    """Set w = new except where only `new` isn't finite: NaN in an entry must not fill its group."""
     if w.device.type == "cpu" and isfinite(float((new.abs() if new.is_complex() else at_least_float32(new)).sum())):
         w.copy_(new)
         return

@@ -1,9 +1,11 @@
-"""What rules do in place to a tensor around a step, as data: changes, and the instructions that they are lowered to.
+"""In-place changes of a tensor around an optimizer step, as data, and their instructions.
 
-A `Change` says what is done (gradient, decay, prox, projection) by which penalty or constraint. `lower` turns changes
-into instructions and their numbers: an instruction knows what is computed, but no strength and no learning rate, so one
-serves all strengths, and compiled code takes the numbers as inputs. Here instructions are carried out by plain torch;
-backends have tables of those that they know. What can't be lowered is done by the formulas (`by_formulas`).
+A `Change` is a gradient, decay, prox or projection by a penalty or constraint. `lower` turns
+changes into instructions with scalars: an instruction says what is computed, without strengths and
+learning rates, so that one instruction serves all strengths, and compiled code takes the scalars as
+inputs. This module carries instructions out in plain torch; backends have tables of the
+instructions that they support. Changes that can't be lowered are computed by the formulas
+(`by_formulas`).
 """
 
 from __future__ import annotations
@@ -25,21 +27,21 @@ from restrain.penalties import Penalty
 from restrain.penalties.shrink import at_least_float32, shrink_entries
 from restrain.transforms import Constraint
 
-Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in code that is compiled
+Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in compiled code
 
-Tensors: TypeAlias = "tuple[Tensor, ...]"  # the weights; before a step their gradient, after it the metric's moments
+Tensors: TypeAlias = "tuple[Tensor, ...]"  # weights; gradient (before a step) or metric's moments (after it)
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a rule, or the sum of several, does to a tensor."""
+    """A change of a tensor by a rule, or by the sum of several rules."""
 
     kind: Literal["gradient", "decay", "prox", "project"]
     what: Any  # a penalty, or a constraint for "project"
 
     @cached_property
     def by_entry(self) -> bool:
-        """Whether it may be done to any part of a tensor."""
+        """True if the change can be applied to any part of a tensor alone."""
         return self.what.by_entry  # type: ignore[no-any-return]
 
     @cached_property
@@ -47,7 +49,7 @@ class Change:
         return {}
 
     def rows(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The dims by which a tensor is cut into the rows that it is done to; None if that can't be."""
+        """Return the dims whose indices number the rows of the change; None if it has no rows."""
         if shape not in self._row_dims:
             self._row_dims[shape] = row_dims(self.what, tuple(shape))
         return self._row_dims[shape]
@@ -58,7 +60,7 @@ class StepScalars:
     """Scalars of one step: learning rate, gradient scale, metric."""
 
     rate: float | Tensor = 0.0
-    scale: Tensor | None = None  # of the gradients, where a loss scaler has scaled them
+    scale: Tensor | None = None  # of the gradients, if scaled by a loss scaler
     metric: Metric = field(default_factory=lambda: Metric(0.0))
 
 
@@ -66,17 +68,17 @@ class StepScalars:
 class Batch:
     """One list of changes for tensors that share their scalars."""
 
-    changes: Sequence[Change]  # one after the other
+    changes: Sequence[Change]  # applied in this order
     scalars: StepScalars
     members: Sequence[Tensors]
 
     @cached_property
     def lowered(self) -> Lowered | None:
-        """The instructions for tensors like the first member's; None if they aren't known."""
+        """Instructions for tensors like the first member's; None if changes can't be lowered."""
         return lower(self.changes, self.scalars, self.members[0][0])
 
     def of(self, members: Sequence[Tensors]) -> Batch:
-        """The same for some of the members."""
+        """Return a batch of some of the members."""
         some = Batch(self.changes, self.scalars, members)
         if "lowered" in vars(self):
             vars(some)["lowered"] = self.lowered
@@ -84,24 +86,25 @@ class Batch:
 
     @property
     def by_entry(self) -> bool:
-        """Whether every change may be done to any part of a tensor."""
+        """True if every change can be applied to any part of a tensor alone."""
         return all(change.by_entry for change in self.changes)
 
 
-# Steps: functions of the weights, of the gradient (before an optimizer step) or the moments (after it), all in float32
-# or wider, and of their numbers. They give the new weights, which may be the old ones; gradients change in place.
+# Instructions: functions of the weights, the gradient (before an optimizer step) or moments (after
+# it), all in float32 or wider, and scalars. They return the new weights, possibly the old tensor;
+# gradients change in place.
 
 
 @dataclass(frozen=True)
 class Gradient:
-    """gradient += a sgn(w) + 2 c w + Σ s · gradient of each of the others."""
+    """gradient += a sgn(w) + 2 c w + Σ s · gradient of the others."""
 
     l1: bool
     l2: bool
-    others: tuple[Any, ...] = ()  # operations, each with its `slope`, and penalties that declare none
+    others: tuple[Any, ...] = ()  # operations with a `slope`, and penalties without operations
 
     def terms(self, w: Tensor) -> list[Callable[[], Tensor]]:
-        """What is added, each to be multiplied by a number."""
+        """Return functions that compute the terms of the sum, without their factors."""
         elastic = [w.sgn] * self.l1 + [lambda: w] * self.l2
         return elastic + [lambda one=one: slope_of(one, w) for one in self.others]
 
@@ -116,7 +119,7 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Decay:
-    """w -= the same sum; where every penalty shrinks, entries stop at zero."""
+    """w -= the sum of `Gradient`; if every penalty shrinks, entries stop at zero."""
 
     sum: Gradient
     shrinks: bool
@@ -130,7 +133,7 @@ class Decay:
 
 @dataclass(frozen=True)
 class Shrink:
-    """Entries are scaled by a number, then go towards zero by another."""
+    """Scale entries (if `scaled`), then soft-threshold them (if `soft`)."""
 
     scaled: bool
     soft: bool
@@ -143,7 +146,7 @@ class Shrink:
 
 @dataclass(frozen=True)
 class RootedShrink:
-    """The prox of a Σ|x| + c Σ|x|² with the step 1 / (√second · r + e) of each entry: see `_rooted_shrink`."""
+    """Prox of a Σ|x| + c Σ|x|², step 1 / (√second · r + e) per entry; see `_rooted_shrink`."""
 
     scaled: bool
     soft: bool
@@ -153,7 +156,7 @@ class RootedShrink:
         size = others[0].sqrt()
         if isinstance(root, Tensor):
             size = size.mul_(root).add_(eps)
-        else:  # in one pass
+        else:  # one pass
             size = torch.add(torch.full((), eps, dtype=w.dtype, device=w.device), size, alpha=root, out=size)
         w = w.mul_(size.clamp_max_(ENDLESS))
         if self.soft:
@@ -165,13 +168,13 @@ class RootedShrink:
 
 @dataclass(frozen=True)
 class Prox:
-    """The prox of a Σ|x| + c Σ|x|² + s · one other, with a step of each entry, or of all."""
+    """Prox of a Σ|x| + c Σ|x|² + s · one other penalty, with one step or a step per entry."""
 
     l1: bool
     l2: bool
     other: Penalty | None = None
-    size: Callable[..., Tensor] | None = None  # of a metric
-    counted: int = 0  # the numbers that it takes
+    size: Callable[..., Tensor] | None = None  # of the metric
+    counted: int = 0  # number of scalars of `size`
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         left = list(numbers)
@@ -190,7 +193,7 @@ class Prox:
 
 @dataclass(frozen=True)
 class Project:
-    """w = the nearest number of an interval."""
+    """w = the nearest number in an interval."""
 
     interval: Interval
 
@@ -203,14 +206,14 @@ Lowered: TypeAlias = Sequence[tuple[Instruction, Sequence[Any]]]
 
 
 def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
-    """The soft threshold; some zeros are -0.0."""
+    """Apply the soft threshold in place; some zeros are -0.0."""
     if isinstance(threshold, Tensor):
         return w.sub_(w.clamp(-threshold, threshold))
     return F.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
 
 
 def carry_out(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
-    """Do in place what was lowered, to the weights and their gradient, or to the weights by their moments."""
+    """Carry out instructions in place on (weights, gradient) or (weights, moments)."""
     w, *others = map(at_least_float32, tensors)
     new = w
     for step, numbers in lowered:
@@ -222,10 +225,10 @@ def carry_out(lowered: Lowered, tensors: Sequence[Tensor]) -> None:
 
 
 def lower(changes: Sequence[Change], scalars: StepScalars, w: Tensor) -> Lowered | None:
-    """The instructions that do this to a tensor like `w`, each with its numbers; None if they aren't known."""
+    """Return the instructions of changes for tensors like `w`, with scalars, or None."""
     half = w.dtype.itemsize < 4 and any(
         change.kind == "project" for change in changes
-    )  # a bound holds for what is rounded
+    )  # rounding could leave the interval
     if w.is_complex() or half or not (all(change.by_entry for change in changes) or rows_of(changes, w) is not None):
         return None
     try:
@@ -235,16 +238,16 @@ def lower(changes: Sequence[Change], scalars: StepScalars, w: Tensor) -> Lowered
 
 
 def rows_of(changes: Sequence[Change], w: Tensor) -> tuple[int, ...] | None:
-    """The dims by which a tensor is cut into rows for changes of which some are on rows; None if that can't be."""
+    """Return the dims that number the rows of changes, some of them by row; None if unsupported."""
     of_rows = [change for change in changes if not change.by_entry]
     if not w.is_cpu and any(change.kind == "project" for change in of_rows):
-        return None  # it looks at the lengths
+        return None  # would synchronise to read the lengths
     found = {change.rows(w.shape) for change in of_rows}
     return found.pop() if len(found) == 1 else None
 
 
 class _UnknownNumberError(Exception):
-    """A number that isn't at hand."""
+    """A scalar isn't on the CPU, isn't finite, or isn't supported."""
 
 
 def _float(number: float | Tensor) -> float:
@@ -256,22 +259,22 @@ def _float(number: float | Tensor) -> float:
 
 
 def slope_of(one: Any, w: Tensor) -> Tensor:
-    """The gradient of an operation, or of a penalty that declares none."""
+    """Return the gradient of an operation, or of a penalty without operations."""
     found: Tensor = one.gradient(w) if isinstance(one, Penalty) else one.slope(w)
     return found
 
 
 def _split(penalty: Penalty) -> tuple[float, float, list[tuple[float, Any]]]:
-    """a and c of a Σ|x| + c Σ|x|², and the other penalties with their strengths."""
+    """Return (a, c, others) of a penalty a Σ|x| + c Σ|x|² + Σ strength · other."""
     l1, l2, others = penalty.split()
     pairs = [(_float(strength), other) for strength, other in others]
     return _float(l1), _float(l2), [pair for pair in pairs if pair[0]]
 
 
 def _declared(strength: float, penalty: Penalty) -> list[tuple[float, Any]]:
-    """The operations that a penalty declares, with their strengths; the penalty itself where it declares none.
+    """Return (strength, operation) pairs of a penalty; the penalty itself if it declares none.
 
-    A length is that of a row, where groups are rows.
+    The Euclidean length of a group becomes that of a row.
     """
     terms = penalty.operations
     if terms is None or any(isinstance(one, Function) for _, one in terms):
@@ -329,7 +332,7 @@ def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
         elif other is not None:
             last = [(Prox(False, False, other), (rest, strength))]
         return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
-    if by_length:  # with steps that differ within a group
+    if by_length:  # steps would differ within a group
         raise _UnknownNumberError
     sizes = tuple(map(_float, metric.numbers))
     if not (l1 or l2 or strength):
@@ -341,16 +344,16 @@ def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
 
 
 def _by_length(penalty: Penalty | None) -> float:
-    """The factor of the length of each row, where a penalty is a sum of these; else 0."""
+    """Return the factor of the row length if the penalty is a multiple of Σ‖row‖₂, else 0."""
     found = [] if penalty is None else _declared(1.0, penalty)
     return float(found[0][0]) if [type(one) for _, one in found] == [Lengths] else 0.0
 
 
 def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) -> Lowered:
-    """With the size s = √second / root + eps and the step t = scale / s of an entry.
+    """Return `RootedShrink` with scalars, for s = √second / root + eps and the step t = scale / s.
 
-    The soft threshold of x at a t, divided by 1 + 2 c t, is that of s x at a scale, divided by s + 2 c scale. No step
-    is longer than ENDLESS, so no s is below scale / ENDLESS.
+    The soft threshold of x at a t, divided by 1 + 2 c t, equals that of s x at a scale, divided by
+    s + 2 c scale. Steps are at most ENDLESS, so s is at least scale / ENDLESS.
     """
     eps = max(eps, scale / ENDLESS)
     numbers = (1 / root, eps) + (l1 * scale,) * (l1 > 0) + (2 * l2 * scale,) * (l2 > 0)
@@ -378,9 +381,9 @@ _LOWER: dict[str, Callable[[Any, StepScalars], Lowered]] = {
 
 
 def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequence[Tensor]) -> None:
-    """Do in place what the changes say, by the formulas, to tensors as `carry_out` takes them.
+    """Apply changes in place by the formulas, to tensors as `carry_out` takes them.
 
-    Entries that are NaN don't spread; see `put`.
+    NaN entries don't spread; see `put`.
     """
     w, *others = tensors
     for change in changes:
@@ -398,7 +401,7 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
 
 
 def decayed(w: Tensor, penalty: Penalty, rate: float | Tensor) -> Tensor:
-    """w - rate · gradient of the penalty at w; entries that a penalty shrinks stop at zero."""
+    """Return w - rate · gradient of the penalty at w; entries stop at zero if it shrinks."""
     wide = at_least_float32(w)
     new = (penalty.gradient(wide) * -rate).add_(wide)
     if not all(leaf.shrinks for _, leaf in penalty.leaves()):
