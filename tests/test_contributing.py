@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("src", "tests", "docs", "pyproject.toml", "README.md", "DESIGN.md", "CONTRIBUTING.md")
+COPIED = ("src", "tests", "docs", "pyproject.toml", "README.md", "DESIGN.md", "CONTRIBUTING.md", "conftest.py")
 TESTS = ("tests/test_matrix.py", "tests/test_docs.py", "tests/test_architecture.py")
 
 
