@@ -58,7 +58,7 @@ class Reparametrization(Transform, register=False):
         """
 
     def to_free(self, w: Tensor) -> Tensor:
-        """Return the initial v for a weight w: from_free(v) is w, or near w if w can't be reached."""
+        """Return the initial v for a weight w; from_free(v) is w, or near w if w is unreachable."""
         return w
 
     def learned(self, w: Tensor) -> dict[str, Tensor]:

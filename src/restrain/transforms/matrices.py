@@ -56,7 +56,7 @@ class _OfMatrix(Constraint, register=False):
         return self._changed(s, 0.0)
 
     def slopes(self, s: Tensor, f: Tensor) -> Tensor:
-        """Return (f_i - f_j) / (s_i - s_j) for coinciding s: true if f keeps them, false if f cuts."""
+        """Return (f_i - f_j) / (s_i - s_j) for equal s: true if f keeps them, false if f cuts."""
         return f == s
 
     def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:

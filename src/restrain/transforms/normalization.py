@@ -33,7 +33,7 @@ class _Table(Protocol):
 
 
 class _Scaling(nn.Module):
-    """z = (x - shift) / size per feature; shift and size are learned from data, as named buffers."""
+    """z = (x - shift) / size per feature; shift and size, learned from data, are named buffers."""
 
     names: ClassVar[tuple[str, str]]  # buffers of shift and size
     feature_names_in_: tuple[str, ...] | None = None
