@@ -270,7 +270,7 @@ class Fixed(Constraint):
     def bound_to(self, at: Location) -> Constraint:
         w = at.tensor.detach()
         values = w if self.values is None else _spread("values", self._numbers, w).to(w.dtype)
-        return _Held(self, self._mask(w).clone(), values.clone())
+        return _FixedEntries(self, self._mask(w).clone(), values.clone())
 
     def project(self, w: Tensor) -> Tensor:
         if self.values is None:
@@ -297,7 +297,7 @@ class Fixed(Constraint):
         )
 
 
-class _Held(Constraint, register=False):
+class _FixedEntries(Constraint, register=False):
     """Entries of a parameter that keep their values: the bound form of `Fixed`."""
 
     convex = True

@@ -302,14 +302,14 @@ class _Moments:
         """Return the moments of a block without its NaN, computed in two passes."""
         shape = block.shape[-1:] if block.dim() > 1 else ()
         rows = block.flatten(0, -2) if shape else block
-        there = ~rows.isnan()
-        count = there.sum(0).double()
+        present = ~rows.isnan()
+        count = present.sum(0).double()
         mean = rows.nan_to_num(nan=0.0).sum(0) / count.clamp(min=1)
-        distance = torch.where(there, rows - mean, 0.0)
+        distance = torch.where(present, rows - mean, 0.0)
         rest = distance.sum(0) / count.clamp(min=1)  # rounding error of the mean
         inf = torch.tensor(torch.inf, dtype=torch.float64)
-        low, high = torch.where(there, rows, inf).amin(0), torch.where(there, rows, -inf).amax(0)
-        return cls(count, mean + rest, (distance - rest).where(there, 0.0).square().sum(0), low, high)
+        low, high = torch.where(present, rows, inf).amin(0), torch.where(present, rows, -inf).amax(0)
+        return cls(count, mean + rest, (distance - rest).where(present, 0.0).square().sum(0), low, high)
 
     def joined(self, other: _Moments) -> _Moments:
         """Return the moments of both together (Chan, Golub and LeVeque, 1983)."""

@@ -187,10 +187,10 @@ def _check_proximal(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> 
     together: dict[str, list[Penalty]] = {}
     measured = set[str]()
     for bound in bounds:
-        held = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
-        for name, what in held:
+        pairs = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
+        for name, what in pairs:
             together.setdefault(name, []).append(what)
-        holders = {id(holder): holder for name, _ in held if (holder := standing[name].holder) is not None}
+        holders = {id(holder): holder for name, _ in pairs if (holder := standing[name].holder) is not None}
         own = {type(holder).__name__ for holder in holders.values() if not known(holder)}
         if own:
             bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(own))} are measured"]

@@ -118,8 +118,8 @@ class _Known:
         for group in groups:
             size += len(group["params"])
         if size != self._size:
-            held = {id(p) for group in groups for p in group["params"]}
-            self._size, self._trains = size, any(id(p) in held for p in root.parameters())
+            ids = {id(p) for group in groups for p in group["params"]}
+            self._size, self._trains = size, any(id(p) in ids for p in root.parameters())
         return self._trains
 
     def rests(self) -> bool:

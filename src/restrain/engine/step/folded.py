@@ -221,7 +221,7 @@ class _Seen:
     """Cached bundles of tasks, with the state that they depend on."""
 
     def __init__(self, optimizer: Optimizer, tasks: Sequence[Task]) -> None:
-        self._jobs = tasks
+        self._tasks = tasks
         self.bundles = [bundle for task in tasks if plain(task.group) for bundle in _bundles(optimizer, task)]
         done = {id(p) for bundle in self.bundles for p in bundle.parameters}
         left = [p for group in optimizer.param_groups for p in _left(group, done)]
@@ -237,7 +237,7 @@ class _Seen:
         """Return True if the bundles are valid at a later step."""
         return (
             self._whole
-            and tasks is self._jobs
+            and tasks is self._tasks
             and all(plain(task.group) for task in tasks)
             and all(bundle.stands(optimizer) for bundle in self.bundles)
             and list(map(Tensor.data_ptr, self._left)) == self._places
