@@ -58,8 +58,7 @@ def attach(
     """Bind a plan and the rules declared by layers to a model and its optimizer.
 
     Args:
-        model: any module; a wrapper (compiled, DDP) is replaced by the module inside. It isn't
-            wrapped or changed.
+        model: any module, also inside wrappers (compiled, DDP). It isn't wrapped or changed.
         plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
         optimizer: the optimizer that trains the model, a list of them, or None if no rule acts at
             the optimizer's step.
@@ -73,7 +72,7 @@ def attach(
     Raises:
         SelectionError: a rule matches nothing.
         HowError, OptimizerError, NoProxError: a rule that can't be carried out as written.
-        PlanError: the plan is empty; another `compile`.
+        PlanError: nothing to attach; an invalid `compile`.
 
     >>> model = nn.Linear(3, 2)
     >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:

@@ -35,7 +35,8 @@ from restrain.penalties import Penalty
 from restrain.torch_private import standalone_compile
 
 COST = 2 * 10**10  # entries × steps: estimate of the work that outweighs the seconds of compiling
-_ENTRIES, _ROWS = (70001,), (307, 233)  # example sizes without small factors, so that inductor assumes no divisibility
+# sizes without small factors: inductor assumes no divisibility
+_ENTRIES, _ROWS = (70001,), (307, 233)
 
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
