@@ -31,7 +31,7 @@ class What:
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = cls.__repr__  # a dataclass then writes no __repr__
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass then writes none
         registry.register(cls, (cls.__name__.lower(), *cls.keywords) if register else ())
 
     def __repr__(self) -> str:

@@ -99,7 +99,8 @@ class Parametrized:
         module, order = what.parametrization(w), list(owner._parameters)
         parametrize.register_parametrization(owner, handle.attribute, module)
         _orders.setdefault(module, order)
-        type(owner).__reduce_ex__ = _reduce_plain  # a class made by torch for this owner
+        # the class was made by torch for this owner
+        type(owner).__reduce_ex__ = _reduce_plain  # type: ignore[assignment]
         self._done.append(_Done(handle, module, order))
 
     @torch.no_grad()
