@@ -30,7 +30,7 @@ matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes
 	$(PYTEST) tests/test_everywhere.py --outcomes $(CURDIR)/build/outcomes.jsonl
 	$(PY) docs/matrix.py build/outcomes.jsonl
 
-BENCH := rules steps attach scaling fit structured
+BENCH := rules steps attach scaling fit structured ablations
 bench: .venv/.bench  ## measure speed on a quiet machine, under 20 minutes; rewrites docs/benchmarks.md
 	@rm -rf build/bench
 	@set -e; for name in $(BENCH); do \
