@@ -111,14 +111,14 @@ def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> 
         HowError: a `how` that is impossible for a tensor.
     """
     shards.at_rest(model)
-    index = _ModelIndex(model)
+    there = _There(model)
     bounds: dict[str, Bound] = {}
     for rule in rules:
         label = key = rule.label
         number = 2
         while key in bounds:
             key, number = f"{label} #{number}", number + 1
-        bounds[key] = _bind(Bound(rule, key, compile), index)
+        bounds[key] = _bind(Bound(rule, key, compile), there)
         _check_network(bounds[key], model)
     _check_parametrized(list(bounds.values()))
     return list(bounds.values())
@@ -140,7 +140,7 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
             yield site, noise, not (bound.rule.optional or site.name in penalised)
 
 
-class _ModelIndex:
+class _There:
     """Index of a model during binding: each selection and each tensor is looked up once."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -257,25 +257,25 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
                 )
 
 
-def _bind(bound: Bound, index: _ModelIndex) -> Bound:
+def _bind(bound: Bound, there: _There) -> Bound:
     rule = bound.rule
     _check_declared(rule.what)
-    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, index.device))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, there.device))
     if isinstance(rule.where, Places):
-        targets = _targets(rule, rule.where, index)
+        targets = _targets(rule, rule.where, there)
         bound.points = targets.points
         if isinstance(rule.what, Penalty):
-            bound.penalty_recorders = _penalty_recorders(bound, index)
+            bound.penalty_recorders = _penalty_recorders(bound, there)
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
-            _bind_derivative(bound, targets, index)
+            _bind_derivative(bound, targets, there)
         return bound
-    chosen = index.chosen(rule.where, rule.optional)
-    bound.parameters = _resolved(rule, bound.what, chosen, index)
+    chosen = there.chosen(rule.where, rule.optional)
+    bound.parameters = _resolved(rule, bound.what, chosen, there)
     if rule.how == "forward":
         pairs = zip(chosen.slots, bound.parameters, strict=True)
         bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
-    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, index)
+    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
     bound.output_recorders = (
         [Recorder(bound.key, point, rule.optional) for point in outputs.points] if outputs is not None else []
     )
@@ -284,18 +284,18 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     return bound
 
 
-def _penalty_recorders(bound: Bound, index: _ModelIndex) -> list[PenaltyRecorder]:
-    model = index.layers[0].module
+def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
+    model = there.layers[0].module
     mean = bound.rule.reduce == "mean"
     weight = 1 / len(bound.points) if mean and bound.points else 1.0
     what = bound.what.bound_in(model)
     for place in {point.place for point in bound.points if point.place.padded}:
         masks.check(place, what, model)
     activities = [moving.activity for moving in bound.moving if moving.activity is not None]
-    empty, optional = blank(index.device), bound.rule.optional
+    empty, optional = blank(there.device), bound.rule.optional
     strength, known = 1.0, dict[int, PenaltyRecorder]()
     if same := _same_anywhere(what, "bound_at_place"):
-        strength, what, known = index.shared(what, mean, optional, bound.moving)
+        strength, what, known = there.shared(what, mean, optional, bound.moving)
     at_place = AtPlace(what, bound.compile)
     penalty_recorders = []
     for point in bound.points:
@@ -309,9 +309,9 @@ def _penalty_recorders(bound: Bound, index: _ModelIndex) -> list[PenaltyRecorder
     return penalty_recorders
 
 
-def _bind_derivative(bound: Bound, at: _Targets, index: _ModelIndex) -> None:
+def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
     what: OnDerivatives = bound.what
-    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, index)
+    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, there)
     by = targets.points
     if any(point.place.via is not None for point in by):
         raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
@@ -341,8 +341,8 @@ def _check_caught(target: Target) -> None:
         )
 
 
-def _targets(rule: Rule, where: Places, index: _ModelIndex) -> _Targets:
-    targets = index.targets(where, rule.optional)
+def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
+    targets = there.targets(where, rule.optional)
     for target in targets.found if not isinstance(rule.what, Penalty) else ():
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
@@ -359,17 +359,17 @@ def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
-def _resolved(rule: Rule, what: What, chosen: _Chosen, index: _ModelIndex) -> list[tuple[Handle, Any]]:
+def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
     """Return (handle, bound what) per parameter; ordinary parameters need no checks."""
     anywhere, looks = _same_anywhere(what), shards.looks(what)
     if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
-        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, index)) for slot in chosen.slots]
+        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
     if anywhere:
         return [(slot.handle, what) for slot in chosen.slots]
-    return [(slot.handle, what.bound_to(shards.location(index.location(slot), looks))) for slot in chosen.slots]
+    return [(slot.handle, what.bound_to(shards.location(there.location(slot), looks))) for slot in chosen.slots]
 
 
-def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, index: _ModelIndex) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
     """Return the penalty or transform with axes resolved for a parameter, after checks."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -386,7 +386,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, in
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    tensor = index.location(slot).tensor
+    tensor = there.location(slot).tensor
     shards.check(rule, slot, tensor)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(
@@ -401,7 +401,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, in
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    bound = what if anywhere else what.bound_to(shards.location(index.location(slot), looks))
+    bound = what if anywhere else what.bound_to(shards.location(there.location(slot), looks))
     if tensor.is_meta and bound.state():
         raise HowError(
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"

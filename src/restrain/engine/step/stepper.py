@@ -174,20 +174,18 @@ class Stepper:
         With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
         fails. `rest` keeps the other parameters.
         """
-        worklist, fold = self._worklist.by(optimizer), None
+        held, fold = self._worklist.by(optimizer), None
         if rest is not None:
             fold = self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
-        value = self._before(optimizer, worklist, kinds, with_value)
+        value = self._before(optimizer, held, kinds, with_value)
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
         return value
 
-    def _before(
-        self, optimizer: Optimizer, worklist: Sequence[Member], kinds: tuple[str, ...], with_value: bool
-    ) -> Tensor:
+    def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        for work, p, _ in worklist if self._noisy and "gradient" in kinds else ():
+        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
             if p.grad is not None:
                 self._add_noise(work, p.grad, scale)
         moves = "decoupled" in kinds and real_step(optimizer)
@@ -213,12 +211,12 @@ class Stepper:
             batches.append(Batch(changes, StepScalars(task.group["lr"], scale), tensors))
         self._act(batches)
         if moves and self._looks:
-            self._remember(worklist, scale)
+            self._remember(held, scale)
         return totals([values])[0]
 
-    def _remember(self, worklist: Sequence[Member], scale: Tensor | None) -> None:
+    def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
         """Store weights and gradients before the step, for metrics that need them."""
-        for work, p, group in worklist:
+        for work, p, group in held:
             if work.proximal and p.grad is not None and group["lr"] != 0:
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
@@ -263,15 +261,15 @@ class Stepper:
 
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:
-        worklist = self._worklist.by(optimizer)
-        metrics = self._metrics(optimizer, worklist)
+        held = self._worklist.by(optimizer)
+        metrics = self._metrics(optimizer, held)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
                 changes = [change for change in task.changes if metric is not None or change.kind == "project"]
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
-        for work, p, _ in [one for one in worklist if one[0].project]:
+        for work, p, _ in [one for one in held if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
@@ -279,7 +277,7 @@ class Stepper:
         if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
             self._warn_of_empty()
 
-    def _metrics(self, optimizer: Optimizer, worklist: Sequence[Member]) -> dict[int, Metric]:
+    def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """Return metrics of moved parameters with proximal rules, also if no rule is due.
 
         Metrics with state must be updated at each step.
@@ -287,7 +285,7 @@ class Stepper:
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
-        for work, p, group in worklist:
+        for work, p, group in held:
             if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
                 continue
             if grad.is_sparse:

@@ -142,9 +142,9 @@ def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _tasks(found: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Task]:
+def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Task]:
     tasks: dict[Any, Task] = {}
-    for work, p, group in found:
+    for work, p, group in held:
         changes = [change for kind in kinds for change in _changes(work, kind, step)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
