@@ -553,7 +553,7 @@ class Sum(Total[Penalty], _Combined, register=False):
         )
 
     def _others(self) -> tuple[list[tuple[Any, Penalty]], list[tuple[Any, Penalty]]]:
-        """Return the terms that are no sum of |x| and |x|²; apart from these, such sums with weights, if both are there."""
+        """Return (others, weighted): the terms that aren't a Σ|x| + c Σ|x|², those with weights apart if they help."""
         others = self.split()[2]
         weighted = [pair for pair in others if pair[1].weighs_elastic]
         rest = [pair for pair in others if not pair[1].weighs_elastic]

@@ -285,7 +285,8 @@ def _shrink(step: Shrink, numbers: Sequence[str]) -> Iterator[str]:
         yield f"w *= {numbers[0]};"
     if step.soft:
         yield _soft(numbers[-1])
-    yield "w = w == 0 ? 0 : w;"  # -0.0 becomes +0.0; of a product plus 0, a compiler makes one operation, which gives -0.0
+    # -0.0 becomes +0.0; "+ 0" wouldn't do: fused with the product, it gives -0.0 where that vanishes
+    yield "w = w == 0 ? 0 : w;"
 
 
 def _rooted(step: RootedShrink, numbers: Sequence[str]) -> Iterator[str]:
@@ -386,7 +387,7 @@ static inline void $name(const entry *restrict e, int64_t count, double *sums) {
 }
 """)
 
-# The length of a row: the root of its sum of squares; again in double, by the greatest entry, where that is out of range.
+# Length of a row: the root of its sum of squares; if out of range, again in double, by the greatest entry.
 _LENGTH = """
 static double length_of(const entry *e, int64_t count, double square) {
   double peak = 0;
