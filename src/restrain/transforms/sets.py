@@ -198,7 +198,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     x = groups.view(wide(w))
     if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
         inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
-        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w)
+        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w) + 0.0
     unit, norms = _lengths(x, groups)
     length = unit * norms
     inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
@@ -208,7 +208,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     # divide by the greatest entry first, so that no square overflows or vanishes
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
-    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
+    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w) + 0.0  # -0.0 becomes +0.0
 
 
 def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:

@@ -183,7 +183,7 @@ _TERMS: dict[type[Operation], tuple[str, str]] = {
         "CUT({s}, DELTA) * ({s} - CUT({s}, DELTA) / 2)",
         "({x} < -DELTA ? -DELTA : CUT({x}, DELTA))",
     ),
-    Length: ("{x} * {x}", "{x}"),  # the summands of the squared length
+    Length: ("{x} * {x}", "({x} / size)"),  # of a row of length `size`, the term of its square
 }
 
 
@@ -221,7 +221,7 @@ def stages(lowered: Lowered) -> Stages | None:
             if type(step) in _ROWS:
                 found.append(_ROWS[type(step)](step, names, size))
             elif _has_lengths(step):
-                found.append((_inverse(size), "1", "\n".join(_STATEMENTS[type(step)](step, names, size))))
+                found.append((_bottom(size), "1", "\n".join(_STATEMENTS[type(step)](step, names, size))))
             else:
                 row, changes, entry = found.pop() if found and found[-1][1] == "1" else ("", "1", "")
                 found.append((row, changes, "\n".join([entry, *_STATEMENTS[type(step)](step, names)])))
@@ -259,7 +259,7 @@ def _terms(step: Gradient, numbers: Sequence[str], size: str = "") -> Iterator[s
     slopes = ["SGN(w)"] * step.l1 + ["w"] * step.l2
     for other in step.others:
         if isinstance(other, Lengths):
-            slopes.append(f"(w * inverse_{size})")
+            slopes.append(f"(w / bottom_{size})")
         else:
             slopes.append(f"({_term(other)[1].format(x='w', s='ABS(w)')})")
     for number, slope in zip(numbers, slopes, strict=True):
@@ -286,7 +286,8 @@ def _shrink(step: Shrink, numbers: Sequence[str]) -> Iterator[str]:
         yield f"w *= {numbers[0]};"
     if step.soft:
         yield _soft(numbers[-1])
-        yield "w += 0;"  # -0.0 becomes +0.0
+    # -0.0 becomes +0.0; "+ 0" wouldn't do: fused with the product, it gives -0.0 where that vanishes
+    yield "w = w == 0 ? 0 : w;"
 
 
 def _rooted(step: RootedShrink, numbers: Sequence[str]) -> Iterator[str]:
@@ -318,10 +319,10 @@ _STATEMENTS: dict[type, Any] = {
 # Rows: statements on the row, the condition for changes, statements on entries
 
 
-def _inverse(size: str) -> str:
-    least = "(sizeof(wide) == 4 ? 1e-35 : 1e-300)"  # smallest length whose inverse is finite
+def _bottom(size: str) -> str:
+    """C of a row's length as a divisor: 1 for a row of zeros. Its inverse could be beyond all numbers."""
     return f"""const double {size} = length_of(a0, length);
-        const wide inverse_{size} = (wide)({size} < {least} ? 0 : 1 / {size});"""
+        const wide bottom_{size} = (wide)({size} == 0 ? 1 : {size});"""
 
 
 def _shrink_row(step: ShrinkRows, numbers: Sequence[str], size: str) -> tuple[str, str, str]:
@@ -387,6 +388,19 @@ static inline void $name(const entry *restrict e, int64_t count, double *sums) {
 }
 """)
 
+# Length of a row: the root of its sum of squares; if out of range, again in double, by the greatest entry.
+_LENGTH = """
+static double length_of(const entry *e, int64_t count, double square) {
+  double peak = 0;
+  if (square != square || (square > 1e-24 && square < 1e30)) return sqrt(square);
+  for (int64_t i = 0; i < count; i++) { double x = fabs((double)LOAD(e[i])); peak = x > peak ? x : peak; }
+  if (peak == 0 || peak - peak != 0) return peak;
+  square = 0;
+  for (int64_t i = 0; i < count; i++) { double x = (double)LOAD(e[i]) / peak; square += x * x; }
+  return peak * sqrt(square);
+}
+"""
+
 _RUN = Template("""
 static void value(const entry *e, int64_t count, int64_t width, double *sums) {
   $value
@@ -436,13 +450,14 @@ _LENGTHS = (
     Template("""for (; count > 0; count -= width, e += width) {
     double own[TERMS] = {0};
     add(e, width, own);
-    own[$at] = sqrt((double)width) * sqrt(own[$at]);
+    own[$at] = sqrt((double)width) * length_of(e, width, own[$at]);
     for (int t = 0; t < TERMS; t++) sums[t] += own[t];
   }"""),
     Template(f"""for (; count > 0; count -= width, e += width, o += width) {{
     double square = 0;
     add_squares(e, width, &square);
-    const wide f$at = square == 0 ? 0 : (wide)(factors[$at] * sqrt((double)width) / sqrt(square));
+    const double length = length_of(e, width, square);
+    const wide size = (wide)(length == 0 ? 1 : length), f$at = (wide)(factors[$at] * sqrt((double)width));
     {_PUT}
   }}"""),
 )
@@ -481,7 +496,7 @@ def _source(terms: tuple[Operation, ...], dtype: torch.dtype) -> str:
     value, gradient = [text.substitute(inner) for text in (_ENTRIES if at is None else _LENGTHS)]
     factors = [f"const wide f{t} = (wide)factors[{t}];" for t in range(len(terms)) if t != at]
     run = _RUN.substitute(value=value, gradient=gradient, factors=" ".join(factors))
-    squares = "" if at is None else _adding("add_squares", ["x * x"])
+    squares = "" if at is None else _adding("add_squares", ["x * x"]) + _LENGTH
     wide = "double" if dtype == torch.float64 else "float"
     return f"typedef {wide} wide;\n{PRELUDE}{head}{_adding('add', values)}{squares}{run}"
 
