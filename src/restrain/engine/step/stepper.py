@@ -39,6 +39,7 @@ from restrain.engine.step.folded import Folding, stand_in
 from restrain.engine.step.projection import hold, single
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
 from restrain.torch_private import step_hooks
@@ -124,6 +125,11 @@ class Stepper:
         """Take the hooks off the optimizer."""
         for handle in self._handles:
             handle.remove()
+
+    def renew(self) -> None:
+        """Look again for all parameters, after `works` has changed."""
+        self._worklist.forget()
+        self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Whether nobody's hooks come between ours, so that nobody can tell when a step was done."""
@@ -312,5 +318,5 @@ class Stepper:
                     f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in changes]}: "
                     "the layer gives nothing but its bias; a smaller strength would keep some of it",
                     RestrainWarning,
-                    stacklevel=2,
+                    stacklevel=level_of_caller(),
                 )
