@@ -36,7 +36,7 @@ def main():
 
         whole, look = least(step), least(Structure(model).changed)
         print(
-            f"200 layers of {width}: step {whole * 1e3:.2f} ms, two looks {look * 2e3:.3f} ms, {2 * look / whole:.2%}"
+            f"200 layers of {width}: step {whole * 1e3:.2f} ms, two looks {look * 2e3:.2f} ms, {2 * look / whole:.2%}"
         )
 
 

@@ -170,7 +170,7 @@ class Attachment:
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
         self._works += self._rules_at_steps(model)
-        join(self, self._works, model)
+        join(self, self._works, model, optimizers)
         if self._works:
             folds = not self._strengths.by_gradients
             self._steppers = [Stepper(one, self._works, self._model_at_step, compile, folds) for one in optimizers]
