@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
-from restrain.fields import is_number
+from restrain.fields import is_number, level_of_caller
 from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
@@ -65,7 +65,7 @@ class NonNegative(Constraint):
                 f"{int(outside.sum())} of {w.numel()} entries are zero or negative; how='parametrize' keeps them "
                 f"above zero by softplus, so they begin at {least:.3g}. For exact zeros use how='project'",
                 RestrainWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
             w = torch.where(outside, least, w)
         return w + torch.log(-torch.expm1(-w))

@@ -317,7 +317,7 @@ def test_a_layer_that_was_taken_out_of_the_model_is_missed():
     model = make()
     reg = rs.attach(model, rs.L2().on("2.weight"))
     del model[2]
-    with pytest.raises(rs.errors.DetachedError, match=r"'2.weight' is gone"):
+    with pytest.raises(rs.errors.DetachedError, match=r"'2.weight' selects no parameter"):
         reg.penalty()
 
 

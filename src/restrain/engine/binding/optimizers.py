@@ -15,6 +15,7 @@ from restrain.engine.binding.binding import Bound
 from restrain.engine.ops import diagonal, known, looks_before
 from restrain.engine.step import total
 from restrain.errors import HowError, NoProxError, OptimizerError, PlanError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.named_tensors import is_sharded
 from restrain.penalties import Penalty
 
@@ -230,4 +231,4 @@ def _check_prox(name: str, p: Tensor, penalty: Penalty, optimizer: Optimizer) ->
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RestrainWarning, stacklevel=6)  # the caller of attach
+    warnings.warn(message, RestrainWarning, stacklevel=level_of_caller())

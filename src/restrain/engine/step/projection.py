@@ -17,6 +17,7 @@ from torch import Tensor
 from restrain.engine.distributed import acting, local, total
 from restrain.engine.ops import put
 from restrain.errors import HowError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
 from restrain.transforms.base import Constraint, slack
@@ -100,7 +101,7 @@ def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any]) -> None:
         found, apart = nearest(w, acts)
         put(w, found)
         if apart > _APART:
-            warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=2)
+            warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=level_of_caller())
         for average in averages:
             for (rule, _), constraint in zip(timed, acts, strict=True):
                 if rule.momentum == "tangent":

@@ -35,11 +35,13 @@ from restrain.engine.distributed import (
     totals,
     value_of,
 )
-from restrain.engine.ops import Batch, Metric, StepScalars, Taken, Tensors, common, looks_before, metric_of
-from restrain.engine.step.folded import Folding, stand_in
+from restrain.engine.ops import Batch, Change, Metric, StepScalars, Taken, Tensors, common, looks_before, metric_of
+from restrain.engine.step.folded import Fold, Folding, stand_in
 from restrain.engine.step.projection import hold, single
+from restrain.engine.step.unfinished import Again, Made, Unfinished
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
 from restrain.torch_private import step_hooks
@@ -94,6 +96,26 @@ def _by_metric(
     return alike.values()
 
 
+def _unmade(
+    changes: list[Change],
+    scalars: StepScalars,
+    members: Sequence[tuple[nn.Parameter, Tensor]],
+    standing: Collection[tuple[str, int]],
+) -> list[Batch]:
+    """The changes to be made to parameters before the update, without those that an interrupted step has made."""
+    if not standing:
+        adds = any(
+            change.kind == "gradient" for change in changes
+        )  # else gradients need be neither gathered nor copied
+        return [Batch(changes, scalars, [(p, grad) if adds else (p,) for p, grad in members])]
+    batches = []
+    for p, grad in members:
+        done = {kind for kind, tensor in (("gradient", grad), ("decay", p)) if (kind, id(tensor)) in standing}
+        left = [change for change in changes if change.kind not in done]
+        batches.append(Batch(left, scalars, [(p, grad) if "gradient" not in done else (p,)]))
+    return batches
+
+
 _ALL = ("gradient", "decoupled", "proximal", "project")
 
 
@@ -114,6 +136,7 @@ class Stepper:
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters folded in this step
+        self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
         self._noisy = any(work.noise for work in works)
@@ -127,6 +150,11 @@ class Stepper:
         """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
+
+    def renew(self) -> None:
+        """Rebuild the list of parameters, after `works` has changed."""
+        self._worklist.forget()
+        self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Return True if no foreign hook is between ours and the step, so folding is unseen."""
@@ -174,45 +202,56 @@ class Stepper:
         With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
         fails. `rest` keeps the other parameters.
         """
-        held, fold = self._worklist.by(optimizer), None
+        held = self._worklist.by(optimizer)
+        fold: Fold | Again | None = None
         if rest is not None:
-            fold = self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
+            again = self._unfinished.fold
+            fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
+            self._unfinished.note_fold(fold, rest.param_groups)
         return value
 
     def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
-            if p.grad is not None:
-                self._add_noise(work, p.grad, scale)
+        standing = self._unfinished.standing()  # of an interrupted step, which is called again
+        made = [Made("gradient", self._add_noises(held, scale, standing))] if "gradient" in kinds else []
         moves = "decoupled" in kinds and real_step(optimizer)
         batches = []
         for task in self._worklist.tasks(kinds, self.steps):
             members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(task.members)
-            changes = (
-                task.changes
-                if moves and task.group["lr"] != 0
-                else [change for change in task.changes if change.kind == "gradient"]
-            )
-            adds = any(
-                change.kind == "gradient" for change in changes
-            )  # else gradients are neither gathered nor copied
+            adds = [change for change in task.changes if change.kind == "gradient"]
+            decays = moves and task.group["lr"] != 0
             if with_value:
-                values += [
-                    value_of(change.what, p) for p, _ in members for change in changes if change.kind == "gradient"
-                ]
+                values += [value_of(change.what, p) for p, _ in members for change in adds]
             left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
-            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
-            batches.append(Batch(changes, StepScalars(task.group["lr"], scale), tensors))
+            scalars, changes = StepScalars(task.group["lr"], scale), task.changes if decays else adds
+            batches += _unmade(changes, scalars, left, standing)
+            made += [Made("gradient", [grad for _, grad in left])] if adds else []
+            made += [Made("decay", [p for p, _ in left])] if len(changes) > len(adds) else []
         self._act(batches)
+        for one in made:
+            one.look()
+        self._unfinished.note(made, ("gradient", "decay") if "decoupled" in kinds else ("gradient",))
         if moves and self._looks:
             self._remember(held, scale)
         return totals([values])[0]
+
+    def _add_noises(
+        self, held: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
+    ) -> list[Tensor]:
+        """Add noise to gradients; return these."""
+        if not self._noisy:
+            return []
+        grads = [(work, grad) for work, p, _ in held if work.noise and (grad := p.grad) is not None]
+        for work, grad in grads:
+            if ("gradient", id(grad)) not in standing:
+                self._add_noise(work, grad, scale)
+        return [grad for _, grad in grads]
 
     def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
         """Store weights and gradients before the step, for metrics that need them."""
@@ -256,7 +295,10 @@ class Stepper:
         """Apply prox, then projection, to every parameter that the step moved."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
-        if not nested(optimizer) and real_step(optimizer):
+        if nested(optimizer):
+            return
+        self._unfinished.end()
+        if real_step(optimizer):
             self._after(optimizer)
 
     @uncollected()
@@ -318,5 +360,5 @@ class Stepper:
                     f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in changes]}: "
                     "the layer gives nothing but its bias; a smaller strength would keep some of it",
                     RestrainWarning,
-                    stacklevel=2,
+                    stacklevel=level_of_caller(),
                 )

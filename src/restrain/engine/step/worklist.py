@@ -61,9 +61,10 @@ class Worklist:
     def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module]) -> None:
         self.works, self.root = works, root
         self.sharded = False  # some parameters may be sharded
-        self._forget()
+        self.forget()
 
-    def _forget(self, gone: object = None) -> None:
+    def forget(self, gone: object = None) -> None:
+        """Rebuild the list at the next step."""
         self._seen: Any = None
         self._found: list[Member] = []
         self._rules: dict[Any, list[Rule]] = {}
@@ -77,7 +78,7 @@ class Worklist:
         """
         root = self.root()
         if self._seen is None or not self._as_seen(root, optimizer):
-            self._forget()
+            self.forget()
             self._found = self._find(root, optimizer)
         return self._found
 
@@ -135,7 +136,7 @@ class Worklist:
                 ways[id(module), key] = (weakref.ref(module), key, weakref.ref(child))
                 module = child
             ends.append((weakref.ref(module), work.handle.attribute, p, p.requires_grad))
-        return weakref.ref(root, self._forget), list(ways.values()), ends, _groups(optimizer)
+        return weakref.ref(root, self.forget), list(ways.values()), ends, _groups(optimizer)
 
 
 def _groups(optimizer: Optimizer) -> list[Any]:
