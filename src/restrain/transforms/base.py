@@ -104,7 +104,10 @@ class Constraint(Reparametrization, register=False):
     """True if the set is a cone (closed under scaling by c ≥ 0); cones are projected first."""
 
     by_tangent: bool = False
-    """Under an optimizer with a step for each entry, keep gradients in the tangent, and project as under SGD."""
+    """True if, with steps that differ by entry, gradients are projected onto the tangent cone.
+
+    The projection is then Euclidean, as under SGD.
+    """
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
@@ -115,14 +118,13 @@ class Constraint(Reparametrization, register=False):
         """
 
     def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
-        """The tensor of the set that is nearest in the metric of steps: argmin Σ |z - w|² / step.
+        """Return the nearest tensor of the set in the metric of steps: argmin Σ |z - w|² / step.
 
-        After a step of an optimizer that moves each entry by a step of its own (Adam), this is the projection that ends
-        at the constrained minimiser. With one step for all it is `project`; so it is for separable sets, whatever the
-        steps.
+        After a step of an optimizer whose steps differ by entry (Adam), this projection leads to
+        the constrained minimiser. With equal steps, and for separable sets, it is `project`.
 
         Raises:
-            TransformError: no formula is known; the message names those that have one.
+            TransformError: no formula is known; the message names constraints with a formula.
         """
         if not (isinstance(step, Tensor) and step.dim()) or self.separable:
             return self.project(w)
@@ -134,12 +136,12 @@ class Constraint(Reparametrization, register=False):
 
     @property
     def separable(self) -> bool:
-        """Whether the set says what each entry alone may be; its projection is then the same with any steps."""
+        """True if the set bounds each entry by itself: the same projection with any steps."""
         return self.by_entry
 
     @property
     def has_metric(self) -> bool:
-        """Whether `project_by` is known for steps that differ by entry."""
+        """True if `project_by` has a formula for steps that differ by entry."""
         return self.separable or type(self).project_by is not Constraint.project_by
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:

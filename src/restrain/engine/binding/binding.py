@@ -54,7 +54,7 @@ class Bound:
     moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
     what: Any = None  # the rule's `what`, with tensors for moving strengths
     overridden: Overrides = field(default_factory=Overrides)  # tensors substituted for parameters
-    given: Rule | None = None  # the rule before binding; selections of objects are replaced by names
+    given: Rule | None = None  # rule before binding, objects replaced by names
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -420,7 +420,10 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
 
 
 def _by_identity(where: Where | Places) -> bool:
-    """Return True if a selection names a module or tensor itself, which a bound rule must not keep alive."""
+    """Return True if a selection refers to a module or tensor object.
+
+    A bound rule must not keep it alive.
+    """
     stack: list[Any] = [where]
     while stack:
         one = stack.pop()
@@ -432,14 +435,14 @@ def _by_identity(where: Where | Places) -> bool:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The layer that has a parameter, and the parameter's shape, when its rules were bound."""
+    """Layer and shape of a parameter when its rules were bound."""
 
     owner: weakref.ref[nn.Module]
     shape: torch.Size | None  # None: a lazy parameter
 
     @classmethod
     def of(cls, handle: Handle, model: nn.Module) -> Whereabouts | None:
-        """Return the whereabouts of a parameter now; None if it is gone."""
+        """Return layer and shape of a parameter now; None if it is gone."""
         owner = handle.find_owner(model)
         stored = None if owner is None else owner._parameters.get(handle.attribute)
         if owner is None:
@@ -448,14 +451,14 @@ class Whereabouts:
 
 
 def whereabouts(bounds: Iterable[Bound], model: nn.Module) -> dict[str, Whereabouts | None]:
-    """Return {name: whereabouts} of the parameters with rules."""
+    """Return {name: layer and shape} of the parameters with rules."""
     handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
     return {name: Whereabouts.of(handle, model) for name, handle in handles.items()}
 
 
 @dataclass
 class Followed:
-    """What a bound rule is to become after a change of the model."""
+    """The changes that adapt a bound rule to a changed model."""
 
     bound: Bound
     parameters: list[tuple[Handle, Any]]
@@ -463,16 +466,16 @@ class Followed:
 
     @property
     def paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
-        """{path: path now} of the layers at which the rule looks."""
+        """{path: current path} of the rule's layers."""
         points = [*self.bound.points, *(recorder.point for recorder in self.bound.recorders)]
         return {point.path: self.now(point).path for point in points}
 
     def now(self, point: Point) -> Point:
-        """Return a place of the rule as it is now."""
+        """Return the current activation for an activation of the rule."""
         return self.points.get(_key(point), point)
 
     def adopt(self) -> None:
-        """Change the rule."""
+        """Apply the changes to the bound rule."""
         bound = self.bound
         bound.parameters = self.parameters
         bound.points = [self.now(point) for point in bound.points]
@@ -483,18 +486,18 @@ class Followed:
 
 
 def followed(bounds: Sequence[Bound], model: nn.Module, known: Mapping[str, Whereabouts | None]) -> list[Followed]:
-    """Return what bound rules are to become after layers or tensors of the model were replaced.
+    """Return the changes for bound rules after layers or tensors of the model were replaced.
 
-    Each rule must select what it selected before: the same names, of which some may have become names of
-    one tensor. Rules on tensors of another layer or shape are resolved anew; their state stays.
+    Each rule must select the same names as before, of which several may now share a tensor. Rules
+    on tensors of another layer or shape are resolved again; their state stays.
 
     Args:
         bounds: the bound rules.
-        model: the model as it is now.
+        model: the current model.
         known: `whereabouts` of the rules before.
 
     Raises:
-        DetachedError: a rule selects other names now, or it can't act on a tensor as this is now.
+        DetachedError: a rule selects other names now, or can't act on a current tensor.
     """
     there, found = _There(model), []
     for bound in bounds:
@@ -518,10 +521,10 @@ def _left_behind(bound: Bound, why: str) -> DetachedError:
 
 
 def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str]]) -> None:
-    """Check that a selection of tensors, each with all its names, is that of the names before.
+    """Check that selected tensors, each with all its names, have the same names as before.
 
     Raises:
-        DetachedError: it isn't.
+        DetachedError: they haven't.
     """
     known = set(before)
     more = [min(names) for names in now if not known & set(names)]
@@ -534,7 +537,7 @@ def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str
 
 
 def _again(bound: Bound, there: _There, known: Mapping[str, Whereabouts | None]) -> list[tuple[Handle, Any]]:
-    """Return what acts on each parameter of a rule, each tensor once."""
+    """Return (handle, what) for the current parameters of a rule, each tensor once."""
     given = bound.given or bound.rule
     if isinstance(given.where, Places):
         return []
@@ -559,7 +562,7 @@ def _state(what: Any) -> Mapping[str, Tensor]:
 
 
 def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
-    """Return what acts on a parameter of another layer or shape."""
+    """Return the penalty or transform for a parameter whose layer or shape has changed."""
     if bound.rule.how == "parametrize":
         raise _left_behind(bound, f"{slot.name!r} belongs to another layer, or has another shape, now")
     rule, what = bound.rule, bound.what
@@ -573,7 +576,7 @@ def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
 
 
 def _points_again(bound: Bound, there: _There) -> dict[tuple[str, Place], Point]:
-    """Return the places of a rule as they are now, by name and place."""
+    """Return {(name, place): point} of a rule's current activations."""
     given = bound.given or bound.rule
     groups: list[tuple[Sequence[Point], Sequence[Point]]] = []
     if isinstance(given.where, Places):

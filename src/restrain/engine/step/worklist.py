@@ -40,7 +40,7 @@ class ParameterRules:
     before: tuple[Tensor, Tensor] | None = None
 
     def of(self, kind: str, by_metric: bool) -> list[tuple[Rule, Any]]:
-        """Return the rules of a kind; those of "tangent" are constraints that change gradients before the step."""
+        """Return the rules of a kind; "tangent": constraints that change gradients."""
         if kind == "tangent":
             return [(rule, what) for rule, what in self.project if in_tangent(rule, what, by_metric)]
         return getattr(self, kind)  # type: ignore[no-any-return]
