@@ -104,10 +104,7 @@ class Constraint(Reparametrization, register=False):
     """True if the set is a cone (closed under scaling by c ≥ 0); cones are projected first."""
 
     by_tangent: bool = False
-    """True if, with steps that differ by entry, gradients are projected onto the tangent cone.
-
-    The projection is then Euclidean, as under SGD.
-    """
+    """Under an optimizer with a step for each entry, keep gradients in the tangent, and project as under SGD."""
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
@@ -118,13 +115,14 @@ class Constraint(Reparametrization, register=False):
         """
 
     def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
-        """Return the nearest tensor of the set in the metric of steps: argmin Σ |z - w|² / step.
+        """The tensor of the set that is nearest in the metric of steps: argmin Σ |z - w|² / step.
 
-        After a step of an optimizer whose steps differ by entry (Adam), this projection leads to
-        the constrained minimiser. With equal steps, and for separable sets, it is `project`.
+        After a step of an optimizer that moves each entry by a step of its own (Adam), this is the projection that ends
+        at the constrained minimiser. With one step for all it is `project`; so it is for separable sets, whatever the
+        steps.
 
         Raises:
-            TransformError: no formula is known; the message names constraints with a formula.
+            TransformError: no formula is known; the message names those that have one.
         """
         if not (isinstance(step, Tensor) and step.dim()) or self.separable:
             return self.project(w)
@@ -136,12 +134,12 @@ class Constraint(Reparametrization, register=False):
 
     @property
     def separable(self) -> bool:
-        """True if the set bounds each entry by itself: the same projection with any steps."""
+        """Whether the set says what each entry alone may be; its projection is then the same with any steps."""
         return self.by_entry
 
     @property
     def has_metric(self) -> bool:
-        """True if `project_by` has a formula for steps that differ by entry."""
+        """Whether `project_by` is known for steps that differ by entry."""
         return self.separable or type(self).project_by is not Constraint.project_by
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Projections in a diagonal metric: argmin over a set of Σ |z - x|² / t, with a step t per entry.
+"""Projections in a diagonal metric: argmin over a set of Σ |z - x|² / t, with a step t for each entry.
 
-Optimizers such as Adam have a step size per entry. A point where optimizer step and projection
-balance is the constrained minimiser only if the projection measures distances by the same steps,
-like a prox. Each projection is an equation in one unknown per group, solved by Newton's iteration
-from the side on which it is monotone, in float64.
+Optimizers such as Adam move each entry by a step of its own. A point where such a step and a projection balance is the
+constrained minimiser only if the projection measures distances by the same steps, as for a prox. Each projection is one
+equation in one unknown a group, solved by Newton's iteration from the side on which it is monotone, in float64.
 """
 
 from __future__ import annotations
@@ -14,13 +13,12 @@ from torch import Tensor
 from restrain.axes import Grouping
 from restrain.penalties.shrink import exact
 
-# least step relative to the group's greatest; it is zero before an entry's first movement
-_LEAST = 1e-12
-_ROUNDS = 100  # random groups with steps over 20 decades needed at most 30
+_LEAST = 1e-12  # a step relative to the greatest of its group; of an entry that no step has moved yet it is zero
+_ROUNDS = 100  # no random group with steps spread over 20 decades needed more than 30
 
 
 def relative(t: Tensor, groups: Grouping) -> Tensor:
-    """Return the steps of each group divided by the greatest, at least `_LEAST`; 1 if all are zero.
+    """Return the steps of each group divided by the greatest, at least `_LEAST`; ones where all are zero.
 
     The projection depends on the ratios of the steps within a group only.
     """
@@ -29,16 +27,15 @@ def relative(t: Tensor, groups: Grouping) -> Tensor:
 
 
 def fit_lengths(x: Tensor, t: Tensor, groups: Grouping, target: Tensor) -> Tensor:
-    """Return the vectors of lengths `target` nearest to the groups of x, in the metric of steps t.
+    """Return the vectors of lengths `target` nearest to the groups of `x`, in the metric of the steps `t`.
 
-    z = x / (1 + λ t), where λ > -1 / max t solves ‖x / (1 + λ t)‖ = target. The inverse of this
-    norm is concave and grows with λ; so Newton's iteration for it stays below the root once it is
-    there, and converges quadratically (Moré and Sorensen 1983). It starts at the λ at which the
-    longest single entry equals `target`, which is below the root.
+    z = x / (1 + λ t), where λ > -1 / max t solves ‖x / (1 + λ t)‖ = target. One over that norm is concave
+    and grows with λ; hence Newton's iteration for it, once below the root, stays below and converges
+    quadratically (Moré and Sorensen 1983). No single entry may be longer than `target`, which gives a λ below.
 
     Args:
-        x: the groups in the viewed shape; groups of zeros stay zero.
-        t: their steps, in the same shape.
+        x: the groups in the viewed shape; zero ones stay zero.
+        t: their steps, likewise.
         groups: the groups.
         target: the length of each group, above zero, with reduced dims of size one.
     """
@@ -61,11 +58,10 @@ def fit_lengths(x: Tensor, t: Tensor, groups: Grouping, target: Tensor) -> Tenso
 
 
 def cut_to_sum(x: Tensor, t: Tensor, total: float) -> Tensor:
-    """Return max(x - θ t, 0) for each row, with θ such that the row's sum is `total`.
+    """Return max(x - θ t, 0) of each row, with the θ for which the row adds up to `total`.
 
-    This is the nearest point of the simplex in the metric of the steps `t`. The sum is convex and
-    falls with θ, so Newton's iteration from a θ below the root reaches it in a finite number of
-    steps (Michelot 1986).
+    That is the nearest point of the simplex in the metric of the steps `t`. The sum is convex and falls with θ, so that
+    Newton's iteration from a θ below the root grows to it in a finite number of steps (Michelot 1986).
     """
     t = relative(t, Grouping(tuple(t.shape), (0,)))
     on = torch.ones_like(x, dtype=torch.bool)
@@ -76,11 +72,11 @@ def cut_to_sum(x: Tensor, t: Tensor, total: float) -> Tensor:
             break
         on = torch.where(fewer.any(-1, keepdim=True), fewer, on)
     z = (x - level * t).clamp_min(0)
-    return z * (total / z.sum(-1, keepdim=True))  # 1 up to rounding
+    return z * (total / z.sum(-1, keepdim=True))  # a factor of one, but for rounding
 
 
 def symmetric(x: Tensor, t: Tensor) -> Tensor:
-    """Return the symmetric matrix nearest to a square matrix in the metric of the steps `t`.
+    """Return the symmetric matrix nearest to a square one in the metric of the steps `t`.
 
     An entry and its mirror image become their mean, each weighted by the step of the other.
     """

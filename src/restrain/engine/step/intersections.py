@@ -1,19 +1,19 @@
-"""Nearest point of several sets, computed from their projections P_i.
+"""The nearest point of several sets, by their projections P_i.
 
 Convex sets: two fixed-point iterations, whose fixed points are the solution.
 
-* Dykstra's: corrections y_i, which sum up to the difference between the start w and the point x. A
-  round updates each set in turn: y_i = r - P_i(r) with r = w - Σ_{j≠i} y_j. So y_i is normal to the
-  set i at x (Boyle and Dykstra 1986). It is fast if few sets are active, and may stall if w is far
+* Dykstra's: corrections y_i, which sum up to the way from the point x to the start w. A round gives
+  each set its turn: y_i = r - P_i(r) with r = w - Σ_{j≠i} y_j. So y_i is normal to the set i at x
+  (Boyle and Dykstra 1986). It is quick where few sets cut the way, and may stall where w is far
   from small sets (Bauschke and others 2020).
-* Douglas and Rachford's: a copy v_i of the point for each set. A round is v_i += x - P_i(v_i),
-  where x minimises ½‖x - w‖² + ρ/2 Σ‖x - 2 P_i(v_i) + v_i‖². With ρ = ‖w - x‖ / ‖x‖ it doesn't
-  stall.
+* Douglas and Rachford's: a copy v_i of the point for each set. A round is v_i += x - P_i(v_i), where
+  x minimises ½‖x - w‖² + ρ/2 Σ‖x - 2 P_i(v_i) + v_i‖². With ρ the ratio of the way to the length of
+  the point it doesn't stall.
 
-Both converge slowly if sets meet at a small angle. So rounds are extrapolated from the last few
-(Anderson 1965); an extrapolation that isn't nearer to a fixed point is undone (Zhang, O'Donoghue
-and Boyd 2020). A round that changes nothing, to 1e-12 of the length (1e-9 for float32 and
-narrower), ends the iteration.
+Both converge slowly where sets meet at a small angle. So rounds are extrapolated from the last few
+(Anderson 1965); an extrapolation that isn't nearer to a fixed point is taken back (Zhang,
+O'Donoghue and Boyd 2020). A round that changes nothing, to 1e-12 of the length (1e-9 for float32
+and less), ends the iteration.
 
 Other sets: their projections take turns until none moves anything.
 """
@@ -29,11 +29,11 @@ from torch import Tensor
 from restrain.penalties.shrink import exact
 from restrain.transforms.base import Constraint, slack
 
-_ROUNDS, _DYKSTRA, _SPLITTING = 200, 30, 1000  # of projections in turn, and of the two iterations
+_ROUNDS, _DYKSTRA, _SPLITTING = 200, 30, 1000  # of turns, and of the two iterations
 _PLAIN = 3  # rounds before the first extrapolation: a cone and a ball around zero need two
-_MEMORY, _LARGE = 8, 1 << 20  # rounds to extrapolate from; fewer for tensors with more entries
-_SURE = 1e-6  # relative change of the last round below which the point counts as nearest
-APART = 1e-3  # relative distance between sets beyond rounding and slow convergence
+_MEMORY, _LARGE = 8, 1 << 20  # rounds that are remembered; of tensors with more entries fewer are
+_SURE = 1e-6  # a relative change in the last round below which the nearest point is as good as found
+APART = 1e-3  # a relative distance of two sets that isn't rounding or slow convergence
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -50,16 +50,16 @@ class Found:
 def nearest(
     w: Tensor, constraints: Sequence[Constraint], steps: float | Tensor | None = None, by: Sequence[bool] = ()
 ) -> Found:
-    """Return a point that satisfies all constraints; the nearest if all are convex.
+    """Return a point that satisfies all constraints; the nearest one if all are convex.
 
-    Separable constraints (bounds, masks) hold exactly. Cones come first: projecting onto a cone and
-    then onto a ball around zero already gives the nearest point.
+    Separable constraints (bounds, masks) hold exactly. Sets that are cones come first: then the
+    projections of a cone and of a ball around zero, each done once, give the nearest point already.
 
     Args:
-        w: the start.
+        w: where to start.
         constraints: the sets.
-        steps: the optimizer's steps, if distances are measured by them.
-        by: for each constraint, True if its projection is in the metric of the steps.
+        steps: the optimizer's steps, where distances are measured by them.
+        by: of each constraint, whether its projection is in the metric of the steps.
     """
     ways = list(zip(constraints, by or [False] * len(constraints), strict=True))
     if len(constraints) == 1:
@@ -71,13 +71,13 @@ def nearest(
     x = exact(w.detach())
     wide = exact(steps) if isinstance(steps, Tensor) else steps
     projections = [_projection(*way, wide) for way in ways]
-    if not bool(x.isfinite().all()):  # no iteration converges
+    if not bool(x.isfinite().all()):  # nothing converges then
         for project in projections:
             x = project(x)
         return Found(x.to(w.dtype))
     if convex:
         found = _nearest_of_convex(x, _joined(ways, projections), _tolerance(w))
-        apart = _apart(found.point, projections)  # of disjoint intervals, only the last holds
+        apart = _apart(found.point, projections)  # of intervals without a common point only one holds
         found = replace(found, apart=apart) if apart > APART else found
     else:
         found = _in_turn(x, projections, _tolerance(w))
@@ -94,7 +94,7 @@ def _projection(constraint: Constraint, by_steps: bool, steps: float | Tensor | 
 
 
 def _joined(ways: Sequence[tuple[Constraint, bool]], projections: Sequence[Projection]) -> list[Projection]:
-    """Return the projections, those onto separable sets joined: intervals can be cut in turn."""
+    """Return the projections with those on separable sets as one: intervals can be cut to one after the other."""
     separable = [project for (constraint, _), project in zip(ways, projections, strict=True) if constraint.separable]
     others = [project for (constraint, _), project in zip(ways, projections, strict=True) if not constraint.separable]
     if not separable:
@@ -109,13 +109,13 @@ def _joined(ways: Sequence[tuple[Constraint, bool]], projections: Sequence[Proje
 
 
 def _tolerance(w: Tensor) -> float:
-    """Return the relative change in a round that counts as zero."""
+    """Return the relative change in a round that counts as none."""
     return 1e-12 if w.dtype.itemsize >= 8 and w.dtype != torch.complex64 else 1e-9
 
 
 def _nearest_of_convex(w: Tensor, projections: Sequence[Projection], tolerance: float) -> Found:
     """Return the nearest point of convex sets."""
-    for project in projections:  # if a set lies in the others, rounds would take long
+    for project in projections:  # where one set lies in the others, rounds would need long to find out
         x = project(w)
         if _apart(x, projections) <= tolerance:
             return Found(x)
@@ -131,14 +131,12 @@ def _nearest_of_convex(w: Tensor, projections: Sequence[Projection], tolerance: 
 def _fixed_point(
     turn: Callable[[Tensor], tuple[Tensor, Tensor, float]], state: Tensor, tolerance: float, rounds: int
 ) -> tuple[Tensor, float]:
-    """Return the point of the last round, and its change.
-
-    The change is at most `tolerance`, unless rounds ran out.
+    """Return the point of the last round, and its change, which is at most `tolerance` unless rounds ran out.
 
     Args:
-        turn: a round: returns the new state, its point, and the change of both.
-        state: the start.
-        tolerance: the change that counts as zero.
+        turn: a round: gives the new state, the point there, and how far both are from standing still.
+        state: where to begin.
+        tolerance: the change that counts as none.
         rounds: the greatest number of rounds.
     """
     history: list[tuple[Tensor, Tensor]] = []  # (change, result) of rounds
@@ -147,7 +145,7 @@ def _fixed_point(
         result, x, size = turn(state)
         if size <= tolerance:
             return x, size
-        if best is not None and size > 2 * left:  # the extrapolation has failed
+        if best is not None and size > 2 * left:  # the extrapolation was none
             state, history, best = best, [], None
             continue
         best, left = result, size
@@ -157,7 +155,7 @@ def _fixed_point(
 
 
 def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tensor, float]:
-    """Return (corrections, point, change) after a round over the sets in turn."""
+    """Give each set its turn, from the corrections `state`."""
     new, x = state.clone(), w - state.sum(0)
     for i, project in enumerate(projections):
         shifted = x + new[i]
@@ -169,7 +167,7 @@ def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tup
 def _splitting(
     w: Tensor, state: Tensor, projections: Sequence[Projection], rate: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Return (copies, point, change) after a round over all sets at once (Douglas and Rachford)."""
+    """Give all sets their turn at once, and take the point that is best for all (Douglas and Rachford)."""
     inside = torch.stack([project(one) for project, one in zip(projections, state, strict=True)])
     x = (w + rate * (2 * inside - state).sum(0)) / (1 + rate * len(projections))
     size = max(rate, 1) * _ratio(x - inside, torch.maximum(_length(w), _length(x)))
@@ -177,7 +175,7 @@ def _splitting(
 
 
 def _extrapolated(history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the combination of the rounds' results whose combined change is least."""
+    """Return the combination of the results of rounds whose combined change is least."""
     change, result = history[-1]
     if len(history) < 2:
         return result
@@ -200,7 +198,7 @@ def _in_turn(w: Tensor, projections: Sequence[Projection], tolerance: float) -> 
         limit = max(tolerance, slack(w)) * float(_length(x))
         if float(moved) <= limit:
             return Found(x)
-        if float(_length(x - begin)) <= limit:  # a cycle
+        if float(_length(x - begin)) <= limit:  # they go round in a circle
             break
     return Found(x, _apart(x, projections))
 
