@@ -80,8 +80,7 @@ class Grouping:
     shape: tuple[int, ...]
     keep: tuple[int, ...]
     lists: Lists | None = None
-    # argument `per` as the user wrote it
-    said: Any = dataclasses.field(default=None, compare=False)
+    said: Any = dataclasses.field(default=None, compare=False)  # what a person wrote for it
 
     def __repr__(self) -> str:
         if self.said is not None:
