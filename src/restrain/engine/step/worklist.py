@@ -159,9 +159,9 @@ def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
+def _tasks(members: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
     tasks: dict[Any, Task] = {}
-    for work, p, group in held:
+    for work, p, group in members:
         changes = [change for kind in kinds for change in _changes(work, kind, step, by_metric)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
