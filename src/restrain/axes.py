@@ -41,24 +41,25 @@ _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of indices that make up groups: of `along`, kept dims whose `count` indices are numbered through."""
+    """Lists of indices that form groups; indices count through the dims `along`, `count` in all."""
 
     members: tuple[tuple[int, ...], ...]
     along: tuple[int, ...]
     count: int
-    ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)  # each index's group
+    # group number by index
+    ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = [len(self.members)] * self.count  # a further group, of those that no list names
+        ids = [len(self.members)] * self.count  # a further group, for indices in no list
         for group, indices in enumerate(self.members):
             for i in indices:
                 ids[i] = group
         object.__setattr__(self, "ids", tuple(ids))
 
     def pooled(self, x: Tensor, pool: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Of x with an entry for each index, for each index what `pool` (of zeros, groups, entries) makes of its group.
+        """Return, for each index, the value that `pool` computes from its group's entries of x.
 
-        Dims of x that aren't among `along` stay as they are.
+        `pool` gets (zeros, group numbers, entries). Dims of x other than `along` are unchanged.
         """
         last = tuple(range(-len(self.along), 0))
         moved = x.movedim(self.along, last)
@@ -70,10 +71,10 @@ class Lists:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Groups of a tensor's entries: viewed as `shape`, one group for each index of the dims `keep`.
+    """Groups of a tensor's entries: viewed as `shape`, each index of the dims `keep` is a group.
 
-    With `lists`, indices of one list are one group; what is computed for a group then stands at each of its indices, so
-    that it meets the group's entries in broadcasting.
+    With `lists`, the indices of a list are a group; a group's value then stands at each of its
+    indices, so that it broadcasts to the group's entries.
     """
 
     shape: tuple[int, ...]
@@ -88,14 +89,14 @@ class Grouping:
 
     @property
     def reduced(self) -> tuple[int, ...]:
-        """The dims that run within a group."""
+        """The dims inside a group."""
         return tuple([dim for dim in range(len(self.shape)) if dim not in self.keep])
 
     def view(self, w: Tensor) -> Tensor:
-        """The tensor in the shape in which its groups lie along whole dims; zero where an entry is in no group.
+        """Return the tensor in `shape`, in which groups are whole dims; 0 for entries in no group.
 
         Raises:
-            PenaltyError: a tensor of another number of entries.
+            PenaltyError: a tensor with another number of entries.
         """
         if w.numel() != prod(self.shape):
             raise PenaltyError(
@@ -106,23 +107,23 @@ class Grouping:
         return w.reshape(self.shape) if left is None else torch.where(left, 0, w.reshape(self.shape))
 
     def restore(self, x: Tensor, w: Tensor) -> Tensor:
-        """x, computed by group in the viewed shape, in the shape of w; w itself where an entry is in no group."""
+        """Return x, computed in `shape`, in w's shape; w itself for entries in no group."""
         left = self._left(x)
         return (x if left is None else torch.where(left, w.reshape(self.shape), x)).reshape(w.shape)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums over each group of a tensor in the viewed shape; summed dims stay, of size one."""
+        """Return sums over each group, for x in `shape`; summed dims stay, of size one."""
         sums = x.sum(self.reduced, keepdim=True) if self.reduced else x
         return sums if self.lists is None else self.lists.pooled(sums, _add)
 
     def max(self, x: Tensor) -> Tensor:
-        """Maxima over each group, likewise; zero for groups without entries (x is nowhere negative)."""
+        """Return maxima over each group of x ≥ 0 in `shape`; zero for groups without entries."""
         if self.reduced:
             x = x.amax(self.reduced, keepdim=True) if x.numel() else x.sum(self.reduced, keepdim=True)
         return x if self.lists is None else self.lists.pooled(x, _greatest)
 
     def once(self, x: Tensor) -> Tensor:
-        """Of what is computed for groups, each group's value once."""
+        """Return each group's value once, given values that stand at each index."""
         if self.lists is None:
             return x
         first = torch.tensor([indices[0] for indices in self.lists.members], device=x.device)
@@ -130,7 +131,7 @@ class Grouping:
         return x.movedim(along, tuple(range(-len(along), 0))).flatten(-len(along)).index_select(-1, first)
 
     def sizes(self, x: Tensor) -> float | Tensor:
-        """The number of entries in each group, at least 1: one number where all are equal, else shaped to meet x."""
+        """Return the number of entries per group, at least 1: a float if equal, else a tensor."""
         size = max(prod([self.shape[dim] for dim in self.reduced]), 1)  # a list, as Dynamo knows no generators here
         if self.lists is None:
             return float(size)
@@ -138,13 +139,13 @@ class Grouping:
         return self._per_index([counts[group] for group in self.lists.ids], x)
 
     def _left(self, x: Tensor) -> Tensor | None:
-        """Where entries are in no group, if there are such."""
+        """Return the mask of entries in no group; None if there are none."""
         if self.lists is None or len(self.lists.members) not in self.lists.ids:
             return None
         return self._per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x) == 1
 
     def _per_index(self, values: list[float], x: Tensor) -> Tensor:
-        """A value for each index of the lists, in the viewed shape with other dims of size one, and of x's dtype."""
+        """Return a value for each index of the lists, of x's dtype, broadcastable to `shape`."""
         along = () if self.lists is None else self.lists.along
         shape = [length if dim in along else 1 for dim, length in enumerate(self.shape)]
         return torch.tensor(values, dtype=x.real.dtype, device=x.device).reshape(shape)
@@ -163,10 +164,10 @@ Per: TypeAlias = str | int | Grouping | Iterable[Any] | Mapping[Any, Any]
 
 
 def checked(per: Per) -> Per:
-    """`per` in the form in which it is kept: names, dims and groupings as they are, all else as tuples.
+    """Return `per` in a hashable form: names, dims and groupings unchanged, all else as tuples.
 
     Raises:
-        PenaltyError: it is none of what `per=` may be, or groups overlap.
+        PenaltyError: it isn't a valid `per=`, or groups overlap.
     """
     if isinstance(per, Grouping) or _is_axis(per):
         return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
@@ -187,7 +188,7 @@ def checked(per: Per) -> Per:
 
 
 def checked_dim(dim: Any) -> Dim:
-    """Return `dim` itself: one dim of a tensor, by number or by the meaning of its axis.
+    """Return `dim`, a dim of a tensor by number or by the meaning of its axis.
 
     Raises:
         PenaltyError: it is neither, nor the grouping of a tensor by one of them.
@@ -285,10 +286,11 @@ def grouping_at(per: Per, at: Location) -> Grouping:
 
 
 def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Grouping:
-    """The groups within each sample of a layer's output; `per` names a dim of the output, the batch axis included.
+    """Return the groups within each sample of an output; `per` counts dims with the batch axis.
 
     Raises:
-        PenaltyError: `per` is neither a dim, nor lists of indices of one, nor blocks within a sample.
+        PenaltyError: `per` is neither a dim, nor lists of indices of a dim, nor blocks within a
+            sample.
     """
     per = checked(per)
     check_place(per)
@@ -305,7 +307,7 @@ def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Groupin
 
 
 def check_place(per: Per) -> None:
-    """Refuse what `per=` can't be on outputs, where layers have no named axes.
+    """Check that `per` is possible on outputs, whose axes have no names.
 
     Raises:
         PenaltyError: `per` is neither a dim, nor lists of indices of a dim, nor block sizes.
@@ -384,15 +386,15 @@ def _of(owner: nn.Module | None, attribute: str) -> str:
 
 
 def squared(w: Tensor) -> Tensor:
-    """|x|² of each entry."""
+    """Return |x|² of each entry."""
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
 def group_size(groups: Grouping) -> int:
-    """The number of entries in each group.
+    """Return the number of entries in each group.
 
     Raises:
-        PenaltyError: groups by index, which have different sizes: `Grouping.sizes` has those.
+        PenaltyError: groups by lists of indices, which differ in size; see `Grouping.sizes`.
     """
     if groups.lists is not None:
         raise PenaltyError("this isn't defined for groups by lists of indices; give per= by name, dim or block sizes")

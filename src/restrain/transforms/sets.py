@@ -223,7 +223,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
 
 
 def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: float) -> Tensor:
-    """The nearest groups with lengths between `low` and `high`, in the metric of the steps."""
+    """Return groups scaled to lengths in [low, high], nearest in the metric of the steps."""
     if not isinstance(step, Tensor) or not step.dim() or w.is_complex() or not w.numel():
         return said.project(w)
     groups = said.groups(w)
@@ -354,7 +354,7 @@ class L1Ball(ByGroup):
 
 
 def _onto_simplex(x: Tensor, step: float | Tensor, groups: Grouping, total: float) -> Tensor:
-    """Each row moved to the nearest one of the simplex, in the metric of the steps where these differ by entry."""
+    """Return each row projected onto the simplex, in the metric of steps that differ by entry."""
     if not isinstance(step, Tensor) or not step.dim() or step.is_complex():
         return to_simplex(x, total)
     return cut_to_sum(x, exact(to_matrix(step, groups)), total)
