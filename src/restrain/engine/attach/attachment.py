@@ -38,6 +38,7 @@ from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
+from restrain.layouts import attach_layouts
 from restrain.named_tensors import Handle, checked_module, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
@@ -106,6 +107,8 @@ class Attachment:
         self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
     ) -> None:
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
+        self._layouts = plan.layouts
+        attach_layouts(model, plan.layouts)
         self._bounds = bind(plan, model, compile)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
@@ -180,7 +183,7 @@ class Attachment:
     @property
     def plan(self) -> Plan:
         """The plan as bound: every selection by the names that it resolved to."""
-        return Plan(tuple(bound.rule for bound in self._bounds))
+        return Plan(tuple(bound.rule for bound in self._bounds), self._layouts)
 
     def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
         """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
