@@ -246,7 +246,7 @@ def test_what_cannot_be_declared_is_refused():
     with pytest.raises(PlanError, match="layouts are"):
         rs.Plan.of({"rules": ["l2"], "layouts": ["out in"]})
     rs.layout(Experts, w="out in")
-    with pytest.raises(PlanError, match="'out in' has 2 axes, and 'experts.w' has 3"):
+    with pytest.raises(PlanError, match=r"'out in' has 2 axes, and 'experts\.w' has 3"):
         rs.attach(Model(), rs.L2().on("*.w"))
     rs.layout(Experts, w="relation out in")
     with pytest.raises(PenaltyError, match="'expert' is no axis of 'relation out in'"):

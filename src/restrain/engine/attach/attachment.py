@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -87,7 +87,7 @@ def attach(
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     with uncollected():
-        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile, shards.flattened(model))
 
 
 @dataclass(frozen=True)
@@ -104,12 +104,18 @@ class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizers: list[Optimizer],
+        declaring: list[nn.Module],
+        compile: Compile,
+        flattened: Collection[int] = (),
     ) -> None:
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._layouts = plan.layouts
         attach_layouts(model, plan.layouts)
-        self._bounds = bind(plan, model, compile)
+        self._bounds = bind(plan, model, compile, flattened)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()

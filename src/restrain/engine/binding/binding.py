@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,15 +98,19 @@ def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
-def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> list[Bound]:
-    """The rules bound to the model's tensors, each under a key of its own.
+def bind(
+    rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto", flattened: Collection[int] = ()
+) -> list[Bound]:
+    """Return the rules bound to the model's tensors, each under a key of its own.
+
+    `flattened` has the ids of parameters that FSDP1 has flattened.
 
     Raises:
         SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
         HowError: a moment that a tensor can't have.
     """
     shards.at_rest(model)
-    there = _There(model)
+    there = _There(model, flattened)
     bounds: dict[str, Bound] = {}
     for rule in rules:
         label = key = rule.label
@@ -138,7 +142,8 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
 class _There:
     """What a model has while rules are bound to it: each selection is looked for once, each tensor looked up once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flattened: Collection[int]) -> None:
+        self.flattened = flattened
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
         own = self.layers[0].module
         self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
@@ -159,7 +164,7 @@ class _There:
 
     def _plain(self, slot: Slot) -> bool:
         tensor = self.location(slot).tensor
-        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
+        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor) or id(tensor) in self.flattened)
         return known and getattr(slot.owner, "sparse", False) is not True
 
     def location(self, slot: Slot) -> Location:
@@ -379,6 +384,8 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
         )
     tensor = there.location(slot).tensor
     shards.check(rule, slot, tensor)
+    if id(tensor) in there.flattened:
+        shards.check_flattened(rule, what, slot)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(
             f"{slot.name!r} is on the meta device, where it has no values yet, and to_empty() puts another tensor in "
