@@ -439,9 +439,9 @@ def _heads(at: _Place) -> Grouping:
     raise PenaltyError(
         "per='head' is for weights of nn.MultiheadAttention (in_proj_weight, q_proj_weight, k_proj_weight, "
         "v_proj_weight, out_proj.weight) reached through a rule, got a tensor of shape "
-        f"{shape}{at}: of another attention, a head is a block of rows of the query's, key's or value's weight and of "
-        f"columns of the output's (Hugging Face's Conv1D: the other way round); with 64 features in a head, write per="
-        f"{(64,)} for the rows, per={(*shape[:1], 64)} for the columns of this one"
+        f"{shape}{at}: of another attention, write a head's rows or columns as lists, {{'out': [[0, 1], [2, 3]]}} or "
+        f"{{'in': ...}}, or as a block: with 64 features in a head, per={(64,)} for rows, per={(*shape[:1], 64)} for "
+        "columns (of Hugging Face's Conv1D, columns are the outputs)"
     )
 
 
