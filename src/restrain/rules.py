@@ -1,4 +1,4 @@
-"""A rule is what × where × how. `What` is the base of everything that a rule can do: penalties and transforms."""
+"""Rules: what × where × how. `What` is the base of penalties and transforms."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ How = Literal["loss", "gradient", "decoupled", "proximal", "project", "parametri
 
 
 class What:
-    """Base of penalties and transforms: what a rule does. It has a registered name and makes rules by `on`."""
+    """Base of penalties and transforms; it has a registered name and makes rules by `on`."""
 
-    keywords: ClassVar[tuple[str, ...]] = ()  # further names, beside the class name in lower case
-    entrywise: bool = False  # a sum of a function of each entry alone
-    by_entry: bool = False  # it acts on any part of a tensor as on the whole
-    has_tangent: bool = False  # a constraint that can tell which part of a movement leaves its set
+    keywords: ClassVar[tuple[str, ...]] = ()  # further names beside the lower-case class name
+    entrywise: bool = False  # a sum of a function of each entry
+    by_entry: bool = False  # any part of a tensor can be treated alone
+    has_tangent: bool = False  # a constraint with a formula for `tangent`
     takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
 
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass doesn't write its own then
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass then writes none
         registry.register(cls, (cls.__name__.lower(), *cls.keywords) if register else ())
 
     def __repr__(self) -> str:
         return call_text(self)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
-        """The moments at which it may act on parameters or at places, the default first.
+        """Return the allowed values of `how` on parameters, or on activations; the default first.
 
         Raises:
-            SelectionError: it can't act there at all.
+            SelectionError: it can't act on them at all.
         """
         raise NotImplementedError
 
     def bound_to(self, at: Location) -> What:
-        """What acts on one parameter: with axes that it names by meaning resolved, and the tensors that it keeps made.
+        """Return the object bound to a parameter: axes named by meaning resolved, state allocated.
 
         Raises:
             PenaltyError: the parameter has no such axis.
@@ -54,23 +54,23 @@ class What:
         return self
 
     def bound_at_place(self) -> What:
-        """What acts at one place: with the tensors that it keeps made."""
+        """Return the object bound to an activation, with its state allocated."""
         return self
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
-        """Itself, with each strength in it that moves replaced by the 0-d tensor that holds it."""
+        """Return the object with each moving strength replaced by the 0-d tensor that holds it."""
         return self
 
     def selected(self, where: Any) -> tuple[What, Where | Places]:
-        """What acts, and the selection that the first argument of `on` stands for."""
+        """Return (what, selection) for the first argument of `on`."""
         return self, where if isinstance(where, Places) else as_where(weights if where is None else where)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it keeps from step to step, for `reg.state_dict()`; loading copies into them."""
+        """Return tensors kept from step to step, for `reg.state_dict()`; loading fills them."""
         return {}
 
     def stepped(self, w: Tensor | None) -> None:
-        """Called after each real optimizer step, with the parameter that it is bound to (None at a place)."""
+        """Update the state after a real optimizer step; `w` is the parameter, or None."""
 
     def on(
         self,
@@ -84,41 +84,51 @@ class What:
         optional: bool = False,
         momentum: Literal["keep", "tangent"] = "keep",
         outputs: Places | None = None,
+        metric: Literal["optimizer", "euclidean"] = "optimizer",
+        gradient: Literal["keep", "tangent"] | None = None,
     ) -> Rule:
-        """The rule that does this there.
+        """Return the rule that applies this to `where`.
 
         Args:
-            where: what it acts on: a glob over parameter names, a list of them, a compiled regex, a module, a
-                parameter, a module type, a predicate f(name, tensor), a role (`rs.weights`, the default), any of
-                these joined by `& | -`, or places: `rs.outputs(...)`, `rs.inputs(...)`.
-            how: the moment: "loss", "gradient", "decoupled" or "proximal" for penalties, "project" or "parametrize"
-                for constraints, "forward" for noise.
+            where: what it acts on: a glob over parameter names, a list of names, a compiled regex,
+                a module, a parameter, a module type, a predicate f(name, tensor), a role
+                (`rs.weights`, the default), any of these joined by `& | -`, or activations:
+                `rs.outputs(...)`, `rs.inputs(...)`.
+            how: the moment of action: "loss", "gradient", "decoupled" or "proximal" for penalties,
+                "project" or "parametrize" for constraints, "forward" for noise.
             reduce: "mean" for value / number of entries of each tensor, then the mean over tensors.
             name: its key in `values()`.
-            every: act on every so-manieth optimizer step only.
-            start: do nothing before that many optimizer steps.
-            optional: matching nothing, or never being reached, is no error.
-            momentum: for constraints, "tangent" takes out of the optimizer's running average of gradients, after each
-                projection, what would lead out of the set again.
-            outputs: for a penalty on the whole network, the places whose outputs it is given.
+            every: act on every k-th optimizer step only.
+            start: do nothing in the first `start` optimizer steps.
+            optional: True if it is no error that nothing matches, or a layer is never called.
+            momentum: for constraints, "tangent" projects the optimizer's momentum after each
+                projection, so that it doesn't lead out of the set.
+            outputs: for a penalty on the whole network, the layers whose outputs it gets.
+            metric: for constraints, how a projection after a step measures distances: by the optimizer's
+                own steps, where that projection is known, so that training ends at the constrained
+                minimiser; or "euclidean", as when attached.
+            gradient: for constraints, "tangent" takes out of the gradient, before each step, what would
+                lead out of the set. None: so where `metric="optimizer"` needs it, for UnitNorm,
+                Orthogonal and LowRank under optimizers such as Adam.
 
         Raises:
-            HowError: a moment that it can't have there.
+            HowError: a `how` that is impossible for it.
             SelectionError: a selection of the wrong kind.
-            PlanError: an option with a value that it can't have.
+            PlanError: an option with an invalid value.
         """
         what, selection = self.selected(where)
         moments = self.moments(isinstance(selection, Places))
         if how is not None and not (isinstance(how, str) and how in moments):
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={brief(how)}")
-        rule = Rule(what, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
+        moment = how or moments[0]
+        rule = Rule(what, selection, moment, reduce, name, every, start, optional, momentum, outputs, metric, gradient)
         _check(rule)
         return rule
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done, where, and at what moment. Made by `.on(...)` of a penalty or transform; fields as there."""
+    """A rule: what acts, where, and how. Made by `.on(...)` of a penalty or transform."""
 
     what: What
     where: Where | Places
@@ -130,19 +140,21 @@ class Rule:
     optional: bool = False
     momentum: Literal["keep", "tangent"] = "keep"
     outputs: Places | None = None
+    metric: Literal["optimizer", "euclidean"] = "optimizer"
+    gradient: Literal["keep", "tangent"] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether its turn is at a step; steps are counted from zero."""
+        """Return True if the rule acts at a step; steps are counted from zero."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     @property
     def at_places(self) -> bool:
-        """Whether it acts on activations, not on parameters."""
+        """True if it acts on activations."""
         return isinstance(self.where, Places)
 
     @property
     def label(self) -> str:
-        """Its name, or one made of what and where."""
+        """Its name, or a text made of what and where."""
         return self.name or f"{self.what!r} on {self.where!r}"
 
     def __mul__(self, strength: float | Strength) -> Rule:
@@ -170,8 +182,18 @@ class Rule:
         given += [f"every={self.every}"] * (self.every != 1) + [f"start={self.start}"] * (self.start != 0)
         given += ["optional=True"] * self.optional + [f"momentum={self.momentum!r}"] * (self.momentum != "keep")
         given += [f"outputs={self.outputs!r}"] * (self.outputs is not None)
+        given += [f"metric={self.metric!r}"] * (self.metric != "optimizer")
+        given += [f"gradient={self.gradient!r}"] * (self.gradient is not None)
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
+
+
+_WORDS = {
+    "reduce": ("sum", "mean"),
+    "momentum": ("keep", "tangent"),
+    "metric": ("optimizer", "euclidean"),
+    "gradient": ("keep", "tangent"),
+}
 
 
 def _check(rule: Rule) -> None:
@@ -180,9 +202,9 @@ def _check(rule: Rule) -> None:
         raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
     if not isinstance(rule.optional, bool):
         raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
-    for key, known in (("reduce", ("sum", "mean")), ("momentum", ("keep", "tangent"))):
+    for key, known in _WORDS.items():
         value = getattr(rule, key)
-        if not isinstance(value, str) or value not in known:
+        if (value is not None or key != "gradient") and not (isinstance(value, str) and value in known):
             raise PlanError(f"{key}= is {' or '.join(map(repr, known))}, got {brief(value)}")
     if rule.reduce == "mean" and not what.entrywise:
         raise PlanError(f"reduce='mean' is for entrywise penalties such as L1 and L2, not for {what!r}")
@@ -194,10 +216,16 @@ def _check(rule: Rule) -> None:
         raise PlanError(
             f"how={rule.how!r} acts at each forward; every= and start= are for what acts at a step or a loss"
         )
-    if rule.momentum == "tangent" and not (rule.how == "project" and what.has_tangent):
+    for key in ("momentum", "gradient"):
+        if getattr(rule, key) == "tangent" and not (rule.how == "project" and what.has_tangent):
+            raise PlanError(
+                f"{key}='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "
+                f"{what!r} by how={rule.how!r}: leave it at 'keep'"
+            )
+    if rule.how != "project" and (rule.metric != "optimizer" or rule.gradient is not None):
         raise PlanError(
-            f"momentum='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "
-            f"{what!r} by how={rule.how!r}: leave it at 'keep'"
+            f"metric= and gradient= say how a constraint is held by how='project'; {what!r} acts by how={rule.how!r}: "
+            "leave them out"
         )
     if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
         raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

@@ -1,10 +1,11 @@
-"""Binds the rules of a plan to a model's tensors and layers, and refuses at once what can't work."""
+"""Binding of a plan's rules to a model's tensors and layers, with checks that they can act."""
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from restrain import operations
-from restrain.activation_points import Places, Target, select_places
+from restrain.activation_points import Place, Places, Target, select_places
 from restrain.engine.backends import Compile
 from restrain.engine.core import Overrides
 from restrain.engine.distributed import shards
@@ -21,40 +22,43 @@ from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.weights import Site, check_computable, sites_of
-from restrain.errors import HowError, SelectionError
+from restrain.errors import DetachedError, HowError, RestrainError, SelectionError
+from restrain.fields import brief
 from restrain.named_tensors import Handle, Location, Slot, is_sharded, layers, parameters
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import trained
 from restrain.rules import Rule, What
-from restrain.selections import Names, Parameters, Where
+from restrain.selections import Names, Object, Parameters, Where
 from restrain.transforms.base import Constraint, Noise
 
 
 @dataclass
 class Bound:
-    """A rule bound to a model: the parameters or places that it acts on, by name.
+    """A rule bound to a model: its parameters or activations, by name.
 
-    Its rule selects by names too; nothing here holds a module or tensor of the model.
+    Its rule selects by names too; no module or tensor of the model is held.
     """
 
     rule: Rule
     key: str
     compile: Compile = "auto"
-    parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
+    # with the penalty or transform, axes resolved
+    parameters: list[tuple[Handle, Any]] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
     output_recorders: list[Recorder] = field(default_factory=list)
-    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
+    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights with noise in forwards
     derivative: Derivative | None = None
-    notes: list[str] = field(default_factory=list)  # what the table says of it
-    moving: list[Moving] = field(default_factory=list)  # its strengths that move
-    what: Any = None  # what the rule does, with the tensors of such strengths in it
-    overridden: Overrides = field(default_factory=Overrides)  # what stands in the place of parameters for a forward
+    notes: list[str] = field(default_factory=list)  # notes for the report's table
+    moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
+    what: Any = None  # the rule's `what`, with tensors for moving strengths
+    overridden: Overrides = field(default_factory=Overrides)  # tensors substituted for parameters
+    given: Rule | None = None  # the rule before binding; selections of objects are replaced by names
 
     @property
     def recorders(self) -> list[Recorder]:
-        """All that looks at places for it."""
+        """All recorders of the rule."""
         return [
             *self.penalty_recorders,
             *self.output_recorders,
@@ -63,20 +67,20 @@ class Bound:
 
     @property
     def is_penalty(self) -> bool:
-        """Whether it has a value."""
+        """True if the rule has a value."""
         return isinstance(self.rule.what, Penalty | NetworkPenalty | OnDerivatives)
 
     @property
     def names(self) -> list[str]:
-        """The names of what it acts on."""
+        """The names of the parameters and activations."""
         return [handle.name for handle, _ in self.parameters] + [point.name for point in self.points]
 
     def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
-        """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
+        """Return (parameter, what) for the current parameters that are neither frozen nor lazy."""
         return [(p, what) for _, p, what in self.standing(root, frozen)]
 
     def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
-        """The same, each with its address."""
+        """Return (handle, parameter, what) for the current parameters; see `tensors`."""
         whats = {handle.name: what for handle, what in self.parameters}
         handles = [handle for handle, _ in self.parameters]
         return [(handle, p, whats[handle.name]) for handle, p in self.trained(handles, root, frozen)]
@@ -84,7 +88,7 @@ class Bound:
     def trained(
         self, handles: Iterable[Handle], root: nn.Module, frozen: bool = False
     ) -> Iterator[tuple[Handle, Tensor]]:
-        """Parameters as they stand now, by their addresses; frozen and lazy ones are left out."""
+        """Yield (handle, parameter) for the current parameters that are neither frozen nor lazy."""
         overridden = self.overridden.now(root)
         for handle in handles:
             p = overridden[handle.name] if handle.name in overridden else handle.find(root)
@@ -94,20 +98,24 @@ class Bound:
 
 
 def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
-    """Whether it isn't frozen; what is computed under `no_grad` requires no gradient, but what it is made of does."""
+    """Return True if a parameter isn't frozen.
+
+    A tensor computed under `no_grad` requires no gradient, but its stored tensors do.
+    """
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
 def bind(
     rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto", flattened: Collection[int] = ()
 ) -> list[Bound]:
-    """Return the rules bound to the model's tensors, each under a key of its own.
+    """Return the rules bound to the model's tensors, each with a unique key.
 
     `flattened` has the ids of parameters that FSDP1 has flattened.
 
     Raises:
-        SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
-        HowError: a moment that a tensor can't have.
+        SelectionError: a rule matches nothing and isn't optional, or selects a layer whose hooks
+            never fire.
+        HowError: a `how` that is impossible for a tensor.
     """
     shards.at_rest(model)
     there = _There(model, flattened)
@@ -124,14 +132,14 @@ def bind(
 
 
 def parametrized(bounds: Iterable[Bound]) -> Iterator[tuple[Handle, Any]]:
-    """The parameters that rules with how="parametrize" compute at each forward, with what computes each."""
+    """Yield (handle, reparametrisation) for rules with how="parametrize"."""
     return (pair for bound in bounds if bound.rule.how == "parametrize" for pair in bound.parameters)
 
 
 def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
-    """The weights with noise, with it, and whether it is an error if the layer is never called.
+    """Yield (weight, noise, True if it is an error that the layer is never called).
 
-    It isn't where a penalty trains the weight anyway, or the rule is optional.
+    It is no error if a penalty trains the weight anyway, or the rule is optional.
     """
     penalised = {h.name for b in bounds if b.rule.how in ("loss", "gradient") for h, _ in b.parameters}
     for bound in bounds:
@@ -140,9 +148,9 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
 
 
 class _There:
-    """What a model has while rules are bound to it: each selection is looked for once, each tensor looked up once."""
+    """Index of a model during binding: each selection and each tensor is looked up once."""
 
-    def __init__(self, model: nn.Module, flattened: Collection[int]) -> None:
+    def __init__(self, model: nn.Module, flattened: Collection[int] = ()) -> None:
         self.flattened = flattened
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
         own = self.layers[0].module
@@ -154,7 +162,7 @@ class _There:
         self._recorders: dict[Any, dict[int, PenaltyRecorder]] = {}
 
     def chosen(self, where: Where, optional: bool) -> _Chosen:
-        """The parameters that a selection takes."""
+        """Return the parameters of a selection."""
         if (where, optional) not in self._chosen:
             slots = self._parameters.select(where, optional)
             plain = all(not slot.parametrized and self._plain(slot) for slot in slots)
@@ -168,13 +176,13 @@ class _There:
         return known and getattr(slot.owner, "sparse", False) is not True
 
     def location(self, slot: Slot) -> Location:
-        """What rules are told when they are bound there."""
+        """Return the parameter's location, for `bound_to`."""
         if slot.name not in self._locations:
             self._locations[slot.name] = slot.location()
         return self._locations[slot.name]
 
     def targets(self, where: Places, optional: bool) -> _Targets:
-        """The places that a selection takes."""
+        """Return the activations of a selection."""
         if (where, optional) not in self._targets:
             found = select_places(where, self.layers, optional)
             for target in found if not optional else ():
@@ -184,49 +192,53 @@ class _There:
         return self._targets[where, optional]
 
     def _point(self, point: Point) -> Point:
-        """One object for all points at which the same tensor is caught, however they were selected."""
+        """Return a shared object for all points of the same tensor, however they were selected."""
         return self._points.setdefault((point.path, replace(point.place, which=None)), point)
 
     def shared(
         self, what: Penalty, mean: bool, optional: bool, moving: Sequence[Moving]
     ) -> tuple[float, Penalty, dict[int, PenaltyRecorder]]:
-        """A penalty as strength × penalty, and the recorders, by point, of the rules so far that have the second."""
+        """Return (strength, penalty, recorders by point).
+
+        Rules that differ only in strength share their recorders.
+        """
         (strength, leaf), *others = what.leaves()
         if others or moving or isinstance(strength, Tensor) or leaf.state():
             return 1.0, what, {}
         try:
             return strength, leaf, self._recorders.setdefault((leaf, mean, optional), {})
-        except TypeError:  # it can't be hashed
+        except TypeError:  # not hashable
             return 1.0, what, {}
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Parameters that a selection takes."""
+    """Parameters of a selection."""
 
     slots: list[Slot]
-    where: Where  # the selection of these by their names
-    plain: bool = False  # whether all are tensors like any other: here, whole, with values, of dense gradients
+    where: Where  # selection by name
+    # all are ordinary: not meta, lazy, sharded, parametrised or with sparse gradients
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Places that a selection takes."""
+    """Activations of a selection."""
 
     found: list[Target]
     points: list[Point]
-    where: Places | None  # the selection of these by their names; None where there are none
+    where: Places | None  # selection by name; None if empty
 
 
 def _check_declared(what: What) -> None:
-    """Compare what a penalty or constraint declares with its formula, once for each class."""
+    """Compare the declaration of a penalty or constraint with its formula, once per class."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     for leaf in leaves if isinstance(what, Penalty | Constraint) else ():
         operations.check(leaf)
 
 
 def _check_network(bound: Bound, model: nn.Module) -> None:
-    """A penalty on the whole network sees its parameters now, not first when its turn comes in training."""
+    """Call a penalty on the whole network with its parameters once, before training."""
     if isinstance(bound.rule.what, NetworkPenalty):
         found = {handle.name: handle.find(model) for handle, _ in bound.parameters}
         if found and not any(map(is_lazy, found.values())):
@@ -234,7 +246,7 @@ def _check_network(bound: Bound, model: nn.Module) -> None:
 
 
 def _check_parametrized(bounds: Sequence[Bound]) -> None:
-    """Refuse what would act on the temporary that a parametrisation of the same plan gives."""
+    """Check that no rule acts on the temporary tensor of a parametrisation in the same plan."""
     computed = {
         handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
     }
@@ -260,6 +272,7 @@ def _bind(bound: Bound, there: _There) -> Bound:
     if isinstance(rule.where, Places):
         targets = _targets(rule, rule.where, there)
         bound.points = targets.points
+        bound.given = rule if not _by_identity(rule.where) else replace(rule, where=targets.where or rule.where)
         if isinstance(rule.what, Penalty):
             bound.penalty_recorders = _penalty_recorders(bound, there)
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
@@ -272,6 +285,9 @@ def _bind(bound: Bound, there: _There) -> Bound:
         pairs = zip(chosen.slots, bound.parameters, strict=True)
         bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
     outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
+    bound.given = rule if not _by_identity(rule.where) else replace(rule, where=chosen.where)
+    if outputs is not None and rule.outputs is not None and _by_identity(rule.outputs):
+        bound.given = replace(bound.given, outputs=outputs.where or rule.outputs)
     bound.output_recorders = (
         [Recorder(bound.key, point, rule.optional) for point in outputs.points] if outputs is not None else []
     )
@@ -318,7 +334,7 @@ def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
 
 
 def _places_by_name(points: Sequence[Point]) -> Places | None:
-    """The selection of these places by their names."""
+    """Return the selection of these activations by their names."""
     places: list[Places] = []
     for place in dict.fromkeys(point.place for point in points):
         names = tuple(point.name for point in points if point.place == place)
@@ -328,7 +344,7 @@ def _places_by_name(points: Sequence[Point]) -> Places | None:
 
 
 def _check_caught(target: Target) -> None:
-    """Refuse places past which the model goes."""
+    """Check that the model calls the layer, so that hooks fire."""
     chain = target.layer.chain
     if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
         raise SelectionError(
@@ -350,13 +366,13 @@ def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
 
 
 def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
-    """Whether it needn't know of the tensor or place that it is bound to."""
+    """Return True if binding doesn't depend on the tensor or activation."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
 def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
-    """What acts on each parameter; of those like any other, there is nothing to refuse."""
+    """Return (handle, bound what) per parameter; ordinary parameters need no checks."""
     anywhere, looks = _same_anywhere(what), shards.looks(what)
     if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
         return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
@@ -366,7 +382,7 @@ def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tu
 
 
 def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
-    """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
+    """Return the penalty or transform with axes resolved for a parameter, after checks."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
             f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "
@@ -405,3 +421,182 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
         )
     return bound
+
+
+# ---------------------------------------------------------------- after a change of the model
+
+
+def _by_identity(where: Where | Places) -> bool:
+    """Return True if a selection names a module or tensor itself, which a bound rule must not keep alive."""
+    stack: list[Any] = [where]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, Object):
+            return True
+        stack += [getattr(one, part) for part in ("left", "right", "which") if hasattr(one, part)]
+    return False
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The layer that has a parameter, and the parameter's shape, when its rules were bound."""
+
+    owner: weakref.ref[nn.Module]
+    shape: torch.Size | None  # None: a lazy parameter
+
+    @classmethod
+    def of(cls, handle: Handle, model: nn.Module) -> Whereabouts | None:
+        """Return the whereabouts of a parameter now; None if it is gone."""
+        owner = handle.find_owner(model)
+        stored = None if owner is None else owner._parameters.get(handle.attribute)
+        if owner is None:
+            return None
+        return cls(weakref.ref(owner), None if stored is None or is_lazy(stored) else stored.shape)
+
+
+def whereabouts(bounds: Iterable[Bound], model: nn.Module) -> dict[str, Whereabouts | None]:
+    """Return {name: whereabouts} of the parameters with rules."""
+    handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
+    return {name: Whereabouts.of(handle, model) for name, handle in handles.items()}
+
+
+@dataclass
+class Followed:
+    """What a bound rule is to become after a change of the model."""
+
+    bound: Bound
+    parameters: list[tuple[Handle, Any]]
+    points: dict[tuple[str, Place], Point]  # by name and place
+
+    @property
+    def paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """{path: path now} of the layers at which the rule looks."""
+        points = [*self.bound.points, *(recorder.point for recorder in self.bound.recorders)]
+        return {point.path: self.now(point).path for point in points}
+
+    def now(self, point: Point) -> Point:
+        """Return a place of the rule as it is now."""
+        return self.points.get(_key(point), point)
+
+    def adopt(self) -> None:
+        """Change the rule."""
+        bound = self.bound
+        bound.parameters = self.parameters
+        bound.points = [self.now(point) for point in bound.points]
+        for recorder in bound.recorders:
+            recorder.point = self.now(recorder.point)
+        for recorder in bound.penalty_recorders:
+            recorder.copies = None  # the next layer may be another one, which overwrites the place
+
+
+def followed(bounds: Sequence[Bound], model: nn.Module, known: Mapping[str, Whereabouts | None]) -> list[Followed]:
+    """Return what bound rules are to become after layers or tensors of the model were replaced.
+
+    Each rule must select what it selected before: the same names, of which some may have become names of
+    one tensor. Rules on tensors of another layer or shape are resolved anew; their state stays.
+
+    Args:
+        bounds: the bound rules.
+        model: the model as it is now.
+        known: `whereabouts` of the rules before.
+
+    Raises:
+        DetachedError: a rule selects other names now, or it can't act on a tensor as this is now.
+    """
+    there, found = _There(model), []
+    for bound in bounds:
+        try:
+            parameters = _again(bound, there, known)
+            if isinstance(bound.rule.what, NetworkPenalty):
+                bound.what.check({handle.name: handle.find(model) for handle, _ in parameters})
+            found.append(Followed(bound, parameters, _points_again(bound, there)))
+        except DetachedError:
+            raise
+        except RestrainError as error:
+            raise _left_behind(bound, str(error)) from error
+    return found
+
+
+def _left_behind(bound: Bound, why: str) -> DetachedError:
+    return DetachedError(
+        f"the model's layers were changed since the rules were attached, and {bound.key!r} can't follow: {why}. After "
+        "the change write reg.detach(), then rs.attach(model, plan, optimizer)"
+    )
+
+
+def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str]]) -> None:
+    """Check that a selection of tensors, each with all its names, is that of the names before.
+
+    Raises:
+        DetachedError: it isn't.
+    """
+    known = set(before)
+    more = [min(names) for names in now if not known & set(names)]
+    lost = sorted(known - {name for names in now for name in names})
+    if more or lost:
+        told = [f"it doesn't select {brief(lost)} any more"] * bool(lost) + [
+            f"it would select {brief(more)} too"
+        ] * bool(more)
+        raise _left_behind(bound, " and ".join(told))
+
+
+def _again(bound: Bound, there: _There, known: Mapping[str, Whereabouts | None]) -> list[tuple[Handle, Any]]:
+    """Return what acts on each parameter of a rule, each tensor once."""
+    given = bound.given or bound.rule
+    if isinstance(given.where, Places):
+        return []
+    before = {handle.name: what for handle, what in bound.parameters}
+    slots = there.chosen(given.where, given.optional).slots
+    _compare(bound, before, [slot.names for slot in slots])
+    found = []
+    for slot in slots:
+        names = [name for name in slot.names if name in before]
+        what = before[names[0]]
+        same = [Whereabouts.of(slot.handle, there.layers[0].module) == known.get(name) for name in names]
+        if len(names) > 1 and _state(what):
+            raise _left_behind(bound, f"{', '.join(map(repr, names))} are one tensor now, and it keeps a state of each")
+        found.append((slot.handle, what if all(same) else _replaced(bound, slot, what, there)))
+    if bound.rule.how == "forward" and {s for slot in slots for s in sites_of(slot)} != {s for s, _ in bound.noisy}:
+        raise _left_behind(bound, "its weights are used at other places now")
+    return found
+
+
+def _state(what: Any) -> Mapping[str, Tensor]:
+    return what.state() if isinstance(what, Penalty) else {}
+
+
+def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
+    """Return what acts on a parameter of another layer or shape."""
+    if bound.rule.how == "parametrize":
+        raise _left_behind(bound, f"{slot.name!r} belongs to another layer, or has another shape, now")
+    rule, what = bound.rule, bound.what
+    now = _resolve(rule, what, slot, _same_anywhere(what), shards.looks(what), there)
+    state, own = _state(before), _state(now)
+    if not state:
+        return now
+    if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in own.items()}:
+        raise _left_behind(bound, f"it keeps tensors of {slot.name!r}, which has another shape now")
+    return before
+
+
+def _points_again(bound: Bound, there: _There) -> dict[tuple[str, Place], Point]:
+    """Return the places of a rule as they are now, by name and place."""
+    given = bound.given or bound.rule
+    groups: list[tuple[Sequence[Point], Sequence[Point]]] = []
+    if isinstance(given.where, Places):
+        groups.append((bound.points, _targets(given, given.where, there).points))
+        if bound.derivative is not None and not bound.derivative.penalty.of_loss:
+            by = [probe.point for probe in bound.derivative.moved]
+            groups.append((by, _targets(given, bound.derivative.penalty.by, there).points))
+    if given.outputs is not None:
+        before = [recorder.point for recorder in bound.output_recorders]
+        groups.append((before, _targets(given, given.outputs, there).points))
+    found = {}
+    for before, now in groups:
+        _compare(bound, [str(point) for point in before], [(str(point),) for point in now])
+        found.update({_key(point): point for point in now})
+    return found
+
+
+def _key(point: Point) -> tuple[str, Place]:
+    return point.name, replace(point.place, which=None)

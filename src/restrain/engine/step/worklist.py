@@ -1,7 +1,7 @@
-"""The parameters that an optimizer holds and rules change on, found at each step, at the cost of a look at each.
+"""Cached list of an optimizer's parameters with rules; checked at each step.
 
-All that was found is kept with what it depends on: the modules on the way to a parameter, the optimizer's lists,
-whether it is frozen. Only where one of these has changed is everything looked for again.
+It is rebuilt when a module on the way to a parameter, the optimizer's groups, or a parameter's
+`requires_grad` has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.ops import Change
-from restrain.engine.step.projection import single
+from restrain.engine.step.projection import in_metric, in_tangent, single
 from restrain.errors import DetachedError
 from restrain.named_tensors import Handle, fully_sharded, is_sharded
 from restrain.penalties import Penalty
@@ -27,7 +27,7 @@ from restrain.transforms import Constraint, GradientNoise
 
 @dataclass
 class ParameterRules:
-    """All that is done to one parameter around a step."""
+    """The rules on a parameter around a step."""
 
     handle: Handle
     gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
@@ -35,16 +35,27 @@ class ParameterRules:
     decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
-    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
-    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
+    kept: dict[str, Any] = field(default_factory=dict)  # state of the metric
+    # weights and gradient before the step, if the metric needs them
+    before: tuple[Tensor, Tensor] | None = None
+
+    def of(self, kind: str, by_metric: bool) -> list[tuple[Rule, Any]]:
+        """Return the rules of a kind; those of "tangent" are constraints that change gradients before the step."""
+        if kind == "tangent":
+            return [(rule, what) for rule, what in self.project if in_tangent(rule, what, by_metric)]
+        return getattr(self, kind)  # type: ignore[no-any-return]
+
+    def follows_metric(self, by_metric: bool) -> bool:
+        """Return True if the optimizer's metric is needed."""
+        return bool(self.proximal) or any(in_metric(rule, what, by_metric) for rule, what in self.project)
 
 
-Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
+Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with its parameter group
 
 
 @dataclass(frozen=True)
 class Task:
-    """The same changes on several parameters of one group."""
+    """The same changes on several parameters of a group."""
 
     changes: list[Change]
     group: dict[str, Any]
@@ -52,39 +63,49 @@ class Task:
 
 
 class Worklist:
-    """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
+    """Cached parameters with rules that an optimizer holds and that aren't frozen.
 
-    def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module]) -> None:
-        self.works, self.root = works, root
-        self.sharded = False  # whether there may be some of which each process holds a part
-        self._forget()
+    It references modules weakly.
 
-    def _forget(self, gone: object = None) -> None:
+    Args:
+        works: the rules of each parameter.
+        root: returns the model.
+        by_metric: True if constraints are held in the optimizer's metric, which differs by entry.
+    """
+
+    def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module], by_metric: bool = False) -> None:
+        self.works, self.root, self.by_metric = works, root, by_metric
+        self.sharded = False  # some parameters may be sharded
+        self.forget()
+
+    def forget(self, gone: object = None) -> None:
+        """Rebuild the list at the next step."""
         self._seen: Any = None
         self._found: list[Member] = []
         self._rules: dict[Any, list[Rule]] = {}
         self._tasks: dict[Any, list[Task]] = {}
 
     def by(self, optimizer: Optimizer) -> list[Member]:
-        """Them, each with its group.
+        """Return the optimizer's parameters with rules, each with its group.
 
         Raises:
-            DetachedError: one was parametrised since the rules were attached.
+            DetachedError: a parameter was parametrised after the rules were attached.
         """
         root = self.root()
         if self._seen is None or not self._as_seen(root, optimizer):
-            self._forget()
+            self.forget()
             self._found = self._find(root, optimizer)
         return self._found
 
     def tasks(self, kinds: tuple[str, ...], step: int) -> list[Task]:
-        """What rules of these kinds do, at a step (they are counted from zero), to the parameters that were found."""
+        """Return the changes by rules of these kinds at a step, counted from zero."""
         if kinds not in self._rules:
-            timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
+            found = [work.of(kind, self.by_metric) for work, _, _ in self._found for kind in kinds]
+            timed = [rule for rules in found for rule, _ in rules]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
         key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
         if key not in self._tasks:
-            self._tasks[key] = _tasks(self._found, kinds, step)
+            self._tasks[key] = _tasks(self._found, kinds, step, self.by_metric)
         return self._tasks[key]
 
     def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:
@@ -106,7 +127,7 @@ class Worklist:
             p = work.handle.find(root)
             if not isinstance(p, nn.Parameter):
                 raise DetachedError(
-                    f"{work.handle.name!r} was parametrised since rules were attached that would change on a temporary "
+                    f"{work.handle.name!r} was parametrised since rules were attached that would change a temporary "
                     "at the step. Parametrise first, or in the same plan, and detach before"
                 )
             parameters.append(p)
@@ -119,7 +140,7 @@ class Worklist:
         ]
 
     def _look(self, root: nn.Module, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Any:
-        """All that what was found depends on; None where FSDP2 puts other tensors there, time and again."""
+        """Return the state that the cache depends on; None with FSDP2, which replaces tensors."""
         if any(map(is_sharded, parameters)) or fully_sharded(root.modules()):
             return None
         ways: dict[Any, Any] = {}
@@ -131,40 +152,43 @@ class Worklist:
                 ways[id(module), key] = (weakref.ref(module), key, weakref.ref(child))
                 module = child
             ends.append((weakref.ref(module), work.handle.attribute, p, p.requires_grad))
-        return weakref.ref(root, self._forget), list(ways.values()), ends, _groups(optimizer)
+        return weakref.ref(root, self.forget), list(ways.values()), ends, _groups(optimizer)
 
 
 def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Task]:
+def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
     tasks: dict[Any, Task] = {}
     for work, p, group in held:
-        changes = [change for kind in kinds for change in _changes(work, kind, step)]
+        changes = [change for kind in kinds for change in _changes(work, kind, step, by_metric)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
             tasks.setdefault(key, Task(changes, group, [])).members.append((work, p))
     return list(tasks.values())
 
 
-def _changes(work: ParameterRules, kind: str, step: int) -> list[Change]:
-    timed = [(rule, what) for rule, what in getattr(work, kind) if rule.due(step)]
+def _changes(work: ParameterRules, kind: str, step: int, by_metric: bool) -> list[Change]:
+    timed = [(rule, what) for rule, what in work.of(kind, by_metric) if rule.due(step)]
     if not timed:
         return []
+    if kind == "tangent":
+        return [Change("tangent", what) for _, what in timed]
     if kind == "project":
-        return [Change("project", timed[0][1])] if single(timed) else []
-    name: Any = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
+        name: Any = "fit" if in_metric(*timed[0], by_metric) else "project"
+        return [Change(name, timed[0][1])] if single(timed) else []
+    name = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
     return [Change(name, total([what for _, what in timed]))]
 
 
 def total(penalties: Sequence[Penalty]) -> Penalty:
-    """The sum of penalties as one."""
+    """Return the sum of penalties as a penalty."""
     return functools.reduce(lambda a, b: a + b, penalties)
 
 
 def _key(what: Any) -> Any:
-    """The same for what does the same: tensors that hold strengths are the same only if they are one."""
+    """Return a key equal for equal settings; tensors of strengths are compared by identity."""
     if isinstance(what, tuple):
         return tuple(map(_key, what))
     if dataclasses.is_dataclass(what) and not isinstance(what, type):
