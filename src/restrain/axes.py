@@ -1,4 +1,4 @@
-"""What `per=` means: a name of an axis, a dim, block sizes or lists of indices, as groups of a tensor's entries.
+"""What `per=` means: an axis by name or dim, block sizes or lists of indices, as groups of entries.
 
 Layers keep their weights in different layouts, so an axis is named by its meaning:
 
@@ -12,8 +12,14 @@ Layers keep their weights in different layouts, so an axis is named by its meani
     [[0, 1], [2, 3, 4]]    of one list of indices of dim 0
     {"in": [[0], [1, 2]]}  of one list of indices of that axis; also written as ("in", [[0], [1, 2]])
 
-An `nn.Embedding`'s tokens (its rows) are "in", its features (its columns) "out". Indices that no list names are in
-no group: penalties don't count them, and proxes and projections leave them as they are. Groups don't overlap.
+The tokens of an `nn.Embedding` (its rows) are "in", its features (its columns) "out". Indices in no
+list are in no group: penalties don't count them, proxes and projections leave them unchanged.
+Groups don't overlap.
+
+Of other modules' parameters `restrain.layout` says what the axes mean, as in "expert out in" (see
+`layouts`). Then "out" is one group for each output of each expert, and "expert" one for each
+expert. A parameter of a model whose layout is unknown has no named axes. A plain tensor has the
+axes (out, in, ...).
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.errors import PenaltyError
+from restrain.layouts import SAME, WITHIN, base_name, inputs_first, is_word, knows
 from restrain.named_tensors import Location
 from restrain.torch_private import wrapped
 
@@ -36,7 +43,6 @@ NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,17 @@ class Grouping:
     keep: tuple[int, ...]
     lists: Lists | None = None
     said: Any = dataclasses.field(default=None, compare=False)  # what a person wrote for it
+    stack: tuple[int, ...] = ()  # kept dims that number separate matrices, such as experts
 
     def __repr__(self) -> str:
         if self.said is not None:
             return repr(self.said)
         return f"Grouping(shape={self.shape}, keep={self.keep}, lists={self.lists})"
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The kept dims without those that number separate matrices."""
+        return tuple([dim for dim in self.keep if dim not in self.stack])
 
     @property
     def reduced(self) -> tuple[int, ...]:
@@ -224,7 +236,7 @@ def _is_dim(value: Any) -> bool:
 
 def _is_axis(value: Any) -> bool:
     """Whether it is an axis by name, or a dim."""
-    return value in NAMES if isinstance(value, str) else _is_dim(value)
+    return value in NAMES or is_word(value) if isinstance(value, str) else _is_dim(value)
 
 
 def grouping(
@@ -234,12 +246,12 @@ def grouping(
     attribute: str = "",
     heads: int | None = None,
 ) -> Grouping:
-    """The groups that `per` means for a tensor.
+    """Return the groups that `per` means for a tensor.
 
     Args:
-        per: what `per=` may be (see above); a grouping is returned as it is.
+        per: what `per=` may be (see above); a grouping is returned unchanged.
         tensor_shape: the tensor's shape.
-        owner: the module that the tensor is a parameter of, whose layout then counts. Without, (out, in, ...).
+        owner: the module that has the tensor as a parameter, whose layout counts; None: (out, in, ...).
         attribute: the parameter's name there.
         heads: the number of heads of the attention that `owner` is a part of, for "head".
 
@@ -249,40 +261,97 @@ def grouping(
     >>> grouping("in", (8, 4, 3, 3), nn.ConvTranspose2d(8, 4, 3), "weight").keep
     (0,)
     """
+    return _grouping(per, _Place(tuple(tensor_shape), owner, attribute, heads))
+
+
+def grouping_at(per: Per, at: Location) -> Grouping:
+    """Return the groups that `per` means for a parameter of a model; see `grouping`.
+
+    Raises:
+        PenaltyError: an axis by name, of a parameter whose layout is neither known nor declared.
+    """
+    return _grouping(per, _Place(tuple(at.tensor.shape), at.owner, at.attribute, at.heads, at.axes, at.name))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor's shape with the context that gives its axes a meaning."""
+
+    shape: tuple[int, ...]
+    owner: nn.Module | None = None
+    attribute: str = ""
+    heads: int | None = None
+    axes: tuple[str, ...] | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        """Return the parameter's name and owner in brackets, for messages; empty for a plain tensor."""
+        if self.owner is None:
+            return ""
+        return f" ({(self.name or self.attribute)!r} of {type(self.owner).__name__})"
+
+
+def _grouping(per: Per, at: _Place) -> Grouping:
     per = checked(per)
-    if isinstance(per, Grouping):
-        return per
-    return dataclasses.replace(_grouping(per, tuple(tensor_shape), owner, attribute, heads), said=per)
+    return per if isinstance(per, Grouping) else dataclasses.replace(_groups(per, at), said=per)
 
 
-def _grouping(per: Any, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None) -> Grouping:
+def _groups(per: Any, at: _Place) -> Grouping:
+    shape = at.shape
     if isinstance(per, tuple) and _is_dim(per[0]) and _is_dim(per[-1]):
         return _blocks(per, shape)
     if isinstance(per, tuple):
         axis, lists = per if _is_axis(per[0]) else (0, per)
-        return _by_index(lists, grouping(axis, shape, owner, attribute, heads), axis)
+        return _by_index(lists, _grouping(axis, at), axis)
     if isinstance(per, int):
         if not -len(shape) <= per < len(shape):
-            raise PenaltyError(
-                f"per={per} needs a tensor with that dim, got one of shape {shape}{_of(owner, attribute)}"
-            )
+            raise PenaltyError(f"per={per} needs a tensor with that dim, got one of shape {shape}{at}")
         return Grouping(shape, (per % len(shape),))
     if len(shape) < 2:
         raise PenaltyError(
             f"per={per!r} needs a weight with two axes or more, got a tensor of shape "
-            f"{shape}{_of(owner, attribute)}: select rs.weights"
-            + (", or write per=0 for one group an entry" if shape else "")
+            f"{shape}{at}: select rs.weights" + (", or write per=0 for one group an entry" if shape else "")
         )
-    if per == "head":
-        return _heads(shape, owner, attribute, heads)
     if per in ("row", "column"):
         return Grouping(shape, (0 if per == "row" else 1,))
-    return _by_meaning(per in ("out", "filter"), str(per), shape, owner, attribute)
+    if at.axes is not None:
+        return _by_layout(per, at.axes, at)
+    if per == "head":
+        return _heads(at)
+    if per not in NAMES or not knows(at.owner):
+        raise _unknown(per, at)
+    return _by_meaning(per in ("out", "filter"), str(per), shape, at.owner, base_name(at.attribute))
 
 
-def grouping_at(per: Per, at: Location) -> Grouping:
-    """The groups that `per` means for a parameter of a model; see `grouping`."""
-    return grouping(per, tuple(at.tensor.shape), at.owner, at.attribute, at.heads)
+def _unknown(per: str, at: _Place) -> PenaltyError:
+    if at.owner is None or knows(at.owner):
+        return PenaltyError(
+            f"{per!r} is no axis of a tensor of shape {at.shape}{at}: write 'out', 'in' or a dim such as 0, or declare "
+            "by rs.layout what the axes mean"
+        )
+    name, owner = at.name or at.attribute, type(at.owner)
+    example = "expert out in" if len(at.shape) == 3 else "out in"
+    of_type = f" or rs.layout({owner.__name__}, {at.attribute}={example!r})"
+    return PenaltyError(
+        f"{per!r} is no known axis of {name!r}, a parameter of shape {at.shape} of {owner.__name__}: declare what its "
+        f"axes mean, as in rs.layout({name!r}, {example!r}){'' if owner.__module__.startswith('torch.') else of_type}, "
+        "or name a dim, such as 0"
+    )
+
+
+def _by_layout(per: str, axes: tuple[str, ...], at: _Place) -> Grouping:
+    """Return groups by the words of a layout: of each matrix, where other axes number matrices."""
+    word = SAME.get(per, per)
+    if axes.count(word) != 1:
+        raise PenaltyError(
+            f"{per!r} is no axis of {' '.join(axes)!r}, the layout of a tensor of shape {at.shape}{at}: write one of "
+            f"{', '.join(map(repr, dict.fromkeys(axes)))}, or a dim"
+        )
+    own = axes.index(word)
+    if word not in WITHIN:
+        return Grouping(at.shape, (own,))
+    stack = tuple([dim for dim, other in enumerate(axes) if other not in WITHIN])
+    return Grouping(at.shape, tuple(sorted((*stack, own))), stack=stack)
 
 
 def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Grouping:
@@ -336,12 +405,12 @@ def _blocks(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Grouping:
 
 def _by_index(lists: tuple[tuple[int, ...], ...], groups: Grouping, axis: str | int) -> Grouping:
     """Groups of the groups along an axis."""
-    count = prod([groups.shape[dim] for dim in groups.keep])
+    count = prod([groups.shape[dim] for dim in groups.own])
     greatest = max([max(indices) for indices in lists])
     if greatest >= count:
         where = f"dim {axis}" if isinstance(axis, int) else repr(axis)
         raise PenaltyError(f"per= names the index {greatest} of {where}, which has {count}, counted from 0")
-    return dataclasses.replace(groups, lists=Lists(lists, groups.keep, count))
+    return dataclasses.replace(groups, lists=Lists(lists, groups.own, count))
 
 
 def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:
@@ -354,13 +423,14 @@ def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | 
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
     if weight and isinstance(owner, _TRANSPOSED) and owner.groups > 1 and out:
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
-    swapped = weight and (isinstance(owner, (*_TRANSPOSED, *_EMBEDDINGS)) or _is_hf_conv1d(owner))
+    swapped = weight and inputs_first(owner)
     return Grouping(shape, (0 if out is not swapped else 1,))
 
 
-def _heads(shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None) -> Grouping:
-    """Groups by head, of a weight of nn.MultiheadAttention with E features in heads of E / heads."""
-    number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else heads
+def _heads(at: _Place) -> Grouping:
+    """Return groups by head, of a weight of nn.MultiheadAttention with E features in heads of E / heads."""
+    shape, owner, attribute = at.shape, at.owner, at.attribute
+    number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else at.heads
     if number is not None and len(shape) == 2:
         if attribute == "in_proj_weight" and shape[0] % (3 * number) == 0:
             return Grouping((3, number, shape[0] // (3 * number), shape[1]), (1,))
@@ -371,18 +441,10 @@ def _heads(shape: tuple[int, ...], owner: nn.Module | None, attribute: str, head
     raise PenaltyError(
         "per='head' is for weights of nn.MultiheadAttention (in_proj_weight, q_proj_weight, k_proj_weight, "
         "v_proj_weight, out_proj.weight) reached through a rule, got a tensor of shape "
-        f"{shape}{_of(owner, attribute)}: write per='out', per='in' or a dim; for an attention of your own, view its "
-        "weight as (heads, ..., ...) and write per=0"
+        f"{shape}{at}: of another attention, write a head's rows or columns as lists, {{'out': [[0, 1], [2, 3]]}} or "
+        f"{{'in': ...}}, or as a block: with 64 features in a head, per={(64,)} for rows, per={(*shape[:1], 64)} for "
+        "columns (of Hugging Face's Conv1D, columns are the outputs)"
     )
-
-
-def _is_hf_conv1d(owner: nn.Module | None) -> bool:
-    """Whether it is the `Conv1D` of Hugging Face, a linear layer whose weight is (in, out)."""
-    return any(base.__name__ == "Conv1D" for base in type(owner).__mro__)
-
-
-def _of(owner: nn.Module | None, attribute: str) -> str:
-    return "" if owner is None else f" ({attribute!r} of {type(owner).__name__})"
 
 
 def squared(w: Tensor) -> Tensor:

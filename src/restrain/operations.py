@@ -18,6 +18,7 @@ When a class is first attached, its declaration and formula are compared; a diff
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,6 +186,7 @@ def check(what: Any) -> None:
     """
     if type(what) in _checked:
         return
+    what = _by_rows(what)
     interval, terms = getattr(what, "interval", None), getattr(what, "operations", None)
     if interval is not None:
         _compare(what, "interval", "project", interval.nearest, what.project)
@@ -223,6 +225,14 @@ def _compare(what: Any, declared: str, formula: str, fast: Callable[[Tensor], Te
             f"give {_shown(expected)} and {_shown(found)}. Declare `{declared} = None`, which is right for any "
             "formula, or make both the same"
         )
+
+
+def _by_rows(what: Any) -> Any:
+    """Return a dataclass with rows as groups: its own groups may not fit the tensor of the comparison."""
+    fields = dataclasses.fields(what) if dataclasses.is_dataclass(what) else ()
+    if any(field.name == "per" and field.init for field in fields) and what.per is not None:
+        return dataclasses.replace(what, per="row")
+    return what
 
 
 def _sample_shape(what: Any) -> tuple[int, ...]:

@@ -36,6 +36,10 @@ class Where:
         """Return True if it selects parameter `key` of `layer`; for `key` None, the layer."""
         raise NotImplementedError
 
+    def takes_any(self, sites: Sequence[Site]) -> bool:
+        """Return True if it selects a parameter or layer that stands at these places."""
+        return any(self.takes(*site) for site in sites)
+
     def named(self, names: Collection[str]) -> Iterable[str] | None:
         """Return the selected names; None if the selection depends on more than names."""
         return None
@@ -303,8 +307,9 @@ def _role(layer: Layer, key: str) -> str:
 class Role(Where):
     """Parameters by what they do: `weights`, `biases`, `norms` or `embeddings`.
 
-    `weights` are the parameters of rank two or more of layers that multiply: not those of normalisation layers or
-    embeddings, whatever these are called; a tied weight that some layer multiplies by is one.
+    `weights` are the parameters of two axes or more of layers that multiply: not those of
+    normalisation layers or embeddings, whatever their names. A weight that is tied to an embedding
+    is an embedding.
     """
 
     role: str
@@ -313,6 +318,10 @@ class Role(Where):
         if key is None:
             raise SelectionError(f"rs.{self.role} selects parameters; a place is a layer: write its name or type")
         return _role(layer, key) == self.role
+
+    def takes_any(self, sites: Sequence[Site]) -> bool:
+        tied = self.role == "weights" and any(key and _role(layer, key) == "embeddings" for layer, key in sites)
+        return not tied and Where.takes_any(self, sites)
 
     def __repr__(self) -> str:
         return f"rs.{self.role}"
@@ -394,7 +403,38 @@ class Parameters:
         if not taken and not optional:
             places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
             raise SelectionError(f"{where!r} selects no parameter{places}{near(pattern(where), self._there.names)}")
-        return [self.slots[i] for i in sorted(taken)]
+        slots = [self.slots[i] for i in sorted(taken)]
+        if _by_role(where, "weights"):
+            _check_whole(slots)
+        return slots
+
+
+def _by_role(where: Where, role: str) -> bool:
+    """Return True if a role is part of a selection."""
+    if isinstance(where, Joined):
+        return any(_by_role(part, role) for node in spine(where) for part in (node.left, node.right))
+    return isinstance(where, Role) and where.role == role
+
+
+def _check_whole(slots: Sequence[Slot]) -> None:
+    """Refuse the length and direction of which torch's old weight_norm computes a weight, as weights.
+
+    Raises:
+        SelectionError: there are such parameters among the slots.
+    """
+    parts = [slot for slot in slots if slot.attribute.endswith(("_g", "_v")) and _is_normed(slot)]
+    if parts:
+        names, layer = ", ".join(repr(slot.name) for slot in parts[:4]), parts[0].sites[0][0].name
+        raise SelectionError(
+            f"{names}: of these torch.nn.utils.weight_norm computes the weight, so rs.weights would act on its parts. "
+            "Use torch.nn.utils.parametrizations.weight_norm, whose weight rules see, or leave them out: rs.weights - "
+            f"rs.glob({(layer + '.' if layer else '') + 'weight_*'!r})"
+        )
+
+
+def _is_normed(slot: Slot) -> bool:
+    base = slot.attribute[:-2]
+    return {f"{base}_g", f"{base}_v"} <= set(slot.owner._parameters) and base not in slot.owner._parameters
 
 
 @dataclass(frozen=True)
@@ -436,7 +476,7 @@ def _chosen(where: Where, there: There, optional: bool) -> set[int]:
     named = where.named(there.numbers.keys())
     if named is not None:
         return {there.numbers[name] for name in named}
-    return {i for i, own in enumerate(there.sites) if any(where.takes(*site) for site in own)}
+    return {i for i, own in enumerate(there.sites) if where.takes_any(own)}
 
 
 def pattern(where: Where | None) -> str:

@@ -182,7 +182,6 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs():
 # C: roles and axes
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_are_not_the_parts_of_the_old_weight_norm():
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 8)), nn.Linear(8, 2))
@@ -207,13 +206,11 @@ class Language(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_weights_are_not_a_tied_embedding():
     model = Language()
     torch.testing.assert_close(rs.attach(model, rs.L1().on(rs.weights)).penalty(), model.middle.weight.abs().sum())
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("rule", [rs.GroupLasso(per="head"), rs.MaxNorm(1.0, per="head")], ids=repr)
 def test_heads_of_an_attention_of_ones_own_get_lists_as_the_way_out(rule):
     model = Language()

@@ -474,7 +474,6 @@ def fully_sharded(rank, port, results):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md A13")
 def test_a_rule_on_a_whole_tensor_that_fsdp1_has_flattened_is_right_or_refused():
     for found in spawned(fully_sharded, 2).values():
         if isinstance(found, str):

@@ -188,9 +188,9 @@ class TotalVariation(Penalty):
                 raise PenaltyError(f"dim={self.dim} needs a tensor with that dim, got one of shape {tuple(shape)}")
             return self.dim % len(shape)
         groups = grouping(self.dim, shape) if at is None else grouping_at(self.dim, at)
-        if groups.shape != tuple(shape) or len(groups.keep) != 1:
+        if groups.shape != tuple(shape) or len(groups.own) != 1:
             raise PenaltyError(f"dim={self.dim!r} is no single dim of a tensor of shape {tuple(shape)}: give a number")
-        return groups.keep[0]
+        return groups.own[0]
 
 
 class Named(Penalty, register=False):

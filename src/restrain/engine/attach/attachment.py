@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -42,6 +42,7 @@ from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
+from restrain.layouts import attach_layouts
 from restrain.named_tensors import Handle, checked_module, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
@@ -91,7 +92,8 @@ def attach(
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     with uncollected():
-        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile)
+        flat = shards.flattened(model)
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,12 @@ class Attachment:
         declaring: list[nn.Module],
         declared: list[Rule],
         compile: Compile,
+        flattened: Collection[int] = (),
     ) -> None:
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
-        self._bounds = bind(plan, model, compile)
+        self._layouts = plan.layouts
+        attach_layouts(model, plan.layouts)
+        self._bounds = bind(plan, model, compile, flattened)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()
@@ -283,7 +288,7 @@ class Attachment:
     @property
     def plan(self) -> Plan:
         """The plan as bound, with every selection as a list of names."""
-        return Plan(tuple(bound.rule for bound in self._bounds))
+        return Plan(tuple(bound.rule for bound in self._bounds), self._layouts)
 
     def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
         """Return data loss + every penalty with how="loss", in full: a scalar for backward().

@@ -105,8 +105,12 @@ def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
-def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> list[Bound]:
+def bind(
+    rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto", flattened: Collection[int] = ()
+) -> list[Bound]:
     """Return the rules bound to the model's tensors, each with a unique key.
+
+    `flattened` has the ids of parameters that FSDP1 has flattened.
 
     Raises:
         SelectionError: a rule matches nothing and isn't optional, or selects a layer whose hooks
@@ -114,7 +118,7 @@ def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> 
         HowError: a `how` that is impossible for a tensor.
     """
     shards.at_rest(model)
-    index = _ModelIndex(model)
+    index = _ModelIndex(model, flattened)
     bounds: dict[str, Bound] = {}
     for rule in rules:
         label = key = rule.label
@@ -146,7 +150,8 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
 class _ModelIndex:
     """Index of a model during binding: each selection and each tensor is looked up once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flattened: Collection[int] = ()) -> None:
+        self.flattened = flattened
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
         own = self.layers[0].module
         self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
@@ -167,7 +172,7 @@ class _ModelIndex:
 
     def _plain(self, slot: Slot) -> bool:
         tensor = self.location(slot).tensor
-        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
+        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor) or id(tensor) in self.flattened)
         return known and getattr(slot.owner, "sparse", False) is not True
 
     def location(self, slot: Slot) -> Location:
@@ -395,6 +400,8 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, in
         )
     tensor = index.location(slot).tensor
     shards.check(rule, slot, tensor)
+    if id(tensor) in index.flattened:
+        shards.check_flattened(rule, what, slot)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(
             f"{slot.name!r} is on the meta device, where it has no values yet, and to_empty() puts another tensor in "
