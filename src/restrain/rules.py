@@ -42,8 +42,12 @@ class What:
 
         Raises:
             SelectionError: it can't act there at all.
+            PlanError: a base class, which doesn't say.
         """
-        raise NotImplementedError
+        raise PlanError(
+            f"{type(self).__name__} is a base for classes of your own and can't be a rule: take a subclass, such as "
+            "rs.GaussianNoise, or write one that has `moments`"
+        )
 
     def bound_to(self, at: Location) -> What:
         """What acts on one parameter: with axes that it names by meaning resolved, and the tensors that it keeps made.

@@ -332,9 +332,9 @@ def _said(error: Exception) -> str:
 
 def _check_zip(file: BinaryIO, size: int, path: Any) -> None:
     """Refuse an archive whose parts don't add up, or aren't what their CRC-32 says; torch looks at neither."""
-    if not zipfile.is_zipfile(file):
-        return  # of torch before 1.6, or torn, of which torch tells
     try:
+        if not zipfile.is_zipfile(file):
+            return  # of torch before 1.6, or torn, of which torch tells
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len({member.filename for member in members}) < len(members):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import NoProxError, PenaltyError, SelectionError
-from restrain.fields import is_number, is_whole
+from restrain.fields import is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties.algebra import Algebra, Combination, Multiple, Total
@@ -77,7 +77,7 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
     if not is_number(number) or not (low < number < high or (closed and number == low)):
         least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
         most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
-        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
+        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {shown_number(number)}")
 
 
 def checked_flag(name: str, flag: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import ExportError, SelectionError, TransformError
-from restrain.fields import is_number
+from restrain.fields import is_number, shown_number
 from restrain.operations import Interval, LengthInterval
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
@@ -234,7 +234,7 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
         TransformError: so it is.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
-        raise TransformError(f"{name}= is {meaning}; got {number!r}")
+        raise TransformError(f"{name}= is {meaning}; got {shown_number(number)}")
 
 
 def checked_type(noise: Noise, x: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
-from restrain.fields import is_number
+from restrain.fields import is_number, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
@@ -106,7 +106,7 @@ class Box(Constraint):
             if bound == none:  # version 0.1 wrote no bound so
                 object.__setattr__(self, name, None)
             elif bound is not None and not is_number(bound):
-                raise TransformError(f"{name}= is a finite number, or None for no bound; got {bound!r}")
+                raise TransformError(f"{name}= is a finite number, or None for no bound; got {shown_number(bound)}")
         if self.low is None and self.high is None:
             raise TransformError("Box needs a bound: write low=, high= or both")
         low, high = self._bounds()
@@ -122,7 +122,7 @@ class Box(Constraint):
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no bounds: Box needs a real one")
-        return w.clamp(self.low, self.high) + 0.0  # -0.0 becomes +0.0
+        return w.clamp(*self.interval.bounds(w.dtype)) + 0.0  # -0.0 becomes +0.0
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in self._bounds())
