@@ -1,4 +1,4 @@
-"""Rules bound to a model: the tensors and layers that they act on, and the optimizers that step them."""
+"""Rules bound to a model: their tensors and layers, and the optimizers that step them."""
 
 from restrain.engine.binding.binding import Bound, bind, noisy, parametrized, trains
 from restrain.engine.binding.optimizers import check_optimizers, given_optimizers
