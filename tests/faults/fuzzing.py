@@ -364,7 +364,7 @@ def drawn_call(draw):
     positional, given, in_order = [], {}, True
     for parameter in inspect.signature(function).parameters.values():
         needed = parameter.default is parameter.empty
-        if parameter.kind is parameter.VAR_KEYWORD or (not needed and draw.random() < 0.6):
+        if parameter.kind is parameter.VAR_KEYWORD or parameter.name == "kept" or (not needed and draw.random() < 0.6):
             in_order = False
         elif in_order and parameter.kind is not parameter.KEYWORD_ONLY:
             positional.append(draw.choice(ARGUMENTS))
@@ -441,6 +441,8 @@ def fault_of(kind, seed, folder):
         pass
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "restrain/" in frame.filename]
+        if own and re.search(r"self\.function\(|= given\(|self\.via\(", own[-1].line or ""):
+            return ""  # of a function that was given: a user's own error
         at = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
         return f"{type(error).__name__}{at}: {error}"[:300]
     finally:

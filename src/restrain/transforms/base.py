@@ -261,8 +261,11 @@ def wide(w: Tensor, *, real: str = "") -> Tensor:
     """Return the tensor in float32 or wider; `real` says why it can't be complex.
 
     Raises:
-        TransformError: an integer tensor; a complex one where `real` is given.
+        TransformError: an integer or sparse tensor; a complex one where `real` is given.
     """
+    if not isinstance(w, Tensor) or w.layout is not torch.strided:
+        kind = f"a sparse one ({w.layout}): convert it by .to_dense()" if isinstance(w, Tensor) else type(w).__name__
+        raise TransformError(f"a constraint needs a dense tensor, got {kind}")
     if w.is_complex() and real:
         raise TransformError(f"a complex tensor ({w.dtype}) has no order, {real}")
     if not (w.is_floating_point() or w.is_complex()):
