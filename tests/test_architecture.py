@@ -348,3 +348,9 @@ def test_docstring_check_notices():
     things = {"Bare": Bare, "Base": Base, "Leaf": Leaf, "function": lambda: None}
     package = SimpleNamespace(__all__=list(things), **things)
     assert undocumented(package) == ["Bare", "Base.missing", "Leaf.also_missing", "function"]
+
+
+def test_warnings_point_to_the_users_line():
+    """A number of frames is right on one way only: `level_of_caller` counts them."""
+    for source in read("src").values():
+        assert not re.search(r"stacklevel=\d", source)

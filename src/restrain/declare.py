@@ -33,6 +33,13 @@ class Declared:
     scope: dict[str, tuple[tuple[What, How | None], ...]] = field(default_factory=dict)
 
 
+class _Declarations:
+    """Count of declarations made in this process, by which an attachment notices new ones."""
+
+    count = 0
+
+
+declarations = _Declarations()
 _scope: ContextVar[dict[str, tuple[tuple[What, How | None], ...]] | None] = ContextVar("scope", default=None)
 
 
@@ -93,6 +100,7 @@ def _mark(module: nn.Module, name: str, parameter: Any) -> None:
 
 
 def _declared(module: nn.Module) -> Declared:
+    declarations.count += 1
     return module.__dict__.setdefault(ATTRIBUTE, Declared())  # type: ignore[no-any-return]
 
 

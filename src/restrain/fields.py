@@ -155,10 +155,16 @@ def _warn(cls: type, old: str, new: str) -> None:
     )
 
 
+_BETWEEN = ("restrain", "torch", "contextlib")  # packages whose frames are no user's
+
+
 def level_of_caller() -> int:
-    """Return the `stacklevel` with which a warning points at the code that called this library."""
+    """Return the `stacklevel` with which a warning points at the user's line.
+
+    It calls this library, or what calls the library's hooks: torch, a context manager.
+    """
     frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "restrain":
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _BETWEEN:
         frame, level = frame.f_back, level + 1
     return level
 

@@ -184,8 +184,8 @@ class Handle:
                 found = getattr(owner, self.attribute)
         if not isinstance(found, Tensor):
             raise DetachedError(
-                f"the parameter {self.name!r} is gone from the model since the rules were attached; after changing "
-                "the model's layers, detach() and attach the rules again"
+                f"the parameter {self.name!r} is gone from the model since the rules were attached: after a change of "
+                "the model's layers write reg.detach(), then rs.attach(model, plan, optimizer)"
             )
         return found
 

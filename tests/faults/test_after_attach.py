@@ -28,7 +28,6 @@ def stepped(plan):
     return model, reg
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A7")
 def test_a_rule_on_outputs_follows_a_layer_that_is_replaced_or_says_so():
     model, reg = stepped([rs.L1().on(rs.outputs("2"), name="last"), rs.L1().on(rs.outputs("1"), name="hidden")])
     model[2] = nn.Linear(8, 2)
@@ -42,7 +41,6 @@ def test_a_rule_on_outputs_follows_a_layer_that_is_replaced_or_says_so():
     right_or_refused(penalty, right, names="2")
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A7")
 def test_noise_follows_a_layer_that_is_replaced_or_says_so():
     model, reg = stepped([rs.Dropout(0.5).on(rs.outputs("2")), rs.L1().on("0.weight")])
     model[2] = nn.Linear(8, 200)
@@ -55,7 +53,6 @@ def test_noise_follows_a_layer_that_is_replaced_or_says_so():
     right_or_refused(share, 0.5, names="2", rtol=0, atol=0.05)  # 10,000 draws: 0.005
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A7")
 def test_noise_on_weights_follows_a_layer_that_is_replaced_or_says_so():
     model, reg = stepped([rs.DropConnect(0.5).on("2.weight"), rs.L1().on("0.weight")])
     model[2] = nn.Linear(8, 2)
@@ -86,7 +83,6 @@ class Language(nn.Module):
         return self.head(self.embedding(tokens))
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A7")
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_weights_that_are_tied_after_attach_count_once(how):
     model = Language()

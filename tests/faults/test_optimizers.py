@@ -252,7 +252,7 @@ def line():
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param("gradient", marks=pytest.mark.xfail(strict=True, reason="faults.md A23")),
+        "gradient",
         "decoupled",
         "proximal",
     ],
@@ -278,7 +278,6 @@ def test_a_cell_that_attaches_again_gives_the_penalty_in_the_loss_once():
     assert reg.loss(0 * model(torch.ones(1, 3)).sum()).item() == pytest.approx(3.0)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A23")
 def test_a_cell_that_attaches_noise_on_gradients_again_draws_it_once_or_is_refused():
     def deviation():
         model = nn.Linear(100, 100, bias=False)
@@ -296,15 +295,12 @@ def test_a_cell_that_attaches_noise_on_gradients_again_draws_it_once_or_is_refus
 # A24: a step that is interrupted and called again
 
 
-TWICE = pytest.mark.xfail(strict=True, reason="faults.md A24")
-
-
 @pytest.mark.parametrize(
     ("how", "redone"),
     [
-        pytest.param("gradient", "the step", marks=TWICE),
-        pytest.param("decoupled", "the step", marks=TWICE),
-        pytest.param("decoupled", "all of it", marks=TWICE),
+        ("gradient", "the step"),
+        ("decoupled", "the step"),
+        ("decoupled", "all of it"),
         ("gradient", "all of it"),
         ("proximal", "the step"),
         ("proximal", "all of it"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from restrain import storage
 from restrain.errors import FileError, PlanError, RestrainWarning
 from restrain.extras import needing
-from restrain.fields import brief
+from restrain.fields import brief, level_of_caller
 from restrain.integrations.session import Around, Session
 
 with needing("huggingface", __name__):
@@ -118,7 +118,7 @@ class RestrainCallback(TrainerCallback):
                 f"training resumes from {checkpoint}, but the rules begin anew: there is no {_FILE} in it. If another "
                 "checkpoint has it, write callback.load(that_checkpoint) before trainer.train(...)",
                 RestrainWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
         elif _state(checkpoint).get("belongs_to") != _identity(checkpoint):
             raise PlanError(

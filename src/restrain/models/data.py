@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import PlanError, RestrainWarning
-from restrain.fields import listed
+from restrain.fields import level_of_caller, listed
 from restrain.transforms.normalization import Standardize
 
 _LOADED = 2**30  # bytes; larger data are converted batch by batch
@@ -249,7 +249,7 @@ def warn_of_unheld(labels: Any, held: Any, names: Any) -> None:
             f"no row is held back of {shown}: too few rows for that part, and at least one is trained on. Validation "
             "doesn't judge these classes; a larger valid=, or validation data of their own, would",
             RestrainWarning,
-            stacklevel=2,
+            stacklevel=level_of_caller(),
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from restrain.errors import PlanError, RestrainWarning
-from restrain.fields import listed
+from restrain.fields import level_of_caller, listed
 from restrain.models.base import KeywordModel
 from restrain.models.data import Samples, as_numbers, warn_of_unheld
 
@@ -167,7 +167,7 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
             warnings.warn(
                 f"all {len(labels)} labels are of one class, {found[0].item()!r}: any network learns to say that",
                 RestrainWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
         return known
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from restrain.engine import Evaluation, attach
 from restrain.errors import PlanError, RestrainWarning, TrainingError
+from restrain.fields import level_of_caller
 from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
@@ -304,7 +305,7 @@ class Training:
             warnings.warn(
                 f"compile={self.settings.compile!r}, but compiled is {said}; compile=False would say that you know",
                 RestrainWarning,
-                stacklevel=3,
+                stacklevel=level_of_caller(),
             )
         self.said, self.compiled = said, compiled
 
@@ -384,7 +385,7 @@ class Training:
                     f"{bound.key!r} has emptied {', '.join(map(repr, mine))}: nothing but zeros there. A smaller "
                     "strength would keep some of it",
                     RestrainWarning,
-                    stacklevel=3,
+                    stacklevel=level_of_caller(),
                 )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
-from restrain.fields import brief, is_number, shown_number
+from restrain.fields import brief, is_number, level_of_caller, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
@@ -65,7 +65,7 @@ class NonNegative(Constraint):
                 f"{int(outside.sum())} of {w.numel()} entries are zero or negative; how='parametrize' keeps them "
                 f"above zero by softplus, so they begin at {least:.3g}. For exact zeros use how='project'",
                 RestrainWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
             w = torch.where(outside, least, w)
         return w + torch.log(-torch.expm1(-w))
@@ -197,6 +197,7 @@ class Signs(Constraint):
 
     convex = True
     cone = True
+    separable = True  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _plain(self.pattern))
@@ -248,6 +249,7 @@ class Fixed(Constraint):
     values: Any = None
 
     convex = True
+    separable = True  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if not callable(self.mask):
@@ -303,6 +305,7 @@ class _FixedEntries(Constraint, register=False):
     """Entries of a parameter that keep their values: the bound form of `Fixed`."""
 
     convex = True
+    separable = True  # type: ignore[assignment]
 
     def __init__(self, said: Fixed, mask: Tensor, values: Tensor) -> None:
         self.said, self.mask, self.values = said, mask, values

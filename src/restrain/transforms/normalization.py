@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from restrain.errors import RestrainWarning, TransformError
 from restrain.extras import needing
-from restrain.fields import listed
+from restrain.fields import level_of_caller, listed
 
 _BLOCK = 2**20  # numbers per block that is read
 
@@ -104,7 +104,7 @@ class _Scaling(nn.Module):
                 f"a table {here} names of columns, but this {type(self).__name__} was fitted {there} them: whether the "
                 "columns are in the same order can't be checked; fit and call it with the same kind of table",
                 RestrainWarning,
-                stacklevel=5,
+                stacklevel=level_of_caller(),
             )
 
     def inverse(self, z: Any) -> Any:

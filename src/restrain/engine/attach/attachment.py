@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.installation import Hooks
 from restrain.engine.attach.state import VERSION, DetachedAttachment, by_new_names, checked, fill, metric_names
+from restrain.engine.attach.structure import Look, Structure
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
@@ -25,10 +27,12 @@ from restrain.engine.binding import (
     at_steps,
     bind,
     check_optimizers,
+    followed,
     given_optimizers,
     network_value,
     noisy,
     parametrized,
+    whereabouts,
 )
 from restrain.engine.core import Root, eagerly
 from restrain.engine.distributed import ranks, shards
@@ -87,7 +91,7 @@ def attach(
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     with uncollected():
-        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, compile)
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,13 @@ class Attachment:
     """A plan bound to a model. Made by `attach`; references the model weakly."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
+        self,
+        model: nn.Module,
+        plan: Plan,
+        optimizers: list[Optimizer],
+        declaring: list[nn.Module],
+        declared: list[Rule],
+        compile: Compile,
     ) -> None:
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._bounds = bind(plan, model, compile)
@@ -113,7 +123,7 @@ class Attachment:
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
         self._detached = False
-        self._declaring = [weakref.ref(module) for module in declaring]
+        self._declaring, self._declared = [weakref.ref(module) for module in declaring], declared
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
         self._on_parameters = LossRules(self._loss_rules)
         self._clock = Clock(self._model, optimizers, self._keep_up)
@@ -121,32 +131,57 @@ class Attachment:
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
+        self._works = list[ParameterRules]()  # of the rules at the optimizers' steps, which share them
+        self._surgery = threading.RLock()
         _claimed.update(declaring)
         try:
-            self._parametrized.begin(parametrized(self._bounds), model)
-            self._parts.begin([s for b in self._bounds for s in (*b.points, *(w.point for w in b.recorders))], model)
-            self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
-            self._weight_noise.begin(noisy(self._bounds), model)
-            self._listen()
-            if self._hooks.at_layers or self._weight_noise.hooks:
-                forget_compiled_code()
-            self._attach_steps(model, optimizers, compile)
-            if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
-                ranks.warn_of_shared_random_state()
+            self._install(model, optimizers, compile)
         except BaseException:  # warnings as errors, an exception in a user's projection
             self.detach()  # remove all hooks
             raise
+        self._structure, self._whereabouts = Structure(model), whereabouts(self._bounds, model)
+        self._looked = False  # whether the structure was compared since the last step
+
+    def _install(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
+        """Register all hooks; project constrained parameters now."""
+        self._parametrized.begin(parametrized(self._bounds), model)
+        self._begin_parts(model)
+        self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
+        self._weight_noise.begin(noisy(self._bounds), model)
+        self._listen()
+        if self._hooks.at_layers or self._weight_noise.hooks:
+            forget_compiled_code()
+            self._hooks.first(Look(lambda module: self._look(module, begins=True)), model)
+        self._attach_steps(model, optimizers, compile)
+        if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
+            ranks.warn_of_shared_random_state()
+
+    def _begin_parts(self, model: nn.Module) -> None:
+        points = [s for b in self._bounds for s in (*b.points, *(w.point for w in b.recorders))]
+        self._parts.begin(points, model)
 
     def _listen(self) -> None:
         """Connect to beginnings of forwards and to real steps of the optimizers."""
         self._forwards.began, self._forwards.root = self._clock.end, self._model
-        self._clock.on_step.append(lambda optimizer, root: self._forwards.stepped())
+        self._clock.on_step.append(self._stepped)
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """Install the rules at optimizer steps; project constrained parameters now."""
+        self._works += self._rules_at_steps(model)
+        join(self, self._works, model, optimizers)
+        if self._works:
+            folds = not self._strengths.by_gradients
+            self._steppers = [Stepper(one, self._works, self._model_at_step, compile, folds) for one in optimizers]
+            self._clock.on_real.append(UnknownOptimizers(optimizers, self._works).after)
+        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in self._works])
+        for bound in self._bounds:
+            bound.notes += notes.get(bound.key, [])
+
+    def _rules_at_steps(self, model: nn.Module) -> list[ParameterRules]:
+        """Return what is done at the optimizer's step, by parameter."""
         works: dict[str, ParameterRules] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
@@ -155,16 +190,83 @@ class Attachment:
                     if handle.name not in works:
                         works[handle.name] = ParameterRules(handle)
                     getattr(works[handle.name], kind).append((bound.rule, what))
-        join(self, list(works.values()), model)
-        if works:
-            whole = list(works.values())
-            folds = not self._strengths.by_gradients
-            self._steppers = [Stepper(one, whole, lambda: self.model, compile, folds) for one in optimizers]
-            unknown = UnknownOptimizers(optimizers, [work.handle for work in whole])
-            self._clock.on_real.append(unknown.after)
-        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
-        for bound in self._bounds:
-            bound.notes += notes.get(bound.key, [])
+        return list(works.values())
+
+    def _stepped(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Called after a step of an optimizer that was given or trains the model."""
+        self._forwards.stepped()
+        self._looked = False
+
+    def _model_at_step(self) -> nn.Module:
+        """Return the model, at a step; a loss or forward since the last step has looked at its structure."""
+        model = self.model
+        if not self._looked:
+            self._look(model)
+        return model
+
+    def _as_it_is(self) -> nn.Module:
+        """Return the model, followed by the rules."""
+        model = self.model
+        self._look(model)
+        return model
+
+    def _look(self, model: nn.Module, begins: bool = False) -> None:
+        """Follow the model if its layers or tensors are others than before.
+
+        Args:
+            model: a replica of it (`DataParallel`) is left alone.
+            begins: a forward of the model begins, which calls its layers as they are now.
+
+        Raises:
+            DetachedError: rules can't follow.
+        """
+        if model is self._model() and not self._detached:
+            if self._structure.changed():
+                with self._surgery, uncollected():
+                    if self._structure.changed():
+                        self._follow(model, begins)
+            self._looked = True
+
+    def _follow(self, model: nn.Module, begins: bool) -> None:
+        """Bind rules again to the model as it is now, and move hooks to other layers; state stays."""
+        if (
+            declared_rules(model, skip=_claimed - set(filter(None, (r() for r in self._declaring))))[0]
+            != self._declared
+        ):
+            raise DetachedError(
+                "declarations at the model's layers (rs.regularized, rs.scope) are others than when the rules were "
+                "attached: after such a change write reg.detach(), then rs.attach(model, plan, optimizer)"
+            )
+        changes = followed(self._bounds, model, self._whereabouts)
+        moves = self._hooks.moves({old: new for one in changes for old, new in one.paths.items()}, model)
+        needed = [move for move in moves if move.needed]
+        if (needed or self._weight_noise.moves(model)) and self._forwards.ran and not begins:
+            raise DetachedError(
+                "layers with rules were replaced since the last forward began, or in a compiled model, which passes "
+                "the rules by: write reg.detach(), then rs.attach(model, plan, optimizer) after the change"
+            )
+        for change in changes:
+            change.adopt()
+        self._hooks.move(moves)
+        self._weight_noise.move(model)
+        if needed and self._parts.handles:
+            self._parts.end()
+            self._begin_parts(model)
+        self._renew(model)
+
+    def _renew(self, model: nn.Module) -> None:
+        """Make anew what was made of the bound rules."""
+        self._on_parameters = LossRules(self._loss_rules)
+        self._forwards.overridden.handles = [h for b in self._loss_rules for h, _ in b.parameters]
+        self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
+        metrics = {work.handle.name: work.kept for work in self._works}
+        self._works[:] = self._rules_at_steps(model)
+        for work in self._works:
+            work.kept = metrics.get(work.handle.name, {})
+        for stepper in self._steppers:
+            stepper.renew()
+        self._structure.remember(model)
+        self._whereabouts = whereabouts(self._bounds, model)
 
     @property
     def model(self) -> nn.Module:
@@ -244,6 +346,7 @@ class Attachment:
         They are pairs (value with its graph, factor), and collected values without a graph.
         """
         model = self.model
+        self._look(model)
         if (
             torch.is_grad_enabled() and not self._forwards.recorders
         ):  # values of a forward have the strength of that time
@@ -302,7 +405,7 @@ class Attachment:
 
         For a penalty on activations it is the last collected value; nan before the first.
         """
-        return report.values(self._bounds, self.model, self._forwards)
+        return report.values(self._bounds, self._as_it_is(), self._forwards)
 
     def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
         """Return each penalty's value, the norm of its gradient over all parameters, and its share.
@@ -311,8 +414,9 @@ class Attachment:
             data_loss: if given, its gradient's norm is part of the shares, under the key "data";
                 call `measure` before backward(); the graph is kept.
         """
+        model = self._as_it_is()
         self._collect(data_loss)
-        return report.measure(self._bounds, self.model, self._forwards, data_loss)
+        return report.measure(self._bounds, model, self._forwards, data_loss)
 
     @property
     def rules(self) -> list[BoundRule]:
@@ -324,7 +428,7 @@ class Attachment:
 
         For a penalty on activations it is the last collected value; zero before the first.
         """
-        return latest(self._bounds, self.model)
+        return latest(self._bounds, self._as_it_is())
 
     @contextmanager
     def evaluating(self) -> Iterator[Evaluation]:
@@ -340,7 +444,7 @@ class Attachment:
         >>> bool(value.isclose(h.square().sum(1).mean()))
         True
         """
-        with Evaluation(self._bounds, self.model).attached() as evaluation:
+        with Evaluation(self._bounds, self._as_it_is()).attached() as evaluation:
             yield evaluation
 
     def forget(self) -> None:
@@ -364,7 +468,7 @@ class Attachment:
 
     def table(self, values: bool = False) -> str:
         """Return a table of rules: how, strength, tensors, elements, names; optionally values."""
-        return report.table(self._bounds, self.model, self.values() if values else None)
+        return report.table(self._bounds, self._as_it_is(), self.values() if values else None)
 
     def detach(self) -> None:
         """Remove every hook and restore the model. Further calls do nothing."""
@@ -373,7 +477,7 @@ class Attachment:
         for stepper in self._steppers:
             stepper.remove()
         model = self._model()
-        self._weight_noise.end(model)
+        self._weight_noise.end()
         if model is not None:
             self._parametrized.end(model)
         self._clock.remove()
@@ -401,10 +505,6 @@ class Attachment:
                     what.stepped(None if handle is None else shards.whole(handle.find(root)))
                 self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
-    def _works(self) -> list[ParameterRules]:
-        """Return the rules at optimizer steps, which all steppers share."""
-        return self._steppers[0].works if self._steppers else []
-
     def state_dict(self) -> dict[str, Any]:
         """Return counts and tensors of the rules, for a checkpoint."""
         self._clock.end()
@@ -416,7 +516,7 @@ class Attachment:
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
             # a tuple: of a dict, torch.distributed.checkpoint loads only keys that a fresh
             # attachment has
-            "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works() if work.kept),
+            "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works if work.kept),
             "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
             "strengths": self._strengths.state(),
         }
@@ -429,7 +529,7 @@ class Attachment:
                 has another type, shape or kind; nothing is changed then.
         """
         mine = self.state_dict()
-        metrics = {work.handle.name: self._metric_of(work.handle) for work in self._works()}
+        metrics = {work.handle.name: self._metric_of(work.handle) for work in self._works}
         whole = checked(by_new_names(state), mine, metrics)
         self._strengths.check(whole["strengths"], whole["steps"], whole["epochs"])
         before = {**mine, "kept": {name: {k: t.clone() for k, t in own.items()} for name, own in mine["kept"].items()}}
@@ -452,7 +552,7 @@ class Attachment:
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps
         metrics = dict(state["metrics"])
-        for work in self._works():
+        for work in self._works:
             own, like = metrics.get(work.handle.name, {}), work.handle.find(self.model)
             wide = torch.promote_types(like.dtype, torch.float32)
             work.kept = {

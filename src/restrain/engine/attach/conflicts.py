@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
+from torch.optim import Optimizer
 
 from restrain.engine.step import ParameterRules
 from restrain.errors import HowError
 
-# Model and rules at the optimizer's step of each living attachment.
-_living: weakref.WeakKeyDictionary[object, tuple[weakref.ref[nn.Module], Sequence[ParameterRules]]] = (
-    weakref.WeakKeyDictionary()
-)
+
+@dataclass(frozen=True)
+class _Living:
+    """What a living attachment does at the optimizer's step."""
+
+    model: weakref.ref[nn.Module]
+    works: Sequence[ParameterRules]
+    optimizers: weakref.WeakSet[Optimizer]
+
+
+_living: weakref.WeakKeyDictionary[object, _Living] = weakref.WeakKeyDictionary()
 # `how` in (earlier, later) attachment: one plan would apply them in another order, or joined
 _CLASHES = {
     ("decoupled", "gradient"),
@@ -24,30 +33,47 @@ _CLASHES = {
 }
 
 
-def join(owner: object, works: Sequence[ParameterRules], model: nn.Module) -> None:
+def join(owner: object, works: Sequence[ParameterRules], model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
     """Register the rules of an attachment at the optimizer's step.
 
     Raises:
         HowError: another attachment acts on the same parameter, and both together aren't the sum of
-            their rules.
+            their rules, or has the same rule, as when a cell of a notebook is run again.
     """
     mine = {id(work.handle.find(model)): work for work in works}
-    for reference, others in list(_living.values()):
-        root = reference()
-        if root is None:
-            continue
-        for other in others:
-            work = mine.get(id(other.handle.find(root)))
-            clash = [] if work is None else _clashes(other, work)
-            if work is not None and clash:
-                earlier, later = min(clash)
-                raise HowError(
-                    f"another attachment acts on {work.handle.name!r} with how={earlier!r}, and this one with "
-                    f"how={later!r}: one after the other, they don't give what both rules together mean. Put them into "
-                    "one plan: first.detach(), then rs.attach(model, [*first.plan, ...], optimizer)"
-                )
+    for other in list(_living.values()):
+        root = other.model()
+        for earlier in () if root is None else other.works:
+            work = mine.get(id(earlier.handle.find(root)))
+            if work is not None:
+                _refuse_order(earlier, work)
+                if any(one in other.optimizers for one in optimizers):
+                    _refuse_twice(earlier, work)
     if works:
-        _living[owner] = (weakref.ref(model), works)
+        _living[owner] = _Living(weakref.ref(model), works, weakref.WeakSet(optimizers))
+
+
+def _refuse_order(earlier: ParameterRules, later: ParameterRules) -> None:
+    if clash := _clashes(earlier, later):
+        first, second = min(clash)
+        raise HowError(
+            f"another attachment acts on {later.handle.name!r} with how={first!r}, and this one with "
+            f"how={second!r}: one after the other, they don't give what both rules together mean. Put them into "
+            "one plan: first.detach(), then rs.attach(model, [*first.plan, ...], optimizer)"
+        )
+
+
+def _refuse_twice(earlier: ParameterRules, later: ParameterRules) -> None:
+    """Refuse a rule on gradients that another attachment has already on the same parameter and optimizer."""
+    for kind in ("gradient", "noise"):
+        for rule, _ in getattr(later, kind):
+            for other, _ in getattr(earlier, kind):
+                if rule.what == other.what and (rule.every, rule.start) == (other.every, other.start):
+                    raise HowError(
+                        f"another attachment has the same rule {rule.what!r} on {later.handle.name!r} at the same "
+                        "optimizer, so it would act twice: reg.detach() the other one first, or put both rules into "
+                        "one plan if you mean that"
+                    )
 
 
 def _clashes(earlier: ParameterRules, later: ParameterRules) -> list[tuple[str, str]]:

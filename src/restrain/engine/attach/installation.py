@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,8 @@ from torch import nn
 from restrain.engine.binding import Bound
 from restrain.engine.core import Overrides
 from restrain.engine.forward import Forwards, InputHook, LayerHook, Point, RootBegins, RootEnds, positional
-from restrain.errors import HowError
+from restrain.errors import DetachedError, HowError
+from restrain.named_tensors import follow
 from restrain.transforms import Noise
 
 
@@ -21,6 +23,7 @@ class Hooks:
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
         self.at_layers: dict[tuple[int, str], LayerHook] = {}  # by layer and side
+        self._layers: dict[tuple[int, str], _AtLayer] = {}  # the same, where each is
         self._handles: list[Any] = []
 
     def put(self, bounds: Sequence[Bound], model: nn.Module, on_root: bool, steps: Callable[[], int]) -> None:
@@ -86,19 +89,93 @@ class Hooks:
     def _at(self, model: nn.Module, point: Point) -> LayerHook:
         module, kind = point.find(model), point.place.kind
         key = (id(module), kind)
-        if key not in self.at_layers and kind == "outputs":
-            self.at_layers[key] = LayerHook(self.forwards)
-            self._handles.append(module.register_forward_hook(self.at_layers[key], with_kwargs=True))
-        elif key not in self.at_layers:
-            self.at_layers[key] = hook = InputHook(self.forwards)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        if key not in self.at_layers:
+            self.at_layers[key] = (LayerHook if kind == "outputs" else InputHook)(self.forwards)
+            self._layers[key] = _AtLayer(
+                self.at_layers[key], weakref.ref(module), {}, _put(self.at_layers[key], module)
+            )
+        self._layers[key].paths[point.path] = None
         return self.at_layers[key]
+
+    def first(self, hook: Callable[..., Any], model: nn.Module) -> None:
+        """Put a pre-hook on the model before those that are there."""
+        self._handles.append(model.register_forward_pre_hook(hook, prepend=True))
+
+    def moves(self, moved: Mapping[tuple[str, ...], tuple[str, ...]], model: nn.Module) -> list[Move]:
+        """Return the hooks whose layer is another one now, each with that layer.
+
+        Args:
+            moved: {path: path now} of layers that stand at another path.
+            model: the model as it is now.
+
+        Raises:
+            DetachedError: layers that were one are several now, or several are one.
+        """
+        at: dict[tuple[int, str], str] = {}
+        moves = []
+        for key, one in self._layers.items():
+            paths = [moved.get(path, path) for path in one.paths]
+            modules = [follow(model, path) for path in paths]
+            name, module = ".".join(paths[0]) or "the model", modules[0]
+            place = (id(module), key[1])
+            if module is None or any(other is not module for other in modules) or place in at:
+                raise DetachedError(
+                    f"the layer at {name!r} isn't the one layer that it was when the rules were attached: after the "
+                    "change write reg.detach(), then rs.attach(model, plan, optimizer)"
+                )
+            at[place] = name
+            moves.append(Move(one, module, dict.fromkeys(paths)))
+        return moves
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Move hooks to the layers of `moves`."""
+        for one in moves:
+            one.at.paths = one.paths
+            if one.at.module() is not one.module:
+                one.at.handle.remove()
+                one.at.module, one.at.handle = weakref.ref(one.module), _put(one.at.hook, one.module)
 
     def remove(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        for one in self._layers.values():
+            one.handle.remove()
+        self._handles, self._layers = [], {}
+
+
+@dataclass
+class _AtLayer:
+    """A hook and the layer that it is on, with the paths at which rules look at the layer."""
+
+    hook: LayerHook
+    module: weakref.ref[nn.Module]
+    paths: dict[tuple[str, ...], None]
+    handle: Any
+
+
+@dataclass
+class Move:
+    """A hook, the layer that it belongs on now, and the layer's paths."""
+
+    at: _AtLayer
+    module: nn.Module
+    paths: dict[tuple[str, ...], None]
+
+    @property
+    def needed(self) -> bool:
+        """True if the hook is on another layer."""
+        return self.at.module() is not self.module
+
+
+def _put(hook: LayerHook, module: nn.Module) -> Any:
+    """Register a hook at a layer; torch's quantisation may have copied it there from the layer before."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, other in hooks.items() if other is hook]:
+            del hooks[key]
+    if isinstance(hook, InputHook):
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:

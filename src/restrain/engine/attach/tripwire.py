@@ -11,9 +11,8 @@ from torch.optim import Optimizer
 
 from restrain.engine.binding import Bound
 from restrain.engine.forward import Forwards
-from restrain.engine.step import Clock
+from restrain.engine.step import Clock, ParameterRules
 from restrain.errors import NotCollectedError, OptimizerError
-from restrain.named_tensors import Handle
 
 
 class Tripwire:
@@ -56,8 +55,8 @@ class Tripwire:
 class UnknownOptimizers:
     """Check that only optimizers given to `attach` move parameters with rules at the step."""
 
-    def __init__(self, optimizers: Sequence[Optimizer], handles: Sequence[Handle]) -> None:
-        self.known, self.handles = weakref.WeakSet(optimizers), handles
+    def __init__(self, optimizers: Sequence[Optimizer], works: Sequence[ParameterRules]) -> None:
+        self.known, self.works = weakref.WeakSet(optimizers), works
         self.stepped = False  # a known one stepped since the last unknown one: either may wrap the other
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
@@ -71,7 +70,7 @@ class UnknownOptimizers:
             return
         stepped, self.stepped = self.stepped, False
         held = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        found = [(handle.name, handle.find(root)) for handle in self.handles]
+        found = [(work.handle.name, work.handle.find(root)) for work in self.works]
         moved = [name for name, p in found if id(p) in held and p.requires_grad]
         if moved and not stepped and not self._within():
             raise OptimizerError(

@@ -31,6 +31,7 @@ from restrain.engine.ops import (
     carry_out,
 )
 from restrain.errors import RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.penalties import Penalty
 from restrain.torch_private import standalone_compile
 from restrain.versions import untested
@@ -80,7 +81,7 @@ class Inductor(Eager):
                 "compile=True, but rules at the optimizer's step can't be compiled here (is there a C++ compiler?): "
                 "they are done without, with the same result",
                 RestrainWarning,
-                stacklevel=2,
+                stacklevel=level_of_caller(),
             )
 
 

@@ -1,19 +1,33 @@
 """Rules bound to a model: their tensors and layers, and the optimizers that step them."""
 
-from restrain.engine.binding.binding import Bound, bind, noisy, parametrized, trains
+from restrain.engine.binding.binding import (
+    Bound,
+    Followed,
+    Whereabouts,
+    bind,
+    followed,
+    noisy,
+    parametrized,
+    trains,
+    whereabouts,
+)
 from restrain.engine.binding.optimizers import check_optimizers, given_optimizers
 from restrain.engine.binding.values import LossRules, at_steps, network_value, parameter_values
 
 __all__ = [
     "Bound",
+    "Followed",
     "LossRules",
+    "Whereabouts",
     "at_steps",
     "bind",
     "check_optimizers",
+    "followed",
     "given_optimizers",
     "network_value",
     "noisy",
     "parameter_values",
     "parametrized",
     "trains",
+    "whereabouts",
 ]

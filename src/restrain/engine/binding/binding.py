@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from restrain import operations
-from restrain.activation_points import Places, Target, select_places
+from restrain.activation_points import Place, Places, Target, select_places
 from restrain.engine.backends import Compile
 from restrain.engine.core import Overrides
 from restrain.engine.distributed import shards
@@ -21,13 +22,14 @@ from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.weights import Site, check_computable, sites_of
-from restrain.errors import HowError, SelectionError
+from restrain.errors import DetachedError, HowError, RestrainError, SelectionError
+from restrain.fields import brief
 from restrain.named_tensors import Handle, Location, Slot, is_sharded, layers, parameters
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import trained
 from restrain.rules import Rule, What
-from restrain.selections import Names, Parameters, Where
+from restrain.selections import Names, Object, Parameters, Where
 from restrain.transforms.base import Constraint, Noise
 
 
@@ -52,6 +54,7 @@ class Bound:
     moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
     what: Any = None  # the rule's `what`, with tensors for moving strengths
     overridden: Overrides = field(default_factory=Overrides)  # tensors substituted for parameters
+    given: Rule | None = None  # the rule before binding; selections of objects are replaced by names
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -264,6 +267,7 @@ def _bind(bound: Bound, there: _There) -> Bound:
     if isinstance(rule.where, Places):
         targets = _targets(rule, rule.where, there)
         bound.points = targets.points
+        bound.given = rule if not _by_identity(rule.where) else replace(rule, where=targets.where or rule.where)
         if isinstance(rule.what, Penalty):
             bound.penalty_recorders = _penalty_recorders(bound, there)
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
@@ -276,6 +280,9 @@ def _bind(bound: Bound, there: _There) -> Bound:
         pairs = zip(chosen.slots, bound.parameters, strict=True)
         bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
     outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
+    bound.given = rule if not _by_identity(rule.where) else replace(rule, where=chosen.where)
+    if outputs is not None and rule.outputs is not None and _by_identity(rule.outputs):
+        bound.given = replace(bound.given, outputs=outputs.where or rule.outputs)
     bound.output_recorders = (
         [Recorder(bound.key, point, rule.optional) for point in outputs.points] if outputs is not None else []
     )
@@ -407,3 +414,182 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
         )
     return bound
+
+
+# ---------------------------------------------------------------- after a change of the model
+
+
+def _by_identity(where: Where | Places) -> bool:
+    """Return True if a selection names a module or tensor itself, which a bound rule must not keep alive."""
+    stack: list[Any] = [where]
+    while stack:
+        one = stack.pop()
+        if isinstance(one, Object):
+            return True
+        stack += [getattr(one, part) for part in ("left", "right", "which") if hasattr(one, part)]
+    return False
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """The layer that has a parameter, and the parameter's shape, when its rules were bound."""
+
+    owner: weakref.ref[nn.Module]
+    shape: torch.Size | None  # None: a lazy parameter
+
+    @classmethod
+    def of(cls, handle: Handle, model: nn.Module) -> Whereabouts | None:
+        """Return the whereabouts of a parameter now; None if it is gone."""
+        owner = handle.find_owner(model)
+        stored = None if owner is None else owner._parameters.get(handle.attribute)
+        if owner is None:
+            return None
+        return cls(weakref.ref(owner), None if stored is None or is_lazy(stored) else stored.shape)
+
+
+def whereabouts(bounds: Iterable[Bound], model: nn.Module) -> dict[str, Whereabouts | None]:
+    """Return {name: whereabouts} of the parameters with rules."""
+    handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
+    return {name: Whereabouts.of(handle, model) for name, handle in handles.items()}
+
+
+@dataclass
+class Followed:
+    """What a bound rule is to become after a change of the model."""
+
+    bound: Bound
+    parameters: list[tuple[Handle, Any]]
+    points: dict[tuple[str, Place], Point]  # by name and place
+
+    @property
+    def paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
+        """{path: path now} of the layers at which the rule looks."""
+        points = [*self.bound.points, *(recorder.point for recorder in self.bound.recorders)]
+        return {point.path: self.now(point).path for point in points}
+
+    def now(self, point: Point) -> Point:
+        """Return a place of the rule as it is now."""
+        return self.points.get(_key(point), point)
+
+    def adopt(self) -> None:
+        """Change the rule."""
+        bound = self.bound
+        bound.parameters = self.parameters
+        bound.points = [self.now(point) for point in bound.points]
+        for recorder in bound.recorders:
+            recorder.point = self.now(recorder.point)
+        for recorder in bound.penalty_recorders:
+            recorder.copies = None  # the next layer may be another one, which overwrites the place
+
+
+def followed(bounds: Sequence[Bound], model: nn.Module, known: Mapping[str, Whereabouts | None]) -> list[Followed]:
+    """Return what bound rules are to become after layers or tensors of the model were replaced.
+
+    Each rule must select what it selected before: the same names, of which some may have become names of
+    one tensor. Rules on tensors of another layer or shape are resolved anew; their state stays.
+
+    Args:
+        bounds: the bound rules.
+        model: the model as it is now.
+        known: `whereabouts` of the rules before.
+
+    Raises:
+        DetachedError: a rule selects other names now, or it can't act on a tensor as this is now.
+    """
+    there, found = _There(model), []
+    for bound in bounds:
+        try:
+            parameters = _again(bound, there, known)
+            if isinstance(bound.rule.what, NetworkPenalty):
+                bound.what.check({handle.name: handle.find(model) for handle, _ in parameters})
+            found.append(Followed(bound, parameters, _points_again(bound, there)))
+        except DetachedError:
+            raise
+        except RestrainError as error:
+            raise _left_behind(bound, str(error)) from error
+    return found
+
+
+def _left_behind(bound: Bound, why: str) -> DetachedError:
+    return DetachedError(
+        f"the model's layers were changed since the rules were attached, and {bound.key!r} can't follow: {why}. After "
+        "the change write reg.detach(), then rs.attach(model, plan, optimizer)"
+    )
+
+
+def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str]]) -> None:
+    """Check that a selection of tensors, each with all its names, is that of the names before.
+
+    Raises:
+        DetachedError: it isn't.
+    """
+    known = set(before)
+    more = [min(names) for names in now if not known & set(names)]
+    lost = sorted(known - {name for names in now for name in names})
+    if more or lost:
+        told = [f"it doesn't select {brief(lost)} any more"] * bool(lost) + [
+            f"it would select {brief(more)} too"
+        ] * bool(more)
+        raise _left_behind(bound, " and ".join(told))
+
+
+def _again(bound: Bound, there: _There, known: Mapping[str, Whereabouts | None]) -> list[tuple[Handle, Any]]:
+    """Return what acts on each parameter of a rule, each tensor once."""
+    given = bound.given or bound.rule
+    if isinstance(given.where, Places):
+        return []
+    before = {handle.name: what for handle, what in bound.parameters}
+    slots = there.chosen(given.where, given.optional).slots
+    _compare(bound, before, [slot.names for slot in slots])
+    found = []
+    for slot in slots:
+        names = [name for name in slot.names if name in before]
+        what = before[names[0]]
+        same = [Whereabouts.of(slot.handle, there.layers[0].module) == known.get(name) for name in names]
+        if len(names) > 1 and _state(what):
+            raise _left_behind(bound, f"{', '.join(map(repr, names))} are one tensor now, and it keeps a state of each")
+        found.append((slot.handle, what if all(same) else _replaced(bound, slot, what, there)))
+    if bound.rule.how == "forward" and {s for slot in slots for s in sites_of(slot)} != {s for s, _ in bound.noisy}:
+        raise _left_behind(bound, "its weights are used at other places now")
+    return found
+
+
+def _state(what: Any) -> Mapping[str, Tensor]:
+    return what.state() if isinstance(what, Penalty) else {}
+
+
+def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
+    """Return what acts on a parameter of another layer or shape."""
+    if bound.rule.how == "parametrize":
+        raise _left_behind(bound, f"{slot.name!r} belongs to another layer, or has another shape, now")
+    rule, what = bound.rule, bound.what
+    now = _resolve(rule, what, slot, _same_anywhere(what), shards.looks(what), there)
+    state, own = _state(before), _state(now)
+    if not state:
+        return now
+    if {key: t.shape for key, t in state.items()} != {key: t.shape for key, t in own.items()}:
+        raise _left_behind(bound, f"it keeps tensors of {slot.name!r}, which has another shape now")
+    return before
+
+
+def _points_again(bound: Bound, there: _There) -> dict[tuple[str, Place], Point]:
+    """Return the places of a rule as they are now, by name and place."""
+    given = bound.given or bound.rule
+    groups: list[tuple[Sequence[Point], Sequence[Point]]] = []
+    if isinstance(given.where, Places):
+        groups.append((bound.points, _targets(given, given.where, there).points))
+        if bound.derivative is not None and not bound.derivative.penalty.of_loss:
+            by = [probe.point for probe in bound.derivative.moved]
+            groups.append((by, _targets(given, bound.derivative.penalty.by, there).points))
+    if given.outputs is not None:
+        before = [recorder.point for recorder in bound.output_recorders]
+        groups.append((before, _targets(given, given.outputs, there).points))
+    found = {}
+    for before, now in groups:
+        _compare(bound, [str(point) for point in before], [(str(point),) for point in now])
+        found.update({_key(point): point for point in now})
+    return found
+
+
+def _key(point: Point) -> tuple[str, Place]:
+    return point.name, replace(point.place, which=None)

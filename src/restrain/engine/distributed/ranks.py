@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from restrain.errors import RestrainWarning
+from restrain.fields import level_of_caller
 
 
 def _several() -> bool:
@@ -41,5 +42,5 @@ def warn_of_shared_random_state() -> None:
             "several ranks share one random state, so they will draw the same noise for different data; seed each, as "
             "in torch.manual_seed(seed + torch.distributed.get_rank())",
             RestrainWarning,
-            stacklevel=4,
+            stacklevel=level_of_caller(),
         )

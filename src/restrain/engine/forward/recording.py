@@ -24,6 +24,7 @@ from restrain.engine.forward.records import Forward, Record
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.torch_private import MISSING, anything_compiled, recomputing_saved_tensors, version, wrapped
 from restrain.transforms.base import Noise
 from restrain.transforms.layout import Layout
@@ -196,7 +197,7 @@ class PenaltyRecorder(Recorder):
                     f"{self.rule}: the {self.point} are overwritten by a later in-place op; the penalty acts on a copy "
                     "of it, at the price of one copy a forward (inplace=False there would spare it)",
                     RestrainWarning,
-                    stacklevel=2,
+                    stacklevel=level_of_caller(),
                 )
         for record in watched:
             record.watched = None
@@ -416,5 +417,5 @@ def forget_compiled_code() -> None:
         "compiled models notice the new hooks, and they compile anew at their next call; coming before the first "
         "call spares that",
         RestrainWarning,
-        stacklevel=5,
+        stacklevel=level_of_caller(),
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,14 +35,34 @@ from restrain.engine.distributed import (
     totals,
     value_of,
 )
-from restrain.engine.ops import Batch, Metric, StepScalars, Taken, Tensors, common, looks_before, metric_of
-from restrain.engine.step.folded import Folding, stand_in
-from restrain.engine.step.projection import hold, single
+from restrain.engine.ops import (
+    Batch,
+    Change,
+    Metric,
+    StepScalars,
+    Taken,
+    Tensors,
+    by_metric,
+    common,
+    looks_before,
+    metric_of,
+)
+from restrain.engine.step.folded import Fold, Folding, stand_in
+from restrain.engine.step.intersections import APART
+from restrain.engine.step.projection import Timed, hold, in_metric, not_nearest, single
+from restrain.engine.step.unfinished import Again, Made, Unfinished
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.garbage import uncollected
 from restrain.named_tensors import Handle, is_sharded
 from restrain.torch_private import step_hooks
+
+
+def _without_metric(changes: Sequence[Change]) -> list[Change]:
+    """Return the projections alone, as under SGD: the step moved nothing, or nothing is known of it."""
+    projections = [change for change in changes if change.kind in ("project", "fit")]
+    return [replace(change, kind="project") for change in projections]
 
 
 def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
@@ -50,7 +70,7 @@ def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
         if p.grad is not None and p.grad.is_sparse:
             raise HowError(
                 f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
-                "how='loss' with an optimizer for dense gradients, or sparse=False"
+                "how='loss' with an optimizer for dense gradients, or sparse=False; for a constraint metric='euclidean'"
             )
 
 
@@ -94,7 +114,27 @@ def _by_metric(
     return alike.values()
 
 
-_ALL = ("gradient", "decoupled", "proximal", "project")
+def _unmade(
+    changes: list[Change],
+    scalars: StepScalars,
+    members: Sequence[tuple[nn.Parameter, Tensor]],
+    standing: Collection[tuple[str, int]],
+) -> list[Batch]:
+    """The changes to be made to parameters before the update, without those that an interrupted step has made."""
+    if not standing:
+        adds = any(change.kind in _ON_GRADIENTS for change in changes)  # else gradients aren't gathered or copied
+        return [Batch(changes, scalars, [(p, grad) if adds else (p,) for p, grad in members])]
+    batches = []
+    for p, grad in members:
+        done = {kind for kind, tensor in (("gradient", grad), ("decay", p)) if (kind, id(tensor)) in standing}
+        found = {*done, *_ON_GRADIENTS} if "gradient" in done else done
+        left = [change for change in changes if change.kind not in found]
+        batches.append(Batch(left, scalars, [(p, grad) if "gradient" not in done else (p,)]))
+    return batches
+
+
+_ALL = ("gradient", "tangent", "decoupled", "proximal", "project")
+_ON_GRADIENTS = ("gradient", "tangent")
 
 
 class Stepper:
@@ -110,16 +150,20 @@ class Stepper:
     ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._worklist = Worklist(works, root)
+        self._by_metric = by_metric(optimizer)
+        self._worklist = Worklist(works, root, self._by_metric)
+        self._followed = {id(work) for work in works if work.follows_metric(self._by_metric)}
+        self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters folded in this step
+        self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
         self._noisy = any(work.noise for work in works)
         self._seed = agreed_seed() if self._noisy else None
-        folds = self._folding.possible
-        if folds or any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
+        before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
+        if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
@@ -127,6 +171,11 @@ class Stepper:
         """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
+
+    def renew(self) -> None:
+        """Rebuild the list of parameters, after `works` has changed."""
+        self._worklist.forget()
+        self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Return True if no foreign hook is between ours and the step, so folding is unseen."""
@@ -149,16 +198,16 @@ class Stepper:
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._begin(optimizer, ("gradient", "decoupled"), rest)
+            self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest)
             return ((rest, *args[1:]), kwargs) if self._done else None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
             if next(calls) == 0:
-                added = self._begin(optimizer, ("gradient", "decoupled"), rest, with_value=True)
+                added = self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest, with_value=True)
             else:
-                added = self._begin(optimizer, ("gradient",), with_value=True)
+                added = self._begin(optimizer, ("gradient", "tangent"), with_value=True)
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         kept = {key: value for key, value in kwargs.items() if key != "closure"}
@@ -174,50 +223,63 @@ class Stepper:
         With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
         fails. `rest` keeps the other parameters.
         """
-        held, fold = self._worklist.by(optimizer), None
+        held = self._worklist.by(optimizer)
+        fold: Fold | Again | None = None
         if rest is not None:
-            fold = self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
+            again = self._unfinished.fold
+            fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
+            self._unfinished.note_fold(fold, rest.param_groups)
         return value
 
     def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
-        for work, p, _ in held if self._noisy and "gradient" in kinds else ():
-            if p.grad is not None:
-                self._add_noise(work, p.grad, scale)
+        standing = self._unfinished.standing()  # of an interrupted step, which is called again
+        made = [Made("gradient", self._add_noises(held, scale, standing))] if "gradient" in kinds else []
         moves = "decoupled" in kinds and real_step(optimizer)
         batches = []
         for task in self._worklist.tasks(kinds, self.steps):
             members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(task.members)
-            changes = (
-                task.changes
-                if moves and task.group["lr"] != 0
-                else [change for change in task.changes if change.kind == "gradient"]
-            )
-            adds = any(
-                change.kind == "gradient" for change in changes
-            )  # else gradients are neither gathered nor copied
+            adds = [change for change in task.changes if change.kind in _ON_GRADIENTS]
+            decays = moves and task.group["lr"] != 0
             if with_value:
-                values += [
-                    value_of(change.what, p) for p, _ in members for change in changes if change.kind == "gradient"
-                ]
+                values += [value_of(one.what, p) for p, _ in members for one in adds if one.kind == "gradient"]
             left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
-            tensors: list[tuple[Tensor, ...]] = [(p, grad) if adds else (p,) for p, grad in left]
-            batches.append(Batch(changes, StepScalars(task.group["lr"], scale), tensors))
+            scalars, changes = StepScalars(task.group["lr"], scale), task.changes if decays else adds
+            batches += _unmade(changes, scalars, left, standing)
+            made += [Made("gradient", [grad for _, grad in left])] if adds else []
+            made += [Made("decay", [p for p, _ in left])] if len(changes) > len(adds) else []
         self._act(batches)
+        for one in made:
+            one.look()
+        self._unfinished.note(made, ("gradient", "decay") if "decoupled" in kinds else ("gradient",))
         if moves and self._looks:
             self._remember(held, scale)
         return totals([values])[0]
 
+    def _add_noises(
+        self, held: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
+    ) -> list[Tensor]:
+        """Add noise to gradients; return these."""
+        if not self._noisy:
+            return []
+        grads = [(work, grad) for work, p, _ in held if work.noise and (grad := p.grad) is not None]
+        for work, grad in grads:
+            if ("gradient", id(grad)) not in standing:
+                self._add_noise(work, grad, scale)
+        return [grad for _, grad in grads]
+
     def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
         """Store weights and gradients before the step, for metrics that need them."""
         for work, p, group in held:
-            if work.proximal and p.grad is not None and group["lr"] != 0:
+            if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
+                if not work.proximal and (p.grad.is_sparse or is_sharded(p)):
+                    continue  # projected as under SGD
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
     def _act(self, batches: Iterable[Batch]) -> None:
@@ -256,7 +318,10 @@ class Stepper:
         """Apply prox, then projection, to every parameter that the step moved."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
-        if not nested(optimizer) and real_step(optimizer):
+        if nested(optimizer):
+            return
+        self._unfinished.end()
+        if real_step(optimizer):
             self._after(optimizer)
 
     @uncollected()
@@ -266,16 +331,26 @@ class Stepper:
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
-                changes = [change for change in task.changes if metric is not None or change.kind == "project"]
+                changes = task.changes if metric is not None else _without_metric(task.changes)
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
         for work, p, _ in [one for one in held if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
-                hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
+                self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
         self.steps += 1
         if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
             self._warn_of_empty()
+
+    def _hold(
+        self, work: ParameterRules, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None
+    ) -> None:
+        """Hold several constraints, or momentum in a tangent; warn once where a point may not be the nearest."""
+        by = any(in_metric(rule, constraint, self._by_metric) for rule, constraint in timed)
+        found = hold(work.handle.name, p, timed, state, metric if by else None)
+        if found is not None and not found.sure and found.apart <= APART and work.handle not in self._unsure:
+            self._unsure.add(work.handle)
+            warnings.warn(not_nearest(work.handle.name, timed), RestrainWarning, stacklevel=2)
 
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """Return metrics of moved parameters with proximal rules, also if no rule is due.
@@ -286,9 +361,10 @@ class Stepper:
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
+            left = id(work) in self._followed and id(p) not in self._done
+            if not left or (grad := p.grad) is None or group["lr"] == 0:
                 continue
-            if grad.is_sparse:
+            if grad.is_sparse and work.proximal:
                 _refuse_sparse([(work, p)])
             before = None
             if self._looks:
@@ -318,5 +394,5 @@ class Stepper:
                     f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in changes]}: "
                     "the layer gives nothing but its bias; a smaller strength would keep some of it",
                     RestrainWarning,
-                    stacklevel=2,
+                    stacklevel=level_of_caller(),
                 )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from restrain.engine.distributed import Term, acting, local, ranks_of, totals
 from restrain.errors import HowError, PenaltyError, PlanError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.penalties import Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import as_plain
@@ -199,7 +200,7 @@ class Moving:
                 continue
             found = self._measure(controller.target, step, tensors())
             if found is not None and math.isfinite(found) and controller.update(found):
-                warnings.warn(self._out_of_reach(controller), RestrainWarning, stacklevel=2)
+                warnings.warn(self._out_of_reach(controller), RestrainWarning, stacklevel=level_of_caller())
 
     def _measure(self, target: Target, step: int, tensors: Tensors) -> float | None:
         if self.activity is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
@@ -276,9 +277,9 @@ class WeightNoise:
     """Noise on weights of an attachment: hooks on the modules that use the weights."""
 
     hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by path of the module
-    handles: list[Any] = field(default_factory=list)
-    # True if a hook that never fires is an error
-    checked: dict[Site, bool] = field(default_factory=dict)
+    handles: dict[tuple[str, ...], list[Any]] = field(default_factory=dict)  # by the same
+    modules: dict[tuple[str, ...], weakref.ref[nn.Module]] = field(default_factory=dict)  # by the same
+    checked: dict[Site, bool] = field(default_factory=dict)  # True if a hook that never fires is an error
 
     def begin(self, noisy: Iterable[tuple[Site, Noise, bool]], root: nn.Module) -> None:
         """Register hooks, given (weight, noise, True if a hook that never fires is an error)."""
@@ -296,22 +297,45 @@ class WeightNoise:
                 f"another attachment has noise on the weights of {'.'.join(path) or 'the model'!r}, of which one would "
                 "undo the other: put both into one plan"
             )
-        disturb = self.hooks[path] = Disturb()
-        # before other hooks: the old weight_norm reads the noisy tensor; but after FSDP2's
-        # gathering
-        first = not fully_sharded([module])
-        self.handles.append(module.register_forward_pre_hook(disturb, prepend=first))
-        self.handles.append(module.register_forward_hook(Restore(disturb), always_call=True))
+        self.hooks[path] = Disturb()
+        self._put(path, module)
 
-    def end(self, root: nn.Module | None) -> None:
-        """Remove the hooks, and noisy weights of an interrupted forward."""
-        for handle in self.handles:
+    def _put(self, path: tuple[str, ...], module: nn.Module) -> None:
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # torch's quantisation may have copied them
+            for key in [key for key, hook in hooks.items() if getattr(hook, "disturb", hook) is self.hooks[path]]:
+                del hooks[key]
+        # before any other, as hooks of the old weight_norm read what we disturb; but after FSDP2 has gathered it
+        first = not fully_sharded([module])
+        self.modules[path] = weakref.ref(module)
+        self.handles[path] = [
+            module.register_forward_pre_hook(self.hooks[path], prepend=first),
+            module.register_forward_hook(Restore(self.hooks[path]), always_call=True),
+        ]
+
+    def moves(self, root: nn.Module) -> list[tuple[str, ...]]:
+        """Return the paths at which another module stands now."""
+        return [path for path in self.hooks if follow(root, path) is not self.modules[path]()]
+
+    def move(self, root: nn.Module) -> None:
+        """Move the hooks to the modules that stand at their paths now."""
+        for path in self.moves(root):
+            before, now = self.modules[path](), follow(root, path)
+            for handle in self.handles[path]:
+                handle.remove()
+            if before is not None:
+                self.hooks[path].restore(before)
+            if now is not None:
+                self._put(path, now)
+
+    def end(self) -> None:
+        """Take the hooks away, and what an interrupted forward may have left."""
+        for handle in [handle for handles in self.handles.values() for handle in handles]:
             handle.remove()
         for path, disturb in self.hooks.items():
-            module = None if root is None else follow(root, path)
+            module = self.modules[path]()
             if module is not None:
                 disturb.restore(module)
-        self.handles, self.hooks = [], {}
+        self.handles, self.hooks, self.modules = {}, {}, {}
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
         """Check after a real step that noise has acted.

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from restrain.errors import HowError, RestrainWarning
+from restrain.fields import level_of_caller
 from restrain.named_tensors import Handle, at_rest, fully_sharded, is_sharded
 from restrain.plans import Plan
 from restrain.torch_private import keep_flat
@@ -116,7 +117,7 @@ class Parametrized:
                     f"{done.handle.name!r} stays parametrised: fully_shard came after the rule and holds its stored "
                     "tensor. To be free of it, load the weights that the model computes into a bare one",
                     RestrainWarning,
-                    stacklevel=4,
+                    stacklevel=level_of_caller(),
                 )
                 continue
             if len(stored) != 1 or stored[0] is not done.module:
@@ -124,7 +125,7 @@ class Parametrized:
                     f"{done.handle.name!r} has got a parametrisation that isn't ours; all of them stay: take them away "
                     "by torch.nn.utils.parametrize.remove_parametrizations",
                     RestrainWarning,
-                    stacklevel=4,
+                    stacklevel=level_of_caller(),
                 )
                 continue
             effective = done.handle.find(root)
@@ -159,7 +160,7 @@ class Parametrized:
                     "optimizer that took a step: write optimizer.add_param_group({'params': list(reg.parameters())}), "
                     "or create the optimizer after rs.attach",
                     RestrainWarning,
-                    stacklevel=2,
+                    stacklevel=level_of_caller(),
                 )
 
         return after
