@@ -185,7 +185,7 @@ def checked(per: Per) -> Per:
         return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
     if isinstance(per, Mapping) and len(per) == 1:
         per = next(iter(per.items()))
-    if isinstance(per, Iterable) and not isinstance(per, str | Mapping):
+    if isinstance(per, Iterable) and not isinstance(per, str | Mapping | Tensor):
         members = tuple(per)
         if len(members) == 2 and _is_axis(members[0]) and not _is_axis(members[1]):
             return (checked(members[0]), _checked_lists(members[1]))

@@ -153,7 +153,13 @@ class Interval:
 
     def nearest(self, w: Tensor) -> Tensor:
         """Return the nearest tensor that satisfies the constraint."""
-        return w.clamp(self.low, self.high)
+        return w.clamp(*self.bounds(w.dtype))
+
+    def bounds(self, dtype: torch.dtype) -> tuple[float | None, float | None]:
+        """Return (low, high), moved into the range of a dtype such as float16, which ends at 65504."""
+        most = torch.finfo(dtype).max
+        low, high = (None if bound is None else max(-most, min(most, bound)) for bound in (self.low, self.high))
+        return low, high
 
 
 @dataclass(frozen=True)

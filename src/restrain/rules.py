@@ -42,8 +42,12 @@ class What:
 
         Raises:
             SelectionError: it can't act on them at all.
+            PlanError: a base class, which doesn't say.
         """
-        raise NotImplementedError
+        raise PlanError(
+            f"{type(self).__name__} is a base for classes of your own and can't be a rule: take a subclass, such as "
+            "rs.GaussianNoise, or write one that has `moments`"
+        )
 
     def bound_to(self, at: Location) -> What:
         """Return the object bound to a parameter: axes named by meaning resolved, state allocated.

@@ -87,7 +87,6 @@ def test_a_union_of_types_selects_both():
     right_or_refused(lambda: rs.attach(model, rs.L2().on(union)).penalty().detach(), right, names="Union")
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_a_file_of_one_tensor_is_taken_or_refused_by_name(tmp_path):
     path, model = tmp_path / "aim.pt", net()
     torch.save(torch.ones(8, 4), path)
@@ -404,7 +403,6 @@ class Residual(nn.Module):
         return torch.relu(self.fc(x) + self.other(x))  # a sum comes between the layer and the function
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_a_function_that_the_model_calls_is_caught_or_docs_say_what_via_does():
     model, x = Residual(), torch.randn(5, 4)
     with rs.attach(model, rs.L1().on(rs.outputs("fc", via=torch.relu))) as reg:
@@ -417,7 +415,6 @@ def test_a_function_that_the_model_calls_is_caught_or_docs_say_what_via_does():
     assert called or (applied and not misleading)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_a_unit_norm_decoder_without_parallel_gradient_is_what_the_docs_say_it_is():
     """What SAE libraries do: take out the part of the gradient along each column, step by Adam, normalise."""
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -450,7 +447,6 @@ def test_a_unit_norm_decoder_without_parallel_gradient_is_what_the_docs_say_it_i
     torch.testing.assert_close(layer.weight, by_hand.weight, rtol=0, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_docs_say_where_the_activation_regularisation_of_fastai_acts():
     rows = [line for line in (DOCS / "coming-from.md").read_text("utf-8").splitlines() if "RNNRegularizer" in line]
     assert rows
@@ -473,7 +469,6 @@ def test_fastais_regularisation_of_dropped_outputs_is_that_of_the_next_layers_in
     torch.testing.assert_close(reg.loss(loss), model.dropped.square().sum() / 5)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_docs_say_that_the_mean_over_calls_goes_over_forwards_too():
     for text in (" ".join(rs.outputs.__doc__.split()), said_in("activations.md")):
         sentences = [one for one in re.split(r"(?<=[.;:]) ", text) if re.search(r"calls|called several times", one)]

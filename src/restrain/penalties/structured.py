@@ -348,7 +348,7 @@ class SLOPE(OfRows):
         if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
         object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
-        given = self.q != 0
+        given = not is_number(self.q) or self.q != 0
         if given and not (is_number(self.q) and 0 < self.q < 1):
             raise PenaltyError(f"q= is a rate between 0 and 1; got {self.q!r}")
         if given == bool(weights):

@@ -35,7 +35,7 @@ def checked_rows(rows: Any) -> Rows:
         dims = tuple(rows)
         if dims and all(map(is_whole, dims)):
             return dims
-    elif isinstance(rows, Grouping) or is_whole(rows) or rows in NAMES:
+    elif isinstance(rows, Grouping) or is_whole(rows) or (isinstance(rows, str) and rows in NAMES):
         return checked(rows)
     raise PenaltyError(
         f"rows= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, or some dims such as (0, 1); got {rows!r}"

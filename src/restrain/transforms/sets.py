@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
 from restrain.penalties.shrink import exact
@@ -165,7 +166,7 @@ class MinMaxNorm(ByGroup):
         checked_number("low", self.low, "a finite number, zero or more", 0, inf, closed=True)
         checked_number("high", self.high, "a finite number above zero", 0, inf, closed=False)
         checked_number("high", self.high, f"low={self.low!r} or more", self.low, inf, closed=True)
-        if self.rate != 1 or isinstance(self.rate, bool):
+        if not is_number(self.rate) or self.rate != 1:
             checked_number("rate", self.rate, "a number above zero, up to one", 0, 1, closed=False)
         ByGroup.__post_init__(self)
 
