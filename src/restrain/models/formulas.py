@@ -36,7 +36,7 @@ class Formula:
 
     def table(self, updates: int) -> Tensor:
         """Return the scalars of the next updates, a float64 row for each update."""
-        return torch.full((updates, 1), float(self.group["lr"]), dtype=torch.float64)
+        return torch.full((updates, 1), float(self.group["lr"]), dtype=torch.float64, device="cpu")
 
     def took(self, updates: int) -> None:
         """Advance the optimizer's step counters by the number of updates carried out."""
@@ -76,7 +76,9 @@ class _Adam(Formula):
 
     def table(self, updates: int) -> Tensor:
         (one, two), rate = self.group["betas"], float(self.group["lr"])
-        times = float(self.optimizer.state[self.params[0]]["step"]) + torch.arange(1, updates + 1, dtype=torch.float64)
+        times = float(self.optimizer.state[self.params[0]]["step"]) + torch.arange(
+            1, updates + 1, dtype=torch.float64, device="cpu"
+        )
         steps, roots = rate / (1 - one**times), (1 - two**times).sqrt()
         return torch.stack([torch.full_like(steps, rate), steps, roots, times], 1)
 

@@ -313,7 +313,7 @@ class Penalty(Algebra["Penalty"], register=False):
     @property
     def takes_mask(self) -> bool:
         """Whether `over_batch` can leave entries out: by itself, or because entries of zero add nothing."""
-        return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1)))
+        return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1, device="cpu")))
 
     def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
         """`h` with zeros under a mask, for a penalty to which zeros add nothing.
@@ -651,7 +651,7 @@ class ScaledNetwork(Multiple[NetworkPenalty], _CombinedNetwork, register=False):
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         if is_off(self.strength):
-            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
+            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros((), device="cpu")))
         return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
 
 

@@ -143,7 +143,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         TransformError: lists of different lengths, or something that is no number.
     """
     try:
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TransformError(f"{name}= is a number, a tensor, or nested lists as deep as one: {error}") from error
 
@@ -167,7 +167,7 @@ def _shown(what: Any) -> str:
     """Settings of a pattern, in a line that a table can show."""
     if not isinstance(what, tuple):
         return getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
-    shape = tuple(torch.tensor(what).shape)
+    shape = tuple(torch.tensor(what, device="cpu").shape)
     return repr(what) if torch.Size(shape).numel() <= _SHOWN else f"<{' × '.join(map(str, shape))}>"
 
 

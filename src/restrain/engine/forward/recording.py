@@ -85,7 +85,8 @@ class Recorder:
         """The value for a rule that was last collected, in parts without a graph."""
         own = self.factors[rule]
         return [
-            torch.as_tensor(part, dtype=None if isinstance(part, Tensor) else torch.float64) * (factor * own)
+            (part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device="cpu"))
+            * (factor * own)
             for part, factor in self._last
         ]
 

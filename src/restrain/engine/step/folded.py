@@ -123,7 +123,7 @@ class Fold:
         """
         counts = [count for part in self.parts for count in part.bundle.counts]
         if counts:
-            foreach_add_(counts, torch.ones(()), alpha=1.0)  # a number would be made a tensor for each
+            foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)  # a number would be made a tensor for each
         for part in self.parts:
             members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:

@@ -33,7 +33,7 @@ Tensors = Sequence[tuple[Tensor, Any]]  # (parameter, penalty on it)
 
 
 def _number(value: float = 0.0) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class Activity:

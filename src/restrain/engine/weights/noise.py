@@ -143,7 +143,8 @@ class Disturb(Draws, Hook):
         self.noises: list[tuple[Site, list[Noise]]] = []
         self.running: list[_Disturbance] = []  # of calls that run, the innermost last
         self.fired = False
-        self.calls = torch.zeros(1)  # in compiled code: what is done in place leaves a compiled checkpoint, too
+        # in compiled code: what is done in place leaves a compiled checkpoint, too
+        self.calls = torch.zeros(1, device="cpu")
 
     def add(self, site: Site, noise: Noise) -> None:
         """One more noise on a weight, after those that it has."""
