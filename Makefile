@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-cuda matrix bench lint format clean
+.PHONY: help demo test test-all test-cuda matrix bench dist lint format clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -30,12 +30,18 @@ matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes
 	$(PYTEST) tests/test_everywhere.py --outcomes $(CURDIR)/build/outcomes.jsonl
 	$(PY) docs/matrix.py build/outcomes.jsonl
 
-BENCH := rules steps attach scaling fit structured
+BENCH := rules steps attach scaling fit structured ablations
 bench: .venv/.bench  ## measure speed on a quiet machine, under 20 minutes; rewrites docs/benchmarks.md
 	@rm -rf build/bench
 	@set -e; for name in $(BENCH); do \
 	  echo "== benchmarks/$$name.py"; $(PY) benchmarks/$$name.py --out build/bench $(BENCHFLAGS); done
 	@$(PY) benchmarks/report.py build/bench docs
+
+dist: .venv/.dist  ## sdist and wheel in dist/, checked as a package index will
+	rm -rf dist
+	$(PY) -m build --quiet
+	$(PY) -m twine check --strict dist/*
+	.venv/bin/check-wheel-contents dist/*.whl
 
 lint: .venv/.test  ## ruff and mypy
 	$(PY) -m ruff check
@@ -61,6 +67,11 @@ clean:  ## remove caches and build outputs (.venv stays)
 	@echo "Installing restrain and what the tests need into .venv (once) ..."
 	@$(PIP) -e '.[test]'
 	@touch $@ .venv/.demo
+
+.venv/.dist: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing what makes and checks the package into .venv (once) ..."
+	@$(PIP) -e '.[dist]'
+	@touch $@
 
 .venv/.bench: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing restrain and what the benchmarks need into .venv (once) ..."

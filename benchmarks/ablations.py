@@ -9,6 +9,7 @@ median of paired rounds: 1.05 means that the mechanism saves 5 % of the time wit
 
 import contextlib
 import gc
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,12 @@ class Mechanism:
 
     def length(self):
         return self.lines or sum(len((SOURCE / name).read_text("utf-8").splitlines()) for name in self.files)
+
+    def private_names(self):
+        """How many capabilities of `torch_private` the files import."""
+        text = "".join((SOURCE / name).read_text("utf-8") for name in self.files)
+        found = re.findall(r"from restrain\.torch_private import \(?([\w\s,]+)", text)
+        return len({name for names in found for name in re.findall(r"\w+", names.partition("\n\n")[0])})
 
 
 STEPS = ("L1 at the step", "MCP at the step", "max-norm at the step")
@@ -209,26 +216,42 @@ def compared(name, shapes, variants, rounds, budget):
     return seconds
 
 
+def row_of(job, base, patches, quick):
+    """Time without / time with of one job: a number for each list, or one for a training step."""
+    lists = [None] if job in NETWORK + DERIVED else [tiny(s) if quick else s for s in LISTS.values()]
+    variants = {"with": base, "without": (*base, *patches)}
+    found = [compared(job, shapes, variants, 2 if quick else 9, 1 if quick else 3) for shapes in lists]
+    gains = [ratios(seconds, "without", "with")[1] for seconds in found]
+    return [None] * len(LISTS) + gains if len(gains) == 1 else [*gains, None]
+
+
 def over_lists(section, quick, only):
-    """One table: a line for each mechanism and job, a column for each list."""
-    rows = []
-    lists = {title: tiny(shapes) if quick else shapes for title, shapes in LISTS.items()}
+    """A line for each mechanism and job, a column for each list; and one for all mechanisms that gain less than 5 %."""
+    rows, small = [], []
     for title, mechanism in MECHANISMS.items():
         if only not in title:
             continue
-        base = ALWAYS.get(title, ())
-        variants = {"with": base, "without": (*base, *mechanism.patches)}
-        for job in mechanism.jobs:
-            alone = job in NETWORK + DERIVED
-            cells = []
-            for shapes in [None] if alone else lists.values():
-                budget = 1 if quick else 3
-                seconds = compared(job, shapes, variants, 2 if quick else 9, budget)
-                cells.append(f"{ratios(seconds, 'without', 'with')[1]:.2f}")
-            cells = [*[""] * 3, *cells] if alone else [*cells, ""]
-            rows.append([title, str(mechanism.length()), job, *cells])
+        gains = {job: row_of(job, ALWAYS.get(title, ()), mechanism.patches, quick) for job in mechanism.jobs}
+        if max(gain for found in gains.values() for gain in found if gain) < 1.05:
+            small.append(title)
+        for job, found in gains.items():
+            rows.append([title, str(mechanism.length()), str(mechanism.private_names()), job, *cells(found)])
             print(*rows[-1], sep=" | ", flush=True)
-    section.table("Time without / time with", ["mechanism", "lines", "job", *lists, "a training step"], rows)
+    section.table(
+        "Time without / time with", ["mechanism", "lines", "private names", "job", *LISTS, "a training step"], rows
+    )
+    note = "None." if not small else f"Together: {'; '.join(small)}."
+    if len(small) > 1:
+        patches = [patch for title in small for patch in MECHANISMS[title].patches]
+        jobs = dict.fromkeys(job for title in small for job in MECHANISMS[title].jobs)
+        rows = [[job, *cells(row_of(job, (), patches, quick))] for job in jobs]
+        section.table("All that gain less than 5 % by themselves", ["job", *LISTS, "a training step"], rows, note)
+    else:
+        section.text += f" Mechanisms that gain less than 5 % in every job: {note}"
+
+
+def cells(gains):
+    return ["" if gain is None else f"{gain:.2f}" for gain in gains]
 
 
 # ------------------------------------------------------------------ the models' updates

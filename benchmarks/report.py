@@ -10,7 +10,7 @@ from pathlib import Path
 
 from measure import markdown_table
 
-ORDER = ("rules", "steps", "attach", "scaling", "fit", "structured")
+ORDER = ("rules", "steps", "attach", "scaling", "fit", "structured", "ablations")
 HEAD = """# Benchmarks
 
 Written by `make bench`, which runs the scripts named below and replaces this page. Figures are medians, with quartiles

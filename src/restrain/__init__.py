@@ -9,12 +9,16 @@
 
 from typing import TYPE_CHECKING, Any
 
+import torch as _torch
+
 from restrain.extras import stand_in
 from restrain.garbage import uncollected
+from restrain.versions import check as _check
 
 if TYPE_CHECKING:
     from restrain.models import Autoencoder, Classifier, Regressor, load
 
+_check(_torch.__version__)
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
     from restrain import errors, moved, operations
     from restrain import schedule as schedules

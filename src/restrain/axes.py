@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from restrain.errors import PenaltyError
 from restrain.named_tensors import Location
+from restrain.torch_private import wrapped
 
 NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 
@@ -399,10 +400,39 @@ def group_size(groups: Grouping) -> int:
 
 
 def group_norms(w: Tensor, groups: Grouping) -> Tensor:
-    """The Euclidean norm of each group, in the viewed shape with reduced dims of size one.
+    """Return the Euclidean norm of each group, in the viewed shape with reduced dims of size one.
 
-    Its gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
+    Entries are divided by the greatest of their group where squares could overflow or vanish. The
+    gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
     """
-    squares = groups.sum(squared(groups.view(w)))
+    x = groups.view(w)
+    squares = groups.sum(squared(x))
+    if not all_in_range(squares):
+        unit = peaks(x, groups)
+        scaled = _root(groups.sum(squared(x / unit)))
+        return torch.where(scaled == 0, 0.0, unit * scaled)
+    return _root(squares)
+
+
+def peaks(x: Tensor, groups: Grouping) -> Tensor:
+    """Return the greatest |entry| of each group as a constant, but a normal number; 1 where it is infinite."""
+    peak = groups.max(x.detach().abs()).clamp_min(torch.finfo(x.real.dtype).tiny)
+    return torch.where(peak.isinf(), 1, peak)
+
+
+def all_in_range(squares: Tensor) -> bool:
+    """Return True if no sum of squares can have overflowed or lost small entries.
+
+    False where looking would wait for a GPU or break a compiled graph: there, scale in any case.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(squares) is not Tensor or wrapped(squares)
+    if traced or squares.device.type != "cpu" or not squares.numel():
+        return False
+    least, greatest = squares.detach().aminmax()
+    return float(least) > 1e-24 and float(greatest) < 1e30
+
+
+def _root(squares: Tensor) -> Tensor:
+    """Return the square root, with the gradient zero at zero."""
     zero = squares == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())

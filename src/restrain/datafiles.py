@@ -1,7 +1,7 @@
 """Plain data (dicts, lists, text, numbers) in YAML, TOML and JSON files.
 
-A YAML or TOML file may be cut at the end of any line and still be read, as a shorter one. So those that are written
-here begin with a comment that says how they end. Files that a person writes have no such comment and need none.
+A YAML or TOML file cut at the end of a line can still be read, as a shorter one. So files written
+here begin with a comment that says how they end. Files written by hand need no such comment.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from restrain import storage
 from restrain.errors import FileError, PlanError
 from restrain.fields import brief
 
-MOST_BYTES, MOST = 2**24, 500_000  # of a file, and values in it
+MOST_BYTES, MOST = 2**24, 500_000  # bounds on a file's bytes and values
 _END = "# end of plan"
 _HEAD = f"# restrain plan, whole if it has the line: {_END}"
 
 
 def save(data: dict[str, Any], path: Any) -> Path:
-    """Write data to a `.yaml`, `.yml`, `.toml` or `.json` file.
+    """Write data to a `.yaml`, `.yml`, `.toml` or `.json` file; return its path.
 
     Raises:
         PlanError: another ending, or a value that the format can't hold.
-        FileAccessError: as `storage.write`.
+        FileAccessError: see `storage.write`.
     """
     file = storage.as_path(path)
     _check_ending(file)
@@ -45,10 +45,10 @@ def save(data: dict[str, Any], path: Any) -> Path:
 
 
 def load(path: Any) -> Any:
-    """The data in a `.yaml`, `.yml`, `.toml` or `.json` file.
+    """Return the data in a `.yaml`, `.yml`, `.toml` or `.json` file.
 
     Raises:
-        PlanError: it is cut off, can't be read as such, or is too large; the message names file, line and column.
+        PlanError: it is cut off, invalid or too large; the message gives file, line and column.
         MissingFileError, FileAccessError: there is no such file, or it can't be opened.
     """
     file = storage.as_path(path)
@@ -81,7 +81,7 @@ def _check_ending(path: Path) -> None:
 
 
 def _from_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique)  # its errors tell line and column
+    return json.loads(text, object_pairs_hook=_unique)  # errors have line and column
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_toml(text: str) -> Any:
-    return tomllib.loads(text)  # refuses keys that stand twice; its errors tell line and column
+    return tomllib.loads(text)  # refuses repeated keys; errors have line and column
 
 
 def _toml() -> Any:
@@ -143,7 +143,7 @@ class _Open:
     value: Any
     anchor: str | None
     key: Any = _NO_KEY
-    merged: dict[Any, Any] = field(default_factory=dict)  # what `<<` brings in, which its own keys override
+    merged: dict[Any, Any] = field(default_factory=dict)  # content of `<<`; own keys override it
     size: int = 1
     height: int = 1
 
@@ -151,22 +151,22 @@ class _Open:
 class _Builder:
     """Data from the events of a YAML parser.
 
-    Unlike PyYAML's own, it takes no key twice, doesn't recurse, and counts what an alias stands for each time, so that
-    a few lines can't stand for a billion values.
+    Unlike PyYAML's builder, it refuses repeated keys, doesn't recurse, and counts the content of an
+    alias at each use, so that a few lines can't expand to a billion values.
     """
 
     def __init__(self, yaml: Any) -> None:
         self._yaml, self._scalars = yaml, yaml.SafeLoader("")
         self._open: list[_Open] = []
-        self._anchors: dict[str, tuple[Any, int, int]] = {}  # value, number of values in it, levels
+        self._anchors: dict[str, tuple[Any, int, int]] = {}  # value, its number of values, levels
         self.document: Any = None
         self._documents = 0
 
     def take(self, event: Any) -> None:
-        """Go on by an event.
+        """Process an event.
 
         Raises:
-            ValueError: it can't be; the message tells where.
+            ValueError: invalid data; the message gives the position.
         """
         yaml = self._yaml
         if isinstance(event, yaml.ScalarEvent):
@@ -196,7 +196,7 @@ class _Builder:
             self._anchors[anchor] = (value, size, height)
 
     def _put(self, value: Any, size: int, height: int, event: Any) -> None:
-        """Put a whole value where it belongs."""
+        """Add a complete value to the list or mapping that contains it."""
         if not self._open:
             self.document, self._documents = value, self._documents + 1
             if self._documents > 1:
@@ -237,7 +237,8 @@ class _Builder:
             return self._scalars.construct_object(node(tag, event.value, event.start_mark, event.end_mark))
         except self._yaml.YAMLError:
             raise
-        except Exception as error:  # of a date that doesn't exist, a number of 5,000 digits, !!int "text"
+        # such as an impossible date, a number of 5,000 digits, !!int "text"
+        except Exception as error:
             raise self._error(event, f"{brief(event.value)} is no {tag.rpartition(':')[2]}") from error
         finally:
             self._scalars.constructed_objects.clear()

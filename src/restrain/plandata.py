@@ -1,11 +1,12 @@
-"""Rules as plain data (text and dicts, as YAML, TOML and JSON hold them).
+"""Rules as plain data: text and dicts, for YAML, TOML and JSON.
 
-what: l1                       # a registered name; {name: grouplasso, per: in}; {sum: [...]} of such
-strength: 1e-3                 # or {linear: {start: 0, end: 1e-3, steps: 1000}}, {target: {zeros: 0.9}},
-                               # {times: [1e-3, {warmup: {steps: 500}}]}
-on: "fc*.weight"               # a glob; a list of exact names; {role: weights}; {type: Conv2d};
-                               # {regex: ...}; {outputs: "relu*", via: relu}; {and: [...]}, {or: ...}, {minus: ...}
-how: proximal                  # and reduce, name, every, start, optional, momentum as in .on(...)
+what: l1                # a registered name; {name: grouplasso, per: in}; {sum: [...]} of penalties
+strength: 1e-3          # or {linear: {start: 0, end: 1e-3, steps: 1000}},
+                        # {target: {zeros: 0.9}}, {times: [1e-3, {warmup: {steps: 500}}]}
+on: "fc*.weight"        # a glob; a list of exact names; {role: weights}; {type: Conv2d};
+                        # {regex: ...}; {outputs: "relu*", via: relu};
+                        # {and: [...]}, {or: [...]}, {minus: [...]}
+how: proximal           # and reduce, name, every, start, optional, momentum as in .on(...)
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ _OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
 
 
 def read_rule(data: Any) -> Rule:
-    """The rule that a text such as "l1:0.01" or a dict stands for.
+    """Return the rule of a dict, or of a text such as "l1:0.01".
 
     Raises:
-        PlanError: an unknown name or key, or a value that it can't have.
+        PlanError: an unknown name or key, or an invalid value.
     """
     if isinstance(data, str):
         name, colon, strength = data.partition(":")
@@ -76,7 +77,8 @@ def read_rule(data: Any) -> Rule:
 def _read_rule(data: Mapping[Any, Any]) -> Rule:
     if True in data and "on" in data:
         raise PlanError("a rule says on: twice, once as YAML's word for true; write one of them")
-    data = {"on" if key is True else key: value for key, value in data.items()}  # as YAML reads the bare word on
+    # YAML reads on as true
+    data = {"on" if key is True else key: value for key, value in data.items()}
     unknown = [key for key in data if key not in ("what", "strength", "on", "outputs", *_OPTIONS)]
     if unknown:
         raise PlanError(f"a rule has no {_listed(unknown)}; it has what, strength, on, outputs, {', '.join(_OPTIONS)}")
@@ -88,7 +90,7 @@ def _read_rule(data: Mapping[Any, Any]) -> Rule:
 
 
 def _listed(keys: Iterable[Any]) -> str:
-    """Keys that are none, in their order."""
+    """Return unknown keys as text, in their order."""
     found = list(keys)
     return ", ".join(key if isinstance(key, str) and len(key) < 80 else brief(key) for key in found[:8])
 
@@ -103,10 +105,10 @@ def _read_scaled(data: Any) -> What:
 
 
 def read_strength(data: Any) -> Any:
-    """The strength that a number, or a dict such as `{"linear": {...}}`, stands for.
+    """Return the strength of a number, or of a dict such as `{"linear": {...}}`.
 
     Raises:
-        PlanError: it is none.
+        PlanError: it is something else.
     """
     if isinstance(data, Mapping) and len(data) == 1:
         ((form, content),) = data.items()
@@ -138,11 +140,11 @@ def _read_what(data: Any) -> What:
 
 
 def _built(cls: type, name: str, fields: Mapping[Any, Any]) -> Any:
-    """cls(**fields), whatever is wrong with these.
+    """Return cls(**fields).
 
     Raises:
-        PlanError: a field that it doesn't have, or that it can't take.
-        PenaltyError, TransformError: as the class says.
+        PlanError: an unknown field, or a value that the class can't take.
+        PenaltyError, TransformError: raised by the class.
     """
     strange = [key for key in fields if not isinstance(key, str)]
     if strange:
@@ -153,12 +155,12 @@ def _built(cls: type, name: str, fields: Mapping[Any, Any]) -> Any:
         raise (PlanError if name.startswith("strength ") else PenaltyError)(f"{name}: {error}") from error
     except (RestrainError, RecursionError):
         raise
-    except Exception as error:  # whatever a class, of a user perhaps, raises of settings of a wrong type
+    except Exception as error:  # any exception of a class, perhaps a user's, for a wrong type
         raise PlanError(f"{name}: {storage.first_line(error)}") from error
 
 
 def _read_field(value: Any) -> Any:
-    """A setting of a penalty or transform: plain data, a place, or a penalty within it."""
+    """Return a setting: plain data, a selection of activations, or a penalty."""
     if isinstance(value, Mapping) and set(value) & _OF_PLACES:
         return _read_where(value)
     return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
@@ -184,7 +186,7 @@ def _read_sum(data: Mapping[str, Any]) -> What:
 
 
 def _number(value: Any) -> Any:
-    """A number that a file gives as text (YAML reads `1e-4` so) is a number, in lists too."""
+    """Return text that is a number as a float (YAML reads `1e-4` as text), in lists too."""
     if isinstance(value, list):
         return [_number(member) for member in value]
     if isinstance(value, str):
@@ -227,7 +229,7 @@ def _read_regex(pattern: str) -> Regex:
 
 
 def _join(operation: Any, members: Any) -> Where | Places:
-    """The selections of a list, joined from left to right, without a call for each of a list in a list in a list."""
+    """Return the selections of a list joined from left to right, without recursion."""
     rest: list[Any] = []
     while True:
         if not isinstance(members, (list, tuple)) or len(members) < 2:
@@ -249,9 +251,10 @@ def _join(operation: Any, members: Any) -> Where | Places:
 
 
 def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
-    which = None if data[kind] in ("", None) else data[kind]  # "" is the model itself: TOML has no null
+    # "": the model itself, as TOML has no null
+    which = None if data[kind] in ("", None) else data[kind]
     if is_whole(which):
-        which = brief(which)  # a layer called 0, which YAML reads as a number
+        which = brief(which)  # a layer called 0, read as a number by YAML
     unknown = [key for key in data if key not in (kind, "via", *_PLACE_OPTIONS)]
     if unknown:
         raise PlanError(f"{kind} has no {_listed(unknown)}; it has via, {', '.join(_PLACE_OPTIONS)}")
@@ -261,7 +264,7 @@ def _read_place(kind: Any, data: Mapping[str, Any]) -> Place:
 
 
 def _function(name: Any) -> Any:
-    """The function of torch or torch.nn.functional that a text names; nothing else is ever looked up."""
+    """Return the function of torch or torch.nn.functional with this name; looks up nothing else."""
     if name is None:
         return None
     known = isinstance(name, str) and not name.startswith("_")
@@ -277,7 +280,7 @@ def _function(name: Any) -> Any:
 
 
 def write_rule(rule: Rule) -> dict[str, Any]:
-    """The rule as plain data, which `read_rule` reads.
+    """Return the rule as plain data for `read_rule`.
 
     Raises:
         PlanError: it selects by an object or a function, which has no text form.
@@ -293,7 +296,7 @@ def write_rule(rule: Rule) -> dict[str, Any]:
 
 
 def _write_what(what: Any) -> dict[str, Any]:
-    """What as a dict with 'what' and, where it isn't one, 'strength'."""
+    """Return a dict with 'what', and with 'strength' if it isn't one."""
     if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative)):
         return {**_write_what(what.penalty), "strength": write_strength(what.strength)}
     if isinstance(what, (Sum, NetworkSum)):
@@ -327,10 +330,10 @@ def _write_field(what: Any, value: Any) -> Any:
 
 
 def write_strength(strength: Any) -> Any:
-    """A strength as a number or a dict, which `read_strength` reads.
+    """Return a strength as a number or a dict, for `read_strength`.
 
     Raises:
-        PlanError: it is a function of the step, or a schedule of a class of one's own.
+        PlanError: it is a function of the step, or a schedule of a user's class.
     """
     if not isinstance(strength, Strength):
         return strength

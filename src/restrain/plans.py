@@ -1,4 +1,4 @@
-"""Plans: lists of rules, as objects, as plain data and in files."""
+"""Plans: lists of rules as objects, plain data and files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from restrain.fields import brief, is_whole
 from restrain.plandata import read_rule, write_rule
 from restrain.rules import Rule, What
 
-VERSION = 1  # of the data, which may say it
-_DEEPEST = 20  # of lists of plans within each other
+VERSION = 1  # of the data; the key is optional
+_DEEPEST = 20  # greatest depth of nested lists
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A list of rules: plain data, to be bound to a model by `attach`.
+    """A list of rules: plain data, bound to a model by `attach`.
 
-    Made of rules, text forms (`"l2"`, `"l1:0.01"`: a registered name and a strength, on the weights), dicts as
-    `to_dict` writes them, or any list of these.
+    Made from rules, text forms (`"l2"`, `"l1:0.01"`: a registered name and a strength, on the
+    weights), dicts as written by `to_dict`, or lists of these.
 
     >>> plan = rs.Plan.of(["l2:1e-4", 0.1 * rs.L1().on("fc*", how="proximal")])
     >>> [rule.how for rule in plan]
@@ -38,10 +38,10 @@ class Plan:
 
     @classmethod
     def of(cls, given: Any) -> Plan:
-        """The plan that a rule, text, dict, plan, or a list of these stands for.
+        """Return the plan of a rule, text, dict, plan, or list of these.
 
         Raises:
-            PlanError: it is none of these.
+            PlanError: it is something else.
         """
         if given is None or isinstance(given, Plan):
             return given or cls()
@@ -49,10 +49,10 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote, or that a person wrote in the same form: `{"rules": [...]}`.
+        """Return the plan of a dict written by `to_dict`, or by hand: `{"rules": [...]}`.
 
         Raises:
-            PlanError: an unknown name or key, or a number that isn't one.
+            PlanError: an unknown name or key, or an invalid number.
         """
         _check_version(data)
         if not isinstance(data, Mapping) or not set(data) <= {"rules", "version"} or not _is_list(data.get("rules")):
@@ -60,22 +60,23 @@ class Plan:
         return cls(tuple(_read(rule, f"rule {number}") for number, rule in enumerate(data["rules"], 1)))
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data (dicts, lists, text, numbers).
+        """Return the plan as plain data (dicts, lists, text, numbers).
 
         Raises:
-            PlanError: a rule selects by an object or a function, which has no text form; a plan that is bound
-                (`reg.plan`) has names instead.
+            PlanError: a rule selects by an object or a function, which has no text form; a bound
+                plan (`reg.plan`) has names instead.
         """
         return {"rules": [write_rule(rule) for rule in self.rules]}
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
-        """The plan in a `.yaml`, `.yml`, `.toml` or `.json` file.
+        """Return the plan in a `.yaml`, `.yml`, `.toml` or `.json` file.
 
         Raises:
             MissingFileError, FileAccessError: there is no such file, or it can't be opened.
-            PlanError: it is cut off or damaged, or holds no plan; the message names the file and the place in it.
-            PenaltyError, TransformError, SelectionError, HowError: a rule in it can't be.
+            PlanError: it is cut off or damaged, or holds no plan; the message gives the file and
+                the position.
+            PenaltyError, TransformError, SelectionError, HowError: an invalid rule.
         """
         data = datafiles.load(path)
         try:
@@ -84,11 +85,11 @@ class Plan:
             raise type(error)(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the plan to a `.yaml`, `.yml`, `.toml` or `.json` file, whole or not at all.
+        """Write the plan to a `.yaml`, `.yml`, `.toml` or `.json` file, atomically.
 
         Raises:
-            PlanError: another ending; a rule that has no text form.
-            FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
+            PlanError: another ending; a rule without a text form.
+            FileAccessError: no such folder, no space or no permission; the old file is unchanged.
         """
         datafiles.save(self.to_dict(), path)
 
@@ -103,7 +104,7 @@ class Plan:
 
 
 def _rules(given: Any, depth: int) -> Iterator[Rule]:
-    """The rules of what `Plan.of` takes."""
+    """Yield the rules of an argument of `Plan.of`."""
     if isinstance(given, Rule):
         yield given
     elif isinstance(given, Mapping) and ("rules" in given or "version" in given):
@@ -123,7 +124,7 @@ def _members(given: Any) -> Iterator[Any]:
     try:
         if isinstance(given, Iterable):
             return iter(given)
-    except TypeError:  # a 0-d tensor, which says that it can be iterated over
+    except TypeError:  # a 0-d tensor, which is an Iterable by type
         pass
     raise PlanError(f"expected rules made by .on(...), text, dicts or a list of them; got {brief(given)}")
 
@@ -144,7 +145,7 @@ def _check_version(data: Any) -> None:
 
 
 def _read(data: Any, which: str) -> Rule:
-    """The rule, whose errors say which it is."""
+    """Return the rule; errors say which rule it is."""
     try:
         return read_rule(data)
     except RestrainError as error:

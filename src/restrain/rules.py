@@ -1,4 +1,4 @@
-"""A rule is what × where × how. `What` is the base of everything that a rule can do: penalties and transforms."""
+"""Rules: what × where × how. `What` is the base of penalties and transforms."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def same(a: Any, b: Any) -> bool:
 
 
 class What:
-    """Base of penalties and transforms: what a rule does. It has a registered name and makes rules by `on`."""
+    """Base of penalties and transforms; it has a registered name and makes rules by `on`."""
 
-    keywords: ClassVar[tuple[str, ...]] = ()  # further names, beside the class name in lower case
-    entrywise: bool = False  # a sum of a function of each entry alone
-    by_entry: bool = False  # it acts on any part of a tensor as on the whole
-    has_tangent: bool = False  # a constraint that can tell which part of a movement leaves its set
+    keywords: ClassVar[tuple[str, ...]] = ()  # further names beside the lower-case class name
+    entrywise: bool = False  # a sum of a function of each entry
+    by_entry: bool = False  # any part of a tensor can be treated alone
+    has_tangent: bool = False  # a constraint with a formula for `tangent`
     takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
 
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
         super().__init_subclass__(**others)
         if "__repr__" not in vars(cls):
-            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass doesn't write its own then
+            cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass then writes none
         if cls.__eq__ in (object.__eq__, What.__eq__) and "__eq__" not in vars(cls):
             cls.__eq__, cls.__hash__ = What.__eq__, What.__hash__  # type: ignore[method-assign]  # nor these
         registry.register(cls, (cls.__name__.lower(), *cls.keywords) if register else ())
@@ -72,15 +72,15 @@ class What:
         return hash((type(self), *[value for value in values if not isinstance(value, Tensor)]))
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
-        """The moments at which it may act on parameters or at places, the default first.
+        """Return the allowed values of `how` on parameters, or on activations; the default first.
 
         Raises:
-            SelectionError: it can't act there at all.
+            SelectionError: it can't act on them at all.
         """
         raise NotImplementedError
 
     def bound_to(self, at: Location) -> What:
-        """What acts on one parameter: with axes that it names by meaning resolved, and the tensors that it keeps made.
+        """Return the object bound to a parameter: axes named by meaning resolved, state allocated.
 
         Raises:
             PenaltyError: the parameter has no such axis.
@@ -88,23 +88,23 @@ class What:
         return self
 
     def bound_at_place(self) -> What:
-        """What acts at one place: with the tensors that it keeps made."""
+        """Return the object bound to an activation, with its state allocated."""
         return self
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
-        """Itself, with each strength in it that moves replaced by the 0-d tensor that holds it."""
+        """Return the object with each moving strength replaced by the 0-d tensor that holds it."""
         return self
 
     def selected(self, where: Any) -> tuple[What, Where | Places]:
-        """What acts, and the selection that the first argument of `on` stands for."""
+        """Return (what, selection) for the first argument of `on`."""
         return self, where if isinstance(where, Places) else as_where(weights if where is None else where)
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that it keeps from step to step, for `reg.state_dict()`; loading copies into them."""
+        """Return tensors kept from step to step, for `reg.state_dict()`; loading fills them."""
         return {}
 
     def stepped(self, w: Tensor | None) -> None:
-        """Called after each real optimizer step, with the parameter that it is bound to (None at a place)."""
+        """Update the state after a real optimizer step; `w` is the parameter, or None."""
 
     def on(
         self,
@@ -119,27 +119,28 @@ class What:
         momentum: Literal["keep", "tangent"] = "keep",
         outputs: Places | None = None,
     ) -> Rule:
-        """The rule that does this there.
+        """Return the rule that applies this to `where`.
 
         Args:
-            where: what it acts on: a glob over parameter names, a list of them, a compiled regex, a module, a
-                parameter, a module type, a predicate f(name, tensor), a role (`rs.weights`, the default), any of
-                these joined by `& | -`, or places: `rs.outputs(...)`, `rs.inputs(...)`.
-            how: the moment: "loss", "gradient", "decoupled" or "proximal" for penalties, "project" or "parametrize"
-                for constraints, "forward" for noise.
+            where: what it acts on: a glob over parameter names, a list of names, a compiled regex,
+                a module, a parameter, a module type, a predicate f(name, tensor), a role
+                (`rs.weights`, the default), any of these joined by `& | -`, or activations:
+                `rs.outputs(...)`, `rs.inputs(...)`.
+            how: the moment of action: "loss", "gradient", "decoupled" or "proximal" for penalties,
+                "project" or "parametrize" for constraints, "forward" for noise.
             reduce: "mean" for value / number of entries of each tensor, then the mean over tensors.
             name: its key in `values()`.
-            every: act on every so-manieth optimizer step only.
-            start: do nothing before that many optimizer steps.
-            optional: matching nothing, or never being reached, is no error.
-            momentum: for constraints, "tangent" takes out of the optimizer's running average of gradients, after each
-                projection, what would lead out of the set again.
-            outputs: for a penalty on the whole network, the places whose outputs it is given.
+            every: act on every k-th optimizer step only.
+            start: do nothing in the first `start` optimizer steps.
+            optional: True if it is no error that nothing matches, or a layer is never called.
+            momentum: for constraints, "tangent" projects the optimizer's momentum after each
+                projection, so that it doesn't lead out of the set.
+            outputs: for a penalty on the whole network, the layers whose outputs it gets.
 
         Raises:
-            HowError: a moment that it can't have there.
+            HowError: a `how` that is impossible for it.
             SelectionError: a selection of the wrong kind.
-            PlanError: an option with a value that it can't have.
+            PlanError: an option with an invalid value.
         """
         what, selection = self.selected(where)
         moments = self.moments(isinstance(selection, Places))
@@ -152,7 +153,7 @@ class What:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done, where, and at what moment. Made by `.on(...)` of a penalty or transform; fields as there."""
+    """A rule: what acts, where, and how. Made by `.on(...)` of a penalty or transform."""
 
     what: What
     where: Where | Places
@@ -166,17 +167,17 @@ class Rule:
     outputs: Places | None = None
 
     def due(self, step: int) -> bool:
-        """Whether its turn is at a step; steps are counted from zero."""
+        """Return True if the rule acts at a step; steps are counted from zero."""
         return step >= self.start and (step - self.start) % self.every == 0
 
     @property
     def at_places(self) -> bool:
-        """Whether it acts on activations, not on parameters."""
+        """True if it acts on activations."""
         return isinstance(self.where, Places)
 
     @property
     def label(self) -> str:
-        """Its name, or one made of what and where."""
+        """Its name, or a text made of what and where."""
         return self.name or f"{shortened(repr(self.what))} on {self.where!r}"
 
     def __mul__(self, strength: float | Strength) -> Rule:

@@ -60,7 +60,8 @@ def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
             stack.callback(module.register_forward_pre_hook(_Switch()).remove)
         for draws in drawing:
             depth = draws.sampling.depth
-            stack.callback(setattr, draws.sampling, "depth", depth)  # first: an interrupt may come in between
+            # first: an interrupt may come in between
+            stack.callback(setattr, draws.sampling, "depth", depth)
             draws.sampling.depth = depth + 1
         yield
 

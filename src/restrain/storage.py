@@ -1,8 +1,8 @@
-"""Files of this library: written whole or not at all, and read within bounds.
+"""Files of this library: written atomically, and read within bounds.
 
-Everything that is saved goes through `write`: plans, models, checkpoints, predictions, pictures. Readers check sizes,
-depths and checksums before they make anything of a file, and raise `FileError` for whatever is wrong with it, which
-names the file and says what to do. No reader runs code.
+Everything that is saved goes through `write`: plans, models, checkpoints, predictions, plots.
+Readers check sizes, depths and checksums before they use a file, and raise `FileError` for any
+fault in it, which names the file and says what to do. No reader runs code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from restrain.extras import needing
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open can't be removed
+except ImportError:  # Windows: open files can't be removed
     fcntl = None  # type: ignore[assignment]
 
-MOST, DEEPEST = 1_000_000, 1_000  # values, and levels, of nested data
+MOST, DEEPEST = 1_000_000, 1_000  # bounds on values and levels of nested data
 _CHECKSUM = "checksum"  # in the header of a safetensors file
 _WAYS_OUT = {
     errno.ENOTDIR: "name a file in a folder",
@@ -54,7 +54,7 @@ _FOREIGN = {
 
 
 def as_path(path: Any) -> Path:
-    """The path that text or an `os.PathLike` stands for.
+    """Return a path, given text or an `os.PathLike`.
 
     Raises:
         FileError: it is neither.
@@ -69,7 +69,7 @@ def as_path(path: Any) -> Path:
 
 
 def _denied(path: Path, done: str, error: OSError) -> FileAccessError:
-    """The error for a path that the system refuses to have read or written."""
+    """Return the error for a path that the system refuses to read or write."""
     way_out, reason = _WAYS_OUT.get(error.errno or 0, ""), str(error.strerror or error).rstrip(".")
     folder = os.path.dirname(path)
     if error.errno == errno.ENOENT and not os.path.isdir(folder):
@@ -83,20 +83,20 @@ def _denied(path: Path, done: str, error: OSError) -> FileAccessError:
 
 
 def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
-    """Write a file, of which there is at any instant the old state or the new one, whole.
+    """Write a file atomically; return its path.
 
-    The content goes into a temporary of its own in the same folder, is forced onto the disk, and takes the file's
-    name last. Temporaries that killed processes have left for this file are removed.
+    The content goes into a temporary file in the same folder, is synced to the disk, and gets the
+    file's name last. Temporary files of killed processes for this file are removed.
 
     Args:
-        path: where to; links are followed. What is there and isn't a regular file, such as a pipe, is written to.
+        path: the file; links are followed. A pipe or another irregular file is written to directly.
         content: the bytes, or a function that writes them to an open binary file.
 
     Returns:
-        The file, without links.
+        The path without links.
 
     Raises:
-        FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
+        FileAccessError: no such folder, no space or no permission; the old file is unchanged.
     """
     target = Path(os.path.realpath(as_path(path)))
     try:
@@ -113,7 +113,7 @@ def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it is in, unless it is there.
+    """Make a folder and its parents, unless it exists.
 
     Raises:
         FileAccessError: the system refuses.
@@ -145,17 +145,17 @@ def _replace(target: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
             if mode is not None:
                 os.chmod(temporary, mode)
             if fcntl is not None:
-                os.replace(temporary, target)  # while it is locked
+                os.replace(temporary, target)  # while locked
         if fcntl is None:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not every file system does that for folders
+    with contextlib.suppress(OSError):  # not supported by every file system
         _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force a new name onto the disk."""
+    """Sync a folder's names to the disk."""
     if fcntl is not None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -165,23 +165,23 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _stem(target: Path) -> str:
-    """What the names of a file's temporaries begin with; names are of at most 255 bytes."""
+    """Return the prefix of a file's temporaries; names have at most 255 bytes."""
     name = os.fsencode(target.name)
     return f".{target.name if len(name) < 200 else hashlib.sha256(name).hexdigest()}."
 
 
 def _temporary(target: Path) -> tuple[Path, Any]:
-    """A new file, open and locked, so that nobody takes it for one that a dead process has left."""
+    """Return a new file, open and locked, so that no process takes it for a dead one's."""
     while True:
         path = target.with_name(f"{_stem(target)}{os.urandom(4).hex()}.unfinished")
         file = open(path, "xb")  # noqa: SIM115
         if _is_locked(file) is not False and os.fstat(file.fileno()).st_nlink:
             return path, file
-        file.close()  # somebody who clears up was faster
+        file.close()  # removed by another process's cleaning
 
 
 def _is_locked(file: Any) -> bool | None:
-    """Lock a file; False where another process has locked it, None where the file system has no locks."""
+    """Lock a file; False if another process holds the lock, None without support for locks."""
     if fcntl is None:
         return None
     try:
@@ -194,12 +194,12 @@ def _is_locked(file: Any) -> bool | None:
 
 
 def _clear(target: Path) -> None:
-    """Remove the temporaries of a file whose processes are dead: a lock ends with its process."""
+    """Remove temporaries of a file whose processes are dead: locks end with their process."""
     name = re.compile(re.escape(_stem(target)) + r"[0-9a-f]{8}\.unfinished")
     with os.scandir(target.parent) as entries:
         left = [entry.path for entry in entries if name.fullmatch(entry.name)]
     for path in left:
-        with contextlib.suppress(OSError):  # another process removed it; Windows keeps what is open
+        with contextlib.suppress(OSError):  # removed by another process; open on Windows
             if fcntl is None:
                 os.unlink(path)
                 continue
@@ -213,10 +213,10 @@ def _clear(target: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Any) -> Iterator[BinaryIO]:
-    """The file, open to be read.
+    """Return a context with the file open for reading.
 
     Raises:
-        MissingFileError: there is none.
+        MissingFileError: there is no such file.
         FileError: it can't be opened or read, or needs more memory than there is.
     """
     found = as_path(path)
@@ -234,20 +234,20 @@ def opened(path: Any) -> Iterator[BinaryIO]:
 
 
 def written_at(path: Any) -> int:
-    """When a file was written last, in nanoseconds.
+    """Return the time of the last change, in nanoseconds.
 
     Raises:
-        MissingFileError, FileAccessError: there is none, or it can't be looked at.
+        MissingFileError, FileAccessError: there is no such file, or it can't be opened.
     """
     with opened(path) as file:
         return os.fstat(file.fileno()).st_mtime_ns
 
 
 def read(path: Any, most: int | None = None) -> bytes:
-    """The content of a file of at most so many bytes.
+    """Return the content of a file of at most `most` bytes.
 
     Raises:
-        MissingFileError: there is none.
+        MissingFileError: there is no such file.
         FileError: it can't be read, or is larger.
     """
     with opened(path) as file:
@@ -258,10 +258,10 @@ def read(path: Any, most: int | None = None) -> bytes:
 
 
 def check_tree(data: Any, where: str, most: int = MOST, deepest: int = DEEPEST) -> None:
-    """Refuse nested data of too many values or levels; a list that stands at two places counts twice.
+    """Check the numbers of values and levels of nested data; repeated lists count each time.
 
     Raises:
-        FileError: so it is.
+        FileError: there are too many.
     """
     waiting, count = [(data, 0)], 1
     while waiting:
@@ -276,12 +276,12 @@ def check_tree(data: Any, where: str, most: int = MOST, deepest: int = DEEPEST) 
 
 
 def damaged(path: object, why: object) -> FileError:
-    """The error for a file whose content isn't what was written."""
+    """Return the error for a file whose content was changed."""
     return FileError(f"{path} is damaged: {why}; write it anew, or fetch it again")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
@@ -289,10 +289,10 @@ def first_line(error: BaseException) -> str:
 
 
 def write_torch(path: Any, data: Any) -> Path:
-    """Write plain data and tensors by torch.save, with a CRC-32 of each part.
+    """Write plain data and tensors by torch.save, with a CRC-32 of each part; return the path.
 
     Raises:
-        FileAccessError: as `write`.
+        FileAccessError: see `write`.
     """
     buffer = io.BytesIO()
     checked = torch.serialization.get_crc32_options()
@@ -305,7 +305,9 @@ def write_torch(path: Any, data: Any) -> Path:
 
 
 def read_torch(path: Any) -> Any:
-    """Plain data and tensors that torch.save wrote, on the CPU; classes and code in the file are refused.
+    """Return plain data and tensors written by torch.save, on the CPU; classes are refused.
+
+    No code in the file is run.
 
     Raises:
         MissingFileError: there is no such file.
@@ -317,7 +319,7 @@ def read_torch(path: Any) -> Any:
         file.seek(0)
         try:
             data = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever pickle, zip and torch raise
+        except Exception as error:  # any error of pickle, zip and torch
             raise FileError(f"{path} isn't a file of data and tensors by torch.save: {_said(error)}") from error
     check_tree(data, str(path))
     _check_storages(data, size, path)
@@ -325,15 +327,15 @@ def read_torch(path: Any) -> Any:
 
 
 def _said(error: Exception) -> str:
-    """What torch.load says, without its advice to run the code in the file."""
+    """Return torch.load's message without its advice to run the code in the file."""
     _, mark, rest = str(error).partition("WeightsUnpickler error: ")
     return rest.splitlines()[0][:300] if mark and rest.strip() else first_line(error)
 
 
 def _check_zip(file: BinaryIO, size: int, path: Any) -> None:
-    """Refuse an archive whose parts don't add up, or aren't what their CRC-32 says; torch looks at neither."""
+    """Check sizes and CRC-32 of an archive's parts, which torch doesn't."""
     if not zipfile.is_zipfile(file):
-        return  # of torch before 1.6, or torn, of which torch tells
+        return  # torch before 1.6, or truncated, which torch reports
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -344,14 +346,14 @@ def _check_zip(file: BinaryIO, size: int, path: Any) -> None:
             wrong = archive.testzip()
     except FileError:
         raise
-    except Exception as error:  # whatever zipfile raises of what isn't an archive
+    except Exception as error:  # any error of zipfile
         raise damaged(path, first_line(error)) from error
     if wrong is not None:
         raise damaged(path, f"its part {wrong!r} isn't what was written, by the CRC-32")
 
 
 def _check_storages(data: Any, size: int, path: Any) -> None:
-    """Refuse tensors that are larger than the file: torch lets a file say any size."""
+    """Check that no tensor is larger than the file: torch accepts any declared size."""
     waiting = [data]
     while waiting:
         value = waiting.pop()
@@ -365,10 +367,12 @@ def _check_storages(data: Any, size: int, path: Any) -> None:
 
 
 def write_safetensors(path: Any, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Path:
-    """Write tensors and text as a safetensors file, with a SHA-256 of all of it in its header.
+    """Write tensors and text as a safetensors file with a SHA-256 checksum; return the path.
+
+    The checksum is in the header and covers the whole file.
 
     Raises:
-        FileAccessError: as `write`.
+        FileAccessError: see `write`.
     """
     with needing("models", "a safetensors file"):
         from safetensors import torch as safetensors
@@ -381,11 +385,11 @@ def write_safetensors(path: Any, tensors: Mapping[str, Tensor], notes: Mapping[s
 
 
 def read_safetensors(path: Any, kind: str = "a safetensors file") -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The texts and tensors in a safetensors file, whoever wrote it; `kind` is what errors call it.
+    """Return texts and tensors of a safetensors file of any origin; `kind` names it in errors.
 
     Raises:
         MissingFileError: there is no such file.
-        FileError: it is cut off, damaged, or no such file.
+        FileError: it is cut off, damaged, or no safetensors file.
     """
     with needing("models", str(path)):
         from safetensors import torch as safetensors
@@ -399,7 +403,7 @@ def read_safetensors(path: Any, kind: str = "a safetensors file") -> tuple[dict[
         return notes, safetensors.load(content)
     except MemoryError as error:
         raise FileError(f"{path} needs more memory than there is") from error
-    except Exception as error:  # whatever safetensors and torch raise
+    except Exception as error:  # any error of safetensors and torch
         raise damaged(path, first_line(error)) from error
 
 
@@ -408,16 +412,17 @@ def _as_written(checksum: str) -> bytes:
 
 
 def _digest(content: bytes, end: int, checksum: str) -> str:
-    """SHA-256 of a safetensors file, taken with zeros instead of the checksum in its header."""
+    """Return the SHA-256 of a safetensors file, with zeros in place of its checksum."""
     found = hashlib.sha256(content[:end].replace(_as_written(checksum), _as_written("0" * 64)))
     found.update(memoryview(content)[end:])
     return found.hexdigest()
 
 
 def _notes(path: Any, content: bytes, kind: str) -> dict[str, str]:
-    """The texts in the header of a safetensors file that is as long as it says."""
+    """Return the texts in a safetensors header, after checking the file's length."""
     length = int.from_bytes(content[:8], "little")
-    if content[8:9] != b"{" or length > 100_000_000:  # the format's own bound; else the length may look like a magic
+    # the format's bound; else a length may look like a magic
+    if content[8:9] != b"{" or length > 100_000_000:
         for magic, what in _FOREIGN.items():
             if content.startswith(magic):
                 raise FileError(f"{path} isn't {kind} but {what}; name another file")

@@ -260,7 +260,11 @@ def test_a_killed_fit_goes_on(here):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--target", "b"), "a classifier has one --target, got 2"),
+        (("--target", "age"), "a classifier has one --target, got 2: y, age"),
+        (("--target", "age,wage"), "--target y --ignore age,wage"),
+        (("--set", "valid=0.2"), "write --valid"),
+        (("--set", "normalize=true"), "write --normalize or --no-normalize"),
+        (("--decimal", ",", "--thousands", ","), "both be marked by"),
         (("--ignore", "colour"), "data.csv has no column 'colour' (near it: color); there are: age, color, wage, y"),
         (("--categories", "zip"), "has no column 'zip'"),
         (("--ignore", "age,color,wage"), "no column left to learn from"),

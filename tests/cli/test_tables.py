@@ -10,6 +10,7 @@ import pytest
 
 from restrain.cli import jobs, tables
 from restrain.cli.encoding import Encoding, Feature
+from restrain.cli.tables import Marks
 from restrain.errors import DataError, RestrainWarning
 
 TEXT = "age,color,wage\n30,red,1e3\n41,blue,2000.5\n52,red,-3\n"
@@ -46,6 +47,11 @@ def test_csv(csv):
     [
         (TEXT.replace(",", ";"), "t.csv", ";"),
         (TEXT.replace(",", "\t"), "t.tsv", None),
+        (TEXT.replace(",", "\t"), "t.csv", "tab"),
+        (TEXT.replace(",", "\t"), "t.csv", r"\t"),
+        (TEXT.replace(",", "\t"), "t.txt", None),
+        (TEXT.replace(",", ";"), "t.txt", None),
+        (TEXT, "t.txt", None),
         (b"\xef\xbb\xbf" + TEXT.encode(), "t.csv", None),
         (gzip.compress(TEXT.encode(), mtime=0), "t.csv.gz", None),
         (TEXT.replace("\n", "\r\n"), "T.CSV", None),
@@ -53,7 +59,7 @@ def test_csv(csv):
     ],
 )
 def test_csv_in_other_dress(csv, text, name, separator):
-    table = tables.read(csv(text, name), separator=separator)
+    table = tables.read(csv(text, name), marks=Marks(separator))
     assert list(table.columns) == ["age", "color", "wage"]
     assert table.texts("color").tolist() == ["red", "blue", "red"]
 
@@ -112,12 +118,13 @@ def test_matrices_of_npz_are_many_columns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("t.xlsx", b"", r"a table is CSV \(.csv"),
+        ("t.xlsx", b"", "is a workbook, as Excel writes: export its sheet as CSV"),
+        ("t.dat", b"", r"a table is CSV \(.csv"),
         ("t", b"", r"a table is CSV"),
         ("t.csv", b"", "the file is empty"),
         ("t.csv", b"a,b\n", "there are no rows"),
         ("t.csv", b"a,a\n1,2\n", "two columns are called 'a'"),
-        ("t.csv", b"a,b\n1,2\n1,2,3\n", "line 3, saw 3"),
+        ("t.csv", b"a,b\n1,2\n1,2,3\n", "line 3 has 3 values, and those before it 2"),
         ("t.csv", b"a,b\n1,2,3\n1,2,3\n", "can't be read as CSV"),
         ("t.csv", b'a,b\n"1,2\n', "can't be read as CSV"),
         ("t.csv", b"a;b\n1;2\n", "only one column, called 'a;b'; write --separator ';'"),
@@ -215,7 +222,7 @@ def test_encoding_is_json(csv, missing):
     ("text", "said"),
     [
         ("a\n1\n2\nabc\n4\n5\n", r"t\.csv, row 3, column 'a': expected a number, as in 4 other rows, got 'abc'"),
-        ("a,b\n1,2\n,3\n4,5\n,1\n", r"row 2, column 'a': the value is missing \(and in 1 other rows\).*--missing fill"),
+        ("a,b\n1,2\n,3\n4,5\n,1\n", r"row 2, column 'a': the value is missing \(and in 1 other row\).*--missing fill"),
         ("c,b\nx,2\n,3\nx,5\n", "row 2, column 'c': the value is missing"),
         ("a,b\n1,2\ninf,3\n", "row 2, column 'a': expected a finite number, got inf"),
         ("a,b\n,2\n,3\n", "column 'a' has no values at all.*--ignore 'a'"),
@@ -251,7 +258,8 @@ def test_rows_that_do_not_fit(csv, text, said):
 def test_unknown_values_may_be_zeros(csv):
     encoding = learn(tables.read(csv(TEXT)))
     table = tables.read(csv("age,color,wage\n1,mauve,2\n", "u.csv"))
-    assert encoding.apply(table, unknown="zeros").tolist() == [[1, 0, 0, 2]]
+    with pytest.warns(RestrainWarning, match=r"u\.csv, column 'color': 1 row of 1 .*: 'mauve'"):
+        assert encoding.apply(table, unknown="zeros").tolist() == [[1, 0, 0, 2]]
     with pytest.raises(DataError, match="the value is missing"):
         encoding.apply(tables.read(csv("age,color,wage\n1,,2\n", "u.csv")), unknown="zeros")
 
@@ -261,7 +269,8 @@ def test_a_value_missing_only_later_is_unknown(csv):
     table = tables.read(csv("age,color,wage\n,,2\n", "u.csv"))
     with pytest.raises(DataError, match="a missing value was not there in training"):
         encoding.apply(table)
-    np.testing.assert_allclose(encoding.apply(table, unknown="zeros"), [[41, 0, 0, 2]])
+    with pytest.warns(RestrainWarning, match="a missing value"):
+        np.testing.assert_allclose(encoding.apply(table, unknown="zeros"), [[41, 0, 0, 2]])
 
 
 def test_a_column_that_is_not_there(csv):

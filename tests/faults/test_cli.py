@@ -64,7 +64,6 @@ def share(found, right):
 # A21: columns of a classifier
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 def test_two_targets_in_one_option_are_refused_for_a_classifier(run):
     draws = np.random.default_rng(0)
     write("data.csv", a=draws.normal(size=40), y=["u", "v"] * 20, t=["p", "q"] * 20)
@@ -80,7 +79,6 @@ def kinds(count=120):
     return np.random.default_rng(0).integers(1, 4, count)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 def test_a_missing_value_in_training_changes_no_category(run):
     kind = kinds()
     y = np.where(kind == 1, "one", np.where(kind == 2, "two", "three"))
@@ -102,7 +100,6 @@ def test_a_missing_value_at_prediction_changes_no_other_category(run):
     assert (code == 0 and share(found[1:], y[1:]) > 0.95) or "kind" in err
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 def test_values_that_were_not_there_in_training_are_counted_in_a_note(run):
     kind = kinds()
     write("data.csv", kind=[f"k{k}" for k in kind], y=np.where(kind == 1, "one", "more"))
@@ -114,7 +111,6 @@ def test_values_that_were_not_there_in_training_are_counted_in_a_note(run):
     assert "2" in err
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 def test_zip_codes_as_classes_keep_their_zeros(run):
     x = kinds()
     zips = np.array(["01234", "98765"])[x % 2]
@@ -137,7 +133,6 @@ def test_zip_codes_keep_their_zeros(run):
 SPELLINGS = {"numbers": ("1", "0"), "words": ("yes", "no"), "capitals": ("TRUE", "FALSE")}
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_booleans_in_another_spelling_are_the_same_or_are_refused(run, spelling):
     flag = kinds() % 2 == 1
@@ -161,7 +156,6 @@ WRITTEN = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A21")
 @pytest.mark.parametrize("form", WRITTEN)
 def test_numbers_in_another_form_are_not_made_categories_without_a_word(run, form):
     which = np.random.default_rng(0).integers(0, 4, 120)
@@ -187,7 +181,6 @@ def data(run):
     write("data.csv", a=draws.normal(size=60), b=draws.normal(size=60), y=["u", "v"] * 30)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_settings_of_a_penalty_can_be_typed(run, data):
     """Either they are taken, or what the error proposes is taken when it is typed."""
     code, _, err = fit(run, "--set", "grouplasso=strength=1e-3,per=in")
@@ -199,7 +192,6 @@ def test_settings_of_a_penalty_can_be_typed(run, data):
     assert model.grouplasso["per"] == "in"
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_errors_speak_of_options(run, data):
     code, _, err = fit(run, "--patience", 3)
     assert code != 0
@@ -217,10 +209,7 @@ BROKEN = {
 }
 
 
-RAW = pytest.mark.xfail(strict=True, reason="faults.md C")
-
-
-@pytest.mark.parametrize("form", [pytest.param(form, marks=[RAW] * (form != "empty")) for form in BROKEN])
+@pytest.mark.parametrize("form", BROKEN)
 def test_files_that_are_no_tables_are_told_in_our_words(run, form):
     content, said = BROKEN[form]
     with open("data.csv", "wb") as file:
@@ -232,7 +221,6 @@ def test_files_that_are_no_tables_are_told_in_our_words(run, form):
     assert not re.search(r"codec can't|Error tokenizing|C error|No columns to parse|EOF inside string|Traceback", err)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_one_row_is_no_rows(run, data):
     assert fit(run)[0] == 0
     write("one.csv", a=[0.1], b=[0.2], y=["u"])
@@ -242,7 +230,6 @@ def test_one_row_is_no_rows(run, data):
         assert not re.search(r"\b1 rows\b|\b0 other rows\b", out + err)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_one_missing_target_has_no_other_rows(run):
     write("data.csv", a=range(40), y=["u", "v"] * 19 + ["u", ""])
     code, _, err = fit(run)
@@ -251,7 +238,6 @@ def test_one_missing_target_has_no_other_rows(run):
     assert "0 other" not in err
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_a_reader_that_stops_early_is_no_error(run, data):
     assert fit(run)[0] == 0
     draws = np.random.default_rng(0)
@@ -269,7 +255,6 @@ def test_a_reader_that_stops_early_is_no_error(run, data):
     assert "Traceback" not in said
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("ending", ["txt", "xlsx"])
 def test_other_tables_are_read_or_the_error_says_how(run, data, ending):
     table = pd.read_csv("data.csv")
@@ -288,7 +273,6 @@ def test_other_tables_are_read_or_the_error_says_how(run, data, ending):
 WORDS = {"hidden_layer_sizes": "hidden", "alpha": "weight_l2", "max_iter": "epochs"}
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("word", WORDS)
 def test_scikit_learns_words_get_ours(run, data, word):
     code, _, err = fit(run, "--set", f"{word}=10")
@@ -297,7 +281,6 @@ def test_scikit_learns_words_get_ours(run, data, word):
     assert len(err) < 800
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("word", WORDS)
 def test_scikit_learns_words_get_ours_in_python(word):
     X, y = np.zeros((4, 2)), np.arange(4) % 2

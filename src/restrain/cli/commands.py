@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import restrain as rs
 from restrain import storage
-from restrain.errors import RestrainError, RestrainWarning
+from restrain.errors import DataError, RestrainError, RestrainWarning
 from restrain.extras import needing
 
 with needing("cli", __name__):
@@ -19,7 +21,7 @@ with needing("cli", __name__):
 
     from restrain.cli import explain as explaining
     from restrain.cli import jobs, options, tables
-    from restrain.cli.encoding import Encoding
+    from restrain.cli.tables import Marks, counted
     from restrain.models import Autoencoder, Classifier, Regressor, files
 
 _READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -28,25 +30,29 @@ _CODES = "Exit codes: 0 fine, 1 failed (the message says why), 2 the command lin
 
 
 class Group(click.Group):
-    """Commands whose errors are one message, and whose warnings are one line."""
+    """Group of commands that shows errors as one message and warnings as one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("always", RestrainWarning)
             warnings.showwarning = lambda message, *place: click.echo(f"Warning: {message}", err=True)
             with _messages():
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                sys.stdout.flush()
+                return result
 
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Errors that a person can mend as click's, which end the process with 1."""
+    """Raise errors that a person can mend as click's, which end the process with 1."""
     try:
         yield
-    except click.ClickException:
+    except (click.ClickException, BrokenPipeError):  # click ends without a word if the reader of a pipe is gone
         raise
-    except (RestrainError, OSError, ValueError) as error:
+    except (DataError, OSError) as error:
         raise click.ClickException(str(error)) from error
+    except (RestrainError, ValueError) as error:
+        raise click.ClickException(options.in_options(str(error))) from error
     except ImportError as error:
         raise click.ClickException(f"{error}; the command line needs: pip install 'restrain[cli]'") from error
 
@@ -87,7 +93,7 @@ def restrain() -> None:
     show_default=True,
     help="Missing values: refuse them, or take a number's mean, and a value of its own for a category.",
 )
-@click.option("--separator", help="Between the values of a CSV file.")
+@options.marks_options
 @click.option("--plan", type=_READABLE, help="Rules in a .yaml, .toml or .json file.")
 @click.option(
     "--how", type=click.Choice(["loss", "gradient", "decoupled", "proximal"]), help="When penalties on weights act."
@@ -96,13 +102,19 @@ def restrain() -> None:
 @click.option("--noise", multiple=True, type=options.Pattern(), help="Noise on layers, as in 'hid*=0.1'.")
 @click.option("--dropout", multiple=True, type=options.Pattern(), help="Dropout in layers, as in 'hid*=0.3'.")
 @click.option("--nonnegative", metavar="GLOB", help="Parameters that stay zero or more, as 'out.weight'; or 'all'.")
-@click.option("--set", multiple=True, type=options.Setting(), help="Any other keyword, as grouplasso=1e-3.")
+@click.option(
+    "--set",
+    multiple=True,
+    type=options.Setting(),
+    help="Any other keyword, as grouplasso=1e-3 or grouplasso=strength=1e-3,per=in.",
+)
 @click.option("--resume", is_flag=True, help="Keep a checkpoint, and go on from one that a killed run left.")
 def fit(data: Path, **given: Any) -> None:
-    """Fit a model to the table DATA: .csv, .tsv, .parquet or .npz.
+    """Fit a model to the table DATA: .csv, .tsv, .txt, .parquet or .npz.
 
-    Columns of text become one input a value; the others are numbers. Strengths are numbers, or settings such as
-    strength=1e-4,on=hid1.weight,how=proximal.
+    Columns of text become one input a value; the others are numbers. Values of a category are the same if their
+    texts are, but 1.0 is 1, and yes, true and 1 are the same where a column has two such values. Leading zeros stay:
+    01 isn't 1. Strengths are numbers, or settings such as strength=1e-4,on=hid1.weight,how=proximal.
 
     \b
     Examples:
@@ -115,13 +127,14 @@ def fit(data: Path, **given: Any) -> None:
       restrain fit data.csv --target y --model classifier --plan plan.yaml --out run/
     """
     _check_targets(given)
+    marks = options.marks_of(given)
     keywords = options.keywords_of(given)
     if given["plan"] is not None:
         keywords["regularizers"] = list(rs.Plan.load(given["plan"]))
     file = files.place(f"{given['out']}/")
     if file.exists() and not given["overwrite"]:
         raise click.UsageError(f"{file} is there already: write --overwrite, or another --out")
-    table, features, notes = _features(data, given)
+    table, features, notes = _features(data, given, marks)
     y = jobs.targets(table, given["model"], notes["targets"])
     part = given["valid"] if isinstance(given["valid"], float) else None
     ready = jobs.prepare(
@@ -134,11 +147,13 @@ def fit(data: Path, **given: Any) -> None:
         categories=notes["categories"],
         missing=given["missing"],
     )
-    other = _other(given["valid"], ready.encoding, given, notes) if isinstance(given["valid"], Path) else None
+    other = _other(given["valid"], ready, notes, marks) if isinstance(given["valid"], Path) else None
     held = len(ready.valid) if ready.valid is not None else 0 if other is None else len(_inputs(other))
     notes.update(encoding=ready.encoding.to_dict(), rows=[len(ready.train), held])
     model = _model(given, keywords, file)
-    click.echo(f"{data}: {len(table)} rows, {len(features)} columns that become {ready.x.shape[1]} inputs")
+    columns, inputs = counted(len(features), "column"), counted(ready.x.shape[1], "input")
+    become = "becomes" if len(features) == 1 else "become"
+    click.echo(f"{data}: {counted(len(table), 'row')}, {columns} that {become} {inputs}")
     notes["scores"] = jobs.fit(model, ready, other)
     for name, score in notes["scores"].items():
         click.echo(f"{jobs.measure(given['model'])} in {name}: {score:.4f}")
@@ -146,7 +161,7 @@ def fit(data: Path, **given: Any) -> None:
 
 
 def _finish(model: Any, file: Path, notes: dict[str, Any]) -> None:
-    """Write the model; its checkpoint has had its use."""
+    """Write the model, and remove its checkpoint."""
     checkpoint, model.checkpoint = model.checkpoint, None
     files.save(model, file, notes)
     if checkpoint is not None:
@@ -158,24 +173,28 @@ def _check_targets(given: dict[str, Any]) -> None:
     count, model = len(given["target"]), given["model"]
     if model == "autoencoder" and count:
         raise click.UsageError("an autoencoder has no --target; leave that column out by --ignore")
-    if model == "classifier" and count != 1:
-        raise click.UsageError(f"a classifier has one --target, got {count}")
+    if model == "classifier" and not count:
+        raise click.UsageError("a classifier has a --target: write --target COLUMN")
     if model == "regressor" and not count:
         raise click.UsageError("a regressor has a --target, or several: write --target COLUMN")
 
 
-def _features(data: Path, given: dict[str, Any]) -> tuple[tables.Table, list[str], dict[str, Any]]:
-    """The table, the columns that are inputs, and what is noted of the rest."""
-    texts = [part for name in given["categories"] for part in (name, *name.split(","))]
-    table = tables.read(data, texts, given["separator"])
+def _features(data: Path, given: dict[str, Any], marks: Marks) -> tuple[tables.Table, list[str], dict[str, Any]]:
+    """Return the table, the columns that are inputs, and the notes for the file of the model."""
+    texts = [*given["categories"], *(given["target"] if given["model"] == "classifier" else ())]
+    table = tables.read(data, [part for name in texts for part in (name, *name.split(","))], marks)
     there = list(table.columns)
     ignored = options.chosen("--ignore", given["ignore"], there, str(data))
     categories = options.chosen("--categories", given["categories"], there, str(data))
     wanted = options.chosen("--target", given["target"], there, str(data))
+    if given["model"] == "classifier" and len(wanted) != 1:
+        raise click.UsageError(
+            f"a classifier has one --target, got {len(wanted)}: {', '.join(wanted)}; write one of them, and leave the "
+            f"others out by --ignore: --target {wanted[0]} --ignore {','.join(wanted[1:])}"
+        )
     features = [name for name in there if name not in (*ignored, *wanted)]
     if not features:
         raise click.UsageError(f"{data} has no column left to learn from")
-    text_target = given["model"] == "classifier" and table.columns[wanted[0]].dtype == object
     return (
         table,
         features,
@@ -183,18 +202,18 @@ def _features(data: Path, given: dict[str, Any]) -> tuple[tables.Table, list[str
             "model": given["model"],
             "data": str(data),
             "targets": list(wanted),
-            "text_target": text_target,
             "ignored": list(ignored),
             "categories": list(categories),
         },
     )
 
 
-def _other(path: Path, encoding: Encoding, given: dict[str, Any], notes: dict[str, Any]) -> Any:
-    """Validation data from a file of their own."""
-    texts = [*encoding.categories, *(notes["targets"] if notes["text_target"] else [])]
-    table = tables.read(path, texts, given["separator"])
-    x, y = encoding.apply(table), jobs.targets(table, given["model"], notes["targets"])
+def _other(path: Path, ready: jobs.Data, notes: dict[str, Any], marks: Marks) -> Any:
+    """Return validation data from another file."""
+    classes = notes["model"] == "classifier"
+    table = tables.read(path, [*ready.encoding.categories, *(notes["targets"] if classes else [])], marks)
+    known = np.unique(ready.y) if classes else None
+    x, y = ready.encoding.apply(table), jobs.targets(table, notes["model"], notes["targets"], known)
     return x if y is None else (x, y)
 
 
@@ -223,8 +242,8 @@ def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
     show_default=True,
     help="Values of a category that training never saw: refuse them, or take them as none of the known ones.",
 )
-@click.option("--separator", help="Between the values of a CSV file.")
-def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, unknown: Any, separator: Any) -> None:
+@options.marks_options
+def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, unknown: Any, **given: Any) -> None:
     """Predict the rows of the table DATA by the model in the folder MODEL.
 
     Predictions go to standard output as CSV, or to --out; notes go to standard error. Where the target is in the
@@ -237,10 +256,10 @@ def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, 
     """
     run = jobs.Run.load(model)
     kind = run.notes["model"]
-    for flag, wanted, given in (("--proba", "classifier", proba), ("--code", "autoencoder", code)):
-        if given and kind != wanted:
+    for flag, wanted, asked in (("--proba", "classifier", proba), ("--code", "autoencoder", code)):
+        if asked and kind != wanted:
             raise click.UsageError(f"{flag} is for a model of the kind {wanted}; this is of the kind {kind}")
-    table = run.read(data, separator)
+    table = run.read(data, options.marks_of(given))
     unused = run.unused(table)
     if unused:
         click.echo(f"Note: {data} has columns that the model doesn't use: {', '.join(unused)}", err=True)

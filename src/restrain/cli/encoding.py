@@ -1,7 +1,8 @@
-"""From the columns of a table to the numbers that a model takes, learned once and stored with the model as JSON."""
+"""Encoding of the columns of a table as inputs of a model, learned once and stored as JSON."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,36 +10,51 @@ from typing import Any, Literal
 
 import numpy as np
 
-from restrain.cli.tables import Table, parsed
-from restrain.errors import DataError
+from restrain.cli import spelling
+from restrain.cli.tables import Table, counted, parsed
+from restrain.errors import DataError, RestrainWarning
+from restrain.fields import level_of_caller
 
-_FEW = 20  # a text column with more values than that, in most rows another one, is no category
+_FEW = 20  # a text column with more values than this, and few rows a value, is no category
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A column: a number, or a category with its values in the order of their columns; None stands for missing."""
+    """A column: a number, or a category.
+
+    Args:
+        name: of the column.
+        values: of a category, in the order of their inputs, None for missing; None for a number.
+        fill: number that a missing one is replaced by.
+    """
 
     name: str
-    values: tuple[str | None, ...] | None = None  # None: a number
-    fill: float | None = None  # what a missing number is taken as
+    values: tuple[str | None, ...] | None = None
+    fill: float | None = None
 
     @property
     def columns(self) -> list[str]:
-        """The names of the numbers that it becomes."""
+        """Names of the inputs that the column becomes."""
         if self.values is None:
             return [self.name]
         return [f"{self.name}={'(missing)' if value is None else value}" for value in self.values]
 
+    def indices(self, texts: Any) -> Any:
+        """Return the index of each text among the values of a category; -1 if it is none of them."""
+        values = self.values or ()
+        match, places = spelling.matcher(values), {value: number for number, value in enumerate(values)}
+        found = {text: places.get(match(text), -1) for text in set(texts.tolist())}
+        return np.array([found[text] for text in texts.tolist()], np.int64)
+
 
 @dataclass(frozen=True)
 class Encoding:
-    """Numbers as they are, categories as one column of 0 and 1 for each value.
+    """Encoding with numbers as they are, and one input of 0 and 1 for each value of a category.
 
     Args:
         features: the columns, in their order.
-        missing: "error" refuses missing values; "fill" takes the mean of the training rows for a number, and for a
-            category a value of its own.
+        missing: "error" refuses missing values; "fill" takes the mean of the training rows for a
+            number, and a value of its own for a category.
     """
 
     features: tuple[Feature, ...]
@@ -48,19 +64,20 @@ class Encoding:
     def learn(
         cls, table: Table, names: Sequence[str], categories: Sequence[str], missing: Literal["error", "fill"], rows: Any
     ) -> Encoding:
-        """Learn the values of categories from all rows, and means from the given ones (those to train on).
+        """Return the encoding with the values of all rows, and the means of the given rows.
 
         Raises:
-            DataError: a column that can't be a feature as it is.
+            DataError: a column can't be a feature as it is.
         """
         return cls(tuple(_feature(table, name, name in categories, missing, rows) for name in names), missing)
 
     def apply(self, table: Table, unknown: Literal["error", "zeros"] = "error") -> Any:
-        """The matrix of features in float64.
+        """Return the matrix of inputs in float64.
 
         Args:
-            table: has all columns; others are not looked at.
-            unknown: what becomes of a category's value that wasn't there in training: an error, or zeros.
+            table: has all columns of the features; others are ignored.
+            unknown: what a value of a category that wasn't there in training gives: an error, or
+                zeros with a warning that counts them.
 
         Raises:
             DataError: a column or a value is missing, a number is none, or a category's value is unknown.
@@ -89,8 +106,7 @@ class Encoding:
                 numbers[gone] = feature.fill
             return numbers[:, None]
         texts = table.texts(feature.name)
-        places = {value: number for number, value in enumerate(feature.values)}
-        found = np.array([places.get(text, -1) for text in texts])
+        found = feature.indices(texts)
         wrong = np.flatnonzero(found < 0)
         if len(wrong) and self.missing == "error":
             gone = [row for row in wrong if texts[row] is None]
@@ -98,6 +114,8 @@ class Encoding:
                 raise _missing(table, feature.name, int(gone[0]))
         if len(wrong) and unknown == "error":
             raise _unknown(table, feature, int(wrong[0]))
+        if len(wrong):
+            _warn_of_unknown(table, feature, texts[wrong].tolist())
         hot = np.zeros((len(texts), len(feature.values)), np.float64)
         rows = np.flatnonzero(found >= 0)
         hot[rows, found[rows]] = 1
@@ -105,16 +123,16 @@ class Encoding:
 
     @property
     def columns(self) -> list[str]:
-        """The names of the model's inputs."""
+        """Names of the model's inputs."""
         return [column for feature in self.features for column in feature.columns]
 
     @property
     def categories(self) -> list[str]:
-        """The names of the columns that are categories."""
+        """Names of the columns that are categories."""
         return [feature.name for feature in self.features if feature.values is not None]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return plain data for JSON."""
         features = [
             {"name": f.name, "kind": "number", "fill": f.fill}
             if f.values is None
@@ -125,7 +143,7 @@ class Encoding:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Encoding:
-        """What `to_dict` wrote."""
+        """Return the encoding of which `to_dict` gave the data."""
         features = [
             Feature(one["name"], fill=one["fill"])
             if one["kind"] == "number"
@@ -152,12 +170,20 @@ def _feature(table: Table, name: str, category: bool, missing: str, rows: Any) -
     _check_gaps(table, name, gone, missing)
     if not category:
         _check_is_category(table, name, texts, gone)
-    known = sorted(set(texts[~gone].tolist()), key=_order)
+    known = sorted(_distinct(texts[~gone].tolist()), key=_order)
     return Feature(name, values=(*known, None) if gone.any() else tuple(known))
 
 
+def _distinct(texts: Sequence[str]) -> set[str]:
+    """Return the distinct values; of booleans in several capitals, one word for each truth."""
+    found = set(map(spelling.canonical, texts))
+    if spelling.are_booleans({text.lower() for text in found}):
+        return set({text.lower(): text for text in sorted(found, reverse=True)}.values())
+    return found
+
+
 def _order(text: str) -> tuple[int, float, str]:
-    """Numbers by size, before other texts."""
+    """Return a sort key that puts numbers by size before other texts."""
     try:
         return (0, float(text), text)
     except ValueError:
@@ -172,14 +198,28 @@ def _check_gaps(table: Table, name: str, gone: Any, missing: str) -> None:
 
 
 def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
+    """Check that a column of text isn't one of numbers with mistakes or in another form, or of ids.
+
+    Raises:
+        DataError: it is.
+    """
     there = ~gone
     strays = np.flatnonzero(there & np.isnan(parsed(texts)))
+    formed = [row for row in strays.tolist() if spelling.forms_of(texts[row])]
+    hint = spelling.way_out(texts[formed].tolist())
+    if formed and 2 * (len(strays) - len(formed)) < there.sum():
+        raise table.fault(
+            name,
+            formed[0],
+            f"expected a number or a category, got {texts[formed[0]]!r}; {hint}, leave the column out: --ignore "
+            f"{name!r}, or take its values as categories: --categories {name!r}",
+        )
     if 2 * len(strays) < there.sum():
         raise table.fault(
             name,
             int(strays[0]),
-            f"expected a number, as in {int(there.sum()) - len(strays)} other rows, got {texts[strays[0]]!r}; correct "
-            f"it, or say that the column is a category: --categories {name!r}",
+            f"expected a number, as in {counted(int(there.sum()) - len(strays), 'other row')}, got "
+            f"{texts[strays[0]]!r}; correct it, or say that the column is a category: --categories {name!r}",
         )
     counts = Counter(texts[there].tolist())
     if len(counts) > _FEW and 2 * len(counts) > there.sum():
@@ -190,7 +230,7 @@ def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
 
 
 def _missing(table: Table, name: str, row: int, count: int = 1) -> DataError:
-    more = f" (and in {count - 1} other rows)" if count > 1 else ""
+    more = f" (and in {counted(count - 1, 'other row')})" if count > 1 else ""
     return table.fault(
         name, row, f"the value is missing{more}; fill it in, leave the column out, or fit with --missing fill"
     )
@@ -204,4 +244,14 @@ def _unknown(table: Table, feature: Feature, row: int) -> DataError:
         row,
         f"{'a missing value' if value is None else repr(value)} was not there in training, only {known}; correct it, "
         "or take it as none of these: --unknown zeros",
+    )
+
+
+def _warn_of_unknown(table: Table, feature: Feature, texts: list[str | None]) -> None:
+    shown = ", ".join("a missing value" if text is None else repr(text) for text in dict.fromkeys(texts[:100]))
+    warnings.warn(
+        f"{table.source}, column {feature.name!r}: {counted(len(texts), 'row')} of {len(table)} with values that were "
+        f"not there in training, taken as none of its values: {shown:.200}",
+        RestrainWarning,
+        stacklevel=level_of_caller(),
     )

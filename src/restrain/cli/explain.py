@@ -1,4 +1,4 @@
-"""What `restrain explain` tells of a run: data, layers with their zeros, who gets which rule, and the curves."""
+"""Text of `restrain explain`: data, layers with their zeros, rules by parameter, and curves."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import torch
 import restrain as rs
 from restrain.cli.encoding import Feature
 from restrain.cli.jobs import Run, measure
+from restrain.cli.tables import counted
 from restrain.models import keywords
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
 
 def explain(run: Run, plain: bool = False) -> str:
-    """The whole text.
+    """Return the whole text.
 
     Args:
         run: the run.
-        plain: in ASCII.
+        plain: curves in ASCII.
     """
     parts = [_head(run), layers(run.model), rules(run.model), curves(run.model.history_, plain)]
     return "\n\n".join(part for part in parts if part)
@@ -32,7 +33,7 @@ def _head(run: Run) -> str:
     notes, model = run.notes, run.model
     lines = [f"{type(model).__name__} in {run.file}"]
     held = f", {notes['rows'][1]} to validate with" if notes["rows"][1] else ""
-    lines.append(f"data      {notes['data']}: {notes['rows'][0]} rows to train on{held}")
+    lines.append(f"data      {notes['data']}: {counted(notes['rows'][0], 'row')} to train on{held}")
     if notes["targets"]:
         classes = f": {_listed([str(c) for c in model.classes_])}" if notes["model"] == "classifier" else ""
         lines.append(f"target    {', '.join(notes['targets'])}{classes}")
@@ -55,7 +56,7 @@ def _listed(names: Sequence[str], shown: int = 12) -> str:
 
 
 def layers(model: Any) -> str:
-    """A line a layer: what it is, its parameters, and how many of them are exactly zero.
+    """Return a line for each layer: form, size, number of parameters, and exact zeros among them.
 
     A weight that two layers share counts for the first.
     """
@@ -72,7 +73,7 @@ def layers(model: Any) -> str:
 
 
 def rules(model: Any) -> str:
-    """Who gets what; the values are among the curves."""
+    """Return the table of rules and the parameters or outputs that they act on."""
     _, given, how = model.split_keywords({})
     made = keywords.rules(given, keywords.Context(model.layers_, how))
     if not made:
@@ -86,7 +87,7 @@ def rules(model: Any) -> str:
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:
-    """A line a curve: its first and last value, and its course."""
+    """Return a line for each curve: its first, last and least value, and its course."""
     if not history:
         return "no epochs"
     rows = [["over the epochs", "first", "last", "least", f"1 … {len(history)}" if len(history) > 1 else "1"]]
@@ -99,13 +100,13 @@ def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int
 
 
 def series(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Each curve by name; NaN where an epoch has no value."""
+    """Return each curve by name; NaN where an epoch has no value."""
     names = dict.fromkeys(name for row in history for name in row if name != "epoch")
     return {name: [float(row.get(name, math.nan)) for row in history] for name in names}
 
 
 def _line(values: Sequence[float], width: int, blocks: str) -> str:
-    """A curve in a line of text: the mean over as many epochs as a sign stands for."""
+    """Return a curve in a line of text; each sign is the mean over some epochs."""
     count = min(width, len(values))
     means = []
     for place in range(count):
@@ -119,7 +120,7 @@ def _line(values: Sequence[float], width: int, blocks: str) -> str:
 
 
 def draw(run: Run, path: Path) -> Path:
-    """The curves as a picture: training and validation."""
+    """Draw the curves of training and validation into a file; return its path."""
     from restrain import plots
 
     panels: dict[str, dict[str, list[float]]] = {}

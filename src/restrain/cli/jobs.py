@@ -1,9 +1,10 @@
-"""What `restrain fit` and `restrain predict` do, apart from reading the command line."""
+"""Work of `restrain fit` and `restrain predict` after the command line is read."""
 
 from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +13,16 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from restrain import storage
-from restrain.cli import tables
+from restrain.cli import spelling, tables
 from restrain.cli.encoding import Encoding
-from restrain.cli.tables import Table
+from restrain.cli.tables import Table, counted
 from restrain.errors import DataError
 from restrain.models import files, held_back, load, warn_of_unheld
 
 
 @dataclass
 class Data:
-    """What a model trains on: inputs, targets (None for an Autoencoder), and rows to train on and to validate with."""
+    """Training data: inputs, targets (None for an autoencoder), and rows to train and validate with."""
 
     encoding: Encoding
     x: Any
@@ -30,44 +31,85 @@ class Data:
     valid: Any
 
     def part(self, rows: Any) -> Any:
-        """Inputs and targets of some rows, as `fit` takes them for validation."""
+        """Return inputs and targets of some rows, in the form of the argument `valid` of `fit`."""
         return self.x[rows] if self.y is None else (self.x[rows], self.y[rows])
 
 
 # ---------------------------------------------------------------- targets
 
 
-def labels(table: Table, name: str) -> Any:
-    """The classes in a column: text, or whole numbers.
+def labels(table: Table, name: str, known: Any = None) -> Any:
+    """Return the classes in a column as text, whole numbers or booleans.
+
+    Args:
+        table: the table.
+        name: of the column.
+        known: classes of the training; values that equal one by `restrain.cli.spelling` become it.
 
     Raises:
-        DataError: a class is missing, or the numbers look like quantities.
+        DataError: a class is missing or of another kind than `known`, or the numbers look like
+            quantities.
     """
-    values = table.column(name)
-    if values.dtype == object:
-        return np.array(_all_there(table, name, values), str)
-    if values.dtype.kind == "f":
-        _all_there(table, name, values)
-        odd = np.flatnonzero(values != np.trunc(values))
-        if len(odd):
-            raise table.fault(
-                name,
-                int(odd[0]),
-                f"expected a class, text or a whole number, got {float(values[odd[0]])!r}; for numbers "
-                "write --model regressor",
-            )
-        values = values.astype(np.int64)
-    count = len(np.unique(values))
-    if values.dtype.kind != "b" and count > 20 and 2 * count > len(values):
-        raise DataError(
-            f"{table.source}: the target {name!r} has {count} different numbers in {len(values)} rows, too many for "
-            "classes; for numbers write --model regressor"
+    texts = _all_there(table, name, table.texts(name))
+    if known is None:
+        return _learned_labels(table, name, texts)
+    shown = tables.as_texts(known) if known.dtype.kind in "biuf" else known.astype(object)
+    match, places = spelling.matcher(shown.tolist()), {text: number for number, text in enumerate(shown.tolist())}
+    whole = known.dtype.kind in "iu"
+    found = np.array([match(_whole(text) if whole else text) for text in texts.tolist()], object)
+    strays = [row for row, text in enumerate(found.tolist()) if text not in places]
+    if strays and known.dtype.kind not in "OU":
+        if not (whole and all(_WHOLE.fullmatch(found[row]) for row in strays)):
+            raise table.fault(name, strays[0], f"expected one of the classes {_shown(shown)}, got {texts[strays[0]]!r}")
+        return np.array([int(text) for text in found.tolist()])
+    return found.astype(str) if known.dtype.kind in "OU" else known[[places[text] for text in found.tolist()]]
+
+
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # fits into int64
+_LEADING_ZERO = re.compile(r"-?0[0-9]")
+
+
+def _whole(text: str) -> str:
+    """Return 100 for 1e2 and 100.0; other texts unchanged."""
+    text = spelling.canonical(text)
+    if _WHOLE.fullmatch(text) or _LEADING_ZERO.match(text):
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if abs(number) < 2**53 and number.is_integer() else text
+
+
+def _shown(names: Any) -> str:
+    return ", ".join(names[:12].tolist()) + (", …" if len(names) > 12 else "")
+
+
+def _learned_labels(table: Table, name: str, texts: Any) -> Any:
+    values = [_whole(text) for text in texts.tolist()]
+    numbers, distinct = tables.parsed(texts), set(values)
+    if {text.lower() for text in distinct} <= {"true", "false"}:
+        return np.array([text.lower() == "true" for text in values])
+    if np.isnan(numbers).any() or any(_LEADING_ZERO.match(text) for text in distinct):
+        return np.array([spelling.canonical(text) for text in texts.tolist()], str)
+    odd = np.flatnonzero(~np.isfinite(numbers) | (numbers != np.trunc(numbers)))
+    if len(odd):
+        raise table.fault(
+            name,
+            int(odd[0]),
+            f"expected a class, text or a whole number, got {float(numbers[odd[0]])!r}; for numbers write "
+            "--model regressor",
         )
-    return values
+    if len(distinct) > 20 and 2 * len(distinct) > len(values):
+        raise DataError(
+            f"{table.source}: the target {name!r} has {len(distinct)} different numbers in {len(values)} rows, too "
+            "many for classes; for numbers write --model regressor"
+        )
+    return np.array(values, np.int64 if all(map(_WHOLE.fullmatch, values)) else str)
 
 
 def quantities(table: Table, names: Sequence[str]) -> Any:
-    """The numbers of the target columns: one axis for one column, else (rows, columns).
+    """Return the numbers of the target columns: one axis for one column, else (rows, columns).
 
     Raises:
         DataError: one is missing, or isn't a number.
@@ -79,35 +121,38 @@ def quantities(table: Table, names: Sequence[str]) -> Any:
 def _all_there(table: Table, name: str, values: Any) -> Any:
     gone = np.flatnonzero([value is None or value != value for value in values])
     if len(gone):
-        raise table.fault(name, int(gone[0]), f"the target is missing (and in {len(gone) - 1} other rows)")
+        more = f" (and in {counted(len(gone) - 1, 'other row')})" if len(gone) > 1 else ""
+        raise table.fault(name, int(gone[0]), f"the target is missing{more}; fill it in, or leave these rows out")
     return values
 
 
-def targets(table: Table, model: str, names: Sequence[str]) -> Any:
-    """What a model of that kind is to predict."""
+def targets(table: Table, model: str, names: Sequence[str], known: Any = None) -> Any:
+    """Return the targets of a model of that kind, None for an autoencoder; `known` as in `labels`."""
     if model == "autoencoder":
         return None
-    return labels(table, names[0]) if model == "classifier" else quantities(table, names)
+    return labels(table, names[0], known) if model == "classifier" else quantities(table, names)
 
 
 # ---------------------------------------------------------------- fit
 
 
 def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
-    """Rows to train on and rows to validate with, drawn by the seed; of classes, each in its proportion.
+    """Return rows to train on and rows to validate with, drawn by the seed.
 
     Args:
         count: of rows.
         part: the part to validate with.
         seed: of the draw.
-        y: classes, or None.
+        y: classes, each of which is split in this proportion; or None.
 
     Raises:
-        DataError: one of them would be empty.
+        DataError: no row would be left to train on or to validate with.
     """
     held = round(part * count)
     if not 0 < held < count:
-        raise DataError(f"--valid {part:g} of {count} rows leaves none to validate with, or none to train on")
+        raise DataError(
+            f"--valid {part:g} of {counted(count, 'row')} leaves none to validate with, or none to train on"
+        )
     order = np.random.default_rng(seed).permutation(count)
     if y is None:
         return held_back(order, held)
@@ -120,7 +165,7 @@ def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
 def prepare(
     table: Table, features: Sequence[str], y: Any, *, valid: float | None, seed: int, classes: bool, **learning: Any
 ) -> Data:
-    """Inputs and targets as numbers.
+    """Return inputs and targets as numbers.
 
     Args:
         table: all rows.
@@ -132,7 +177,7 @@ def prepare(
         learning: categories and missing, as in `Encoding.learn`.
 
     Raises:
-        DataError: a column that can't be a feature as it is.
+        DataError: a column can't be a feature as it is.
     """
     train, held = np.arange(len(table)), None
     if valid is not None:
@@ -142,12 +187,12 @@ def prepare(
 
 
 def fit(model: Any, data: Data, other: Any = None) -> dict[str, float]:
-    """Train the model; its score on the training rows, and on those to validate with.
+    """Train the model; return its scores on the rows to train on and to validate with.
 
     Args:
         model: an estimator.
-        data: what to train on.
-        other: validation data of a file of their own, as `Data.part` gives them.
+        data: training data.
+        other: validation data from another file, in the form of `Data.part`.
     """
     held = other if other is not None else None if data.valid is None else data.part(data.valid)
     every = data.valid is None
@@ -165,7 +210,7 @@ def fit(model: Any, data: Data, other: Any = None) -> dict[str, float]:
 
 @dataclass
 class Run:
-    """A model on file, with what `restrain fit` noted beside it."""
+    """A model on file, with the notes of `restrain fit`."""
 
     model: Any
     encoding: Encoding
@@ -174,7 +219,7 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """The run in a folder.
+        """Return the run in a folder.
 
         Raises:
             FileNotFoundError, FileError: as in `rs.load`.
@@ -188,18 +233,18 @@ class Run:
             )
         return cls(model, Encoding.from_dict(notes["encoding"]), notes, files.place(path))
 
-    def read(self, path: str | Path, separator: str | None) -> Table:
-        """A table whose text columns are those of the training."""
-        texts = [*self.encoding.categories, *(self.notes["targets"] if self.notes["text_target"] else [])]
-        return tables.read(path, texts, separator)
+    def read(self, path: str | Path, marks: tables.Marks) -> Table:
+        """Return a table in which the columns that are text in training are text."""
+        texts = [*self.encoding.categories, *(self.notes["targets"] if self.notes["model"] == "classifier" else [])]
+        return tables.read(path, texts, marks)
 
     def unused(self, table: Table) -> list[str]:
-        """Columns that the model neither takes nor predicts."""
+        """Return the columns that the model neither takes nor predicts."""
         known = {*self.notes["targets"], *self.notes["ignored"], *(f.name for f in self.encoding.features)}
         return [name for name in table.columns if name not in known]
 
     def predict(self, x: Any, probabilities: bool = False, code: bool = False) -> dict[str, Any]:
-        """Columns of predictions by name."""
+        """Return columns of predictions by name."""
         if code:
             codes = self.model.transform(x)
             return _columns([f"code[{number}]" for number in range(codes.shape[1])], codes)
@@ -213,16 +258,16 @@ class Run:
         return columns
 
     def score(self, table: Table, x: Any) -> str | None:
-        """How well the targets in the table are predicted, as text; None where it has none."""
+        """Return the score on the targets in the table, as text; None if it has no targets."""
         names = self.notes["targets"]
         if not names or any(name not in table.columns for name in names):
             return None
-        y = targets(table, self.notes["model"], names)
-        return f"{measure(self.notes['model'])} {self.model.score(x, y):.4f} on {len(x)} rows"
+        y = targets(table, self.notes["model"], names, getattr(self.model, "classes_", None))
+        return f"{measure(self.notes['model'])} {self.model.score(x, y):.4f} on {counted(len(x), 'row')}"
 
 
 def measure(model: str) -> str:
-    """What `score` is called."""
+    """Return the name of the score."""
     return "accuracy" if model == "classifier" else "R²"
 
 
@@ -235,7 +280,7 @@ def write(columns: Mapping[str, Any], path: Path | None, stream: IO[str]) -> Non
 
     Raises:
         DataError: another ending.
-        FileAccessError: there is no such folder, no space or no permission; the old file is as it was.
+        FileAccessError: there is no such folder, no space or no permission; the old file remains.
     """
     if path is None:
         _write_csv(columns, stream, ",")
@@ -256,7 +301,7 @@ def write(columns: Mapping[str, Any], path: Path | None, stream: IO[str]) -> Non
 def _write_text(columns: Mapping[str, Any], file: BinaryIO, separator: str) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     _write_csv(columns, text, separator)
-    text.detach()  # flushes it, and leaves the file open
+    text.detach()  # flushes the text, and leaves the file open
 
 
 def _write_parquet(arrays: Mapping[str, Any], file: BinaryIO) -> None:

@@ -1,13 +1,18 @@
-"""The options of `restrain fit`: how each is read, and which keyword of the models it is."""
+"""Options of `restrain fit`: types, and conversion to keywords of the models."""
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from restrain.cli.tables import Marks
+from restrain.errors import DataError
 
 Command = Callable[..., Any]
 
@@ -38,9 +43,18 @@ RULES = {
     "max_norm": "Longest row of a weight.",
 }
 
+ELSEWHERE = {
+    "valid": "--valid 0.2, or --valid and a file",
+    "random_state": "--seed",
+    "normalize": "--normalize or --no-normalize",
+    "regularizers": "--plan and a file",
+    "checkpoint": "--resume",
+}
+"""Keywords that `--set` refuses, each with the option to write instead."""
+
 
 class Amount(click.ParamType[Any]):
-    """A number, zero or more, or settings such as `strength=1e-4,on=hid1.weight,how=proximal`."""
+    """Number, zero or more, or settings such as `strength=1e-4,on=hid1.weight,how=proximal`."""
 
     name = "number|k=v,..."
 
@@ -52,12 +66,9 @@ class Amount(click.ParamType[Any]):
             return value
         if "=" not in value:
             return self._number(value, param, ctx)
-        settings: dict[str, Any] = {}
-        for part in value.split(","):
-            key, equals, text = (piece.strip() for piece in part.partition("="))
-            if not (key and equals and text):
-                self.fail(f"expected a number, or k=v,k=v as in strength=1e-4,on=hid1.weight; got {value!r}", param)
-            settings[key] = _plain(text)
+        settings = _settings(value)
+        if settings is None:
+            self.fail(f"expected a number, or k=v,k=v as in strength=1e-4,on=hid1.weight; got {value!r}", param)
         if "strength" in settings:
             settings["strength"] = self._number(str(settings["strength"]), param, ctx)
         return settings
@@ -74,7 +85,7 @@ class Amount(click.ParamType[Any]):
 
 
 class Pattern(click.ParamType[Any]):
-    """A glob over layers and an amount, as in `hid*=0.1`."""
+    """Glob over layers and an amount, as in `hid*=0.1`."""
 
     name = "glob=number"
 
@@ -103,7 +114,7 @@ class Sizes(click.ParamType[Any]):
 
 
 class Valid(click.ParamType[Any]):
-    """A part of the rows, or a file."""
+    """Part of the rows, or a file."""
 
     name = "part|file"
 
@@ -136,7 +147,7 @@ class Json(click.ParamType[Any]):
 
 
 class Setting(click.ParamType[Any]):
-    """A keyword of the model and its value, in JSON or else text."""
+    """Keyword of the model and its value: settings as `strength=1e-3,per=in`, JSON, or else text."""
 
     name = "keyword=value"
 
@@ -144,7 +155,22 @@ class Setting(click.ParamType[Any]):
         key, equals, text = str(value).partition("=")
         if not (equals and key.strip().isidentifier()):
             self.fail(f"expected keyword=value, as in grouplasso=1e-3; got {value!r}", param, ctx)
-        return key.strip(), _plain(text.strip())
+        key, settings = key.strip(), _settings(text)
+        if key in ELSEWHERE:
+            self.fail(f"{key} has an option of its own: write {ELSEWHERE[key]}", param, ctx)
+        return key, _plain(text.strip()) if settings is None else settings
+
+
+def _settings(text: str) -> dict[str, Any] | None:
+    """Return the dict of settings k=v,k=v; None if the text has another form.
+
+    >>> _settings("strength=1e-3,per=[4, 4],on=hid*")
+    {'strength': 0.001, 'per': [4, 4], 'on': 'hid*'}
+    """
+    parts = [part.partition("=") for part in re.split(r",\s*(?=[A-Za-z_]\w*\s*=)", text.strip())]
+    if not all(key.strip().isidentifier() and equals and value.strip() for key, equals, value in parts):
+        return None
+    return {key.strip(): _plain(value.strip()) for key, _, value in parts}
 
 
 def _plain(text: str) -> Any:
@@ -155,7 +181,7 @@ def _plain(text: str) -> Any:
 
 
 def keyword_options(command: Command) -> Command:
-    """Every option that is a keyword of the models."""
+    """Add the options that are keywords of the models to a command."""
     for name, (kind, text) in reversed(TRAINING.items()):
         command = click.option(_flag(name), type=kind, help=text)(command)
     for name, text in reversed(RULES.items()):
@@ -163,15 +189,39 @@ def keyword_options(command: Command) -> Command:
     return command
 
 
+def marks_options(command: Command) -> Command:
+    """Add the options for the characters of a CSV file to a command."""
+    one = click.Choice([",", ".", " ", "'", "_"])
+    for option in (
+        click.option("--thousands", type=one, default=None, help="Between groups of three digits in a CSV file."),
+        click.option("--decimal", type=click.Choice([".", ","]), default=".", help="Before decimals in a CSV file."),
+        click.option("--separator", help="Between the values of a CSV file; tab stands for a tab."),
+    ):
+        command = option(command)
+    return command
+
+
+def marks_of(given: dict[str, Any]) -> Marks:
+    """Return the characters of a CSV file that the options name.
+
+    Raises:
+        click.UsageError: one character has two meanings.
+    """
+    try:
+        return Marks(given["separator"], given["decimal"], given["thousands"] or "")
+    except DataError as error:
+        raise click.UsageError(str(error)) from error
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def keywords_of(given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a model that the options of `restrain fit` say.
+    """Return the keywords of a model that the options of `restrain fit` give.
 
     Raises:
-        click.UsageError: two that exclude each other.
+        click.UsageError: two options exclude each other.
     """
     found = {name: given[name] for name in (*TRAINING, *RULES) if given[name] is not None}
     for name in ("noise", "dropout"):
@@ -191,7 +241,7 @@ def keywords_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(option: str, names: Sequence[str], there: Sequence[str], source: str) -> tuple[str, ...]:
-    """Names of columns, comma-separated or repeated, which must be there.
+    """Return names of columns, given comma-separated or repeated.
 
     Raises:
         click.BadParameter: there is no such column.
@@ -206,3 +256,57 @@ def chosen(option: str, names: Sequence[str], there: Sequence[str], source: str)
             listed = ", ".join(list(there)[:12]) + (", …" if len(there) > 12 else "")
             raise click.BadParameter(f"{source} has no column {name!r}{hint}; there are: {listed}", param_hint=option)
     return tuple(dict.fromkeys(found))
+
+
+# ---------------------------------------------------------------- errors of the models
+
+_IN_PYTHON = {
+    "valid=(X, y)": "--valid and a file",
+    "train, a method, which goes on where the model is": "--resume",
+    "a dict needs a strength": "settings need a strength",
+    "write its settings into a dict": "write its settings, as in strength=...,key=...",
+    "is a rule: regularizers=[... ": "is a rule in a file for --plan, as [",
+    "; a dict has ": "; settings are ",
+    "write progress=": "write --set progress=true",
+}
+_OPTIONS = {
+    **{name: _flag(name) for name in (*TRAINING, *RULES, "hidden", "activation", "layers", "valid")},
+    **{"random_state": "--seed", "checkpoint": "--resume", "normalize": "--normalize", "regularizers": "--plan"},
+    **{name: f"--{name}" for name in ("noise", "dropout", "nonnegative")},
+}
+
+
+def in_options(text: str) -> str:
+    """Return the message of an error of the models with options in the place of keywords.
+
+    >>> in_options("patience= needs validation data: write valid=0.2, or valid=(X, y)")
+    '--patience needs validation data: write --valid 0.2, or --valid and a file'
+    >>> in_options("nonnegative={'strength': 1.0, 'per': 'in'}: write dict(strength=1e-4)")
+    '--nonnegative strength=1.0,per=in: write strength=1e-4'
+    """
+    for python, words in _IN_PYTHON.items():
+        text = text.replace(python, words)
+    text = re.sub(r"(?:\ba )?\bdict\(([^()]*)\)", lambda found: _typed(found[1]), text)
+    text = re.sub(r"^(\w+)=(\{[^{}]*\}): ", _typed_dict, text)
+    text = re.sub(r"(?<![\w,=-])(\w+)=('[^']*'|[^\s,;:)'\[{(]+)?", _as_option, text)
+    return text
+
+
+def _typed(settings: str) -> str:
+    pairs = [pair.strip().partition("=") for pair in settings.split(",")]
+    return ",".join(f"{key}={value.strip(chr(39)) or '...'}" for key, _, value in pairs)
+
+
+def _typed_dict(found: re.Match[str]) -> str:
+    try:
+        settings = ast.literal_eval(found[2])
+    except (ValueError, SyntaxError):
+        return found[0]
+    keyword = _OPTIONS[found[1]] + " " if found[1] in _OPTIONS else f"--set {found[1]}="
+    return f"{keyword}{','.join(f'{key}={value}' for key, value in settings.items())}: "
+
+
+def _as_option(found: re.Match[str]) -> str:
+    if found[1] not in _OPTIONS:
+        return found[0]
+    return f"{_OPTIONS[found[1]]}{' ' * bool(found[2])}{(found[2] or '').strip(chr(39))}"

@@ -1,14 +1,16 @@
-"""Tables from files: CSV, Parquet and .npz as named columns, each of numbers or of text. Needs pandas and pyarrow.
+"""Tables from files: CSV, Parquet and .npz as named columns of numbers or text.
 
-Rows are counted from 1, without the header, in everything that is said of them.
+Needs pandas and pyarrow. Messages count rows from 1, without the header.
 """
 
 from __future__ import annotations
 
 import decimal
 import gzip
+import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,14 +20,40 @@ from typing import Any
 import numpy as np
 
 from restrain import storage
+from restrain.cli import spelling
 from restrain.errors import DataError, RestrainError
 
-_NAMED = "CSV (.csv, .tsv, .csv.gz), Parquet (.parquet) or NumPy (.npz)"
+_NAMED = "CSV (.csv, .tsv, .txt, .csv.gz), Parquet (.parquet) or NumPy (.npz)"
+_WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+_SEPARATORS = "\t;,|"
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Characters of a CSV file.
+
+    Args:
+        separator: between values; None takes a tab in .tsv, the most frequent candidate of the
+            header in .txt, else a comma.
+        decimal: before the fraction of a number.
+        thousands: between groups of three digits; "" for none.
+    """
+
+    separator: str | None = None
+    decimal: str = "."
+    thousands: str = ""
+
+    def __post_init__(self) -> None:
+        if self.decimal == self.thousands:
+            raise DataError(
+                f"decimals and thousands can't both be marked by {self.decimal!r}: as in 1.000,5 write "
+                "--decimal , --thousands ."
+            )
 
 
 @dataclass
 class Table:
-    """Named columns of one length: arrays of numbers (NaN is missing), or of text (None is missing)."""
+    """Named columns of one length: numbers (NaN is missing), or text (None is missing)."""
 
     source: str
     columns: dict[str, Any]
@@ -34,10 +62,10 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def column(self, name: str) -> Any:
-        """The column of that name.
+        """Return the column of that name.
 
         Raises:
-            DataError: there is none.
+            DataError: there is none; the message lists near names.
         """
         if name not in self.columns:
             near = get_close_matches(name, self.columns)
@@ -46,7 +74,7 @@ class Table:
         return self.columns[name]
 
     def numbers(self, name: str) -> Any:
-        """The column in float64; missing values are NaN.
+        """Return the column in float64; missing values are NaN.
 
         Raises:
             DataError: there is text, or an infinite number.
@@ -61,34 +89,47 @@ class Table:
         return values
 
     def texts(self, name: str) -> Any:
-        """The column as text; missing values are None. Whole numbers are written without a point."""
+        """Return the column as text, numbers in canonical spelling; missing values are None."""
         values = self.column(name)
         return values if values.dtype == object else as_texts(values)
 
     def _refuse(self, name: str, wrong: Any, wanted: str) -> None:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            raise self.fault(name, row, f"expected {wanted}, got {self.columns[name][row : row + 1].tolist()[0]!r}")
+            got = self.columns[name][row : row + 1].tolist()[0]
+            hint = spelling.way_out(self.columns[name][wrong].tolist()) if isinstance(got, str) else ""
+            raise self.fault(name, row, f"expected {wanted}, got {got!r}{'; ' * bool(hint)}{hint}")
 
     def fault(self, name: str, row: int, what: str) -> DataError:
-        """The error that says what is wrong in a row (counted from 0 here)."""
+        """Return the error that names a row (counted from 0 here), a column and a fault."""
         return DataError(f"{self.source}, row {row + 1}, column {name!r}: {what}")
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one: 1 row, 2 rows.
+
+    >>> counted(1, "row"), counted(1200, "row")
+    ('1 row', '1200 rows')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def parsed(texts: Any) -> Any:
-    """Numbers of texts; NaN where there is none."""
+    """Return texts as float64; NaN where a text is no number."""
     import pandas
 
     return pandas.to_numeric(pandas.Series(texts, dtype=object), errors="coerce").to_numpy(np.float64)
 
 
 def as_texts(values: Any) -> Any:
-    """Numbers as text: whole ones without a point, NaN as None."""
+    """Return numbers as text in canonical spelling, NaN as None."""
     found = np.empty(len(values), object)
-    found[:] = [
-        None if v != v else str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values.tolist()
-    ]
+    found[:] = [None if v != v else spelling.canonical(f"{v:.0f}" if _is_whole(v) else str(v)) for v in values]
     return found
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, (float, np.floating)) and float(value).is_integer()
 
 
 def _listed(names: Collection[str], shown: int = 12) -> str:
@@ -96,31 +137,36 @@ def _listed(names: Collection[str], shown: int = 12) -> str:
     return ", ".join(members[:shown]) + (f", … {len(members) - shown} more" if len(members) > shown else "")
 
 
-def read(path: str | Path, texts: Sequence[str] = (), separator: str | None = None) -> Table:
-    """The table in a file.
+def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None) -> Table:
+    """Return the table in a file.
 
     Args:
-        path: its ending says the format.
-        texts: columns of a CSV file that are text, even where they look like numbers.
-        separator: between the values of a CSV file; a comma, or in .tsv a tab.
+        path: its ending names the format.
+        texts: columns of a CSV file that stay text even if all values look like numbers.
+        marks: of a CSV file; None takes a comma or tab as separator, and a decimal point.
 
     Raises:
-        DataError: it isn't such a file, or holds what isn't a table of numbers and text.
+        DataError: it isn't such a file, or holds more than numbers and text.
     """
     path = Path(path)
     name = path.name.lower().removesuffix(".gz")
     formats = {".csv": (_read_csv, "CSV"), ".npz": (_read_npz, ".npz"), ".parquet": (_read_parquet, "Parquet")}
-    formats |= {".tsv": formats[".csv"], ".pq": formats[".parquet"]}
+    formats |= {".tsv": formats[".csv"], ".txt": formats[".csv"], ".pq": formats[".parquet"]}
+    if Path(name).suffix in _WORKBOOKS:
+        raise DataError(
+            f"{path} is a workbook, as Excel writes: export its sheet as CSV, or convert it in Python by "
+            f"pandas.read_excel({path.name!r}).to_csv({path.stem + '.csv'!r}, index=False)"
+        )
     if Path(name).suffix not in formats:
         raise DataError(f"{path}: a table is {_NAMED}")
     reader, kind = formats[Path(name).suffix]
     storage.written_at(path)  # refuses what isn't there, or can't be opened
     try:
         _check_size(path, name)
-        columns = dict(reader(path, list(texts), separator))
+        columns = dict(reader(path, list(texts), marks or Marks()))
     except RestrainError:
         raise
-    except Exception as error:  # whatever pandas, pyarrow, NumPy, gzip and zip raise of what isn't a table
+    except Exception as error:  # whatever pandas, pyarrow, NumPy, gzip and zip raise for a damaged file
         raise DataError(f"{path} can't be read as {kind}: {_first_line(error)}; save it anew as {_NAMED}") from error
     table = Table(str(path), columns)
     if not columns or not len(table):
@@ -134,10 +180,10 @@ _SMALL, _RATIO = 2**28, 1000  # bytes that any file may unpack to; times its siz
 
 
 def _check_size(path: Path, name: str) -> None:
-    """Refuse a small file that unpacks to a huge table, before anything is unpacked into memory.
+    """Check that a small file doesn't unpack to a huge table, before it is unpacked into memory.
 
     Raises:
-        DataError: so it is.
+        DataError: it does.
     """
     most = max(_SMALL, _RATIO * path.stat().st_size)
     if path.name.lower().endswith(".gz"):
@@ -157,10 +203,10 @@ def _check_size(path: Path, name: str) -> None:
         raise DataError(f"{path} unpacks to {size:,} bytes, and has {path.stat().st_size:,}: save it in parts")
 
 
-def _read_csv(path: Path, texts: list[str], separator: str | None) -> Iterator[tuple[str, Any]]:
+def _read_csv(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
     import pandas
 
-    separator = separator or ("\t" if ".tsv" in path.name.lower() else ",")
+    separator = _separator(path, marks)
     options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "index_col": False, "low_memory": False}
     try:
         with warnings.catch_warnings():
@@ -168,21 +214,77 @@ def _read_csv(path: Path, texts: list[str], separator: str | None) -> Iterator[t
             header = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options)
             names = header.iloc[0].tolist()
             types = dict.fromkeys([name for name in texts if name in names], "object")
-            frame = pandas.read_csv(path, dtype=types, **options)
+            frame = pandas.read_csv(path, dtype=types, decimal=marks.decimal, **options)
     except pandas.errors.EmptyDataError as error:
         raise DataError(f"{path}: the file is empty") from error
-    except (pandas.errors.ParserError, pandas.errors.ParserWarning, UnicodeDecodeError, EOFError, OSError) as error:
-        raise DataError(f"{path} can't be read as CSV separated by {separator!r}: {_first_line(error)}") from error
+    except (ValueError, EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} can't be read as CSV separated by {separator!r}: {_told(path, error)}") from error
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{path}: two columns are called {twice[0]!r}; give each a name of its own")
-    if len(names) == 1 and any(other in names[0] for other in ";\t|"):
-        other = next(other for other in ";\t|" if other in names[0])
-        raise DataError(f"{path}: only one column, called {names[0]!r}; write --separator {other!r}")
-    return _typed(path, frame)
+    if len(names) == 1 and any(other in names[0] for other in _SEPARATORS):
+        other = next(other for other in _SEPARATORS if other in names[0])
+        typed = "tab" if other == "\t" else repr(other)
+        raise DataError(f"{path}: only one column, called {names[0]!r}; write --separator {typed}")
+    for name, values in _typed(path, frame):
+        found = None if name in texts or values.dtype != object else spelling.numbers(values, **_number_marks(marks))
+        yield name, values if found is None else found
 
 
-def _read_parquet(path: Path, texts: list[str], separator: str | None) -> Iterator[tuple[str, Any]]:
+def _number_marks(marks: Marks) -> dict[str, str]:
+    return {"decimal": marks.decimal, "thousands": marks.thousands}
+
+
+def _separator(path: Path, marks: Marks) -> str:
+    if marks.separator is not None:
+        return {"\\t": "\t", "tab": "\t"}.get(marks.separator.lower(), marks.separator)
+    if ".txt" in path.name.lower():
+        with _opened(path) as file:
+            header = file.readline(2**16).decode("utf-8", "replace")
+        return max(_SEPARATORS, key=header.count) if any(map(header.count, _SEPARATORS)) else ","
+    return "\t" if ".tsv" in path.name.lower() else ","
+
+
+def _opened(path: Path) -> Any:
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _told(path: Path, error: BaseException) -> str:
+    """Return the fault that pandas found in a CSV file, in words that name the line."""
+    said = str(error)
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(path)
+    ragged = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", said)
+    if ragged:
+        expected, line, saw = ragged.groups()
+        return f"line {line} has {counted(int(saw), 'value')}, and those before it {expected}; correct that line"
+    if "Length of header" in said:
+        return "its rows have more values than the header has names; correct the header"
+    quote = re.search(r"EOF inside string starting at row (\d+)", said)
+    if quote:
+        return f"a quotation mark that opens at line {int(quote[1]) + 1} isn't closed"
+    if isinstance(error, (gzip.BadGzipFile, EOFError, zlib.error)):
+        return "it isn't compressed by gzip as its ending says, or is cut short"
+    if isinstance(error, OSError):
+        return _first_line(error)
+    return "its lines aren't those of a table; save it anew"
+
+
+def _not_utf8(path: Path) -> str:
+    with _opened(path) as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            return "it is in UTF-16, not in UTF-8; save it as UTF-8"
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                byte = f"0x{line[error.start]:02x}"
+                return f"line {number} isn't in UTF-8 (byte {byte}), perhaps in Latin-1; save it as UTF-8"
+    return "it isn't in UTF-8; save it as UTF-8"
+
+
+def _read_parquet(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -193,8 +295,8 @@ def _read_parquet(path: Path, texts: list[str], separator: str | None) -> Iterat
     return _typed(path, frame)
 
 
-def _read_npz(path: Path, texts: list[str], separator: str | None) -> Iterator[tuple[str, Any]]:
-    """Arrays of one axis are columns, those of two are columns `x[0]`, `x[1]` and so on."""
+def _read_npz(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
+    """Yield arrays of one axis as columns, those of two axes as columns `x[0]`, `x[1]` and so on."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
@@ -250,7 +352,7 @@ def _plain(path: Path, name: str, values: Any) -> Any:
 
 
 def _objects(path: Path, name: str, values: Any, missing: Any) -> Any:
-    """Numbers, where all that are there are numbers; else texts."""
+    """Return numbers if all values that aren't missing are numbers; else texts."""
     there = [value for value, gone in zip(values, missing, strict=True) if not gone]
     kinds = (bool, int, float, decimal.Decimal, np.generic)
     if there and all(isinstance(value, kinds) and not isinstance(value, str) for value in there):

@@ -3,8 +3,10 @@
 from restrain.engine.attach import Attachment, Evaluation, attach
 from restrain.engine.core import Draws, Hook, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
+from restrain.engine.ops import OPTIMIZERS, state_names
 
 __all__ = [
+    "OPTIMIZERS",
     "Attachment",
     "Draws",
     "Evaluation",
@@ -13,5 +15,6 @@ __all__ = [
     "attach",
     "forget_compiled_code",
     "paused",
+    "state_names",
     "structures",
 ]

@@ -1,7 +1,8 @@
 """Rules inside trainers: callbacks for Lightning, Hugging Face's Trainer and skorch.
 
-Each is imported on its own, as `from restrain.integrations.lightning import RestrainCallback`, and needs its trainer.
-Accelerate, torchrun and loops of your own need none: `reg.loss` before the backward is all, and `logs` for the logger.
+Each is imported on its own, as in `from restrain.integrations.lightning import RestrainCallback`,
+and needs its trainer. Accelerate, torchrun and your own loops need none: write `reg.loss` before
+the backward, and `logs` for the logger.
 """
 
 from restrain.integrations.logged import logs

@@ -25,14 +25,15 @@ _FILE = "restrain.pt"  # in the Trainer's checkpoint folders
 
 
 class RestrainCallback(TrainerCallback):
-    """Attaches a plan while the Trainer trains: `RestrainCallback(plan).add_to(trainer)`.
+    """Attach a plan while the Trainer trains: `RestrainCallback(plan).add_to(trainer)`.
 
-    Penalties whose how is "loss" join what `compute_loss` returns, your own or the Trainer's, once an update: whole
-    where the Trainer divides by the accumulated batches, in parts where that loss is already divided by all their
-    items. "data_loss" (the mean since the last time, as "loss" is), "penalty", "penalties/<rule>", and
-    "strengths/<rule>" of those that move are in the Trainer's logs and whatever it reports to; what the rules count and
-    keep is a file in its checkpoints. A second `train()` on the same model goes on from the first; with another model
-    (`model_init`) the rules begin anew. However `train()` ends, the rules are detached.
+    Penalties with how="loss" are added to the result of `compute_loss`, your own or the Trainer's,
+    once per update: in full if the Trainer divides by the number of accumulated batches, in parts
+    if that loss is already divided by all their items. "data_loss" (the mean since the last log,
+    like "loss"), "penalty", "penalties/<rule>", and "strengths/<rule>" for moving strengths are in
+    the Trainer's logs and reports; the state of the rules is a file in its checkpoints. A second
+    `train()` on the same model continues from the first; with another model (`model_init`) the
+    rules begin anew. When `train()` ends, also by an exception, the rules are detached.
 
     >>> from restrain.integrations.huggingface import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
@@ -40,11 +41,11 @@ class RestrainCallback(TrainerCallback):
 
     def __init__(self, plan: Any) -> None:
         self._session = Session(plan)
-        self._trainer: weakref.ref[Trainer] | None = None  # the one that trains
+        self._trainer: weakref.ref[Trainer] | None = None  # the trainer while it trains
         self._join: Around | None = None
-        self._resumes: Any = None  # what it was told to resume from
+        self._resumes: Any = None  # argument resume_from_checkpoint
         self._loaded = False
-        self._epoch = 0  # the next one
+        self._epoch = 0  # number of the next epoch
 
     @property
     def reg(self) -> Any:
@@ -52,10 +53,10 @@ class RestrainCallback(TrainerCallback):
         return self._session.reg
 
     def add_to(self, trainer: Trainer) -> RestrainCallback:
-        """Put it first among the trainer's callbacks, so that its values are there when the others report.
+        """Insert it first among the trainer's callbacks, so that later callbacks report its values.
 
         Raises:
-            PlanError: the trainer has another one.
+            PlanError: the trainer has another RestrainCallback.
         """
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(one, RestrainCallback) and one is not self for one in callbacks):
@@ -69,7 +70,7 @@ class RestrainCallback(TrainerCallback):
         return self
 
     def load(self, checkpoint: str | Path) -> RestrainCallback:
-        """Begin the next training with the state in a checkpoint, whichever the Trainer itself resumes from."""
+        """Load a checkpoint's state for the next training, whichever one the Trainer resumes."""
         state = _state(checkpoint)
         state.pop("belongs_to", None)
         self._session.load_state_dict(state)
@@ -77,7 +78,7 @@ class RestrainCallback(TrainerCallback):
         return self
 
     def _train(self, trainer: Trainer, train: Any, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's `train`, however it ends."""
+        """Call the trainer's `train`; detach when it ends, also by an exception."""
         self._trainer = weakref.ref(trainer)
         self._resumes = args[0] if args else kwargs.get("resume_from_checkpoint")
         try:
@@ -128,12 +129,12 @@ class RestrainCallback(TrainerCallback):
             self.load(checkpoint)
 
     def _compute_loss(self, trainer: Trainer, compute: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The trainer's `compute_loss`, with the penalties in training."""
+        """Call the trainer's `compute_loss`; in training, add the penalties."""
         found = compute(model, *args, **kwargs)
         if not (model.training and torch.is_grad_enabled()):
             return found
         items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
-        steps = trainer.current_gradient_accumulation_steps  # fewer at the end of an epoch
+        steps = trainer.current_gradient_accumulation_steps  # fewer at an epoch's end
         share = 1 / steps if _is_scaled(trainer, items) else 1.0
         if isinstance(found, tuple):
             return (self._session.loss(found[0], share, weight=1 / steps), *found[1:])
@@ -166,22 +167,26 @@ class RestrainCallback(TrainerCallback):
             storage.write_torch(folder / _FILE, {**self._session.state_dict(), "belongs_to": _identity(folder)})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(RestrainCallback(None)), "_session": self._session}  # a copy isn't added to a trainer
+        # a copy belongs to no trainer
+        return {**vars(RestrainCallback(None)), "_session": self._session}
 
 
 def _is_scaled(trainer: Trainer, items: Any) -> bool:
-    """Whether the Trainer takes a loss to be divided by all items of an update, as its `training_step` decides."""
-    told = getattr(trainer, "loss_is_scaled_for_ga", None)  # of transformers 5
+    """Return True if the Trainer expects a loss divided by all items of an update.
+
+    It decides like the Trainer's `training_step`.
+    """
+    told = getattr(trainer, "loss_is_scaled_for_ga", None)  # transformers 5
     if told is not None:
         return bool(told)
     return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
 
 
 def _state(checkpoint: str | Path) -> dict[str, Any]:
-    """The state of the rules in a Trainer's checkpoint folder, and the digest of the run that it belongs to.
+    """Return the rules' state in a Trainer's checkpoint folder, with the digest of its run.
 
     Raises:
-        MissingFileError, FileError: there is none, or it is damaged.
+        MissingFileError, FileError: it has none, or it is damaged.
     """
     file = storage.as_path(checkpoint) / _FILE
     state = storage.read_torch(file)
@@ -191,6 +196,6 @@ def _state(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def _identity(checkpoint: Path) -> str:
-    """A digest of the Trainer's own state in a checkpoint, whose losses and numbers no other run has."""
+    """Return a digest of the Trainer's state in a checkpoint, which is unique to a run."""
     file = checkpoint / "trainer_state.json"
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""

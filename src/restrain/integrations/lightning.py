@@ -19,19 +19,21 @@ with needing("lightning", __name__):
 
 
 class RestrainCallback(Callback):
-    """Attaches a plan while the Trainer fits: `Trainer(callbacks=[RestrainCallback(plan)])`.
+    """Attach a plan while the Trainer fits: `Trainer(callbacks=[RestrainCallback(plan)])`.
 
-    Penalties whose how is "loss" join what `training_step` returns, or `manual_backward` is given, on its way to the
-    backward, under accumulation and loss scaling too; the loss that Lightning shows and you log stays the data loss.
-    Logged every `log_every_n_steps`: "penalty" (also in the progress bar), "data_loss" (the mean since the last time),
-    "penalties/<rule>", and "strengths/<rule>" of those that move. What the rules count and keep is in the Trainer's
-    checkpoints. A second fit of the same module goes on from the first; with another module the rules begin anew.
+    Penalties with how="loss" are added to the loss that `training_step` returns or
+    `manual_backward` gets, before the backward, also with accumulation and loss scaling; the loss
+    that Lightning shows and you log stays the data loss. Logged every `log_every_n_steps`:
+    "penalty" (also in the progress bar), "data_loss" (the mean since the last log),
+    "penalties/<rule>", and "strengths/<rule>" for moving strengths. The state of the rules is in
+    the Trainer's checkpoints. A second fit of the same module continues from the first; with
+    another module the rules begin anew.
 
     Args:
-        plan: what `rs.attach` takes.
-        share: in manual optimization, the part of the penalties that joins each `manual_backward`: 1/4 where each
-            loss is divided by four that are accumulated, 1 where they are summed. By default all of them, and a
-            second backward before the optimizer's step is an error.
+        plan: as in `rs.attach`.
+        share: in manual optimization, the part of the penalties for each `manual_backward`: 1/4 if
+            each loss is divided by four that are accumulated, 1 if they are summed. By default all
+            of them, and a second backward before the optimizer's step is an error.
 
     >>> from restrain.integrations.lightning import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
@@ -59,7 +61,7 @@ class RestrainCallback(Callback):
         self._joins = Around(trainer.strategy, "backward", self._backward)
 
     def _backward(self, strategy: Strategy, backward: Any, loss: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The strategy's `backward`, of the loss with penalties."""
+        """Call the strategy's `backward` on the loss with penalties."""
         if self._passes is None:
             trainer = strategy.lightning_module.trainer  # type: ignore[union-attr]
             return backward(self._session.loss(loss, 1 / trainer.accumulate_grad_batches), *args, **kwargs)
@@ -70,7 +72,8 @@ class RestrainCallback(Callback):
         return backward(joined, *args, **kwargs)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        self._session.epoch_begins(trainer.current_epoch)  # a resumed epoch has no on_train_epoch_start
+        # a resumed epoch has no on_train_epoch_start
+        self._session.epoch_begins(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._session.epoch_ends()
@@ -110,30 +113,30 @@ class RestrainCallback(Callback):
 
 
 class _Passes:
-    """Backward passes in manual optimization: whose parameters a loss trains, and which of them wait for a step."""
+    """Backward passes in manual optimization: which optimizers they concern, which await a step."""
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         self._optimizers = optimizers
-        self._waiting: set[int] = set()  # indices of optimizers whose gradients have penalties in them
+        self._waiting: set[int] = set()  # indices of optimizers whose gradients contain penalties
         self._handles = [one.register_step_post_hook(self._stepped) for one in optimizers]
 
     def _stepped(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._waiting -= {i for i, one in enumerate(self._optimizers) if one is optimizer}
 
     def others(self, loss: Tensor) -> list[Tensor]:
-        """Parameters of the optimizers that the loss trains nothing of, as the discriminator's of a GAN."""
+        """Return parameters of optimizers that the loss doesn't train, as a GAN's discriminator."""
         if len(self._optimizers) < 2:
             return []
         trained = self._holding(_leaves(loss))
         own = {id(p) for i in trained for p in _parameters(self._optimizers[i])}
         rest = [p for one in self._optimizers for p in _parameters(one) if id(p) not in own]
-        return rest if trained else []  # inside reentrant checkpoints a graph can't be seen
+        return rest if trained else []  # reentrant checkpoints hide the graph
 
     def count(self, loss: Tensor, joined: Tensor) -> None:
-        """Note a pass.
+        """Note a backward pass.
 
         Raises:
-            PlanError: parameters that it penalises have penalties of another pass in their gradients.
+            PlanError: gradients that it penalises contain penalties of another pass.
         """
         if joined is loss:
             return
@@ -153,7 +156,7 @@ class _Passes:
         return {i for i, one in enumerate(self._optimizers) if any(id(p) in leaves for p in _parameters(one))}
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -163,7 +166,7 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _leaves(tensor: Tensor, beyond: Tensor | None = None) -> set[int]:
-    """ids of the parameters that the graph of a tensor leads to; without the graph of another one."""
+    """Return ids of the parameters in the graph of a tensor, but not in the graph of `beyond`."""
     found, seen = set[int](), {None, None if beyond is None else beyond.grad_fn}
     waiting = [tensor.grad_fn]
     while waiting:
@@ -177,7 +180,7 @@ def _leaves(tensor: Tensor, beyond: Tensor | None = None) -> set[int]:
 
 @contextmanager
 def _frozen(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Within it the rules leave these out, as they do what a user has frozen."""
+    """Return a context in which the rules treat these parameters as frozen."""
     trained = [p for p in parameters if p.requires_grad]
     try:
         for p in trained:

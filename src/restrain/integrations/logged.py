@@ -1,4 +1,4 @@
-"""What is logged of an attachment, under names that every logger takes."""
+"""Logged values of an attachment, under names that every logger accepts."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from restrain.engine import Attachment
 
 
 def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, float]:
-    """The values of the rules, for the logger of a loop of your own: `accelerator.log(logs(reg, loss), step)`.
+    """Return the values of the rules for a logger: `accelerator.log(logs(reg, loss), step)`.
 
     Args:
         reg: the attachment.
-        data_loss: your loss without penalties, if that is to be among them.
+        data_loss: your loss without penalties, to include it.
 
     Returns:
-        "data_loss", "penalty" (all rules together), "penalties/<rule>" (strength × value; nan before a penalty on
-        activations has a first value, and then not in the sum) and "strengths/<rule>" of strengths that move. In the
-        names of rules, all but letters, digits, dots and dashes becomes "_": MLflow and others refuse the rest.
+        "data_loss", "penalty" (all rules together), "penalties/<rule>" (strength × value; nan
+            before a penalty on activations has a first value, which the sum leaves out) and
+            "strengths/<rule>" for moving strengths. In the names of rules, everything but letters,
+            digits, dots and dashes becomes "_", as MLflow and others require.
 
     >>> from restrain.integrations import logs
     >>> model = nn.Linear(3, 2)
@@ -36,7 +37,10 @@ def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, 
 
 
 def _under(folder: str, values: Mapping[str, float]) -> dict[str, float]:
-    """{folder/plain name: value}. The folder isn't called like any value: MLflow's files couldn't hold both."""
+    """Return {folder/plain name: value}.
+
+    The folder has no value's name: MLflow's files couldn't hold both.
+    """
     found: dict[str, float] = {}
     for name, value in values.items():
         plain = re.sub(r"[^A-Za-z0-9.-]+", "_", name).strip("_.") or "rule"

@@ -1,4 +1,4 @@
-"""Shared by the callbacks: an attachment that lives while a trainer trains, its state, and what is logged."""
+"""Session of the callbacks: an attachment during a training, its state, and its logs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from restrain.integrations.logged import logs
 
 
 class Around:
-    """`owner.name(...)` becomes `wrap(owner, method, ...)` until `remove`.
+    """Replace `owner.name(...)` by `wrap(owner, method, ...)` until `remove`.
 
-    Trainers have no event for the loss on its way to the backward, nor for an exception. The attribute stands on the
-    trainer's instance, never on a model or an optimizer; in a copy or a pickle it is the method itself.
+    Trainers have no event for the loss before the backward, nor for an exception. The attribute is
+    set on the trainer's instance, never on a model or an optimizer; a copy or pickle contains the
+    method itself.
     """
 
     def __init__(self, owner: Any, name: str, wrap: Callable[..., Any]) -> None:
@@ -37,7 +38,7 @@ class Around:
         return method(*args, **kwargs) if self._wrap is None else self._wrap(owner, method, *args, **kwargs)
 
     def remove(self) -> None:
-        """Give the owner its method back; calling it again does nothing."""
+        """Restore the owner's method; further calls do nothing."""
         owner, self._wrap = self._owner(), None
         if owner is not None and vars(owner).get(self._name) is self:
             del vars(owner)[self._name]
@@ -53,31 +54,34 @@ def _itself(method: Any) -> Any:
 
 
 class Session:
-    """An attachment that lives as long as a fit, in its trainer's epochs.
+    """An attachment during a fit, in the epochs of the trainer.
 
-    A fit goes on from a state that was loaded before it, or from the last fit's, if that was one of the same model;
-    with another model it begins anew. So do the epochs of schedules, whatever number the trainer's own begin with.
+    A fit continues from a state that was loaded before it, or from the last fit if that had the
+    same model; with another model it begins anew. So do the epochs of schedules, whichever number
+    the trainer's epochs begin with.
     """
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
         self.reg: Attachment | None = None
         self._state: dict[str, Any] = {}  # loaded, or of the last fit
-        self._fitted: weakref.ref[nn.Module] | None = None  # whose state it is; None of one that was loaded
-        self._first: int | None = None  # the number that the trainer's epoch zero has in the schedules
-        self._epoch: int | None = None  # the trainer's epoch that runs
-        self._ended = False  # whether it has ended, which counts as the next one begins: what is logged is of this one
+        # model of the state; None for a loaded state
+        self._fitted: weakref.ref[nn.Module] | None = None
+        self._first: int | None = None  # number of the trainer's epoch zero in schedules
+        self._epoch: int | None = None  # the trainer's current epoch
+        # the epoch has ended, which schedules count only when the next begins: logs show this epoch
+        self._ended = False
         self._losses: Tensor | None = None
         self._weights = 0.0
 
     def begin(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> Attachment:
-        """Attach the plan, and go on from a state that is there for this model.
+        """Attach the plan and load the state for this model, if there is one.
 
         Raises:
-            PlanError: from that state it can't.
+            PlanError: the state doesn't fit.
         """
         self.end()
-        self.data_loss()  # of a fit that broke off
+        self.data_loss()  # drop the losses of an interrupted fit
         reg = attach(model, self.plan, list(optimizers))
         self._first, self._epoch, self._ended, state = None, None, False, self._state
         try:
@@ -103,7 +107,7 @@ class Session:
         self._first = first
 
     def end(self) -> None:
-        """Detach, and remember the state; without a fit it does nothing."""
+        """Detach and keep the state; does nothing without a fit."""
         if self.reg is not None:
             reg = self.reg
             try:
@@ -113,7 +117,7 @@ class Session:
                 reg.detach()
 
     def epoch_begins(self, number: int) -> None:
-        """The trainer's epoch of that number runs: schedules follow, also over those that a resumed fit left out."""
+        """Begin the trainer's epoch `number`; schedules follow, also over skipped epochs."""
         if self.reg is None or number == self._epoch:
             return
         self._epoch = number
@@ -126,11 +130,11 @@ class Session:
             self.reg.next_epoch()
 
     def epoch_ends(self) -> None:
-        """The trainer's epoch has ended."""
+        """End the trainer's epoch."""
         self._ended = self.reg is not None
 
     def loss(self, data_loss: Tensor, share: float = 1.0, weight: float = 1.0) -> Tensor:
-        """The data loss with `share` of the penalties; it weighs `weight` in the mean that is logged."""
+        """Return the data loss with `share` of the penalties; `weight` is for the logged mean."""
         assert self.reg is not None
         joined = self.reg.loss(data_loss, share=share)
         part = data_loss.detach() / share * weight
@@ -139,27 +143,30 @@ class Session:
         return joined
 
     def data_loss(self) -> float | None:
-        """The mean of the data losses since it was last asked for; None if there was none."""
+        """Return the mean of the data losses since the last call; None if there were none."""
         mean = None if self._losses is None else float(self._losses) / self._weights
         self._losses, self._weights = None, 0.0
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """What belongs into the trainer's checkpoint."""
+        """Return the state for the trainer's checkpoint."""
         if self.reg is None:
             return self._state
         state = self.reg.state_dict()
         return {**state, "epochs": state["epochs"] + self._ended, "first_epoch": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state: at once, or when the fit begins."""
+        """Load a state: at once, or when the fit begins."""
         if self.reg is not None and state:
             self._load(self.reg, state)
         else:
             self._state, self._fitted = state, None
 
     def logs(self, mean: Callable[[Tensor], Tensor] | None = None) -> dict[str, float]:
-        """The mean data loss since the last time, and the rules' values now; `mean` takes it over the processes."""
+        """Return the mean data loss since the last call, and the rules' current values.
+
+        `mean` averages them over processes.
+        """
         if self.reg is None:
             return {}
         found = logs(self.reg, self.data_loss())
@@ -169,4 +176,5 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = vars(Session(self.plan))
-        return {**fresh, "_state": self.state_dict()}  # the copy's model is another object, and the same model
+        # a copied model is another object, but the same model
+        return {**fresh, "_state": self.state_dict()}

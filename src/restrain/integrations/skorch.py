@@ -18,20 +18,20 @@ with needing("skorch", __name__):
 
 
 class RestrainCallback(Callback):  # type: ignore[misc]
-    """Attaches a plan while a net is fitted: `NeuralNetClassifier(..., callbacks=[RestrainCallback(plan)])`.
+    """Attach a plan while a net fits: `NeuralNet(..., callbacks=[RestrainCallback(plan)])`.
 
-    Penalties whose how is "loss" join the criterion's loss in training, not in validation; so "train_loss" has them,
-    "valid_loss" hasn't. The history gets "data_loss" (the epoch's mean, as "train_loss" is), "penalty",
-    "penalties/<rule>", and "strengths/<rule>" of those that move, which `PrintLog` shows. The rules' state is pickled
-    with the net, also while it is fitted, and a `partial_fit` goes on from it; a checkpoint has it with
-    `Checkpoint(f_rules="rules.pt")`. Another plan (`set_params`) begins anew. However the fit ends, the rules are
-    detached.
+    Penalties with how="loss" are added to the criterion's loss in training, not in validation:
+    "train_loss" includes them, "valid_loss" doesn't. The history gets "data_loss" (the epoch's
+    mean, like "train_loss"), "penalty", "penalties/<rule>", and "strengths/<rule>" for moving
+    strengths, which `PrintLog` shows. The rules' state is pickled with the net, also during a fit,
+    and `partial_fit` continues from it; `Checkpoint(f_rules="rules.pt")` saves it. Another plan
+    (`set_params`) begins anew. When the fit ends, also by an exception, the rules are detached.
 
     >>> from restrain.integrations.skorch import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
     """
 
-    join_: _Join | None = None  # while a net is fitted
+    join_: _Join | None = None  # during a fit
     around_: Around | None = None
 
     def __init__(self, plan: Any) -> None:
@@ -50,15 +50,16 @@ class RestrainCallback(Callback):  # type: ignore[misc]
                 f"penalties join the loss of a criterion that is an nn.Module, got {type(net.criterion_).__name__}: "
                 "wrap it in one"
             )
-        if self.session_.plan is not self.plan or not net.history:  # another plan, or a net that begins anew
+        # another plan, or a net without history
+        if self.session_.plan is not self.plan or not net.history:
             self.session_ = Session(self.plan)
-        net.rules_ = self.session_  # where skorch looks for what f_rules= saves
-        if self.around_ is not None:  # of a fit that broke off before its loop
+        net.rules_ = self.session_  # skorch saves this attribute for f_rules=
+        if self.around_ is not None:  # left by a fit interrupted before its loop
             self.around_.remove()
         self.around_ = Around(net, "fit_loop", self._fit_loop)
 
     def _fit_loop(self, net: NeuralNet, fit_loop: Any, *args: Any, **kwargs: Any) -> Any:
-        """The net's `fit_loop`, however it ends: skorch has no event for an exception."""
+        """Call the net's `fit_loop`; detach when it ends: skorch has no event for an exception."""
         self.join_ = _Join(self.session_)
         handle = net.criterion_.register_forward_hook(self.join_)
         try:
@@ -78,7 +79,7 @@ class RestrainCallback(Callback):  # type: ignore[misc]
         self._expect()
 
     def on_grad_computed(self, net: NeuralNet, named_parameters: Any, **kwargs: Any) -> None:
-        self._expect()  # an optimizer with a closure computes several times in a batch
+        self._expect()  # an optimizer with a closure computes several times per batch
 
     def on_batch_end(self, net: NeuralNet, batch: Any = None, training: bool = False, **kwargs: Any) -> None:
         if training and (data_loss := self.session_.data_loss()) is not None:
@@ -101,11 +102,11 @@ class RestrainCallback(Callback):  # type: ignore[misc]
 
 
 class _Join(Hook):
-    """The hook on the criterion; dead in a copy."""
+    """Hook on the criterion that adds the penalties; a DeadHook in a copy."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.joined = False  # whether the penalties are in a loss of this batch already
+        self.joined = False  # penalties were added in this batch
 
     def __call__(self, criterion: nn.Module, args: Any, loss: Tensor) -> Tensor | None:
         if not torch.is_grad_enabled():

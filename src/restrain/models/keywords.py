@@ -300,6 +300,8 @@ def _what(cls: type[What], strength: Any, settings: dict[str, Any]) -> What:
             f"{cls.__name__} has no {', '.join(sorted(set(settings) - set(fields)))}; a dict has "
             f"{', '.join((*OPTIONS, *fields))}"
         )
+    if strength is not None and issubclass(cls, Transform) and fields and fields[0] in settings:
+        raise PlanError(f"strength= is the {fields[0]}= of {cls.__name__}: write one of them")
     if cls is Contractive:
         settings.setdefault("estimator", "exact")
     try:

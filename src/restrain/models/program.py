@@ -52,7 +52,7 @@ class Training(Protocol):
 _AT_ONCE = 1024  # updates whose keys and table are made at a time
 # Entries from which on another thread pays. Shapes and alignment are those of the recording.
 _OPTIONS = {"cpp.min_chunk_size": 2**15, "size_asserts": False, "alignment_asserts": False}
-_WIDTH = 4  # columns of the table of scalars
+_WIDTH = 5  # columns of the table of scalars
 _LARGE = 2**18  # multiplications from which on a matrix product goes to oneDNN
 
 

@@ -20,7 +20,7 @@ from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties.algebra import Algebra, Combination, Multiple, Total
-from restrain.penalties.shrink import as_step, at_least_float32, shrink_entries
+from restrain.penalties.shrink import as_step, at_least_float32, check_dtype, check_step, shrink_entries
 from restrain.rules import How
 from restrain.schedule import Strength, checked_number
 
@@ -122,8 +122,7 @@ def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
     Raises:
         PenaltyError: `w` isn't of a floating-point or complex type.
     """
-    if not (w.is_floating_point() or w.is_complex()):
-        raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
+    check_dtype(w)
     device = w.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -184,6 +183,32 @@ def taking_masks(over_batch: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def checking_steps(prox: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a `prox` that refuses whole numbers, and a step that is no length.
+
+    `Penalty.__init_subclass__` wraps the `prox` of every subclass in it; `unchecked_prox` goes past it.
+    """
+
+    @functools.wraps(prox)
+    def call(self: Any, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        check_dtype(w)
+        check_step(step)
+        return prox(self, w, step)
+
+    call.unchecked = prox  # type: ignore[attr-defined]
+    return call
+
+
+def unchecked_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> Tensor:
+    """Return the prox, without a look at the entries of `step`.
+
+    At an optimizer's step they may be on a GPU, and NaN where the gradient was.
+    """
+    checked = type(penalty).prox
+    found: Tensor = getattr(checked, "unchecked", checked)(penalty, w, step)
+    return found
+
+
 class Penalty(Algebra["Penalty"], register=False):
     """Base of penalties: functions of one tensor whose value is a number.
 
@@ -200,6 +225,9 @@ class Penalty(Algebra["Penalty"], register=False):
 
     uniform: bool = True
     """Where `entrywise`: that function is the same for every entry, so that any part of a tensor can be taken alone."""
+
+    weighs_elastic: bool = False
+    """The value is Σ a|x| + Σ c|x|² with numbers a and c for each entry: see `elastic_at`."""
 
     groupwise: bool = False
     """Its prox also takes a step for each entry: it is then exact in that diagonal metric."""
@@ -218,6 +246,8 @@ class Penalty(Algebra["Penalty"], register=False):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if "prox" in vars(cls):
+            cls.prox = checking_steps(vars(cls)["prox"])  # type: ignore[method-assign]
         if "__call__" in vars(cls):
             _forget_declared(cls)
             cls.__call__ = of_tensors(vars(cls)["__call__"])  # type: ignore[method-assign, assignment]
@@ -255,6 +285,10 @@ class Penalty(Algebra["Penalty"], register=False):
                 return None
         return l1, l2
 
+    def elastic_at(self, w: Tensor) -> tuple[Any, Any] | None:
+        """Return (a, c) where the value is Σ a|x| + Σ c|x|²: numbers, or tensors of a number for each entry."""
+        return self.elastic
+
     @property
     def has_prox(self) -> bool:
         """Whether `prox` is known."""
@@ -265,8 +299,9 @@ class Penalty(Algebra["Penalty"], register=False):
         """Whether it acts on any part of a tensor as on the whole."""
         return self.entrywise and self.uniform
 
+    @checking_steps
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        """The proximal operator: argmin_z ½‖z - w‖² + step · value(z).
+        """Return the proximal operator argmin_z ½‖z - w‖² + step · value(z), in the dtype of `w`.
 
         Args:
             w: a tensor.
@@ -275,6 +310,7 @@ class Penalty(Algebra["Penalty"], register=False):
 
         Raises:
             NoProxError: none is known; the message names those that have one.
+            PenaltyError: a tensor of whole numbers; a step that isn't finite and real, zero or more.
         """
         if (elastic := self.elastic) is not None:
             return shrink_entries(w, step, *elastic)
@@ -287,6 +323,7 @@ class Penalty(Algebra["Penalty"], register=False):
         """The gradient of the value at `w`, as autograd gives it (of complex entries too), in its dtype."""
         if self.operations is not None:
             return slope(self.operations, at_least_float32(w.detach())).to(w.dtype)
+        check_dtype(w)
         with torch.enable_grad():
             point = w.detach().requires_grad_()
             value = self(point)
@@ -389,7 +426,7 @@ def _forget_declared(cls: type[Penalty]) -> None:
 
 # What belongs to a formula, and goes with it
 _OF_FORMULA = (
-    *("operations", "elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
+    *("operations", "elastic", "weighs_elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
     *("gradient", "prox", "has_prox"),
 )
 
@@ -474,7 +511,9 @@ class Scaled(Multiple[Penalty], _Combined, register=False):
         strength = at_hand(self.strength, self)
         if is_off(strength) and self.has_prox:
             return w.clone()
-        return self.penalty.prox(w, strength * (at_least_float32(step) if isinstance(step, Tensor) else step))
+        return unchecked_prox(
+            self.penalty, w, strength * (at_least_float32(step) if isinstance(step, Tensor) else step)
+        )
 
     def gradient(self, w: Tensor) -> Tensor:
         if is_off(self.strength):
@@ -505,11 +544,20 @@ class Sum(Total[Penalty], _Combined, register=False):
     @property
     def has_prox(self) -> bool:
         leaves = [leaf for _, leaf in self.leaves()]
-        others = [leaf for _, leaf in self.split()[2]]
+        others, weighted = self._others()
+        if weighted:
+            return all(leaf.has_prox and leaf.shrinks and (leaf.entrywise or leaf.groupwise) for _, leaf in others)
         soft = any(leaf.elastic is not None and leaf.elastic[0] for leaf in leaves)
         return len(others) <= 1 and all(
-            leaf.has_prox and (leaf.shrinks or leaf.soft_after or not soft) for leaf in others
+            leaf.has_prox and (leaf.shrinks or leaf.soft_after or not soft) for _, leaf in others
         )
+
+    def _others(self) -> tuple[list[tuple[Any, Penalty]], list[tuple[Any, Penalty]]]:
+        """Return (others, weighted): the terms that aren't a Σ|x| + c Σ|x|², those with weights apart if they help."""
+        others = self.split()[2]
+        weighted = [pair for pair in others if pair[1].weighs_elastic]
+        rest = [pair for pair in others if not pair[1].weighs_elastic]
+        return (rest, weighted) if len(others) > 1 and len(rest) < 2 else (others, [])
 
     def __call__(self, w: Tensors) -> Tensor:
         return functools.reduce(operator.add, [term(w) for term in self.terms])
@@ -519,12 +567,13 @@ class Sum(Total[Penalty], _Combined, register=False):
 
         The square scales w and step by 1 / (1 + 2 c step). The absolute value is a soft threshold before the
         prox of f, which is exact where that keeps signs and zeros (Yu 2013, "On decomposing the proximal
-        map"), or after it, where f says so. Both hold entry by entry, so also with a step for each.
+        map"), or after it, where f says so. Both hold entry by entry, so also with a step, a and c for each.
 
         Raises:
             NoProxError: more remains, or the prox of f isn't known or doesn't shrink.
         """
-        l1, l2, others = self.split()
+        l1, l2, _ = self.split()
+        others, weighted = self._others()
         if not self.has_prox:
             members = ", ".join(repr(leaf) for _, leaf in self.leaves())
             raise NoProxError(
@@ -534,11 +583,14 @@ class Sum(Total[Penalty], _Combined, register=False):
             )
         x = at_least_float32(w)
         step = as_step(step, x)
+        for strength, leaf in weighted:
+            own = leaf.elastic_at(x) or (0.0, 0.0)
+            l1, l2 = l1 + strength * own[0], l2 + strength * own[1]
         after = any(leaf.soft_after for _, leaf in others)
         x = shrink_entries(x, step, 0.0 if after else l1, l2)
         rest = step / (1 + 2 * l2 * step)
         for strength, leaf in (pair for pair in others if not is_off(pair[0])):
-            x = leaf.prox(x, strength * rest)
+            x = unchecked_prox(leaf, x, strength * rest)
         return (shrink_entries(x, rest, l1, 0.0) if after else x).to(w.dtype)
 
     def gradient(self, w: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from restrain import operations
 from restrain.axes import squared
-from restrain.errors import PenaltyError
+from restrain.errors import NoProxError, PenaltyError
 from restrain.operations import Absolute, ByEntry, Function, Logarithm, Square, Terms, weighted
 from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
-from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized
+from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries
 
 _NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slope at the root is 1 - p/2 or more
 
@@ -47,8 +47,14 @@ class Entrywise(Penalty, register=False):
         return found
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """argmin_z ½|z - x|² + t f(z) for each entry; t may differ by entry."""
-        return Penalty.prox(self, x, t)
+        """Return argmin_z ½|z - x|² + t f(z) for each entry; t may differ by entry.
+
+        Raises:
+            NoProxError: a member that declares no sum of |x| and |x|², and doesn't override this.
+        """
+        if (elastic := self.elastic) is None:
+            raise NoProxError(f"{self!r} has no known prox: define nearest(self, x, t) in its class")
+        return shrink_entries(x, t, *elastic)
 
     def __call__(self, w: Tensors) -> Tensor:
         return self.entries(w).sum()
@@ -180,12 +186,14 @@ class LogSum(Entrywise):
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         size, t = x.abs(), as_tensor(t, x)
         # the greater root of (z - x)(z + epsilon) + t; where two minima compete, the lower one
-        far = size + self.epsilon
-        square = far.square() - 4 * t
-        root = size - 2 * t / (far + square.clamp_min(0).sqrt())
-        gain = (root * (2 * size - root)) / 2 - t * torch.log1p(root.clamp_min(0) / self.epsilon)
-        kept = torch.where(t <= self.epsilon**2, size > t / self.epsilon, (square > 0) & (root > 0) & (gain > 0))
-        return resized(x, torch.where(kept | size.isnan(), root, 0))
+        far, near = size + self.epsilon, 2 * t.sqrt()
+        least = far - near  # the root is real where this isn't negative
+        root = size - t / (far / 2 + (least.clamp_min(0).sqrt() * (far + near).sqrt()) / 2)
+        bottom = torch.where(root > 0, root, 1)
+        ratio = (bottom / self.epsilon).clamp_max(torch.finfo(size.dtype).max)
+        gain = (size - root / 2) - t / bottom * torch.log1p(ratio)  # divided by the root
+        kept = torch.where(t <= self.epsilon**2, size > t / self.epsilon, (least > 0) & (root > 0) & (gain > 0))
+        return resized(x, torch.where(kept | ~size.isfinite(), root, 0))
 
 
 @dataclass(frozen=True)
@@ -223,7 +231,7 @@ class MCP(Entrywise):
         steep = t >= self.knee
         firm = (size - t).clamp_min(0) / torch.where(steep, 1, 1 - t / self.knee)
         firm = torch.where(size > self.knee, size, firm.clamp_max(self.knee))
-        hard = torch.where(size.square() <= self.knee * t, 0, size)
+        hard = torch.where(size <= self.knee**0.5 * t.sqrt(), 0, size)
         return resized(x, torch.where(steep, hard, firm))
 
 
@@ -269,8 +277,9 @@ class SCAD(Entrywise):
         smooth = torch.where(size > self.knee, size, torch.where(size <= self.start + t, soft, middle))
         # no minimum between start and knee: the better of the one below and the one above
         below = soft.clamp_max(self.start)
-        cost = (below - size).square() / 2 + t * below
-        jump = torch.where((size > self.knee) & (cost > t * (self.start + self.knee) / 2), size, below)
+        limit = torch.where(size - t > self.start, self.start + width**0.5 * t.sqrt(), (self.start + self.knee + t) / 2)
+        limit = torch.where(size <= t, (self.start + self.knee) ** 0.5 * t.sqrt(), limit)  # where `below` is zero
+        jump = torch.where((size > self.knee) & (size > limit), size, below)
         return resized(x, torch.where(steep, jump, smooth))
 
 
@@ -308,16 +317,17 @@ class Lp(Entrywise):
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         p, size, t = self.p, x.abs(), as_tensor(t, x)
-        least = (2 * t * (1 - p)).pow(1 / (2 - p))  # what the prox jumps to, at the size `limit`
-        limit = torch.where(t > 0, least * (2 - p) / (2 - 2 * p), 0)
+        least = t.pow(1 / (2 - p)) * (2 - 2 * p) ** (1 / (2 - p))  # what the prox jumps to, at the size `limit`
+        limit = torch.where(t > 0, least * ((2 - p) / (2 - 2 * p)), 0)
         dead = size <= limit
         bound = torch.where(dead, 1, size)
         t = torch.where(dead, 0, t)
         z = bound
+        tiny = torch.finfo(x.real.dtype).tiny
         for _ in range(_NEWTON_STEPS):
-            pull = t * p * z.pow(p - 1)
+            pull = t * p * z.clamp_min(tiny).pow(p - 1)  # finite also at the smallest numbers
             z = torch.maximum(z - (z + pull - bound) / (1 - (1 - p) * pull / z), least)
-        return resized(x, torch.where(dead, 0, z))
+        return resized(x, torch.where(dead, 0, torch.where(size.isinf(), size, z)))
 
 
 @dataclass(frozen=True)
@@ -366,4 +376,8 @@ class SoftBox(Entrywise):
         return 2 * self._excess(x)
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
-        return x - self._excess(x) * (2 * t / (1 + 2 * t)) + 0.0  # -0.0 becomes +0.0
+        excess, t = self._excess(x), as_tensor(t, x)
+        scale = 0.5 / (0.5 + t)
+        # the smaller part is added, so that the result is exact for small steps, and in the box for large ones
+        moved = torch.where(scale > 0.5, x - excess * (t / (0.5 + t)), x.clamp(*self._bounds()) + excess * scale)
+        return torch.where((excess == 0) | x.isinf(), x, moved) + 0.0  # -0.0 becomes +0.0

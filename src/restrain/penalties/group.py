@@ -91,7 +91,7 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     peak = size.amax(1, keepdim=True)
     if p == inf:
         return peak
-    unit = torch.where(peak == 0, 1, peak).detach()  # so that powers neither overflow nor vanish
+    unit = torch.where((peak == 0) | peak.isinf(), 1, peak).detach()  # so that powers neither overflow nor vanish
     powers = (size / unit).pow(p).sum(1, keepdim=True)
     zero = powers == 0
     return torch.where(zero, 0.0, unit * torch.where(zero, 1.0, powers).pow(1 / p))

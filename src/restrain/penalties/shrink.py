@@ -7,13 +7,14 @@ dtype, give +0.0 for a zero and keep NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import isfinite
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from restrain.axes import Grouping, group_norms
 from restrain.errors import NoProxError, PenaltyError
+from restrain.fields import brief, is_number
 
 _BLOCK = 1 << 17  # entries
 _NEWTON_STEPS = 12  # no random group with thresholds spread over 10 decades needed more than 7
@@ -21,10 +22,27 @@ _ROUNDS, _ROUNDS_COMPILED = 100, 12  # no random group of up to 30,000 entries n
 
 
 def at_least_float32(w: Tensor) -> Tensor:
-    """The tensor in a dtype of float32's precision or more."""
+    """Return the tensor in a dtype of float32's precision or more.
+
+    Raises:
+        PenaltyError: a tensor of whole numbers or bools.
+    """
+    check_dtype(w)
     if w.is_complex():
         return w.to(torch.complex64) if w.dtype == torch.complex32 else w
     return w.float() if w.dtype.itemsize < 4 else w
+
+
+def check_dtype(w: Any) -> None:
+    """Refuse what is no floating-point or complex tensor.
+
+    Raises:
+        PenaltyError: the tensor is refused.
+    """
+    if not isinstance(w, Tensor):
+        raise PenaltyError(f"a penalty needs a tensor, got {type(w).__name__}")
+    if not (w.is_floating_point() or w.is_complex()):
+        raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
 
 
 def exact(x: Tensor) -> Tensor:
@@ -34,15 +52,33 @@ def exact(x: Tensor) -> Tensor:
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
+def check_step(step: Any) -> None:
+    """Refuse a step that is no length: negative, NaN, infinite or complex, or a tensor with such entries.
+
+    Compiled code reads no entries of tensors.
+
+    Raises:
+        PenaltyError: the step is refused.
+    """
+    if isinstance(step, Tensor):
+        if step.is_complex():
+            raise PenaltyError(f"step= has real numbers, zero or more; got a tensor of {step.dtype}: write step.abs()")
+        if torch.compiler.is_compiling() or step.is_meta or bool(((step >= 0) & step.isfinite()).all()):
+            return
+        shown = brief(step.item()) if step.dim() == 0 else f"a tensor of shape {tuple(step.shape)} with others"
+        raise PenaltyError(f"step= has finite numbers, zero or more; got {shown}")
+    if not is_number(step) or step < 0:
+        raise PenaltyError(f"step= is a finite number, zero or more; got {brief(step)}")
+
+
 def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
-    """The step in the precision of `w`; one for each entry has the shape of `w`.
+    """Return the step in the precision of `w`; one for each entry has the shape of `w`.
 
     Raises:
         PenaltyError: a negative or non-finite number, or a tensor of another shape.
     """
     if not isinstance(step, Tensor):
-        if not (step >= 0 and isfinite(step)):
-            raise PenaltyError(f"step= is a finite number, zero or more; got {step!r}")
+        check_step(step)
         return float(step)
     if step.dim() and step.shape != w.shape:
         raise PenaltyError(
@@ -53,8 +89,13 @@ def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
 
 
 def as_tensor(step: float | Tensor, w: Tensor) -> Tensor:
-    """What `as_step` gave, as a tensor in any case, in the real precision of `w`."""
-    return step if isinstance(step, Tensor) else torch.full((), step, dtype=w.real.dtype, device=w.device)
+    """Return the result of `as_step` as a tensor, in the real precision of `w`."""
+    return step if isinstance(step, Tensor) else torch.full((), in_range(step, w), dtype=w.real.dtype, device=w.device)
+
+
+def in_range(number: float | Tensor, w: Tensor) -> float | Tensor:
+    """Return a number of zero or more, at most the greatest of the tensor's dtype: torch takes no greater ones."""
+    return number if isinstance(number, Tensor) else min(number, torch.finfo(w.dtype).max)
 
 
 def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
@@ -74,7 +115,8 @@ def is_zero(step: float | Tensor) -> bool:
 
 
 def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
-    """w moved towards zero by the threshold, and zero where it is nearer: w - clamp(w, -t, t)."""
+    """Return w moved towards zero by the threshold, and zero where it is nearer: w - clamp(w, -t, t)."""
+    threshold = in_range(threshold, w)
     if not w.is_complex():
         return w - w.clamp(-threshold, threshold)  # type: ignore[arg-type]
     size = w.abs()
@@ -95,10 +137,11 @@ def shrink_entries(w: Tensor, step: float | Tensor, l1: float | Tensor, l2: floa
     x = at_least_float32(w)
     t, l1, l2 = (as_step(number, x) for number in (step, l1, l2))
     if isinstance(l2, Tensor) or l2:
-        x, t = x / (1 + 2 * l2 * t), t / (1 + 2 * l2 * t)
+        scale = 0.5 / (0.5 + l2 * t)  # twice a step may be beyond the greatest number
+        x, t = x * scale, scale * t
     if isinstance(l1, Tensor) or l1:
         x = soft_threshold(x, l1 * t)
-    return x.to(w.dtype, copy=x is w)
+    return (x + 0.0).to(w.dtype)  # -0.0 becomes +0.0
 
 
 def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: float | Tensor) -> Tensor:
@@ -112,9 +155,11 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: f
         z = _in_blocks(_shrink_by_metric, x, groups, strength * groups.view(t))
     else:
         norms = group_norms(x, groups)
-        dead = norms <= strength * t
-        z = torch.where(dead, 0, x * (1 - strength * t / torch.where(dead, 1, norms)))
-    return groups.restore(z, wide).to(w.dtype)
+        zero = norms == 0
+        # a tensor over a tensor: torch multiplies numbers by inverses, which may be beyond the greatest number
+        scale = 1 - strength * (as_tensor(t, wide) / torch.where(zero, 1, norms))
+        z = torch.where(zero | (scale <= 0), 0, x * scale)
+    return groups.restore(z, wide).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
 
 def _in_blocks(solve: Callable[..., Tensor], x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
@@ -196,7 +241,9 @@ def _by_root(solve: Callable[..., Tensor], w: Tensor, groups: Grouping, step: fl
     t = as_step(step, x)
     if not isinstance(t, Tensor):
         t = torch.tensor(t, dtype=exact(x.real).dtype, device=x.device)
-    z = _in_blocks(solve, groups.view(x), groups, groups.view(t) if t.dim() else t)
+    parts = groups.view(x)
+    z = _in_blocks(solve, parts, groups, groups.view(t) if t.dim() else t)
+    z = torch.where(groups.max(parts.detach().abs()).isnan(), torch.nan, z)
     return groups.restore(z, x).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
 

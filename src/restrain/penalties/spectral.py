@@ -183,7 +183,7 @@ def _gram(matrix: Tensor, normalized: bool = False) -> Tensor:
         peak = matrix.detach().abs().amax(1, keepdim=True)  # else squares may overflow or vanish
         matrix = matrix / torch.where(peak < torch.finfo(peak.dtype).tiny, 1, peak)
         norms = group_norms(matrix, Grouping(tuple(matrix.shape), (0,)))
-        matrix = matrix / torch.where(norms == 0, 1, norms)
+        matrix = matrix / torch.where(norms < torch.finfo(peak.dtype).tiny, 1, norms)
     gram: Tensor = matrix @ matrix.mH
     return gram
 

@@ -16,7 +16,7 @@ from restrain import storage
 from restrain.errors import FileError, PenaltyError, SelectionError
 from restrain.fields import brief
 from restrain.named_tensors import Location, near
-from restrain.penalties.base import Penalty, Tensors, checked_setting
+from restrain.penalties.base import Penalty, Tensors, checked_setting, unchecked_prox
 from restrain.penalties.entrywise import L1, L2, Entrywise
 from restrain.penalties.shrink import as_step, at_least_float32
 from restrain.rules import How, same
@@ -87,11 +87,24 @@ class Weighted(_Kept):
     def shrinks(self) -> bool:
         return self.penalty.shrinks
 
+    @property
+    def weighs_elastic(self) -> bool:  # type: ignore[override]
+        """True for weights of |x| and |x|²."""
+        return self.penalty.elastic is not None
+
+    def elastic_at(self, w: Tensor) -> tuple[Any, Any] | None:
+        if (elastic := self.penalty.elastic) is None:
+            return None
+        weights = self._for(w)
+        l1, l2 = elastic
+        return (l1 * weights if l1 else 0.0), (l2 * weights if l2 else 0.0)
+
     def _for(self, x: Tensor) -> Tensor:
         """Return the weights with shape, real dtype and device of a tensor."""
         weights = self.kept
         if weights is None:
-            weights = _given(self, self.weights, Location(x.detach()))
+            at = Location(x.detach())
+            weights = _checked_weights(_given(self, self.weights, at), at)
         return _fitting(weights.to(x.real), x, "weights")
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -104,14 +117,13 @@ class Weighted(_Kept):
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
         x = at_least_float32(w)
-        return self.penalty.prox(x, self._for(x) * as_step(step, x)).to(w.dtype)
+        return unchecked_prox(self.penalty, x, self._for(x) * as_step(step, x)).to(w.dtype)
 
     def bound_to(self, at: Location) -> Weighted:
         weights = _given(self, self.weights, at).to(at.tensor.real, copy=True)  # whoever gave them may change them
         bound = dataclasses.replace(self, kept=weights)
         bound._for(at.tensor)  # raises if they don't fit
-        if not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise PenaltyError(f"weights are finite numbers, zero or more; those for {at.name!r} aren't: {weights}")
+        _checked_weights(weights, at)
         return bound
 
 
@@ -186,8 +198,8 @@ class Distance(_Kept):
         x = at_least_float32(w)
         reference = self._from(x)
         difference = x - reference
-        shrunk = self.penalty.prox(difference, step)
-        return torch.where(shrunk == difference, x, reference + shrunk).to(w.dtype)
+        shrunk = unchecked_prox(self.penalty, difference, step)
+        return torch.where(shrunk == difference, x, reference + shrunk).to(w.dtype) + 0.0  # -0.0 becomes +0.0
 
     def bound_to(self, at: Location) -> Distance:
         now = at.tensor.detach().clone()
@@ -216,6 +228,18 @@ class Distance(_Kept):
                 f"{self!r} is of parameters, not of outputs or inputs: select some by a glob or a role"
             )
         return self.penalty.moments(at_places)
+
+
+def _checked_weights(weights: Tensor, at: Location) -> Tensor:
+    """Return the weights.
+
+    Raises:
+        PenaltyError: they aren't finite numbers, zero or more. Compiled code doesn't look.
+    """
+    if not torch.compiler.is_compiling() and not bool((weights.isfinite() & (weights >= 0)).all()):
+        whose = f"those for {at.name!r}" if at.name else "these"
+        raise PenaltyError(f"weights are finite numbers, zero or more; {whose} aren't: {brief(weights)}")
+    return weights
 
 
 def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:

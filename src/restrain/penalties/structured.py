@@ -16,7 +16,7 @@ from restrain.axes import Per, checked, checked_dim, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
-from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_strength
+from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_strength, unchecked_prox
 from restrain.penalties.entrywise import L1
 from restrain.penalties.group import GroupLasso
 from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
@@ -217,7 +217,7 @@ class Named(Penalty, register=False):
         return self.parts.gradient(w)
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        return self.parts.prox(w, step)
+        return unchecked_prox(self.parts, w, step)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return self.parts.over_batch(h, dim, mask)

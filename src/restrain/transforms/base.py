@@ -1,4 +1,4 @@
-"""The bases of transforms (tensor → tensor of the same shape): constraints, reparametrisations, noise."""
+"""Bases of transforms (tensor → tensor of equal shape): constraints, reparametrisations, noise."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from restrain.transforms.layout import Layout
 
 
 class Transform(What, ABC, register=False):
-    """Base of constraints and noise. A transform has no strength: its settings say how much."""
+    """Base of constraints, reparametrisations and noise: rules without a strength.
 
-    __array_ufunc__ = None  # NumPy's numbers leave `c * transform` to us
+    The amount is a setting of the class, such as `GaussianNoise(0.2)`; `c * transform` is an error.
+    """
+
+    __array_ufunc__ = None  # so that NumPy scalars leave `c * transform` to __rmul__
 
     def __mul__(self, strength: Any) -> NoReturn:
         raise TransformError(
@@ -33,7 +36,7 @@ class Transform(What, ABC, register=False):
 
 
 class Reparametrization(Transform, register=False):
-    """Base of weights that are computed, at each forward, from a free tensor v that the optimizer trains.
+    """Base of weights computed at each forward from a free tensor v, which the optimizer trains.
 
     A subclass needs only `from_free(self, v)`.
 
@@ -45,24 +48,25 @@ class Reparametrization(Transform, register=False):
     ...     assert layer.weight.equal(layer.weight.T)
     """
 
-    decays_to: ClassVar[str] = (
-        ""  # what the weight becomes if the optimizer's weight_decay pulls v to zero; "": no harm
-    )
+    decays_to: ClassVar[str] = ""  # the weight at v = 0, where weight_decay pulls v; "": harmless
 
     @abstractmethod
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
-        """The weight, of the shape and dtype of v; differentiable. `learned` are the tensors of `learned(w)`."""
+        """Return the weight for v, differentiable, of v's shape and dtype.
+
+        `learned` holds the tensors that `learned(w)` began, by name.
+        """
 
     def to_free(self, w: Tensor) -> Tensor:
-        """The v to begin from, for a weight w: from_free(to_free(w)) is w, or near it where w can't be had."""
+        """Return the initial v for a weight w; from_free(v) is w, or near w if w is unreachable."""
         return w
 
     def learned(self, w: Tensor) -> dict[str, Tensor]:
-        """Further tensors that are learned beside v, {name: the value to begin from}; `reg.parameters()` has them."""
+        """Return initial values of further parameters by name; `reg.parameters()` yields them."""
         return {}
 
     def parametrization(self, w: Tensor) -> nn.Module:
-        """The module with forward(v) and right_inverse(w) that torch's parametrize is given for a weight w."""
+        """Return the module for torch's parametrize, with forward(v) and right_inverse(w)."""
         return Computed(self, w)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
@@ -75,11 +79,12 @@ class Reparametrization(Transform, register=False):
 
 
 class Constraint(Reparametrization, register=False):
-    """Base of constraints on parameters, which hold after every step of the optimizer.
+    """Base of constraints on parameters, which hold after every optimizer step.
 
-    A subclass needs only `project(self, w)`. Say `convex = True` if the set is: with others of that kind on one tensor
-    the result is then the nearest point of all sets. Under `how="parametrize"` the weight is `from_free(v)` of a free
-    tensor v: the projection of v, unless a subclass knows a smooth map onto the set.
+    A subclass needs only `project(self, w)`. Set `convex = True` if the set is convex: several
+    convex constraints on a tensor are projected onto their intersection. With `how="parametrize"`
+    the weight is `from_free(v)` of a free tensor v: the projection of v, unless a subclass defines
+    a smooth map onto the set.
 
     >>> class Centered(rs.Constraint):
     ...     convex = True
@@ -90,19 +95,20 @@ class Constraint(Reparametrization, register=False):
     """
 
     convex: bool = False
-    """The set is convex."""
+    """True if the set is convex."""
 
     interval: Interval | LengthInterval | None = None
-    """The set, for backends that project onto it fast; None where `project` alone says it."""
+    """The set as data, for fast backends; None if only `project` describes it."""
 
     cone: bool = False
-    """The set holds every nonnegative multiple of its members; of two sets, such a one is taken first."""
+    """True if the set is a cone (closed under scaling by c ≥ 0); cones are projected first."""
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
-        """The nearest tensor (in the Euclidean sense) that satisfies the constraint, of the same dtype.
+        """Return the nearest tensor, in Euclidean distance, in the constraint set; same dtype.
 
-        The identity inside. NaN and infinite entries are not looked for; a result may be NaN where they are.
+        A tensor in the set keeps its values. NaN and infinite entries aren't checked; the result
+        may be NaN there.
         """
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
@@ -113,21 +119,22 @@ class Constraint(Reparametrization, register=False):
 
     @property
     def by_entry(self) -> bool:  # type: ignore[override]
-        """Whether it acts on any part of a tensor as on the whole."""
+        """True if any part of a tensor can be projected alone."""
         return isinstance(self.interval, Interval)
 
     @property
     def has_tangent(self) -> bool:  # type: ignore[override]
-        """Whether `tangent` is known."""
+        """True if `tangent` has a formula."""
         return type(self).tangent is not Constraint.tangent
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
-        """The part of a movement `v` that doesn't leave the set at `w`, in the dtype of `v`.
+        """Return the projection of a movement `v` onto the set's tangent cone at `w`, in v's dtype.
 
-        It is the vector nearest to `v` among the directions of the set there (its tangent cone). `w` is in the set.
+        It is the vector nearest to `v` among the directions that don't leave the set. `w` is in the
+        set.
 
         Raises:
-            TransformError: no formula is known; the message names those that have one.
+            TransformError: no formula is known; the message names constraints with a formula.
         """
         known = sorted(c.__name__ for c in _constraints() if c.tangent is not Constraint.tangent)
         raise TransformError(f"{self!r} has no formula for its tangent; these have one: {', '.join(known)}")
@@ -143,7 +150,7 @@ class Constraint(Reparametrization, register=False):
 
 
 class Computed(nn.Module):
-    """A reparametrisation as the module that torch's parametrize wants; it holds what is learned beside v."""
+    """Module form of a reparametrisation for torch's parametrize; holds its learned parameters."""
 
     def __init__(self, what: Reparametrization, w: Tensor) -> None:
         super().__init__()
@@ -157,7 +164,7 @@ class Computed(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, w: Tensor) -> Tensor:
-        """The v that gives w, when it is assigned; what is learned beside v begins anew."""
+        """Return the v for an assigned weight w; learned parameters begin anew."""
         for name, value in self.what.learned(w).items():
             self._parameters[name].copy_(value)  # type: ignore[union-attr]
         return in_float32(self.what.to_free, w).to(w.dtype)
@@ -180,8 +187,8 @@ class Noise(Transform, register=False):
     """Base of noise on outputs and inputs of layers, in training only.
 
     A subclass needs only `__call__(self, x)`. Draw from torch's global generator (checkpointing and
-    torch.compile need that), and keep no counters. With `on_weights = True` it may act on parameters, too: the
-    forward then sees a disturbed weight, and the stored one never changes.
+    torch.compile need this), and keep no counters. With `on_weights = True` it may act on
+    parameters too: the forward then sees a noisy weight, and the stored weight never changes.
 
     >>> class Signs(rs.Noise):
     ...     def __call__(self, x):
@@ -190,26 +197,26 @@ class Noise(Transform, register=False):
     tensor([1., 1., 1., 1.])
     """
 
-    on_places: ClassVar[bool] = True  # whether it acts on outputs and inputs of layers
-    on_weights: ClassVar[bool] = False  # whether it acts on parameters
+    on_places: ClassVar[bool] = True  # may act on outputs and inputs of layers
+    on_weights: ClassVar[bool] = False  # may act on parameters
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """A disturbed tensor of the shape and dtype of `x`, which stays as it is."""
+        """Return a noisy tensor of x's shape and dtype; `x` itself is unchanged."""
 
     def at(self, x: Tensor, layout: Layout) -> Tensor:
-        """What acts at a place, where it is known how `x` lies; see `Layout`."""
+        """Return the noisy activation, given where its samples lie (see `Layout`)."""
         return self(x)
 
     def of_weight(self, w: Tensor) -> Tensor:
-        """What a forward sees of a parameter: by default what `__call__` makes of any tensor."""
+        """Return the noisy weight for a forward; by default `self(w)`."""
         return self(w)
 
     def suits(self, owner: nn.Module, kind: str) -> None:
-        """Refuse the outputs or inputs of a layer where it can't act.
+        """Check that the noise can act on the outputs or inputs (`kind`) of a layer.
 
         Raises:
-            SelectionError: so it is.
+            SelectionError: it can't.
         """
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
@@ -228,20 +235,20 @@ class Noise(Transform, register=False):
 
 
 def checked_number(name: str, number: Any, meaning: str, low: float, high: float, *, closed: bool) -> None:
-    """Refuse a setting that isn't a finite number between `low` and `high` (`low` only where `closed`).
+    """Check that a setting is finite and between `low` and `high`, or equal to `low` if `closed`.
 
     Raises:
-        TransformError: so it is.
+        TransformError: it isn't.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
         raise TransformError(f"{name}= is {meaning}; got {number!r}")
 
 
 def checked_type(noise: Noise, x: Tensor) -> None:
-    """Refuse whole numbers, which take no noise.
+    """Check that a tensor is floating-point or complex.
 
     Raises:
-        TransformError: so it is.
+        TransformError: it holds integers or booleans, such as token ids.
     """
     if not (x.is_floating_point() or x.is_complex()):
         raise TransformError(
@@ -251,7 +258,7 @@ def checked_type(noise: Noise, x: Tensor) -> None:
 
 
 def wide(w: Tensor, *, real: str = "") -> Tensor:
-    """The tensor in float32 or wider; `real` says why it can't be complex.
+    """Return the tensor in float32 or wider; `real` says why it can't be complex.
 
     Raises:
         TransformError: an integer tensor; a complex one where `real` is given.
@@ -264,8 +271,9 @@ def wide(w: Tensor, *, real: str = "") -> Tensor:
 
 
 def slack(w: Tensor, size: float = 1.0) -> float:
-    """How far beyond a boundary, relatively, a point counts as inside, as rounding may take it there.
+    """Return the relative tolerance within which a point counts as inside a boundary, for rounding.
 
-    That is eps of the dtype for float16 and bfloat16, 8 eps for wider types; times `size`.
+    It is eps of the dtype for float16 and bfloat16, 8 eps for wider types; times `size`.
     """
-    return torch.finfo(w.dtype).eps * size * (1 if w.dtype.itemsize == 2 else 8)  # halves are computed in float32
+    # halves are rounded once, from float32
+    return torch.finfo(w.dtype).eps * size * (1 if w.dtype.itemsize == 2 else 8)

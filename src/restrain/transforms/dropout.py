@@ -1,4 +1,4 @@
-"""Dropout in its kinds: what becomes zero, and what lies together, drawn from torch's global generator."""
+"""Dropout of entries, samples, blocks and words, drawn from torch's global generator."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from restrain.fields import is_whole
 from restrain.transforms.base import Noise, checked_number, checked_type
 from restrain.transforms.layout import PLAIN, Layout, Same, blank, checked_same, spread
 
-_NEGATIVE = -1.7580993408473766  # what SELU tends to at -inf: -scale * alpha of Klambauer and others
+_NEGATIVE = -1.7580993408473766  # limit of SELU at -inf: -scale · alpha of Klambauer and others
 _POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 
 
 class _Rated(Noise, register=False):
-    """Base of what is drawn at a rate."""
+    """Base of dropout at a rate."""
 
     rate: float
 
@@ -32,7 +32,7 @@ class _Rated(Noise, register=False):
         return self.at(x, PLAIN)
 
     def check(self, x: Tensor) -> None:
-        """Refuse what isn't real."""
+        """Check that x is real and floating-point."""
         checked_type(self, x)
         if x.is_complex():
             raise TransformError(f"there is no dropout of complex tensors ({x.dtype})")
@@ -40,19 +40,20 @@ class _Rated(Noise, register=False):
 
 @dataclass(frozen=True)
 class Dropout(_Rated):
-    """Each entry becomes zero with probability `rate`, the others are divided by 1 - rate: the mean stays.
+    """x · m / (1 - rate), with a mask m that is zero with probability `rate`: the mean stays.
 
     Args:
-        rate: the probability, from 0 to below 1.
-        same_over: the dims over which one draw is shared. "space": all but batch and channel, so that whole channels
-            of (N, C, ...) are dropped. "time": one mask for all steps of a sequence, of (batch, time, features) or,
-            as layer or place say, (time, batch, features), and of packed sequences. Or a dim, or a tuple of dims.
+        rate: the probability of a zero, from 0 to below 1.
+        same_over: the dims over which a draw is shared. "space": all but batch and channel, so that
+            whole channels of (N, C, ...) are dropped. "time": a single mask for all steps of a
+            sequence, of (batch, time, features) or, if layer or activation say so, (time, batch,
+            features), and of packed sequences. Or a dim, or a tuple of dims.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x; dims that x doesn't have.
+        TransformError: a `rate` outside of [0, 1); integer or complex x; dims that x doesn't have.
 
-    Source: Srivastava and others (2014), with the scaling done in training ("inverted" dropout); for channels Tompson
-    and others (2015), the same mask over time Gal and Ghahramani (2016).
+    Source: Srivastava and others (2014), with the scaling done in training ("inverted" dropout);
+    Tompson and others (2015) for channels; Gal and Ghahramani (2016) for the same mask over time.
 
     >>> rs.Dropout(0.5)(torch.ones(1000)).unique()
     tensor([0., 2.])
@@ -73,16 +74,16 @@ class Dropout(_Rated):
 
 @dataclass(frozen=True)
 class GaussianDropout(_Rated):
-    """x · (1 + s n) with n standard normal, s² = rate / (1 - rate): the mean and the variance of dropout at that rate.
+    """x · (1 + s n), n standard normal, s² = rate / (1 - rate): mean and variance of dropout.
 
-    For a multiplicative noise of deviation s, rate = s² / (1 + s²).
+    For multiplicative noise of standard deviation s, set rate = s² / (1 + s²).
 
     Args:
         rate: from 0 to below 1.
-        same_over: as in `Dropout`.
+        same_over: the dims over which a draw is shared; see `Dropout`.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x; dims that x doesn't have.
+        TransformError: a `rate` outside of [0, 1); integer or complex x; dims that x doesn't have.
 
     Source: Srivastava and others (2014), section 10.
 
@@ -103,17 +104,18 @@ class GaussianDropout(_Rated):
 
 @dataclass(frozen=True)
 class AlphaDropout(_Rated):
-    """a · (x, or v with probability `rate`) + b, where v = -1.7581 is what SELU tends to for x → -∞.
+    """a · (x, or v with probability `rate`) + b, with v = -1.7581, the limit of SELU at -∞.
 
-    With q = 1 - rate, a = (q + v² q rate)^(-1/2) and b = -a v rate. Entries of mean 0 and variance 1 keep both; those
-    of mean m get the mean a q m. For self-normalising networks.
+    With q = 1 - rate, a = (q + v² q rate)^(-1/2) and b = -a v rate. Mean 0 and variance 1 are
+    preserved; a mean m becomes a q m. For self-normalising networks.
 
     Args:
-        rate: the probability, from 0 to below 1.
-        same_over: as in `Dropout`; "space" is torch's FeatureAlphaDropout.
+        rate: the probability of v, from 0 to below 1.
+        same_over: the dims over which a draw is shared; see `Dropout`. "space" is torch's
+            FeatureAlphaDropout.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x; dims that x doesn't have.
+        TransformError: a `rate` outside of [0, 1); integer or complex x; dims that x doesn't have.
 
     Source: Klambauer and others (2017), equation 7.
 
@@ -136,15 +138,16 @@ class AlphaDropout(_Rated):
 
 @dataclass(frozen=True)
 class DropPath(_Rated):
-    """Each sample becomes zero as a whole with probability `rate`, the others are divided by 1 - rate: the mean stays.
+    """x · m / (1 - rate), with one mask entry m per sample, zero with probability `rate`.
 
-    On the output of a residual branch this is stochastic depth: for a dropped sample, the block is the identity.
+    The mean stays. On the output of a residual branch this is stochastic depth: for a dropped
+    sample, the block is the identity.
 
     Args:
-        rate: the probability, from 0 to below 1.
+        rate: the probability that a sample is zero, from 0 to below 1.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x.
+        TransformError: a `rate` outside of [0, 1); integer or complex x.
 
     Source: Huang and others (2016), with the scaling done in training.
 
@@ -163,21 +166,23 @@ class DropPath(_Rated):
 
 @dataclass(frozen=True)
 class BlockDropout(_Rated):
-    """Blocks of `size` entries a side become zero in each channel, the rest is divided by 1 - rate: the mean stays.
+    """x · m / (1 - rate), with a mask m that is zero in blocks of `size` entries a side.
 
-    Each place where a block can lie, also partly beyond the border, is drawn with the probability
-    1 - (1 - rate)^(1 / size^d) for d dims of space. As each entry lies in size^d such places, it is zero with the
-    probability `rate` exactly, at the border too, and however blocks overlap.
+    The mean stays. Masks are independent for channels. Each position of a block, also partly beyond
+    the border, is drawn with the probability 1 - (1 - rate)^(1 / size^d) for d dims of space. As
+    each entry lies in size^d blocks, it is zero with probability `rate` exactly, at the border too,
+    and however blocks overlap.
 
     Args:
         rate: the probability that an entry is zero, from 0 to below 1.
         size: the block's side.
 
     Raises:
-        TransformError: settings outside of that; x that isn't of shape (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+        TransformError: a `rate` outside of [0, 1); a `size` below 1; x of a shape other than (N, C,
+            L), (N, C, H, W) or (N, C, D, H, W).
 
-    Source: Ghiasi and others (2018), "DropBlock", who approximate the probability, draw no blocks across the border,
-    and scale by the share of entries that was kept in each draw.
+    Source: Ghiasi and others (2018), "DropBlock", who approximate the probability, draw no blocks
+    across the border, and scale by the share of nonzero entries in each draw.
 
     >>> rs.BlockDropout(0.2, 3)(torch.ones(1, 1, 1000)).unique()
     tensor([0.0000, 1.2500])
@@ -211,17 +216,17 @@ class BlockDropout(_Rated):
 
 @dataclass(frozen=True)
 class EmbeddingDropout(_Rated):
-    """Each word of the vocabulary is dropped with probability `rate`: its vector is zero all over the batch.
+    """x · m / (1 - rate), with one mask entry m per word of the vocabulary, for the whole batch.
 
-    The vectors of the others are divided by 1 - rate: the mean stays. On the output of an `nn.Embedding`, whose input
-    says which words stand where. Called as a function without `ids`, each vector is taken for a word of its own.
+    The mean stays. Acts on the output of an `nn.Embedding`, whose input gives the word at each
+    position. Called as a function without `ids`, it drops each vector independently.
 
     Args:
-        rate: the probability, from 0 to below 1.
+        rate: the probability that a word is dropped, from 0 to below 1.
 
     Raises:
-        TransformError: a `rate` outside of that; integer or complex x.
-        SelectionError: a place that isn't the output of an `nn.Embedding`.
+        TransformError: a `rate` outside of [0, 1); integer or complex x.
+        SelectionError: activations other than the output of an `nn.Embedding`.
 
     Source: Gal and Ghahramani (2016), section 4.2; Merity and others (2018), section 4.3.
 

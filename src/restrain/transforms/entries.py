@@ -1,4 +1,4 @@
-"""Constraints on each entry alone: bounds, signs, values that stay."""
+"""Constraints on single entries: bounds, signs, fixed values."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
 
-_SHOWN = 64  # entries of a pattern that a repr shows
+_SHOWN = 64  # largest pattern that a repr shows in full
 
 
 def _one_sided(v: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
-    """`v` without what goes down at the lower bound, and up at the upper one."""
+    """Return `v` without its negative part at lower bounds and positive part at upper bounds."""
     v = torch.where(at_low, v.clamp_min(0), v)
     return torch.where(at_high, v.clamp_max(0), v)
 
 
 @dataclass(frozen=True)
 class NonNegative(Constraint):
-    """Every entry ≥ 0: negative ones become zero.
+    """x ≥ 0 for every entry: negative entries become zero.
 
-    As a parametrisation w = softplus(v) = log(1 + exp v) > 0, which never is exactly zero; where the weight is zero or
-    negative at attach, it begins at a hundredth of the weight's root mean square (at least 1e-4), with a warning.
+    As a parametrisation w = softplus(v) = log(1 + exp v) > 0, which never is exactly zero. Entries
+    that are zero or negative at attach begin at a hundredth of the weight's root mean square (at
+    least 1e-4), with a warning.
 
     Raises:
         TransformError: a complex tensor, which has no order.
@@ -54,7 +55,7 @@ class NonNegative(Constraint):
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         wide(v, real="so it has no sign: NonNegative needs a real one")
-        return F.softplus(v, threshold=40)  # from there on log(1 + exp v) is v in float64, too
+        return F.softplus(v, threshold=40)  # above 40, log(1 + exp v) is v in float64 too
 
     def to_free(self, w: Tensor) -> Tensor:
         outside = wide(w, real="so it has no sign: NonNegative needs a real one") <= 0
@@ -75,14 +76,14 @@ class NonNegative(Constraint):
 
 @dataclass(frozen=True)
 class Box(Constraint):
-    """low ≤ x ≤ high for every entry: others move to the nearer bound.
+    """low ≤ x ≤ high for every entry: entries outside move to the nearer bound.
 
     Args:
-        low: the lower bound, or None for none.
-        high: the upper bound, or None for none.
+        low: the lower bound, or None.
+        high: the upper bound, or None.
 
     Raises:
-        TransformError: no bound, or bounds that no number is between; a complex tensor.
+        TransformError: no bound, or low above high; a complex tensor.
 
     >>> rs.Box(-1, 1).project(torch.tensor([-3.0, 0.5, 2.0]))
     tensor([-1.0000,  0.5000,  1.0000])
@@ -95,7 +96,7 @@ class Box(Constraint):
 
     @property
     def interval(self) -> Interval:  # type: ignore[override]
-        """The bounds; None where they are infinite."""
+        """The interval, with None for an infinite bound."""
         return Interval(
             *[None if bound is None or abs(bound) == inf else float(bound) for bound in (self.low, self.high)]
         )
@@ -103,7 +104,7 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         for name, none in (("low", -inf), ("high", inf)):
             bound = getattr(self, name)
-            if bound == none:  # version 0.1 wrote no bound so
+            if bound == none:  # version 0.1 wrote ±inf for no bound
                 object.__setattr__(self, name, None)
             elif bound is not None and not is_number(bound):
                 raise TransformError(f"{name}= is a finite number, or None for no bound; got {bound!r}")
@@ -130,17 +131,17 @@ class Box(Constraint):
 
 
 def _plain(value: Any) -> Any:
-    """A tensor, array or nested list as nested tuples, which are equal, hashed and written as such."""
+    """Return a tensor, array or nested list as nested tuples, which can be compared and hashed."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
     return _plain(value.tolist()) if hasattr(type(value), "tolist") else value
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
-    """Numbers, as they stand in a plan, as a tensor.
+    """Return numbers of a plan as a tensor.
 
     Raises:
-        TransformError: lists of different lengths, or something that is no number.
+        TransformError: lists of different lengths, or entries that aren't numbers.
     """
     try:
         return torch.tensor(value, device="cpu")
@@ -149,10 +150,10 @@ def _as_tensor(name: str, value: Any) -> Tensor:
 
 
 def _spread(name: str, numbers: Tensor, like: Tensor) -> Tensor:
-    """The numbers on the device of `like`, broadcast to its shape.
+    """Return numbers broadcast to the shape of `like`, on its device.
 
     Raises:
-        TransformError: they don't fit it.
+        TransformError: their shape doesn't broadcast.
     """
     try:
         return numbers.to(like.device).expand(like.shape)
@@ -164,7 +165,7 @@ def _spread(name: str, numbers: Tensor, like: Tensor) -> Tensor:
 
 
 def _shown(what: Any) -> str:
-    """Settings of a pattern, in a line that a table can show."""
+    """Return a short repr of a pattern, mask or values: the shape if they are large."""
     if not isinstance(what, tuple):
         return getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
     shape = tuple(torch.tensor(what, device="cpu").shape)
@@ -173,16 +174,18 @@ def _shown(what: Any) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Signs(Constraint):
-    """Every entry has the sign that the pattern gives it: ≥ 0 for 1, ≤ 0 for -1, free for 0.
+    """x ≥ 0, x ≤ 0 or free, for each entry by a pattern of 1, -1 and 0.
 
-    `Signs(-1)` is "nonpositive". Entries that must be zero are said by `Fixed(mask, 0.0)`.
+    `Signs(-1)` is "nonpositive". For entries that must be zero write `Fixed(mask, 0.0)`.
 
     Args:
-        pattern: -1, 0 and 1 as a number, a tensor or nested lists, broadcast to the parameter: for a weight (out, in),
-            `[[1], [-1]]` says it of each of two outputs, `[1, -1, 0]` of each of three inputs.
+        pattern: -1, 0 and 1 as a number, a tensor or nested lists, broadcast to the parameter: for
+            a weight (out, in), `[[1], [-1]]` gives a sign to each of two outputs, `[1, -1, 0]` to
+            each of three inputs.
 
     Raises:
-        TransformError: another number in it, a shape that doesn't fit, a complex tensor.
+        TransformError: another number in the pattern, a shape that doesn't broadcast, a complex
+            tensor.
 
     >>> rs.Signs([1, -1, 0]).project(torch.tensor([-1.0, 2.0, -3.0]))
     tensor([ 0.,  0., -3.])
@@ -222,17 +225,17 @@ class Signs(Constraint):
 
 @dataclass(frozen=True, repr=False)
 class Fixed(Constraint):
-    """x = value where the mask is true: these entries stay, the others are free.
+    """x = value where a mask is true; the other entries are free.
 
     Args:
-        mask: true and false as a bool, a tensor or nested lists, broadcast to the parameter; or a function of the
-            parameter, such as `lambda w: w == 0`, which is asked when the rule is attached.
-        values: what the entries are held at: a number, a tensor or nested lists. None: what they are when the rule is
-            attached; these values are kept, and saved in `reg.state_dict()`.
+        mask: true and false as a bool, a tensor or nested lists, broadcast to the parameter; or a
+            function of the parameter, such as `lambda w: w == 0`, called when the rule is attached.
+        values: the fixed values: a number, a tensor or nested lists. None: the parameter's entries
+            when the rule is attached, which `reg.state_dict()` saves.
 
     Raises:
-        TransformError: a mask or values of another kind, or of a shape that doesn't fit; without values, a projection
-            outside of a rule.
+        TransformError: a mask or values of another kind, or of a shape that doesn't broadcast;
+            without values, a projection outside of a rule.
 
     >>> rs.Fixed([[True, False]], values=1.0).project(torch.zeros(2, 2))
     tensor([[1., 0.],
@@ -267,7 +270,7 @@ class Fixed(Constraint):
     def bound_to(self, at: Location) -> Constraint:
         w = at.tensor.detach()
         values = w if self.values is None else _spread("values", self._numbers, w).to(w.dtype)
-        return _Held(self, self._mask(w).clone(), values.clone())
+        return _FixedEntries(self, self._mask(w).clone(), values.clone())
 
     def project(self, w: Tensor) -> Tensor:
         if self.values is None:
@@ -294,8 +297,8 @@ class Fixed(Constraint):
         )
 
 
-class _Held(Constraint, register=False):
-    """Entries of one parameter that keep their values: what `Fixed` is when it is bound."""
+class _FixedEntries(Constraint, register=False):
+    """Entries of a parameter that keep their values: the bound form of `Fixed`."""
 
     convex = True
 

@@ -1,4 +1,4 @@
-"""How a tensor at a place lies, and over which of its dims one draw is shared."""
+"""Layout of activations: where samples and time lie, and dims over which a draw is shared."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Same: TypeAlias = str | int | tuple[int, ...] | None
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the samples of a tensor are, and what gave the tensor."""
+    """Where the samples of an activation lie, and the layer that the activation belongs to."""
 
-    batch_dim: int | None = 0  # None where it is of one sample
-    sequence: Tensor | None = None  # of a packed sequence's rows: the number of the sequence that each belongs to
-    sequences: int = 0  # their number
+    batch_dim: int | None = 0  # None: a single sample
+    sequence: Tensor | None = None  # of each row of a packed sequence, the sequence's number
+    sequences: int = 0  # number of packed sequences
     owner: nn.Module | None = None  # the layer
-    given: Mapping[Any, Any] = field(default_factory=dict)  # what that layer was called with
+    given: Mapping[Any, Any] = field(default_factory=dict)  # the layer's arguments
 
 
 PLAIN = Layout()
 
 
 def checked_same(same: Any) -> Same:
-    """`same_over` itself, with a list as a tuple.
+    """Return `same_over` with a list as a tuple.
 
     Raises:
         TransformError: it is neither a known name nor dims.
@@ -41,9 +41,9 @@ def checked_same(same: Any) -> Same:
 
 
 def blank(x: Tensor, same: Same, layout: Layout) -> Tensor:
-    """Ones in the shape of what is to be drawn for x: of size one in the dims where the draw is the same.
+    """Return ones to draw from for x, of size one in the dims that share a draw.
 
-    Of a packed sequence, a row for each sequence where the draw is the same over time; see `spread`.
+    For a packed sequence with a draw shared over time: a row per sequence; see `spread`.
     """
     if layout.sequence is None:
         shared = _shared(x, same, layout.batch_dim)
@@ -58,12 +58,12 @@ def blank(x: Tensor, same: Same, layout: Layout) -> Tensor:
 
 
 def spread(drawn: Tensor, same: Same, layout: Layout) -> Tensor:
-    """What was drawn for a `blank`, so that it multiplies x."""
+    """Return draws made from `blank` in a shape that multiplies x."""
     return drawn[layout.sequence] if layout.sequence is not None and same in ("time", "sample") else drawn
 
 
 def _shared(x: Tensor, same: Same, batch_dim: int | None) -> list[int]:
-    """The dims over which a draw is the same."""
+    """Return the dims over which a draw is shared."""
     dims = list(range(x.dim()))
     if same is None:
         return []

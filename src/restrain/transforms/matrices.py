@@ -1,4 +1,4 @@
-"""Constraints on a tensor as a matrix: on its singular values, its rank, its symmetry."""
+"""Constraints on a tensor as a matrix: on its singular values, rank and symmetry."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from restrain.transforms.sets import to_simplex
 
 
 class _OfMatrix(Constraint, register=False):
-    """Base of constraints on a matrix, whose rows `rows` names."""
+    """Base of constraints on the matrix whose rows are the axes `rows`."""
 
     rows: Any
 
@@ -52,15 +52,15 @@ class _OfMatrix(Constraint, register=False):
         return from_matrix(z, groups, tuple(v.shape)).to(v.dtype)
 
     def mapped(self, s: Tensor) -> Tensor:
-        """What becomes of singular values as a parametrisation."""
+        """Return the singular values of the parametrised weight, given those of v."""
         return self._changed(s, 0.0)
 
     def slopes(self, s: Tensor, f: Tensor) -> Tensor:
-        """(f_i - f_j) / (s_i - s_j) of singular values that coincide: here, of values that stay or are cut."""
+        """Return (f_i - f_j) / (s_i - s_j) for equal s: true if f keeps them, false if f cuts."""
         return f == s
 
     def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
-        """v times the derivative of each value; here each depends on itself alone."""
+        """Return v times the derivative of f; here each f_i depends on s_i alone."""
         return v * self.slopes(s, f)
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class _OfMatrix(Constraint, register=False):
         return from_matrix(moved, groups, tuple(v.shape)).to(v.dtype)
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
-        """The singular values of the projection; `s` itself where they are within the slack."""
+        """Return the singular values of the projection; `s` itself if within the slack."""
         raise NotImplementedError
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
@@ -81,17 +81,19 @@ class _OfMatrix(Constraint, register=False):
 
 @dataclass(frozen=True)
 class Orthogonal(_OfMatrix):
-    """W Wᴴ = I, or Wᴴ W = I where W has more rows than columns: W becomes U Vᴴ, its polar factor.
+    """W Wᴴ = I, or Wᴴ W = I if W has more rows than columns: W becomes its polar factor U Vᴴ.
 
-    Where W has not full rank, several such matrices are equally near, and it becomes one of them.
+    If W hasn't full rank, several such matrices are equally near, and W becomes one of them.
 
     Args:
-        rows: the axes that are the rows of the matrix: a name or dim as of `per=`, or some dims (see `unfold`).
+        rows: the axes that are the rows of the matrix: a name or dim as in `per=`, or several dims
+            (see `unfold`).
 
     Raises:
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
-    Source: Fan and Hoffman (1955), theorem 1; Edelman, Arias and Smith (1998), section 2.2, for the tangent.
+    Source: Fan and Hoffman (1955), theorem 1; Edelman, Arias and Smith (1998), section 2.2, for the
+    tangent.
 
     >>> rs.Orthogonal().project(torch.tensor([[2.0, 0.0], [0.0, -3.0]]))
     tensor([[ 1.,  0.],
@@ -117,17 +119,19 @@ class Orthogonal(_OfMatrix):
 
 @dataclass(frozen=True)
 class SpectralBall(_OfMatrix):
-    """σ ≤ radius for every singular value σ: greater ones are cut. The layer then lengthens nothing by more.
+    """σ ≤ radius for every singular value σ: greater singular values are cut.
+
+    The layer then lengthens no vector by more than `radius`.
 
     Args:
         radius: the greatest spectral norm, above zero.
-        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+        rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
         TransformError: a `radius` that isn't a finite number above zero.
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
-    Source: Sedghi, Gupta and Long (2019), who do it to a convolution's operator.
+    Source: Sedghi, Gupta and Long (2019), who constrain a convolution's operator.
 
     >>> rs.SpectralBall(1.0).project(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
     tensor([[1.0000, 0.0000],
@@ -148,7 +152,8 @@ class SpectralBall(_OfMatrix):
         return torch.where(s[0] <= self.radius * (1 + slack), s, s.clamp_max(self.radius))
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
-        # what raises the singular values at the bound: the positive part of the movement between their vectors
+        # remove growth of singular values at the bound: the positive part of Uᴴ M V at their
+        # vectors
         u, s, vh = svd(matrix)
         greatest = (s >= self.radius * (1 - slack)).to(s.dtype)
         u, vh = u * greatest, vh * greatest[:, None]
@@ -162,15 +167,15 @@ class SpectralBall(_OfMatrix):
 
 @dataclass(frozen=True)
 class NuclearBall(_OfMatrix):
-    """Σ σ ≤ radius: beyond it a soft threshold of the singular values σ, so that many matrices come out of low rank.
+    """Σ σ ≤ radius: beyond it, a soft threshold of the singular values σ, often of low rank.
 
     Args:
         radius: the greatest nuclear norm, above zero.
-        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+        rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
         TransformError: a `radius` that isn't a finite number above zero.
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Cai, Candès and Shen (2010) for the threshold; Duchi and others (2008) for its height.
 
@@ -184,7 +189,7 @@ class NuclearBall(_OfMatrix):
 
     keywords = ("nuclear_ball",)
     convex = True
-    tangent = Constraint.tangent  # none is known
+    tangent = Constraint.tangent  # no formula is known
 
     def __post_init__(self) -> None:
         checked_number("radius", self.radius, "a finite number above zero", 0, inf, closed=False)
@@ -198,7 +203,7 @@ class NuclearBall(_OfMatrix):
 
     def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
         alive = (f > 0).to(s.dtype)
-        level = (alive * v).sum() / alive.sum().clamp_min(1)  # the height of the threshold moves, too
+        level = (alive * v).sum() / alive.sum().clamp_min(1)  # derivative of the threshold's height
         return torch.where((f == s).all(), v, alive * (v - level))
 
 
@@ -206,16 +211,16 @@ class NuclearBall(_OfMatrix):
 class LowRank(_OfMatrix):
     """rank ≤ k: the k largest singular values stay, the others become zero.
 
-    Where the k-th singular value is as great as the next, several matrices are equally near, and it becomes one of
-    them. Values that are zero to rounding count as zero.
+    If the k-th and the next singular value are equal, several matrices are equally near, and W
+    becomes one of them. Values that are zero up to rounding count as zero.
 
     Args:
         k: the greatest rank, one or more.
-        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+        rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
         TransformError: a `k` that isn't a whole number, one or more.
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Eckart and Young (1936); Schneider and Uschmajew (2015), theorem 3.2, for the tangent.
 
@@ -246,7 +251,7 @@ class LowRank(_OfMatrix):
         there = (s > slack * s[0]) & (torch.arange(len(s), device=s.device) < self.k)
         u, vh = u * there, vh * there[:, None]
         across = movement - u @ (u.mH @ movement)
-        beside, along, others = svd(across - (across @ vh.mH) @ vh)  # it would raise the rank
+        beside, along, others = svd(across - (across @ vh.mH) @ vh)  # growth of the rank
         along = along * (torch.arange(len(s), device=s.device) >= self.k - there.sum())
         rising: Tensor = (beside * along) @ others
         return movement - rising
@@ -258,7 +263,7 @@ def _hermitian(a: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Symmetric(Constraint):
-    """W = Wᵀ, of a square matrix: the mean of both. A complex matrix is not conjugated.
+    """W = Wᵀ for a square matrix, which becomes (W + Wᵀ) / 2, not conjugated if complex.
 
     Raises:
         TransformError: a tensor that isn't a square matrix.

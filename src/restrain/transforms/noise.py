@@ -1,4 +1,4 @@
-"""Noise that is added (Gaussian noise also to weights), drawn from torch's global generator."""
+"""Additive noise on activations, weights and gradients, drawn from torch's global generator."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def _checked_flag(relative: object) -> None:
 
 
 def _deviation(x: Tensor, layout: Layout) -> Tensor:
-    """Of each feature over the samples, dividing by their number; zero for one sample. Without a gradient."""
+    """Return each feature's standard deviation over the batch, without a gradient.
+
+    Divides by the number of samples; zero for a single sample.
+    """
     if layout.batch_dim is None or x.dim() == 0:
         return x.new_zeros(()).real
     wide = at_least_float32(x.detach())
@@ -35,20 +38,19 @@ def _deviation(x: Tensor, layout: Layout) -> Tensor:
 class GaussianNoise(Noise):
     """x + std · n, with n standard normal and independent for every entry.
 
-    For complex x, E|n|² = 1: real and imaginary part have the variance 1/2 each.
-
-    On parameters each forward draws anew, and the stored weight never changes.
+    For complex x, E|n|² = 1: real and imaginary part have the variance 1/2 each. On parameters,
+    each forward draws anew, and the stored weight never changes.
 
     Args:
         std: the standard deviation, in the units of x.
-        relative: multiply it by the deviation that each feature (each entry of a sample) has over the batch at that
-            call, without a gradient through it. Of one sample that is zero. Of a packed sequence, over all its rows.
-            On parameters, multiply it by the root mean square of the parameter's own entries instead.
+        relative: multiply by each feature's standard deviation over the batch of the call, without
+            a gradient through it; for a single sample it is zero, for a packed sequence it is over
+            all rows. On parameters, multiply by the root mean square of the entries.
 
     Raises:
-        TransformError: a `std` that isn't a finite number, zero or more; or integer x.
+        TransformError: a `std` that isn't a finite number, zero or more; integer x.
 
-    Source: Bishop (1995), training with noise is Tikhonov regularisation.
+    Source: Bishop (1995): training with noise is Tikhonov regularisation.
 
     >>> rs.GaussianNoise(0.1)(torch.zeros(1000)).std()
     tensor(0.1)
@@ -80,16 +82,16 @@ class GaussianNoise(Noise):
 
 @dataclass(frozen=True)
 class UniformNoise(Noise):
-    """x + u, with u uniform between -width and width and independent for every entry; its variance is width² / 3.
+    """x + u, with u uniform in [-width, width], independent for every entry: variance width² / 3.
 
     For complex x, real and imaginary part lie within ± width / √2: E|u|² is the same.
 
     Args:
-        width: half of the length of that interval, in the units of x.
-        relative: multiply it by each feature's deviation over the batch, as in `GaussianNoise`.
+        width: half the length of the interval, in the units of x.
+        relative: multiply by each feature's standard deviation over the batch; see `GaussianNoise`.
 
     Raises:
-        TransformError: a `width` that isn't a finite number, zero or more; or integer x.
+        TransformError: a `width` that isn't a finite number, zero or more; integer x.
 
     >>> rs.UniformNoise(0.1)(torch.zeros(1000)).abs().max()
     tensor(0.1)
@@ -117,15 +119,16 @@ class UniformNoise(Noise):
 
 @dataclass(frozen=True)
 class GradientNoise(Noise):
-    """g + std (1 + t)^(-decay / 2) · n for the gradient g of a parameter, n standard normal, at the optimizer's step t.
+    """g + std (1 + t)^(-decay / 2) · n for the gradient g of a parameter at step t, n normal.
 
-    The variance falls as std² / (1 + t)^decay. It joins `.grad` just before each step (`how="gradient"`): after your
-    own clipping, once for a real step, and the same on all ranks of a distributed training. t counts the real steps
-    since the rule's `start`, and goes on after `reg.load_state_dict`.
+    n is standard normal, and the variance falls as std² / (1 + t)^decay. The noise is added to
+    `.grad` just before each step (`how="gradient"`): after your own clipping, once per real step,
+    and equal on all ranks of a distributed training. t counts the real steps since the rule's
+    `start`, and continues after `reg.load_state_dict`.
 
     Args:
         std: the standard deviation at the first step, in the units of the gradient.
-        decay: how fast it falls; 0 keeps it.
+        decay: the exponent of the decay; 0 for constant variance.
 
     Raises:
         TransformError: a setting that isn't a finite number, zero or more.
@@ -151,7 +154,7 @@ class GradientNoise(Noise):
         return x + self.draw(x, 0)
 
     def draw(self, grad: Tensor, step: int, generator: torch.Generator | None = None) -> Tensor:
-        """What is added to the gradient at a step."""
+        """Return the noise for the gradient at a step."""
         noise = torch.randn_like(grad) if generator is None else torch.empty_like(grad).normal_(generator=generator)
         std: float = self.std * (1 + step) ** (-self.decay / 2)
         return noise * std

@@ -1,4 +1,4 @@
-"""Scaling data, and back. Not a `Transform`: no rule makes it act, a model or its user calls it."""
+"""Standardising and robust scaling of data, with inverses. No rules: models or users call them."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from restrain.errors import RestrainWarning, TransformError
 from restrain.extras import needing
 from restrain.fields import level_of_caller, listed
 
-_BLOCK = 2**20  # numbers that are read at a time
+_BLOCK = 2**20  # numbers per block that is read
 
 
 @runtime_checkable
 class _Array(Protocol):
-    """What NumPy can make an array of: its own, memory-mapped ones, tables of pandas."""
+    """An object that NumPy can make an array of: arrays, memory-mapped or not, tables of pandas."""
 
     def __array__(self) -> Any: ...
 
 
 @runtime_checkable
 class _Table(Protocol):
-    """A table whose columns have names, of pandas or Polars."""
+    """A table of pandas or Polars, whose columns have names."""
 
     columns: Any
 
 
 class _Scaling(nn.Module):
-    """z = (x - shift) / size, for each feature, learned from data; shift and size are buffers with names."""
+    """z = (x - shift) / size per feature; shift and size, learned from data, are named buffers."""
 
-    names: ClassVar[tuple[str, str]]  # of shift and size
+    names: ClassVar[tuple[str, str]]  # buffers of shift and size
     feature_names_in_: tuple[str, ...] | None = None
-    """The names of the columns of the table that it was fitted on. Not in the `state_dict`."""
+    """Column names of the table that the scaling was fitted on. Not in the `state_dict`."""
 
     def __init__(self, missing: Literal["error", "ignore"] = "error") -> None:
         super().__init__()
@@ -48,19 +48,20 @@ class _Scaling(nn.Module):
             self.register_buffer(name, torch.zeros(0, dtype=torch.float64))
 
     def _learn(self, blocks: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        """Shift and size of samples that come in blocks, NaN among them where these are to be left out."""
+        """Return shift and size, given blocks of samples, with NaN for missing values."""
         raise NotImplementedError
 
     def fit(self, x: Any) -> Self:
-        """Learn from data, anew, in float64.
+        """Learn shift and size from data in float64, replacing earlier ones; return self.
 
         Args:
-            x: a tensor, an array (memory-mapped ones are read in blocks), a table with named columns, or an iterable
-                of such, each of which holds further samples.
+            x: a tensor, an array (memory-mapped arrays are read in blocks), a table with named
+                columns, or an iterable of these, each with further samples.
 
         Raises:
-            TransformError: no data, not numbers, chunks that don't fit together, infinite values, NaN unless
-                `missing="ignore"`, a feature without any value, or values too large for float64.
+            TransformError: no data, not numbers, chunks that don't fit together, infinite values,
+                NaN unless `missing="ignore"`, a feature without any value, or values too large for
+                float64.
         """
         names: list[tuple[str, ...] | None] = []
 
@@ -86,7 +87,7 @@ class _Scaling(nn.Module):
 
     @property
     def fitted(self) -> bool:
-        """Whether it has learned from data."""
+        """True after `fit`."""
         return self._shift.shape != (0,)
 
     def forward(self, x: Any) -> Any:
@@ -95,7 +96,7 @@ class _Scaling(nn.Module):
         return self._mapped(x, lambda numbers: (numbers - self._shift) / self._size)
 
     def _warn_of_unnamed(self, names: tuple[str, ...] | None) -> None:
-        """Warn where either the data of `fit` or those of a call have names of columns, and the others don't."""
+        """Warn if only one of the data of `fit` and of this call has column names."""
         known = self.feature_names_in_
         if (names is None) != (known is None):
             here, there = ("without", "with") if names is None else ("with", "without")
@@ -107,7 +108,7 @@ class _Scaling(nn.Module):
             )
 
     def inverse(self, z: Any) -> Any:
-        """z · size + shift: values, means or quantiles on the scale of the data.
+        """Return z · size + shift: values, means or quantiles on the scale of the data.
 
         Raises:
             TransformError: before `fit`, or with another number of features.
@@ -115,7 +116,7 @@ class _Scaling(nn.Module):
         return self._mapped(z, lambda numbers: numbers * self._size + self._shift)
 
     def inverse_std(self, std: Any) -> Any:
-        """std · size: a standard deviation is scaled, not shifted.
+        """Return std · size: a standard deviation is scaled, not shifted.
 
         Raises:
             TransformError: before `fit`, or with another number of features.
@@ -123,7 +124,7 @@ class _Scaling(nn.Module):
         return self._mapped(std, lambda numbers: numbers * self._size)
 
     def inverse_interval(self, low: Any, high: Any) -> tuple[Any, Any]:
-        """Both ends of an interval on the scale of the data; they keep their order.
+        """Return both ends of an interval on the scale of the data; they keep their order.
 
         Raises:
             TransformError: before `fit`, or with another number of features.
@@ -153,7 +154,7 @@ class _Scaling(nn.Module):
             raise TransformError(f"fitted on {_features(self._shift)}, the last axis of x; got the shape {shape}")
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        """Take the shapes that come, as long as they can be a shift and a size."""
+        """Load shift and size of any valid shape."""
         shift, size = (state_dict.get(prefix + name) for name in self.names)
         errors: list[str] = others[-1]
         if isinstance(shift, Tensor) and isinstance(size, Tensor):
@@ -164,7 +165,7 @@ class _Scaling(nn.Module):
                 )
                 return
             if shift.shape != self._shift.shape or not shift.equal(self._shift.to(shift)):
-                self.feature_names_in_ = None  # what comes was learned from other data
+                self.feature_names_in_ = None  # loaded values were learned from other data
             for name in self.names:
                 setattr(self, name, self._shift.new_zeros(shift.shape))
         super()._load_from_state_dict(state_dict, prefix, *others)
@@ -174,23 +175,24 @@ class _Scaling(nn.Module):
 
 
 class Standardize(_Scaling):
-    """z = (x - mean) / deviation, for each feature; `inverse` undoes it.
+    """z = (x - mean) / deviation for each feature, with `inverse`.
 
-    Features are the last axis, the others are samples: rows of a table, or sequences of shape (batch, time,
-    features). Data of one axis are samples of a single feature. The deviation divides by the number of samples, as
-    scikit-learn's StandardScaler does. Where all values of a feature are equal (or differ by too little for a
-    variance in float64), the deviation is taken as one, so that z is zero there, and `inverse` stays exact.
+    Features are the last axis, the others are samples: rows of a table, or sequences of shape
+    (batch, time, features). Data of one axis are samples of a single feature. The deviation divides
+    by the number of samples, like scikit-learn's StandardScaler. A constant feature (or one whose
+    values differ by too little for a variance in float64) has deviation 1, so that z is zero and
+    `inverse` is exact.
 
-    `mean` and `deviation` are buffers in float64 (for "mps", which has none: `.to("mps", torch.float32)`), in the
-    `state_dict`, which also an unfitted one loads. Results have the dtype of a floating-point input; NumPy arrays
-    give NumPy arrays. Fitted in one pass, a block at a time.
+    `mean` and `deviation` are float64 buffers in the `state_dict`, which an unfitted object can
+    load (for "mps", which has no float64: `.to("mps", torch.float32)`). Results have the dtype of a
+    floating-point input; NumPy arrays give NumPy arrays. Fitting takes one pass, a block at a time.
 
-    Fitted on a table with named columns (pandas, Polars), it refuses tables with other names, or with another order, as
-    scikit-learn does, and warns of arrays, whose order nothing tells.
+    After fitting on a table with named columns (pandas, Polars), tables with other names or another
+    order are refused, as in scikit-learn. Arrays give a warning, as their order can't be checked.
 
     Args:
-        missing: "error" refuses NaN in `fit`; "ignore" learns from the values that are there. A call turns NaN
-            into NaN.
+        missing: "error" refuses NaN in `fit`; "ignore" learns from the other values. A call maps
+            NaN to NaN.
 
     Raises:
         TransformError: calls before `fit`, with another number of features, or with other names.
@@ -216,21 +218,23 @@ class Standardize(_Scaling):
 
 
 class RobustScale(_Scaling):
-    """z = (x - median) / spread, for each feature, the spread being the distance between two quantiles.
+    """z = (x - median) / spread for each feature, spread being the distance between two quantiles.
 
-    Half of the data may be wrong by any amount before the median is, a quarter before the spread is. Quantiles are
-    interpolated linearly, as NumPy's and scikit-learn's RobustScaler are. Where the quantiles are equal (more than
-    half of the values are the same, say), the spread is taken as one. On normal data it is 1.349 deviations.
+    Up to half of the data may be wrong by any amount without breaking the median, a quarter without
+    breaking the spread. Quantiles are interpolated linearly, like those of NumPy and scikit-learn's
+    RobustScaler. If the quantiles are equal (for instance when more than half of the values are the
+    same), the spread is 1. On normal data it is 1.349 standard deviations.
 
-    All else is as in `Standardize`, with the buffers `median` and `spread`; but fitting holds all data in memory.
+    Otherwise like `Standardize`, with the buffers `median` and `spread`; but fitting holds all data
+    in memory.
 
     Args:
-        missing: "error" refuses NaN in `fit`; "ignore" learns from the values that are there. A call turns NaN
-            into NaN.
-        quantiles: the two quantiles, as parts of the data: 0 ≤ low < high ≤ 1.
+        missing: "error" refuses NaN in `fit`; "ignore" learns from the other values. A call maps
+            NaN to NaN.
+        quantiles: two quantiles, as fractions of the data: 0 ≤ low < high ≤ 1.
 
     Raises:
-        TransformError: quantiles outside of that; calls before `fit`, or with another number of features.
+        TransformError: invalid quantiles; calls before `fit`, or with another number of features.
 
     Source: Huber (1981), Robust Statistics, chapter 5 (median and interquartile range).
 
@@ -276,7 +280,7 @@ def _checked_quantiles(quantiles: Any) -> tuple[float, float]:
 
 
 def _quantile(values: Tensor, count: Tensor, q: float) -> Tensor:
-    """The quantile of the first `count` of sorted values along the first axis, interpolated linearly."""
+    """Return the q-quantile of the first `count` sorted values on axis 0, interpolated linearly."""
     place = q * (count - 1).double()
     below = place.floor()
     low, high = (values.gather(0, end.long().unsqueeze(0)).squeeze(0) for end in (below, place.ceil()))
@@ -285,7 +289,7 @@ def _quantile(values: Tensor, count: Tensor, q: float) -> Tensor:
 
 @dataclass
 class _Moments:
-    """Of each feature: number of values, mean, sum of squared distances from it, least and greatest value."""
+    """Count, mean, sum of squared distances to the mean, minimum and maximum of each feature."""
 
     count: Tensor
     mean: Tensor
@@ -295,20 +299,20 @@ class _Moments:
 
     @classmethod
     def of(cls, block: Tensor) -> _Moments:
-        """Of one block, NaN left out, by two passes."""
+        """Return the moments of a block without its NaN, computed in two passes."""
         shape = block.shape[-1:] if block.dim() > 1 else ()
         rows = block.flatten(0, -2) if shape else block
-        there = ~rows.isnan()
-        count = there.sum(0).double()
+        present = ~rows.isnan()
+        count = present.sum(0).double()
         mean = rows.nan_to_num(nan=0.0).sum(0) / count.clamp(min=1)
-        distance = torch.where(there, rows - mean, 0.0)
-        rest = distance.sum(0) / count.clamp(min=1)  # what rounding left of the mean
+        distance = torch.where(present, rows - mean, 0.0)
+        rest = distance.sum(0) / count.clamp(min=1)  # rounding error of the mean
         inf = torch.tensor(torch.inf, dtype=torch.float64, device=rows.device)
-        low, high = torch.where(there, rows, inf).amin(0), torch.where(there, rows, -inf).amax(0)
-        return cls(count, mean + rest, (distance - rest).where(there, 0.0).square().sum(0), low, high)
+        low, high = torch.where(present, rows, inf).amin(0), torch.where(present, rows, -inf).amax(0)
+        return cls(count, mean + rest, (distance - rest).where(present, 0.0).square().sum(0), low, high)
 
     def joined(self, other: _Moments) -> _Moments:
-        """Of both (Chan, Golub and LeVeque, 1983)."""
+        """Return the moments of both together (Chan, Golub and LeVeque, 1983)."""
         count = self.count + other.count
         part = other.count / count.clamp(min=1)
         shift = other.mean - self.mean
@@ -321,7 +325,7 @@ class _Moments:
         )
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation; one where there is no variance."""
+        """Return mean and deviation; 1 for a feature without variance."""
         _refuse_empty_columns(self.count)
         deviation = (self.squares / self.count).sqrt()
         if not deviation.isfinite().all():
@@ -332,10 +336,10 @@ class _Moments:
 
 
 def _column_names(x: Any) -> tuple[str, ...] | None:
-    """The names of the columns of a table; None where they aren't text.
+    """Return the column names of a table; None if they aren't text.
 
     Raises:
-        TransformError: some of them are text, others aren't.
+        TransformError: only some of the names are text.
     """
     if isinstance(x, Tensor) or not isinstance(x, _Table):
         return None
@@ -350,10 +354,10 @@ def _column_names(x: Any) -> tuple[str, ...] | None:
 
 
 def _check_names(known: tuple[str, ...] | None, names: tuple[str, ...] | None, what: str) -> None:
-    """Refuse a table with other columns than `what` has, or in another order.
+    """Check that a table has the columns of `what`, in the same order.
 
     Raises:
-        TransformError: so it is.
+        TransformError: it hasn't.
     """
     if known is None or names is None or names == known:
         return
@@ -367,7 +371,7 @@ def _check_names(known: tuple[str, ...] | None, names: tuple[str, ...] | None, w
 
 
 def _chunks(x: Any) -> Iterator[Any]:
-    """The tensors, arrays and tables that data come in."""
+    """Yield the tensors, arrays and tables of the data."""
     if isinstance(x, (Tensor, _Array)):
         yield x
         return
@@ -383,7 +387,7 @@ def _chunks(x: Any) -> Iterator[Any]:
 
 
 def _blocks(chunks: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
-    """Samples in float64, a block at a time, each with the number of its first sample."""
+    """Yield blocks of samples in float64, each with the number of its first sample."""
     start = 0
     for chunk in chunks:
         data = chunk if isinstance(chunk, Tensor) else _ndarray(chunk)
@@ -396,7 +400,7 @@ def _blocks(chunks: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
 
 
 def _alike(blocks: Iterator[tuple[int, Tensor]], missing: str) -> Iterator[Tensor]:
-    """The blocks, if they all have the same features and no values that they mustn't have."""
+    """Yield the blocks; raise if their features differ or values are missing."""
     first = None
     for start, block in blocks:
         _refuse_missing(block, start, missing)
@@ -413,14 +417,14 @@ def _ndarray(x: Any) -> Any:
     with needing("models", "data that isn't a tensor"):
         import numpy
 
-    array = numpy.asanyarray(x)  # memory-mapped ones stay so
+    array = numpy.asanyarray(x)  # memory-mapped arrays stay memory-mapped
     if array.dtype.kind not in "biuf":
         raise TransformError(f"expected real numbers, got an array of {array.dtype}")
     return array
 
 
 def _numbers(x: Any) -> Any:
-    """A NumPy array of a type that torch has, in memory of its own."""
+    """Return a copy as a NumPy array of a dtype that torch has."""
     array = _ndarray(x)
     floating = array.dtype.kind == "f" and array.dtype.itemsize <= 8
     return array.astype(array.dtype.newbyteorder("=") if floating else "f8")

@@ -1,4 +1,4 @@
-"""Constraints on groups of entries: on their length, their sum, or their sum of absolute values."""
+"""Constraints on groups of entries: bounds on their length, sum, or sum of absolute values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MaybePer = Per | None
 
 
 class ByGroup(Constraint, register=False):
-    """Base of constraints on each group of entries; `per=None` makes one group of the whole tensor."""
+    """Base of constraints on each group of entries; `per=None`: the whole tensor is the group."""
 
     per: Any
 
@@ -30,7 +30,7 @@ class ByGroup(Constraint, register=False):
             object.__setattr__(self, "per", checked(self.per))
 
     def groups(self, w: Tensor) -> Grouping:
-        """The groups of a tensor."""
+        """Return the groups of a tensor."""
         return Grouping(tuple(w.shape), ()) if self.per is None else grouping(self.per, w.shape)
 
     def bound_to(self, at: Location) -> Self:
@@ -39,18 +39,18 @@ class ByGroup(Constraint, register=False):
 
 @dataclass(frozen=True)
 class MaxNorm(ByGroup):
-    """‖x_g‖₂ ≤ max_norm for every group g: longer ones are scaled down to that length.
+    """‖x_g‖₂ ≤ max_norm for every group g: longer groups are scaled down to that length.
 
-    Norms beyond it by no more than rounding count as inside, where nothing is changed (see `slack`).
+    Norms beyond it by no more than rounding count as inside and stay unchanged (see `slack`).
 
     Args:
         max_norm: the greatest length, above zero.
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
-            the whole tensor.
+        per: the entries that form a group: an axis by its meaning, a dim, a block or lists of
+            indices (see `axes`); None for the whole tensor.
 
     Raises:
         TransformError: a `max_norm` that isn't a finite number above zero.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Srebro and others (2005); Srivastava and others (2014), section 5.1, with dropout.
 
@@ -83,18 +83,18 @@ class MaxNorm(ByGroup):
 
 @dataclass(frozen=True)
 class UnitNorm(ByGroup):
-    """‖x_g‖₂ = 1 for every group g: each is scaled to that length.
+    """‖x_g‖₂ = 1 for every group g: each group is scaled to that length.
 
-    Norms that are one to rounding count as one, and nothing is changed there (see `slack`). A group of zeros, from
-    which all unit vectors are equally far, becomes the one with n equal entries 1 / √n. As a parametrisation
-    w_g = v_g / ‖v_g‖₂, through which only the change of direction has a gradient.
+    Norms that are 1 up to rounding count as 1, and their groups stay unchanged (see `slack`). A
+    group of zeros, equally far from all unit vectors, becomes n equal entries 1 / √n. As a
+    parametrisation w_g = v_g / ‖v_g‖₂, through which only the direction has a gradient.
 
     Args:
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
-            the whole tensor.
+        per: the entries that form a group: an axis by its meaning, a dim, a block or lists of
+            indices (see `axes`); None for the whole tensor.
 
     Raises:
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     >>> rs.UnitNorm(per="row").project(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     tensor([[0.6000, 0.8000],
@@ -122,22 +122,23 @@ class UnitNorm(ByGroup):
 
 @dataclass(frozen=True)
 class MinMaxNorm(ByGroup):
-    """low ≤ ‖x_g‖₂ ≤ high for every group g: shorter and longer ones are scaled to the nearer bound.
+    """low ≤ ‖x_g‖₂ ≤ high for every group g: groups outside are scaled to the nearer bound.
 
-    A group of zeros becomes the one of equal entries and length `low`. With a rate r < 1 the new length is
-    r · bound + (1 - r) · length, as in Keras: no projection then, but a pull that the steps repeat, and the bounds may
-    be left for a while. Beside another constraint on the same tensor they hold.
+    A group of zeros becomes equal entries of length `low`. With a rate r < 1 the new length is r ·
+    bound + (1 - r) · length, as in Keras: a pull that each step repeats, instead of a projection,
+    so that lengths may be out of bounds for a while. Beside another constraint on the same tensor
+    the bounds hold.
 
     Args:
         low: the least length, zero or more.
         high: the greatest length, above zero and not below `low`.
         rate: the part of the way to the bound, above zero, up to one.
-        per: what one group is, by the meaning of the axis, as a dim, a block or lists of indices (see `axes`); None for
-            the whole tensor.
+        per: the entries that form a group: an axis by its meaning, a dim, a block or lists of
+            indices (see `axes`); None for the whole tensor.
 
     Raises:
-        TransformError: bounds or a rate that can't be.
-        PenaltyError: a tensor that has no such axis.
+        TransformError: invalid bounds or rate.
+        PenaltyError: a tensor without this axis.
 
     >>> rs.MinMaxNorm(1.0, 2.0, per="row").project(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]]))
     tensor([[1.2000, 1.6000],
@@ -162,12 +163,12 @@ class MinMaxNorm(ByGroup):
 
     @property
     def convex(self) -> bool:  # type: ignore[override]
-        """Whether there is no lower bound."""
+        """True without a lower bound and with rate 1."""
         return self.low == 0 and self.rate == 1
 
     @property
     def interval(self) -> LengthInterval | None:  # type: ignore[override]
-        """The bounds of lengths; none with a rate, which pulls only."""
+        """The bounds of lengths; None if rate < 1, which is no projection."""
         return LengthInterval(float(self.low), float(self.high), self.per) if self.rate == 1 else None
 
     def project(self, w: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ class MinMaxNorm(ByGroup):
 
 
 def directions(v: Tensor, groups: Grouping) -> Tensor:
-    """Each group divided by its length; equal entries 1 / √n where it is zero."""
+    """Return each group divided by its length; equal entries 1 / √n for a group of zeros."""
     x = groups.view(wide(v))
     unit, norms = _lengths(x, groups)
     equal = groups.sizes(norms) ** -0.5
@@ -186,32 +187,32 @@ def directions(v: Tensor, groups: Grouping) -> Tensor:
 
 
 def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
-    """u and n with u · n the norm of each group: u is its greatest |entry| (one where that is zero)."""
+    """Return (u, n) with u · n the norm of each group; u is its greatest |x|, or 1 for zeros."""
     peak = groups.max(x.abs()).detach()
     unit = torch.where(peak == 0, 1, peak)
     return unit, group_norms(x / unit, groups)
 
 
 def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0) -> Tensor:
-    """Each group scaled so that its length is between `low` and `high`, or for a rate below one nearer to that."""
+    """Return groups scaled to a length in [low, high], or by `rate` of the way there."""
     x = groups.view(wide(w))
     if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
         inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
-        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w)
+        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w) + 0.0
     unit, norms = _lengths(x, groups)
     length = unit * norms
     inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
     target = length.clamp(low, high)
     if rate != 1:
         target = rate * target + (1 - rate) * length
-    # entries first divided by the greatest, so that no square overflows or vanishes
+    # divide by the greatest entry first, so that no square overflows or vanishes
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
-    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w)
+    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w) + 0.0  # -0.0 becomes +0.0
 
 
 def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
-    """The length of each group in half the passes; None where a square might overflow or vanish."""
+    """Return group lengths without scaling; None if a square might overflow or vanish."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
         return None
     squares = groups.sum(squared(x))
@@ -220,7 +221,7 @@ def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
 
 
 def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: float) -> Tensor:
-    """`v` without what lengthens the groups of length `high`, and what shortens those of length `low`."""
+    """Return `v` without growth of groups of length `high`, or shrinkage at length `low`."""
     x, y = groups.view(wide(w)), groups.view(wide(v))
     unit, norms = _lengths(x, groups)
     length = unit * norms
@@ -233,17 +234,19 @@ def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: fl
 
 @dataclass(frozen=True)
 class Simplex(ByGroup):
-    """x ≥ 0 and Σ x = total in every group: the nearest such numbers, many of which are zero.
+    """x ≥ 0 and Σ x = total in every group: the nearest point of the simplex, often sparse.
 
-    x becomes max(x - θ, 0), with the θ that makes the sum right. Sums that are right to rounding stay.
+    x becomes max(x - θ, 0), with θ such that the sum is `total`. Sums that are right up to rounding
+    stay.
 
     Args:
-        total: what the entries of a group add up to, above zero.
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`); None for the whole tensor.
+        total: the sum of a group, above zero.
+        per: the entries that form a group: an axis by its meaning or a dim (see `axes`); None for
+            the whole tensor.
 
     Raises:
         TransformError: a `total` that isn't a finite number above zero; a complex tensor.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Held, Wolfe and Crowder (1974); Duchi and others (2008), figure 1.
 
@@ -275,17 +278,18 @@ class Simplex(ByGroup):
 
 @dataclass(frozen=True)
 class L1Ball(ByGroup):
-    """Σ |x| ≤ radius in every group: beyond it a soft threshold, the same for all entries of a group.
+    """Σ |x| ≤ radius in every group: beyond it, a soft threshold at one height per group.
 
     Complex entries count by their modulus.
 
     Args:
         radius: the greatest sum of absolute values, above zero.
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`); None for the whole tensor.
+        per: the entries that form a group: an axis by its meaning or a dim (see `axes`); None for
+            the whole tensor.
 
     Raises:
         TransformError: a `radius` that isn't a finite number above zero.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Duchi and others (2008), section 4.
 
@@ -316,10 +320,10 @@ class L1Ball(ByGroup):
 
 
 def to_simplex(x: Tensor, total: float) -> Tensor:
-    """Each row moved to the nearest one of nonnegative entries with that sum."""
-    x = (x - x.amax(-1, keepdim=True)).clamp_min(-total)  # entries that come out as zero may as well be nearer
+    """Return each row projected onto nonnegative entries of sum `total`."""
+    x = (x - x.amax(-1, keepdim=True)).clamp_min(-total)  # changes only entries that become zero
     ordered = x.sort(-1, descending=True).values
     counts = torch.arange(1, x.shape[-1] + 1, device=x.device)
     level = ((ordered.cumsum(-1) - total) / counts).amax(-1, keepdim=True)
     z = (x - level).clamp_min(0)
-    return z * (total / z.sum(-1, keepdim=True))  # a factor of one, but for rounding
+    return z * (total / z.sum(-1, keepdim=True))  # 1 up to rounding

@@ -1,4 +1,4 @@
-"""Constraints on how many entries differ from zero."""
+"""Constraints on the number of nonzero entries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from restrain.transforms.sets import ByGroup, MaybePer
 
 
 def largest(size: Tensor, k: int) -> Tensor:
-    """Where the k largest numbers of each row are; of equal ones the first. NaN counts as one more."""
+    """Return the mask of the k largest numbers of each row (first among equals) and of NaN."""
     if k >= size.shape[-1]:
         return torch.ones_like(size, dtype=torch.bool)
     least = size.kthvalue(size.shape[-1] - k + 1, dim=-1, keepdim=True).values
@@ -31,19 +31,20 @@ def largest(size: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class TopK(ByGroup):
-    """At most k entries of every group differ from zero: the k largest |x| stay, the others become zero.
+    """At most k nonzero entries in every group: the k largest |x| stay, the others become zero.
 
-    Of equally large ones the first stay, in the order of the indices. Nearest, as the squares of what goes are the
-    fewest.
+    Among equally large entries the first stay, in the order of the indices. This is the nearest
+    tensor: the squares of the removed entries are the least.
 
     Args:
-        k: how many, one or more; or a fraction between 0 and 1 of a group's entries, rounded to the nearest number
-            and at least one.
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`); None for the whole tensor.
+        k: the number of entries, one or more; or a fraction between 0 and 1 of a group's entries,
+            rounded to the nearest number and at least one.
+        per: the entries that form a group: an axis by its meaning or a dim (see `axes`); None for
+            the whole tensor.
 
     Raises:
         TransformError: a `k` that is neither.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Blumensath and Davies (2009), iterative hard thresholding.
 
@@ -66,7 +67,7 @@ class TopK(ByGroup):
         return self._keep(wide(w).abs(), w)
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
-        # the entries that differ from zero may move, and as many more as are missing to k
+        # nonzero entries may move, and as many others as are missing to k
         return self._keep(torch.where(w != 0, inf, wide(v).abs()), v)
 
     def _keep(self, size: Tensor, w: Tensor) -> Tensor:
@@ -82,18 +83,20 @@ class TopK(ByGroup):
 @renamed(along="dim")
 @dataclass(frozen=True)
 class NM(Constraint):
-    """At most n of m consecutive entries differ from zero: the n largest |x| of each m stay.
+    """At most n of m consecutive entries are nonzero: the n largest |x| of each m stay.
 
-    Of equally large ones the first stay. GPUs multiply faster by weights with 2 of 4 along the input.
+    Among equally large entries the first stay. GPUs multiply faster by weights with 2 of 4 along
+    the input.
 
     Args:
-        n: how many may differ from zero.
-        m: of how many.
-        dim: the dim along which they are consecutive, or the axis by its meaning, such as "in" (see `axes`).
+        n: the greatest number of nonzero entries.
+        m: the number of consecutive entries.
+        dim: the dim along which entries are consecutive, or an axis by its meaning, such as "in"
+            (see `axes`).
 
     Raises:
         TransformError: numbers without 1 ≤ n < m; an axis whose length m doesn't divide.
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Mishra and others (2021); Zhou and others (2021).
 

@@ -1,4 +1,4 @@
-"""Weights that the forward sees otherwise than they are stored: noise on them, and normalisations of them."""
+"""Effective weights of a forward: DropConnect, normalisation, standardisation."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from restrain.transforms.sets import directions
 
 @dataclass(frozen=True)
 class DropConnect(Noise):
-    """Each entry of a weight is zero with probability `rate` during a forward, the others are divided by 1 - rate.
+    """w · m / (1 - rate) in each forward, with a mask m that is zero with probability `rate`.
 
-    The stored weight never changes; its gradient has the same zeros and the same factor. In training only, by one draw
-    for a call of the layer (the whole batch shares it).
+    The stored weight never changes; its gradient is multiplied by the same m / (1 - rate). In
+    training only, with one mask per call of the layer, shared by the whole batch.
 
     Args:
-        rate: the probability, from 0 to below 1.
+        rate: the probability of a zero, from 0 to below 1.
 
     Raises:
-        TransformError: a `rate` outside of that; at attach, a complex weight.
+        TransformError: a `rate` outside of [0, 1); at attach, a complex weight.
 
-    Source: Wan and others (2013); with the scaling done in training, and one mask a batch.
+    Source: Wan and others (2013), with the scaling done in training and one mask per batch.
 
     >>> rs.DropConnect(0.5)(torch.ones(1000)).unique()
     tensor([0., 2.])
@@ -68,17 +68,18 @@ class DropConnect(Noise):
 
 @dataclass(frozen=True)
 class WeightNormalization(Reparametrization):
-    """w_g = length_g · v_g / ‖v_g‖₂: direction and length of each group are learned apart.
+    """w_g = length_g · v_g / ‖v_g‖₂: direction and length of each group are learned separately.
 
-    The weight is unchanged at attach. The lengths are new parameters, one a group: create the optimizer after
-    attaching, or give them to it by `optimizer.add_param_group({"params": list(reg.parameters())})`. For lengths that
-    stay one there is `UnitNorm`. A group of zeros begins with equal entries for a direction, and the length zero.
+    The weight is unchanged at attach. The lengths, one per group, are new parameters: create the
+    optimizer after attaching, or add them by
+    `optimizer.add_param_group({"params": list(reg.parameters())})`. For constant lengths 1 there is
+    `UnitNorm`. A group of zeros begins with length zero and a direction of equal entries.
 
     Args:
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+        per: the entries that form a group: an axis by its meaning or a dim (see `axes`).
 
     Raises:
-        PenaltyError: a tensor that has no such axis.
+        PenaltyError: a tensor without this axis.
 
     Source: Salimans and Kingma (2016), eq. 2.
 
@@ -114,22 +115,25 @@ class WeightNormalization(Reparametrization):
 
 @dataclass(frozen=True)
 class WeightStandardization(Reparametrization):
-    """w_g = gain_g · (v_g - mean_g) / √(var_g + eps): each group has mean zero, and variance one times gain².
+    """w_g = gain_g · (v_g - mean_g) / √(var_g + eps): each group has mean 0 and variance gain².
 
-    Mean and variance (which divides by the group's size) are over the entries of the group. Without a gain the layer's
-    outputs grow by the root of the number of its inputs: a normalisation layer is to follow. At attach the weight is
-    standardised; with a gain, the means alone are taken out of it.
+    Mean and variance (which divides by the group's size) are over the entries of the group. Without
+    a gain the layer's outputs grow by the square root of its number of inputs: follow it by a
+    normalisation layer. At attach the weight is standardised; with a gain, only its means are
+    subtracted.
 
     Args:
-        per: what one group is, by the meaning of the axis or as a dim (see `axes`).
+        per: the entries that form a group: an axis by its meaning or a dim (see `axes`).
         eps: a small number, above zero.
-        gain: learn a gain for each group, which begins at the group's own deviation; `reg.parameters()` has them.
+        gain: learn a gain per group, which begins at the group's standard deviation;
+            `reg.parameters()` yields the gains.
 
     Raises:
-        TransformError: an `eps` that isn't a finite number above zero; groups of one entry, which have no variance.
-        PenaltyError: a tensor that has no such axis.
+        TransformError: an `eps` that isn't a finite number above zero; groups of a single entry,
+            which have no variance.
+        PenaltyError: a tensor without this axis.
 
-    Source: Qiao and others (2019), eq. 7; the gain is that of Brock and others (2021), eq. 1.
+    Source: Qiao and others (2019), eq. 7; Brock and others (2021), eq. 1, for the gain.
 
     >>> rs.WeightStandardization(per="row").from_free(torch.tensor([[1.0, 3.0]]))
     tensor([[-1.0000,  1.0000]])
@@ -160,7 +164,7 @@ class WeightStandardization(Reparametrization):
         return {"gain": (variance + self.eps).sqrt().to(w.dtype)}
 
     def _centred(self, v: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
-        """The groups less their means, and their variances."""
+        """Return the groups minus their means, and their variances."""
         x, size = groups.view(at_least_float32(v)), max(group_size(groups), 1)
         centred = x - groups.sum(x) / size
         return centred, groups.sum(centred.square()) / size
@@ -181,17 +185,18 @@ class WeightStandardization(Reparametrization):
 class SpectralNormalization(Reparametrization):
     """W = V / σ(V), σ the greatest singular value of the weight as a matrix.
 
-    With `iterations`, torch's own estimate of σ by that many steps of the power method at each training forward, kept
-    in two buffers beside the weight; it is not exact, and each look at the weight in training moves it. `None` takes
-    the exact σ anew at each forward, by a singular value decomposition.
+    With `iterations`, σ is torch's estimate: that many steps of the power method per training
+    forward, with two vectors kept as buffers. It isn't exact, and each access to the weight in
+    training takes steps. With `None`, each forward computes the exact σ by a singular value
+    decomposition.
 
     Args:
-        iterations: steps of the power method a forward, or None.
-        rows: the axes that are the rows of the matrix, as of `Orthogonal`.
+        iterations: steps of the power method per forward, or None.
+        rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
-        TransformError: other `iterations`; at attach, a weight of zeros, which has no σ.
-        PenaltyError: a tensor with fewer than two axes, or without those of `rows`.
+        TransformError: invalid `iterations`; at attach, a weight of zeros, whose σ is zero.
+        PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Miyato and others (2018), eq. 8 and algorithm 1.
 
@@ -236,7 +241,7 @@ class _PowerMethod(nn.Module):
     def __init__(self, what: SpectralNormalization, w: Tensor) -> None:
         super().__init__()
         self.what = what
-        holder = nn.Module().eval()  # registering looks at the weight, which is no step of the method
+        holder = nn.Module().eval()  # eval(): registering reads the weight, without a step
         holder.register_parameter("matrix", nn.Parameter(what._matrix(at_least_float32(w)).contiguous()))
         parametrizations.spectral_norm(holder, "matrix", n_power_iterations=what.iterations or 1, dim=0)
         self.norm: Any = holder.parametrizations["matrix"][0]  # type: ignore[index]

@@ -332,6 +332,29 @@ def test_a_kernel_is_an_inplace_op_to_autograd_and_draws_nothing(by_inductor, mo
     assert next(iter(inductor._kernels.values())) is not None
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_of_an_untested_torch_are_compared_with_the_formulas(by_inductor, monkeypatch, wrong):
+    def compiled(graph, examples):
+        made = make(graph, examples)
+        return (lambda w, *given: made(w.mul_(1.01), *given)) if wrong else made
+
+    make = inductor.standalone_compile
+    monkeypatch.setattr(inductor, "_kernels", {})
+    monkeypatch.setattr(inductor, "untested", lambda version: True)
+    monkeypatch.setattr(inductor, "standalone_compile", compiled)
+    model = model_of([(40, 40)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, 0.3 * rs.L1().on("*", how="proximal"), optimizer, compile=True)
+    gradients(model, 0)
+    before = model.p0.detach().clone()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        reg._steppers[0].after(optimizer, (), {})
+    assert any("to code that gives other numbers" in str(one.message) for one in told) == wrong
+    assert (next(iter(inductor._kernels.values())) is None) == wrong
+    assert torch.allclose(model.p0, rs.L1().prox(before, 0.03))
+
+
 def test_compile_is_one_of_three():
     with pytest.raises(PlanError, match="compile= is True, False or 'auto', got 'always'"):
         rs.attach(nn.Linear(2, 2), 0.1 * rs.L1().on("*"), compile="always")

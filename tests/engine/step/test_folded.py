@@ -48,9 +48,8 @@ def test_float32(name):
 
 
 def test_the_comparison_notices_another_formula(monkeypatch):
-    def wrong(group, count, number):
-        return [f"w -= {number(group['lr'] * 1.001)} * o0;"]
-
+    right = OPTIMIZERS[SGD].update
+    wrong = replace(right, scalars=lambda group, count: (group["lr"] * 1.001,))
     monkeypatch.setitem(OPTIMIZERS, SGD, replace(OPTIMIZERS[SGD], update=wrong))
     with pytest.raises(AssertionError):
         both(plain_sgd, ALL[2])

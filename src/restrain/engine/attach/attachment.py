@@ -1,4 +1,4 @@
-"""Attaching a plan to a model: the object that a person holds while training."""
+"""Attaching a plan to a model, and the object that a user holds while training."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.transforms import GradientNoise, Noise
 
-# Layers whose declarations a living attachment has picked up: a second attachment doesn't count them again.
+# Layers whose declared rules belong to an existing attachment; another doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -59,23 +59,24 @@ def attach(
     *,
     compile: Compile = "auto",
 ) -> Attachment:
-    """Bind a plan, and what the model's layers declare, to a model and its optimizer.
+    """Bind a plan and the rules declared by layers to a model and its optimizer.
 
     Args:
-        model: any module; wrappers (compiled, DDP) are seen through. It is neither wrapped nor changed.
+        model: any module, also inside wrappers (compiled, DDP). It isn't wrapped or changed.
         plan: rules made by `.on(...)`, text forms, dicts, a `Plan`, or a list of these.
-        optimizer: the one that trains it, a list of them, or None if no rule acts at the optimizer's step.
-        compile: whether what rules do at the optimizer's step is compiled, where it can be together with the update
-            of SGD, Adam or AdamW: True, False, or "auto", after as many steps as make up for the time that it takes.
-            Results differ by rounding. Where there is no compiler it is done without.
+        optimizer: the optimizer that trains the model, a list of them, or None if no rule acts at
+            the optimizer's step.
+        compile: whether rules at the optimizer's step are compiled, together with the update of
+            SGD, Adam or AdamW if possible: True, False, or "auto", after as many steps as make up
+            for the compiling. Results differ by rounding. Without a compiler, nothing is compiled.
 
     Returns:
-        The attachment; also a context manager that detaches at the end.
+        The attachment; also a context manager that detaches at its end.
 
     Raises:
         SelectionError: a rule matches nothing.
-        HowError, OptimizerError, NoProxError: a rule that can't be carried out as said.
-        PlanError: there is nothing to attach; another `compile`.
+        HowError, OptimizerError, NoProxError: a rule that can't be carried out as written.
+        PlanError: nothing to attach; an invalid `compile`.
 
     >>> model = nn.Linear(3, 2)
     >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
@@ -95,7 +96,7 @@ def attach(
 
 @dataclass(frozen=True)
 class BoundRule:
-    """A rule of an attachment: its key in `values()`, what it acts on by name, and whether it has a value."""
+    """A bound rule: its key in `values()`, the names it acts on, and whether it has a value."""
 
     key: str
     rule: Rule
@@ -104,7 +105,7 @@ class BoundRule:
 
 
 class Attachment:
-    """A plan bound to a model. Made by `attach`; holds the model weakly."""
+    """A plan bound to a model. Made by `attach`; references the model weakly."""
 
     def __init__(
         self,
@@ -135,14 +136,14 @@ class Attachment:
         _claimed.update(declaring)
         try:
             self._install(model, optimizers, compile)
-        except BaseException:  # a warning that is an error, a user's projection that fails
-            self.detach()  # leave no hook behind
+        except BaseException:  # warnings as errors, an exception in a user's projection
+            self.detach()  # remove all hooks
             raise
         self._structure, self._whereabouts = Structure(model), whereabouts(self._bounds, model)
         self._looked = False  # whether the structure was compared since the last step
 
     def _install(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
-        """Put all hooks on; constraints hold from now on."""
+        """Register all hooks; project constrained parameters now."""
         self._parametrized.begin(parametrized(self._bounds), model)
         self._begin_parts(model)
         self._hooks.put(self._bounds, model, bool(self._loss_rules), lambda: self._clock.steps)
@@ -160,7 +161,7 @@ class Attachment:
         self._parts.begin(points, model)
 
     def _listen(self) -> None:
-        """To forwards, of which one begins another training step, and to real steps of the optimizers."""
+        """Connect to beginnings of forwards and to real steps of the optimizers."""
         self._forwards.began, self._forwards.root = self._clock.end, self._model
         self._clock.on_step.append(self._stepped)
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
@@ -168,7 +169,7 @@ class Attachment:
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
 
     def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
-        """The work at the optimizers' steps; constraints hold from now on."""
+        """Install the rules at optimizer steps; project constrained parameters now."""
         self._works += self._rules_at_steps(model)
         join(self, self._works, model, optimizers)
         if self._works:
@@ -269,10 +270,10 @@ class Attachment:
 
     @property
     def model(self) -> nn.Module:
-        """The model, below its wrappers.
+        """The model, without wrappers.
 
         Raises:
-            DetachedError: it doesn't exist any more.
+            DetachedError: it no longer exists.
         """
         model = self._model()
         if model is None:
@@ -281,26 +282,26 @@ class Attachment:
 
     @property
     def plan(self) -> Plan:
-        """The plan as bound: every selection by the names that it resolved to."""
+        """The plan as bound, with every selection as a list of names."""
         return Plan(tuple(bound.rule for bound in self._bounds))
 
     def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
-        """Data loss + every penalty whose how is "loss", each whole: a scalar to call backward() on.
+        """Return data loss + every penalty with how="loss", in full: a scalar for backward().
 
-        Scale the result by your accumulation: `reg.loss(l) / 4`. In evaluation (`eval()`, `no_grad()`) penalties on
-        parameters are added, those on activations are not measured.
+        Scale the result when you accumulate gradients: `reg.loss(l) / 4`. In evaluation (`eval()`,
+        `no_grad()`) penalties on parameters are added; penalties on activations aren't measured.
 
         Args:
             loss: the scalar data loss.
-            share: the part of the penalties that is added: 1/4 where four losses are accumulated that are already
-                divided by the number of all four's items.
+            share: the part of the penalties to add: 1/4 if four losses are accumulated that are
+                already divided by the number of items of all four.
 
         Raises:
-            NeverFiredError: a place was never reached by the forward.
+            NeverFiredError: the forward never called a layer with rules.
             PenaltyError: the loss isn't a scalar.
             DetachedError: the rules were detached.
         """
-        if torch.compiler.is_compiling():  # a whole step was given to torch.compile
+        if torch.compiler.is_compiling():  # the whole step is compiled
             return eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -319,10 +320,11 @@ class Attachment:
         return Root.apply(loss, share * value, write)  # type: ignore[no-untyped-call, no-any-return]
 
     def penalty(self) -> Tensor:
-        """Every penalty whose how is "loss", summed: a differentiable scalar to add to the data loss.
+        """Return the sum of penalties with how="loss", a differentiable scalar for the loss.
 
-        In compiled models and inside reentrant checkpoints, the gradient of penalties on activations travels with the
-        backward of the data loss: there use it in one sum with that loss, by `backward()`; `reg.loss` always works.
+        In compiled models and inside reentrant checkpoints, the gradient of penalties on
+        activations is computed in the backward of the data loss: there, add it to that loss and
+        call `backward()` on the sum; `reg.loss` always works.
         """
         if torch.compiler.is_compiling():
             return eagerly(self.penalty)  # type: ignore[no-any-return]
@@ -339,12 +341,15 @@ class Attachment:
         return Root.apply(anchor, value, write)  # type: ignore[no-untyped-call, no-any-return]
 
     def _terms(self, loss: Tensor | None = None) -> tuple[list[tuple[Tensor, float]], list[Any]]:
-        """The values of the loss rules that are due: those with their graphs, and factors; collected ones without."""
+        """Return the due terms of the loss.
+
+        They are pairs (value with its graph, factor), and collected values without a graph.
+        """
         model = self.model
         self._look(model)
         if (
             torch.is_grad_enabled() and not self._forwards.recorders
-        ):  # what a forward measured has the strength that it had
+        ):  # values of a forward have the strength of that time
             self._clock.end()
         if self._detached:
             raise DetachedError(
@@ -371,13 +376,16 @@ class Attachment:
         return factors, [one for one in collected if one.hidden is not None]
 
     def _collect(self, loss: Tensor | None) -> bool:
-        """Collect what the forwards gave that count for a loss; false if there are none, as in evaluation."""
+        """Collect the forwards that count for a loss; False if there are none, as in evaluation."""
         if self._forwards.recorders and self.model.training and torch.is_grad_enabled():
             return self._forwards.collect(loss)
         return False
 
     def _hidden(self, hidden: list[Any], joins: Tensor, share: float | Tensor = 1.0) -> tuple[Any, Any]:
-        """The value of penalties whose gradient is injected, where it joins others; what sets it off in backward."""
+        """Return the value of penalties with injected gradients, and a function for backward.
+
+        Backward calls it with the gradient of the value, and at its end with None.
+        """
 
         def write(gradient: Tensor | None) -> None:
             if self._detached and any(one.recorder.rooted for one in hidden):
@@ -393,18 +401,18 @@ class Attachment:
         return value.to(joins.device, joins.dtype) if isinstance(value, Tensor) else value, write
 
     def values(self) -> dict[str, float]:
-        """{rule: strength × value} of every penalty, computed now; one key a rule.
+        """Return {rule: strength × value} of every penalty, computed now.
 
-        Of a penalty on activations the value that was last collected; nan before the first.
+        For a penalty on activations it is the last collected value; nan before the first.
         """
         return report.values(self._bounds, self._as_it_is(), self._forwards)
 
     def measure(self, data_loss: Tensor | None = None) -> dict[str, report.Measure]:
-        """Each penalty's value, the norm of its gradient over the model's parameters, and its share.
+        """Return each penalty's value, the norm of its gradient over all parameters, and its share.
 
         Args:
-            data_loss: if given, its gradient's norm takes part in the shares, under the key "data"; call it before
-                backward(), whose graph is kept.
+            data_loss: if given, its gradient's norm is part of the shares, under the key "data";
+                call `measure` before backward(); the graph is kept.
         """
         model = self._as_it_is()
         self._collect(data_loss)
@@ -412,22 +420,25 @@ class Attachment:
 
     @property
     def rules(self) -> list[BoundRule]:
-        """The rules as bound: the key of each, the rule, and the names of what it acts on."""
+        """The bound rules: key, rule, and names it acts on."""
         return [BoundRule(bound.key, bound.rule, tuple(bound.names), bound.is_penalty) for bound in self._bounds]
 
     def latest(self) -> dict[str, Tensor]:
-        """{rule: strength × value} of every penalty as tensors, without waiting for the device.
+        """Return {rule: strength × value} of every penalty as tensors, without synchronising.
 
-        Of a penalty on activations the value that was last collected; zero before the first.
+        For a penalty on activations it is the last collected value; zero before the first.
         """
         return latest(self._bounds, self._as_it_is())
 
     @contextmanager
     def evaluating(self) -> Iterator[Evaluation]:
-        """Measure rules in evaluation, where `reg.loss` leaves activations out.
+        """Return a context that measures rules in evaluation, even on activations.
+
+        `reg.loss` leaves activations out there.
 
         >>> model = nn.Linear(3, 2)
-        >>> with rs.attach(model, rs.L2().on(rs.outputs(), name="h")) as reg, reg.evaluating() as evaluation:
+        >>> reg = rs.attach(model, rs.L2().on(rs.outputs(), name="h"))
+        >>> with reg.evaluating() as evaluation:
         ...     h = model.eval()(torch.ones(4, 3))
         ...     value = evaluation.values()["h"]
         >>> bool(value.isclose(h.square().sum(1).mean()))
@@ -437,30 +448,30 @@ class Attachment:
             yield evaluation
 
     def forget(self) -> None:
-        """Forget what forwards have given since the last step, as if they had never run."""
+        """Forget all forwards since the last step, as if they had never run."""
         self._forwards.clear()
         self._tripwire.collected = self._forwards.ran = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What rules learn themselves (the lengths of `WeightNormalization`), for the optimizer."""
+        """Yield the parameters that rules learn, such as lengths of `WeightNormalization`."""
         return self._parametrized.learned()
 
     def strengths(self) -> dict[str, float]:
-        """{rule: its strength now} of the strengths that move: of schedules and of targets."""
+        """Return {rule: current strength} for moving strengths: schedules and targets."""
         return {moving.key: float(moving.now) for moving in self._strengths.moving}
 
     def next_epoch(self) -> None:
-        """An epoch has ended: for schedules with unit="epoch". The first epoch has the number zero."""
+        """Count an epoch, for schedules with unit="epoch"; the first epoch has number zero."""
         self._clock.end()
         self._clock.epochs += 1
         self._strengths.refill(self._clock.steps, self._clock.epochs)
 
     def table(self, values: bool = False) -> str:
-        """Who gets what: rule, how, strength, tensors, elements, names; with `values`, each one's value too."""
+        """Return a table of rules: how, strength, tensors, elements, names; optionally values."""
         return report.table(self._bounds, self._as_it_is(), self.values() if values else None)
 
     def detach(self) -> None:
-        """Take every hook away; nothing of ours stays behind. Calling it again does nothing."""
+        """Remove every hook and restore the model. Further calls do nothing."""
         self._hooks.remove()
         self._parts.end()
         for stepper in self._steppers:
@@ -477,7 +488,7 @@ class Attachment:
         self._forwards.clear()
 
     def _keepers(self) -> Iterator[tuple[str, dict[str, Tensor], What, Handle | None]]:
-        """All that keeps tensors, under names of their own, with these, and the parameter it is bound to, if any."""
+        """Yield (name, tensors, what, handle or None) for every bound object with state."""
         for bound in self._bounds:
             acting: list[tuple[str, Any, Handle | None]] = [(h.name, what, h) for h, what in bound.parameters]
             acting += [(recorder.point.key, recorder.penalty, None) for recorder in bound.penalty_recorders]
@@ -487,7 +498,7 @@ class Attachment:
                     yield f"{bound.key}: {name}", states[id(what)], what, handle
 
     def _keep_up(self, root: nn.Module) -> None:
-        """After a training step: let those that keep tensors bring them up to date, and strengths move."""
+        """Update the state of rules and moving strengths after a training step."""
         if self._keeping or self._strengths.bounds:
             with torch.no_grad():
                 for what, handle in self._keeping:
@@ -495,7 +506,7 @@ class Attachment:
                 self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the rules have counted and keep: numbers and tensors for a checkpoint."""
+        """Return counts and tensors of the rules, for a checkpoint."""
         self._clock.end()
         return {
             "version": VERSION,
@@ -503,18 +514,19 @@ class Attachment:
             "steps": self._clock.steps,
             "epochs": self._clock.epochs,
             "optimizer_steps": [stepper.steps for stepper in self._steppers],
-            # a tuple, as torch.distributed.checkpoint loads of a dict only what a fresh attachment has already
+            # a tuple: of a dict, torch.distributed.checkpoint loads only keys that a fresh
+            # attachment has
             "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works if work.kept),
             "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
             "strengths": self._strengths.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` left off.
+        """Restore what `state_dict` returned.
 
         Raises:
-            PlanError: it belongs to other rules or a newer version, or a part of it is missing, or of another type,
-                shape or kind; nothing is changed then.
+            PlanError: it belongs to other rules or a newer version, or a part of it is missing or
+                has another type, shape or kind; nothing is changed then.
         """
         with torch.inference_mode(False):
             self._load(state)
@@ -532,14 +544,14 @@ class Attachment:
             raise
 
     def _metric_of(self, handle: Handle) -> tuple[Tensor, tuple[str, ...]]:
-        """A parameter, and what the metric of the optimizer that holds it keeps of it."""
+        """Return a parameter and the names of its optimizer's metric state."""
         p = handle.find(self.model)
         alive = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
         owner = next((o for o in alive if any(p is q for group in o.param_groups for q in group["params"])), None)
         return p, metric_names(owner)
 
     def _resume(self, state: dict[str, Any], kept: dict[str, dict[str, Tensor]]) -> None:
-        """Take over a checked state."""
+        """Restore a checked state."""
         self._clock.resume(state["steps"])
         for stepper, steps in zip(self._steppers, state["optimizer_steps"], strict=True):
             stepper.steps = steps

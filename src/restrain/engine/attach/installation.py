@@ -1,4 +1,4 @@
-"""Puts the hooks of bound rules on a model: one a layer and side, whatever the number of rules there."""
+"""Installation of the hooks of bound rules, one per layer and side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from restrain.transforms import Noise
 
 
 class Hooks:
-    """The hooks on the layers of a model, and on the model itself."""
+    """The hooks on a model's layers, and on the model itself."""
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
@@ -27,7 +27,7 @@ class Hooks:
         self._handles: list[Any] = []
 
     def put(self, bounds: Sequence[Bound], model: nn.Module, on_root: bool, steps: Callable[[], int]) -> None:
-        """Put them all there; two on the model itself if penalties are to join the loss (`on_root`)."""
+        """Register all hooks; with `on_root` (penalties in the loss) also on the model itself."""
         if on_root:
             acting = [bound for bound in bounds if bound.rule.how == "loss" and bound.parameters]
             handles = {handle.name: handle for bound in acting for handle, _ in bound.parameters}
@@ -48,7 +48,7 @@ class Hooks:
             id(recorder.point): recorder.point for bound in bounds for recorder in bound.penalty_recorders
         }.values():
             _refuse_noise_of_another(model, point)
-        known = dict[int, LayerHook]()  # by the places, which rules of the same selection share
+        known = dict[int, LayerHook]()  # by point; rules of the same selection share points
         for bound in bounds:
             self._put_at_layers(bound, model, known)
         for hook in self.at_layers.values():
@@ -148,7 +148,7 @@ class Hooks:
                 one.at.module, one.at.handle = weakref.ref(one.module), _put(one.at.hook, one.module)
 
     def remove(self) -> None:
-        """Take them away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         for one in self._layers.values():

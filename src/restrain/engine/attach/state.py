@@ -1,4 +1,4 @@
-"""States of attachments from a checkpoint: checked as a whole before anything is changed."""
+"""States of attachments from checkpoints, checked as a whole before anything is changed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ from restrain.named_tensors import is_sharded
 from restrain.plans import Plan
 
 VERSION = 1
-_MEASURED = ("movement", "movement_square", "gradient", "gradient_square")  # of a metric that is measured
+_MEASURED = ("movement", "movement_square", "gradient", "gradient_square")  # of a measured metric
 _NUMBERS = ("gain", "eta")  # of SGD with momentum, of ASGD
 
 
 def by_new_names(state: Any) -> Any:
-    """Return a saved state whose rules are called as this version calls them; what isn't a state as it is."""
+    """Return a saved state with rule names of this version; anything else unchanged."""
     rules = state.get("rules") if isinstance(state, Mapping) else None
     if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, str) for rule in rules):
         return state
     kinds = {key: state[key] for key in ("kept", "strengths") if isinstance(state.get(key), Mapping)}
     named = {
-        kind: {text_by_new_names(str(key)): held for key, held in states.items()} for kind, states in kinds.items()
+        kind: {text_by_new_names(str(key)): tensors for key, tensors in states.items()}
+        for kind, states in kinds.items()
     }
     return {**state, "rules": [text_by_new_names(key) for key in rules], **named}
 
@@ -36,15 +37,17 @@ def by_new_names(state: Any) -> Any:
 def checked(
     state: Any, mine: Mapping[str, Any], metrics: Mapping[str, tuple[Tensor, tuple[str, ...]]]
 ) -> dict[str, Any]:
-    """A state that can be gone on from: of the same rules, with the same names, shapes and kinds of tensors.
+    """Return a saved state with rules, names, shapes and kinds of tensors checked.
 
     Args:
-        state: what came.
-        mine: the state as it is.
-        metrics: of each parameter with work at the step, the tensor and what its optimizer's metric keeps.
+        state: the saved state.
+        mine: the current state.
+        metrics: for each parameter with rules at the step, the tensor and the names of its metric's
+            state.
 
     Raises:
-        PlanError: it belongs to other rules or a newer version, or a part of it is missing or can't be.
+        PlanError: it belongs to other rules or a newer version, or a part of it is missing or
+            invalid.
     """
     if not isinstance(state, Mapping):
         raise PlanError(f"expected a state as reg.state_dict() gives it, got {brief(state)}")
@@ -92,7 +95,7 @@ def _incomplete(lost: Sequence[str]) -> PlanError:
 
 
 def _of_same_rules(state: Mapping[str, Any], mine: Sequence[str]) -> dict[str, Any]:
-    """The state, under the names that its rules have here; version 0.1 left some settings out of them."""
+    """Return the state with current rule names; version 0.1 left some settings out of them."""
     rules = state["rules"]
     if not isinstance(rules, (list, tuple)) or not all(isinstance(rule, str) for rule in rules):
         raise PlanError(f"the rules of a state are a list of their names; got {brief(rules)}")
@@ -110,7 +113,7 @@ _FLAGS = re.compile(r"(re\.compile\((?:'[^']*'|\"[^\"]*\")), re\.[A-Z]+(?: \| re
 
 
 def _as_in_0_1(rules: Sequence[str]) -> list[str]:
-    """The names that rules had in version 0.1: those that then were the same have numbers."""
+    """Return the names of rules in version 0.1, with numbers for equal names."""
     found: list[str] = []
     for rule in rules:
         text = _FLAGS.sub(r"\1)", _SINCE_0_1.sub("", re.sub(r" #\d+$", "", rule)))
@@ -122,7 +125,7 @@ def _as_in_0_1(rules: Sequence[str]) -> list[str]:
 
 
 def _renamed(part: Mapping[Any, Any], now: Mapping[str, str]) -> dict[Any, Any]:
-    """A part of a state whose keys begin with names of rules."""
+    """Return a part of a state, with rule names at the beginning of keys replaced."""
     renamed = {}
     for key, value in part.items():
         own = [old for old in now if key == old or str(key).startswith((f"{old}: ", f"{old} ["))]
@@ -135,7 +138,7 @@ def _renamed(part: Mapping[Any, Any], now: Mapping[str, str]) -> dict[Any, Any]:
 
 
 def _check_tensors(part: str, state: Any, mine: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse tensors of other names, shapes or kinds; one without entries takes any length, which a batch gave."""
+    """Check names, shapes and kinds of tensors; an empty tensor accepts any length."""
     if not isinstance(state, Mapping) or not all(isinstance(own, Mapping) for own in state.values()):
         raise PlanError(f"{part} of a state is a dict of dicts of tensors; got {brief(state)}")
     if lost := list(_lost(mine, state, part)):
@@ -155,7 +158,7 @@ def _check_tensors(part: str, state: Any, mine: Mapping[str, Mapping[str, Tensor
 
 
 def _lost(mine: Mapping[Any, Any], state: Mapping[Any, Any], part: str) -> Iterator[str]:
-    """What a saved state lacks of one like mine."""
+    """Yield the keys of `mine` that a saved state lacks."""
     for name, own in mine.items():
         if name not in state:
             yield f"{part}[{name!r}]"
@@ -164,7 +167,7 @@ def _lost(mine: Mapping[Any, Any], state: Mapping[Any, Any], part: str) -> Itera
 
 
 def _difference(saved: Any, own: Tensor, may_be_nan: bool = False) -> str:
-    """What keeps a saved tensor from being taken over into one's own; "" for nothing."""
+    """Return why a saved tensor can't replace the current one; "" if it can."""
     if not isinstance(saved, Tensor):
         return f"is {brief(saved)}, where a tensor was expected"
     if saved.layout is not torch.strided or saved.is_meta or saved.is_quantized or is_sharded(saved) != is_sharded(own):
@@ -185,13 +188,13 @@ def _kind(dtype: torch.dtype) -> str:
 
 
 def fill(mine: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Put saved tensors into those that rules keep."""
+    """Copy saved tensors into the rules' tensors."""
     with torch.no_grad():
         for name, kept in mine.items():
             for key, tensor in kept.items():
                 if tensor.shape == saved[name][key].shape:
                     tensor.copy_(saved[name][key])
-                else:  # one of them has no entries yet, the other those that a first batch gave
+                else:  # one of them is still empty, the other was filled by a batch
                     tensor.data = saved[name][key].detach().clone()
 
 
@@ -199,7 +202,7 @@ def fill(mine: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Mapping[s
 
 
 def metric_names(optimizer: Optimizer | None) -> tuple[str, ...]:
-    """What the metric of an optimizer keeps of a parameter from step to step."""
+    """Return the names of the metric state of an optimizer's parameter."""
     if optimizer is None:
         return ()
     if not known(optimizer):
@@ -210,7 +213,7 @@ def metric_names(optimizer: Optimizer | None) -> tuple[str, ...]:
 def _checked_metrics(
     metrics: Any, mine: Mapping[str, tuple[Tensor, tuple[str, ...]]]
 ) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """What metrics keep, without what only the metric of another optimizer does."""
+    """Return saved metric state, without the entries of other optimizers' metrics."""
     pairs = [tuple(pair) if isinstance(pair, (list, tuple)) else (pair,) for pair in _as_list(metrics)]
     if not all(len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping) for pair in pairs):
         raise PlanError(f"metrics of a state are pairs of a name and a dict; got {brief(metrics)}")
@@ -246,7 +249,7 @@ def _wrong_number(value: Any) -> str:
 
 
 class DetachedAttachment:
-    """What an attachment becomes in a copy or a pickle: it knows its plan, and that it is attached to nothing."""
+    """Copy or pickle of an attachment: knows its plan, and is attached to nothing."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

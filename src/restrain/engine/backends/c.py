@@ -1,8 +1,8 @@
-"""Loops of C: what instructions, and values and gradients of operations, are in that language.
+"""Backend of loops of C: instructions, and values and gradients of operations.
 
-A value is summed in blocks of 4,096 entries, or of as many whole rows as fit in: up to that number in the precision of
-the entries (float32 at least), from there on in float64, and always in the same order. So it is the same to the bit
-whatever the number of threads.
+A value is summed in blocks of 4,096 entries, or of as many whole rows as fit: within a block in the
+precision of the entries (float32 at least), over blocks in float64, always in the same order. So it
+is bit-identical for any number of threads.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ from restrain.engine.ops import (
 )
 from restrain.operations import Absolute, Huber, Length, Operation, Square
 
-LONG = 1 << 18  # entries of a row; longer ones go otherwise, as a row belongs to one thread
-COST = 10**9  # entries × steps: when a loop makes up for compiling it (0.1 s, and 100 ps are saved an entry)
-TENSOR = 1 << 12  # what a tensor costs without a loop of C, in entries
+LONG = 1 << 18  # largest row: a row belongs to a single thread
+COST = 10**9  # entries × steps that make up for compiling (0.1 s, at 100 ps saved per entry)
+TENSOR = 1 << 12  # cost of a tensor without a loop of C, in entries
 
 
 @dataclass(frozen=True)
 class Call:
-    """What one loop does, and to which members of which batches."""
+    """A call of a loop, with its members from several batches."""
 
     kinds: tuple[torch.dtype, ...]
-    text: Any  # C on entries, or on rows
+    text: Any  # C code on entries, or on rows
     changed: tuple[int, ...]
     batches: list[Batch] = field(default_factory=list)
     members: list[Tensors] = field(default_factory=list)
     numbers: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # of rows; none for entries
+    lengths: list[int] = field(default_factory=list)  # of rows; empty for entries
 
     def work(self) -> int:
-        """Entries, and what tensors cost beside them."""
+        """Return the number of entries, plus a constant per tensor."""
         return sum(tensors[0].numel() for tensors in self.members) + TENSOR * len(self.members)
 
     def run(self) -> bool:
-        """Call the loop, if it can be compiled."""
+        """Run the loop; return False if it can't be compiled."""
         make = c_compiler.loop if isinstance(self.text, str) else c_compiler.rows
         loop = make(self.kinds, self.text, len(self.numbers) // len(self.members), self.changed)
         if loop is not None:
@@ -74,9 +74,9 @@ class Call:
 
 
 class C(Backend):
-    """Loops of C, compiled by this machine's compiler in a tenth of a second: one call goes over many tensors.
+    """Loops of C, compiled in about 0.1 s by the machine's compiler; a call runs over many tensors.
 
-    Tensors are on a CPU, of the dtypes of `TYPES`, and lie alike in memory without gaps.
+    Tensors must be on a CPU, of a dtype in `TYPES`, and lie alike in memory without gaps.
     """
 
     def sums(self, parts: Parts, like: Tensor) -> Sums | None:
@@ -96,7 +96,7 @@ class C(Backend):
 
 
 def _take(calls: dict[Any, Call], batch: Batch) -> Batch | None:
-    """Add the members that a loop can take to its call; those that are left, but for those without entries."""
+    """Add members to their loop's call; return the batch of the remaining, nonempty members."""
     lowered, first = batch.lowered, batch.members[0]
     if lowered is None or not lowered:
         return None if lowered is not None else batch
@@ -104,7 +104,8 @@ def _take(calls: dict[Any, Call], batch: Batch) -> Batch | None:
     if not first[0].is_cpu or not all(kind in TYPES for kind in kinds):
         return batch
     text: Any = _text(lowered, batch.by_entry)
-    rounds = not batch.by_entry and kinds[0].itemsize < 4 and text is not None and len(text) > 1  # between stages
+    # rounding between stages
+    rounds = not batch.by_entry and kinds[0].itemsize < 4 and text is not None and len(text) > 1
     if text is None or rounds:
         return batch
     keep = None if batch.by_entry else rows_of(batch.changes, first[0])
@@ -125,10 +126,10 @@ def _take(calls: dict[Any, Call], batch: Batch) -> Batch | None:
 
 
 def _text(lowered: Lowered, by_entry: bool) -> Any:
-    """The statements, which are the same for steps that are equal."""
+    """Return the C code of instructions, cached for equal instructions; None if not supported."""
     try:
         return _written(tuple([(step, len(own)) for step, own in lowered]), by_entry)
-    except TypeError:  # a setting that can't be hashed
+    except TypeError:  # unhashable setting
         return None
 
 
@@ -139,12 +140,12 @@ def _written(steps: tuple[tuple[Instruction, int], ...], by_entry: bool) -> Any:
 
 
 def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether the memory of tensors is what they say."""
+    """Return True if tensors are ordinary, with their values in memory."""
     return set(map(type, tensors)) <= {Tensor, Parameter} and not any(map(Tensor.is_neg, tensors))
 
 
 def _lengths(members: Sequence[Tensors], keep: tuple[int, ...] | None) -> list[int] | None:
-    """What `_length` says of each, where all are contiguous and have entries, as is the rule; else None."""
+    """Return `_length` of each member if all are contiguous and nonempty, as usual; else None."""
     every = list(chain.from_iterable(members))
     first, *others = [list(map(Tensor.numel, role)) for role in zip(*members, strict=True)]
     simple = _plain(every) and all(map(Tensor.is_contiguous, every)) and min(first) > 0
@@ -157,7 +158,7 @@ def _lengths(members: Sequence[Tensors], keep: tuple[int, ...] | None) -> list[i
 
 
 def _length(tensors: Tensors, keep: tuple[int, ...] | None) -> int | None:
-    """The length of a member's rows, 0 where entries are for themselves; None if these or the rows don't lie flat."""
+    """Return the length of a member's rows, 0 for entries; None if its memory doesn't allow it."""
     first = tensors[0]
     if not (_plain(tensors) and first.numel() and all(t.numel() == first.numel() for t in tensors)):
         return None
@@ -171,7 +172,7 @@ def _length(tensors: Tensors, keep: tuple[int, ...] | None) -> int | None:
 
 
 class _UnknownError(Exception):
-    """An operation or instruction that isn't written in C."""
+    """Operation or instruction without C code."""
 
 
 # Value and slope of an entry {x} with |x| = {s}, by the settings of an operation.
@@ -182,15 +183,15 @@ _TERMS: dict[type[Operation], tuple[str, str]] = {
         "CUT({s}, DELTA) * ({s} - CUT({s}, DELTA) / 2)",
         "({x} < -DELTA ? -DELTA : CUT({x}, DELTA))",
     ),
-    Length: ("{x} * {x}", "{x}"),  # of lengths, what their squares are sums of
+    Length: ("{x} * {x}", "({x} / size)"),  # of a row of length `size`, the term of its square
 }
 
 
 def _term(one: Any) -> tuple[str, str]:
-    """C of the value and the slope of an operation, its settings written in.
+    """Return C code for an operation's value and slope, with its settings written in.
 
     Raises:
-        _UnknownError: there is none.
+        _UnknownError: the operation has none.
     """
     if type(one) not in _TERMS:
         raise _UnknownError
@@ -204,7 +205,7 @@ def _term(one: Any) -> tuple[str, str]:
 
 
 def statements(lowered: Lowered) -> str | None:
-    """C on the entries w and o0 for all instructions; None if one isn't known."""
+    """Return C code on the entries w and o0 for all instructions; None if one has none."""
     try:
         return "\n".join([line for step, names in _named(lowered) for line in _STATEMENTS[type(step)](step, names)])
     except (KeyError, _UnknownError):
@@ -212,7 +213,7 @@ def statements(lowered: Lowered) -> str | None:
 
 
 def stages(lowered: Lowered) -> Stages | None:
-    """C on rows, as `c_compiler.rows` takes it, for all instructions; None if one isn't known."""
+    """Return C code on rows, for `c_compiler.rows`, for all instructions; None if one has none."""
     found: list[tuple[str, str, str]] = []
     try:
         for step, names in _named(lowered):
@@ -220,7 +221,7 @@ def stages(lowered: Lowered) -> Stages | None:
             if type(step) in _ROWS:
                 found.append(_ROWS[type(step)](step, names, size))
             elif _has_lengths(step):
-                found.append((_inverse(size), "1", "\n".join(_STATEMENTS[type(step)](step, names, size))))
+                found.append((_bottom(size), "1", "\n".join(_STATEMENTS[type(step)](step, names, size))))
             else:
                 row, changes, entry = found.pop() if found and found[-1][1] == "1" else ("", "1", "")
                 found.append((row, changes, "\n".join([entry, *_STATEMENTS[type(step)](step, names)])))
@@ -230,23 +231,23 @@ def stages(lowered: Lowered) -> Stages | None:
 
 
 def _has_lengths(step: Any) -> bool:
-    """Whether it needs the length of a row."""
+    """Return True if an instruction needs the length of a row."""
     terms = step.sum if isinstance(step, Decay) else step
     return isinstance(terms, Gradient) and any(isinstance(other, Lengths) for other in terms.others)
 
 
 def numbers_of(lowered: Lowered) -> list[float]:
-    """The numbers of all the steps."""
+    """Return the scalars of all instructions."""
     return [float(number) for _, own in lowered for number in own]
 
 
 def changed_by(lowered: Lowered) -> tuple[int, ...]:
-    """Numbers of the tensors that change: 0, the weights, and 1, the gradient."""
+    """Return the indices of changed tensors: 0 for weights, 1 for the gradient."""
     return tuple(sorted({int(isinstance(step, Gradient)) for step, _ in lowered}))
 
 
 def _named(lowered: Lowered) -> Iterator[tuple[Any, list[str]]]:
-    """The steps, each with the names of its numbers."""
+    """Yield instructions, each with the names of its scalars."""
     names = (f"n{number}" for number in count())
     return ((step, [next(names) for _ in own]) for step, own in lowered)
 
@@ -258,7 +259,7 @@ def _terms(step: Gradient, numbers: Sequence[str], size: str = "") -> Iterator[s
     slopes = ["SGN(w)"] * step.l1 + ["w"] * step.l2
     for other in step.others:
         if isinstance(other, Lengths):
-            slopes.append(f"(w * inverse_{size})")
+            slopes.append(f"(w / bottom_{size})")
         else:
             slopes.append(f"({_term(other)[1].format(x='w', s='ABS(w)')})")
     for number, slope in zip(numbers, slopes, strict=True):
@@ -285,7 +286,8 @@ def _shrink(step: Shrink, numbers: Sequence[str]) -> Iterator[str]:
         yield f"w *= {numbers[0]};"
     if step.soft:
         yield _soft(numbers[-1])
-        yield "w += 0;"  # -0.0 becomes +0.0
+    # -0.0 becomes +0.0; "+ 0" wouldn't do: fused with the product, it gives -0.0 where that vanishes
+    yield "w = w == 0 ? 0 : w;"
 
 
 def _rooted(step: RootedShrink, numbers: Sequence[str]) -> Iterator[str]:
@@ -314,19 +316,19 @@ _STATEMENTS: dict[type, Any] = {
 }
 
 
-# Rows: statements on the row, whether its entries change, and on these
+# Rows: statements on the row, the condition for changes, statements on entries
 
 
-def _inverse(size: str) -> str:
-    least = "(sizeof(wide) == 4 ? 1e-35 : 1e-300)"  # below it, an inverse would be beyond all numbers
+def _bottom(size: str) -> str:
+    """C of a row's length as a divisor: 1 for a row of zeros. Its inverse could be beyond all numbers."""
     return f"""const double {size} = length_of(a0, length);
-        const wide inverse_{size} = (wide)({size} < {least} ? 0 : 1 / {size});"""
+        const wide bottom_{size} = (wide)({size} == 0 ? 1 : {size});"""
 
 
 def _shrink_row(step: ShrinkRows, numbers: Sequence[str], size: str) -> tuple[str, str, str]:
     row = f"""const double {size} = length_of(a0, length), left_{size} = 1 - {numbers[0]} / {size};
         const wide scale_{size} = (wide)(left_{size} > 0 ? left_{size} : 0);"""
-    return row, f"left_{size} == left_{size}", f"w = w * scale_{size} + 0;"  # not where it is NaN
+    return row, f"left_{size} == left_{size}", f"w = w * scale_{size} + 0;"  # false for NaN
 
 
 def _fit_row(step: FitRows, numbers: Sequence[str], size: str) -> tuple[str, str, str]:
@@ -365,7 +367,7 @@ static int64_t blocks_of(const int64_t *sizes, const int64_t *widths, int64_t co
 }
 """)
 
-# In lanes: a compiler keeps the order of a sum as it is written, so it is written as a processor can do it at once.
+# In lanes: compilers keep the order of a sum, so it is written in the order that SIMD needs.
 _ADD = Template("""
 static inline void $name(const entry *restrict e, int64_t count, double *sums) {
   for (int64_t part; count > 0; count -= part, e += part) {
@@ -385,6 +387,19 @@ static inline void $name(const entry *restrict e, int64_t count, double *sums) {
   }
 }
 """)
+
+# Length of a row: the root of its sum of squares; if out of range, again in double, by the greatest entry.
+_LENGTH = """
+static double length_of(const entry *e, int64_t count, double square) {
+  double peak = 0;
+  if (square != square || (square > 1e-24 && square < 1e30)) return sqrt(square);
+  for (int64_t i = 0; i < count; i++) { double x = fabs((double)LOAD(e[i])); peak = x > peak ? x : peak; }
+  if (peak == 0 || peak - peak != 0) return peak;
+  square = 0;
+  for (int64_t i = 0; i < count; i++) { double x = (double)LOAD(e[i]) / peak; square += x * x; }
+  return peak * sqrt(square);
+}
+"""
 
 _RUN = Template("""
 static void value(const entry *e, int64_t count, int64_t width, double *sums) {
@@ -435,20 +450,21 @@ _LENGTHS = (
     Template("""for (; count > 0; count -= width, e += width) {
     double own[TERMS] = {0};
     add(e, width, own);
-    own[$at] = sqrt((double)width) * sqrt(own[$at]);
+    own[$at] = sqrt((double)width) * length_of(e, width, own[$at]);
     for (int t = 0; t < TERMS; t++) sums[t] += own[t];
   }"""),
     Template(f"""for (; count > 0; count -= width, e += width, o += width) {{
     double square = 0;
     add_squares(e, width, &square);
-    const wide f$at = square == 0 ? 0 : (wide)(factors[$at] * sqrt((double)width) / sqrt(square));
+    const double length = length_of(e, width, square);
+    const wide size = (wide)(length == 0 ? 1 : length), f$at = (wide)(factors[$at] * sqrt((double)width));
     {_PUT}
   }}"""),
 )
 
 
 def _each(text: str, formulas: Sequence[str]) -> str:
-    """The text for each term: @ is its place, # its formula."""
+    """Return the text for each term, with @ replaced by its index and # by its formula."""
     return " ".join([text.replace("@", str(t)).replace("#", formula) for t, formula in enumerate(formulas)])
 
 
@@ -480,7 +496,7 @@ def _source(terms: tuple[Operation, ...], dtype: torch.dtype) -> str:
     value, gradient = [text.substitute(inner) for text in (_ENTRIES if at is None else _LENGTHS)]
     factors = [f"const wide f{t} = (wide)factors[{t}];" for t in range(len(terms)) if t != at]
     run = _RUN.substitute(value=value, gradient=gradient, factors=" ".join(factors))
-    squares = "" if at is None else _adding("add_squares", ["x * x"])
+    squares = "" if at is None else _adding("add_squares", ["x * x"]) + _LENGTH
     wide = "double" if dtype == torch.float64 else "float"
     return f"typedef {wide} wide;\n{PRELUDE}{head}{_adding('add', values)}{squares}{run}"
 
@@ -498,7 +514,7 @@ def _compiled_sum(terms: tuple[Operation, ...], dtype: torch.dtype) -> Any:
 
 
 def _sum_of(parts: Parts) -> list[tuple[float, Operation]] | None:
-    """Strength and operation of each term of a sum of penalties; None if one declares none that is known."""
+    """Return (strength, operation) per term of a sum of penalties; None if one isn't supported."""
     found: list[tuple[float, Operation]] = []
     for strength, leaf in parts:
         if leaf.operations is None:
@@ -511,7 +527,7 @@ def _sum_of(parts: Parts) -> list[tuple[float, Operation]] | None:
 
 
 class _Sums(Sums):
-    """A sum of operations on tensors whose entries, or rows, fill stretches of memory."""
+    """A sum of operations on tensors whose entries, or rows, are dense in memory."""
 
     adds = True
 

@@ -2,12 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from torch.optim import Optimizer
 
 from restrain.engine.backends.c import numbers_of, statements
 from restrain.engine.ops import OPTIMIZERS, Group, Lowered, counted, state_names
+
+
+@dataclass(frozen=True)
+class Expression:
+    """An expression of C, built by Python's arithmetic; numbers in it become arguments of the loop.
+
+    Args:
+        text: the expression.
+        numbers: the arguments so far, to which its numbers are added; argument i is called ni.
+    """
+
+    text: str
+    numbers: list[float]
+
+    def of(self, value: Any) -> str:
+        """The text of an operand."""
+        if isinstance(value, Expression):
+            return value.text
+        self.numbers.append(float(value))
+        return f"n{len(self.numbers) - 1}"
+
+    def _joined(self, left: Any, sign: str, right: Any) -> Expression:
+        return Expression(f"({self.of(left)} {sign} {self.of(right)})", self.numbers)
+
+    def __add__(self, other: Any) -> Expression:
+        return self._joined(self, "+", other)
+
+    def __sub__(self, other: Any) -> Expression:
+        return self._joined(self, "-", other)
+
+    def __mul__(self, other: Any) -> Expression:
+        return self._joined(self, "*", other)
+
+    def __rmul__(self, other: Any) -> Expression:
+        return self._joined(other, "*", self)
+
+    def __truediv__(self, other: Any) -> Expression:
+        return self._joined(self, "/", other)
+
+    def __neg__(self) -> Expression:
+        return Expression(f"(-{self.text})", self.numbers)
+
+    def sqrt(self) -> Expression:
+        """The square root."""
+        return Expression(f"SQRT({self.text})", self.numbers)
+
+    def maximum(self, other: Expression) -> Expression:
+        """The greater of the two; NaN if this is NaN."""
+        mine, its = self.text, other.text
+        return Expression(f"({mine} > {its} || {mine} != {mine} ? {mine} : {its})", self.numbers)
 
 
 def update(
@@ -22,19 +74,28 @@ def update(
         group: the optimizer's settings.
         count: of the steps, with this one.
     """
-    known, before, after = OPTIMIZERS[kind], statements(early), statements(late)
-    if known.update is None or before is None or after is None:
+    known, before, after = OPTIMIZERS[kind].update, statements(early), statements(late)
+    if known is None or before is None or after is None:
         return None
     numbers, last = numbers_of(early), numbers_of(late)
-
-    def number(value: float) -> str:
-        numbers.append(float(value))
-        return f"n{len(numbers) - 1}"
-
-    lines = [before, *known.update(group, count, number)]
+    lines = [before, *_stepped(known.step, group, known.scalars(group, count), numbers)]
     # what comes after calls its numbers n0, ..., too, and the second moment o0
     own = [f"n{place} = n{len(numbers) + place}" for place in range(len(last))]
     own += [f"o0 = o{len(state_names(group))}"] * counted(group)
     lines += ["{", *[f"const wide {name};" for name in own], after, "}"]
     numbers += last
     return ("\n".join(lines), numbers) if all(map(isfinite, numbers)) else None
+
+
+def _stepped(step: Any, group: Group, scalars: tuple[float, ...], numbers: list[float]) -> list[str]:
+    """The step as statements; each new value is named before one of the old ones is overwritten."""
+    w, g, *state = (Expression(name, numbers) for name in ("w", "o0", *(f"o{i + 1}" for i in range(_kept(group)))))
+    named = [Expression(w.of(number), numbers) for number in scalars]
+    weight, moments = step(group, named, w, g, state)
+    pairs = [("w", weight), *[(f"o{i + 1}", moment) for i, moment in enumerate(moments)]]
+    made = [f"const wide new_{name} = {value.text};" for name, value in pairs]
+    return ["{", *made, *[f"{name} = new_{name};" for name, _ in pairs], "}"]
+
+
+def _kept(group: Group) -> int:
+    return len(state_names(group))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from restrain.engine.backends.backend import Backend, Decider, Parts, Sums
 from restrain.engine.core import BLOCK, flattened, in_blocks, scratch, simple
-from restrain.engine.ops import Batch, Gradient, Lowered, Tensors, as_rows, carry_out, rows_of
+from restrain.engine.ops import Batch, Gradient, Lowered, Tensors, as_rows, carry_out, lengths, rows_of
 from restrain.operations import Absolute, Huber, Length, Logarithm, Operation, Square
 from restrain.penalties.base import times
 from restrain.penalties.shrink import at_least_float32
@@ -223,18 +223,14 @@ class _Lengths(_Piece):
 
     width: int
 
-    def _norms(self, x: Tensor) -> Tensor:
-        squares = torch.mul(x, x, out=scratch.like(x))
-        return squares.view(-1, self.width).sum(1, keepdim=True).sqrt_()
-
     def value(self, x: Tensor) -> Tensor:
-        length: Tensor = self._norms(x).sum() * self.width**0.5
-        return length
+        return lengths(x.view(-1, self.width)).sum() * self.width**0.5
 
     def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
-        norms = self._norms(x)
-        scale = (factor * self.width**0.5) / norms.masked_fill_(norms == 0, torch.inf)
-        torch.mul(x.view(-1, self.width), scale, out=out.view(-1, self.width))
+        rows = x.view(-1, self.width)
+        norms = lengths(rows)
+        torch.div(rows, norms.masked_fill_(norms == 0, 1), out=out.view(-1, self.width))
+        out.mul_(factor * self.width**0.5)
 
 
 @dataclass

@@ -34,9 +34,11 @@ from restrain.errors import RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.penalties import Penalty
 from restrain.torch_private import standalone_compile
+from restrain.versions import untested
 
 COST = 2 * 10**10  # entries × steps: estimate of the work that outweighs the seconds of compiling
-_ENTRIES, _ROWS = (70001,), (307, 233)  # example sizes without small factors, so that inductor assumes no divisibility
+# sizes without small factors: inductor assumes no divisibility
+_ENTRIES, _ROWS = (70001,), (307, 233)
 
 _kernels: dict[Any, Callable[..., Any] | None] = {}
 
@@ -146,4 +148,24 @@ def _made(steps: Sequence[tuple[Instruction, int]], tensors: Sequence[Tensor]) -
             made(*examples)
     except Exception:  # any failure: the next backend gives the same result
         return None
-    return made
+    return made if not untested(torch.__version__) or _agrees(made, run, examples) else None
+
+
+def _agrees(made: Callable[..., Any], run: Callable[..., Any], examples: Sequence[Tensor]) -> bool:
+    """Compare a kernel with the same instructions in eager torch on random numbers; warn if they differ."""
+    seed = torch.Generator(examples[0].device).manual_seed(0)
+    w, *others = [torch.randn(t.shape, generator=seed, dtype=t.dtype, device=t.device) for t in examples]
+    *tensors, numbers = [w, *[t.abs() for t in others]]  # moments and strengths aren't negative
+    mine, reference = [[t.clone() for t in tensors] for _ in range(2)]
+    made(*mine, numbers)
+    run(*reference, numbers)
+    close = 1e-5 if tensors[0].dtype.itemsize >= 4 else 1e-2
+    if all(torch.allclose(a, b, close, close, equal_nan=True) for a, b in zip(mine, reference, strict=True)):
+        return True
+    warnings.warn(
+        f"torch {torch.__version__} compiles rules at the optimizer's step to code that gives other numbers than "
+        "their formulas: they are done without",
+        RestrainWarning,
+        stacklevel=level_of_caller(),
+    )
+    return False

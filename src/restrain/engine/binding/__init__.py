@@ -1,4 +1,4 @@
-"""Rules bound to a model: the tensors and layers that they act on, and the optimizers that step them."""
+"""Rules bound to a model: their tensors and layers, and the optimizers that step them."""
 
 from restrain.engine.binding.binding import (
     Bound,

@@ -1,4 +1,4 @@
-"""Binds the rules of a plan to a model's tensors and layers, and refuses at once what can't work."""
+"""Binding of a plan's rules to a model's tensors and layers, with checks that they can act."""
 
 from __future__ import annotations
 
@@ -35,29 +35,30 @@ from restrain.transforms.base import Constraint, Noise
 
 @dataclass
 class Bound:
-    """A rule bound to a model: the parameters or places that it acts on, by name.
+    """A rule bound to a model: its parameters or activations, by name.
 
-    Its rule selects by names too; nothing here holds a module or tensor of the model.
+    Its rule selects by names too; no module or tensor of the model is held.
     """
 
     rule: Rule
     key: str
     compile: Compile = "auto"
-    parameters: list[tuple[Handle, Any]] = field(default_factory=list)  # with what acts there, its axes resolved
+    # with the penalty or transform, axes resolved
+    parameters: list[tuple[Handle, Any]] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
     output_recorders: list[Recorder] = field(default_factory=list)
-    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights that the forward sees disturbed
+    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights with noise in forwards
     derivative: Derivative | None = None
-    notes: list[str] = field(default_factory=list)  # what the table says of it
-    moving: list[Moving] = field(default_factory=list)  # its strengths that move
-    what: Any = None  # what the rule does, with the tensors of such strengths in it
-    overridden: Overrides = field(default_factory=Overrides)  # what stands in the place of parameters for a forward
+    notes: list[str] = field(default_factory=list)  # notes for the report's table
+    moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
+    what: Any = None  # the rule's `what`, with tensors for moving strengths
+    overridden: Overrides = field(default_factory=Overrides)  # tensors substituted for parameters
     given: Rule | None = None  # the rule before binding; selections of objects are replaced by names
 
     @property
     def recorders(self) -> list[Recorder]:
-        """All that looks at places for it."""
+        """All recorders of the rule."""
         return [
             *self.penalty_recorders,
             *self.output_recorders,
@@ -66,20 +67,20 @@ class Bound:
 
     @property
     def is_penalty(self) -> bool:
-        """Whether it has a value."""
+        """True if the rule has a value."""
         return isinstance(self.rule.what, Penalty | NetworkPenalty | OnDerivatives)
 
     @property
     def names(self) -> list[str]:
-        """The names of what it acts on."""
+        """The names of the parameters and activations."""
         return [handle.name for handle, _ in self.parameters] + [point.name for point in self.points]
 
     def tensors(self, root: nn.Module, frozen: bool = False) -> list[tuple[Tensor, Any]]:
-        """Its parameters as they stand now, with what acts on each; frozen and lazy ones are left out."""
+        """Return (parameter, what) for the current parameters that are neither frozen nor lazy."""
         return [(p, what) for _, p, what in self.standing(root, frozen)]
 
     def standing(self, root: nn.Module, frozen: bool = False) -> list[tuple[Handle, Tensor, Any]]:
-        """The same, each with its address."""
+        """Return (handle, parameter, what) for the current parameters; see `tensors`."""
         whats = {handle.name: what for handle, what in self.parameters}
         handles = [handle for handle, _ in self.parameters]
         return [(handle, p, whats[handle.name]) for handle, p in self.trained(handles, root, frozen)]
@@ -87,7 +88,7 @@ class Bound:
     def trained(
         self, handles: Iterable[Handle], root: nn.Module, frozen: bool = False
     ) -> Iterator[tuple[Handle, Tensor]]:
-        """Parameters as they stand now, by their addresses; frozen and lazy ones are left out."""
+        """Yield (handle, parameter) for the current parameters that are neither frozen nor lazy."""
         overridden = self.overridden.now(root)
         for handle in handles:
             p = overridden[handle.name] if handle.name in overridden else handle.find(root)
@@ -97,16 +98,20 @@ class Bound:
 
 
 def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
-    """Whether it isn't frozen; what is computed under `no_grad` requires no gradient, but what it is made of does."""
+    """Return True if a parameter isn't frozen.
+
+    A tensor computed under `no_grad` requires no gradient, but its stored tensors do.
+    """
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
 def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> list[Bound]:
-    """The rules bound to the model's tensors, each under a key of its own.
+    """Return the rules bound to the model's tensors, each with a unique key.
 
     Raises:
-        SelectionError: a rule matches nothing and isn't optional, or a place where hooks can't fire.
-        HowError: a moment that a tensor can't have.
+        SelectionError: a rule matches nothing and isn't optional, or selects a layer whose hooks
+            never fire.
+        HowError: a `how` that is impossible for a tensor.
     """
     shards.at_rest(model)
     there = _There(model)
@@ -123,14 +128,14 @@ def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> 
 
 
 def parametrized(bounds: Iterable[Bound]) -> Iterator[tuple[Handle, Any]]:
-    """The parameters that rules with how="parametrize" compute at each forward, with what computes each."""
+    """Yield (handle, reparametrisation) for rules with how="parametrize"."""
     return (pair for bound in bounds if bound.rule.how == "parametrize" for pair in bound.parameters)
 
 
 def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
-    """The weights with noise, with it, and whether it is an error if the layer is never called.
+    """Yield (weight, noise, True if it is an error that the layer is never called).
 
-    It isn't where a penalty trains the weight anyway, or the rule is optional.
+    It is no error if a penalty trains the weight anyway, or the rule is optional.
     """
     penalised = {h.name for b in bounds if b.rule.how in ("loss", "gradient") for h, _ in b.parameters}
     for bound in bounds:
@@ -139,7 +144,7 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
 
 
 class _There:
-    """What a model has while rules are bound to it: each selection is looked for once, each tensor looked up once."""
+    """Index of a model during binding: each selection and each tensor is looked up once."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
@@ -151,7 +156,7 @@ class _There:
         self._recorders: dict[Any, dict[int, PenaltyRecorder]] = {}
 
     def chosen(self, where: Where, optional: bool) -> _Chosen:
-        """The parameters that a selection takes."""
+        """Return the parameters of a selection."""
         if (where, optional) not in self._chosen:
             slots = self._parameters.select(where, optional)
             plain = all(not slot.parametrized and self._plain(slot) for slot in slots)
@@ -165,13 +170,13 @@ class _There:
         return known and getattr(slot.owner, "sparse", False) is not True
 
     def location(self, slot: Slot) -> Location:
-        """What rules are told when they are bound there."""
+        """Return the parameter's location, for `bound_to`."""
         if slot.name not in self._locations:
             self._locations[slot.name] = slot.location()
         return self._locations[slot.name]
 
     def targets(self, where: Places, optional: bool) -> _Targets:
-        """The places that a selection takes."""
+        """Return the activations of a selection."""
         if (where, optional) not in self._targets:
             found = select_places(where, self.layers, optional)
             for target in found if not optional else ():
@@ -181,49 +186,53 @@ class _There:
         return self._targets[where, optional]
 
     def _point(self, point: Point) -> Point:
-        """One object for all points at which the same tensor is caught, however they were selected."""
+        """Return a shared object for all points of the same tensor, however they were selected."""
         return self._points.setdefault((point.path, replace(point.place, which=None)), point)
 
     def shared(
         self, what: Penalty, mean: bool, optional: bool, moving: Sequence[Moving]
     ) -> tuple[float, Penalty, dict[int, PenaltyRecorder]]:
-        """A penalty as strength × penalty, and the recorders, by point, of the rules so far that have the second."""
+        """Return (strength, penalty, recorders by point).
+
+        Rules that differ only in strength share their recorders.
+        """
         (strength, leaf), *others = what.leaves()
         if others or moving or isinstance(strength, Tensor) or leaf.state():
             return 1.0, what, {}
         try:
             return strength, leaf, self._recorders.setdefault((leaf, mean, optional), {})
-        except TypeError:  # it can't be hashed
+        except TypeError:  # not hashable
             return 1.0, what, {}
 
 
 @dataclass(frozen=True)
 class _Chosen:
-    """Parameters that a selection takes."""
+    """Parameters of a selection."""
 
     slots: list[Slot]
-    where: Where  # the selection of these by their names
-    plain: bool = False  # whether all are tensors like any other: here, whole, with values, of dense gradients
+    where: Where  # selection by name
+    # all are ordinary: not meta, lazy, sharded, parametrised or with sparse gradients
+    plain: bool = False
 
 
 @dataclass(frozen=True)
 class _Targets:
-    """Places that a selection takes."""
+    """Activations of a selection."""
 
     found: list[Target]
     points: list[Point]
-    where: Places | None  # the selection of these by their names; None where there are none
+    where: Places | None  # selection by name; None if empty
 
 
 def _check_declared(what: What) -> None:
-    """Compare what a penalty or constraint declares with its formula, once for each class."""
+    """Compare the declaration of a penalty or constraint with its formula, once per class."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
     for leaf in leaves if isinstance(what, Penalty | Constraint) else ():
         operations.check(leaf)
 
 
 def _check_network(bound: Bound, model: nn.Module) -> None:
-    """A penalty on the whole network sees its parameters now, not first when its turn comes in training."""
+    """Call a penalty on the whole network with its parameters once, before training."""
     if isinstance(bound.rule.what, NetworkPenalty):
         found = {handle.name: handle.find(model) for handle, _ in bound.parameters}
         if found and not any(map(is_lazy, found.values())):
@@ -231,7 +240,7 @@ def _check_network(bound: Bound, model: nn.Module) -> None:
 
 
 def _check_parametrized(bounds: Sequence[Bound]) -> None:
-    """Refuse what would act on the temporary that a parametrisation of the same plan gives."""
+    """Check that no rule acts on the temporary tensor of a parametrisation in the same plan."""
     computed = {
         handle.name: bound for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters
     }
@@ -319,7 +328,7 @@ def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
 
 
 def _places_by_name(points: Sequence[Point]) -> Places | None:
-    """The selection of these places by their names."""
+    """Return the selection of these activations by their names."""
     places: list[Places] = []
     for place in dict.fromkeys(point.place for point in points):
         names = tuple(point.name for point in points if point.place == place)
@@ -329,7 +338,7 @@ def _places_by_name(points: Sequence[Point]) -> Places | None:
 
 
 def _check_caught(target: Target) -> None:
-    """Refuse places past which the model goes."""
+    """Check that the model calls the layer, so that hooks fire."""
     chain = target.layer.chain
     if len(chain) > 1 and isinstance(chain[-2], nn.MultiheadAttention):
         raise SelectionError(
@@ -351,13 +360,13 @@ def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
 
 
 def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
-    """Whether it needn't know of the tensor or place that it is bound to."""
+    """Return True if binding doesn't depend on the tensor or activation."""
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
 def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
-    """What acts on each parameter; of those like any other, there is nothing to refuse."""
+    """Return (handle, bound what) per parameter; ordinary parameters need no checks."""
     anywhere, looks = _same_anywhere(what), shards.looks(what)
     if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
         return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
@@ -367,7 +376,7 @@ def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tu
 
 
 def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
-    """What acts on this parameter, with axes named by meaning resolved; refuses what can't be."""
+    """Return the penalty or transform with axes resolved for a parameter, after checks."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
             f"{slot.name!r} is parametrised: it is computed anew at each use, so how={rule.how!r} would act on a "

@@ -1,4 +1,4 @@
-"""The optimizers that `attach` is given: which of them holds a parameter, and what they can't do for its rules."""
+"""Checks of the optimizers given to `attach`, against the rules on their parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer"
 
 
 def given_optimizers(given: Any) -> list[Optimizer]:
-    """What `attach` was given as optimizer=, as a list of torch's own.
+    """Return the argument optimizer= as a list of torch's optimizers, unwrapped.
 
     Raises:
         PlanError: it is something else.
@@ -38,21 +38,21 @@ def given_optimizers(given: Any) -> list[Optimizer]:
 
 @dataclass(frozen=True)
 class _Standing:
-    """A parameter, with the optimizer and the group that hold it."""
+    """A parameter, with the optimizer and group that hold it."""
 
     p: Tensor
     holder: Optimizer | None
     group: dict[str, Any] | None
-    alike: int  # equal for parameters between which the checks of a rule can't tell
+    alike: int  # equal for parameters that checks treat equally
 
 
 def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Refuse rules that the optimizers can't carry out, and warn of what is likely not meant.
+    """Check that optimizers can carry out the rules; warn of likely mistakes.
 
     Raises:
-        OptimizerError: no given optimizer holds a parameter, or the one that does can't do it.
-        NoProxError: proximal rules on one tensor whose sum has no known prox.
-        HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
+        OptimizerError: no given optimizer holds a parameter, or it can't carry out the rule.
+        NoProxError: the sum of proximal rules on a tensor has no known prox.
+        HowError: a prox that is neither by entry nor by group, with a metric that differs by entry.
     """
     holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
     _check_counted(bounds, root, holders)
@@ -84,8 +84,8 @@ def ascends(optimizer: Optimizer, root: nn.Module) -> bool:
 
 
 def _check_bound(bound: Bound, standing: dict[str, _Standing], computed: set[str]) -> None:
-    """Check a rule; what are alike are checked once."""
-    seen = dict[int, bool]()  # whether the optimizer decays them
+    """Check a rule, once for parameters that are alike."""
+    seen = dict[int, bool]()  # by `alike`: the optimizer has weight_decay
     decays, decayed = dict[int, bool](), []
     for handle, what in bound.parameters:
         at = standing[handle.name]
@@ -109,7 +109,7 @@ def _check_bound(bound: Bound, standing: dict[str, _Standing], computed: set[str
 
 
 def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, Any]) -> None:
-    """Refuse optimizers of other tensors, as of those of `functional_call`, where steps are to be counted."""
+    """Check that a given optimizer holds a parameter of the model, if steps are counted."""
     if not holders or any(id(p) in holders for p in root.parameters()):
         return
     for bound in bounds:
@@ -121,12 +121,12 @@ def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, 
 
 
 def _decays(what: Any) -> bool:
-    """Whether it is a penalty with a sum of squares in it."""
+    """Return True for a penalty that contains a sum of squares."""
     return isinstance(what, Penalty) and any(leaf.elastic is not None and leaf.elastic[1] for _, leaf in what.leaves())
 
 
 def _warn_of_rounding(bound: Bound, low: Sequence[str], standing: dict[str, _Standing]) -> None:
-    """Warn of parameters in a dtype of few digits, where a penalty acts at the optimizer's step."""
+    """Warn of parameters in 16-bit dtypes on which a penalty acts at the optimizer's step."""
     low = [name for name in low if standing[name].p.requires_grad]
     if low and bound.rule.how != "loss" and isinstance(bound.rule.what, Penalty):
         more = f", like {len(low) - 1} more" if len(low) > 1 else ""
@@ -137,7 +137,7 @@ def _warn_of_rounding(bound: Bound, low: Sequence[str], standing: dict[str, _Sta
 
 
 def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
-    """Refuse what the optimizer that holds a parameter can't do for it, or what none can."""
+    """Check that the optimizer of a parameter can carry out the rule on it."""
     p, holder, group, how = at.p, at.holder, at.group, bound.rule.how
     acts = how in ("gradient", "decoupled", "proximal", "project") and p.requires_grad
     if holder is None or group is None:
@@ -171,7 +171,7 @@ def _check_sharded(bound: Bound, name: str, holder: Optimizer) -> None:
 
 
 def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> None:
-    """Refuse optimizers that can't do what the rule says, whatever the parameter."""
+    """Check that the optimizer can carry out the rule on any parameter."""
     how, name = bound.rule.how, type(optimizer).__name__
     if how in ("decoupled", "proximal") and isinstance(optimizer, torch.optim.LBFGS):
         raise OptimizerError(
@@ -196,14 +196,14 @@ def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> No
 
 
 def _check_proximal(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> None:
-    """Check proximal rules, which act together on each parameter; the same on tensors alike is checked once."""
+    """Check the sum of proximal rules on each parameter, once for parameters that are alike."""
     together: dict[str, list[Penalty]] = {}
     measured = set[str]()
     for bound in bounds:
-        held = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
-        for name, what in held:
+        pairs = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
+        for name, what in pairs:
             together.setdefault(name, []).append(what)
-        holders = {id(holder): holder for name, _ in held if (holder := standing[name].holder) is not None}
+        holders = {id(holder): holder for name, _ in pairs if (holder := standing[name].holder) is not None}
         own = {type(holder).__name__ for holder in holders.values() if not known(holder)}
         if own:
             bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(own))} are measured"]

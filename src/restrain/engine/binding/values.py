@@ -1,4 +1,4 @@
-"""The values of bound rules on parameters and on the whole network."""
+"""Values of bound rules on parameters and on the whole network."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from restrain.rules import What
 
 
 def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = False) -> list[Tensor]:
-    """Strength × value of rules on parameters, each summed over its tensors (averaged under `reduce="mean"`).
+    """Return strength × value of rules on parameters, summed over tensors (or their mean).
 
-    Frozen tensors are left out unless asked for; a rule whose tensors all are has the value zero.
+    Frozen tensors are left out unless `frozen`; a rule without other tensors has the value zero.
     """
     means = [bound.rule.reduce == "mean" for bound in bounds]
     tensors = [bound.tensors(root, frozen) for bound in bounds]
@@ -31,19 +31,20 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
 
 
 class LossRules:
-    """The penalties on parameters that join the loss: those on one tensor are computed as one penalty.
+    """Penalties on parameters in the loss; penalties on the same tensor are computed as a sum.
 
-    The joined penalties are kept while the same rules are due; the parameters are looked up at each loss.
+    The joined penalties are cached while the same rules are due; parameters are looked up at each
+    loss.
     """
 
     def __init__(self, bounds: Sequence[Bound]) -> None:
         self.bounds = [bound for bound in bounds if isinstance(bound.rule.what, Penalty) and bound.parameters]
-        self._joined: dict[str, Penalty] = {}  # by the name of the parameter
+        self._joined: dict[str, Penalty] = {}  # by parameter name
         self._due: list[str] = []
         self._handles: list[Handle] = []
 
     def value(self, root: nn.Module, due: Collection[str]) -> Tensor | None:
-        """The sum of those rules that are due, with its graph; None where there is none."""
+        """Return the sum of the due rules, with its graph; None if none is due."""
         bounds = [bound for bound in self.bounds if bound.key in due]
         if not bounds:
             return None
@@ -57,7 +58,7 @@ class LossRules:
         return totals([terms])[0]
 
     def _pairs(self, bounds: Sequence[Bound], root: nn.Module) -> list[tuple[Tensor, Penalty]]:
-        """The tensors that are trained now, each with the sum of its penalties."""
+        """Return the trained tensors, each with the sum of its penalties."""
         keys = [bound.key for bound in bounds]
         if keys != self._due:
             self._due = keys
@@ -66,7 +67,7 @@ class LossRules:
             for bound in bounds:
                 for handle, what in bound.parameters:
                     of_each[handle.name].append(what)
-            made: dict[Any, Penalty] = {}  # tensors with the very same penalties share their sum
+            made: dict[Any, Penalty] = {}  # tensors with identical penalties share their sum
             self._joined = {}
             for name, whats in of_each.items():
                 key = tuple(map(id, whats))
@@ -77,9 +78,9 @@ class LossRules:
 
 
 def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
-    """What a rule does to each parameter at a step; under `reduce="mean"` divided as its value is in the loss.
+    """Return (handle, what) for each parameter of a rule at a step, scaled for `reduce="mean"`.
 
-    The tensors are those that are trained when the rules are attached.
+    The mean is over the tensors that are trained when the rules are attached.
     """
     if bound.rule.reduce != "mean":
         return bound.parameters
@@ -89,6 +90,6 @@ def at_steps(bound: Bound, root: nn.Module) -> list[tuple[Handle, What]]:
 
 
 def network_value(bound: Bound, root: nn.Module, outputs: Mapping[str, Tensor]) -> Tensor:
-    """Strength × value of a penalty on the whole network, given named outputs."""
+    """Return strength × value of a penalty on the whole network, given named outputs."""
     what: NetworkPenalty = bound.what
     return what({handle.name: whole(p) for handle, p, _ in bound.standing(root, frozen=what.takes_frozen)}, outputs)

@@ -1,4 +1,4 @@
-"""What happens during a forward of the model: recording of activations, masks, Jacobians."""
+"""Forwards of the model: recording of activations, masks, inputs of derivatives."""
 
 from restrain.engine.forward import masks
 from restrain.engine.forward.forwards import Forwards, RootBegins, RootEnds, paused

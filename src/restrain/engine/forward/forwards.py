@@ -1,13 +1,13 @@
-"""The forwards of a model with rules on its activations: when to record, and which of them count for a loss.
+"""Training forwards of a model with rules on activations, and the choice of those a loss counts.
 
-A `Forward` is kept while a loss may depend on it: while one of its outputs or of its gradients
-exists, as weak references to their marks tell. The node of an activation tells nothing, as our own
-records keep it. Where the model hands activations on (a hook of somebody else, an attribute of a
-layer), forwards whose outputs are gone are kept too, up to 16. A loss that depends on a forward that
-was given up is an error. A graph that is cut by hand (split learning, cached gradients) can't be
-followed: add `reg.penalty()` there.
+A `Forward` is kept while a loss may depend on it: while an output of it, or a gradient of an
+output, exists, as weak references to their marks tell. Activations can't tell, as our records keep
+their nodes alive. If the model passes activations on (to a foreign hook, or in an attribute of a
+layer), up to 16 forwards whose outputs are gone are kept too. A loss that depends on a forward
+given up earlier is an error. A graph that is cut by hand (split learning, cached gradients) can't
+be followed: add `reg.penalty()` there.
 
-Inside torch.func a value can't leave the transform: it is collected there, or that is an error.
+Inside torch.func a value can't leave the transform: it is collected there, or an error is raised.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ from restrain.errors import CaptureError, NeverFiredError
 from restrain.penalties.functorch import unwrapped
 from restrain.torch_private import checkpoint_frame, in_backward, not_alone, recomputing_saved_tensors
 
-_MOST_KEPT = 16  # forwards that no loss has counted, but one may yet depend on
+_MOST_KEPT = 16  # uncounted forwards without outputs that are kept
 _ENDED = "it was ended by an exception"
 _keys = itertools.count()
 _paused = Block()
 
 
 def paused() -> Block:
-    """Within it, no attachment records in this thread: for forwards that only look (`rs.activations`)."""
+    """Return a block within which no attachment records in this thread, as in `rs.activations`."""
     return _paused
 
 
 @dataclass
 class Collected:
-    """Weighted value of a recorder at a collection: `direct` × `factor` with its graph, `hidden` without."""
+    """Weighted value of a recorder: `direct` × `factor` with its graph, `hidden` without."""
 
     recorder: PenaltyRecorder
     direct: Tensor | None
     factor: float
     hidden: Tensor | float | None
-    share: Tensor | float  # the recorder's gradient for a loss gradient of one, in its cell
+    share: Tensor | float  # content of the recorder's cell for a loss gradient of 1
 
     def due(self, rules: Collection[str]) -> Collected | None:
-        """The same for these rules together; None where none of them looks at the place."""
+        """Return the part of the given rules; None if none of them uses this recorder."""
         factors = [factor for rule, factor in self.recorder.factors.items() if rule in rules]
         if not factors:
             return None
@@ -66,26 +66,26 @@ class Collected:
 
 
 class Derived(Protocol):
-    """A rule on derivatives; the `Derivative` of `jacobians`."""
+    """A rule on derivatives; implemented by `jacobians.Derivative`."""
 
     recorders: list[Recorder]
 
     def collect(self, forwards: Sequence[Forward]) -> None:
-        """Take what these forwards gave; the same forwards again change nothing."""
+        """Take the records of these forwards; no effect for the same forwards again."""
 
     def forget(self) -> None:
         """Forget what was collected."""
 
 
 class Further(Protocol):
-    """A further forward for the sake of a derivative; the `Rerun` of `jacobians`."""
+    """A replay, a second forward for a derivative; implemented by `jacobians.Rerun`."""
 
     call: Call
 
 
 @dataclass
 class _Running:
-    """A forward of the model that runs; `forward` is that of the outermost one, None if that one isn't in training."""
+    """Running forward of the model; `forward` is the outermost's record, None outside training."""
 
     call: Call
     inputs: Inputs | None
@@ -93,7 +93,7 @@ class _Running:
 
 
 class _Thread(threading.local):
-    """What runs in this thread: forwards of the model, the innermost last, and a further forward for a derivative."""
+    """Running forwards of this thread, the innermost last, and its replay for a derivative."""
 
     def __init__(self) -> None:
         self.running: list[_Running] = []
@@ -103,14 +103,14 @@ class _Thread(threading.local):
 class Compiled:
     """A forward that ran as compiled code.
 
-    Compiled code can't mark nodes, but it can store an object. The attachment notes it before the next loss, or when
-    the next compiled forward takes its place.
+    Compiled code can't mark nodes, but it can store an object. `note` turns it into a `Forward`
+    before the next loss, or when the next compiled forward replaces it.
 
     Args:
-        forwards: those of the attachment.
-        output: of the model.
-        added: what it added to the total of each penalty's recorder.
-        kept: what it gave to each recorder beside that.
+        forwards: the attachment's forwards.
+        output: the model's output.
+        added: the addition to each penalty recorder's total.
+        kept: the values for each recorder besides.
     """
 
     forwards: Forwards | None = None
@@ -120,7 +120,7 @@ class Compiled:
 
     @not_alone
     def note(self) -> None:
-        """Have it noted, once."""
+        """Pass this forward to `Forwards.note`, once."""
         forwards, self.forwards = self.forwards, None
         if forwards is not None:
             forwards.note(self)
@@ -131,37 +131,43 @@ class Compiled:
 
 
 class Forwards:
-    """The training forwards of one model from which losses are still to come."""
+    """The training forwards of a model that later losses may count."""
 
     def __init__(self) -> None:
         self.penalty_recorders: list[PenaltyRecorder] = []
         self.output_recorders: list[Recorder] = []
         self.derived: list[Derived] = []
-        self.recorders: list[Recorder] = []  # all these
-        self._reached = False  # whether each place was
+        self.recorders: list[Recorder] = []  # the two above and those of derivatives
+        self._reached = False  # True after every recorder has fired
         self.ran = False  # a training forward ran since the last real optimizer step
-        self.pending: dict[int, Forward] = {}  # by number, in their order
+        self.pending: dict[int, Forward] = {}  # uncollected forwards by number, in order
         self._numbers, self._collections = itertools.count(1), itertools.count(1)
         self._key = f"restrain {next(_keys)}"
-        self._lost: list[weakref.ref[Mark]] = []  # marks of forwards that were given up before any loss counted them
+        self._lost: list[weakref.ref[Mark]] = []  # marks of forwards given up uncounted
         self._thread = _Thread()
-        self.current: list[Collected] = []  # of the last collection
-        self.outputs: dict[str, dict[str, Tensor]] = {}  # rule -> named outputs, for penalties on the whole network
-        self.names: tuple[str, ...] | None = None  # of the forward's positional parameters, if a place asks for a mask
-        self.began: Callable[[], None] = lambda: None  # called when a training forward begins, in eager code
+        self.current: list[Collected] = []  # values of the last collection
+        # for penalties on the whole network: named outputs by rule
+        self.outputs: dict[str, dict[str, Tensor]] = {}
+        # positional parameters of the forward, if an activation has a mask
+        self.names: tuple[str, ...] | None = None
+        # called at the beginning of an eager training forward
+        self.began: Callable[[], None] = lambda: None
         self.overridden = Overrides()
         self._of_frames: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
-        self._filled: list[PenaltyRecorder] = []  # whose cells aren't empty
+        self._filled: list[PenaltyRecorder] = []  # recorders whose cells are filled
         self.root: Callable[[], nn.Module | None] = lambda: None
-        # Of compiled code:
+        # For compiled code:
         self.compiled: Compiled | None = None  # the last forward
         self._before: list[Tensor] = []  # totals
         self._compiled_inputs: list[Inputs] = []
 
-    # What runs
+    # Running forwards
 
     def running(self, below: FrameType | None = None) -> Forward | None:
-        """The training forward that runs in this thread; those that an exception has ended are given up."""
+        """Return the training forward running in this thread.
+
+        Forwards that an exception has ended are given up.
+        """
         running = self._thread.running
         while running and not running[-1].call.runs(below or sys._getframe(1)):
             ended = running[-1]
@@ -171,12 +177,12 @@ class Forwards:
         return running[-1].forward if running else None
 
     def outermost(self) -> Forward | None:
-        """The training forward that runs in this thread, outside of any call of the model within it."""
+        """Return the training forward running in this thread; None inside a nested call."""
         forward = self.running()
         return forward if len(self._thread.running) == 1 else None
 
     def mode(self) -> str:
-        """What a layer that is called now should do with its penalties."""
+        """Return how a layer called now handles penalties: record, recompute, compiled or off."""
         if torch.compiler.is_compiling():
             return "compiled" if torch.is_grad_enabled() else "off"
         if _paused.on:
@@ -186,13 +192,13 @@ class Forwards:
         return "record" if torch.is_grad_enabled() or self.running() is not None else "off"
 
     def plain(self) -> Forward | None:
-        """The training forward that a layer belongs to, if eager code runs and nothing else goes on; else None."""
+        """Return the running training forward if plain eager code runs; else None."""
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_backward() or _paused.on:
             return None
         return self.running()
 
     def forward(self) -> Forward:
-        """The forward to which a layer belongs that is called now; of a layer that is called alone, one of its own."""
+        """Return the running forward, or a new forward for a layer that is called alone."""
         forward = self.running()
         return self._new() if forward is None else forward
 
@@ -200,15 +206,15 @@ class Forwards:
         return Forward(self.pending, self._key, next(self._numbers), call)
 
     def passes(self, mode: str) -> bool:
-        """Whether, in this mode, another tensor may go on in the place of a layer's output.
+        """Return True if a hook may replace a layer's output in this mode.
 
-        Rules on derivatives look at the graph between layers, which is to be the model's own.
+        Rules on derivatives need the model's own graph between layers.
         """
         return not self.derived and (mode == "record" or (mode == "recompute" and recomputing_saved_tensors()))
 
     @property
     def further(self) -> Any:
-        """The further forward that runs in this thread for a derivative."""
+        """The replay that runs in this thread for a derivative, or None."""
         further = self._thread.further
         return further if further is not None and further.call.runs(sys._getframe(1)) else None
 
@@ -217,7 +223,7 @@ class Forwards:
         self._thread.further = further
 
     def begin(self, model: nn.Module, inputs: Inputs | None, frame: FrameType) -> None:
-        """A forward of the whole model begins, in this frame."""
+        """Begin a forward of the whole model, called in `frame`."""
         outer, call = self.running(frame.f_back), Call(frame, model)
         nested, trains = bool(self._thread.running), model.training and torch.is_grad_enabled()
         if not nested and not _paused.on:
@@ -231,21 +237,21 @@ class Forwards:
         self._show_inputs()
 
     def _show_inputs(self) -> None:
-        """Let compiled code below the model see what the innermost forward was called with."""
+        """Give the innermost forward's inputs to compiled code below the model."""
         if self.names is not None:
             shown = [running.inputs for running in self._thread.running[-1:]]
             self._compiled_inputs = [inputs for inputs in shown if inputs is not None]
 
     def _tidy(self) -> None:
-        """Before a forward: empty cells, forget forwards whose outputs are gone, note what compiled code gave."""
+        """Empty cells, note compiled forwards, and forget forwards whose outputs are gone."""
         self._empty_cells()
         self._note_compiled()
         self._forget_gone()
 
     def end(self, output: Any, frame: FrameType) -> Any:
-        """The forward that runs in this frame ended, with this output; in another frame, an exception ended one.
+        """End the forward called in `frame`, and return its output, with aliases for some tensors.
 
-        Return the output, in which aliases may stand in the place of tensors.
+        In another frame no forward ends: an exception has ended one.
         """
         forward = self.running()
         if forward is None and not self._thread.running:
@@ -261,10 +267,10 @@ class Forwards:
         return output
 
     def inputs(self) -> Inputs | None:
-        """What the model's forward was called with, for a layer that is called now; None outside of a forward.
+        """Return the inputs of the running forward of the model; None outside of a forward.
 
         Raises:
-            CaptureError: it can't be told.
+            CaptureError: a reentrant checkpoint hides them.
         """
         if torch.compiler.is_compiling():
             return self._compiled_inputs[-1] if self._compiled_inputs else None
@@ -285,7 +291,7 @@ class Forwards:
     # Compiled code
 
     def begin_compiled(self, model: nn.Module, inputs: Inputs | None) -> None:
-        """A forward of the whole model begins, in compiled code, into which this is traced."""
+        """Begin a forward of the whole model in compiled code; this method is traced into it."""
         if inputs is not None:
             self._compiled_inputs.append(inputs)
         if model.training and torch.is_grad_enabled():
@@ -295,7 +301,7 @@ class Forwards:
                 recorder.total.zero_()
 
     def end_compiled(self, model: nn.Module, output: Any) -> None:
-        """It ended."""
+        """End a forward of the whole model in compiled code, and store it in `compiled`."""
         if self._compiled_inputs:
             self._compiled_inputs.pop()
         if model.training and torch.is_grad_enabled() and self.recorders:
@@ -303,12 +309,13 @@ class Forwards:
             for penalised, before in zip(self.penalty_recorders, self._before, strict=True):
                 penalised.total.copy_(before)
             kept = [recorder.compiled for recorder in self.recorders]
-            self.compiled = Compiled(self, output, added, kept)  # a look at the output would be traced
+            # an inspection of the output would be traced
+            self.compiled = Compiled(self, output, added, kept)
             for recorder in self.recorders:
                 recorder.compiled = []
 
     def note(self, compiled: Compiled) -> None:
-        """Make a forward of one that ran as compiled code."""
+        """Make a `Forward` of a forward that ran as compiled code."""
         self._forget_gone()
         forward = self._new()
         for recorder, kept in zip(self.recorders, compiled.kept, strict=True):
@@ -320,14 +327,14 @@ class Forwards:
         forward.end(compiled.output)
 
     def _note_compiled(self) -> None:
-        """Note compiled forwards, and what compiled layers gave outside of forwards."""
+        """Note the last compiled forward, and values of compiled layers outside of forwards."""
         compiled, self.compiled = self.compiled, None
         if compiled is not None:
             compiled.note()
         self._take_compiled(self._new())
 
     def _take_compiled(self, forward: Forward) -> None:
-        """Give to a forward what compiled layers added to the totals."""
+        """Move what compiled layers added to totals into a forward's records."""
         for recorder in self.recorders:
             if recorder.compiled:
                 kept, recorder.compiled = recorder.compiled, []
@@ -337,7 +344,7 @@ class Forwards:
             if (record := penalty.take_total()) is not None:
                 forward.keep(penalty, record)
 
-    # Which forwards count
+    # Choice of forwards
 
     def watch(
         self,
@@ -345,13 +352,13 @@ class Forwards:
         output_recorders: Sequence[Recorder],
         others: Sequence[Recorder],
     ) -> None:
-        """Look at the places of one more rule."""
+        """Add the recorders of a rule."""
         self.penalty_recorders += penalty_recorders
         self.output_recorders += output_recorders
         self.recorders += [*penalty_recorders, *output_recorders, *others]
 
     def _give_up(self, forward: Forward, why: str) -> None:
-        """Forget a forward that no loss has counted; one that depends on it is an error."""
+        """Forget an uncounted forward; a loss that depends on it is an error from now on."""
         forward.mark.lose(why)
         self.pending.pop(forward.number, None)
         self._lost = [mark for mark in self._lost if mark() is not None] + [weakref.ref(forward.mark)]
@@ -363,13 +370,14 @@ class Forwards:
             self._give_up(forward, why)
 
     def _forget_gone(self) -> None:
-        """Forget the forwards that nothing depends on any more.
+        """Forget forwards that no loss can depend on any more.
 
-        Of those whose outputs are gone, somebody may still hold an activation, which can't be told. Where the model
-        hands activations on, to hooks or as attributes, some are kept for losses that depend on them.
+        A user may still hold an activation of a forward whose outputs are gone, which can't be
+        seen. If the model passes activations on, to hooks or as attributes, a few of these forwards
+        are kept for losses that depend on them.
         """
         for forward in list(self.pending.values()):
-            if forward.call is not None and not forward.call.runs():  # in a thread that is over
+            if forward.call is not None and not forward.call.runs():  # ended in another thread
                 self._give_up(forward, _ENDED)
         gone = [forward for forward in list(self.pending.values()) if forward.gone]
         kept = [forward for forward in gone if not forward.collection][-_MOST_KEPT:]
@@ -383,11 +391,11 @@ class Forwards:
                 self._forget(forward, "its output was gone before the loss was computed")
 
     def stepped(self) -> None:
-        """An optimizer that holds the model's parameters, or was given to `attach`, took a step.
+        """Note a step of an optimizer that holds the model's parameters or was given to `attach`.
 
-        What a loss has counted is forgotten. What none has counted by then, counts only for a loss that depends on it.
-        Where it can't be told whether there may be one (layers called alone), it is forgotten after a later forward was
-        counted, or another step was taken.
+        Counted forwards are forgotten. Uncounted forwards count from now on only for losses that
+        depend on them. If that can't be seen (layers called alone), they are forgotten after a
+        later forward was counted, or at the next step.
         """
         self._empty_cells()
         self._note_compiled()
@@ -405,7 +413,7 @@ class Forwards:
             rule.forget()
 
     def clear(self) -> None:
-        """Forget all, as if no forward had ever run."""
+        """Forget everything, as if no forward had ever run."""
         self._note_compiled()
         self.pending.clear()
         self._lost = []
@@ -415,18 +423,19 @@ class Forwards:
             rule.forget()
 
     def last(self, rule: str) -> float:
-        """The value of a rule on activations that was last collected; nan before the first."""
+        """Return the last collected value of a rule on activations; nan before the first."""
         parts = [part for recorder in self.recorders if rule in recorder.factors for part in recorder.last(rule)]
         return sum(float(part.mean()) for part in parts) if parts else float("nan")
 
     def collect(self, loss: Tensor | None = None) -> bool:
-        """Put into `current` and `outputs` what those forwards gave that count for a loss; whether there are any.
+        """Put records of the counted forwards into `current` and `outputs`; False if none counts.
 
         Args:
-            loss: None, and a loss without a graph, counts all that no loss has counted since the last step.
+            loss: the loss. If None or without a graph, all forwards since the last step count that
+                no loss has counted.
 
         Raises:
-            NeverFiredError: a place was never reached.
+            NeverFiredError: a layer with rules was never called.
             CaptureError: the loss depends on a forward that was given up.
         """
         running = self.running()
@@ -453,7 +462,7 @@ class Forwards:
         return bool(counted)
 
     def _depended_on(self, ready: Sequence[Forward], loss: Tensor) -> list[Forward]:
-        """The forwards that the loss depends on: those that no loss has counted, or where there is none, all."""
+        """Return the forwards that the loss depends on: the uncounted ones, or else all."""
         new = {forward.number for forward in ready if forward.marked and not forward.collection}
         old = {forward.number for forward in ready if forward.marked}
         self._lost = [mark for mark in self._lost if mark() is not None]
@@ -469,10 +478,10 @@ class Forwards:
         return [forward for forward in depended_on if not forward.collection] or depended_on
 
     def _check_transforms(self, counted: Sequence[Forward], ready: Sequence[Forward]) -> None:
-        """Refuse what was seen inside a transform of torch.func only, if it would be missing.
+        """Check that no record would be missing that was made inside a torch.func transform only.
 
         Raises:
-            CaptureError: so it is.
+            CaptureError: there is such a record.
         """
         asked = counted or [forward for forward in ready if not forward.collection]
         for recorder in self.recorders:
@@ -506,7 +515,7 @@ class Forwards:
             )
 
     def _drained(self, recorder: PenaltyRecorder, forwards: Sequence[Forward]) -> Collected:
-        """The weighted value of a recorder at these forwards."""
+        """Return the weighted value of a recorder at these forwards."""
         records = [record for forward in forwards for record in forward.records.get(recorder, ())]
         recorder.check(records)
         direct, hidden = [r for r in records if r.graph], [r for r in records if not r.graph]
@@ -530,35 +539,36 @@ class Forwards:
     # Cells
 
     def fill_cells(self, collected: Sequence[Collected], gradient: Tensor) -> None:
-        """Write into each recorder's cell what its value's gradient is, for the backward that runs."""
+        """Write the gradient of each recorder's value into its cell, for the current backward."""
         upstream: Any = gradient.item() if gradient.is_cpu else gradient
         for one in collected:
             if one.hidden is not None:
-                # .data: the graph of the forward holds the cell, and may see another value in it than at the forward
+                # .data: the forward's graph holds the cell, which may differ from its value at the
+                # forward
                 self._filled.append(one.recorder)
                 one.recorder.cell.data.fill_(upstream * one.share)
 
     def empty_cells(self) -> None:
-        """At the end of the backward: one without `reg.loss` adds nothing of ours."""
+        """Zero the cells at the end of a backward: a loss without `reg.loss` adds no penalty."""
         filled, self._filled = self._filled, []
         for recorder in filled:
             recorder.cell.data.zero_()
 
     def _empty_cells(self) -> None:
-        """After a backward that an exception ended."""
+        """Zero the cells after a backward that an exception ended."""
         if self._filled and not in_backward():
             self.empty_cells()
 
 
 def _since(ready: Sequence[Forward]) -> list[Forward]:
-    """The forwards since the last step that no loss has counted; where there is none, those that the last one did."""
+    """Return the uncounted forwards since the last step, or else the last counted ones."""
     recent = [forward for forward in ready if not forward.past]
     numbers = [forward.collection for forward in recent]
     return [forward for forward in recent if forward.collection == (0 if 0 in numbers else max(numbers))]
 
 
 def hands_on(model: nn.Module) -> bool:
-    """Whether a hook of somebody else sees activations of the model, or one stands as an attribute of a layer."""
+    """Return True if the model passes activations on: to a foreign hook, or as an attribute."""
     for module in model.modules():
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         if any(not isinstance(hook, Hook) or hook.hands_on for hook in hooks if not _of_torch(hook)):
@@ -571,7 +581,7 @@ def hands_on(model: nn.Module) -> bool:
 
 
 def _of_torch(hook: Any) -> bool:
-    """Whether a hook is one of torch itself: of FSDP2, of weight_norm."""
+    """Return True for a hook of torch itself, such as FSDP2's or weight_norm's."""
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
 
 
@@ -587,7 +597,7 @@ def _outputs(output_recorders: Sequence[Recorder], forwards: Sequence[Forward]) 
 
 
 class RootBegins(Hook):
-    """Pre-hook of the model itself."""
+    """Pre-hook of the model: begins a forward."""
 
     def __init__(self, forwards: Forwards) -> None:
         self.forwards = forwards
@@ -605,7 +615,10 @@ class RootBegins(Hook):
 
 
 class RootEnds(RootBegins):
-    """Post-hook of the model itself; called after an `Exception` too, from another frame."""
+    """Post-hook of the model: ends a forward.
+
+    Called after an `Exception` too, from another frame.
+    """
 
     @not_alone
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:  # type: ignore[override]

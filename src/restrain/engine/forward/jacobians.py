@@ -1,13 +1,14 @@
-"""Penalties on derivatives, bound to places of a model.
+"""Penalties on derivatives, bound to activations of a model.
 
-At each place of theirs a probe notes the tensor of the forward. One whose derivative is taken by a tensor that needs no
-gradient (the model's input) hands on a twin in the same storage that does. Where the graph of the forward can be
-differentiated twice, that is all; elsewhere the model runs again on the inputs that were kept, with the probes at work.
+A probe at each activation records its tensor in the forward. If the derivative is taken by a tensor
+that needs no gradient (the model's input), the probe replaces it by a twin in the same storage that
+does. If the forward's graph can be differentiated twice, that suffices; else the model is replayed
+on the same inputs, with the probes at work.
 
-The nodes of the graph between the places say what stands in the way (reentrant checkpoints, fused
-attention, compiled code), which samples depend on each other, and where a closed form holds. The
-second run has the same random state, copies of the buffers, no autocast and no compiled code, and
-other rules don't see it.
+The nodes of the graph between the activations tell obstacles (reentrant checkpoints, fused
+attention, compiled code), which samples depend on each other, and whether a closed form holds. The
+replay has the same random state, copies of the buffers, no autocast and no compiled code, and other
+rules don't see it.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compi
 
 @dataclass(frozen=True)
 class Given:
-    """What a forward of the model was called with."""
+    """Arguments of a forward of the model, with its random state and tensor versions."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    randomness: Randomness | None  # None from compiled code
+    randomness: Randomness | None  # None in compiled code
     versions: tuple[int, ...] | None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """With the random state and the versions of the tensors now."""
+        """Return the arguments with the current random state and versions of tensors."""
         tensors = list(structures.tensors([args, kwargs]))
         return cls(args, kwargs, Randomness(tensors), tuple(map(version, tensors)))
 
     def check(self) -> None:
-        """Before it is used again.
+        """Check that the arguments can be used again.
 
         Raises:
             CaptureError: the forward changed a tensor in place.
@@ -68,7 +69,7 @@ class Given:
 
 @dataclass
 class Rerun:
-    """A further forward, by this call: what stands in the place of each input, and what the outputs are."""
+    """A replay: the function that moves inputs, and the outputs that probes have seen."""
 
     whose: Derivative
     call: Call
@@ -78,7 +79,7 @@ class Rerun:
 
 
 class Probe(Recorder):
-    """A place of a rule on derivatives; its records are batches."""
+    """Recorder of an activation for a rule on derivatives; its records are batches."""
 
     way_out = "Penalties on derivatives aren't known there: use loss.backward() on a plain call of the model"
 
@@ -87,7 +88,7 @@ class Probe(Recorder):
         self.whose = rule
 
     def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
-        """Look at a layer that is called; returns what it gives, or puts another tensor in its place."""
+        """Record the layer's tensor; return its outputs or inputs, with a replaced tensor if any."""
         mode = self.whose.mode()
         if mode == "off":
             return result
@@ -95,10 +96,10 @@ class Probe(Recorder):
         if mode != "again" and not self.whose.due():
             return result
         way = self._way(structure)
-        h = structures.get(result, way)  # with what rules before have put there
+        h = structures.get(result, way)  # with replacements by earlier rules
         if mode != "again" and transforming():
             self.whose.forwards.forward().lose(self)
-            return result  # inside torch.func, nothing can leave
+            return result  # nothing can leave a torch.func transform
         if not torch.is_grad_enabled():
             raise CaptureError(
                 f"{self.rule}: the {self.point} are inside a reentrant checkpoint, where they have no graph; "
@@ -120,18 +121,18 @@ class Probe(Recorder):
             raise CaptureError(f"{self.rule}: {error}") from None
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
-        """What to do with the tensor that was found."""
+        """Handle the batch found at `way`, and return the layer's outputs or inputs."""
         raise NotImplementedError
 
     def note(self, batch: Batch) -> None:
-        """Keep what a forward gave."""
+        """Keep a batch of the running forward."""
         forward, tensor = self.whose.forwards.forward(), batch.tensor
         own = dataclasses.replace(batch, forward=forward.number)
         forward.keep(self, Record(own, watched=tensor, version=version(tensor)), tensor)
 
 
 class Seen(Probe):
-    """A place whose derivative is taken."""
+    """Probe of an activation whose derivative is taken."""
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
         if mode == "recompute":
@@ -145,7 +146,7 @@ class Seen(Probe):
 
 
 class Moved(Probe):
-    """A place by which the derivative is taken."""
+    """Probe of an activation by which the derivative is taken."""
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
         if mode == "again":
@@ -164,7 +165,7 @@ class Moved(Probe):
         return result if h is batch.tensor else structures.put(result, way, h)
 
     def _light(self, mode: str) -> bool:
-        """Whether inputs need no gradient; in a recomputation as it was at the first time."""
+        """Return True if inputs need no gradient; in a recomputation, as in the first run."""
         frame = checkpoint_frame()
         if frame is None:
             return self.whose.light
@@ -174,7 +175,7 @@ class Moved(Probe):
 
 
 class Arguments(Recorder, Hook):
-    """The pre-hook of the model that keeps what it is called with, where it may have to run again."""
+    """Pre-hook of the model that keeps its arguments for a possible replay."""
 
     def __init__(self, rule: Derivative) -> None:
         super().__init__(rule.key, Point("", (), Place("inputs")), optional=True)
@@ -193,22 +194,22 @@ class Arguments(Recorder, Hook):
 
 
 class Derivative:
-    """A rule on derivatives at work.
+    """A rule on derivatives, bound to a model.
 
     Args:
-        key: of the rule.
-        what: the penalty, with its strength.
-        of: the places whose derivative is taken; none for that of the loss.
-        by: those by which it is taken.
-        optional: never being reached is no error.
-        notes: what the table says of the rule.
+        key: key of the rule.
+        what: the penalty with its strength.
+        of: activations whose derivative is taken; empty for the derivative of the loss.
+        by: activations by which it is taken.
+        optional: True if layers that are never called are no error.
+        notes: the rule's notes in the report's table.
     """
 
     def __init__(
         self, key: str, what: OnDerivatives, of: Sequence[Point], by: Sequence[Point], optional: bool, notes: list[str]
     ) -> None:
         self.key, self.strength, self.penalty, self.notes = key, what.strength, what.leaf, notes
-        self.forwards = Forwards()  # this and the next two are the attachment's own once it is bound
+        self.forwards = Forwards()  # replaced in `bind`, like the next two
         self.due: Callable[[], bool] = lambda: True
         self._root: Callable[[], nn.Module | None] = lambda: None
         self.seen = [Seen(self, point, optional) for point in of]
@@ -216,22 +217,23 @@ class Derivative:
         self.arguments = Arguments(self)
         self.recorders: list[Recorder] = [*self.probes, self.arguments]
         self.choice: Choice | None = None
-        self.light = False  # what was chosen was seen to need no gradient of inputs
-        self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # by checkpoint
+        self.light = False  # the chosen estimator needs no gradient of inputs
+        # by checkpoint frame
+        self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
         self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
-        self._blind = False  # whether what is pending comes from compiled code, which no probe saw
+        self._blind = False  # pending records come from compiled code, unseen by probes
         self._term: Tensor | None = None
-        self._collected: list[int] = []  # the numbers of the forwards that are pending or in the term
+        self._collected: list[int] = []  # numbers of the forwards that are pending or in the term
         self._say("chosen at the first loss" if self.penalty.estimator == "auto" else self.penalty.estimator)
 
     def _say(self, estimator: str) -> None:
-        """Let the table say it."""
+        """Write the estimator into the rule's notes."""
         projections, exact = self.penalty.projections, estimator.startswith(("exact", "chosen"))
         signs = f", {projections} random direction{'s' * (projections > 1)}"
         self.notes[:] = [f"{self.key}: estimator {estimator}{'' if exact else signs}"]
 
     def mode(self) -> str:
-        """What a probe should do now: as `Forwards.mode`, or 'again' in a further forward for this rule."""
+        """Return what a probe does now: `Forwards.mode`, or 'again' in a replay for this rule."""
         further = self.forwards.further
         if further is None:
             return self.forwards.mode()
@@ -239,18 +241,18 @@ class Derivative:
 
     @property
     def probes(self) -> list[Probe]:
-        """Those at layers; at one place, what is looked at is what was moved."""
+        """Probes at layers, `moved` first: at the same activation `seen` gets the moved tensor."""
         return [*self.moved, *self.seen]
 
     @property
     def runs_again(self) -> bool:
-        """Whether the model will run again for it, or may have to."""
+        """True if the rule replays the model, or may have to."""
         if self.penalty.of_loss:
             return False
         return self.choice is None or self.choice.again or self.light or self.choice.estimator == "jvp"
 
     def _unseen(self, forwards: Sequence[Forward]) -> list[Probe]:
-        """The places that can't have been seen in these forwards, since they lie in compiled code."""
+        """Return the probes that compiled code hides in these forwards."""
         arguments = [record for forward in forwards for record in forward.records.get(self.arguments, ())]
         if any(not isinstance(record.value, Given) for record in arguments):
             return self.probes
@@ -258,12 +260,12 @@ class Derivative:
         return [] if root is None else [probe for probe in self.probes if _compiled(root, probe.point)]
 
     def bind(self, forwards: Forwards, due: Callable[[], bool], root: Callable[[], nn.Module | None]) -> None:
-        """Join an attachment."""
+        """Bind the rule to an attachment's forwards, schedule and model."""
         self.forwards, self.due, self._root = forwards, due, root
         forwards.derived.append(self)
 
     def collect(self, forwards: Sequence[Forward]) -> None:
-        """Take what these forwards gave; the same forwards again change nothing."""
+        """Take the records of these forwards; no effect for the same forwards again."""
         numbers = [forward.number for forward in forwards]
         if numbers == self._collected:
             return
@@ -281,7 +283,7 @@ class Derivative:
             probe.fired = True
         self._blind, self._term, self._collected = bool(unseen), None, numbers
         if not self._blind and not (moved and any(moved) and (any(by_place) or self.penalty.of_loss)):
-            self._pending = None  # not due, or optional places that were not reached
+            self._pending = None  # not due, or optional layers that weren't called
 
     def forget(self) -> None:
         """Forget what was collected."""
@@ -289,10 +291,10 @@ class Derivative:
         self._collected = []
 
     def value(self, root: nn.Module, loss: Tensor | None) -> Tensor | None:
-        """Strength × value at the forwards that were collected, with its graph; None if there were none.
+        """Return strength × value at the collected forwards, with its graph; None without any.
 
         Raises:
-            CaptureError, PenaltyError: the derivative can't be taken as it was asked for.
+            CaptureError, PenaltyError: the derivative can't be taken as requested.
         """
         if self._pending is not None and not (self.penalty.of_loss and loss is None):
             ys, xs, given = self._pending
@@ -315,11 +317,15 @@ class Derivative:
         if choice.estimator == "jvp" and not choice.again:
             return self._by_tangents(root, ys, xs, given)
         if self.light and not choice.again and any(linear(y, of_the_same(y, xs)) is None for y in ys):
-            self.light, choice = False, Choice("exact", again=True)  # the model does something else now
+            # the model computes another function now
+            self.light, choice = False, Choice("exact", again=True)
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
 
     def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
-        """By the graph of the forward; by running again where that can't be, from then on if the input was in it."""
+        """Return the value by the forward's graph, or by a replay if that is impossible.
+
+        If the moved input was in the graph, all later steps replay.
+        """
         for one in given:
             one.check()
         found = self.penalty.of_tangents(ys, xs)
@@ -365,7 +371,7 @@ class Derivative:
         return run
 
     def of_tensors(self, tensors: dict[int, Tensor]) -> Tensor:
-        """Strength × value for tensors that somebody else caught at the probes: {id of the probe: tensor}."""
+        """Return strength × value for given activations: {id of a probe: tensor}."""
         root = self._root()
         assert root is not None
         found = []
@@ -377,13 +383,13 @@ class Derivative:
 
 
 def _weighted(probe: Seen, batches: Sequence[Batch]) -> list[Batch]:
-    """The outputs of one place, each by its weight among the calls."""
+    """Return a probe's batches, each with its weight among the layer's calls."""
     weight = 1 / len(batches) if batches and probe.point.place.calls == "mean" else 1.0
     return [dataclasses.replace(batch, weight=weight) for batch in batches]
 
 
 def _compiled(root: nn.Module, point: Point) -> bool:
-    """Whether a layer, or one that it is in, was compiled."""
+    """Return True if a layer, or a layer that contains it, was compiled."""
     chain = [root]
     for key in point.path:
         chain.append(chain[-1]._modules[key])  # type: ignore[arg-type]

@@ -1,14 +1,15 @@
-"""Marks of forwards on the nodes of autograd graphs, by which a loss tells which forwards it depends on.
+"""Marks of forwards on nodes of autograd graphs, which tell the forwards that a loss depends on.
 
-A mark is metadata of a node that is there anyway: a node of our own would stand in the way of in-place operations.
+A mark is metadata of an existing node: a node of our own would be in the way of in-place
+operations.
 
-Each forward marks the nodes of the activations that rules look at and of the model's outputs; the
-ancestors of a loss are searched until all forwards in question are found. A derivative need not
-depend on the node that it goes through (that of a Softplus depends on the node's input, that of a
-linear layer on the weight), so a hook on a marked node also marks the gradients that the node sends
-on, where a backward builds a graph. In a reentrant checkpoint the checkpoint's own node is marked.
-Compiled code can't mark: it stores an object with the outputs, whose nodes are marked before the next
-loss, or when the next compiled forward takes its place.
+Each forward marks the nodes of recorded activations and of the model's outputs; the ancestors of a
+loss are searched until all forwards in question are found. A derivative need not depend on the node
+that it goes through (that of a Softplus depends on the node's input, that of a linear layer on the
+weight), so a hook on a marked node also marks the gradients that the node sends on, if a backward
+builds a graph. In a reentrant checkpoint the checkpoint's own node is marked. Compiled code can't
+mark: it stores an object with the outputs, whose nodes are marked before the next loss, or when the
+next compiled forward replaces it.
 """
 
 from __future__ import annotations
@@ -25,25 +26,25 @@ from torch.utils.checkpoint import CheckpointFunction
 
 
 class Mark:
-    """The mark of a forward on the nodes of its activations, which its records keep alive.
+    """Mark of a forward on the nodes of its activations, which its records keep alive.
 
-    Nodes that no record keeps, those of outputs and of gradients, have the `outer` mark: while that exists, somebody
-    can compute with what the forward gave.
+    Nodes that no record keeps, those of outputs and of gradients, have the `outer` mark: while it
+    exists, a loss can still depend on the forward.
 
     Args:
-        key: of the attachment, in the metadata of nodes.
-        number: of the forward.
+        key: key of the attachment in the metadata of nodes.
+        number: number of the forward.
     """
 
     __slots__ = ("__weakref__", "_outer", "key", "lost", "number")
 
     def __init__(self, key: str, number: int) -> None:
         self.key, self.number = key, number
-        self.lost = ""  # why the forward was given up, if it was
-        self._outer: Any = None  # a weak reference, once there was one
+        self.lost = ""  # reason why the forward was given up, or ""
+        self._outer: Any = None  # weak reference to the outer mark, after the first use
 
     def put(self, node: Any, passes: bool = True) -> None:
-        """Mark the node of an activation; if it passes gradients, these too."""
+        """Mark the node of an activation; with `passes`, also the gradients that it sends on."""
         if self._add(node) and passes:
             node.register_hook(self)
 
@@ -61,16 +62,16 @@ class Mark:
         return new
 
     def __call__(self, sent: tuple[Tensor | None, ...], received: tuple[Tensor | None, ...]) -> None:
-        """Mark the gradients that a backward sends on from a marked node, if it builds a graph (`create_graph=True`).
+        """Mark gradients that a backward with `create_graph=True` sends on from a marked node.
 
-        A derivative need not depend on the node that it goes through: that of a Softplus depends on the input of the
-        node, that of a linear layer on the weight.
+        A derivative need not depend on the node that it goes through: that of a Softplus depends on
+        the input of the node, that of a linear layer on the weight.
         """
         if torch.is_grad_enabled():
             self.put_outer([g.grad_fn for g in sent if g is not None and g.grad_fn is not None], passes=False)
 
     def outer(self) -> Mark:
-        """The mark of nodes that no record keeps."""
+        """Return the mark of nodes that no record keeps."""
         mark = self._outer and self._outer()
         if mark is None:
             mark = Mark(self.key, self.number)
@@ -80,7 +81,7 @@ class Mark:
 
     @property
     def has_outer(self) -> bool | None:
-        """Whether a node that no record keeps is marked; None if there never was one."""
+        """True if a node that no record keeps is marked; None if there never was such a node."""
         return None if self._outer is None else self._outer() is not None
 
     def lose(self, why: str) -> None:
@@ -91,7 +92,7 @@ class Mark:
 
 
 def marks_before(loss: Tensor, key: str, wanted: Collection[int]) -> set[Mark]:
-    """Marks on the ancestors of a loss, up to where the forwards of all wanted numbers are found; none wanted: all."""
+    """Return marks on a loss's ancestors, until all wanted forwards are found; if none, all."""
     missing, found = set(wanted), set[Mark]()
     waiting, seen = [loss.grad_fn], set[Any]()
     while waiting:
@@ -113,7 +114,7 @@ def marks_before(loss: Tensor, key: str, wanted: Collection[int]) -> set[Mark]:
 
 
 def checkpoint_node() -> Any:
-    """The node of the outermost reentrant checkpoint that runs for the first time; None outside of all."""
+    """Return the node of the outermost reentrant checkpoint in its first run, or None."""
     frame: FrameType | None = sys._getframe(1)
     found = None
     while frame is not None:

@@ -1,4 +1,4 @@
-"""Which positions of an activation count: masks and lengths among the arguments of the model's own forward."""
+"""Masks of valid positions of an activation, from masks and lengths among the model's arguments."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from restrain.named_tensors import near
 from restrain.penalties import Penalty
 
 Inputs: TypeAlias = tuple[tuple[Any, ...], dict[str, Any], tuple[str, ...]]
-"""What a forward was called with: positional arguments, keyword ones, and the names of its positional parameters."""
+"""Arguments of a forward: positional, keyword, and the names of its positional parameters."""
 
 
 def positional(model: nn.Module) -> tuple[str, ...]:
-    """The names of the parameters of the model's forward that may be given by position."""
+    """Return the names of the positional parameters of the model's forward."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(name for name, p in inspect.signature(model.forward).parameters.items() if p.kind in kinds)
 
 
 def check(place: Place, penalty: Penalty, model: nn.Module) -> None:
-    """Refuse what can't work.
+    """Check that the model has the named argument and the penalty takes masks.
 
     Raises:
         SelectionError: the model's forward has no such argument.
@@ -47,7 +47,7 @@ def check(place: Place, penalty: Penalty, model: nn.Module) -> None:
 
 
 def _said(place: Place) -> tuple[str, Argument]:
-    """ "mask" or "lengths", and what was said there."""
+    """Return ("mask" or "lengths", its argument)."""
     if place.mask is not None:
         return "mask", place.mask
     assert place.lengths is not None
@@ -59,7 +59,7 @@ def _bare(name: str) -> str:
 
 
 def _argument(place: Place, inputs: Inputs) -> Any:
-    """The argument that a place names.
+    """Return the argument that an activation's mask or lengths name.
 
     Raises:
         CaptureError: this forward was called without it.
@@ -79,7 +79,7 @@ def _argument(place: Place, inputs: Inputs) -> Any:
 
 
 def mask_of(place: Place, inputs: Inputs, h: Tensor, batch: int | None) -> Tensor:
-    """Where entries of an activation count: a boolean tensor of its number of axes, with lengths one or the same.
+    """Return the boolean mask of an activation's valid entries, broadcastable to it.
 
     Raises:
         CaptureError: the argument is missing, or doesn't fit the activation.
@@ -120,7 +120,7 @@ def _of_lengths(place: Place, lengths: Tensor, h: Tensor, batch: int | None) -> 
 
 
 def _aligned(place: Place, mask: Tensor, h: Tensor, batch: int | None) -> Tensor:
-    """The mask in the axes of h: (batch, time) has the batch first, one of as many axes as h lies as h does."""
+    """Return the mask with the axes of h: (batch, time) is aligned by h's batch axis."""
     given = tuple(mask.shape)
     if mask.dim() < h.dim():
         mask = mask.reshape(mask.shape + (1,) * (h.dim() - mask.dim()))
@@ -137,7 +137,7 @@ def _aligned(place: Place, mask: Tensor, h: Tensor, batch: int | None) -> Tensor
 
 
 def of_packed(penalty: Penalty, packed: PackedSequence, mean: bool) -> Tensor:
-    """The value on a packed sequence: padding doesn't count, and the average is over sequences."""
+    """Return the value on a packed sequence: without padding, averaged over sequences."""
     data, sequences = packed.data, int(packed.batch_sizes[0])
     if mean:
         return penalty.mean(data)

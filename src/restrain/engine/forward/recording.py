@@ -1,9 +1,9 @@
-"""Recorders at the places that rules look at, and the hooks by which they see what layers give there.
+"""Recorders at layers with rules, and the hooks by which they see outputs and inputs.
 
 A later in-place operation would overwrite the tensor that a penalty's graph has saved. The first
-forward therefore penalises a copy and compares version counters; where nothing overwrites, later
-forwards don't copy. The L1 of a ReLU's output is its sum: the gradient at zeros is stopped by the
-ReLU, so nothing is saved. The L1 of an output that is overwritten saves signs, a byte each.
+forward therefore penalises a copy and compares version counters; if nothing overwrites the tensor,
+later forwards don't copy. The L1 of a ReLU's output is its sum: the ReLU stops the gradient at
+zeros, so nothing is saved. The L1 of an output that is overwritten saves signs, a byte each.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from restrain.transforms.layout import Layout
 
 @dataclass(frozen=True)
 class Point:
-    """A place in a model: a layer's name and the way to it, and what is caught there."""
+    """An activation of a model: a layer's name and path, and the part of its outputs or inputs."""
 
     name: str
     path: tuple[str, ...]
@@ -40,23 +40,23 @@ class Point:
 
     @classmethod
     def of(cls, target: Target) -> Point:
-        """The place of a target, without its module."""
+        """Return the activation of a target, without its module."""
         return cls(target.name, target.layer.path, target.place)
 
     def find(self, root: nn.Module) -> nn.Module:
-        """The layer."""
+        """Return the layer."""
         for key in self.path:
             root = root._modules[key]  # type: ignore[assignment]
         return root
 
     @property
     def key(self) -> str:
-        """What its tensor is called in a dict: the layer's name; `relu:inputs` for inputs, `fc3:tanh` after `via`."""
+        """The tensor's name in a dict, such as `relu`, `relu:inputs`, or `fc3:tanh` for `via`."""
         via = "" if self.place.via is None else f":{getattr(self.place.via, '__name__', 'via')}"
         return self.name + (":inputs" if self.place.kind == "inputs" else "") + via
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """What a penalty sees of the layer's tensor."""
+        """Return the layer's tensor as a penalty sees it, after `via`."""
         return tensor if self.place.via is None else self.place.via(tensor)
 
     def __str__(self) -> str:
@@ -64,25 +64,25 @@ class Point:
 
 
 class Recorder:
-    """A place that rules look at. What is seen there, the recorder gives to the forward that runs.
+    """Recorder of an activation with rules; its records go to the running forward.
 
     Args:
-        rule: the first of these rules, which installs it.
-        point: the place.
-        optional: whether the place need not be reached.
+        rule: the first of its rules, which installs it.
+        point: the activation.
+        optional: True if the layer need not be called.
     """
 
     way_out = "Call reg.loss inside the function that is transformed"
 
     def __init__(self, rule: str, point: Point, optional: bool) -> None:
         self.rule, self.point, self.optional = rule, point, optional
-        self.factors = {rule: 1.0}  # by rule: what the rule takes of the value times
-        self.fired = False  # ever
-        self.compiled: list[Any] = []  # what compiled code saw since that was last noted
-        self._last: list[tuple[Any, float]] = []  # the value that was last collected, in parts without a graph
+        self.factors = {rule: 1.0}  # factor of the value, by rule
+        self.fired = False  # True after the first record
+        self.compiled: list[Any] = []  # values of compiled code that aren't noted yet
+        self._last: list[tuple[Any, float]] = []  # last collected value, in detached parts
 
     def last(self, rule: str) -> list[Tensor]:
-        """The value for a rule that was last collected, in parts without a graph."""
+        """Return the last collected value for a rule, in detached parts."""
         own = self.factors[rule]
         return [
             (part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device="cpu"))
@@ -91,14 +91,14 @@ class Recorder:
         ]
 
     def remember(self, parts: list[tuple[Any, float]]) -> None:
-        """Remember these parts, each a tensor or a number times another, as the value that was last collected."""
+        """Store detached parts of a value, pairs (tensor or number, factor), as last collected."""
         self._last = parts
 
     def check(self, records: Sequence[Record]) -> None:
-        """Before records are used.
+        """Check that records can be used.
 
         Raises:
-            CaptureError: a later op has overwritten one of them in place.
+            CaptureError: a later operation has overwritten a recorded tensor in place.
         """
         if any(record.changed for record in records):
             raise CaptureError(
@@ -108,16 +108,17 @@ class Recorder:
 
 
 def blank(device: torch.device) -> Tensor:
-    """A tensor like those that penalty_recorders add to, on a device."""
-    # of one entry, not 0-d: torch.compile takes 0-d float64 tensors for numbers, and what is added to them is lost
+    """Return a zero of the dtype and shape of penalty recorders' totals, on a device."""
+    # of shape (1,): torch.compile treats 0-d float64 tensors as numbers, and loses additions to
+    # them
     return torch.zeros(1, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 class PenaltyRecorder(Recorder):
-    """A penalty at one place, for all rules that multiply it by a number; its records are the penalty's values.
+    """A penalty on an activation, for all rules that scale it; records the penalty's values.
 
-    `weight` scales its value (1 / number of places under `reduce="mean"`). Places of one rule may share `at_place`.
-    What compiled code measures, it adds to `total`: the sum of the values, and their number.
+    `weight` scales its value (1 / number of activations with `reduce="mean"`). Activations of a
+    rule may share `at_place`. Compiled code adds the values and their number to `total`.
     """
 
     def __init__(
@@ -136,16 +137,20 @@ class PenaltyRecorder(Recorder):
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
         self._at_place = at_place
         self.simple = not (mean or point.place.padded or point.place.via is not None)
-        self.rooted = False  # whether a value without a graph was recorded since the last collection, or counted by it
-        self.copies: bool | None = None  # whether a later op overwrites the place; unknown before the first forward
+        # a value without a graph was recorded since the last collection, or counted by it
+        self.rooted = False
+        # a later operation overwrites the tensor; None before the first forward
+        self.copies: bool | None = None
         self.total = empty.new_zeros(2)
         self.cell = torch.zeros_like(empty)
-        self._version = version(self.total)  # compiled code adds in place, of which this is the only cheap sign
+        # the only cheap sign of compiled code's additions in place
+        self._version = version(self.total)
 
     def on_the_way(self, h: Tensor, way: structures.Way, module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
-        """What goes on in the place of a layer's output (h itself, even), and the value, in two factors.
+        """Return (output, value, factor), where `output` replaces the layer's output; or None.
 
-        None where that isn't known. Where the output isn't a single tensor, nothing else is put in its place.
+        It may be h itself. None if no such form is known; outputs other than a single tensor aren't
+        replaced.
         """
         if not self.simple:
             return None
@@ -158,9 +163,9 @@ class PenaltyRecorder(Recorder):
         return self._at_place.through(h, batch, self.copies)
 
     def evaluate(self, structure: Any, way: structures.Way, module: nn.Module, inputs: masks.Inputs | None) -> Tensor:
-        """The penalty's value on the tensor at the end of the way: over features a sum, over the batch a mean.
+        """Return the penalty's value on the tensor at `way`: sum over features, mean over batch.
 
-        `inputs` are those of the model, where the place asks for a mask.
+        `inputs` are the model's, if the activation has a mask.
         """
         h = structures.get(structure, way)
         if not torch.compiler.is_compiling() and self.copies is not False:
@@ -182,11 +187,12 @@ class PenaltyRecorder(Recorder):
         return self.penalty(self.penalty.without_padding(h, mask)) / mask.expand(h.shape).sum().clamp_min(1)
 
     def check(self, records: Sequence[Record]) -> None:
-        """After the first forward: whether a later op overwrote the tensor in place."""
+        """Decide after the first forward whether later operations overwrite the tensor."""
         watched = [record for record in records if record.watched is not None]
         if watched and self.copies is None:
             overwritten = any(record.changed for record in watched)
-            self.copies = overwritten or "version" in MISSING  # by a copy of what another op may have left alone
+            # without version counters: always copy
+            self.copies = overwritten or "version" in MISSING
             if overwritten:
                 warnings.warn(
                     f"{self.rule}: the {self.point} are overwritten by a later in-place op; the penalty acts on a copy "
@@ -198,7 +204,7 @@ class PenaltyRecorder(Recorder):
             record.watched = None
 
     def take_total(self) -> Record | None:
-        """What compiled code has added to the total since it was last taken."""
+        """Return the record of compiled code's additions since the last call, or None."""
         if version(self.total) == self._version:
             return None
         record = self.of_compiled(self.total.clone())
@@ -207,52 +213,56 @@ class PenaltyRecorder(Recorder):
         return record
 
     def of_compiled(self, added: Tensor) -> Record | None:
-        """The record of what compiled code has added, if that is known to be anything: no one waits but for a CPU."""
+        """Return the record of compiled code's additions; None if there are none, on a CPU.
+
+        Other devices aren't waited for.
+        """
         value, calls = added.tolist() if added.is_cpu else added
         return Record(value, graph=False, calls=calls) if isinstance(calls, Tensor) or calls else None
 
 
 def batch_dim(given: int | None, module: nn.Module, h: Tensor) -> int | None:
-    """The batch axis of a tensor at a layer, by what the place or the layer says; None where there is none."""
+    """Return the batch axis of a layer's tensor, as activation or layer say; None without any."""
     if given is not None:
         return given
     if h.dim() == 0:
         return None
     if module.__dict__.get("batch_first", getattr(type(module), "batch_first", True)) is False:
-        return 1 if h.dim() > 2 else None  # (time, batch, features), or (time, features) of a single sequence
+        # (time, batch, features), or (time, features) of a single sequence
+        return 1 if h.dim() > 2 else None
     return 0
 
 
 class Gate(Protocol):
-    """What a hook asks before it records; the attachment's `Forwards`."""
+    """State that a hook reads before it records; implemented by `Forwards`."""
 
     def mode(self) -> str:
-        """'record', 'compiled', 'recompute' or 'off'."""
+        """Return 'record', 'compiled', 'recompute' or 'off'."""
 
     def forward(self) -> Forward:
-        """The forward to which a layer belongs that is called now."""
+        """Return the running forward, or a new forward for a layer that is called alone."""
 
     def plain(self) -> Forward | None:
-        """The training forward that a layer belongs to, if eager code runs and nothing else goes on; else None."""
+        """Return the running training forward if plain eager code runs; else None."""
 
     def passes(self, mode: str) -> bool:
-        """Whether another tensor may go on in the place of a layer's output."""
+        """Return True if a hook may replace a layer's output."""
 
     def inputs(self) -> Inputs | None:
-        """What the model's forward was called with; None outside of one."""
+        """Return the inputs of the running forward of the model; None outside of a forward."""
 
 
 class Probe(Protocol):
-    """What looks at a place for a derivative; the `Seen` and `Moved` of `derivative`."""
+    """Observer of an activation for a derivative; implemented by `jacobians.Seen` and `Moved`."""
 
     def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
-        """The result, or one with another tensor at the place."""
+        """Return the result, possibly with another tensor as the activation."""
 
 
 class LayerHook(Draws, Hook):
-    """What happens at one layer's output: its penalties are evaluated on the clean tensor, then its noise acts.
+    """Hook on a layer's output: evaluates penalties on the clean tensor, then adds noise.
 
-    Inside `rs.sampling` its noise alone, in whatever mode the layer is.
+    Inside `rs.sampling` only noise acts, in any mode of the layer.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -262,11 +272,12 @@ class LayerHook(Draws, Hook):
         self.output_recorders: list[Recorder] = []
         self.probes: list[Probe] = []
         self.noises: list[tuple[Noise, Point]] = []
-        self.lone: PenaltyRecorder | None = None  # the one thing that happens here, if it is a simple one
+        # the only recorder, if it is simple and there is no noise
+        self.lone: PenaltyRecorder | None = None
 
     @property
     def random(self) -> bool:
-        """Whether there is noise here."""
+        """True if the hook adds noise."""
         return bool(self.noises)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -279,7 +290,7 @@ class LayerHook(Draws, Hook):
         return self.act(module, output, args, kwargs) if self.draws(module) else None
 
     def act(self, module: nn.Module, structure: Any, args: Any, kwargs: Any) -> Any:
-        """The structure with penalties injected and noise added; the same object where neither was."""
+        """Return the structure with penalties injected and noise added; itself if unchanged."""
         result = structure
         if (self.penalty_recorders or self.output_recorders) and not self.sampling.depth:
             mode = self.gate.mode()
@@ -320,9 +331,9 @@ class LayerHook(Draws, Hook):
         asks = recorder.point.place.padded and (mode != "recompute" or recomputing_saved_tensors())
         inputs = self.gate.inputs() if asks else None
         if recorder.point.place.padded and inputs is None:
-            return result  # a layer that is called alone: which positions count isn't known
+            return result  # layer called alone: valid positions are unknown
         if mode != "recompute":
-            with torch.no_grad():  # a graph would be missed in a checkpoint's recomputation
+            with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
                 for activity in recorder.activities:
                     activity.add(recorder.point.seen(seen))
         h = structures.get(result, way)
@@ -366,7 +377,7 @@ def _add(recorder: PenaltyRecorder, value: Tensor) -> None:
 
 
 class InputHook(LayerHook):
-    """The same at a layer's inputs: positional ones have numbers, keyword ones names."""
+    """Hook on a layer's inputs, keyed by position, or by name for keyword arguments."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:  # type: ignore[override]
         if not self.draws(module):
@@ -379,10 +390,10 @@ class InputHook(LayerHook):
 
 
 def way_to(structure: Any, point: Point) -> structures.Way:
-    """The way to the tensor that is meant at a place.
+    """Return the way to a point's tensor in the structure.
 
     Raises:
-        CaptureError: there is none.
+        CaptureError: there is no such tensor.
     """
     way = structures.find(structure, point.place.index)
     if way is None:
@@ -395,13 +406,13 @@ def way_to(structure: Any, point: Point) -> structures.Way:
 
 
 def forget_compiled_code() -> None:
-    """Compiled code that was made before our hooks came would silently pass them by: have it made anew."""
+    """Reset torch.compile if anything was compiled: code made before our hooks would skip them."""
     compiled = anything_compiled()
     if compiled is False:
         return
     torch.compiler.reset()
     if compiled is None:
-        return  # it may be in vain
+        return  # whether anything was compiled is unknown
     warnings.warn(
         "something was compiled before these hooks came; torch.compiler.reset() was called, so that "
         "compiled models notice the new hooks, and they compile anew at their next call; coming before the first "

@@ -1,4 +1,4 @@
-"""What one forward of a model gave at the places of rules."""
+"""Records of a forward: the values at layers with rules, by recorder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from restrain.torch_private import life, made_as, newest_node, over, version, wr
 
 @dataclass(slots=True)
 class Record:
-    """What a call of a layer gave to a recorder.
+    """Value that a recorder took from a call of a layer.
 
     Args:
-        value: a penalty's value is `value` times `factor`; for other recorders the tensor, or whatever they keep.
-        factor: see there.
-        graph: whether the value has its graph; inside a reentrant checkpoint and in compiled code it has none.
-        calls: over how many calls the value is summed.
-        watched: a tensor that must not change until the value is used, or of which it is to be known whether it does.
-        version: the version of the watched tensor.
-        life: token of the transform of torch.func that the value lives in.
+        value: the penalty's value divided by `factor`; for other recorders a tensor or other
+            object.
+        factor: multiplies `value`.
+        graph: True if the value has its graph; False in a reentrant checkpoint and in compiled
+            code.
+        calls: the number of calls over which the value is summed.
+        watched: a tensor whose changes in place are detected by its version.
+        version: the version of `watched` at the record.
+        life: token of the torch.func transform in which the value was made.
     """
 
     value: Any
@@ -40,42 +42,44 @@ class Record:
 
     @classmethod
     def of(cls, value: Tensor, factor: float = 1.0, watched: Tensor | None = None) -> Record:
-        """The record of a tensor that has its graph if there are any now."""
+        """Return the record of a tensor, with a graph if gradients are enabled."""
         sign = life() if wrapped(value) else None
         before = None if watched is None else version(watched)
         return cls(value, factor, torch.is_grad_enabled(), 1, watched, before, sign)
 
     @property
     def changed(self) -> bool:
-        """Whether the watched tensor was overwritten in place."""
+        """True if the watched tensor was overwritten in place."""
         return self.watched is not None and version(self.watched) != self.version
 
 
 class Forward:
-    """A forward of the model in training, or a call of one of its layers outside of all forwards ("alone").
+    """A training forward of the model, or a call of a layer alone, outside of all forwards.
 
     Args:
-        pending: a mapping by numbers, which it enters with its first record; taken out of there it is forgotten.
-        key, number: of its marks.
-        call: the call of the model, while that runs; None of what is over.
+        pending: mapping of forwards by number, which this forward enters with its first record and
+            leaves when it is forgotten.
+        key, number: key and number of its marks.
+        call: the running call of the model; None once it has ended.
     """
 
     def __init__(self, pending: MutableMapping[int, Forward], key: str, number: int, call: Call | None = None) -> None:
         self._pending, self.number, self.call = pending, number, call
         self.mark = Mark(key, number)
-        self.marked = False  # whether any node has the mark
-        self.hidden = False  # whether there is a record of what has a graph somewhere, but no node to be seen
-        self.records: dict[Hashable, list[Record]] = {}  # by recorder
-        self.lost: set[Hashable] = set()  # recorders that saw a tensor which can't leave a transform of torch.func
-        self.collection = 0  # the number of the collection that counted it
-        self.past = False  # counts only for losses that are known to depend on it
-        # Sequence numbers of nodes, which rise along the graph: the next one at the beginning; the highest one of an
-        # activation; the lowest one of a marked node besides, whose mark is to tell whether anything is left.
+        self.marked = False  # a node has the mark
+        self.hidden = False  # a record has a graph somewhere, but no visible node
+        self.records: dict[Hashable, list[Record]] = {}  # records by recorder
+        self.lost: set[Hashable] = set()  # recorders of tensors inside a torch.func transform
+        self.collection = 0  # number of the collection that counted it, or 0
+        self.past = False  # counts only for losses that depend on it
+        # Sequence numbers of nodes, which rise along the graph: the next number at the beginning;
+        # the highest of an activation; the lowest of other marked nodes, whose marks tell whether
+        # an output or gradient is left.
         self._start = 0 if call is None else newest_node()
         self._highest, self._lowest = -1, sys.maxsize
 
     def keep(self, recorder: Any, record: Record, seen: Tensor | None = None) -> None:
-        """Keep a record of a recorder, who saw this tensor; none of what compiled code has added."""
+        """Keep a recorder's record and mark the tensor it saw; compiled code gives no tensor."""
         if seen is None:
             self.hidden = True
         else:
@@ -85,7 +89,7 @@ class Forward:
         recorder.fired = True
 
     def lose(self, recorder: Any) -> None:
-        """Note that a recorder saw what can't leave a transform of torch.func."""
+        """Note that a recorder saw a tensor that can't leave a torch.func transform."""
         self.lost.add(recorder)
         self._pending[self.number] = self
         recorder.fired = True
@@ -104,14 +108,14 @@ class Forward:
             self.marked = True
 
     def _is_own(self, node: Any) -> bool:
-        """Whether a node was made in this forward: what came with the inputs may belong to others, too."""
+        """Return True if a node was made in this forward; nodes of inputs may be shared."""
         return made_as(node) >= self._start
 
     def end(self, output: Any) -> Any:
-        """The forward came to its end; return its output.
+        """End the forward and return its output.
 
-        Where the records keep the node of an output alive, an alias goes on in its place, whose node tells when nobody
-        can depend on it any more.
+        If records keep an output's node alive, an alias replaces the output: the alias's node tells
+        when no loss can depend on it any more.
         """
         result, nodes = output, list[Any]()
         for way, tensor in structures.each(output):
@@ -128,19 +132,20 @@ class Forward:
 
     @property
     def open_ended(self) -> bool:
-        """Whether nothing tells when its outputs are gone: none is known, or one came before an activation.
+        """True if no mark tells when its outputs are gone.
 
-        That one's node is kept by the records.
+        No outputs are known, or a marked node came before an activation, so that the records keep
+        it.
         """
         return self.mark.has_outer is None or self._lowest <= self._highest
 
     @property
     def gone(self) -> bool:
-        """Whether outputs and gradients are gone; false if that can't be told."""
+        """True if outputs and gradients are gone; False if that can't be seen."""
         return self.call is None and not self.open_ended and not self.mark.has_outer
 
     def left_transform(self) -> None:
-        """Leave out the records of transforms of torch.func that are over."""
+        """Drop records of torch.func transforms that have ended."""
         for recorder, records in list(self.records.items()):
             alive = [record for record in records if not over(record.life)]
             if len(alive) < len(records):

@@ -1,8 +1,8 @@
-"""Activations under tensor parallelism: between two layers each process holds its own features of every sample.
+"""Detection of tensor parallelism: activations of which each process holds only some features.
 
-Such a part is an ordinary tensor, so nothing tells it from a whole one but a look at the other processes: at the first
-forward, the tensors at the places of rules are compared by one message each. A rule on a part would act on that part
-alone, with a value and statistics of it.
+Such a part is an ordinary tensor, so only a comparison with other processes tells it from a whole
+tensor: in the first forward, tensors at layers with rules are compared by one message each. A rule
+would act on the part alone, with its value and statistics.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from restrain.torch_private import tensor_parallel
 
 
 def groups(model: nn.Module) -> Iterator[Any]:
-    """The groups of processes that share the features of the model's layers, each once."""
+    """Yield each group of processes that shares the features of layers, once."""
     around = bool(fully_sharded(model.modules()))
     known = set()
     for module in model.modules():
@@ -34,7 +34,8 @@ def groups(model: nn.Module) -> Iterator[Any]:
                 mesh: Any = p.device_mesh  # type: ignore[attr-defined]
                 if mesh.ndim == 1 and around:
                     continue  # FSDP2 alone
-                for axis in [mesh.ndim - 1] if around else range(mesh.ndim):  # those of FSDP2 come first
+                # FSDP2's axes come first
+                for axis in [mesh.ndim - 1] if around else range(mesh.ndim):
                     group = mesh.get_group(axis)
                     if group not in known and dist.get_world_size(group) > 1:
                         known.add(group)
@@ -43,12 +44,12 @@ def groups(model: nn.Module) -> Iterator[Any]:
 
 @dataclass
 class Parts:
-    """Hooks that compare, once, what the processes have at the places of rules."""
+    """Hooks that compare activations with rules between processes, once."""
 
     handles: list[Any] = field(default_factory=list)
 
     def begin(self, points: Sequence[Point], model: nn.Module) -> None:
-        """Put the hooks on; before those of rules, which change what is there."""
+        """Register the hooks, before the hooks of rules, which change activations."""
         if not dist.is_available() or not dist.is_initialized():
             return
         found = list(groups(model)) if points else []
@@ -62,14 +63,14 @@ class Parts:
                 self.handles.append(hook.handle)
 
     def end(self) -> None:
-        """Take away those that are still there."""
+        """Remove the remaining hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
 
 class Compared(Hook):
-    """A hook for one forward."""
+    """Hook that compares an activation in one forward."""
 
     def __init__(self, point: Point, group: Any) -> None:
         self.point, self.group, self.name = point, group, f"the {point}"
@@ -98,7 +99,7 @@ class Compared(Hook):
 
     @torch.no_grad()
     def _alike(self, tensor: Tensor) -> bool:
-        """Whether all processes of the group have the same tensor, to rounding."""
+        """Return True if all processes of the group have the same tensor, up to rounding."""
         wide = tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
         sums = [wide.real.sum(), wide.abs().sum(), torch.tensor(wide.numel(), device=wide.device).double()]
         least = torch.stack([*sums, *(-one for one in sums)])

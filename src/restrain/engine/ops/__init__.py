@@ -1,6 +1,6 @@
 """What rules do to tensors in place, as data: operations, groups that are rows, and each optimizer's metric."""
 
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, as_rows, length_in, put
+from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, as_rows, length_in, lengths, put
 from restrain.engine.ops.instructions import (
     Batch,
     Change,
@@ -64,6 +64,7 @@ __all__ = [
     "diagonal",
     "known",
     "length_in",
+    "lengths",
     "looks_before",
     "lower",
     "metric_of",

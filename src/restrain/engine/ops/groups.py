@@ -14,23 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping
+from restrain.axes import Grouping, group_norms
 from restrain.engine.core import dense
 from restrain.operations import LengthInterval
 from restrain.penalties import Penalty
-from restrain.penalties.shrink import at_least_float32
+from restrain.penalties.shrink import at_least_float32, in_range
 from restrain.transforms.base import slack
 
 _PART = 4096  # entries whose squares are summed sequentially, without loss of precision
 
 
 def lengths(rows: Tensor) -> Tensor:
-    """Return the Euclidean length of each row, without temporaries.
+    """Return the Euclidean length of each row.
 
-    Squares may over- or underflow."""
+    Only rows whose squares could overflow or vanish are computed by `group_norms`, with temporaries.
+    """
+    if torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.is_cpu or not rows.numel():
+        return group_norms(rows, _by_row(rows))
     parts = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in rows.split(_PART, 1)]
-    length: Tensor = parts[0]
-    return length if len(parts) == 1 else torch.linalg.vector_norm(torch.cat(parts, 1), dim=1, keepdim=True)
+    length = parts[0]
+    if len(parts) > 1:
+        length = torch.linalg.vector_norm(torch.cat(parts, 1), dim=1, keepdim=True)
+    least, greatest = length.aminmax()
+    if not (float(least) > 1e-12 and float(greatest) < 1e15):
+        again = ~((length > 1e-12) & (length < 1e15)).squeeze(1)
+        some = rows[again]
+        length[again] = group_norms(some, _by_row(some))
+    return length
+
+
+def _by_row(rows: Tensor) -> Grouping:
+    return Grouping(tuple(rows.shape), (0,))
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Lengths:
     def slope(self, rows: Tensor) -> Tensor:
         """Return each row divided by its length; zero rows stay zero."""
         size = lengths(rows)
-        return rows * torch.where(size == 0, 0, 1 / size)
+        return rows / torch.where(size == 0, 1, size)
 
 
 @dataclass(frozen=True)
@@ -48,9 +62,10 @@ class ShrinkRows:
     """Shorten each row by a number, at most to zero; a row with NaN stays unchanged."""
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
-        compiled = isinstance(numbers[0], Tensor)  # kernels sum squares in parallel, so they need no parts
-        size = torch.linalg.vector_norm(w, dim=1, keepdim=True) if compiled else lengths(w)
-        scale = (1 - numbers[0] / size).clamp_min_(0)
+        compiled = isinstance(numbers[0], Tensor)
+        size = lengths(w)
+        cut = numbers[0] if compiled else torch.full((), in_range(numbers[0], w), dtype=w.dtype, device=w.device)
+        scale = (1 - cut / size).clamp_min_(0)  # a tensor over a tensor: an inverse may be beyond all numbers
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
             w = w.add_(0.0)  # -0.0 becomes +0.0

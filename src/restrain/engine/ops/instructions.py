@@ -24,7 +24,8 @@ from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, len
 from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
 from restrain.operations import Function, Interval, Length
 from restrain.penalties import Penalty
-from restrain.penalties.shrink import at_least_float32, shrink_entries
+from restrain.penalties.base import unchecked_prox
+from restrain.penalties.shrink import at_least_float32, in_range, shrink_entries
 from restrain.transforms import Constraint
 
 Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in compiled code
@@ -141,7 +142,7 @@ class Shrink:
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         if self.scaled:
             w = w.mul_(numbers[0])
-        return _soft(w, numbers[-1]).add_(0.0) if self.soft else w
+        return (_soft(w, numbers[-1]) if self.soft else w).add_(0.0)  # -0.0 becomes +0.0
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class Prox:
         if self.l1 or self.l2:
             w = shrink_entries(w, step, l1, l2)
         if self.other is not None:
-            w = self.other.prox(w, left.pop(0) * (step / (1 + 2 * l2 * step) if self.l2 else step))
+            rest = step / (1 + 2 * l2 * step) if self.l2 else step
+            w = unchecked_prox(self.other, w, left.pop(0) * rest)
         return w
 
 
@@ -207,6 +209,7 @@ Lowered: TypeAlias = Sequence[tuple[Instruction, Sequence[Any]]]
 
 def _soft(w: Tensor, threshold: float | Tensor) -> Tensor:
     """Apply the soft threshold in place; some zeros are -0.0."""
+    threshold = in_range(threshold, w)
     if isinstance(threshold, Tensor):
         return w.sub_(w.clamp(-threshold, threshold))
     return F.softshrink(w, threshold, out=w)  # type: ignore[call-arg]
@@ -394,7 +397,7 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
         if change.kind == "decay":
             new = decayed(w, change.what, scalars.rate)
         elif change.kind == "prox":
-            new = change.what.prox(w, scalars.metric.steps(*others))
+            new = unchecked_prox(change.what, w, scalars.metric.steps(*others))
         else:
             new = change.what.project(w)
         w.copy_(new) if change.by_entry else put(w, new)

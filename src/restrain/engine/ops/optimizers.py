@@ -9,7 +9,7 @@ each entry by the root of a second moment. Of an optimizer that isn't in the tab
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any, TypeAlias
@@ -22,7 +22,6 @@ from restrain.penalties.shrink import at_least_float32
 
 ENDLESS = 1e18  # a step this long is as good as infinite, and its products with strengths stay finite in float32
 Group: TypeAlias = "dict[str, Any]"
-Number: TypeAlias = Callable[[float], str]  # gives a number its name in a statement
 MEMORY = 0.98  # of the averages by which an unknown metric is measured
 
 
@@ -226,7 +225,7 @@ def _quotient(movement: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
 
 
-# Updates: one step for one entry, as statements in C's syntax on the weight w, the gradient o0 and the state o1, ...
+# Updates: one step of one entry, in arithmetic that tensors and expressions of C (`backends/c_updates.py`) understand
 
 
 def plain(group: Group) -> bool:
@@ -254,52 +253,72 @@ def state_names(group: Group) -> list[str]:
     return ["momentum_buffer"] * (group["momentum"] != 0)
 
 
-def _gradient_update(group: Group, number: Number, decay: float) -> list[str]:
-    return ["o0 = -o0;"] * bool(group["maximize"]) + ([f"o0 += {number(decay)} * w;"] if decay else [])
+def _coupled(group: Group, decay: float, w: Any, g: Any) -> Any:
+    """The gradient that the optimizer takes: to be minimised, with coupled weight decay."""
+    g = -g if group["maximize"] else g
+    return g + decay * w if decay else g
 
 
-def _sgd_update(group: Group, count: float, number: Number) -> list[str]:
-    lines = _gradient_update(group, number, group["weight_decay"])
+def _sgd_scalars(group: Group, count: float) -> tuple[float, ...]:
+    return (float(group["lr"]),)
+
+
+def _sgd_update(group: Group, scalars: Sequence[Any], w: Any, g: Any, state: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """b = μ b + (1 - dampening) g;  w -= lr (g + μ b if nesterov else b)."""
+    g, kept = _coupled(group, group["weight_decay"], w, g), []
     if group["momentum"] != 0:
-        momentum = number(group["momentum"])
-        lines.append(f"o1 = {momentum} * o1 + {number(1 - group['dampening'])} * o0;")
-        lines.append(f"o0 += {momentum} * o1;" if group["nesterov"] else "o0 = o1;")
-    return [*lines, f"w -= {number(group['lr'])} * o0;"]
+        kept = [group["momentum"] * state[0] + (1 - group["dampening"]) * g]
+        g = g + group["momentum"] * kept[0] if group["nesterov"] else kept[0]
+    return w - scalars[0] * g, kept
 
 
-def _adam_update(group: Group, count: float, number: Number) -> list[str]:
-    rate, (beta1, beta2), decay = float(group["lr"]), group["betas"], group["weight_decay"]
-    decoupled = group["decoupled_weight_decay"]
-    lines = _gradient_update(group, number, 0 if decoupled else decay)
-    if decoupled and decay:
-        lines.append(f"w *= {number(1 - rate * decay)};")
-    # as lerp does it, which is exact at both ends
-    average = f"o1 += {number(1 - beta1)} * (o0 - o1);" if beta1 > 0.5 else f"o1 = o0 - {number(beta1)} * (o0 - o1);"
-    lines += [average, f"o2 = {number(beta2)} * o2 + {number(1 - beta2)} * o0 * o0;"]
-    second = "o2"
+def _adam_scalars(group: Group, count: float) -> tuple[float, ...]:
+    rate, (beta1, beta2) = float(group["lr"]), group["betas"]
+    decay = group["weight_decay"] if group["decoupled_weight_decay"] else 0
+    return 1 - rate * decay, rate / (1 - beta1**count), 1 / (1 - beta2**count) ** 0.5
+
+
+def _adam_update(group: Group, scalars: Sequence[Any], w: Any, g: Any, state: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;  w -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)."""
+    (kept, length, root), (beta1, beta2), decay = scalars, group["betas"], group["weight_decay"]
+    g = _coupled(group, 0 if group["decoupled_weight_decay"] else decay, w, g)
+    if group["decoupled_weight_decay"] and decay:
+        w = kept * w
+    # as lerp computes it, which is exact at both ends
+    mean = state[0] + (1 - beta1) * (g - state[0]) if beta1 > 0.5 else g - beta1 * (g - state[0])
+    moments = [mean, beta2 * state[1] + (1 - beta2) * g * g]
     if group["amsgrad"]:
-        lines.append("o3 = o2 > o3 || o2 != o2 ? o2 : o3;")
-        second = "o3"
-    root, length = number(1 / (1 - beta2**count) ** 0.5), number(rate / (1 - beta1**count))
-    return [*lines, f"w -= {length} * o1 / (SQRT({second}) * {root} + {number(group['eps'])});"]
+        moments.append(moments[1].maximum(state[2]))
+    return w - length * mean / (moments[-1].sqrt() * root + group["eps"]), moments
+
+
+@dataclass(frozen=True)
+class Update:
+    """The step of an optimizer for one entry.
+
+    Args:
+        scalars: the numbers that change from step to step, by the settings and the count of the steps with this one.
+        step: (settings, scalars, weight, gradient, state) → (weight, state), where the state is what `state_names`
+            names. It is arithmetic alone, so that tensors and expressions of C can be given.
+    """
+
+    scalars: Callable[[Group, float], tuple[float, ...]]
+    step: Callable[[Group, Sequence[Any], Any, Any, Sequence[Any]], tuple[Any, list[Any]]]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an optimizer's step.
-
-    `update` is its step as statements, for the optimizers of which rules and step are done in one pass; what these keep
-    of each entry has the names that `state_names` gives.
-    """
+    """What is known of an optimizer: its metric, and for some its update, which folding and the models carry out."""
 
     metric: Callable[[Taken], Metric]
-    update: Callable[[Group, float, Number], list[str]] | None = None
+    update: Update | None = None
 
 
+_ADAM = Known(_adam, Update(_adam_scalars, _adam_update))
 OPTIMIZERS: dict[type[Optimizer], Known] = {
-    SGD: Known(_sgd, _sgd_update),
-    Adam: Known(_adam, _adam_update),
-    AdamW: Known(_adam, _adam_update),
+    SGD: Known(_sgd, Update(_sgd_scalars, _sgd_update)),
+    Adam: _ADAM,
+    AdamW: _ADAM,
     ASGD: Known(_asgd),
     NAdam: Known(_nadam),
     RAdam: Known(_radam),

@@ -1,4 +1,4 @@
-"""Counts the real steps of a model's optimizers, and tells those who listen."""
+"""Counter of real optimizer steps, which calls listeners."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ Listener = Callable[[Optimizer, nn.Module], None]
 
 
 class Clock:
-    """The number of real steps that were taken in training a model; of several optimizers, of the one with the most.
+    """Number of real steps in training a model; with several optimizers, the greatest of theirs.
 
-    A real step wasn't skipped by a loss scaler, and its learning rate isn't zero. Of several given optimizers, each
-    does its part of a training step. That ends with the last of them; where one doesn't step this time, as the next
-    begins: with a forward or loss (`end`), or before another steps again.
+    A real step isn't skipped by a loss scaler, and has a nonzero learning rate. With several given
+    optimizers, a training step ends after the last has stepped; if an optimizer doesn't step this
+    time, it ends when the next training step begins: with a forward or loss (`end`), or before an
+    optimizer steps a second time.
     """
 
     def __init__(
@@ -31,31 +32,33 @@ class Clock:
     ) -> None:
         self.model, self.steps, self._from = model, 0, 0
         self.on_end = on_end  # called after a training step
-        self.epochs = 0  # as the user counts them
-        self.on_step: list[Listener] = []  # called after any step of an optimizer that was given or trains the model
-        self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
+        self.epochs = 0  # counted by the user
+        # called after steps of optimizers that were given or train the model
+        self.on_step: list[Listener] = []
+        # called after real steps of optimizers that train the model
+        self.on_real: list[Listener] = []
         self._given = [_Known(one) for one in given]
         self._others: list[_Known] = []
-        self._moved = False  # whether there was a real step since the last training step ended
+        self._moved = False  # a real step was taken since the last training step ended
         self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
         _watchers.add(self)
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Stop counting."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
         _watchers.remove(self)
 
     def before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Called before a step of one of several given optimizers."""
+        """End the training step if an optimizer, of several given, is about to step again."""
         if torch.compiler.is_compiling():
             return eagerly(self.before, optimizer, args, kwargs)  # type: ignore[no-any-return]
         if self._of(optimizer).came and not nested(optimizer):
             self.end()
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """Called after a step of any optimizer in the process."""
+        """Count a step of any optimizer in the process, and call the listeners."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
         if nested(optimizer):
@@ -76,7 +79,7 @@ class Clock:
             self.end()
 
     def _of(self, optimizer: Optimizer) -> _Known:
-        """What is known of an optimizer."""
+        """Return the record of an optimizer."""
         for known in (*self._given, *self._others):
             if known.optimizer() is optimizer:
                 return known
@@ -84,7 +87,7 @@ class Clock:
         return self._others[-1]
 
     def end(self) -> None:
-        """A training step has ended, if one was begun."""
+        """End the training step, if it has begun."""
         for known in self._given:
             known.came = False
         moved, self._moved, root = self._moved, False, self.model()
@@ -92,7 +95,7 @@ class Clock:
             self.on_end(root)
 
     def resume(self, steps: int) -> None:
-        """Go on counting from so many steps."""
+        """Continue counting from a number of steps."""
         self.steps, self._moved = steps, False
         for known in (*self._given, *self._others):
             known.came, known.steps = False, 0
@@ -100,35 +103,36 @@ class Clock:
 
 
 class _Known:
-    """What a clock knows of an optimizer."""
+    """A clock's record of an optimizer."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = weakref.ref(optimizer)
-        self.came = False  # whether it stepped since the last training step ended
-        self.steps = 0  # real ones
+        self.came = False  # stepped since the last training step ended
+        self.steps = 0  # real steps
         self._size, self._trains = -1, False
 
     def trains(self, root: nn.Module) -> bool:
-        """Whether it holds any parameter of the model; remembered while it holds as many."""
+        """Return True if it holds a parameter of the model; cached by its number of parameters."""
         groups = getattr(self.optimizer(), "param_groups", ())
         size = 0
         for group in groups:
             size += len(group["params"])
         if size != self._size:
-            held = {id(p) for group in groups for p in group["params"]}
-            self._size, self._trains = size, any(id(p) in held for p in root.parameters())
+            ids = {id(p) for group in groups for p in group["params"]}
+            self._size, self._trains = size, any(id(p) in ids for p in root.parameters())
         return self._trains
 
     def rests(self) -> bool:
-        """Whether it is gone or has nothing to step: all is frozen, or its learning rate is zero."""
+        """Return True if it is gone or moves nothing: frozen parameters, or learning rates zero."""
         groups = getattr(self.optimizer(), "param_groups", ())
         return not any(float(g["lr"]) != 0 and any(p.requires_grad for p in g["params"]) for g in groups)
 
 
 class _Watchers:
-    """The living clocks, behind one hook that torch calls after the step of every optimizer in the process.
+    """The existing clocks, behind a hook that torch calls after every optimizer step.
 
-    Threads attach and detach while others step: the list is replaced under a lock, and never changed in place.
+    Threads attach and detach while others step: the tuple is replaced under a lock, never changed
+    in place.
     """
 
     def __init__(self) -> None:

@@ -1,21 +1,23 @@
-"""The whole update of a parameter in one pass: rules before the step, the optimizer's own formula, rules after it.
+"""Folded update: rules before the step, the optimizer's update, and rules after it in one pass.
 
-torch's step reads weights, gradients and moments, and rules at the step read the weights once more. Here a loop of C
-does all of it to each entry, and to the optimizer's own state in place, whose names, dtypes and meaning stay
-torch's. The optimizer's step then runs for a stand-in that holds the parameters that are left. So nothing is hidden
-from those who look at gradients, groups or state, and nothing needs to be put back.
+torch's step reads weights, gradients and moments, and rules at the step read the weights again.
+Here a loop of C does everything per entry, on the optimizer's own state in place, whose names,
+dtypes and meaning stay torch's. The optimizer's step then runs for a stand-in that holds the
+remaining parameters. So gradients, groups and state look as usual to other code, and nothing must
+be restored.
 
-What isn't known to give the same is left to torch and to the rules' own passes, parameter by parameter.
+Parameters for which the result isn't known to be the same are left to torch and the rules' own
+passes.
 
-It is done only where ours is the last pre-hook and the first post-hook, without a loss scaler's
-`found_inf`, a dispatch mode or a compiled `step`, for dense CPU tensors of float32 or float64 that
-lie alike and share no memory, with a state that torch has made (not at Adam's first step), and for
-instructions that C knows. With a closure it comes at the closure's end. `"auto"` folds when steps ×
-(entries + 500,000) reach 10⁹, which depends on the count of steps and not on the past, so a resumed
-run is bit-identical. Differences that remain: after a folded step `.grad` lacks the gradient of
-`how="gradient"`; a profiler sees no torch operation; torch's foreach SGD with Nesterov momentum adds
-the momentum to `.grad`, the loop doesn't. A target by `gradient_share=` needs `.grad`, so nothing
-is folded then.
+Conditions: our hooks are the last pre-hook and the first post-hook; no loss scaler's `found_inf`,
+dispatch mode or compiled `step`; dense CPU tensors of float32 or float64 with equal strides that
+share no memory; a state that torch has made (not at Adam's first step); instructions that C
+supports. With a closure it comes at the closure's end. `"auto"` folds when steps × (entries +
+500,000) reach 10⁹, which depends on the count of steps and not on the past, so a resumed run is
+bit-identical. Differences that remain: after a folded step `.grad` lacks the gradient of
+`how="gradient"`; a profiler sees no torch operation; torch's foreach SGD with Nesterov momentum
+adds the momentum to `.grad`, the loop doesn't. A target by `gradient_share=` needs `.grad`, so
+nothing is folded then.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ from restrain.engine.ops import (
 from restrain.engine.step.worklist import ParameterRules, Task
 from restrain.torch_private import dispatched, foreach_add_
 
-COST = 10**9  # steps × entries: an estimate of when a loop makes up for the fraction of a second that compiling takes
-EACH = 500_000  # entries that a step counts for beside its own: calls that are saved
+COST = 10**9  # steps × entries: estimate of the work that outweighs compiling
+EACH = 500_000  # entries that equal a step's saved calls
 
 
 class Folding:
-    """Finds, before each step of one optimizer, what can be done in one pass."""
+    """Decision, before each step of an optimizer, on what is folded."""
 
     def __init__(self, optimizer: Optimizer, compile: Compile) -> None:
         self.possible = (
@@ -61,15 +63,17 @@ class Folding:
         )
         self._compile: Compile = compile
         self._measure = metric_of(optimizer)
-        self._seen = weakref.WeakKeyDictionary[Optimizer, _Seen]()  # as it holds what the optimizer holds
+        # weak: it references the optimizer's tensors
+        self._seen = weakref.WeakKeyDictionary[Optimizer, _Seen]()
 
     def __call__(self, optimizer: Optimizer, tasks: Sequence[Task], steps: int) -> Fold | None:
-        """What is folded at a step, if anything is; nothing is done yet.
+        """Return the fold of a step, not yet run; None if nothing is folded.
 
         Args:
-            optimizer: about to step; its closure, if there is one, was called.
-            tasks: all that rules do at this step, before and after it; the same list for as long as these are the same.
-            steps: how many were taken.
+            optimizer: about to step; a closure was called.
+            tasks: all rules at this step, before and after it; the same list object while they are
+                the same.
+            steps: the number of steps taken.
         """
         if not self.possible or not tasks or _observed(optimizer):
             return None
@@ -83,7 +87,7 @@ class Folding:
         return Fold(parts) if parts else None
 
     def _part(self, optimizer: Optimizer, bundle: _Bundle) -> _Part | None:
-        """The loop that does it, with its numbers; None if there is none."""
+        """Return the loop for a bundle, with its scalars; None if there is none."""
         group, changes, p, kept = (
             bundle.task.group,
             bundle.task.changes,
@@ -109,21 +113,22 @@ class Folding:
 
 
 class Fold:
-    """What is done in one pass at one step."""
+    """The folded part of a step."""
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         self.parts = parts
         self.done = {id(p) for part in parts for p in part.bundle.parameters}
 
     def run(self, optimizer: Optimizer) -> list[Group]:
-        """Do it.
+        """Update the folded parameters.
 
         Returns:
             The optimizer's groups with the parameters that are left to torch.
         """
         counts = [count for part in self.parts for count in part.bundle.counts]
         if counts:
-            foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)  # a number would be made a tensor for each
+            # a number would be converted to a tensor for each
+            foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)
         for part in self.parts:
             members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:
@@ -135,9 +140,9 @@ class Fold:
 
 
 def stand_in(optimizer: Optimizer) -> Optimizer:
-    """What takes the optimizer's place in its own step: of the same class, with the same state, and groups of its own.
+    """Return an optimizer of the same class and state that can get groups of its own.
 
-    The step of the classes that are folded calls the closure, if there is one, and goes over the groups after that.
+    The step of foldable classes calls the closure, if there is one, before it reads the groups.
     """
     made = object.__new__(type(optimizer))
     made.__dict__.update(vars(optimizer))
@@ -149,36 +154,37 @@ class _Part:
     bundle: _Bundle
     loop: Loop
     numbers: list[float]
-    kept: dict[str, Any]  # by the metric, from step to step
+    kept: dict[str, Any]  # state of the metric
 
 
 @dataclass
 class _Bundle:
-    """Parameters of a task whose numbers are the same."""
+    """Parameters of a task that share their scalars."""
 
     task: Task
     works: list[ParameterRules] = field(default_factory=list)
     parameters: list[nn.Parameter] = field(default_factory=list)
-    moments: list[Tensor] = field(default_factory=list)  # of the first parameter, of the second, and so on
+    # of the first parameter, then the second, ...
+    moments: list[Tensor] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
-    count: float = 0.0  # of the optimizer's steps, with the coming one
+    count: float = 0.0  # number of the coming step
 
     def __post_init__(self) -> None:
         self.names = state_names(self.task.group)
 
     @property
     def followed(self) -> bool:
-        """Whether there is a metric, to be followed at each step."""
+        """True if there is a metric, which every step must update."""
         return bool(self.works[0].proximal)
 
     def members(self) -> list[tuple[Tensor, ...]]:
-        """Weights, gradient and moments of each."""
+        """Return (weights, gradient, moments...) per parameter."""
         size = len(self.names)
         found = enumerate((p, p.grad) for p in self.parameters)
         return [(p, g, *self.moments[at * size : (at + 1) * size]) for at, (p, g) in found if g is not None]
 
     def seen(self) -> _Bundle:
-        """Itself, once it is whole: remembers where its tensors are."""
+        """Record the addresses of the tensors; return the bundle."""
         self._written = [*self.parameters, *self.moments]
         self._places = self._look()
         return self
@@ -188,11 +194,11 @@ class _Bundle:
         return [*map(Tensor.stride, written), *map(Tensor.data_ptr, written), *map(Tensor.numel, written)]
 
     def spans(self) -> list[tuple[int, int]]:
-        """What is written: addresses and bytes."""
+        """Return (address, bytes) of each written tensor."""
         return list(map(_span, self._written))
 
     def stands(self, optimizer: Optimizer) -> bool:
-        """Whether it is the same bundle at a later step, whose count it takes up."""
+        """Return True if the bundle is valid at a later step, and update its count."""
         states = [optimizer.state.get(p, {}) for p in self.parameters]
         found = [state.get(name) for state in states for name in self.names]
         steps = [state.get("step") for state in states] if self.counts else []
@@ -212,10 +218,10 @@ class _Bundle:
 
 
 class _Seen:
-    """What was found for some tasks, with what it depends on."""
+    """Cached bundles of tasks, with the state that they depend on."""
 
     def __init__(self, optimizer: Optimizer, tasks: Sequence[Task]) -> None:
-        self._jobs = tasks
+        self._tasks = tasks
         self.bundles = [bundle for task in tasks if plain(task.group) for bundle in _bundles(optimizer, task)]
         done = {id(p) for bundle in self.bundles for p in bundle.parameters}
         left = [p for group in optimizer.param_groups for p in _left(group, done)]
@@ -224,14 +230,14 @@ class _Seen:
         self._whole = len(done) == sum(len(task.members) for task in tasks)
         spans = [*map(_span, self._left), *[span for bundle in self.bundles for span in bundle.spans()]]
         spans = sorted(span for span in spans if span[1])
-        # where tensors share memory, the order in which they are written matters, and torch has one
+        # tensors that share memory must be written in torch's order
         self.apart = all(at + size <= after for (at, size), (after, _) in pairwise(spans))
 
     def stands(self, optimizer: Optimizer, tasks: Sequence[Task]) -> bool:
-        """Whether the same would be found at a later step."""
+        """Return True if the bundles are valid at a later step."""
         return (
             self._whole
-            and tasks is self._jobs
+            and tasks is self._tasks
             and all(plain(task.group) for task in tasks)
             and all(bundle.stands(optimizer) for bundle in self.bundles)
             and list(map(Tensor.data_ptr, self._left)) == self._places
@@ -239,7 +245,7 @@ class _Seen:
 
 
 def _bundles(optimizer: Optimizer, task: Task) -> list[_Bundle]:
-    """The parameters that fit, by their numbers."""
+    """Return the foldable parameters of a task, grouped by their scalars."""
     found: dict[Any, _Bundle] = {}
     for work, p in task.members:
         state = optimizer.state.get(p, {})
@@ -257,7 +263,7 @@ def _bundles(optimizer: Optimizer, task: Task) -> list[_Bundle]:
 
 
 def _fits(p: nn.Parameter, own: Sequence[Any]) -> bool:
-    """Whether a parameter has a gradient and moments, and all are plain and lie alike in memory."""
+    """Return True if a parameter has gradient and moments, all plain and with equal strides."""
     if not _ordinary(p, nn.Parameter) or not simple(p) or not all(_ordinary(t, Tensor) for t in (p.grad, *own)):
         return False
     tensors = [p, p.grad, *own]
@@ -271,7 +277,7 @@ def _ordinary(t: Any, kind: type[Tensor]) -> bool:
 
 
 def _span(t: Tensor) -> tuple[int, int]:
-    """Where it lies in memory: address and bytes."""
+    """Return address and bytes of a tensor's memory."""
     if t.is_contiguous() or not t.numel():
         return t.data_ptr(), t.nbytes
     reach = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
@@ -279,11 +285,11 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 
 def _left(group: Group, done: set[int]) -> list[nn.Parameter]:
-    """The parameters of a group that aren't folded."""
+    """Return the parameters of a group that aren't folded."""
     return [p for p in group["params"] if id(p) not in done]
 
 
 def _observed(optimizer: Optimizer) -> bool:
-    """Whether a loss scaler gave the step something to do, or somebody watches or changes torch's operations."""
+    """Return True with a loss scaler at work, or a mode that sees or changes torch's operations."""
     scaled = any(getattr(optimizer, name, None) is not None for name in ("grad_scale", "found_inf"))
     return scaled or dispatched()

@@ -1,10 +1,11 @@
-"""What rules do around an optimizer's step: add gradients and decay before it; prox, then projection after it.
+"""Rules at an optimizer's step: gradient and decay before it; prox, then projection after it.
 
-All by the optimizer's own hooks, so that every trainer, schedule and loss scaler is served. Nothing is done in a step
-that isn't one: skipped by a loss scaler, of learning rate zero, of a parameter without gradient.
+All are hooks on the optimizer, so that every trainer, schedule and loss scaler is supported.
+Nothing is done in a step that moves nothing: skipped by a loss scaler, with learning rate zero, or
+for a parameter without gradient.
 
-torch calls the hooks twice where a subclass's `step` calls `super().step()`; the call stack tells the
-inner call.
+If a subclass's `step` calls `super().step()`, torch calls the hooks twice; the call stack
+identifies the inner call.
 """
 
 from __future__ import annotations
@@ -56,17 +57,19 @@ def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
 
 
 def real_step(optimizer: Optimizer) -> bool:
-    """Whether a step moves, or has moved, anything: not skipped by a scaler, not of learning rate zero."""
-    found = getattr(optimizer, "found_inf", None)  # set by GradScaler on fused optimizers, which skip by themselves
+    """Return True if a step moves anything: not skipped by a scaler, learning rate not zero."""
+    # set by GradScaler on fused optimizers, which skip steps themselves
+    found = getattr(optimizer, "found_inf", None)
     if found is not None and float(found) > 0:
         return False
     return any(float(g["lr"]) != 0 and any(p.grad is not None for p in g["params"]) for g in optimizer.param_groups)
 
 
 def nested(optimizer: Optimizer) -> bool:
-    """Whether a hook is called for a step inside a step of the same optimizer.
+    """Return True if a hook is called for a step inside a step of the same optimizer.
 
-    torch calls the hooks in both where a subclass's step calls that of its base; what we do belongs to the outer one.
+    torch calls the hooks in both if a subclass's step calls that of its base; only the outer call
+    acts.
     """
     steps = [cls.__dict__.get("step") for cls in type(optimizer).__mro__]
     if sum([getattr(step, "hooked", False) for step in steps]) < 2:
@@ -81,7 +84,7 @@ def nested(optimizer: Optimizer) -> bool:
 def _by_metric(
     task: Task, metrics: dict[int, Metric], done: Collection[int]
 ) -> Iterable[tuple[Metric | None, list[Any]]]:
-    """The parameters of a task that are left, by the numbers of their metrics; None: the step moved nothing."""
+    """Return (metric, tensors) for a task's remaining parameters; None: the step moved nothing."""
     alike: dict[Any, tuple[Metric | None, list[Any]]] = {}
     last, own = None, list[Any]()
     for number, p in enumerate([p for _, p in task.members if id(p) not in done]):
@@ -117,7 +120,7 @@ _ALL = ("gradient", "decoupled", "proximal", "project")
 
 
 class Stepper:
-    """The work of all rules on the parameters of one optimizer."""
+    """Rules on the parameters of an optimizer, carried out at its steps."""
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class Stepper:
         self._worklist = Worklist(works, root)
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
-        self._done: Collection[int] = ()  # ids of the parameters that this step folds
+        self._done: Collection[int] = ()  # ids of the parameters folded in this step
         self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
@@ -144,17 +147,17 @@ class Stepper:
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer."""
+        """Remove the hooks from the optimizer."""
         for handle in self._handles:
             handle.remove()
 
     def renew(self) -> None:
-        """Look again for all parameters, after `works` has changed."""
+        """Rebuild the list of parameters, after `works` has changed."""
         self._worklist.forget()
         self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
-        """Whether nobody's hooks come between ours, so that nobody can tell when a step was done."""
+        """Return True if no foreign hook is between ours and the step, so folding is unseen."""
         hooks = step_hooks(optimizer)
         if hooks is None:
             return False
@@ -162,9 +165,9 @@ class Stepper:
         return ends == [handle.id for handle in self._handles]
 
     def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any], folds: bool = True) -> Any:
-        """Add the gradients, then decay; with a closure, wrap it, so that it is called at the weights as they were.
+        """Add gradients, then decay; with a closure, wrap it, as it needs the weights before decay.
 
-        Each call of it gives gradient and value; the decay follows the first.
+        Each call of the closure adds gradient and value; the decay follows the first call.
         """
         if torch.compiler.is_compiling():
             return eagerly(self.before, optimizer, args, kwargs, folds=False)
@@ -194,10 +197,10 @@ class Stepper:
     def _begin(
         self, optimizer: Optimizer, kinds: tuple[str, ...], rest: Optimizer | None = None, with_value: bool = False
     ) -> Tensor:
-        """What comes before the step; the value of the penalties whose gradient was added, if it is asked for.
+        """Do the changes before the step; return the value of gradient penalties if `with_value`.
 
-        With a `rest`, also the step of all that can be folded, last, so that nothing has moved if a rule fails. The
-        rest keeps what is left.
+        With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
+        fails. `rest` keeps the other parameters.
         """
         held = self._worklist.by(optimizer)
         fold: Fold | Again | None = None
@@ -251,13 +254,13 @@ class Stepper:
         return [grad for _, grad in grads]
 
     def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
-        """Weights and gradients before the step, where the metric needs them."""
+        """Store weights and gradients before the step, for metrics that need them."""
         for work, p, group in held:
             if work.proximal and p.grad is not None and group["lr"] != 0:
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
     def _act(self, batches: Iterable[Batch]) -> None:
-        """Do changes to their members, of which some may be sharded."""
+        """Carry out changes on their members, of which some may be sharded."""
         batches = [batch for batch in batches if batch.changes and batch.members]
         if not self._worklist.sharded:
             self._executor(batches, self.steps)
@@ -275,7 +278,7 @@ class Stepper:
             self._executor([Batch(own, batch.scalars, [tuple(parts)])], self.steps)
 
     def _add_noise(self, work: ParameterRules, grad: Tensor, scale: Tensor | None) -> None:
-        """Noise on a gradient; where there are several ranks, the same on each."""
+        """Add noise to a gradient; equal on all ranks."""
         if grad.layout != torch.strided:
             raise OptimizerError(
                 f"{work.handle.name!r} has a sparse gradient, which GradientNoise would fill: leave it out of the rule"
@@ -289,7 +292,7 @@ class Stepper:
 
     @torch.no_grad()
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Prox, then projection, of every parameter that the step moved."""
+        """Apply prox, then projection, to every parameter that the step moved."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, args, kwargs)  # type: ignore[no-any-return]
         if nested(optimizer):
@@ -313,11 +316,14 @@ class Stepper:
             if constraints and not single(constraints):
                 hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
         self.steps += 1
-        if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
+        if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
             self._warn_of_empty()
 
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
-        """The metrics of parameters with proximal rules that the step moved; followed also where no rule is due."""
+        """Return metrics of moved parameters with proximal rules, also if no rule is due.
+
+        Metrics with state must be updated at each step.
+        """
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
@@ -340,7 +346,7 @@ class Stepper:
         return found
 
     def _warn_of_empty(self) -> None:
-        """Warn once of each weight that proximal rules and constraints have emptied."""
+        """Warn once of each weight that proximal rules and constraints have made zero."""
         root = self.root()
         looked = [(work, work.handle.find(root)) for work in self.works if work.proximal or work.project]
         looked = [(work, p) for work, p in looked if p.dim() > 1]
@@ -349,7 +355,7 @@ class Stepper:
             changes = work.proximal + work.project
             empty = 0 if count else self._empty.get(work.handle, 0) + 1
             self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
-            if empty == 2:  # at two looks running: weights may begin at zero
+            if empty == 2:  # twice in a row: weights may begin at zero
                 warnings.warn(
                     f"after {self.steps} steps {work.handle.name!r} is all zeros, by {[what for _, what in changes]}: "
                     "the layer gives nothing but its bias; a smaller strength would keep some of it",

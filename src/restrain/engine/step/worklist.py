@@ -1,7 +1,7 @@
-"""The parameters that an optimizer holds and rules change on, found at each step, at the cost of a look at each.
+"""Cached list of an optimizer's parameters with rules; checked at each step.
 
-All that was found is kept with what it depends on: the modules on the way to a parameter, the optimizer's lists,
-whether it is frozen. Only where one of these has changed is everything looked for again.
+It is rebuilt when a module on the way to a parameter, the optimizer's groups, or a parameter's
+`requires_grad` has changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from restrain.transforms import Constraint, GradientNoise
 
 @dataclass
 class ParameterRules:
-    """All that is done to one parameter around a step."""
+    """The rules on a parameter around a step."""
 
     handle: Handle
     gradient: list[tuple[Rule, Penalty]] = field(default_factory=list)
@@ -35,16 +35,17 @@ class ParameterRules:
     decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
-    kept: dict[str, Any] = field(default_factory=dict)  # what the metric keeps from step to step
-    before: tuple[Tensor, Tensor] | None = None  # weights and gradient before the step, where the metric needs them
+    kept: dict[str, Any] = field(default_factory=dict)  # state of the metric
+    # weights and gradient before the step, if the metric needs them
+    before: tuple[Tensor, Tensor] | None = None
 
 
-Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with the group of the optimizer that it is in
+Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with its parameter group
 
 
 @dataclass(frozen=True)
 class Task:
-    """The same changes on several parameters of one group."""
+    """The same changes on several parameters of a group."""
 
     changes: list[Change]
     group: dict[str, Any]
@@ -52,25 +53,28 @@ class Task:
 
 
 class Worklist:
-    """Finds the parameters with work that an optimizer holds now and that aren't frozen; it holds modules weakly."""
+    """Cached parameters with rules that an optimizer holds and that aren't frozen.
+
+    It references modules weakly.
+    """
 
     def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module]) -> None:
         self.works, self.root = works, root
-        self.sharded = False  # whether there may be some of which each process holds a part
+        self.sharded = False  # some parameters may be sharded
         self.forget()
 
     def forget(self, gone: object = None) -> None:
-        """Look for all again at the next step."""
+        """Rebuild the list at the next step."""
         self._seen: Any = None
         self._found: list[Member] = []
         self._rules: dict[Any, list[Rule]] = {}
         self._tasks: dict[Any, list[Task]] = {}
 
     def by(self, optimizer: Optimizer) -> list[Member]:
-        """Them, each with its group.
+        """Return the optimizer's parameters with rules, each with its group.
 
         Raises:
-            DetachedError: one was parametrised since the rules were attached.
+            DetachedError: a parameter was parametrised after the rules were attached.
         """
         root = self.root()
         if self._seen is None or not self._as_seen(root, optimizer):
@@ -79,7 +83,7 @@ class Worklist:
         return self._found
 
     def tasks(self, kinds: tuple[str, ...], step: int) -> list[Task]:
-        """What rules of these kinds do, at a step (they are counted from zero), to the parameters that were found."""
+        """Return the changes by rules of these kinds at a step, counted from zero."""
         if kinds not in self._rules:
             timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
@@ -120,7 +124,7 @@ class Worklist:
         ]
 
     def _look(self, root: nn.Module, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Any:
-        """All that what was found depends on; None where FSDP2 puts other tensors there, time and again."""
+        """Return the state that the cache depends on; None with FSDP2, which replaces tensors."""
         if any(map(is_sharded, parameters)) or fully_sharded(root.modules()):
             return None
         ways: dict[Any, Any] = {}
@@ -160,12 +164,12 @@ def _changes(work: ParameterRules, kind: str, step: int) -> list[Change]:
 
 
 def total(penalties: Sequence[Penalty]) -> Penalty:
-    """The sum of penalties as one."""
+    """Return the sum of penalties as a penalty."""
     return functools.reduce(lambda a, b: a + b, penalties)
 
 
 def _key(what: Any) -> Any:
-    """The same for what does the same: tensors that hold strengths are the same only if they are one."""
+    """Return a key equal for equal settings; tensors of strengths are compared by identity."""
     if isinstance(what, tuple):
         return tuple(map(_key, what))
     if dataclasses.is_dataclass(what) and not isinstance(what, type):

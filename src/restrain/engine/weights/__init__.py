@@ -1,4 +1,4 @@
-"""Weights that a forward sees otherwise than they are stored: parametrised, or with noise."""
+"""Effective weights in a forward: parametrised, or with noise; the stored weights differ."""
 
 from restrain.engine.weights.noise import Site, WeightNoise, check_computable, sites_of
 from restrain.engine.weights.parametrized import Parametrized, refuse_wrapped

@@ -1,9 +1,10 @@
-"""Noise on weights: during a layer's forward, the name of a weight means a disturbed tensor.
+"""Noise on weights: during a layer's forward, a weight's attribute gives a noisy tensor.
 
-In eager code the layer's `_parameters` are replaced by a mapping that knows the call for which the weights are
-disturbed. In compiled code the disturbed tensor is put into `module.__dict__`, which Python looks at first, and taken
-away again. Either way `parameters()`, `state_dict()` and the optimizer see the stored tensor. A recomputation
-(checkpointing) draws the same noise, as torch restores the global generator.
+In eager code the layer's `_parameters` are replaced by a mapping that knows the call for which
+weights are noisy. In compiled code the noisy tensor is put into `module.__dict__`, which Python
+searches first, and removed again. Either way `parameters()`, `state_dict()` and the optimizer see
+the stored tensor. A recomputation (checkpointing) draws the same noise, as torch restores the
+global generator.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from restrain.transforms.base import Noise
 
 @dataclass(frozen=True)
 class Site:
-    """A weight where it is used: the module whose forward uses it, and the way from there to its owner."""
+    """Use of a weight: path to the module whose forward uses it, and from there to its owner."""
 
     name: str
     caller: tuple[str, ...]
@@ -40,19 +41,19 @@ class Site:
 
 
 def sites_of(slot: Slot) -> list[Site]:
-    """Where a weight is used, one for each module that holds it.
+    """Return the uses of a weight, one for each module that holds it.
 
     Raises:
-        HowError: it is used past all forwards.
+        HowError: no module with a forward holds it.
     """
     return [_site(slot.name, layer, key) for layer, key in slot.owners]
 
 
 def check_computable(slot: Slot) -> None:
-    """Refuse a weight that its layer writes into.
+    """Check that a layer doesn't write into its weight in the forward.
 
     Raises:
-        HowError: so it is.
+        HowError: it does.
     """
     for layer, _ in slot.owners:
         if isinstance(layer.module, (nn.Embedding, nn.EmbeddingBag)) and layer.module.max_norm is not None:
@@ -74,27 +75,32 @@ def _site(name: str, layer: Layer, key: str) -> Site:
 
 
 def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
-    """Whether the module's hooks fire: not those of a list, nor those of the layer that an attention uses past them."""
+    """Return True if the module's hooks fire.
+
+    They don't in a list of modules, and in a layer that an attention uses without calling it.
+    """
     inside = i > 0 and isinstance(chain[i - 1], nn.MultiheadAttention)
     return type(chain[i]).forward is not nn.Module.forward and not inside
 
 
-_several_threads = threading.RLock()  # may come to one layer at once, each with weights of its own
+# threads may call a layer at the same time, each with its own noise
+_several_threads = threading.RLock()
 
 
 @dataclass(eq=False)
 class _Disturbance:
-    """The disturbed weights of one call of a module, by owner and attribute; void once the call has left the stack."""
+    """Noisy weights of a call of a module, by owner and attribute; void after the call."""
 
     call: Call
     tensors: dict[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 class _Stored(dict[str, Any]):
-    """Stands in the place of an owner's `_parameters`, with the same contents, while a call disturbs some of these.
+    """Replacement of an owner's `_parameters`, with the same contents, during calls with noise.
 
-    By its name, a weight is the disturbed one for code below that call, and the stored one for everybody else: for
-    `parameters()` and `state_dict()`, for other threads, copies and pickles, and for all once the call has ended.
+    A weight's name gives the noisy tensor in code below such a call, and the stored tensor
+    elsewhere: in `parameters()` and `state_dict()`, in other threads, in copies and pickles, and
+    everywhere once the call has ended.
     """
 
     def __init__(self, owner: nn.Module) -> None:
@@ -105,7 +111,7 @@ class _Stored(dict[str, Any]):
     def __getitem__(self, key: str) -> Any:
         for one in reversed(self.disturbances):
             tensor = one.tensors.get((self.owner, key))
-            # compiled code, of which this is a part, can't look at the call stack
+            # compiled code can't inspect the call stack
             if tensor is not None and (torch.compiler.is_compiling() or (one.call.is_here and one.call.runs())):
                 return tensor
         return super().__getitem__(key)
@@ -115,7 +121,7 @@ class _Stored(dict[str, Any]):
 
     @classmethod
     def put(cls, owner: nn.Module, key: str, disturbance: _Disturbance, tensor: Tensor) -> None:
-        """Let code below a call see this tensor by the name of an owner's weight."""
+        """Make an owner's weight give this tensor to code below a call."""
         found = owner._parameters
         if not isinstance(found, cls):
             found = owner.__dict__["_parameters"] = cls(owner)
@@ -125,7 +131,7 @@ class _Stored(dict[str, Any]):
         keep_flat(owner)
 
     def drop(self, disturbance: _Disturbance, owner: nn.Module) -> None:
-        """Forget a call; after the last, the owner has its own mapping again, with what has changed since."""
+        """Forget a call; after the last, restore the owner's own mapping, with later changes."""
         self.disturbances = [one for one in self.disturbances if one is not disturbance]
         if not self.disturbances:
             self.plain.update(self.items())
@@ -136,18 +142,18 @@ class _Stored(dict[str, Any]):
 
 
 class Disturb(Draws, Hook):
-    """Forward pre-hook: puts the disturbed weights before the stored ones."""
+    """Forward pre-hook that puts noisy weights before the stored ones."""
 
     def __init__(self) -> None:
         super().__init__()
         self.noises: list[tuple[Site, list[Noise]]] = []
-        self.running: list[_Disturbance] = []  # of calls that run, the innermost last
+        self.running: list[_Disturbance] = []  # of running calls, the innermost last
         self.fired = False
-        # in compiled code: what is done in place leaves a compiled checkpoint, too
+        # calls in compiled code: changes in place also leave a compiled checkpoint
         self.calls = torch.zeros(1, device="cpu")
 
     def add(self, site: Site, noise: Noise) -> None:
-        """One more noise on a weight, after those that it has."""
+        """Add a noise on a weight, after its earlier noises."""
         known = next((noises for one, noises in self.noises if one == site), None)
         if known is None:
             self.noises.append((site, [noise]))
@@ -176,7 +182,7 @@ class Disturb(Draws, Hook):
                 _Stored.put(owner, site.attribute, one, disturbed)
 
     def _disturbed(self, module: nn.Module) -> Iterator[tuple[Site, nn.Module, Tensor]]:
-        """Each weight, where it belongs, and disturbed."""
+        """Yield each weight's site, owner and noisy tensor."""
         for site, noises in self.noises:
             owner = _owner(module, site)
             w = owner._parameters.get(site.attribute)
@@ -193,7 +199,7 @@ class Disturb(Draws, Hook):
             yield site, owner, disturbed
 
     def _check_thread(self, owner: nn.Module) -> None:
-        """Refuse two threads at once in a recurrent layer, which hands one list of weights to its kernel.
+        """Check that no two threads are in a recurrent layer, which has a single list of weights.
 
         Raises:
             HowError: another thread is in the layer.
@@ -205,14 +211,14 @@ class Disturb(Draws, Hook):
             )
 
     def end(self, module: nn.Module, frame: FrameType) -> None:
-        """The call that runs in this frame ended; in another frame: one was ended by an exception."""
+        """End the call that runs in this frame; in another frame, an exception has ended a call."""
         self.restore(module)
         for one in [one for one in self.running if one.call.is_here][-1:]:
             if one.call.is_at(frame):
                 self._drop(one, module)
 
     def restore(self, module: nn.Module, below: FrameType | None = None) -> None:
-        """Take away what calls have left that an exception has ended."""
+        """Remove noisy weights of calls that an exception has ended."""
         for one in [one for one in self.running if not one.call.runs(below)]:
             self._drop(one, module)
 
@@ -226,7 +232,7 @@ class Disturb(Draws, Hook):
 
 
 class Restore(Hook):
-    """Forward hook, also called after an `Exception`: takes the disturbed weights away."""
+    """Forward hook that removes noisy weights; called after an `Exception` too."""
 
     def __init__(self, disturb: Disturb) -> None:
         self.disturb = disturb
@@ -243,7 +249,10 @@ class Restore(Hook):
 
 
 def _set(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
-    """Put a tensor before the stored one, or take it away; torch.compile sees in a checkpoint that it is both."""
+    """Put a tensor before the stored one, or remove it, also as traced by torch.compile.
+
+    torch.compile sees in a checkpoint that both happen.
+    """
     if torch.compiler.is_compiling():
         undone(_write, owner, key, tensor)
     else:
@@ -265,15 +274,15 @@ def _owner(module: nn.Module, site: Site) -> nn.Module:
 
 @dataclass
 class WeightNoise:
-    """The noise on weights of one attachment: hooks on the modules that use them."""
+    """Noise on weights of an attachment: hooks on the modules that use the weights."""
 
-    hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by the path of the module
+    hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by path of the module
     handles: dict[tuple[str, ...], list[Any]] = field(default_factory=dict)  # by the same
     modules: dict[tuple[str, ...], weakref.ref[nn.Module]] = field(default_factory=dict)  # by the same
-    checked: dict[Site, bool] = field(default_factory=dict)  # whether a hook that never fires is an error
+    checked: dict[Site, bool] = field(default_factory=dict)  # True if a hook that never fires is an error
 
     def begin(self, noisy: Iterable[tuple[Site, Noise, bool]], root: nn.Module) -> None:
-        """Put the hooks on: for each weight its noise, and whether a hook that never fires is an error."""
+        """Register hooks, given (weight, noise, True if a hook that never fires is an error)."""
         for site, noise, checked in noisy:
             if site.caller not in self.hooks:
                 self._hook(root, site.caller)
@@ -329,10 +338,11 @@ class WeightNoise:
         self.handles, self.hooks, self.modules = {}, {}, {}
 
     def after(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """After a real step.
+        """Check after a real step that noise has acted.
 
         Raises:
-            NeverFiredError: a weight has a gradient, though the module that should have disturbed it was never called.
+            NeverFiredError: a weight has a gradient, but its module, which adds the noise, was
+                never called.
         """
         for disturb in self.hooks.values():
             disturb.fired = disturb.fired or bool(disturb.calls)

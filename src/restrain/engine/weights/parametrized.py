@@ -1,8 +1,10 @@
-"""Rules with how="parametrize": the weight is computed from the stored tensor at each forward, by torch's parametrize.
+"""Rules with how="parametrize": each forward computes the weight from the stored tensor.
 
-The stored tensor stays the Parameter that it was, so that an optimizer goes on holding it. These rules alone rename
-`state_dict` keys (`parametrizations.weight.original`), until they are detached. A deepcopy stays parametrised, as torch
-makes it; a pickle, which torch would refuse, is of the plain layer with the effective weights.
+It is done by torch's parametrize. The stored tensor stays the same Parameter, so that an optimizer
+continues to hold it. Only these rules rename `state_dict` keys
+(`parametrizations.weight.original`), until they are detached. A deepcopy stays parametrised, as
+torch makes it; a pickle, which torch would refuse, contains the plain layer with the effective
+weights.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _SHARING = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel
 
 
 def refuse_wrapped(model: nn.Module, rules: Plan) -> None:
-    """Parametrising replaces the node by which a tensor's gradient arrives, and DDP would wait at the old one.
+    """Check that a model with how="parametrize" isn't wrapped, as DDP hooks the old gradient nodes.
 
     Raises:
         HowError: a rule with how="parametrize", for a model that is already wrapped.
@@ -42,15 +44,15 @@ def refuse_wrapped(model: nn.Module, rules: Plan) -> None:
         )
 
 
-# Our parametrisations, each with the order of its owner's parameters before it.
+# Parametrisations of this library, with the order of the owner's parameters before each.
 _orders: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
 
 
 def _reduce_plain(owner: nn.Module, protocol: Any) -> Any:
-    """A pickle of a layer with our parametrisations is that of the plain layer, with the effective weights."""
+    """Pickle a layer with our parametrisations as the plain layer with the effective weights."""
     stored: dict[str, Any] = dict(owner.parametrizations.items())  # type: ignore[union-attr, operator]
     if not all(len(one) == 1 and one[0] in _orders for one in stored.values()):
-        return object.__reduce_ex__(owner, protocol)  # where torch refuses
+        return object.__reduce_ex__(owner, protocol)  # torch refuses
     cls: type[nn.Module] = parametrize.type_before_parametrizations(owner)
     plain = cls.__new__(cls)
     plain.__dict__.update(vars(owner))
@@ -63,20 +65,21 @@ def _reduce_plain(owner: nn.Module, protocol: Any) -> Any:
     for one in reversed(stored.values()):
         _put_in_order(plain, _orders[one[0]])
     keep_flat(plain)
-    return plain.__reduce_ex__(0)  # names the class in an argument; later protocols demand that the owner be of it
+    # protocol 0 names the class in an argument; later protocols require that it is the owner's
+    return plain.__reduce_ex__(0)
 
 
 @dataclass
 class _Done:
-    """A parametrisation of ours."""
+    """A registered parametrisation."""
 
     handle: Handle
-    module: nn.Module  # what torch was given
-    order: list[str]  # of the owner's parameters, as they were
+    module: nn.Module  # the module registered with torch
+    order: list[str]  # of the owner's parameters, before
 
 
 class Parametrized:
-    """The parametrisations of one attachment, from `begin` to `end`."""
+    """The parametrisations of an attachment, from `begin` to `end`."""
 
     def __init__(self) -> None:
         self._done: list[_Done] = []
@@ -85,7 +88,7 @@ class Parametrized:
         return bool(self._done)
 
     def begin(self, parameters: Iterable[tuple[Handle, Reparametrization]], root: nn.Module) -> None:
-        """Parametrise these parameters, each by what acts on it."""
+        """Parametrise each parameter by its reparametrisation."""
         for handle, what in parameters:
             self._parametrize(handle, what, root)
 
@@ -97,12 +100,13 @@ class Parametrized:
         module, order = what.parametrization(w), list(owner._parameters)
         parametrize.register_parametrization(owner, handle.attribute, module)
         _orders.setdefault(module, order)
-        type(owner).__reduce_ex__ = _reduce_plain  # type: ignore[assignment]  # a class that torch made for this owner
+        # the class was made by torch for this owner
+        type(owner).__reduce_ex__ = _reduce_plain  # type: ignore[assignment]
         self._done.append(_Done(handle, module, order))
 
     @torch.no_grad()
     def end(self, root: nn.Module) -> None:
-        """Take the parametrisations away; the effective weights are left in the Parameters that were there."""
+        """Remove the parametrisations; the original Parameters hold the effective weights."""
         for done in reversed(self._done):
             owner, name = done.handle.find_owner(root), done.handle.attribute
             if owner is None or not parametrize.is_parametrized(owner, name):
@@ -131,12 +135,15 @@ class Parametrized:
         self._done = []
 
     def learned(self) -> Iterator[nn.Parameter]:
-        """What is learned beside the stored tensors."""
+        """Yield the learned parameters beside the stored tensors."""
         for done in self._done:
             yield from done.module.parameters()
 
     def watch(self, steps: Callable[[], int]) -> Callable[[Optimizer, nn.Module], None]:
-        """What to call after each real step: warns once if no optimizer trains what is learned."""
+        """Return a function to call after each real step, which warns once of untrained parameters.
+
+        These are learned parameters that are in no optimizer, while their weights are.
+        """
         held: set[int] = set()
 
         def after(optimizer: Optimizer, root: nn.Module) -> None:
@@ -160,7 +167,7 @@ class Parametrized:
 
 
 def _put_in_order(owner: nn.Module, order: Sequence[str]) -> None:
-    """The parameters as they stood: torch appends the one that comes back, which would move `state_dict` keys."""
+    """Restore the order of parameters, and so of `state_dict` keys; torch appends the last."""
     now: dict[str, Tensor | None] = dict(owner._parameters)
     owner._parameters.clear()
     owner._parameters.update({name: now.pop(name) for name in order if name in now} | now)  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+"""Spelling of values in tables: equal categories, booleans, and numbers that are not plain numbers.
+
+Two values of a category are equal if their texts are equal after these two rules:
+
+1. A whole number is written without point and zeros: 1.0 is 1, since pandas writes 1 as 1.0 in a
+   column with gaps. Leading zeros stay, as in zip codes: 01, 1 and 001 are three values; so do the
+   zeros of a fraction, as in version numbers: 1.10 and 1.1 are two values.
+2. If the training data have exactly two values that are the two words of a pair in `PAIRS`, in any
+   capitals, every pair's words are the same: true, yes, y, t, on and 1 are one value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PAIRS = (("true", "false"), ("yes", "no"), ("y", "n"), ("t", "f"), ("on", "off"), ("1", "0"))
+_TRUTH = {word: number == 0 for pair in PAIRS for number, word in enumerate(pair)}
+_WHOLE = re.compile(r"(-?)(0|[1-9][0-9]*)(\.0+)?")
+
+
+def canonical(text: str) -> str:
+    """Return a whole number without point, zeros and the sign of -0; other texts unchanged.
+
+    >>> [canonical(text) for text in ("1.0", "-2", "-0.0", "01", "1.50", "red")]
+    ['1', '-2', '0', '01', '1.50', 'red']
+    """
+    found = _WHOLE.fullmatch(text)
+    return text if found is None else ("" if found[2] == "0" else found[1]) + found[2]
+
+
+def are_booleans(values: Collection[str]) -> bool:
+    """Return True if the values are the two words of a pair, in any capitals.
+
+    >>> are_booleans(["No", "YES"]), are_booleans(["0", "1"]), are_booleans(["yes", "no", "maybe"])
+    (True, True, False)
+    """
+    return tuple(sorted(value.lower() for value in values)) in {tuple(sorted(pair)) for pair in PAIRS}
+
+
+def matcher(values: Iterable[str | None]) -> Callable[[str | None], str | None]:
+    """Return a function from a text to the value that it equals, or to itself if it equals none.
+
+    >>> same = matcher(["False", "True"])
+    >>> [same(text) for text in ("yes", "0", "FALSE", "maybe", None)]
+    ['True', 'False', 'False', 'maybe', None]
+    """
+    there = [value for value in values if value is not None]
+    exact = {canonical(value): value for value in there}
+    if len(exact) < len(there):  # a model of version 0.1 may tell 1 and 1.0 apart
+        exact = {value: value for value in there}
+    booleans = {_TRUTH[value.lower()]: value for value in there} if are_booleans(there) else {}
+
+    def match(text: str | None) -> str | None:
+        if text is None or text in exact:
+            return text if text is None else exact[text]
+        found = exact.get(canonical(text))
+        return found if found is not None else booleans.get(_TRUTH.get(canonical(text).lower(), -1), text)
+
+    return match
+
+
+# ---------------------------------------------------------------- numbers in other forms
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write numbers that `float` doesn't read, and the option that reads it, if any."""
+
+    name: str
+    pattern: re.Pattern[str]
+    option: str = ""
+
+
+_THOUSANDS = r"[-+]?[1-9][0-9]{0,2}(%s[0-9]{3})+"
+_CURRENCY = r"(?:[$€£¥₹]|USD|EUR|GBP|CHF|JPY)"
+_AMOUNT = r"[-+−]?[0-9]+(?:[.,' ][0-9]+)*"
+FORMS = (
+    Form("decimal commas", re.compile(r"[-+]?[0-9]*,[0-9]+([eE][-+]?[0-9]+)?"), "--decimal ,"),
+    Form("commas at thousands", re.compile(_THOUSANDS % "," + r"(\.[0-9]*)?"), "--thousands ,"),
+    Form("points at thousands", re.compile(_THOUSANDS % r"\."), "--thousands . --decimal ,"),
+    Form(
+        "points at thousands and decimal commas",
+        re.compile(_THOUSANDS % r"\." + ",[0-9]+"),
+        "--thousands . --decimal ,",
+    ),
+    Form("spaces at thousands", re.compile(_THOUSANDS % "[ \u00a0\u202f]" + r"(\.[0-9]*)?"), "--thousands ' '"),
+    Form("apostrophes at thousands", re.compile(_THOUSANDS % "['’]" + r"(\.[0-9]*)?"), """--thousands "'" """[:-1]),
+    Form("percent signs", re.compile(rf"{_AMOUNT}\s?%")),
+    Form("currencies", re.compile(rf"[-+−]?{_CURRENCY}\s?{_AMOUNT}|{_AMOUNT}\s?{_CURRENCY}")),
+    Form("signs that are no hyphens", re.compile(r"[−–][0-9]+(\.[0-9]*)?")),
+    Form(
+        "dates",
+        re.compile(
+            r"[0-9]{4}[-/.][0-9]{1,2}[-/.][0-9]{1,2}([T ][0-9]{1,2}:[0-9]{2}\S*( ?[AaPp][Mm])?)?"
+            r"|[0-9]{1,2}([-/.])[0-9]{1,2}\3([0-9]{4}|[0-9]{2})([T ][0-9]{1,2}:[0-9]{2}\S*( ?[AaPp][Mm])?)?"
+        ),
+    ),
+    Form("times of day", re.compile(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?( ?[AaPp][Mm])?")),
+)
+
+
+def forms_of(text: str) -> list[Form]:
+    """Return the forms of a number that a text can be: "1,000" has two, a plain word none."""
+    stripped = text.strip()
+    return [form for form in FORMS if form.pattern.fullmatch(stripped)]
+
+
+def common_forms(texts: Iterable[str]) -> list[Form]:
+    """Return the forms that all texts have, or those of the first text that has any.
+
+    >>> [form.name for form in common_forms(["1,000", "2,5"])]
+    ['decimal commas']
+    >>> [form.name for form in common_forms(["1,000", "2,500"])]
+    ['decimal commas', 'commas at thousands']
+    """
+    found = [forms for forms in map(forms_of, texts) if forms]
+    if not found:
+        return []
+    shared = [form for form in found[0] if all(form in forms for forms in found)]
+    return shared or found[0]
+
+
+def way_out(texts: Iterable[str]) -> str:
+    """Return what to write so that numbers of another form are read, or "" if they have no form."""
+    found = common_forms(texts)
+    options = [form.option for form in found if form.option]
+    if not found:
+        return ""
+    said = f"these look like numbers with {' or '.join(form.name for form in found)}"
+    if found[0].name in ("dates", "times of day"):
+        said = f"these look like {found[0].name}"
+    return f"{said}: {'write ' + ', or '.join(options) if options else 'turn them into plain numbers'}"
+
+
+def numbers(texts: Any, decimal: str, thousands: str) -> Any:
+    """Return texts as float64 where all are numbers with these marks, NaN for None; else None.
+
+    Marks at thousands stand before groups of three digits, so that 1,5 isn't 15.
+    """
+    plain = re.compile(
+        rf"[-+]?(?:[0-9]+|[0-9]{{1,3}}(?:{re.escape(thousands)}[0-9]{{3}})+)"
+        rf"(?:{re.escape(decimal)}[0-9]*)?(?:[eE][-+]?[0-9]+)?"
+        if thousands
+        else rf"[-+]?(?:[0-9]+(?:{re.escape(decimal)}[0-9]*)?|{re.escape(decimal)}[0-9]+)(?:[eE][-+]?[0-9]+)?"
+    )
+    found = np.full(len(texts), np.nan)
+    for row, text in enumerate(texts):
+        if text is None:
+            continue
+        if not isinstance(text, str) or plain.fullmatch(text.strip()) is None:
+            return None
+        bare = text.strip().replace(thousands, "") if thousands else text.strip()
+        found[row] = float(bare.replace(decimal, "."))
+    return found
