@@ -144,7 +144,6 @@ for twin in (keras.models.load_model(sys.argv[1]), keras.models.clone_model(mode
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_a_keras_model_with_a_penalty_can_be_saved_and_cloned(tmp_path):
     done = alone(KERAS, tmp_path / "model.keras", seconds=240, environment={"KERAS_BACKEND": "torch"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,6 +19,7 @@ from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
+from restrain.penalties import keras_objects
 from restrain.penalties.algebra import Algebra, Combination, Multiple, Total
 from restrain.penalties.shrink import as_step, at_least_float32, check_dtype, check_step, shrink_entries
 from restrain.rules import How
@@ -141,6 +142,7 @@ def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
     @functools.wraps(formula)
     def call(self: Any, w: Tensors) -> Tensor:
         if not isinstance(w, Tensor) and type(w).__module__.partition(".")[0] == "keras":
+            keras_objects.register(Penalty)
             w = w.value  # of a variable of a Keras 3 layer, on its torch backend
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
@@ -253,6 +255,20 @@ class Penalty(Algebra["Penalty"], register=False):
             cls.__call__ = of_tensors(vars(cls)["__call__"])  # type: ignore[method-assign, assignment]
         if "over_batch" in vars(cls):
             cls.over_batch = taking_masks(vars(cls)["over_batch"])  # type: ignore[method-assign]
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the penalty as plain data, by which Keras saves and clones a model.
+
+        Raises:
+            PlanError: it holds tensors or functions.
+        """
+        keras_objects.register(Penalty)
+        return keras_objects.Forms.write(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Penalty:
+        """Return the penalty of a `get_config`."""
+        return keras_objects.Forms.read(config)  # type: ignore[no-any-return]
 
     @abstractmethod
     def __call__(self, w: Tensors) -> Tensor:
