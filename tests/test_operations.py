@@ -133,3 +133,9 @@ def test_every_public_member_agrees_with_what_it_declares():
         check(what)
     for what in (rs.NonNegative(), rs.Box(-1, 0.5), rs.MaxNorm(1.0, per="row"), rs.UnitNorm(per="row")):
         check(what)
+
+
+@pytest.mark.parametrize("per", [[[0, 20], [1, 21]], {"in": [[0], [30]]}])
+def test_index_lists_need_not_fit_the_random_tensor(per, monkeypatch):
+    monkeypatch.setattr(rs.operations, "_checked", set())
+    check(rs.GroupLasso(per))

@@ -185,7 +185,7 @@ def check(what: Any) -> None:
     """
     if type(what) in _checked:
         return
-    if isinstance(getattr(what, "per", None), (list, tuple, Mapping)) and is_dataclass(what):
+    if isinstance(vars(what).get("per"), (list, tuple, Mapping)) and is_dataclass(what):
         what = replace(what, per="row")  # type: ignore[type-var]  # index lists may not fit the random tensor
     interval, terms = getattr(what, "interval", None), getattr(what, "operations", None)
     if interval is not None:
