@@ -232,7 +232,11 @@ class Disturb(Draws, Hook):
 
 
 class Restore(Hook):
-    """Forward hook that removes noisy weights; called after an `Exception` too."""
+    """Forward hook that takes the disturbed weights away.
+
+    After an exception they are void, as their call has ended: see `_Stored`. `always_call=True` would have
+    torch.compile compile equal layers each anew, by the numbers of their hooks.
+    """
 
     def __init__(self, disturb: Disturb) -> None:
         self.disturb = disturb
@@ -309,7 +313,7 @@ class WeightNoise:
         self.modules[path] = weakref.ref(module)
         self.handles[path] = [
             module.register_forward_pre_hook(self.hooks[path], prepend=first),
-            module.register_forward_hook(Restore(self.hooks[path]), always_call=True),
+            module.register_forward_hook(Restore(self.hooks[path])),
         ]
 
     def moves(self, root: nn.Module) -> list[tuple[str, ...]]:
