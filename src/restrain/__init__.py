@@ -7,6 +7,7 @@
 >>> loss = reg.loss(model(torch.randn(3, 4)).square().mean())
 """
 
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING, Any
 
 import torch as _torch
@@ -16,6 +17,7 @@ from restrain.garbage import uncollected
 from restrain.versions import check as _check
 
 if TYPE_CHECKING:
+    from restrain.compaction import compact
     from restrain.models import Autoencoder, Classifier, Regressor, load
 
 _check(_torch.__version__)
@@ -198,6 +200,7 @@ __all__ = [
     "activations",
     "attach",
     "biases",
+    "compact",
     "embeddings",
     "errors",
     "glob",
@@ -214,19 +217,23 @@ __all__ = [
     "weights",
 ]
 
-_MODELS = ("Autoencoder", "Classifier", "Regressor", "load")
+# imported when they are first used: models need scikit-learn, compaction loads torch's exporter
+_LATER = {
+    **dict.fromkeys(("Autoencoder", "Classifier", "Regressor", "load"), "restrain.models"),
+    "compact": "restrain.compaction",
+}
 
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """Import the models, which need scikit-learn, when they are first used."""
-        if name not in _MODELS:
+        """Import what `_LATER` lists."""
+        if name not in _LATER:
             raise AttributeError(f"module 'restrain' has no attribute {name!r}")
         try:
-            from restrain import models
+            module = _import_module(_LATER[name])
         except errors.MissingExtraError as error:
             return stand_in(name, error)
-        return getattr(models, name)
+        return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -95,3 +95,7 @@ class ExportError(RestrainError, AttributeError):
 
 class VersionError(RestrainError, RuntimeError):
     """This version of torch lacks a function that a rule needs; the message names a way out."""
+
+
+class CompactionError(RestrainError, RuntimeError):
+    """A model can't be exported or made smaller, or would give other outputs; the given model is unchanged."""

@@ -6,7 +6,8 @@ strength: 1e-3          # or {linear: {start: 0, end: 1e-3, steps: 1000}},
 on: "fc*.weight"        # a glob; a list of exact names; {role: weights}; {type: Conv2d};
                         # {regex: ...}; {outputs: "relu*", via: relu};
                         # {and: [...]}, {or: [...]}, {minus: [...]}
-how: proximal           # and reduce, name, every, start, optional, momentum as in .on(...)
+how: proximal           # and reduce, name, every, start, optional, momentum, metric, gradient
+                        # as in .on(...)
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ FORMS: dict[str, type[Strength]] = {
     "target": Target,
 }
 _PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths")
-_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum")
+_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum", "metric", "gradient")
 
 
 def read_rule(data: Any) -> Rule:

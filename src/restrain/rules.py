@@ -118,6 +118,8 @@ class What:
         optional: bool = False,
         momentum: Literal["keep", "tangent"] = "keep",
         outputs: Places | None = None,
+        metric: Literal["optimizer", "euclidean"] = "optimizer",
+        gradient: Literal["keep", "tangent"] | None = None,
     ) -> Rule:
         """Return the rule that applies this to `where`.
 
@@ -136,6 +138,12 @@ class What:
             momentum: for constraints, "tangent" projects the optimizer's momentum after each
                 projection, so that it doesn't lead out of the set.
             outputs: for a penalty on the whole network, the layers whose outputs it gets.
+            metric: for constraints, how a projection after a step measures distances: by the optimizer's
+                own steps, where that projection is known, so that training ends at the constrained
+                minimiser; or "euclidean", as when attached.
+            gradient: for constraints, "tangent" takes out of the gradient, before each step, what would
+                lead out of the set. None: so where `metric="optimizer"` needs it, for UnitNorm,
+                Orthogonal and LowRank under optimizers such as Adam.
 
         Raises:
             HowError: a `how` that is impossible for it.
@@ -146,7 +154,8 @@ class What:
         moments = self.moments(isinstance(selection, Places))
         if how is not None and not (isinstance(how, str) and how in moments):
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={brief(how)}")
-        rule = Rule(what, selection, how or moments[0], reduce, name, every, start, optional, momentum, outputs)
+        moment = how or moments[0]
+        rule = Rule(what, selection, moment, reduce, name, every, start, optional, momentum, outputs, metric, gradient)
         _check(rule)
         return rule
 
@@ -165,6 +174,8 @@ class Rule:
     optional: bool = False
     momentum: Literal["keep", "tangent"] = "keep"
     outputs: Places | None = None
+    metric: Literal["optimizer", "euclidean"] = "optimizer"
+    gradient: Literal["keep", "tangent"] | None = None
 
     def due(self, step: int) -> bool:
         """Return True if the rule acts at a step; steps are counted from zero."""
@@ -205,8 +216,18 @@ class Rule:
         given += [f"every={self.every}"] * (self.every != 1) + [f"start={self.start}"] * (self.start != 0)
         given += ["optional=True"] * self.optional + [f"momentum={self.momentum!r}"] * (self.momentum != "keep")
         given += [f"outputs={self.outputs!r}"] * (self.outputs is not None)
+        given += [f"metric={self.metric!r}"] * (self.metric != "optimizer")
+        given += [f"gradient={self.gradient!r}"] * (self.gradient is not None)
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
+
+
+_WORDS = {
+    "reduce": ("sum", "mean"),
+    "momentum": ("keep", "tangent"),
+    "metric": ("optimizer", "euclidean"),
+    "gradient": ("keep", "tangent"),
+}
 
 
 def _check(rule: Rule) -> None:
@@ -215,9 +236,9 @@ def _check(rule: Rule) -> None:
         raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
     if not isinstance(rule.optional, bool):
         raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
-    for key, known in (("reduce", ("sum", "mean")), ("momentum", ("keep", "tangent"))):
+    for key, known in _WORDS.items():
         value = getattr(rule, key)
-        if not isinstance(value, str) or value not in known:
+        if (value is not None or key != "gradient") and not (isinstance(value, str) and value in known):
             raise PlanError(f"{key}= is {' or '.join(map(repr, known))}, got {brief(value)}")
     if rule.reduce == "mean" and not what.entrywise:
         raise PlanError(f"reduce='mean' is for entrywise penalties such as L1 and L2, not for {what!r}")
@@ -229,10 +250,16 @@ def _check(rule: Rule) -> None:
         raise PlanError(
             f"how={rule.how!r} acts at each forward; every= and start= are for what acts at a step or a loss"
         )
-    if rule.momentum == "tangent" and not (rule.how == "project" and what.has_tangent):
+    for key in ("momentum", "gradient"):
+        if getattr(rule, key) == "tangent" and not (rule.how == "project" and what.has_tangent):
+            raise PlanError(
+                f"{key}='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "
+                f"{what!r} by how={rule.how!r}: leave it at 'keep'"
+            )
+    if rule.how != "project" and (rule.metric != "optimizer" or rule.gradient is not None):
         raise PlanError(
-            f"momentum='tangent' goes with how='project' and a constraint with a formula for it (`tangent`), not with "
-            f"{what!r} by how={rule.how!r}: leave it at 'keep'"
+            f"metric= and gradient= say how a constraint is held by how='project'; {what!r} acts by how={rule.how!r}: "
+            "leave them out"
         )
     if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
         raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

@@ -52,7 +52,6 @@ SETS = {
 
 # A3: under an optimizer with a metric of its own
 
-WRONG_METRIC = pytest.mark.xfail(strict=True, reason="faults.md A3")
 ROUND, LONG = np.array([1.0, 1.0, 1.0, 1.0]), np.array([4.0, 0.5, 1.0, 2.0])
 AIM = np.array([3.0, 0.5, -0.2, 1.0])
 KINDS = {
@@ -99,19 +98,13 @@ def minimised(constraint, make, curve, steps=600):
     return model.p.detach()
 
 
-def with_metric(kind, name):
-    wrong = kind != "Box" and name in ("Adam", "RMSprop", "Adagrad")
-    return pytest.param(kind, name, marks=[WRONG_METRIC] * wrong)
-
-
-@pytest.mark.parametrize(("kind", "name"), [with_metric(kind, name) for kind in KINDS for name in OPTIMIZERS])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in OPTIMIZERS])
 def test_the_constrained_minimiser_is_reached(kind, name):
     constraint, project = KINDS[kind]
     found = minimised(constraint, OPTIMIZERS[name], LONG)
     torch.testing.assert_close(found, torch.tensor(minimiser(project, LONG)), rtol=0, atol=2e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A3")
 def test_the_constrained_minimiser_on_the_sphere_is_the_direction_of_the_aim():
     right = torch.tensor(AIM / np.linalg.norm(AIM))  # .935, .156, -.062, .312
     for constraint in (rs.MaxNorm(1.0, per=None), rs.UnitNorm(per=None)):
@@ -142,7 +135,7 @@ def regression(name, epochs=60):
     return (model(x) - y).square().mean().item(), np.square(inputs @ weight.T - outputs).mean()
 
 
-@pytest.mark.parametrize("name", ["SGD", pytest.param("Adam", marks=WRONG_METRIC)])
+@pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_a_regression_with_bounded_rows_has_the_least_error(name):
     found, least = regression(name)
     assert least <= found + 1e-9  # the reference is the minimum
@@ -150,8 +143,6 @@ def test_a_regression_with_bounded_rows_has_the_least_error(name):
 
 
 # A6: several convex sets at once
-
-NOT_NEAREST = pytest.mark.xfail(strict=True, reason="faults.md A6")
 
 
 def nearest(projections, x, tolerance=1e-11):
@@ -195,8 +186,6 @@ PAIRS = [
     ("symmetric", "l1"),
     ("symmetric", "spectral"),
     ("spectral", "nuclear"),
-]
-WRONG_PAIRS = [
     ("nonnegative", "spectral"),
     ("box", "rows"),
     ("box", "norm"),
@@ -209,9 +198,7 @@ WRONG_PAIRS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "pair", [*PAIRS, *(pytest.param(pair, marks=NOT_NEAREST) for pair in WRONG_PAIRS)], ids=" and ".join
-)
+@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
 def test_two_convex_sets_give_their_nearest_point(pair):
     constraints, projections = zip(*(SETS[name] for name in pair), strict=True)
     for seed in range(3):
@@ -225,7 +212,7 @@ def test_two_convex_sets_give_their_nearest_point(pair):
 @pytest.mark.parametrize(
     "constraints",
     [
-        pytest.param((rs.NonNegative(), rs.NuclearBall(1.0)), marks=NOT_NEAREST),
+        (rs.NonNegative(), rs.NuclearBall(1.0)),
         (rs.NonNegative(), rs.SpectralBall(0.05)),
         (rs.MaxNorm(0.02, per="out"), rs.Symmetric()),
     ],
@@ -240,7 +227,6 @@ def test_sets_that_hold_zero_are_not_refused(constraints):
     assert (weight != 0).any()  # zero alone would be far from the nearest point
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A6")
 def test_no_entry_is_negative_beside_a_set_of_matrices():
     model = nn.Linear(64, 64)
     optimizer = sgd(model)
@@ -254,7 +240,7 @@ def test_no_entry_is_negative_beside_a_set_of_matrices():
 
 @pytest.mark.parametrize(
     "other",
-    [*(pytest.param(ball, marks=NOT_NEAREST) for ball in (rs.SpectralBall(0.7), rs.NuclearBall(1.0))), rs.MaxNorm(0.1)],
+    [rs.SpectralBall(0.7), rs.NuclearBall(1.0), rs.MaxNorm(0.1)],
     ids=repr,
 )
 def test_fixed_entries_are_exactly_zero_beside_another_set(other):

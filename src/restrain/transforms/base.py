@@ -103,6 +103,9 @@ class Constraint(Reparametrization, register=False):
     cone: bool = False
     """True if the set is a cone (closed under scaling by c ≥ 0); cones are projected first."""
 
+    by_tangent: bool = False
+    """Under an optimizer with a step for each entry, keep gradients in the tangent, and project as under SGD."""
+
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
         """Return the nearest tensor, in Euclidean distance, in the constraint set; same dtype.
@@ -110,6 +113,34 @@ class Constraint(Reparametrization, register=False):
         A tensor in the set keeps its values. NaN and infinite entries aren't checked; the result
         may be NaN there.
         """
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        """The tensor of the set that is nearest in the metric of steps: argmin Σ |z - w|² / step.
+
+        After a step of an optimizer that moves each entry by a step of its own (Adam), this is the projection that ends
+        at the constrained minimiser. With one step for all it is `project`; so it is for separable sets, whatever the
+        steps.
+
+        Raises:
+            TransformError: no formula is known; the message names those that have one.
+        """
+        if not (isinstance(step, Tensor) and step.dim()) or self.separable:
+            return self.project(w)
+        known = sorted(c.__name__ for c in _constraints() if c.project_by is not Constraint.project_by)
+        raise TransformError(
+            f"{self!r} has no formula for its projection with a step for each entry (`project_by`); these have one: "
+            f"{', '.join(known)}"
+        )
+
+    @property
+    def separable(self) -> bool:
+        """Whether the set says what each entry alone may be; its projection is then the same with any steps."""
+        return self.by_entry
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether `project_by` is known for steps that differ by entry."""
+        return self.separable or type(self).project_by is not Constraint.project_by
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         return self.project(v)

@@ -25,6 +25,7 @@ from restrain.penalties.unfold import (
     unfolding_at,
 )
 from restrain.transforms.base import Constraint, checked_number, slack, wide
+from restrain.transforms.metric import symmetric
 from restrain.transforms.sets import to_simplex
 
 
@@ -101,6 +102,8 @@ class Orthogonal(_OfMatrix):
     """
 
     rows: Rows = "out"
+
+    by_tangent = True
 
     def _changed(self, s: Tensor, slack: float) -> Tensor:
         return torch.where((s - 1).abs().amax() <= slack, s, 1 + 0 * s)  # NaN stays
@@ -234,6 +237,7 @@ class LowRank(_OfMatrix):
 
     keywords = ("low_rank",)
     cone = True
+    by_tangent = True
 
     def __post_init__(self) -> None:
         if not is_whole(self.k, 1):
@@ -281,6 +285,11 @@ class Symmetric(Constraint):
         if x.dim() != 2 or x.shape[0] != x.shape[1]:
             raise TransformError(f"Symmetric needs a square matrix, got a tensor of shape {tuple(w.shape)}")
         return torch.where(x == x.mT, x, x / 2 + x.mT / 2).to(w.dtype)
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        if not isinstance(step, Tensor) or not step.dim() or w.is_complex():
+            return self.project(w)
+        return symmetric(wide(w), step).to(w.dtype)
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return self.project(v)

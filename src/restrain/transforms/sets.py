@@ -16,6 +16,7 @@ from restrain.operations import LengthInterval
 from restrain.penalties.shrink import exact
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.transforms.base import Constraint, checked_number, slack, wide
+from restrain.transforms.metric import cut_to_sum, fit_lengths
 
 MaybePer = Per | None
 
@@ -77,6 +78,9 @@ class MaxNorm(ByGroup):
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 0, self.max_norm)
 
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        return _fit_by(self, w, step, 0, self.max_norm)
+
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return _without_radial(w, v, self.groups(w), 0, self.max_norm)
 
@@ -104,6 +108,7 @@ class UnitNorm(ByGroup):
     per: MaybePer = "out"
 
     keywords = ("unit_norm",)
+    by_tangent = True
 
     @property
     def interval(self) -> LengthInterval:  # type: ignore[override]
@@ -112,6 +117,9 @@ class UnitNorm(ByGroup):
 
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), 1, 1)
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        return _fit_by(self, w, step, 1, 1)
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         return directions(v, self.groups(v))
@@ -174,6 +182,9 @@ class MinMaxNorm(ByGroup):
     def project(self, w: Tensor) -> Tensor:
         return _fit(w, self.groups(w), self.low, self.high, self.rate)
 
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        return self.project(w) if self.rate != 1 else _fit_by(self, w, step, self.low, self.high)
+
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         return _without_radial(w, v, self.groups(w), self.low, self.high)
 
@@ -209,6 +220,23 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
     return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w) + 0.0  # -0.0 becomes +0.0
+
+
+def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: float) -> Tensor:
+    """The nearest groups with lengths between `low` and `high`, in the metric of the steps."""
+    if not isinstance(step, Tensor) or not step.dim() or w.is_complex() or not w.numel():
+        return said.project(w)
+    groups = said.groups(w)
+    x, t = groups.view(wide(w)), groups.view(step)
+    unit, norms = _lengths(x, groups)
+    length = exact(unit) * exact(norms)
+    inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
+    if bool(inside.all()):
+        return w.clone()
+    z = fit_lengths(x, t, groups, torch.where(inside, length, length.clamp(low, high))).to(w.dtype)
+    if bool((length == 0).any()):  # from there all directions are equally far where steps are equal
+        z = torch.where(length == 0, groups.view(said.project(w)), z)
+    return groups.restore(torch.where(inside, groups.view(w), z), w)
 
 
 def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
@@ -265,6 +293,9 @@ class Simplex(ByGroup):
         ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
+        return self.project_by(w, 1.0)
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
         wide(w, real="so no entry of it is nonnegative: Simplex needs a real one")
         if not w.numel():
             return w.clone()
@@ -272,7 +303,7 @@ class Simplex(ByGroup):
         x = exact(to_matrix(wide(w), groups))
         sums = x.sum(-1, keepdim=True)
         inside = (x >= 0).all(-1, keepdim=True) & ((sums - self.total).abs() <= slack(w) * self.total)
-        z = torch.where(inside, x, to_simplex(x, self.total)) + 0.0  # -0.0 becomes +0.0
+        z = torch.where(inside, x, _onto_simplex(x, step, groups, self.total)) + 0.0  # -0.0 becomes +0.0
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
 
 
@@ -308,6 +339,9 @@ class L1Ball(ByGroup):
         ByGroup.__post_init__(self)
 
     def project(self, w: Tensor) -> Tensor:
+        return self.project_by(w, 1.0)
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
         wide(w)
         if not w.numel():
             return w.clone()
@@ -315,8 +349,15 @@ class L1Ball(ByGroup):
         x = exact(to_matrix(wide(w), groups))
         size = x.abs()
         inside = size.sum(-1, keepdim=True) <= self.radius * (1 + slack(w))
-        z = torch.where(inside, x, x.sgn() * to_simplex(size, self.radius)) + 0.0
+        z = torch.where(inside, x, x.sgn() * _onto_simplex(size, step, groups, self.radius)) + 0.0
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
+
+
+def _onto_simplex(x: Tensor, step: float | Tensor, groups: Grouping, total: float) -> Tensor:
+    """Each row moved to the nearest one of the simplex, in the metric of the steps where these differ by entry."""
+    if not isinstance(step, Tensor) or not step.dim() or step.is_complex():
+        return to_simplex(x, total)
+    return cut_to_sum(x, exact(to_matrix(step, groups)), total)
 
 
 def to_simplex(x: Tensor, total: float) -> Tensor:

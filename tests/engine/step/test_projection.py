@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from restrain.engine.step.projection import nearest
+from restrain.engine.step.intersections import nearest
 from restrain.errors import HowError, PlanError, RestrainWarning, TransformError
 
 
@@ -126,16 +126,18 @@ def test_convex_sets_in_any_order_give_the_nearest_point_of_both(pair, flip):
     constraints = [second, first] if flip else [first, second]
     for seed in range(3 if project else 1):
         w = holder(4, 4, seed=seed).w.detach() * 2
-        z, apart = nearest(w, constraints)
-        assert apart == 0
+        found = nearest(w, constraints)
+        z = found.point
+        assert found.apart == 0
+        assert found.sure
         for constraint in constraints:
             torch.testing.assert_close(constraint.project(z), z, atol=1e-9, rtol=1e-9)
-        assert is_nearest(w, z, project or (lambda y: nearest(y, constraints)[0]), 400 if project else 20)
+        assert is_nearest(w, z, project or (lambda y: nearest(y, constraints).point), 400 if project else 20)
 
 
 def test_one_after_the_other_would_not_be_nearest():
     w = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
-    found, _ = nearest(w, [rs.MaxNorm(1.0), rs.NonNegative()])
+    found = nearest(w, [rs.MaxNorm(1.0), rs.NonNegative()]).point
     naive = rs.NonNegative().project(rs.MaxNorm(1.0).project(w))
     assert found.tolist() == [[1.0, 0.0]]
     assert naive[0, 0] == pytest.approx(0.6)
@@ -144,7 +146,7 @@ def test_one_after_the_other_would_not_be_nearest():
 
 def test_the_simplex_with_an_upper_bound():
     w = holder(40).w.detach()
-    z, _ = nearest(w, [rs.Simplex(), rs.Box(high=0.15)])
+    z = nearest(w, [rs.Simplex(), rs.Box(high=0.15)]).point
     low, high = -5.0, 5.0
     for _ in range(100):  # for the threshold that gives the sum
         middle = (low + high) / 2
@@ -164,7 +166,8 @@ def test_the_simplex_with_an_upper_bound():
     ids=repr,
 )
 def test_other_sets_take_turns_until_all_hold(constraints):
-    z, apart = nearest(holder(4, 4).w.detach(), constraints)
+    found = nearest(holder(4, 4).w.detach(), constraints)
+    z, apart = found.point, found.apart
     assert apart == 0
     for constraint in constraints:
         torch.testing.assert_close(constraint.project(z), z, atol=1e-9, rtol=1e-9)

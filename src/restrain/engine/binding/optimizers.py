@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.binding.binding import Bound
-from restrain.engine.ops import diagonal, known, looks_before
-from restrain.engine.step import total
+from restrain.engine.ops import by_metric, diagonal, known, looks_before
+from restrain.engine.step import in_metric, in_tangent, total
 from restrain.errors import HowError, NoProxError, OptimizerError, PlanError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.named_tensors import is_sharded
@@ -154,11 +154,22 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
     joins = acts or (how == "loss" and p.requires_grad)
     if joins and bound.is_penalty and group.get("maximize"):
         raise OptimizerError(ASCENDS.format(rule=bound.key))
-    if how == "project" and not isinstance(holder, torch.optim.SGD):
-        metric = f"while {type(holder).__name__} moves each entry by a step of its own"
-        bound.notes = [f"{bound.key}: a Euclidean projection, {metric}"]
+    if how == "project":
+        bound.notes = _notes_on_metric(bound, p, holder)
     if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
         _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
+
+
+def _notes_on_metric(bound: Bound, p: Tensor, holder: Optimizer) -> list[str]:
+    """Return what the table says where a projection isn't exactly in the optimizer's metric."""
+    rule, name = bound.rule, type(holder).__name__
+    what: Any = rule.what
+    if not diagonal(holder) or what.separable or in_tangent(rule, what, by_metric(holder)):
+        return []
+    if in_metric(rule, what, by_metric(holder)) and not (p.is_complex() or (is_sharded(p) and looks_before(holder))):
+        return [] if known(holder) else [f"{bound.key}: the steps of {name} are measured"]
+    way = "; gradient='tangent' reaches the constrained minimiser" if what.has_tangent and by_metric(holder) else ""
+    return [f"{bound.key}: a Euclidean projection, while {name} moves each entry by a step of its own{way}"]
 
 
 def _check_sharded(bound: Bound, name: str, holder: Optimizer) -> None:

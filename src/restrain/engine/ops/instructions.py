@@ -37,8 +37,8 @@ Tensors: TypeAlias = "tuple[Tensor, ...]"  # weights; gradient (before a step) o
 class Change:
     """A change of a tensor by a rule, or by the sum of several rules."""
 
-    kind: Literal["gradient", "decay", "prox", "project"]
-    what: Any  # a penalty, or a constraint for "project"
+    kind: Literal["gradient", "tangent", "decay", "prox", "project", "fit"]
+    what: Any  # a penalty; a constraint for "tangent" (of the gradient), "project", and "fit" (in the metric)
 
     @cached_property
     def by_entry(self) -> bool:
@@ -372,11 +372,17 @@ def _project(constraint: Constraint, scalars: StepScalars) -> Lowered:
     return [(fit, ())]
 
 
+def _by_formula_alone(constraint: Constraint, scalars: StepScalars) -> Lowered:
+    raise _UnknownNumberError
+
+
 _LOWER: dict[str, Callable[[Any, StepScalars], Lowered]] = {
     "gradient": _gradient,
+    "tangent": _by_formula_alone,
     "decay": _decay,
     "prox": _prox,
     "project": _project,
+    "fit": _by_formula_alone,
 }
 
 
@@ -389,18 +395,35 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
     NaN entries don't spread; see `put`.
     """
     w, *others = tensors
+    steps: float | Tensor | None = None
     for change in changes:
         if change.kind == "gradient":
             added = change.what.gradient(w)
             others[0].add_(added if scalars.scale is None else added * scalars.scale.to(added.dtype))
             continue
+        if change.kind == "tangent":
+            put(others[0], -change.what.tangent(w, -others[0]))  # a step goes against the gradient
+            continue
         if change.kind == "decay":
             new = decayed(w, change.what, scalars.rate)
         elif change.kind == "prox":
-            new = unchecked_prox(change.what, w, scalars.metric.steps(*others))
+            steps = scalars.metric.steps(*others)
+            new = unchecked_prox(change.what, w, steps)
+            steps = _after_prox(steps, change.what)
+        elif change.kind == "fit":
+            new = change.what.project_by(w, scalars.metric.steps(*others) if steps is None else steps)
         else:
             new = change.what.project(w)
         w.copy_(new) if change.by_entry else put(w, new)
+
+
+def _after_prox(steps: float | Tensor, penalty: Penalty) -> float | Tensor:
+    """Return the steps in whose metric a projection follows a prox.
+
+    The prox of c Σ|x|² and a set is the projection of x / (1 + 2 c t) in the metric 1 / t + 2 c.
+    """
+    curvature = penalty.split()[1]
+    return steps / (1 + 2 * curvature * steps)  # type: ignore[no-any-return]
 
 
 def decayed(w: Tensor, penalty: Penalty, rate: float | Tensor) -> Tensor:

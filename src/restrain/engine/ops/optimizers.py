@@ -16,7 +16,23 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim import ASGD, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import (
+    ASGD,
+    LBFGS,
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+    SparseAdam,
+)
 
 from restrain.penalties.shrink import at_least_float32
 
@@ -355,6 +371,14 @@ def looks_before(optimizer: Optimizer) -> bool:
 def diagonal(optimizer: Optimizer) -> bool:
     """Whether its metric differs from entry to entry."""
     return metric_of(optimizer) not in (_sgd, _asgd)
+
+
+def by_metric(optimizer: Optimizer) -> bool:
+    """Whether constraints are held in its metric: it differs from entry to entry, and a gradient of zero is its rest.
+
+    LBFGS moves along a line of its own, Rprop by signs, and SparseAdam where a gradient has entries.
+    """
+    return diagonal(optimizer) and not isinstance(optimizer, LBFGS | Rprop | SparseAdam)
 
 
 def _step_of(cls: type[Optimizer]) -> Any:

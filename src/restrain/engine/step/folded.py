@@ -98,10 +98,12 @@ class Folding:
         if bundle.followed:
             metric = self._measure(Taken(group, {**optimizer.state[p], "step": bundle.count}, p, kept))
         early = lower(
-            [change for change in changes if change.kind in ("gradient", "decay")], StepScalars(group["lr"]), p
+            [change for change in changes if change.kind in ("gradient", "tangent", "decay")],
+            StepScalars(group["lr"]),
+            p,
         )
         late = lower(
-            [change for change in changes if change.kind in ("prox", "project")], StepScalars(metric=metric), p
+            [change for change in changes if change.kind in ("prox", "project", "fit")], StepScalars(metric=metric), p
         )
         found = None if early is None or late is None else update(type(optimizer), early, late, group, bundle.count)
         if found is None:

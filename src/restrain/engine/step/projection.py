@@ -1,7 +1,9 @@
 """Constraints on a parameter: one by its projection, several together; the optimizer's momentum within the set.
 
-Several convex sets: Dykstra's algorithm, which gives the nearest point that is in all of them, whatever their order.
-Otherwise the projections take turns until none moves anything: a point of all sets, not always the nearest.
+Under an optimizer with a step of its own for each entry, a projection after the step measures
+distances by these steps (`in_metric`), or the gradient loses its part outside the tangent before
+the step (`in_tangent`). Otherwise step and projection balance at a point that isn't the constrained
+minimiser.
 """
 
 from __future__ import annotations
@@ -15,97 +17,77 @@ import torch
 from torch import Tensor
 
 from restrain.engine.distributed import acting, local, total
-from restrain.engine.ops import put
+from restrain.engine.ops import Metric, put
+from restrain.engine.step.intersections import APART, Found, nearest
 from restrain.errors import HowError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
-from restrain.transforms.base import Constraint, slack
+from restrain.transforms.base import Constraint
 
-_ROUNDS = 200
-_APART = 1e-3  # a relative distance of two sets that isn't rounding or slow convergence
 _MOMENTA = ("momentum_buffer", "exp_avg")  # running averages of gradients, in the states of torch's optimizers
 
 Timed = Sequence[tuple[Rule, Constraint]]
 
 
-def nearest(w: Tensor, constraints: Sequence[Constraint]) -> tuple[Tensor, float]:
-    """A point that satisfies all constraints, and how far from one of them it is, relative to its length.
-
-    That is zero where all are satisfied. Sets that are cones come first: then the projections of a cone and of a ball
-    around zero, each done once, give the nearest point already.
-    """
-    if len(constraints) == 1:
-        return constraints[0].project(w), 0.0
-    ordered = sorted(constraints, key=lambda constraint: not constraint.cone)
-    x = at_least_float32(w.detach())
-    by_turns = _dykstra if all(constraint.convex for constraint in constraints) else _in_turn
-    found, apart = by_turns(x, ordered)
-    return found.to(w.dtype), apart
-
-
-def _dykstra(w: Tensor, constraints: Sequence[Constraint]) -> tuple[Tensor, float]:
-    """Boyle and Dykstra (1986); ended as Birgin and Raydan (2005) say, when the corrections stand still."""
-    x, corrections = w, [torch.zeros_like(w) for _ in constraints]
-    for _ in range(_ROUNDS):
-        change = torch.zeros((), device=w.device)
-        for i, constraint in enumerate(constraints):
-            shifted = x + corrections[i]
-            x = constraint.project(shifted)
-            change = change + _length(shifted - x - corrections[i]).square()
-            corrections[i] = shifted - x
-        if float(change.sqrt()) <= slack(w) * float(torch.maximum(_length(w), _length(x))):
-            return x, 0.0
-    return x, _apart(x, constraints)
-
-
-def _in_turn(w: Tensor, constraints: Sequence[Constraint]) -> tuple[Tensor, float]:
-    x = w
-    for _ in range(_ROUNDS):
-        moved, begin = torch.zeros((), device=w.device), x
-        for constraint in constraints:
-            before, x = x, constraint.project(x)
-            moved = torch.maximum(moved, _length(x - before))
-        limit = slack(w) * float(_length(x))
-        if float(moved) <= limit:
-            return x, 0.0
-        if float(_length(x - begin)) <= limit:  # they go round in a circle
-            break
-    return x, _apart(x, constraints)
-
-
-def _apart(x: Tensor, constraints: Sequence[Constraint]) -> float:
-    worst = max(float(_length(constraint.project(x) - x)) for constraint in constraints)
-    return worst / (float(_length(x)) or 1.0)
-
-
-def _length(x: Tensor) -> Tensor:
-    return x.abs().square().sum().sqrt()
-
-
 def single(timed: Timed) -> bool:
-    """Whether it is one constraint that leaves the momentum alone: then its projection is all that is done."""
+    """Return True for one constraint that leaves the momentum alone: its projection is all that is done."""
     return len(timed) == 1 and timed[0][0].momentum != "tangent"
 
 
+def in_tangent(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
+    """Return True if gradients lose, before the step, what leads out of the set.
+
+    Args:
+        rule: the rule of the constraint.
+        constraint: the constraint, bound to a parameter.
+        by_metric: True if the optimizer has a step of its own for each entry.
+    """
+    if rule.gradient is not None:
+        return rule.gradient == "tangent"
+    return by_metric and rule.metric == "optimizer" and constraint.by_tangent
+
+
+def in_metric(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
+    """Return True if the projection after a step needs the optimizer's steps; arguments as of `in_tangent`."""
+    if not by_metric or rule.metric != "optimizer" or constraint.separable or not constraint.has_metric:
+        return False
+    return not (constraint.by_tangent and in_tangent(rule, constraint, by_metric))
+
+
 @torch.no_grad()
-def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any]) -> None:
-    """After a step: project a parameter, and take out of its momentum what leaves the sets of rules that say so.
+def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None = None) -> Found | None:
+    """Project a parameter after a step, and keep its momentum in the tangent where rules say so.
 
     Entries that the step made NaN or infinite don't spread to others of their group.
+
+    Args:
+        name: of the parameter.
+        p: the parameter.
+        timed: the rules that are due, with their constraints.
+        state: the optimizer's, of the parameter.
+        metric: the optimizer's, where projections are in it.
+
+    Returns:
+        What was found; None where the process has no part of the parameter.
     """
     tangent = any(rule.momentum == "tangent" for rule, _ in timed)
     kept = [state[key] for key in _MOMENTA if tangent and isinstance(state.get(key), Tensor)]
     kept = [average for average in kept if average.shape == p.shape]
-    for acts, (w, *averages), _ in acting([constraint for _, constraint in timed], p, *kept):
-        found, apart = nearest(w, acts)
-        put(w, found)
-        if apart > _APART:
+    moments = () if metric is None else metric.moments
+    found = None
+    for acts, (w, *others), _ in acting([constraint for _, constraint in timed], p, *moments, *kept):
+        steps = None if metric is None else metric.steps(*others[: len(moments)])
+        by = [in_metric(rule, constraint, metric is not None) for rule, constraint in timed]
+        found = nearest(w, acts, steps, by)
+        put(w, found.point)
+        if found.apart > APART:
             warnings.warn(_no_common_point(name, timed), RestrainWarning, stacklevel=level_of_caller())
-        for average in averages:
+        for average in others[len(moments) :]:
             for (rule, _), constraint in zip(timed, acts, strict=True):
                 if rule.momentum == "tangent":
                     put(average, -constraint.tangent(w, -average))  # a step goes against the average
+    return found
 
 
 @torch.no_grad()
@@ -119,35 +101,47 @@ def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[
         if project and p.requires_grad and not bool(p.isfinite().all()):
             raise HowError(f"{name!r}, which {project[0][1]!r} is to hold for, has NaN or infinite entries")
     moved: dict[str, list[tuple[float, str]]] = {}
+    notes: dict[str, list[str]] = {}
     for p, name, project in works:
         timed = [(rule, constraint) for rule, constraint in project if rule.start == 0]
         if not timed or not p.requires_grad:
             continue
-        before, way = _moved(p, name, timed)
+        before, way, sure = _moved(p, name, timed)
         for rule, _ in timed:
             moved.setdefault(rule.label, []).append((way / before if before else way and float("inf"), name))
-    notes = {}
+            if not sure:
+                notes.setdefault(rule.label, []).append(not_nearest(name, timed))
     for label, ways in moved.items():
         ways = sorted((way for way in ways if way[0] > 1e-5), reverse=True)
         if ways:
             most = f"most {ways[0][1]!r}, by {100 * ways[0][0]:.2g} % of its length"
-            notes[label] = [f"{label}: attaching moved {len(ways)} of {len(moved[label])} tensors, {most}"]
+            text = f"{label}: attaching moved {len(ways)} of {len(moved[label])} tensors, {most}"
+            notes.setdefault(label, []).insert(0, text)
     return notes
 
 
-def _moved(p: Tensor, name: str, timed: Timed) -> tuple[float, float]:
-    """Project a parameter; its length before, and how far it was moved."""
-    old, worst = at_least_float32(local(p)).clone(), 0.0
+def _moved(p: Tensor, name: str, timed: Timed) -> tuple[float, float, bool]:
+    """Project a parameter; return its length before, how far it was moved, and whether that is the nearest point."""
+    old, found = at_least_float32(local(p)).clone(), None
     for acts, (w,), _ in acting([constraint for _, constraint in timed], p):
-        found, worst = nearest(w, acts)
-        if worst <= _APART:
-            w.copy_(found)
+        found = nearest(w, acts)
+        if found.apart <= APART:
+            w.copy_(found.point)
     new = at_least_float32(local(p))
-    squares = [float(_length(old)) ** 2, float(_length(old - new)) ** 2, float(worst > _APART)]
-    before, way, apart = (math.sqrt(square) for square in total(squares, p))
+    squares = [float((old.abs() ** 2).sum()), float(((old - new).abs() ** 2).sum())]
+    flags = [float(found is not None and found.apart > APART), float(found is not None and not found.sure)]
+    before, way, apart, unsure = total([*squares, *flags], p)
     if apart:
         raise HowError(_no_common_point(name, timed))
-    return before, way
+    return math.sqrt(before), math.sqrt(way), not unsure
+
+
+def not_nearest(name: str, timed: Timed) -> str:
+    """Return what is said where several convex sets gave a common point that may not be the nearest."""
+    return (
+        f"{name!r} is in {', '.join(repr(constraint) for _, constraint in timed)}, but perhaps not at the "
+        "nearest point of them: their projections converge too slowly"
+    )
 
 
 def _no_common_point(name: str, timed: Timed) -> str:

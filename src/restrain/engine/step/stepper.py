@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +35,21 @@ from restrain.engine.distributed import (
     totals,
     value_of,
 )
-from restrain.engine.ops import Batch, Change, Metric, StepScalars, Taken, Tensors, common, looks_before, metric_of
+from restrain.engine.ops import (
+    Batch,
+    Change,
+    Metric,
+    StepScalars,
+    Taken,
+    Tensors,
+    by_metric,
+    common,
+    looks_before,
+    metric_of,
+)
 from restrain.engine.step.folded import Fold, Folding, stand_in
-from restrain.engine.step.projection import hold, single
+from restrain.engine.step.intersections import APART
+from restrain.engine.step.projection import Timed, hold, in_metric, not_nearest, single
 from restrain.engine.step.unfinished import Again, Made, Unfinished
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
@@ -47,12 +59,18 @@ from restrain.named_tensors import Handle, is_sharded
 from restrain.torch_private import step_hooks
 
 
+def _without_metric(changes: Sequence[Change]) -> list[Change]:
+    """Return the projections alone, as under SGD: the step moved nothing, or nothing is known of it."""
+    projections = [change for change in changes if change.kind in ("project", "fit")]
+    return [replace(change, kind="project") for change in projections]
+
+
 def _refuse_sparse(members: Iterable[tuple[ParameterRules, Tensor]]) -> None:
     for work, p in members:
         if p.grad is not None and p.grad.is_sparse:
             raise HowError(
                 f"{work.handle.name!r} has got a sparse gradient; rules at the optimizer's step need dense ones: use "
-                "how='loss' with an optimizer for dense gradients, or sparse=False"
+                "how='loss' with an optimizer for dense gradients, or sparse=False; for a constraint metric='euclidean'"
             )
 
 
@@ -104,19 +122,19 @@ def _unmade(
 ) -> list[Batch]:
     """The changes to be made to parameters before the update, without those that an interrupted step has made."""
     if not standing:
-        adds = any(
-            change.kind == "gradient" for change in changes
-        )  # else gradients need be neither gathered nor copied
+        adds = any(change.kind in _ON_GRADIENTS for change in changes)  # else gradients aren't gathered or copied
         return [Batch(changes, scalars, [(p, grad) if adds else (p,) for p, grad in members])]
     batches = []
     for p, grad in members:
         done = {kind for kind, tensor in (("gradient", grad), ("decay", p)) if (kind, id(tensor)) in standing}
-        left = [change for change in changes if change.kind not in done]
+        found = {*done, *_ON_GRADIENTS} if "gradient" in done else done
+        left = [change for change in changes if change.kind not in found]
         batches.append(Batch(left, scalars, [(p, grad) if "gradient" not in done else (p,)]))
     return batches
 
 
-_ALL = ("gradient", "decoupled", "proximal", "project")
+_ALL = ("gradient", "tangent", "decoupled", "proximal", "project")
+_ON_GRADIENTS = ("gradient", "tangent")
 
 
 class Stepper:
@@ -132,7 +150,10 @@ class Stepper:
     ) -> None:
         self.works, self.root, self.steps = works, root, 0
         self._empty: dict[Handle, int] = {}
-        self._worklist = Worklist(works, root)
+        self._by_metric = by_metric(optimizer)
+        self._worklist = Worklist(works, root, self._by_metric)
+        self._followed = {id(work) for work in works if work.follows_metric(self._by_metric)}
+        self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters folded in this step
@@ -141,8 +162,8 @@ class Stepper:
         self._looks = looks_before(optimizer)
         self._noisy = any(work.noise for work in works)
         self._seed = agreed_seed() if self._noisy else None
-        folds = self._folding.possible
-        if folds or any(w.gradient or w.noise or w.decoupled or (w.proximal and self._looks) for w in works):
+        before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
+        if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
 
@@ -177,16 +198,16 @@ class Stepper:
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._begin(optimizer, ("gradient", "decoupled"), rest)
+            self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest)
             return ((rest, *args[1:]), kwargs) if self._done else None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
             if next(calls) == 0:
-                added = self._begin(optimizer, ("gradient", "decoupled"), rest, with_value=True)
+                added = self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest, with_value=True)
             else:
-                added = self._begin(optimizer, ("gradient",), with_value=True)
+                added = self._begin(optimizer, ("gradient", "tangent"), with_value=True)
             return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
 
         kept = {key: value for key, value in kwargs.items() if key != "closure"}
@@ -224,10 +245,10 @@ class Stepper:
             members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]
             if any(grad.is_sparse for _, grad in members):
                 _refuse_sparse(task.members)
-            adds = [change for change in task.changes if change.kind == "gradient"]
+            adds = [change for change in task.changes if change.kind in _ON_GRADIENTS]
             decays = moves and task.group["lr"] != 0
             if with_value:
-                values += [value_of(change.what, p) for p, _ in members for change in adds]
+                values += [value_of(one.what, p) for p, _ in members for one in adds if one.kind == "gradient"]
             left = [(p, grad) for p, grad in members if id(p) not in self._done] if self._done else members
             scalars, changes = StepScalars(task.group["lr"], scale), task.changes if decays else adds
             batches += _unmade(changes, scalars, left, standing)
@@ -256,7 +277,9 @@ class Stepper:
     def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
         """Store weights and gradients before the step, for metrics that need them."""
         for work, p, group in held:
-            if work.proximal and p.grad is not None and group["lr"] != 0:
+            if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
+                if not work.proximal and (p.grad.is_sparse or is_sharded(p)):
+                    continue  # projected as under SGD
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
     def _act(self, batches: Iterable[Batch]) -> None:
@@ -308,16 +331,26 @@ class Stepper:
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
-                changes = [change for change in task.changes if metric is not None or change.kind == "project"]
+                changes = task.changes if metric is not None else _without_metric(task.changes)
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
         for work, p, _ in [one for one in held if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
-                hold(work.handle.name, p, constraints, optimizer.state.get(p, {}))
+                self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
         self.steps += 1
         if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
             self._warn_of_empty()
+
+    def _hold(
+        self, work: ParameterRules, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None
+    ) -> None:
+        """Hold several constraints, or momentum in a tangent; warn once where a point may not be the nearest."""
+        by = any(in_metric(rule, constraint, self._by_metric) for rule, constraint in timed)
+        found = hold(work.handle.name, p, timed, state, metric if by else None)
+        if found is not None and not found.sure and found.apart <= APART and work.handle not in self._unsure:
+            self._unsure.add(work.handle)
+            warnings.warn(not_nearest(work.handle.name, timed), RestrainWarning, stacklevel=level_of_caller())
 
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """Return metrics of moved parameters with proximal rules, also if no rule is due.
@@ -328,9 +361,10 @@ class Stepper:
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in held:
-            if not work.proximal or id(p) in self._done or (grad := p.grad) is None or group["lr"] == 0:
+            left = id(work) in self._followed and id(p) not in self._done
+            if not left or (grad := p.grad) is None or group["lr"] == 0:
                 continue
-            if grad.is_sparse:
+            if grad.is_sparse and work.proximal:
                 _refuse_sparse([(work, p)])
             before = None
             if self._looks:

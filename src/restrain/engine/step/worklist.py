@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.ops import Change
-from restrain.engine.step.projection import single
+from restrain.engine.step.projection import in_metric, in_tangent, single
 from restrain.errors import DetachedError
 from restrain.named_tensors import Handle, fully_sharded, is_sharded
 from restrain.penalties import Penalty
@@ -39,6 +39,16 @@ class ParameterRules:
     # weights and gradient before the step, if the metric needs them
     before: tuple[Tensor, Tensor] | None = None
 
+    def of(self, kind: str, by_metric: bool) -> list[tuple[Rule, Any]]:
+        """Return the rules of a kind; those of "tangent" are constraints that change gradients before the step."""
+        if kind == "tangent":
+            return [(rule, what) for rule, what in self.project if in_tangent(rule, what, by_metric)]
+        return getattr(self, kind)  # type: ignore[no-any-return]
+
+    def follows_metric(self, by_metric: bool) -> bool:
+        """Return True if the optimizer's metric is needed."""
+        return bool(self.proximal) or any(in_metric(rule, what, by_metric) for rule, what in self.project)
+
 
 Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with its parameter group
 
@@ -56,10 +66,15 @@ class Worklist:
     """Cached parameters with rules that an optimizer holds and that aren't frozen.
 
     It references modules weakly.
+
+    Args:
+        works: the rules of each parameter.
+        root: returns the model.
+        by_metric: True if constraints are held in the optimizer's metric, which differs by entry.
     """
 
-    def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module]) -> None:
-        self.works, self.root = works, root
+    def __init__(self, works: Sequence[ParameterRules], root: Callable[[], nn.Module], by_metric: bool = False) -> None:
+        self.works, self.root, self.by_metric = works, root, by_metric
         self.sharded = False  # some parameters may be sharded
         self.forget()
 
@@ -85,11 +100,12 @@ class Worklist:
     def tasks(self, kinds: tuple[str, ...], step: int) -> list[Task]:
         """Return the changes by rules of these kinds at a step, counted from zero."""
         if kinds not in self._rules:
-            timed = [rule for work, _, _ in self._found for kind in kinds for rule, _ in getattr(work, kind)]
+            found = [work.of(kind, self.by_metric) for work, _, _ in self._found for kind in kinds]
+            timed = [rule for rules in found for rule, _ in rules]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
         key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
         if key not in self._tasks:
-            self._tasks[key] = _tasks(self._found, kinds, step)
+            self._tasks[key] = _tasks(self._found, kinds, step, self.by_metric)
         return self._tasks[key]
 
     def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:
@@ -111,7 +127,7 @@ class Worklist:
             p = work.handle.find(root)
             if not isinstance(p, nn.Parameter):
                 raise DetachedError(
-                    f"{work.handle.name!r} was parametrised since rules were attached that would change on a temporary "
+                    f"{work.handle.name!r} was parametrised since rules were attached that would change a temporary "
                     "at the step. Parametrise first, or in the same plan, and detach before"
                 )
             parameters.append(p)
@@ -143,23 +159,26 @@ def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int) -> list[Task]:
+def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
     tasks: dict[Any, Task] = {}
     for work, p, group in held:
-        changes = [change for kind in kinds for change in _changes(work, kind, step)]
+        changes = [change for kind in kinds for change in _changes(work, kind, step, by_metric)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])
             tasks.setdefault(key, Task(changes, group, [])).members.append((work, p))
     return list(tasks.values())
 
 
-def _changes(work: ParameterRules, kind: str, step: int) -> list[Change]:
-    timed = [(rule, what) for rule, what in getattr(work, kind) if rule.due(step)]
+def _changes(work: ParameterRules, kind: str, step: int, by_metric: bool) -> list[Change]:
+    timed = [(rule, what) for rule, what in work.of(kind, by_metric) if rule.due(step)]
     if not timed:
         return []
+    if kind == "tangent":
+        return [Change("tangent", what) for _, what in timed]
     if kind == "project":
-        return [Change("project", timed[0][1])] if single(timed) else []
-    name: Any = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
+        name: Any = "fit" if in_metric(*timed[0], by_metric) else "project"
+        return [Change(name, timed[0][1])] if single(timed) else []
+    name = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
     return [Change(name, total([what for _, what in timed]))]
 
 

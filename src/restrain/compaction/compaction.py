@@ -1,0 +1,309 @@
+"""Compaction: a smaller network with the same outputs, without the units that do nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
+
+from restrain.compaction import surgery
+from restrain.compaction.graph import Graph, Read
+from restrain.compaction.report import Layer, Report, measured
+from restrain.errors import CompactionError
+
+_CLOSE = 1e-5  # of the outputs' scale
+
+
+class Compaction(NamedTuple):
+    """The result of `compact`: the smaller model, its optimizer, and the report."""
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    report: Report
+
+
+@dataclass(frozen=True)
+class Search:
+    """The units of a graph that can go, and why the others stay.
+
+    Args:
+        graph: the model's graph.
+        tensors: parameters and buffers by name.
+        model: the model, which says whether a layer may get a bias.
+        fixed: {unit: reason} beyond those of the graph.
+    """
+
+    graph: Graph
+    tensors: Mapping[str, Tensor]
+    model: nn.Module
+    fixed: dict[int, str]
+
+    @cached_property
+    def _dropped(self) -> set[int]:
+        return {self.graph.labels.unit(label) for label in self.graph.dropped}
+
+    def gone(self) -> tuple[set[int], dict[int, str]]:
+        """Return (units that can go, {unit: why it stays})."""
+        labels, used = self.graph.labels, [self._used(read) for read in self.graph.reads]
+        features = [labels.units(read.features) for read in self.graph.reads]
+        outputs = [labels.units(read.outputs) for read in self.graph.reads]
+        units = {unit for found in (*features, *outputs) for unit in found}
+        gone: set[int] = set()
+        while True:
+            stays: dict[int, str] = {}
+            for number, read in enumerate(self.graph.reads):
+                alive = torch.tensor([unit not in gone for unit in outputs[number]], device="cpu")
+                columns = used[number][alive].any(0).tolist()
+                for unit, column, level in zip(features[number], columns, read.constants, strict=True):
+                    why = self._why(read, unit, level) if column else None
+                    if why is not None:
+                        stays.setdefault(unit, why)
+            for unit in units:
+                why = labels.reason(unit) or self.fixed.get(unit)
+                if why is not None:
+                    stays[unit] = why
+            left = {unit for unit in units if unit not in stays}
+            if left == gone:
+                return gone, stays
+            gone = left
+
+    def read(self) -> set[int]:
+        """Return the units that a weight other than zero reads."""
+        found = set()
+        for read in self.graph.reads:
+            used = self._used(read).any(0).tolist()
+            units = self.graph.labels.units(read.features)
+            found |= {unit for unit, column in zip(units, used, strict=True) if column}
+        return found
+
+    def _used(self, read: Read) -> Tensor:
+        """Return (outputs, features): which weights aren't zero."""
+        weight = self.tensors[read.weight].detach()
+        matrix = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
+        return matrix if read.dim == 1 else matrix.t()
+
+    def _why(self, read: Read, unit: int, level: float) -> str | None:
+        """Return why a feature that is read keeps its unit; None if it is a constant that can be folded."""
+        if level != level and unit in self._dropped:
+            return "it gives a constant, which dropout makes random in training"
+        if level != level:
+            return f"{read.weight} reads it"
+        if level == 0:
+            return None
+        if read.folds:
+            return f"it gives the constant {level:.3g}, and {read.folds} ({read.weight})"
+        if read.bias is None and not surgery.may_have_bias(self.model, read.weight):
+            return f"it gives the constant {level:.3g}, and {read.weight} has no bias to add it to"
+        return None
+
+
+def compact(
+    model: nn.Module,
+    example: Any,
+    optimizer: Optimizer | None = None,
+    mode: Literal["eval"] = "eval",
+    *,
+    inplace: bool = False,
+) -> Compaction:
+    """Remove the units that do nothing: a smaller model with the same outputs.
+
+    A unit is what hangs together: a filter with its bias and its normalisation's scale; a neuron's
+    row and the next layer's column; a head of attention over queries, keys, values and outputs; a
+    channel through residual additions. It goes if its incoming weights are zero, so that it gives a
+    constant, or if nothing reads it; that is repeated until nothing changes. Constants are added to
+    the biases of the layers that read them. Nothing is approximated: units that are only small stay.
+
+    Args:
+        model: any module that `torch.export` can follow.
+        example: its input, or a tuple of its inputs. The sizes of the batch and of times may be
+            small, but more than 1.
+        optimizer: its state, groups and settings go on in `result.optimizer`.
+        mode: "eval": outputs are the same in evaluation.
+        inplace: change the model and the optimizer that are given, instead of copies.
+
+    Returns:
+        `Compaction` with `model`, `optimizer` and `report`.
+
+    Raises:
+        CompactionError: torch.export can't follow the model; the outputs would differ by more than
+            1e-5 of their scale; the optimizer's state can't be cut.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> with torch.no_grad(): model[0].weight[3:] = 0
+    >>> result = rs.compact(model, torch.randn(2, 4))
+    >>> result.model[0].weight.shape, result.model[2].weight.shape
+    (torch.Size([3, 4]), torch.Size([2, 3]))
+    """
+    args = example if isinstance(example, tuple) else (example,)
+    if mode != "eval":
+        raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
+    if not any(isinstance(one, Tensor) for one in tree_leaves(args)):
+        raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
+    training = {name: module.training for name, module in model.named_modules()}
+    small, other = _copied(model, optimizer)
+    small.eval()
+    config = getattr(small, "config", None)
+    caches = getattr(config, "use_cache", None)  # of transformers: keys and values would be outputs
+    if caches:
+        config.use_cache = False
+    graph = Graph(small, args)
+    plan = _plan(graph, small)
+    reference = [(given, _outputs(small, given)) for given in _batches(args)]
+    before = measured(small, args)
+    _carry_out(small, other, graph, plan)
+    difference = max(_difference(_run(small, given), outputs) for given, outputs in reference)
+    if not difference <= _CLOSE:
+        raise CompactionError(
+            f"the smaller model's outputs differ by {difference:.1e} of their scale: this is a fault of restrain, and "
+            "the model is left as it was"
+        )
+    report = Report(_layers(graph, plan, small), before, measured(small, args), difference, plan.changed)
+    if caches:
+        config.use_cache = caches
+    if inplace:
+        _carry_out(model, optimizer, graph, plan)
+        small, other = model, optimizer
+    for name, module in small.named_modules():
+        module.training = training.get(name, small.training)
+    return Compaction(small, other, report)
+
+
+class Plan(NamedTuple):
+    """What goes, as indices that stay, and the constants that are folded."""
+
+    keep: dict[str, dict[int, Tensor]]
+    biases: list[tuple[Read, Tensor]]
+    gone: set[int]
+    stays: dict[int, str]
+    changed: int
+    """How many units give another constant in training, by a batch normalisation."""
+
+
+def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
+    """Return copies of both; the optimizer's copy holds the parameters of the model's copy."""
+    memo: dict[int, Any] = {}
+    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
+    small = copy.deepcopy(model, memo)
+    del grads
+    return small, copy.deepcopy(optimizer, memo)
+
+
+def _plan(graph: Graph, model: nn.Module) -> Plan:
+    """Return what goes; of each axis at least one index stays."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors, fixed = dict(named), dict[int, str]()
+    while True:
+        search = Search(graph, tensors, model, fixed)
+        gone, stays = search.gone()
+        keep, last = dict[str, dict[int, Tensor]](), set[int]()
+        for name, axes in graph.axes.items():
+            for dim, labels in enumerate(axes):
+                units = graph.labels.units(labels)
+                indices = [index for index, unit in enumerate(units) if unit not in gone]
+                if len(indices) < len(units):
+                    keep.setdefault(name, {})[dim] = torch.tensor(indices, device="cpu")
+                    if not indices:
+                        last.add(units[0])
+        if not last:
+            normalised = {graph.labels.unit(label) for label in graph.normalised}
+            return Plan(keep, list(_folded(graph, tensors, gone)), gone, stays, len(gone & search.read() & normalised))
+        fixed.update(dict.fromkeys(last, "it is the last of its layer"))
+
+
+def _folded(graph: Graph, tensors: Mapping[str, Tensor], gone: set[int]) -> Iterator[tuple[Read, Tensor]]:
+    """Yield (read, what is added to its bias) for the constants of units that go."""
+    for read in graph.reads:
+        units = graph.labels.units(read.features)
+        levels = torch.tensor(
+            [
+                level if unit in gone and level == level else 0.0
+                for unit, level in zip(units, read.constants, strict=True)
+            ],
+            dtype=torch.float64,
+            device="cpu",
+        )
+        if bool((levels != 0).any()):
+            weight = tensors[read.weight].detach().double()
+            matrix = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+            yield read, (matrix if read.dim == 1 else matrix.t()) @ levels.to(weight.device)
+
+
+@torch.no_grad()
+def _carry_out(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: Plan) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    keep = {name: dict(axes) for name, axes in plan.keep.items()}
+    for read, shift in plan.biases:
+        bias = read.bias
+        if bias is None:
+            bias = surgery.add_bias(model, read.weight, len(read.outputs), optimizer)
+            cut = keep.get(read.weight, {}).get(1 - read.dim)
+            if cut is not None:
+                keep[bias] = {0: cut}
+            named[bias] = model.get_parameter(bias)
+        named[bias].add_(shift.to(named[bias].dtype))
+    surgery.cut(model, optimizer, keep)
+
+
+def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+    """Return the example and two drawn batches: noise of its spread, and its whole numbers in another order."""
+    draws = torch.Generator().manual_seed(0)
+
+    def drawn(one: Any) -> Any:
+        if not isinstance(one, Tensor) or one.numel() < 2 or one.dtype == torch.bool:
+            return one
+        if one.is_floating_point():
+            noise = torch.randn(one.shape, generator=draws, dtype=torch.float32).to(one)
+            return one.mean() + noise * one.std().clamp_min(1e-3)
+        return one.flatten()[torch.randperm(one.numel(), generator=draws).to(one.device)].reshape(one.shape)
+
+    return [args, tree_map(drawn, args), tree_map(drawn, args)]
+
+
+@torch.no_grad()
+def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        return [one.clone() for one in tree_leaves(_plain(model(*args))) if isinstance(one, Tensor)]
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    return _run(model, args)
+
+
+def _plain(output: Any) -> Any:
+    """Return a model's output as a structure that torch knows."""
+    return list(output.values()) if isinstance(output, Mapping) else output
+
+
+def _difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """Return the largest difference of two lists of outputs, in units of the scale of each."""
+    worst = 0.0
+    for one, other in zip(found, reference, strict=True):
+        if one.is_floating_point() and other.numel():
+            scale = other.abs().max().item() or 1.0
+            worst = max(worst, (one - other).abs().max().item() / scale)
+        elif not torch.equal(one, other):
+            return float("inf")
+    return worst
+
+
+def _layers(graph: Graph, plan: Plan, model: nn.Module) -> list[Layer]:
+    """Return a line for each weight: sizes before and after, and why units stay that could have gone."""
+    found = []
+    after = dict(model.named_parameters(remove_duplicate=False))
+    for name, axes in graph.axes.items():
+        if len(axes) < 2 or name not in after:
+            continue
+        why: dict[str, int] = defaultdict(int)
+        for unit in graph.labels.units(axes[0]):
+            if unit not in plan.gone and unit in plan.stays:
+                why[plan.stays[unit]] += 1
+        found.append(Layer(name, tuple(len(labels) for labels in axes), tuple(after[name].shape), dict(why)))
+    return found

@@ -1,0 +1,134 @@
+"""What a compaction removed, why the rest stayed, and what it gains."""
+
+from __future__ import annotations
+
+import html
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight: its shape before and after, and {reason: units} of those that stayed."""
+
+    name: str
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    stays: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, floating-point operations and seconds of a forward on the example."""
+
+    parameters: int
+    flops: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Report of a compaction; `str` gives a table, `to_html` a page.
+
+    Args:
+        layers: a line for each weight.
+        before: of the model that was given.
+        after: of the smaller one.
+        difference: the largest difference of outputs that was seen, in units of their scale.
+        changed: units that went and that give another constant in training, where a batch
+            normalisation takes the batch's statistics: with 0, training is the same too.
+    """
+
+    layers: Sequence[Layer]
+    before: Cost
+    after: Cost
+    difference: float
+    changed: int = 0
+
+    @property
+    def training_exact(self) -> bool:
+        """True if the outputs are the same in training too."""
+        return not self.changed
+
+    def _costs(self) -> list[tuple[str, str, str, str]]:
+        one, other = self.before, self.after
+        return [
+            ("parameters", f"{one.parameters:,}", f"{other.parameters:,}", _ratio(one.parameters, other.parameters)),
+            ("FLOPs", f"{one.flops:,}", f"{other.flops:,}", _ratio(one.flops, other.flops)),
+            (
+                "ms a forward",
+                f"{1e3 * one.seconds:.3g}",
+                f"{1e3 * other.seconds:.3g}",
+                _ratio(one.seconds, other.seconds),
+            ),
+        ]
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        return [
+            (
+                layer.name,
+                " × ".join(map(str, layer.before)),
+                " × ".join(map(str, layer.after)),
+                "; ".join(f"{count}: {why}" for why, count in layer.stays.items()),
+            )
+            for layer in self.layers
+        ]
+
+    def __str__(self) -> str:
+        costs = _table(("", "before", "after", "×"), self._costs())
+        layers = _table(("weight", "before", "after", "outputs that stay"), self._rows())
+        training = (
+            "the same in training"
+            if self.training_exact
+            else f"in training {self.changed} units gave other constants, by batch normalisation"
+        )
+        return f"{costs}\n\n{layers}\n\nlargest difference of outputs: {self.difference:.1e} of their scale; {training}"
+
+    def to_html(self) -> str:
+        """Return the tables as HTML."""
+        parts = []
+        for head, rows in (
+            (("", "before", "after", "×"), self._costs()),
+            (("weight", "before", "after", "outputs that stay"), self._rows()),
+        ):
+            cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+            lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+            parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
+        return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+@torch.no_grad()
+def measured(model: nn.Module, args: tuple[Any, ...], rounds: int = 5) -> Cost:
+    """Return the cost of a forward: the median time of some rounds, after one that isn't counted."""
+    counter = FlopCounterMode(display=False)
+    with torch.random.fork_rng(devices=[]):
+        with counter:
+            model(*args)
+        seconds = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            model(*args)
+            seconds.append(time.perf_counter() - began)
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), statistics.median(seconds))
+
+
+def _ratio(before: float, after: float) -> str:
+    return f"{before / after:.2f}" if after else "–"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[number]) for line in lines) for number in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,148 @@
+"""Removal of indices from the tensors of a model and of its optimizer, in place.
+
+Parameters stay the same objects, so that optimizers, schedulers and tied layers go on with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from restrain.errors import CompactionError
+
+
+def cut(model: nn.Module, optimizer: Optimizer | None, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
+    """Keep some indices along axes of parameters and buffers.
+
+    Args:
+        model: changed in place.
+        optimizer: its state is cut alike; None for none.
+        keep: {name: {axis: indices that stay}}.
+
+    Raises:
+        CompactionError: a state of the optimizer has another shape than its parameter.
+    """
+    named = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, axes in keep.items():
+        tensor = named[name]
+        before = tensor.shape
+        if optimizer is not None and tensor in optimizer.state:
+            _cut_state(optimizer.state[tensor], before, axes, name)
+        if tensor.grad is not None:
+            grad, tensor.grad = tensor.grad, None
+            tensor.data = taken(tensor.data, axes)
+            tensor.grad = taken(grad, axes)
+        else:
+            tensor.data = taken(tensor.data, axes)
+    for module in model.modules():
+        for kind, tell in SIZES.items():
+            if isinstance(module, kind):
+                tell(module)
+        tell_other = NAMED.get(type(module).__name__)
+        if tell_other is not None:
+            tell_other(module)
+
+
+def taken(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
+    """Return the entries at the indices that stay, contiguous."""
+    for dim, indices in axes.items():
+        tensor = tensor.index_select(dim, indices.to(tensor.device))
+    return tensor.contiguous()
+
+
+def _cut_state(state: dict[str, Any], before: torch.Size, axes: Mapping[int, Tensor], name: str) -> None:
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.numel() > 1:
+            if value.shape != before:
+                raise CompactionError(
+                    f"the optimizer's state {key!r} of {name} has shape {tuple(value.shape)}, the parameter "
+                    f"{tuple(before)}: restrain can't tell which part of it belongs to the units that go; leave "
+                    "optimizer= out and make a new one for result.model"
+                )
+            state[key] = taken(value, axes)
+
+
+def add_bias(model: nn.Module, weight: str, count: int, optimizer: Optimizer | None) -> str:
+    """Give the layer of a weight a bias of zeros, and the optimizer's group of the weight with it; return its name."""
+    path = weight.rpartition(".")[0]
+    module, own = model.get_submodule(path), model.get_parameter(weight)
+    module.bias = nn.Parameter(own.new_zeros(count), requires_grad=own.requires_grad)
+    for group in () if optimizer is None else optimizer.param_groups:
+        if any(own is p for p in group["params"]):
+            group["params"].append(module.bias)
+    return f"{path}.bias" if path else "bias"
+
+
+def may_have_bias(model: nn.Module, weight: str) -> bool:
+    """Return whether the layer of a weight would use a bias that is put into it."""
+    module = model.get_submodule(weight.rpartition(".")[0])
+    return type(module).forward in {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
+
+
+def _linear(module: Any) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _convolution(module: Any) -> None:
+    outputs, inputs = module.weight.shape[:2]
+    if module.transposed:
+        outputs, inputs = inputs, outputs
+    if module.groups > 1:  # whole groups go
+        per_out, per_in = module.out_channels // module.groups, module.in_channels // module.groups
+        module.groups = module.weight.shape[0] // (per_in if module.transposed else per_out)
+        module.out_channels, module.in_channels = module.groups * per_out, module.groups * per_in
+    else:
+        module.out_channels, module.in_channels = outputs, inputs
+
+
+def _batch_norm(module: Any) -> None:
+    own = next((t for t in (module.weight, module.running_mean) if t is not None), None)
+    if own is not None:
+        module.num_features = len(own)
+
+
+def _embedding(module: Any) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _prelu(module: Any) -> None:
+    module.num_parameters = module.weight.numel()
+
+
+def _conv1d_of_transformers(module: Any) -> None:
+    module.nx, module.nf = module.weight.shape
+
+
+def _gpt2_attention(module: Any) -> None:
+    module.split_size = module.c_proj.weight.shape[0]
+    module.num_heads = module.split_size // module.head_dim
+
+
+def _bert_attention(module: Any) -> None:
+    module.all_head_size = module.query.weight.shape[0]
+    module.num_attention_heads = module.all_head_size // module.attention_head_size
+
+
+SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
+    nn.Linear: _linear,
+    nn.modules.conv._ConvNd: _convolution,
+    nn.modules.batchnorm._NormBase: _batch_norm,
+    nn.Embedding: _embedding,
+    nn.PReLU: _prelu,
+}
+"""What a layer says of its own size, from its tensors."""
+
+NAMED: dict[str, Callable[[Any], None]] = {
+    "Conv1D": _conv1d_of_transformers,
+    "GPT2Attention": _gpt2_attention,
+    "BertSelfAttention": _bert_attention,
+    "BertSdpaSelfAttention": _bert_attention,
+}
+"""The same for classes of Hugging Face's transformers, by name, as the library needn't be installed."""
