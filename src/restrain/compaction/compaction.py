@@ -260,9 +260,9 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if not isinstance(one, Tensor) or one.numel() < 2 or one.dtype == torch.bool:
             return one
         if one.is_floating_point():
-            noise = torch.randn(one.shape, generator=draws, dtype=torch.float32).to(one)
+            noise = torch.randn(one.shape, generator=draws, dtype=torch.float32, device="cpu").to(one)
             return one.mean() + noise * one.std().clamp_min(1e-3)
-        return one.flatten()[torch.randperm(one.numel(), generator=draws).to(one.device)].reshape(one.shape)
+        return one.flatten()[torch.randperm(one.numel(), generator=draws, device="cpu").to(one.device)].reshape(one.shape)
 
     return [args, tree_map(drawn, args), tree_map(drawn, args)]
 
