@@ -352,5 +352,44 @@ def test_docstring_check_notices():
 
 def test_warnings_point_to_the_users_line():
     """A number of frames is right on one way only: `level_of_caller` counts them."""
-    for source in read("src").values():
-        assert not re.search(r"stacklevel=\d", source)
+    found = [name for name, source in read("src").items() if re.search(r"stacklevel=\d", source)]
+    assert found == ["restrain/versions.py"]  # at import, where the caller is the import statement
+
+
+MAKERS = [
+    "zeros",
+    "ones",
+    "tensor",
+    "arange",
+    "empty",
+    "full",
+    "rand",
+    "randn",
+    "eye",
+    "linspace",
+    "randint",
+    "randperm",
+]
+
+
+def without_device(source):
+    """The lines of calls that make a tensor on the default device, which may be another one than the model's."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in MAKERS
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and not any(keyword.arg in ("device", None) for keyword in node.keywords)
+    ]
+
+
+def test_no_tensor_is_made_on_the_default_device():
+    found = {module: lines for module, source in read("src").items() if (lines := without_device(source))}
+    assert {name for name in found if not name.endswith(("demo.py", "transforms/normalization.py"))} == set()
+
+
+def test_device_check_notices():
+    assert without_device("x = torch.zeros(3)\ny = torch.zeros(3, device=d)\nz = y.new_zeros(3)") == [1]

@@ -141,3 +141,9 @@ def test_a_class_is_compared_whatever_the_groups_of_its_first_rule_are(make, per
     monkeypatch.setattr(rs.operations, "_checked", set())
     check(make(per))
     assert rs.operations._checked == {type(make(per))}
+
+
+@pytest.mark.parametrize("per", [[[0, 20], [1, 21]], {"in": [[0], [30]]}])
+def test_index_lists_need_not_fit_the_random_tensor(per, monkeypatch):
+    monkeypatch.setattr(rs.operations, "_checked", set())
+    check(rs.GroupLasso(per))

@@ -69,6 +69,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
         TotalVariation,
         Weighted,
     )
+    from restrain.penalties.keras_objects import register as _register_with_keras
     from restrain.plans import Plan
     from restrain.rules import Rule
     from restrain.sampling import sampling
@@ -112,6 +113,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
     from restrain.transforms.normalization import RobustScale, Standardize
 
 moved.install()
+_register_with_keras(Penalty)
 
 __version__ = "0.1.0"
 

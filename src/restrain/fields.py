@@ -39,7 +39,42 @@ def call_text(thing: Any, prefix: str = "") -> str:
     first = fields(thing)[0].name if not given and is_dataclass(thing) and fields(thing) else None
     if first is not None and getattr(thing, first) is not None:
         given = {first: getattr(thing, first)}
-    return f"{prefix}{type(thing).__name__}({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+    return f"{prefix}{type(thing).__name__}({', '.join(f'{name}={setting(value)}' for name, value in given.items())})"
+
+
+_LONGEST = 80  # characters of a setting that is shown whole
+
+
+def setting(value: Any) -> str:
+    """Return a setting as text that names of rules can bear: a long list or a tensor by its size.
+
+    >>> setting([1.0, 2.0]), setting(list(range(1000))), setting([[0] * 40] * 32)
+    ('[1.0, 2.0]', '<1000 values>', '<32 × 40 values>')
+    """
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{_sized(value.shape)}>" if len(value.shape) else brief(value)
+    if isinstance(value, Mapping):
+        shown = [f"{key!r}: {setting(value[key])}" for key in list(value)[:2]]
+        return "{" + ", ".join([*shown, f"… {len(value)} in all"] if len(value) > 2 else shown) + "}"
+    text = repr(value)
+    if len(text) <= _LONGEST or not isinstance(value, (list, tuple)):
+        return text
+    if len(value) <= 3:
+        members = ", ".join(map(setting, value))
+        return f"[{members}]" if isinstance(value, list) else f"({members})"
+    shape, inner = [len(value)], value[0]
+    while isinstance(inner, (list, tuple)) and inner:
+        shape, inner = [*shape, len(inner)], inner[0]
+    return f"<{_sized(shape)}>"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text of at most `most` characters, without its middle if it is longer."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 4 :]}"
+
+
+def _sized(shape: Sequence[int]) -> str:
+    return f"{' × '.join(map(str, shape))} values"
 
 
 _short = reprlib.Repr()

@@ -57,6 +57,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter; the CPU for a model without any."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Layer:
     """A module of the model at one of its names; `path` has the attributes from the root to it."""

@@ -29,6 +29,7 @@ from restrain.fields import brief, given_fields, is_whole, near_names
 from restrain.penalties import Penalty, Scaled, Sum
 from restrain.penalties.base import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
+from restrain.penalties.keras_objects import Forms
 from restrain.rules import Rule, What
 from restrain.schedule import (
     Cosine,
@@ -391,3 +392,6 @@ def _write_where(where: Any) -> Any:
     raise PlanError(
         f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"
     )
+
+
+Forms.write, Forms.read = staticmethod(_write_what), staticmethod(_read_scaled)  # type: ignore[assignment]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -11,12 +11,26 @@ from torch import Tensor
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import HowError, PlanError
-from restrain.fields import brief, call_text, is_whole
+from restrain.fields import brief, call_text, is_whole, shortened
 from restrain.named_tensors import Location
 from restrain.schedule import Strength
 from restrain.selections import Where, as_where, weights
 
 How = Literal["loss", "gradient", "decoupled", "proximal", "project", "parametrize", "forward"]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return True if two settings are equal; tensors and arrays, also in lists and mappings, by shape and value."""
+    if a is b:
+        return True
+    if hasattr(a, "dtype") or hasattr(b, "dtype"):
+        kinds = [type(a) is type(b), *[getattr(a, k, 0) == getattr(b, k, 0) for k in ("shape", "dtype", "device")]]
+        return all(kinds) and not getattr(a, "is_meta", False) and bool((a == b).all())
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 class What:
@@ -32,10 +46,30 @@ class What:
         super().__init_subclass__(**others)
         if "__repr__" not in vars(cls):
             cls.__repr__ = cls.__repr__  # type: ignore[method-assign]  # a dataclass then writes none
+        if cls.__eq__ in (object.__eq__, What.__eq__) and "__eq__" not in vars(cls):
+            cls.__eq__, cls.__hash__ = What.__eq__, What.__hash__  # type: ignore[method-assign]  # nor these
         registry.register(cls, (cls.__name__.lower(), *cls.keywords) if register else ())
 
     def __repr__(self) -> str:
         return call_text(self)
+
+    def __eq__(self, other: object) -> bool:
+        """Return True for a dataclass of the same class with the same settings; tensors are compared by value."""
+        made = getattr(type(self), "__dataclass_params__", None)
+        if self is other or made is None or not made.eq:
+            return self is other
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.compare)  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        made = getattr(type(self), "__dataclass_params__", None)
+        if made is None or not made.eq:
+            return object.__hash__(self)
+        if not made.frozen:
+            raise TypeError(f"{type(self).__name__} can be changed, so it has no hash")
+        values = [getattr(self, f.name) for f in fields(self) if f.compare]  # type: ignore[arg-type]
+        return hash((type(self), *[value for value in values if not isinstance(value, Tensor)]))
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         """Return the allowed values of `how` on parameters, or on activations; the default first.
@@ -159,7 +193,7 @@ class Rule:
     @property
     def label(self) -> str:
         """Its name, or a text made of what and where."""
-        return self.name or f"{self.what!r} on {self.where!r}"
+        return self.name or f"{shortened(repr(self.what))} on {self.where!r}"
 
     def __mul__(self, strength: float | Strength) -> Rule:
         return replace(self, what=strength * self.what)  # type: ignore[operator, arg-type]

@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from fnmatch import translate
 from math import inf, log2
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Union, get_origin
 
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError
-from restrain.fields import brief
+from restrain.fields import brief, shortened
 from restrain.named_tensors import Layer, Slot, near
 from restrain.torch_private import NORMALIZATIONS
 
@@ -98,7 +98,7 @@ def shown(joined: Any) -> str:
     """Return the text of joined selections."""
     nodes = spine(joined)
     rest = [f" {SYMBOLS[node.operation]} {node.right!r})" for node in nodes]
-    return f"{'(' * len(nodes)}{nodes[0].left!r}{''.join(rest)}"
+    return shortened(f"{'(' * len(nodes)}{nodes[0].left!r}{''.join(rest)}")
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Names(Where):
             raise SelectionError(f"{brief(missing)}, in a list, matches nothing{near(missing[0], there.names)}")
 
     def __repr__(self) -> str:
-        return repr(list(self.names))
+        return shortened(repr(list(self.names)))
 
 
 @dataclass(frozen=True)
@@ -355,7 +355,8 @@ def as_where(given: Any) -> Where:
         return Regex(given.pattern, given.flags)
     if isinstance(given, (nn.Module, Tensor)):
         return Object(given)
-    types_of = given.__args__ if isinstance(given, types.UnionType) else (given,)
+    union = isinstance(given, types.UnionType) or get_origin(given) is Union
+    types_of = given.__args__ if union else (given,)
     if all(isinstance(t, type) for t in types_of):
         if not all(issubclass(t, nn.Module) for t in types_of):
             raise SelectionError(f"expected a type of nn.Module, got {given!r}")

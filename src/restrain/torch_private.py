@@ -474,7 +474,7 @@ version: Callable[[Tensor], Any] = _Contents if _bind("version") is None else op
 _wrappers, _level, _lives = _bind("wrapped"), _bind("transforming"), _bind("life")
 _past_functorch, _batched, _states = _bind("outside_functorch"), _bind("batched"), _bind("transformed")
 _modes, _tracing = _bind("dispatched"), _bind("symbolic_tracing")
-_CALL, _NOTHING = nn.Module.__call__, torch.empty(0)
+_CALL, _NOTHING = nn.Module.__call__, torch.empty(0, device="cpu")
 
 
 def _unwrap_once(t: Tensor) -> Tensor:

@@ -155,19 +155,12 @@ def trained(name, other, compile="auto", kind=torch.optim.Adam):
     return [p.detach().clone() for p in model.parameters()], values, strengths
 
 
-WRONG_DEVICE = pytest.mark.xfail(strict=True, reason="faults.md A12")
-RIGHT_DEVICE = ("none", "total variation", "distance")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[WRONG_DEVICE] * (name not in RIGHT_DEVICE)) for name in plans()]
-)
+@pytest.mark.parametrize("name", plans())
 def test_another_default_device_changes_nothing(name):
     for found, right in zip(trained(name, True), trained(name, False), strict=True):
         torch.testing.assert_close(found, right, equal_nan=True)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A12")
 @pytest.mark.parametrize("name", ["proximal", "gradient", "decoupled"])
 def test_another_default_device_changes_nothing_in_rules_folded_into_adam(name):
     for found, right in zip(trained(name, True, True), trained(name, False, False), strict=True):
@@ -177,7 +170,6 @@ def test_another_default_device_changes_nothing_in_rules_folded_into_adam(name):
 # A14: tensors that rules were given
 
 
-ALIASED = pytest.mark.xfail(strict=True, reason="faults.md A14")
 GIVEN = {
     "Distance of Weighted": lambda t: rs.Distance(rs.Weighted(rs.L2(), t), to=torch.zeros(2, 3)),
     "Distance of Weighted by name": lambda t: rs.Distance(rs.Weighted(rs.L2(), {"weight": t}), to=torch.zeros(2, 3)),
@@ -189,7 +181,6 @@ GIVEN = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A14")
 def test_the_fisher_information_of_a_task_may_be_reused():
     """Elastic weight consolidation: the buffer is filled anew for the next task."""
     model, fisher = nn.Linear(3, 2, bias=False), torch.full((2, 3), 2.0)
@@ -203,7 +194,7 @@ def test_the_fisher_information_of_a_task_may_be_reused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[ALIASED] * ("Weighted" in name)) for name in GIVEN])
+@pytest.mark.parametrize("name", GIVEN)
 def test_a_tensor_that_a_penalty_was_given_may_be_reused(name, dtype):
     model, given = nn.Linear(3, 2, bias=False, dtype=dtype), torch.full((2, 3), 2.0, dtype=dtype)
     nn.init.ones_(model.weight)

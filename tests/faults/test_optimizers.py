@@ -332,7 +332,6 @@ def test_an_interrupted_step_that_is_called_again_has_the_penalty_once(how, redo
 # E7: an optimizer that maximises
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 def test_an_optimizer_that_maximises_does_not_ascend_the_penalty_in_the_loss():
     """Adding to a reward that is ascended would let weights grow: refused, warned of, or taken off."""
     model = line()

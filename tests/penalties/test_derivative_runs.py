@@ -276,3 +276,46 @@ def test_two_ranks_that_share_the_parameters():
         assert "jvp, by a second forward (sharded parameters)" in results[rank, "auto"]
         assert "can't be differentiated twice: use estimator='jvp'" in results[rank, "exact"]
         assert "difference, by two" in results[rank, "difference"]
+
+
+class Scaled(torch.nn.Module):
+    """A network with a buffer that the function depends on."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.last(self.scale * torch.tanh(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "vjp", "jvp", "difference", "auto"])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_tensors_given_to_functional_call_are_those_of_a_replay(estimator, buffers):
+    """Against a model that has them as its own; value, and gradients of the tensors that were given."""
+    own, twin, x = Scaled().double(), Scaled().double(), torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        twin.scale.mul_(2)
+    given = {name: p.detach().clone().requires_grad_() for name, p in twin.named_parameters()}
+    given |= {name: b.clone() for name, b in twin.named_buffers()} if buffers else {}
+    if not buffers:
+        own.scale.mul_(2)
+    rule = rs.JacobianNorm(estimator=estimator).on()
+    before = [p.detach().clone() for p in own.parameters()]
+    found, right = [], []
+    for model, kept in ((own, found), (twin, right)):
+        reg = rs.attach(model, rule)
+        for _ in range(2):
+            torch.manual_seed(1)
+            out = torch.func.functional_call(own, given, (x,)) if model is own else twin(x)
+            kept.append(reg.loss(0 * out.sum()))
+        kept[-1].backward()
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=0)
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(given[name].grad, p.grad, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close([p.detach() for p in own.parameters()], before)
+    assert all(p.grad is None for p in own.parameters())

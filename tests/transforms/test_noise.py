@@ -245,3 +245,20 @@ def test_a_layout_says_where_the_batch_is():
     noise = rs.GaussianNoise(1.0, relative=True)
     x = torch.randn(4, 3)
     assert torch.equal(noise.at(x, Layout(None)), x)
+
+
+def test_the_same_noise_by_two_attachments_is_refused_in_one_plan_it_is_drawn_twice():
+    """A cell of a notebook that is run again."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    rule = rs.Dropout(0.5).on(rs.outputs("1"))
+    reg = rs.attach(model, rule)
+    with pytest.raises(rs.errors.HowError, match=r"same noise Dropout\(rate=0\.5\) at the outputs of '1'.*detach"):
+        rs.attach(model, rule)
+    for other in (rs.Dropout(0.4).on(rs.outputs("1")), rs.Dropout(0.5).on(rs.inputs("1"))):
+        rs.attach(model, other).detach()
+    reg.detach()
+    x = torch.ones(4000, 3)
+    with rs.attach(model, [rule, rs.Dropout(0.5).on(rs.outputs(nn.ReLU))]):
+        clean = torch.relu(model[0](x))
+        kept = (model(x)[clean > 0] != 0).float().mean()
+    assert kept.item() == pytest.approx(0.25, abs=0.05)

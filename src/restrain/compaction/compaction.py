@@ -61,7 +61,7 @@ class Search:
         while True:
             stays: dict[int, str] = {}
             for number, read in enumerate(self.graph.reads):
-                alive = torch.tensor([unit not in gone for unit in outputs[number]])
+                alive = torch.tensor([unit not in gone for unit in outputs[number]], device="cpu")
                 columns = used[number][alive].any(0).tolist()
                 for unit, column, level in zip(features[number], columns, read.constants, strict=True):
                     why = self._why(read, unit, level) if column else None
@@ -274,7 +274,7 @@ def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
                 units = graph.labels.units(labels)
                 indices = [index for index, unit in enumerate(units) if unit not in gone]
                 if len(indices) < len(units):
-                    keep.setdefault(name, {})[dim] = torch.tensor(indices)
+                    keep.setdefault(name, {})[dim] = torch.tensor(indices, device="cpu")
                     if not indices:
                         last.add(units[0])
         if not last:
@@ -293,6 +293,7 @@ def _folded(graph: Graph, tensors: Mapping[str, Tensor], gone: set[int]) -> Iter
                 for unit, level in zip(units, read.constants, strict=True)
             ],
             dtype=torch.float64,
+            device="cpu",
         )
         if bool((levels != 0).any()):
             weight = tensors[read.weight].detach().double()
@@ -324,9 +325,11 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if not isinstance(one, Tensor) or one.numel() < 2 or one.dtype == torch.bool:
             return one
         if one.is_floating_point():
-            noise = torch.randn(one.shape, generator=draws, dtype=torch.float32).to(one)
+            noise = torch.randn(one.shape, generator=draws, dtype=torch.float32, device="cpu").to(one)
             return one.mean() + noise * one.std().clamp_min(1e-3)
-        return one.flatten()[torch.randperm(one.numel(), generator=draws).to(one.device)].reshape(one.shape)
+        return one.flatten()[torch.randperm(one.numel(), generator=draws, device="cpu").to(one.device)].reshape(
+            one.shape
+        )
 
     return [args, tree_map(drawn, args), tree_map(drawn, args)]
 

@@ -284,7 +284,7 @@ class Graph(fx.Interpreter):
         """Tensors one beside the other."""
         parts, rest = args[0], args[1:]
         self._fix_others(parts)
-        labels = [_expanded(one.labels, one.value, torch.tensor(FIXED)) for one in parts]
+        labels = [_expanded(one.labels, one.value, torch.tensor(FIXED, device="cpu")) for one in parts]
         constants = None
         if value.is_floating_point() and any(one.constants is not None for one in parts):
             constants = target([_expanded(one.constants, one.value, _nan(value)) for one in parts], *rest, **kwargs)
@@ -394,7 +394,7 @@ class Graph(fx.Interpreter):
             one.labels.reshape(shape) for one in (weight, bias, mean, var) if one is not None and one.labels is not None
         ]
         for one in own:
-            fixed = torch.tensor(FIXED) if labels is None else labels
+            fixed = torch.tensor(FIXED, device="cpu") if labels is None else labels
             self.labels.join(one, fixed, "it normalises inputs of the model")
         for one in own:
             self.normalised |= set(one.flatten().tolist())
@@ -458,7 +458,7 @@ class Graph(fx.Interpreter):
             return x.labels.flatten().expand(size), False
         if axis in varied:
             self.labels.fix(x.labels, "its features lie along several axes")
-        return torch.full((size,), FIXED), bool(varied - {axis})
+        return torch.full((size,), FIXED, device="cpu"), bool(varied - {axis})
 
     def _outputs(self, weight: Held, bias: Held | None, dim: int, others: bool) -> Tensor:
         outputs = self.axes[weight.name or ""][dim]
@@ -519,7 +519,7 @@ class Graph(fx.Interpreter):
         if bias is not None:
             self.labels.join(self.axes[bias.name or ""][0], outputs, f"{weight.name} reads inputs of the model")
         if bool((features == FIXED).any()):
-            return torch.full((count,), FIXED)
+            return torch.full((count,), FIXED, device="cpu")
         return outputs if transposed else axes[0]
 
     def _embedding(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -557,7 +557,7 @@ class Graph(fx.Interpreter):
         constants = None
         if y.constants is not None:
             zero = (y.constants == 0).expand(y.value.shape).all(-2, keepdim=True)
-            constants = _some(torch.where(zero, torch.zeros((), dtype=value.dtype), _nan(value)))
+            constants = _some(torch.where(zero, torch.zeros((), dtype=value.dtype, device=value.device), _nan(value)))
         return Held(value, compressed(labels), constants)
 
     def _attention(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -611,7 +611,7 @@ def _given(one: Any) -> list[Any]:
 
 
 def _nan(like: Tensor) -> Tensor:
-    return torch.full((), torch.nan, dtype=like.dtype)
+    return torch.full((), torch.nan, dtype=like.dtype, device=like.device)
 
 
 def _some(constants: Tensor | None) -> Tensor | None:
@@ -647,7 +647,7 @@ def _levels(x: Held, axis: int) -> list[float]:
 
 def _linear_constants(x: Tensor | None, matrix: Tensor, bias: Tensor | None, value: Tensor) -> Tensor | None:
     """Return the constant outputs of a linear layer: those that read no feature that isn't constant."""
-    shift = torch.zeros(matrix.shape[0], dtype=matrix.dtype) if bias is None else bias
+    shift = torch.zeros(matrix.shape[0], dtype=matrix.dtype, device=matrix.device) if bias is None else bias
     used = matrix != 0
     if x is None:
         unknown = used.any(1)
@@ -670,7 +670,7 @@ def _convolved(
     if transposed:
         return None
     zero = (weight.value == 0).flatten(1).all(1)
-    shift = torch.zeros(len(zero), dtype=value.dtype) if shift is None else shift
+    shift = torch.zeros(len(zero), dtype=value.dtype, device=value.device) if shift is None else shift
     return _some(torch.where(zero, shift, _nan(value)).reshape(shape))
 
 

@@ -25,7 +25,7 @@ class Labels:
         """Return new labels, each a unit of its own."""
         start = len(self._parent)
         self._parent.extend(range(start, start + count))
-        return torch.arange(start, start + count)
+        return torch.arange(start, start + count, device="cpu")
 
     def unit(self, label: int) -> int:
         """Return the unit of a label: the smallest of the labels joined with it."""

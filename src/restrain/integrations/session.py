@@ -172,7 +172,7 @@ class Session:
         found = logs(self.reg, self.data_loss())
         if mean is None:
             return found
-        return dict(zip(found, mean(torch.tensor(list(found.values()))).tolist(), strict=True))
+        return dict(zip(found, mean(torch.tensor(list(found.values()), device="cpu")).tolist(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         fresh = vars(Session(self.plan))

@@ -127,7 +127,7 @@ class Samples:
             self.tensors = self.batch(slice(None))
         else:
             x = np.ascontiguousarray(self.x if self.rows is None else self.x[self.rows])
-            self.tensors = (torch.tensor(x), *replace(self, x=self.x[:, :0]).batch(slice(None))[1:])
+            self.tensors = (torch.tensor(x, device="cpu"), *replace(self, x=self.x[:, :0]).batch(slice(None))[1:])
 
     def batch(self, which: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return (inputs, targets, weights) of the rows `which`, as new tensors."""
@@ -180,7 +180,7 @@ def generator(seed: int, *path: int) -> torch.Generator:
 
 def shuffled(size: int, seed: int, *path: int) -> Any:
     """Return a permutation of 0, ..., size - 1 determined by seed and path."""
-    return torch.randperm(size, generator=generator(seed, *path)).numpy()
+    return torch.randperm(size, generator=generator(seed, *path), device="cpu").numpy()
 
 
 def split(samples: Samples, part: float, seed: int) -> tuple[Samples, Samples]:

@@ -24,7 +24,7 @@ DRAWS = 16  # greatest number of draws in an update
 
 def keys(updates: int) -> Tensor:
     """Return two int32 keys per draw and update, from torch's generator: (updates, DRAWS, 2)."""
-    return torch.randint(-(2**31), 2**31, (updates, DRAWS, 2), dtype=torch.int32)
+    return torch.randint(-(2**31), 2**31, (updates, DRAWS, 2), dtype=torch.int32, device="cpu")
 
 
 def _mixed(h: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def _mixed(h: Tensor) -> Tensor:
 
 def bits(first: int, count: int, key: Tensor) -> Tensor:
     """Return 32 random bits, as int32, for each position from `first` to `first + count - 1`."""
-    return _mixed(_mixed(torch.arange(first, first + count, dtype=torch.int32) + key[0]) ^ key[1])
+    return _mixed(_mixed(torch.arange(first, first + count, dtype=torch.int32, device="cpu") + key[0]) ^ key[1])
 
 
 def uniform(like: Tensor, key: Tensor) -> Tensor:

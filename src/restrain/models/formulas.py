@@ -40,7 +40,7 @@ class Formula:
         counts = [float(self._count()) + number for number in range(1, updates + 1)]
         rate = float(self.group["lr"])
         rows = [(rate, count, *self._update.scalars(self.group, count)) for count in counts]
-        return torch.tensor(rows, dtype=torch.float64)
+        return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
     def took(self, updates: int) -> None:
         """Advance the optimizer's step counters by the number of updates carried out."""

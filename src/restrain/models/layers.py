@@ -37,7 +37,7 @@ class Tied(nn.Module):
     def __init__(self, partner: Dense, activation: str) -> None:
         super().__init__()
         self.weight, self.activation = partner.weight, activation
-        self.bias = nn.Parameter(torch.zeros(partner.in_features))
+        self.bias = nn.Parameter(torch.zeros(partner.in_features, device=partner.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
         return ACTIVATIONS[self.activation](F.linear(x, self.weight.t(), self.bias))  # type: ignore[no-any-return]

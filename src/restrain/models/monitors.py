@@ -39,7 +39,9 @@ class Means:
         waiting, self.waiting = self.waiting, []
         for key in {key: None for values, _ in waiting for key in values}:
             found = torch.stack([values[key] for values, _ in waiting if key in values])
-            counts = torch.tensor([rows for values, rows in waiting if key in values], dtype=torch.float64)
+            counts = torch.tensor(
+                [rows for values, rows in waiting if key in values], dtype=torch.float64, device="cpu"
+            )
             self.take({key: found.to("cpu", torch.float64) @ counts}, 0)
         self.rows += sum(rows for _, rows in waiting)
 

@@ -214,8 +214,8 @@ def _kept_names(optimizer: Optimizer) -> set[str] | None:
 
     None for optimizers whose state one step doesn't tell.
     """
-    p = nn.Parameter(torch.zeros(1, 1))
-    p.grad = torch.zeros(1, 1)
+    p = nn.Parameter(torch.zeros(1, 1, device="cpu"))
+    p.grad = torch.zeros(1, 1, device="cpu")
     if isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Adafactor)):
         return None
     options = {k: v for k, v in optimizer.defaults.items() if k not in ("fused", "decoupled_weight_decay")}

@@ -99,7 +99,7 @@ class Program:
         self.state = [] if self.formula is None else self.formula.state()
         self.names: list[str] = []
         self.draws = 0
-        self._sums = torch.zeros(16 + len(training.rules), dtype=torch.float64)
+        self._sums = torch.zeros(16 + len(training.rules), dtype=torch.float64, device="cpu")
         self._rows: Iterator[Any] = iter(())
         self._made = self._done = 0
         self._call = self._compiled()
@@ -114,7 +114,10 @@ class Program:
     def _compiled(self) -> Callable[..., Any]:
         training = self.training
         dtype = next(iter(self.params.values())).dtype
-        row = (torch.ones(_WIDTH, dtype=dtype), torch.zeros(drawing.DRAWS, 2, dtype=torch.int32))
+        row = (
+            torch.ones(_WIDTH, dtype=dtype, device="cpu"),
+            torch.zeros(drawing.DRAWS, 2, dtype=torch.int32, device="cpu"),
+        )
         batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
         given: list[Any] = [*self._fixed(), *row, *batch]
         if not self.recorded:
@@ -203,11 +206,13 @@ class Program:
         """Prepare scalars and random keys of the next updates."""
         self._took()
         count = min(_AT_ONCE, len(self.training.train) // self.size)
-        table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype)
+        table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype, device="cpu")
         if self.formula is not None:
             changing = self.formula.table(count)
             table[:, : changing.shape[1]] = changing
-        keys = drawing.keys(count) if self.draws else torch.zeros(count, drawing.DRAWS, 2, dtype=torch.int32)
+        keys = (
+            drawing.keys(count) if self.draws else torch.zeros(count, drawing.DRAWS, 2, dtype=torch.int32, device="cpu")
+        )
         self._rows = zip(table.unbind(), keys.unbind(), strict=True)
         self._made, self._done, self._fixed_now = count, 0, self._fixed()
 

@@ -34,7 +34,7 @@ def seeded(seed: int, cuda: torch.device | None = None) -> Iterator[None]:
 def new_seed() -> int:
     """Draw a seed from torch's global generator."""
     with _drawing:
-        return int(torch.randint(2**31 - 1, ()))
+        return int(torch.randint(2**31 - 1, (), device="cpu"))
 
 
 class Plain:

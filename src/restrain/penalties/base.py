@@ -19,6 +19,7 @@ from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
+from restrain.penalties import keras_objects
 from restrain.penalties.algebra import Algebra, Combination, Multiple, Total
 from restrain.penalties.shrink import as_step, at_least_float32, check_dtype, check_step, shrink_entries
 from restrain.rules import How
@@ -141,6 +142,7 @@ def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
     @functools.wraps(formula)
     def call(self: Any, w: Tensors) -> Tensor:
         if not isinstance(w, Tensor) and type(w).__module__.partition(".")[0] == "keras":
+            keras_objects.register(Penalty)
             w = w.value  # of a variable of a Keras 3 layer, on its torch backend
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
@@ -270,6 +272,20 @@ class Penalty(Algebra["Penalty"], register=False):
         if "over_batch" in vars(cls):
             cls.over_batch = taking_masks(vars(cls)["over_batch"])  # type: ignore[method-assign]
 
+    def get_config(self) -> dict[str, Any]:
+        """Return the penalty as plain data, by which Keras saves and clones a model.
+
+        Raises:
+            PlanError: it holds tensors or functions.
+        """
+        keras_objects.register(Penalty)
+        return keras_objects.Forms.write(self)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Penalty:
+        """Return the penalty of a `get_config`."""
+        return keras_objects.Forms.read(config)  # type: ignore[no-any-return]
+
     @abstractmethod
     def __call__(self, w: Tensors) -> Tensor:
         """The value at a tensor, differentiable; summed over the tensors of an iterable or mapping.
@@ -367,7 +383,7 @@ class Penalty(Algebra["Penalty"], register=False):
     @property
     def takes_mask(self) -> bool:
         """Whether `over_batch` can leave entries out: by itself, or because entries of zero add nothing."""
-        return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1)))
+        return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1, device="cpu")))
 
     def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
         """`h` with zeros under a mask, for a penalty to which zeros add nothing.
@@ -720,7 +736,7 @@ class ScaledNetwork(Multiple[NetworkPenalty], _CombinedNetwork, register=False):
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         if is_off(self.strength):
-            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros(())))
+            return nothing(next(iter((*parameters.values(), *outputs.values())), torch.zeros((), device="cpu")))
         return times(at_hand(self.strength, self), self.penalty(parameters, outputs))
 
 

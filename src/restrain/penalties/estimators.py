@@ -238,7 +238,7 @@ class Direction:
     """Random signs for one input after another: the same for equal seeds, for every estimator."""
 
     def __init__(self, seed: int | None = None) -> None:
-        self.seed = int(torch.randint(2**62, ())) if seed is None else seed
+        self.seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
         self.generators: dict[torch.device, torch.Generator] = {}
 
     def along(self, h: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def pushed(run: Run, estimator: str) -> list[Batch]:
 
     _load_forward_mode()
     try:
-        tangents = torch.func.jvp(along, (torch.zeros(()),), (torch.ones(()),))[1]
+        tangents = torch.func.jvp(along, (torch.zeros((), device="cpu"),), (torch.ones((), device="cpu"),))[1]
     except RestrainError:
         raise
     except RuntimeError as error:
@@ -331,7 +331,7 @@ def _load_forward_mode() -> None:
     """Load torch's forward mode without the deprecation warnings of its decompositions."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
+        forward_ad.make_dual(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))
 
 
 # Obstacles in the graph

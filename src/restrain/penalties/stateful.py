@@ -19,7 +19,7 @@ from restrain.named_tensors import Location, near
 from restrain.penalties.base import Penalty, Tensors, checked_setting, unchecked_prox
 from restrain.penalties.entrywise import L1, L2, Entrywise
 from restrain.penalties.shrink import as_step, at_least_float32
-from restrain.rules import How
+from restrain.rules import How, same
 from restrain.schedule import Strength
 
 Given: TypeAlias = Tensor | Mapping[str, Tensor] | str | Path | list[Any] | tuple[Any, ...] | Callable[[Tensor], Tensor]
@@ -36,21 +36,13 @@ class _Kept(Penalty, register=False):
         if type(other) is not type(self):
             return False
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
-        return all(_same(a, b) for a, b in pairs)
+        return all(same(a, b) for a, b in pairs)
 
     def __hash__(self) -> int:
         return hash(type(self))
 
     def state(self) -> dict[str, Tensor]:
         return {} if self.kept is None else {"kept": self.kept}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(a == b)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +120,7 @@ class Weighted(_Kept):
         return unchecked_prox(self.penalty, x, self._for(x) * as_step(step, x)).to(w.dtype)
 
     def bound_to(self, at: Location) -> Weighted:
-        weights = _given(self, self.weights, at).to(at.tensor.real)
+        weights = _given(self, self.weights, at).to(at.tensor.real, copy=True)  # whoever gave them may change them
         bound = dataclasses.replace(self, kept=weights)
         bound._for(at.tensor)  # raises if they don't fit
         _checked_weights(weights, at)
@@ -277,7 +269,8 @@ def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
         given = given[at.name]
     found = given(at.tensor.detach()) if callable(given) else given
     try:
-        tensor = torch.as_tensor(found, dtype=None if isinstance(found, Tensor) else torch.float64).detach()
+        plain = isinstance(found, Tensor)
+        tensor = found.detach() if plain else torch.as_tensor(found, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise PenaltyError(f"{kind} needs a tensor for {at.name!r}, got {brief(found)}: {error}") from None
     if tensor.layout is not torch.strided or tensor.is_quantized or (tensor.is_meta and not at.tensor.is_meta):

@@ -190,8 +190,8 @@ class _Memory:
     """
 
     def __init__(self) -> None:
-        self.total, self.weight = torch.zeros(0), torch.zeros(0)
-        self.pending, self.count = torch.zeros(0), torch.zeros(1)
+        self.total, self.weight = torch.zeros(0, device="cpu"), torch.zeros(0, device="cpu")
+        self.pending, self.count = torch.zeros(0, device="cpu"), torch.zeros(1, device="cpu")
 
     def keep(self, mean: Tensor, size: Tensor) -> None:
         """Add a batch's mean to the pending sum, unless a unit has no rows or a mean isn't finite.

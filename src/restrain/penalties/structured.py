@@ -47,7 +47,7 @@ def taut_slopes(y: Tensor, radius: float | Tensor = inf) -> Tensor:
     x = torch.where(bad, 0, exact(y))
     one_sided = not isinstance(radius, Tensor) and radius == inf
     with torch.no_grad():
-        tube = (0.0, inf) if one_sided else 2 * (float(torch.as_tensor(radius).detach()),)
+        tube = (0.0, inf) if one_sided else 2 * (float(torch.as_tensor(radius, device="cpu").detach()),)
         knots = _knots(x, *tube)
         starts, ids = _blocks(knots.at)
         lengths = _sums(torch.ones_like(knots.side), ids, starts)
@@ -372,10 +372,10 @@ class SLOPE(OfRows):
         """Return the weights for rows of this size, in its dtype and on its device."""
         n = size.shape[-1]
         if self.q:
-            ranks = torch.arange(1, n + 1, dtype=torch.float64)
+            ranks = torch.arange(1, n + 1, dtype=torch.float64, device=size.device)
             weights: Tensor = -torch.special.ndtri(ranks * (self.q / (2 * max(n, 1))))
         else:
             if n != len(self.weights):
                 raise PenaltyError(f"SLOPE has {len(self.weights)} weights, for a tensor of {n} entries: it needs {n}")
-            weights = torch.tensor(self.weights, dtype=torch.float64)
+            weights = torch.tensor(self.weights, dtype=torch.float64, device=size.device)
         return weights.to(size)

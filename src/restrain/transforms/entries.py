@@ -146,7 +146,7 @@ def _as_tensor(name: str, value: Any) -> Tensor:
         TransformError: lists of different lengths, or entries that aren't numbers.
     """
     try:
-        return torch.tensor(value)
+        return torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TransformError(f"{name}= is a number, a tensor, or nested lists as deep as one: {error}") from error
 
@@ -170,7 +170,7 @@ def _shown(what: Any) -> str:
     """Return a short repr of a pattern, mask or values: the shape if they are large."""
     if not isinstance(what, tuple):
         return getattr(what, "__name__", type(what).__name__) if callable(what) else repr(what)
-    shape = tuple(torch.tensor(what).shape)
+    shape = tuple(torch.tensor(what, device="cpu").shape)
     return repr(what) if torch.Size(shape).numel() <= _SHOWN else f"<{' × '.join(map(str, shape))}>"
 
 

@@ -307,7 +307,7 @@ class _Moments:
         mean = rows.nan_to_num(nan=0.0).sum(0) / count.clamp(min=1)
         distance = torch.where(present, rows - mean, 0.0)
         rest = distance.sum(0) / count.clamp(min=1)  # rounding error of the mean
-        inf = torch.tensor(torch.inf, dtype=torch.float64)
+        inf = torch.tensor(torch.inf, dtype=torch.float64, device=rows.device)
         low, high = torch.where(present, rows, inf).amin(0), torch.where(present, rows, -inf).amax(0)
         return cls(count, mean + rest, (distance - rest).where(present, 0.0).square().sum(0), low, high)
 

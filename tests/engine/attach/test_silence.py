@@ -195,6 +195,32 @@ def test_proximal_rules_without_a_prox_of_their_sum_are_refused():
         rs.attach(model, rules, sgd(model))
 
 
+@pytest.mark.parametrize("rule", [rs.L2().on("0.weight"), rs.L2().on(rs.outputs("0")), rs.Contractive().on()])
+@pytest.mark.parametrize("known", [True, False])
+def test_maximize_is_refused_for_penalties_in_the_loss(rule, known):
+    """At attach, or at the first step of an optimizer that wasn't given."""
+    model = make()
+    optimizer = sgd(model, maximize=True)
+
+    def step():
+        reg = rs.attach(model, rule, optimizer if known else None)
+        reg.loss(model(torch.randn(3, model[0].in_features)).square().mean()).backward()
+        optimizer.step()
+
+    with pytest.raises(OptimizerError, match="maximize"):
+        step()
+
+
+def test_an_optimizer_that_maximises_by_others_of_the_parameters_is_fine():
+    """A multiplier that is raised while the weights are trained."""
+    model = make()
+    down, up = sgd(model[0]), torch.optim.SGD(model[2].parameters(), lr=0.1, maximize=True)
+    reg = rs.attach(model, [rs.L2().on("0.weight"), rs.L1().on(rs.outputs("0"))], [down, up])
+    reg.loss(model(torch.randn(3, model[0].in_features)).square().mean()).backward()
+    down.step()
+    up.step()
+
+
 def test_maximize_is_refused_for_proximal_rules():
     model = make()
     with pytest.raises(OptimizerError, match="maximize"):

@@ -1,5 +1,8 @@
 """A step that is interrupted before the optimizer's own update, and called again, against one that wasn't."""
 
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -23,6 +26,20 @@ PLANS = {
 OPTIMIZERS = {"SGD": (torch.optim.SGD, 0.1), "Adam": (torch.optim.Adam, 0.01), "RMSprop": (torch.optim.RMSprop, 0.01)}
 
 
+@contextmanager
+def stopped(cls):
+    """Within it, an optimizer's own code is interrupted before anything moves."""
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    once, cls._init_group = cls._init_group, stop
+    try:
+        yield
+    finally:
+        cls._init_group = once
+
+
 def run(plan, kind, interrupted=(), redone="the step", compile="auto", closure=False):
     """Train four steps, of which some are interrupted in the optimizer's own code; return the weights."""
     torch.manual_seed(0)
@@ -30,7 +47,6 @@ def run(plan, kind, interrupted=(), redone="the step", compile="auto", closure=F
     cls, lr = OPTIMIZERS[kind]
     optimizer = cls(model.parameters(), lr=lr)
     data = [[torch.randn_like(p) for p in model.parameters()] for _ in range(4)]
-    stops = set(interrupted)
 
     def backward(x):
         optimizer.zero_grad()
@@ -42,30 +58,17 @@ def run(plan, kind, interrupted=(), redone="the step", compile="auto", closure=F
     backward(data[0])
     optimizer.step()  # its state is there
     rs.attach(model, plan, optimizer, compile=compile)
-    once = cls._init_group
-
-    def init(self, *given):
-        if number in stops:
-            stops.discard(number)
-            raise KeyboardInterrupt
-        return once(self, *given)
-
-    cls._init_group = init
-    try:
-        torch.manual_seed(1)
-        for number, x in enumerate(data):
-            given = (lambda x=x: backward(x),) if closure else ()
-            if not closure:
+    torch.manual_seed(1)
+    for number, x in enumerate(data):
+        given = (partial(backward, x),) if closure else ()
+        if not closure:
+            backward(x)
+        if number in interrupted:
+            with stopped(cls), pytest.raises(KeyboardInterrupt):
+                optimizer.step(*given)
+            if redone == "all of it" and not closure:
                 backward(x)
-            try:
-                optimizer.step(*given)
-            except KeyboardInterrupt:
-                if redone == "all of it" and not closure:
-                    backward(x)
-                optimizer.step(*given)
-    finally:
-        cls._init_group = once
-    assert not stops
+        optimizer.step(*given)
     return [p.detach().clone() for p in model.parameters()]
 
 

@@ -296,3 +296,31 @@ def test_equal_strengths_of_a_rule_are_one_and_others_have_a_key_of_their_own():
     what = target * rs.L1() + target * rs.L2() + rs.schedules.WarmUp(3) * rs.Norm(2)
     reg = rs.attach(nn.Linear(3, 2), what.on("weight", name="w"))
     assert list(reg.strengths()) == ["w", "w [2]"]
+
+
+def test_only_forwards_that_count_are_measured():
+    """Neither a look at a batch nor a forward that an interrupt broke off moves the strength."""
+
+    def strength(disturbed):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        target = rs.Target(active=0.55, every=1, start=0.1)
+        reg = rs.attach(model, target * rs.L1().on(rs.outputs("1")), optimizer)
+
+        def stop(module, args):
+            raise KeyboardInterrupt
+
+        for x in torch.randn(4, 50, 3):
+            if disturbed:
+                model(-100 * torch.ones(9, 3))  # a look: its output is gone before the loss
+                handle = model[2].register_forward_pre_hook(stop)
+                with pytest.raises(KeyboardInterrupt):
+                    model(100 * torch.ones(7, 3))
+                handle.remove()
+            optimizer.zero_grad()
+            reg.loss(model(x).mean()).backward()
+            optimizer.step()
+        return next(iter(reg.strengths().values()))
+
+    assert strength(True) == strength(False) != 0.1

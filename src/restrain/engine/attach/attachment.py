@@ -43,7 +43,7 @@ from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
 from restrain.layouts import attach_layouts
-from restrain.named_tensors import Handle, checked_module, unwrap
+from restrain.named_tensors import Handle, checked_module, device_of, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
 from restrain.rules import Rule, What
@@ -91,7 +91,7 @@ def attach(
     refuse_wrapped(model, rules)
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
-    with uncollected():
+    with uncollected(), torch.inference_mode(False):  # training goes on with the tensors that are made here
         flat = shards.flattened(model)
         return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
 
@@ -334,7 +334,7 @@ class Attachment:
         if torch.compiler.is_compiling():
             return eagerly(self.penalty)  # type: ignore[no-any-return]
         direct, hidden = self._terms()
-        total = torch.zeros((), dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=device_of(self.model))
         if direct:
             total = direct[0][0] * direct[0][1]
             for term, factor in direct[1:]:
@@ -533,6 +533,10 @@ class Attachment:
             PlanError: it belongs to other rules or a newer version, or a part of it is missing or
                 has another type, shape or kind; nothing is changed then.
         """
+        with torch.inference_mode(False):
+            self._load(state)
+
+    def _load(self, state: dict[str, Any]) -> None:
         mine = self.state_dict()
         metrics = {work.handle.name: self._metric_of(work.handle) for work in self._works}
         whole = checked(by_new_names(state), mine, metrics)

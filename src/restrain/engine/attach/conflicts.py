@@ -6,11 +6,11 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.step import ParameterRules
-from restrain.errors import HowError
+from restrain.errors import DetachedError, HowError
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,22 @@ def join(owner: object, works: Sequence[ParameterRules], model: nn.Module, optim
     """
     mine = {id(work.handle.find(model)): work for work in works}
     for other in list(_living.values()):
-        root = other.model()
-        for earlier in () if root is None else other.works:
-            work = mine.get(id(earlier.handle.find(root)))
+        for earlier in other.works:
+            work = mine.get(id(_found(earlier, other.model())))
             if work is not None:
                 _refuse_order(earlier, work)
                 if any(one in other.optimizers for one in optimizers):
                     _refuse_twice(earlier, work)
     if works:
         _living[owner] = _Living(weakref.ref(model), works, weakref.WeakSet(optimizers))
+
+
+def _found(work: ParameterRules, root: nn.Module | None) -> Tensor | None:
+    """Return the parameter of a living attachment; None if its model has lost it."""
+    try:
+        return None if root is None else work.handle.find(root)
+    except DetachedError:
+        return None
 
 
 def _refuse_order(earlier: ParameterRules, later: ParameterRules) -> None:

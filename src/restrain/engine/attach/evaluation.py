@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from restrain.engine.binding import Bound, network_value, parameter_values
 from restrain.engine.core import structures
 from restrain.engine.forward import Inputs, PenaltyRecorder, Recorder, positional
+from restrain.named_tensors import device_of
 from restrain.penalties import NetworkPenalty
 from restrain.penalties.statistics import resting
 
@@ -96,7 +97,7 @@ def latest(bounds: Sequence[Bound], model: nn.Module) -> dict[str, Tensor]:
         for bound in bounds:
             if bound.recorders:
                 parts = [part.reshape(()) for recorder in bound.recorders for part in recorder.last(bound.key)]
-                values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros(())
+                values[bound.key] = torch.stack(parts).sum() if parts else torch.zeros((), device=device_of(model))
             elif isinstance(bound.rule.what, NetworkPenalty):
                 values[bound.key] = network_value(bound, model, {})
             elif bound.is_penalty:

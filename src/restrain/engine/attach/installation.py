@@ -84,6 +84,7 @@ class Hooks:
             known[id(probe.point)].probes.append(probe)
         if isinstance(bound.rule.what, Noise):
             for point in bound.points:
+                self._refuse_same_noise(model, point, bound.rule.what)
                 self._at(model, point).noises.append((bound.rule.what, point))
 
     def _at(self, model: nn.Module, point: Point) -> LayerHook:
@@ -96,6 +97,17 @@ class Hooks:
             )
         self._layers[key].paths[point.path] = None
         return self.at_layers[key]
+
+    def _refuse_same_noise(self, model: nn.Module, point: Point, noise: Noise) -> None:
+        """Refuse noise that another attachment draws at the same place already, as when a cell is run again."""
+        module, own = point.find(model), self.at_layers.values()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            others = hook.noises if isinstance(hook, LayerHook) and all(hook is not one for one in own) else []
+            if any(other == noise and place == point for other, place in others):
+                raise HowError(
+                    f"another attachment has the same noise {noise!r} at the {point}, so it would be drawn twice: "
+                    "reg.detach() the other one first, or put both rules into one plan if you mean that"
+                )
 
     def first(self, hook: Callable[..., Any], model: nn.Module) -> None:
         """Register a pre-hook of the model before its other hooks."""

@@ -70,7 +70,7 @@ class Structure:
     def _pattern_now(self) -> list[tuple[str, int, Any]]:
         """Return (name, number of the first parameter of the same tensor, shape) of each."""
         first: dict[int, int] = {}
-        pattern = []
+        pattern: list[tuple[str, int, Any]] = []
         for module in [*map(call, self._references)]:
             for name, p in () if module is None else module._parameters.items():
                 number = -1 if p is None else first.setdefault(id(p), len(pattern))

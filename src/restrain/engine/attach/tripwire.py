@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.optim import Optimizer
 
-from restrain.engine.binding import Bound
+from restrain.engine.binding import ASCENDS, Bound, ascends
 from restrain.engine.forward import Forwards
 from restrain.engine.step import Clock, ParameterRules
 from restrain.errors import NotCollectedError, OptimizerError
@@ -31,7 +31,12 @@ class Tripwire:
         Raises:
             NotCollectedError: a training forward ran, and rules that act in the loss weren't
                 collected.
+            OptimizerError: it maximises, and so ascends a penalty in the loss.
         """
+        if any(group.get("maximize") for group in optimizer.param_groups) and self.collected:
+            for bound in self.bounds:
+                if self._ascended(bound, optimizer, root):
+                    raise OptimizerError(ASCENDS.format(rule=bound.key))
         forgotten, step = self.forwards.ran and not self.collected, self.clock.steps - 1
         missed = (
             [b for b in self.bounds if b.rule.due(step) and self._concerns(b, optimizer, root)] if forgotten else []
@@ -43,6 +48,13 @@ class Tripwire:
                 f"{', '.join(repr(bound.key) for bound in missed)}. Write loss = reg.loss(data_loss) before "
                 "loss.backward(); or attach them with how='gradient', which needs no line in the loop"
             )
+
+    def _ascended(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
+        """Return True if an optimizer maximises by a parameter of the rule; for activations, by all of the model."""
+        if bound.points or bound.output_recorders:
+            return ascends(optimizer, root)
+        up = {id(p) for group in optimizer.param_groups for p in group["params"] if group.get("maximize")}
+        return any(id(p) in up for handle, _, _ in bound.standing(root) for p in handle.stored(root))
 
     def _concerns(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
         """Return True if the optimizer holds a parameter of the rule, or it acts on activations."""

@@ -166,6 +166,6 @@ def _agrees(made: Callable[..., Any], run: Callable[..., Any], examples: Sequenc
         f"torch {torch.__version__} compiles rules at the optimizer's step to code that gives other numbers than "
         "their formulas: they are done without",
         RestrainWarning,
-        stacklevel=2,
+        stacklevel=level_of_caller(),
     )
     return False

@@ -11,14 +11,16 @@ from restrain.engine.binding.binding import (
     trains,
     whereabouts,
 )
-from restrain.engine.binding.optimizers import check_optimizers, given_optimizers
+from restrain.engine.binding.optimizers import ASCENDS, ascends, check_optimizers, given_optimizers
 from restrain.engine.binding.values import LossRules, at_steps, network_value, parameter_values
 
 __all__ = [
+    "ASCENDS",
     "Bound",
     "Followed",
     "LossRules",
     "Whereabouts",
+    "ascends",
     "at_steps",
     "bind",
     "check_optimizers",

@@ -24,7 +24,7 @@ from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.weights import Site, check_computable, sites_of
 from restrain.errors import DetachedError, HowError, RestrainError, SelectionError
 from restrain.fields import brief
-from restrain.named_tensors import Handle, Location, Slot, is_sharded, layers, parameters
+from restrain.named_tensors import Handle, Location, Slot, device_of, is_sharded, layers, parameters
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import trained
@@ -153,8 +153,7 @@ class _ModelIndex:
     def __init__(self, model: nn.Module, flattened: Collection[int] = ()) -> None:
         self.flattened = flattened
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
-        own = self.layers[0].module
-        self.device = next((p.device for p in own.parameters() if not p.is_meta), torch.device("cpu"))
+        self.device = device_of(self.layers[0].module)
         self._chosen: dict[tuple[Where, bool], _Chosen] = {}
         self._targets: dict[tuple[Places, bool], _Targets] = {}
         self._locations: dict[str, Location] = {}
@@ -595,8 +594,8 @@ def _points_again(bound: Bound, index: _ModelIndex) -> dict[tuple[str, Place], P
         before = [recorder.point for recorder in bound.output_recorders]
         groups.append((before, _targets(given, given.outputs, index).points))
     found = {}
-    for before, now in groups:
-        _compare(bound, [str(point) for point in before], [(str(point),) for point in now])
+    for earlier, now in groups:
+        _compare(bound, [str(point) for point in earlier], [(str(point),) for point in now])
         found.update({_key(point): point for point in now})
     return found
 

@@ -68,6 +68,19 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         _check_bound(bound, standing, computed)
         _warn_of_rounding(bound, [h.name for h, _ in bound.parameters if h.name in low] if low else [], standing)
     _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
+    for bound in bounds:
+        if bound.is_penalty and not bound.parameters and optimizers and all(ascends(o, root) for o in optimizers):
+            raise OptimizerError(ASCENDS.format(rule=bound.key))
+
+
+ASCENDS = "{rule!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
+
+
+def ascends(optimizer: Optimizer, root: nn.Module) -> bool:
+    """Return True if an optimizer maximises by all parameters of the model that it holds."""
+    own = {id(p) for p in root.parameters()}
+    groups = [group for group in optimizer.param_groups if any(id(p) in own for p in group["params"])]
+    return bool(groups) and all(group.get("maximize") for group in groups)
 
 
 def _check_bound(bound: Bound, standing: dict[str, _Standing], computed: set[str]) -> None:
@@ -138,10 +151,9 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
         _check_kind(bound, holder, group)
     if acts and is_sharded(p):
         _check_sharded(bound, name, holder)
-    if acts and isinstance(bound.rule.what, Penalty) and group.get("maximize"):
-        raise OptimizerError(
-            f"{bound.key!r}: an optimizer with maximize=True would ascend the penalty; minimise -loss instead"
-        )
+    joins = acts or (how == "loss" and p.requires_grad)
+    if joins and bound.is_penalty and group.get("maximize"):
+        raise OptimizerError(ASCENDS.format(rule=bound.key))
     if how == "project":
         bound.notes = _notes_on_metric(bound, p, holder)
     if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):

@@ -117,7 +117,7 @@ def rows(structure: Any, way: Way) -> tuple[Tensor | None, int]:
     if found is None:
         return None, 0
     sizes = found.batch_sizes.tolist()  # number of sequences at each step, longest first
-    return torch.cat([torch.arange(size) for size in sizes]).to(found.data.device), sizes[0]
+    return torch.cat([torch.arange(size, device=found.data.device) for size in sizes]), sizes[0]
 
 
 def packed(structure: Any, way: Way) -> PackedSequence | None:

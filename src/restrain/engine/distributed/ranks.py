@@ -20,7 +20,7 @@ def agreed_seed() -> int | None:
     """Return a seed drawn by rank 0 and shared with all ranks; None in a single process."""
     if not _several():
         return None
-    drawn = [int(torch.randint(2**62, ()))]
+    drawn = [int(torch.randint(2**62, (), device="cpu"))]
     dist.broadcast_object_list(drawn, src=0)
     return drawn[0]
 

@@ -246,13 +246,16 @@ def totals(rules: Sequence[Sequence[Term]]) -> list[Tensor]:
         for found, value in zip(having, summed, strict=True):
             value = value.to(found[ranks].device, found[ranks].dtype)
             found[()] = found[()] + value.to(found[()].device) if () in found else value
-    return [found.get((), torch.zeros(())) for found in sums]
+    return [found.get((), torch.zeros((), device="cpu")) for found in sums]
 
 
 def total(numbers: Sequence[float], like: Tensor) -> list[float]:
     """Return numbers computed on own parts of `like`, summed over the processes."""
     ranks = ranks_of(like)
-    return [float(one) for one in totals([[(torch.tensor(one, dtype=torch.float64), ranks)] for one in numbers])]
+    return [
+        float(one)
+        for one in totals([[(torch.tensor(one, dtype=torch.float64, device="cpu"), ranks)] for one in numbers])
+    ]
 
 
 # At attach

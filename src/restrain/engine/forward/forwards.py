@@ -459,6 +459,10 @@ class Forwards:
             collection = next(self._collections)
             for forward in counted:
                 forward.collection = collection
+                active, forward.active = forward.active, []
+                with torch.no_grad():
+                    for activity, fraction in active:
+                        activity.add(fraction)
         return bool(counted)
 
     def _depended_on(self, ready: Sequence[Forward], loss: Tensor) -> list[Forward]:

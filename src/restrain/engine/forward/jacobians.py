@@ -16,7 +16,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,18 +41,47 @@ from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compi
 
 @dataclass(frozen=True)
 class Given:
-    """Arguments of a forward of the model, with its random state and tensor versions."""
+    """Arguments of a forward of the model, with its random state, tensor versions, and stored tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     randomness: Randomness | None  # None in compiled code
     versions: tuple[int, ...] | None
+    stored: Sequence[tuple[weakref.ref[nn.Module], str, str, Tensor]] = ()  # module, its dict, key, tensor
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-        """Return the arguments with the current random state and versions of tensors."""
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module) -> Given:
+        """Return the arguments with the current random state, versions, and the model's tensors.
+
+        Under `functional_call` these are the substituted ones. FSDP2 has tensors of its own there.
+        """
         tensors = list(structures.tensors([args, kwargs]))
-        return cls(args, kwargs, Randomness(tensors), tuple(map(version, tensors)))
+        modules = [] if fully_sharded(root.modules()) else list(root.modules())
+        stored = [
+            (weakref.ref(module), kind, key, tensor)
+            for module in modules
+            for kind in ("_parameters", "_buffers")
+            for key, tensor in vars(module)[kind].items()
+            if tensor is not None
+        ]
+        return cls(args, kwargs, Randomness(tensors), tuple(map(version, tensors)), stored)
+
+    @contextmanager
+    def substituted(self) -> Iterator[None]:
+        """Put the forward's tensors in the places of those that stand there now, within the block."""
+        own = []
+        for reference, kind, key, tensor in self.stored:
+            cells: Any = {} if (module := reference()) is None else vars(module)[kind]
+            now = cells.get(key)
+            if now is not None and now is not tensor and now.device == tensor.device:  # the model may have moved
+                own.append((cells, key, now, tensor))
+        try:
+            for cells, key, _, tensor in own:
+                cells[key] = tensor
+            yield
+        finally:
+            for cells, key, now, _ in own:
+                cells[key] = now
 
     def check(self) -> None:
         """Check that the arguments can be used again.
@@ -190,7 +220,7 @@ class Arguments(Recorder, Hook):
             return
         forward = self.whose.forwards.outermost()
         if forward is not None and self.whose.runs_again and self.whose.due():
-            forward.keep(self, Record(Given.of(args, kwargs)))
+            forward.keep(self, Record(Given.of(args, kwargs, module)))
 
 
 class Derivative:
@@ -348,7 +378,8 @@ class Derivative:
         values = []
         for one in given:
             run = replayed(self._run(root, one), one.randomness, root, device, choice.estimator)
-            values.append(self.penalty.of_runs(run, choice.estimator))
+            with one.substituted():
+                values.append(self.penalty.of_runs(run, choice.estimator))
         mean = all(probe.point.place.calls == "mean" for probe in self.seen)
         return torch.stack(values).mean() if mean else torch.stack(values).sum()
 

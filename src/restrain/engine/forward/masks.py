@@ -33,7 +33,7 @@ def check(place: Place, penalty: Penalty, model: nn.Module) -> None:
     """
     for _, leaf in penalty.leaves():
         if not leaf.takes_mask:
-            leaf.without_padding(torch.zeros(1), torch.ones(1, dtype=torch.bool))
+            leaf.without_padding(torch.zeros(1, device="cpu"), torch.ones(1, dtype=torch.bool, device="cpu"))
     parameters = inspect.signature(model.forward).parameters
     kinds = {p.kind for p in parameters.values()}
     key, names = _said(place)[1], positional(model)

@@ -85,7 +85,8 @@ class Recorder:
         """Return the last collected value for a rule, in detached parts."""
         own = self.factors[rule]
         return [
-            torch.as_tensor(part, dtype=None if isinstance(part, Tensor) else torch.float64) * (factor * own)
+            (part if isinstance(part, Tensor) else torch.tensor(part, dtype=torch.float64, device="cpu"))
+            * (factor * own)
             for part, factor in self._last
         ]
 
@@ -334,7 +335,11 @@ class LayerHook(Draws, Hook):
         if mode != "recompute":
             with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
                 for activity in recorder.activities:
-                    activity.add(recorder.point.seen(seen))
+                    fraction = activity.of(recorder.point.seen(seen))
+                    if fraction is not None and forward is not None:
+                        forward.active.append((activity, fraction))
+                    elif fraction is not None:
+                        activity.add(fraction)
         h = structures.get(result, way)
         passed = recorder.on_the_way(h, way, module) if self.gate.passes(mode) else None
         if passed is not None:

@@ -70,6 +70,7 @@ class Forward:
         self.hidden = False  # a record has a graph somewhere, but no visible node
         self.records: dict[Hashable, list[Record]] = {}  # records by recorder
         self.lost: set[Hashable] = set()  # recorders of tensors inside a torch.func transform
+        self.active: list[tuple[Any, Tensor]] = []  # measurements of targets, and fractions of active entries
         self.collection = 0  # number of the collection that counted it, or 0
         self.past = False  # counts only for losses that depend on it
         # Sequence numbers of nodes, which rise along the graph: the next number at the beginning;

@@ -130,7 +130,7 @@ class Fold:
         counts = [count for part in self.parts for count in part.bundle.counts]
         if counts:
             # a number would be converted to a tensor for each
-            foreach_add_(counts, torch.ones(()), alpha=1.0)
+            foreach_add_(counts, torch.ones((), device="cpu"), alpha=1.0)
         for part in self.parts:
             members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:

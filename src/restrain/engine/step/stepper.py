@@ -354,7 +354,7 @@ class Stepper:
         found = hold(work.handle.name, p, timed, state, metric if by else None)
         if found is not None and not found.sure and found.apart <= APART and work.handle not in self._unsure:
             self._unsure.add(work.handle)
-            warnings.warn(not_nearest(work.handle.name, timed), RestrainWarning, stacklevel=2)
+            warnings.warn(not_nearest(work.handle.name, timed), RestrainWarning, stacklevel=level_of_caller())
 
     def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
         """Return metrics of moved parameters with proximal rules, also if no rule is due.

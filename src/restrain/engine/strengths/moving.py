@@ -33,7 +33,7 @@ Tensors = Sequence[tuple[Tensor, Any]]  # (parameter, penalty on it)
 
 
 def _number(value: float = 0.0) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 class Activity:
@@ -45,14 +45,17 @@ class Activity:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.total, self.count = (torch.zeros(1, dtype=dtype, device=device) for _ in range(2))
 
-    def add(self, h: Tensor) -> None:
-        """Add the active fraction of one output."""
+    def of(self, h: Tensor) -> Tensor | None:
+        """Return the active fraction of one output; None of an empty one."""
         if not h.numel():
-            return
+            return None
         with as_plain(h) as plain:
-            active = (plain.abs() > self.above).to(self.total.dtype).mean()
-            self.total.add_(active.to(self.total.device))  # the model may have moved since it was attached
-            self.count.add_(1)
+            return (plain.abs() > self.above).to(self.total.dtype).mean()
+
+    def add(self, fraction: Tensor) -> None:
+        """Add the active fraction of an output of a forward that counts."""
+        self.total.add_(fraction.to(self.total.device))  # the model may have moved since it was attached
+        self.count.add_(1)
 
     def take(self) -> float | None:
         """Return the mean over all processes since the last call, and reset; None if empty."""

@@ -150,7 +150,7 @@ class Disturb(Draws, Hook):
         self.running: list[_Disturbance] = []  # of running calls, the innermost last
         self.fired = False
         # calls in compiled code: changes in place also leave a compiled checkpoint
-        self.calls = torch.zeros(1)
+        self.calls = torch.zeros(1, device="cpu")
 
     def add(self, site: Site, noise: Noise) -> None:
         """Add a noise on a weight, after its earlier noises."""
@@ -232,7 +232,11 @@ class Disturb(Draws, Hook):
 
 
 class Restore(Hook):
-    """Forward hook that removes noisy weights; called after an `Exception` too."""
+    """Forward hook that takes the disturbed weights away.
+
+    After an exception they are void, as their call has ended: see `_Stored`. `always_call=True` would have
+    torch.compile compile equal layers each anew, by the numbers of their hooks.
+    """
 
     def __init__(self, disturb: Disturb) -> None:
         self.disturb = disturb
@@ -311,7 +315,7 @@ class WeightNoise:
         self.modules[path] = weakref.ref(module)
         self.handles[path] = [
             module.register_forward_pre_hook(self.hooks[path], prepend=first),
-            module.register_forward_hook(Restore(self.hooks[path]), always_call=True),
+            module.register_forward_hook(Restore(self.hooks[path])),
         ]
 
     def moves(self, root: nn.Module) -> list[tuple[str, ...]]:
