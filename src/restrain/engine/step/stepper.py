@@ -153,7 +153,6 @@ class Stepper:
         self._empty: dict[Handle, int] = {}
         self._by_metric = by_metric(optimizer)
         self._worklist = Worklist(works, root, self._by_metric)
-        self._followed = {id(work) for work in works if work.follows_metric(self._by_metric)}
         self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
@@ -161,7 +160,7 @@ class Stepper:
         self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
-        self._noisy = any(work.noise for work in works)
+        self.renew()
         self._seed = agreed_seed() if self._noisy else None
         before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
         if before or self._folding.possible or (self._followed and self._looks):
@@ -176,6 +175,7 @@ class Stepper:
     def renew(self) -> None:
         """Rebuild the list of parameters, after `works` has changed."""
         self._worklist.forget()
+        self._followed = {id(work) for work in self.works if work.follows_metric(self._by_metric)}
         self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
