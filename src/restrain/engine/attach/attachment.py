@@ -21,6 +21,7 @@ from restrain.engine.attach.state import VERSION, DetachedAttachment, by_new_nam
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
+    Given,
     LossRules,
     at_steps,
     bind,
@@ -103,11 +104,12 @@ class Attachment:
     """A plan bound to a model. Made by `attach`; holds the model weakly."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, optimizers: list[Optimizer], declaring: list[nn.Module], compile: Compile
+        self, model: nn.Module, plan: Plan, given: list[Given], declaring: list[nn.Module], compile: Compile
     ) -> None:
+        optimizers, counting = [one.optimizer for one in given], [one.counts for one in given]
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._bounds = bind(plan, model, compile)
-        check_optimizers(self._bounds, model, optimizers)
+        check_optimizers(self._bounds, model, given)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
@@ -115,7 +117,8 @@ class Attachment:
         self._declaring = [weakref.ref(module) for module in declaring]
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
         self._on_parameters = LossRules(self._loss_rules)
-        self._clock = Clock(self._model, optimizers, self._keep_up)
+        beside = [other for one in given for other in one.beside]
+        self._clock = Clock(self._model, counting, self._keep_up, beside)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
@@ -129,7 +132,7 @@ class Attachment:
             self._listen()
             if self._hooks.at_layers or self._weight_noise.hooks:
                 forget_compiled_code()
-            self._attach_steps(model, optimizers, compile)
+            self._attach_steps(model, optimizers, [*counting, *beside], compile)
             if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
                 ranks.warn_of_shared_random_state()
         except BaseException:  # a warning that is an error, a user's projection that fails
@@ -144,7 +147,9 @@ class Attachment:
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
 
-    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
+    def _attach_steps(
+        self, model: nn.Module, optimizers: list[Optimizer], known: list[Optimizer], compile: Compile
+    ) -> None:
         """The work at the optimizers' steps; constraints hold from now on."""
         works: dict[str, ParameterRules] = {}
         for bound in self._bounds:
@@ -159,7 +164,7 @@ class Attachment:
             whole = list(works.values())
             folds = not self._strengths.by_gradients
             self._steppers = [Stepper(one, whole, lambda: self.model, compile, folds) for one in optimizers]
-            unknown = UnknownOptimizers(optimizers, [work.handle for work in whole])
+            unknown = UnknownOptimizers(known, [work.handle for work in whole])
             self._clock.on_real.append(unknown.after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in works.values()])
         for bound in self._bounds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,27 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.binding.binding import Bound
+from restrain.engine.binding.wrappers import Given
 from restrain.engine.ops import by_metric, diagonal, known, looks_before
 from restrain.engine.step import in_metric, in_tangent, total
-from restrain.errors import HowError, NoProxError, OptimizerError, PlanError, RestrainWarning
+from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning
 from restrain.named_tensors import is_sharded
 from restrain.penalties import Penalty
-
-_WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
-
-
-def given_optimizers(given: Any) -> list[Optimizer]:
-    """What `attach` was given as optimizer=, as a list of torch's own.
-
-    Raises:
-        PlanError: it is something else.
-    """
-    members = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
-    inner = [getattr(o, _WRAPPED_OPTIMIZERS.get(type(o).__name__, ""), o) for o in members]
-    for optimizer in inner:
-        if not isinstance(optimizer, Optimizer):
-            raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(optimizer).__name__}")
-    return inner
 
 
 @dataclass(frozen=True)
@@ -43,9 +28,10 @@ class _Standing:
     holder: Optimizer | None
     group: dict[str, Any] | None
     alike: int  # equal for parameters between which the checks of a rule can't tell
+    given: Given | None = None  # the optimizer as it was given
 
 
-def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Given]) -> None:
     """Refuse rules that the optimizers can't carry out, and warn of what is likely not meant.
 
     Raises:
@@ -53,14 +39,15 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         NoProxError: proximal rules on one tensor whose sum has no known prox.
         HowError: a prox that isn't by entry or by group, under a metric that differs by entry.
     """
-    holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
+    holders = {id(p): (o, group) for o in optimizers[::-1] for group in o.counts.param_groups for p in group["params"]}
     _check_counted(bounds, root, holders)
     standing, alike = dict[str, _Standing](), dict[Any, int]()
     for handle in {handle.name: handle for bound in bounds for handle, _ in bound.parameters}.values():
         p = handle.find(root)
-        holder, group = holders.get(id(p), (None, None))
+        given, group = holders.get(id(p), (None, None))
+        holder = None if given is None else given.optimizer
         key = (id(holder), id(group), p.requires_grad, is_sharded(p), p.dtype)
-        standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)))
+        standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)), given)
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     low = {name for name, at in standing.items() if at.p.dtype in (torch.bfloat16, torch.float16)}
     for bound in bounds:
@@ -133,6 +120,8 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
                 "write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
             )
         return
+    if at.given is not None and p.requires_grad:
+        at.given.check(bound.key, how)
     if acts or (how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam)):
         _check_kind(bound, holder, group)
     if acts and is_sharded(p):

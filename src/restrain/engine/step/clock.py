@@ -1,10 +1,10 @@
-"""Counts the real steps of a model's optimizers, and tells those who listen."""
+"""Counter of the real steps of a model's optimizers; calls listeners after each."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,11 @@ class Clock:
     """
 
     def __init__(
-        self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer], on_end: Callable[[nn.Module], None]
+        self,
+        model: Callable[[], nn.Module | None],
+        given: Sequence[Optimizer],
+        on_end: Callable[[nn.Module], None],
+        beside: Iterable[Optimizer] = (),
     ) -> None:
         self.model, self.steps, self._from = model, 0, 0
         self.on_end = on_end  # called after a training step
@@ -35,6 +39,7 @@ class Clock:
         self.on_step: list[Listener] = []  # called after any step of an optimizer that was given or trains the model
         self.on_real: list[Listener] = []  # called after a real step of an optimizer that trains the model
         self._given = [_Known(one) for one in given]
+        self._beside = weakref.WeakSet(beside)  # around or within given ones, whose steps are those of these
         self._others: list[_Known] = []
         self._moved = False  # whether there was a real step since the last training step ended
         self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
@@ -58,7 +63,7 @@ class Clock:
         """Called after a step of any optimizer in the process."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
-        if nested(optimizer):
+        if nested(optimizer) or optimizer in self._beside:
             return
         known = self._of(optimizer)
         if known not in self._given and not known.trains(root):

@@ -48,6 +48,7 @@ from restrain.engine.ops import (
 )
 from restrain.engine.step.folded import Folding, stand_in
 from restrain.engine.step.intersections import APART
+from restrain.engine.step.masters import Masters
 from restrain.engine.step.projection import Timed, hold, in_metric, not_nearest, single
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
@@ -136,7 +137,9 @@ class Stepper:
         self._looks = looks_before(optimizer)
         self._noisy = any(work.noise for work in works)
         self._seed = agreed_seed() if self._noisy else None
+        self._masters = Masters(optimizer, any(w.decoupled or w.proximal or w.project for w in works))
         before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
+        before = before or self._masters.watches
         if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -193,10 +196,12 @@ class Stepper:
         rest keeps what is left.
         """
         held, fold = self._worklist.by(optimizer), None
+        self._masters.look(optimizer, held)
         if rest is not None:
             fold = self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
+        self._masters.changed()
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
         return value
@@ -281,6 +286,8 @@ class Stepper:
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:
         held = self._worklist.by(optimizer)
+        self._masters.check()
+        self._masters.look(optimizer, held)
         metrics = self._metrics(optimizer, held)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
@@ -292,6 +299,7 @@ class Stepper:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
+        self._masters.changed()
         self.steps += 1
         if self.steps % 50 == 0:  # now and then, as a look at every weight costs a pass over it
             self._warn_of_empty()
