@@ -192,7 +192,7 @@ class Signs(Constraint):
 
     convex = True
     cone = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _plain(self.pattern))
@@ -244,7 +244,7 @@ class Fixed(Constraint):
     values: Any = None
 
     convex = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __post_init__(self) -> None:
         if not callable(self.mask):
@@ -300,7 +300,7 @@ class _Held(Constraint, register=False):
     """Entries of one parameter that keep their values: what `Fixed` is when it is bound."""
 
     convex = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __init__(self, said: Fixed, mask: Tensor, values: Tensor) -> None:
         self.said, self.mask, self.values = said, mask, values

@@ -51,7 +51,8 @@ def _extrapolated(history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     gram = changes.conj() @ changes.mT
     gram.diagonal().add_(1e-14 * gram.diagonal().real.sum() + torch.finfo(gram.real.dtype).tiny)
     weights = torch.linalg.solve(gram, changes.conj() @ change.flatten())
-    return result - torch.tensordot(weights, results, 1)
+    combined: Tensor = result - torch.tensordot(weights, results, 1)
+    return combined
 
 
 def split(
