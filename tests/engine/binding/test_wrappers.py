@@ -96,7 +96,9 @@ def adam(params):
 
 
 def zero(params):
-    from torch.distributed.optim import ZeroRedundancyOptimizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script, as torch imports it
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(params, torch.optim.Adam, lr=0.05)
 
