@@ -23,6 +23,7 @@ _INNER = {
     "Lookahead": ("optimizer", "base_optimizer", "_base_optimizer"),
     "SAM": ("base_optimizer",),
     "GSAM": ("base_optimizer",),
+    "ScheduleFreeWrapper": ("base",),
 }
 
 _IN_LOSS = "use how='loss' or how='gradient'"

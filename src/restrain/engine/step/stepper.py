@@ -240,7 +240,7 @@ class Stepper:
         """Weights and gradients before the step, where the metric needs them."""
         for work, p, group in held:
             if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
-                if not work.proximal and (p.grad.is_sparse or is_sharded(p)):
+                if not work.proximal and (p.grad.is_sparse or is_sharded(p) or p.is_complex()):
                     continue  # projected as under SGD
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
@@ -321,7 +321,7 @@ class Stepper:
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in held:
             left = id(work) in self._followed and id(p) not in self._done
-            if not left or (grad := p.grad) is None or group["lr"] == 0:
+            if not left or (grad := p.grad) is None or group["lr"] == 0 or (p.is_complex() and not work.proximal):
                 continue
             if grad.is_sparse and work.proximal:
                 _refuse_sparse([(work, p)])
