@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from everywhere.training import STEPS, batch, fresh, seed
-from restrain.engine.ops.optimizers import Taken, metric_of
+from restrain.engine.ops.optimizers import Taken, by_metric, metric_of
 
 PROXIMAL = ("proximal-penalty", "proximal-group-penalty", "target")
 
@@ -95,8 +95,16 @@ class Hand:
                 kept = self.kept.setdefault(id(w), {})
                 metric = metric_of(optimizer)(Taken(group, optimizer.state[w], w, kept, before))
                 self.prox(w, torch.as_tensor(metric.steps(*metric.moments), dtype=w.dtype).expand(w.shape))
-            self.project()
+            self.project(self.lengths(held))
         self.steps += 1
+
+    def lengths(self, held):
+        """The steps of the first layer's entries, where a projection is in their metric."""
+        for optimizer, group, w, before in held if self.name == "projection" else ():
+            if w is self.first.weight and by_metric(optimizer):
+                metric = metric_of(optimizer)(Taken(group, optimizer.state[w], w, self.kept, before))
+                return torch.as_tensor(metric.steps(*metric.moments), dtype=w.dtype).expand(w.shape)
+        return None
 
     def prox(self, w, lengths):
         if self.name == "proximal-penalty":
@@ -107,11 +115,27 @@ class Hand:
         else:
             w.copy_(torch.stack([shrink(*row, 0.1 * w.shape[1] ** 0.5) for row in zip(w, lengths, strict=True)]))
 
-    def project(self):
+    def project(self, lengths=None):
         if self.name == "projection":
             w = self.first.weight
-            w.mul_((0.5 / w.norm(dim=1, keepdim=True)).clamp_max(1))
+            if lengths is None:
+                w.mul_((0.5 / w.norm(dim=1, keepdim=True)).clamp_max(1))
+            else:
+                w.copy_(torch.stack([within(*row, 0.5) for row in zip(w, lengths, strict=True)]))
             self.head.weight.clamp_min_(0)
+
+
+def within(w, lengths, radius):
+    """argmin over |z| ≤ radius of Σ (z - w)² / length, by bisection for the multiplier."""
+    if w.norm() <= radius:
+        return w
+    w, t = w.double(), lengths.double()
+    t = (t / t.max()).clamp_min(1e-12) if t.max() > 0 else torch.ones_like(t)
+    low, high = torch.zeros((), dtype=w.dtype), 1e12 * w.norm() / radius
+    for _ in range(200):
+        middle = (low * high).sqrt() if low > 0 else high * 1e-30
+        low, high = (middle, high) if (w / (1 + middle * t)).norm() > radius else (low, middle)
+    return (w / (1 + high * t)).to(lengths.dtype)
 
 
 def shrink(w, lengths, strength):

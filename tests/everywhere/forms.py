@@ -210,7 +210,8 @@ NO_DENSE = dict.fromkeys(("parameter-penalty-in-the-loss", "group-penalty-in-the
 @column("the same with SparseAdam", GROUP, fast=True, refuses=NEED_DENSE | NO_DENSE)
 def sparse_adam_alone(kind):
     run = Sparse(**vars(attached(kind, fresh(Tokens), partial(both, first=torch.optim.SparseAdam))))
-    return run.steps().result(), plain(kind, DenseTokens, partial(both, first=LazilyMoved))
+    rules = [replace(rule, metric="euclidean") if rule.how == "project" else rule for rule in kind.make()]
+    return run.steps().result(), plain(replace(kind, make=lambda: rules), DenseTokens, partial(both, first=LazilyMoved))
 
 
 # Parametrised, lazy, in containers

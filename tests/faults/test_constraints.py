@@ -1,5 +1,7 @@
 """Constraints end at the constrained minimiser under any metric (A3), and at the nearest point of several sets (A6)."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -198,7 +200,13 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" and ".join)
+APART = {("small rows", "simplex"), ("simplex", "small spectral")}  # have no point in common
+OTHERS = [pair for pair in itertools.combinations(SETS, 2) if pair not in APART and pair not in PAIRS]
+
+
+@pytest.mark.parametrize(
+    "pair", [*PAIRS, *(pytest.param(pair, marks=pytest.mark.slow) for pair in OTHERS)], ids=" and ".join
+)
 def test_two_convex_sets_give_their_nearest_point(pair):
     constraints, projections = zip(*(SETS[name] for name in pair), strict=True)
     for seed in range(3):

@@ -53,7 +53,6 @@ def attached(*given):
         return rs.attach(*given)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A4")
 def test_a_bound_holds_for_the_weights_that_a_schedule_free_optimizer_evaluates():
     def excess():
         model = nn.Linear(6, 1, bias=False).double()
@@ -71,7 +70,6 @@ def test_a_bound_holds_for_the_weights_that_a_schedule_free_optimizer_evaluates(
     right_or_refused(excess, 0.0, names="SGDScheduleFree", rtol=0, atol=1e-3)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A4")
 def test_a_lasso_by_a_schedule_free_optimizer_has_its_zeros_where_it_is_evaluated():
     draws = torch.Generator().manual_seed(0)
     x = torch.randn(100, 20, generator=draws, dtype=torch.float64)
@@ -132,10 +130,9 @@ WRAPPERS = {
     "SAM": lambda p: SAM(p, torch.optim.SGD, lr=0.1),
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
 }
-NOT_SEEN = pytest.mark.xfail(strict=True, reason="faults.md A4")
 
 
-@pytest.mark.parametrize("name", ["SGD", *(pytest.param(name, marks=NOT_SEEN) for name in ("masters", "SAM"))])
+@pytest.mark.parametrize("name", ["SGD", "masters", "SAM"])
 def test_decoupled_decay_reaches_the_weights(name):
     """The gradient is constant, so w ← w - lr (g + ∇penalty(w)) wherever it is taken."""
     start, slope = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[0.5, 0.25, -1.0]])
@@ -194,7 +191,6 @@ def privately(how):
     return model.weight.detach()
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A4")
 @pytest.mark.parametrize("how", ["loss", "gradient", "decoupled"])
 def test_an_optimizer_that_overwrites_gradients_has_the_penalty_or_is_refused(how):
     right_or_refused(lambda: privately(how), torch.full((1, 3), 1 - 0.1 * (0.5 + 1.0)), names="DPOptimizer")
@@ -228,7 +224,6 @@ def zero_redundancy(rank, port, results):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md A4")
 def test_an_optimizer_whose_state_is_shared_out_trains_as_the_one_inside():
     found, right = spawned(zero_redundancy, 2), lasso(lambda members: torch.optim.Adam(members, lr=0.01))
     if all(isinstance(one, str) for one in found.values()):

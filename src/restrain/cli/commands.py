@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import restrain as rs
 from restrain import storage
 from restrain.errors import DataError, RestrainError, RestrainWarning
@@ -18,6 +16,7 @@ from restrain.extras import needing
 
 with needing("cli", __name__):
     import click
+    import numpy as np
 
     from restrain.cli import explain as explaining
     from restrain.cli import jobs, options, tables

@@ -238,7 +238,7 @@ def _read_csv(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str,
     read = Table(str(path), {}, marks).parsed
     for name, values in _typed(path, frame):
         numbers = read(values) if values.dtype == object and name not in texts else None
-        wrong = numbers is None or np.isnan(numbers) & np.array([value is not None for value in values], bool)
+        wrong: Any = numbers is None or np.isnan(numbers) & np.array([value is not None for value in values], bool)
         yield name, values if numbers is None or wrong.any() else numbers
 
 

@@ -27,6 +27,7 @@ def register(base: type) -> None:
     saving = getattr(keras, "saving", None)
     if saving is None:
         return
+    cls: Any
     for cls in _subclasses(base):
         name = f"{_PACKAGE}>{cls.__name__}"
         if cls.__module__.partition(".")[0] == _PACKAGE and saving.get_registered_object(name) is None:

@@ -7,7 +7,7 @@ dtype, give +0.0 for a zero and keep NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -95,6 +95,10 @@ def as_tensor(step: float | Tensor, w: Tensor) -> Tensor:
     return step if isinstance(step, Tensor) else torch.full((), in_range(step, w), dtype=w.real.dtype, device=w.device)
 
 
+@overload
+def in_range(number: float, w: Tensor) -> float: ...
+@overload
+def in_range(number: Tensor, w: Tensor) -> Tensor: ...
 def in_range(number: float | Tensor, w: Tensor) -> float | Tensor:
     """Return a number of zero or more, at most the greatest of the tensor's dtype: torch takes no greater ones."""
     return number if isinstance(number, Tensor) else min(number, torch.finfo(w.dtype).max)

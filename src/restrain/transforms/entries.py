@@ -197,7 +197,7 @@ class Signs(Constraint):
 
     convex = True
     cone = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pattern", _plain(self.pattern))
@@ -249,7 +249,7 @@ class Fixed(Constraint):
     values: Any = None
 
     convex = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __post_init__(self) -> None:
         if not callable(self.mask):
@@ -305,7 +305,7 @@ class _FixedEntries(Constraint, register=False):
     """Entries of a parameter that keep their values: the bound form of `Fixed`."""
 
     convex = True
-    separable = True  # type: ignore[assignment]
+    separable = True
 
     def __init__(self, said: Fixed, mask: Tensor, values: Tensor) -> None:
         self.said, self.mask, self.values = said, mask, values

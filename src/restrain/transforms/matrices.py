@@ -334,6 +334,7 @@ class Symmetric(Constraint):
 
     convex = True
     cone = True
+    by_tangent = True  # steps are then symmetric, too
 
     def project(self, w: Tensor) -> Tensor:
         x = wide(w)

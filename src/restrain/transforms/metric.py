@@ -1,8 +1,10 @@
 """Projections in a diagonal metric: argmin over a set of Σ |z - x|² / t, with a step t for each entry.
 
-Optimizers such as Adam move each entry by a step of its own. A point where such a step and a projection balance is the
-constrained minimiser only if the projection measures distances by the same steps, as for a prox. Each projection is one
-equation in one unknown a group, solved by Newton's iteration from the side on which it is monotone, in float64.
+Optimizers such as Adam move each entry by a step of its own. A point where such a step and a
+projection balance is the constrained minimiser only if the projection measures distances by the
+same steps, as for a prox. Each projection is one equation in one unknown a group, solved by Newton's
+iteration from the side on which it is monotone, in float64. Convex sets without such an equation
+(balls of singular values, a user's set) are projected on by an iteration of their own projection.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from torch import Tensor
 
 from restrain.axes import Grouping
 from restrain.penalties.shrink import exact
+from restrain.transforms.iteration import Projection, length, split
 
 _LEAST = 1e-12  # a step relative to the greatest of its group; of an entry that no step has moved yet it is zero
+_NEAR = 1e-6  # of an iteration: a change relative to the way from the set
 _ROUNDS = 100  # no random group with steps spread over 20 decades needed more than 30
 
 
@@ -24,6 +28,24 @@ def relative(t: Tensor, groups: Grouping) -> Tensor:
     """
     most = groups.max(t)
     return torch.where(most > 0, t / torch.where(most > 0, most, 1), 1).clamp_min(_LEAST)
+
+
+def weights_of(t: Tensor) -> Tensor:
+    """Return one over the steps, relative to the greatest step; in float64."""
+    return 1 / relative(exact(t), Grouping(tuple(t.shape), ()))
+
+
+def by_iteration(w: Tensor, t: Tensor, project: Projection) -> Tensor:
+    """Return the point of a convex set that is nearest in the metric of the steps, by its Euclidean projection.
+
+    It takes some ten to thirty projections, the more the steps differ.
+    """
+    x = exact(w)
+    begin = project(x)
+    if not bool(x.isfinite().all()) or not bool((begin != x).any()):
+        return begin.to(w.dtype)
+    near = _NEAR * float(length(x - begin) / length(x))
+    return split(x, [project], begin, near, _ROUNDS, weights_of(t))[0].to(w.dtype)
 
 
 def fit_lengths(x: Tensor, t: Tensor, groups: Grouping, target: Tensor) -> Tensor:

@@ -136,6 +136,54 @@ def test_convex_sets_in_any_order_give_the_nearest_point_of_both(pair, flip):
         assert is_nearest(w, z, project or (lambda y: nearest(y, constraints).point), 400 if project else 20)
 
 
+FAR = [  # from sets that are small against the way, where Dykstra's algorithm alone stalls
+    (rs.Box(-0.09, 0.14), rs.L1Ball(0.44, per="out")),
+    (rs.MaxNorm(0.04, per="out"), rs.MaxNorm(0.08, per=None), rs.NonNegative()),
+    (rs.SpectralBall(0.14), rs.MaxNorm(0.3, per=None)),
+    (rs.Fixed([True, False, False, True], 0.0), rs.Symmetric(), rs.L1Ball(0.35, per="out")),
+    (rs.Box(-0.04, 0.05), rs.Fixed([True, False, False, True], 0.0)),
+    (rs.NonNegative(), rs.L1Ball(0.4), rs.SpectralBall(0.04)),
+]
+
+
+@pytest.mark.parametrize("constraints", FAR, ids=repr)
+def test_small_sets_far_away_give_their_nearest_point(constraints):
+    w = holder(4, 4).w.detach() * 10
+    found = nearest(w, constraints)
+    assert found.sure
+    for constraint in constraints:
+        torch.testing.assert_close(constraint.project(found.point), found.point, atol=1e-9, rtol=1e-9)
+        if constraint.separable:
+            assert torch.equal(constraint.project(found.point), found.point)
+    assert is_nearest(w, found.point, lambda y: nearest(y, constraints).point, 20)
+
+
+def test_a_point_that_may_not_be_the_nearest_is_said(monkeypatch):
+    monkeypatch.setattr("restrain.engine.step.intersections._SPLIT", 50)
+    monkeypatch.setattr("restrain.engine.step.intersections._SURE", 0.0)
+    monkeypatch.setattr("restrain.engine.step.intersections._tolerance", lambda w: 0.0)
+    model = holder(4, 4)
+    optimizer = sgd(model)
+    plan = [rs.NonNegative().on("w"), rs.SpectralBall(0.7).on("w")]
+    reg = rs.attach(model, plan, optimizer)
+    assert "perhaps not at the nearest point" in reg.table()
+    model.w.grad = 20 * holder(4, 4, seed=1).w.detach()
+    with pytest.warns(RestrainWarning, match=r"'w' is in NonNegative.*perhaps not at the nearest point"):
+        optimizer.step()
+    optimizer.step()  # once is enough
+    assert (model.w >= 0).all()
+
+
+def test_a_step_to_nan_does_not_spread_between_several_sets():
+    model = holder(4, 4)
+    optimizer = sgd(model)
+    rs.attach(model, [rs.NonNegative().on("w"), rs.MaxNorm(0.5, per="out").on("w")], optimizer)
+    model.w.grad = torch.zeros(4, 4, dtype=torch.float64)
+    model.w.grad[0, 0] = torch.nan
+    optimizer.step()
+    assert int(model.w.isnan().sum()) == 1
+
+
 def test_one_after_the_other_would_not_be_nearest():
     w = torch.tensor([[3.0, -4.0]], dtype=torch.float64)
     found = nearest(w, [rs.MaxNorm(1.0), rs.NonNegative()]).point

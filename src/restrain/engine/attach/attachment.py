@@ -23,6 +23,7 @@ from restrain.engine.attach.structure import Look, Structure
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
+    Given,
     LossRules,
     at_steps,
     bind,
@@ -113,17 +114,18 @@ class Attachment:
         self,
         model: nn.Module,
         plan: Plan,
-        optimizers: list[Optimizer],
+        given: list[Given],
         declaring: list[nn.Module],
         declared: list[Rule],
         compile: Compile,
         flattened: Collection[int] = (),
     ) -> None:
+        optimizers, counting = [one.optimizer for one in given], [one.counts for one in given]
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._layouts = plan.layouts
         attach_layouts(model, plan.layouts)
         self._bounds = bind(plan, model, compile, flattened)
-        check_optimizers(self._bounds, model, optimizers)
+        check_optimizers(self._bounds, model, given)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()
         self._hooks = Hooks(self._forwards)
@@ -131,7 +133,8 @@ class Attachment:
         self._declaring, self._declared = [weakref.ref(module) for module in declaring], declared
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
         self._on_parameters = LossRules(self._loss_rules)
-        self._clock = Clock(self._model, optimizers, self._keep_up)
+        beside = [other for one in given for other in one.beside]
+        self._clock = Clock(self._model, counting, self._keep_up, beside)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
@@ -140,14 +143,14 @@ class Attachment:
         self._surgery = threading.RLock()
         _claimed.update(declaring)
         try:
-            self._install(model, optimizers, compile)
+            self._install(model, optimizers, [*counting, *beside], compile)
         except BaseException:  # warnings as errors, an exception in a user's projection
             self.detach()  # remove all hooks
             raise
         self._structure, self._whereabouts = Structure(model), whereabouts(self._bounds, model)
         self._looked = False  # the structure was compared since the last step
 
-    def _install(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
+    def _install(self, model: nn.Module, optimizers: list[Optimizer], known: list[Optimizer], compile: Compile) -> None:
         """Register all hooks; project constrained parameters now."""
         self._parametrized.begin(parametrized(self._bounds), model)
         self._begin_parts(model)
@@ -157,7 +160,7 @@ class Attachment:
         if self._hooks.at_layers or self._weight_noise.hooks:
             forget_compiled_code()
             self._hooks.first(Look(lambda module: self._look(module, begins=True)), model)
-        self._attach_steps(model, optimizers, compile)
+        self._attach_steps(model, optimizers, known, compile)
         if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
             ranks.warn_of_shared_random_state()
 
@@ -173,14 +176,16 @@ class Attachment:
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
 
-    def _attach_steps(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
+    def _attach_steps(
+        self, model: nn.Module, optimizers: list[Optimizer], known: list[Optimizer], compile: Compile
+    ) -> None:
         """Install the rules at optimizer steps; project constrained parameters now."""
         self._works += self._rules_at_steps(model)
         join(self, self._works, model, optimizers)
         if self._works:
             folds = not self._strengths.by_gradients
             self._steppers = [Stepper(one, self._works, self._model_at_step, compile, folds) for one in optimizers]
-            self._clock.on_real.append(UnknownOptimizers(optimizers, self._works).after)
+            self._clock.on_real.append(UnknownOptimizers(known, self._works).after)
         notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in self._works])
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,28 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.binding.binding import Bound
+from restrain.engine.binding.wrappers import Given
 from restrain.engine.ops import by_metric, diagonal, known, looks_before
 from restrain.engine.step import in_metric, in_tangent, total
-from restrain.errors import HowError, NoProxError, OptimizerError, PlanError, RestrainWarning
+from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.named_tensors import is_sharded
 from restrain.penalties import Penalty
-
-_WRAPPED_OPTIMIZERS = {"AcceleratedOptimizer": "optimizer", "LightningOptimizer": "_optimizer"}
-
-
-def given_optimizers(given: Any) -> list[Optimizer]:
-    """Return the argument optimizer= as a list of torch's optimizers, unwrapped.
-
-    Raises:
-        PlanError: it is something else.
-    """
-    members = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
-    inner = [getattr(o, _WRAPPED_OPTIMIZERS.get(type(o).__name__, ""), o) for o in members]
-    for optimizer in inner:
-        if not isinstance(optimizer, Optimizer):
-            raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(optimizer).__name__}")
-    return inner
 
 
 @dataclass(frozen=True)
@@ -44,9 +29,10 @@ class _Standing:
     holder: Optimizer | None
     group: dict[str, Any] | None
     alike: int  # equal for parameters that checks treat equally
+    given: Given | None = None  # the optimizer as it was given
 
 
-def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Given]) -> None:
     """Check that optimizers can carry out the rules; warn of likely mistakes.
 
     Raises:
@@ -54,14 +40,15 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         NoProxError: the sum of proximal rules on a tensor has no known prox.
         HowError: a prox that is neither by entry nor by group, with a metric that differs by entry.
     """
-    holders = {id(p): (o, group) for o in reversed(optimizers) for group in o.param_groups for p in group["params"]}
+    holders = {id(p): (o, group) for o in optimizers[::-1] for group in o.counts.param_groups for p in group["params"]}
     _check_counted(bounds, root, holders)
     standing, alike = dict[str, _Standing](), dict[Any, int]()
     for handle in {handle.name: handle for bound in bounds for handle, _ in bound.parameters}.values():
         p = handle.find(root)
-        holder, group = holders.get(id(p), (None, None))
+        given, group = holders.get(id(p), (None, None))
+        holder = None if given is None else given.optimizer
         key = (id(holder), id(group), p.requires_grad, is_sharded(p), p.dtype)
-        standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)))
+        standing[handle.name] = _Standing(p, holder, group, alike.setdefault(key, len(alike)), given)
     computed = {handle.name for bound in bounds if bound.rule.how == "parametrize" for handle, _ in bound.parameters}
     low = {name for name, at in standing.items() if at.p.dtype in (torch.bfloat16, torch.float16)}
     for bound in bounds:
@@ -69,7 +56,12 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
         _warn_of_rounding(bound, [h.name for h, _ in bound.parameters if h.name in low] if low else [], standing)
     _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
     for bound in bounds:
-        if bound.is_penalty and not bound.parameters and optimizers and all(ascends(o, root) for o in optimizers):
+        if (
+            bound.is_penalty
+            and not bound.parameters
+            and optimizers
+            and all(ascends(o.counts, root) for o in optimizers)
+        ):
             raise OptimizerError(ASCENDS.format(rule=bound.key))
 
 
@@ -147,6 +139,8 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
                 "write rs.attach(model, plan, optimizer) with the one that trains it, or a list"
             )
         return
+    if at.given is not None and p.requires_grad:
+        at.given.check(bound.key, how)
     if acts or (how == "loss" and p.requires_grad and isinstance(holder, torch.optim.SparseAdam)):
         _check_kind(bound, holder, group)
     if acts and is_sharded(p):

@@ -1,10 +1,10 @@
-"""Counter of real optimizer steps, which calls listeners."""
+"""Counter of the real steps of a model's optimizers, which calls listeners."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,11 @@ class Clock:
     """
 
     def __init__(
-        self, model: Callable[[], nn.Module | None], given: Sequence[Optimizer], on_end: Callable[[nn.Module], None]
+        self,
+        model: Callable[[], nn.Module | None],
+        given: Sequence[Optimizer],
+        on_end: Callable[[nn.Module], None],
+        beside: Iterable[Optimizer] = (),
     ) -> None:
         self.model, self.steps, self._from = model, 0, 0
         self.on_end = on_end  # called after a training step
@@ -38,6 +42,7 @@ class Clock:
         # called after real steps of optimizers that train the model
         self.on_real: list[Listener] = []
         self._given = [_Known(one) for one in given]
+        self._beside = weakref.WeakSet(beside)  # around or within given ones, whose steps are those of these
         self._others: list[_Known] = []
         self._moved = False  # a real step was taken since the last training step ended
         self._handles = [one.register_step_pre_hook(self.before) for one in given] if len(given) > 1 else []
@@ -61,7 +66,7 @@ class Clock:
         """Count a step of any optimizer in the process, and call the listeners."""
         if torch.compiler.is_compiling():
             return eagerly(self.after, optimizer, root)  # type: ignore[no-any-return]
-        if nested(optimizer):
+        if nested(optimizer) or optimizer in self._beside:
             return
         known = self._of(optimizer)
         if known not in self._given and not known.trains(root):

@@ -6,21 +6,19 @@ Convex sets: two fixed-point iterations, whose fixed points are the solution.
   each set its turn: y_i = r - P_i(r) with r = w - Σ_{j≠i} y_j. So y_i is normal to the set i at x
   (Boyle and Dykstra 1986). It is quick where few sets cut the way, and may stall where w is far
   from small sets (Bauschke and others 2020).
-* Douglas and Rachford's: a copy v_i of the point for each set. A round is v_i += x - P_i(v_i), where
-  x minimises ½‖x - w‖² + ρ/2 Σ‖x - 2 P_i(v_i) + v_i‖². With ρ the ratio of the way to the length of
-  the point it doesn't stall.
+* Douglas and Rachford's (`split`), which doesn't stall, and takes a metric without having the
+  projections in it.
 
-Both converge slowly where sets meet at a small angle. So rounds are extrapolated from the last few
-(Anderson 1965); an extrapolation that isn't nearer to a fixed point is taken back (Zhang,
-O'Donoghue and Boyd 2020). A round that changes nothing, to 1e-12 of the length (1e-9 for float32
-and less), ends the iteration.
+Both converge slowly where sets meet at a small angle, and are extrapolated (`fixed_point`). A round
+that changes nothing, to 1e-12 of the length (1e-9 for float32 and less), ends the iteration.
 
 Other sets: their projections take turns until none moves anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,14 +26,12 @@ from torch import Tensor
 
 from restrain.penalties.shrink import exact
 from restrain.transforms.base import Constraint, slack
+from restrain.transforms.iteration import Projection, fixed_point, length, ratio, split
+from restrain.transforms.metric import weights_of
 
-_ROUNDS, _DYKSTRA, _SPLITTING = 200, 30, 1000  # of turns, and of the two iterations
-_PLAIN = 3  # rounds before the first extrapolation: a cone and a ball around zero need two
-_MEMORY, _LARGE = 8, 1 << 20  # rounds that are remembered; of tensors with more entries fewer are
+_ROUNDS, _DYKSTRA, _SPLIT = 200, 30, 1000  # of turns, and of the two iterations
 _SURE = 1e-6  # a relative change in the last round below which the nearest point is as good as found
 APART = 1e-3  # a relative distance of two sets that isn't rounding or slow convergence
-
-Projection = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,24 +57,16 @@ def nearest(
         steps: the optimizer's steps, where distances are measured by them.
         by: of each constraint, whether its projection is in the metric of the steps.
     """
-    ways = list(zip(constraints, by or [False] * len(constraints), strict=True))
+    by = by or [False] * len(constraints)
     if len(constraints) == 1:
-        return Found(_projection(*ways[0], steps)(w))
-    convex = all(constraint.convex for constraint in constraints)
-    if convex and not all(own or constraint.separable for constraint, own in ways):
-        ways = [(constraint, False) for constraint in constraints]  # one metric for all
-    ways.sort(key=lambda way: not way[0].cone)
-    x = exact(w.detach())
-    wide = exact(steps) if isinstance(steps, Tensor) else steps
-    projections = [_projection(*way, wide) for way in ways]
+        return Found(_projection(constraints[0], by[0], steps)(w))
+    ordered = sorted(zip(constraints, by, strict=True), key=lambda way: not way[0].cone)
+    x, wide = exact(w.detach()), exact(steps) if isinstance(steps, Tensor) else steps
+    projections = [_projection(*way, wide) for way in ordered]
     if not bool(x.isfinite().all()):  # nothing converges then
-        for project in projections:
-            x = project(x)
-        return Found(x.to(w.dtype))
-    if convex:
-        found = _nearest_of_convex(x, _joined(ways, projections), _tolerance(w))
-        apart = _apart(found.point, projections)  # of intervals without a common point only one holds
-        found = replace(found, apart=apart) if apart > APART else found
+        return Found(functools.reduce(lambda at, project: project(at), projections, x).to(w.dtype))
+    if all(constraint.convex for constraint in constraints):
+        found = _nearest_of_convex(x, ordered, _tolerance(w), wide if any(by) else None)
     else:
         found = _in_turn(x, projections, _tolerance(w))
     point = found.point.to(w.dtype)
@@ -93,65 +81,46 @@ def _projection(constraint: Constraint, by_steps: bool, steps: float | Tensor | 
     return constraint.project
 
 
-def _joined(ways: Sequence[tuple[Constraint, bool]], projections: Sequence[Projection]) -> list[Projection]:
-    """Return the projections with those on separable sets as one: intervals can be cut to one after the other."""
-    separable = [project for (constraint, _), project in zip(ways, projections, strict=True) if constraint.separable]
-    others = [project for (constraint, _), project in zip(ways, projections, strict=True) if not constraint.separable]
-    if not separable:
-        return others
-
-    def cut(x: Tensor) -> Tensor:
-        for project in separable:
-            x = project(x)
-        return x
-
-    return [cut, *others]
-
-
 def _tolerance(w: Tensor) -> float:
     """Return the relative change in a round that counts as none."""
     return 1e-12 if w.dtype.itemsize >= 8 and w.dtype != torch.complex64 else 1e-9
 
 
-def _nearest_of_convex(w: Tensor, projections: Sequence[Projection], tolerance: float) -> Found:
-    """Return the nearest point of convex sets."""
-    for project in projections:  # where one set lies in the others, rounds would need long to find out
+def _nearest_of_convex(
+    w: Tensor, ordered: Sequence[tuple[Constraint, bool]], tolerance: float, steps: float | Tensor | None
+) -> Found:
+    """Return the nearest point of convex sets, in the metric of the steps where they are given."""
+    every = [constraint for constraint, _ in ordered]
+    plain = _joined(every, None)
+    own = plain if steps is None else _joined(every, steps)
+    for project in own:  # where one set lies in the others, rounds would need long to find out
         x = project(w)
-        if _apart(x, projections) <= tolerance:
-            return Found(x)
-    zeros = w.new_zeros((len(projections), *w.shape))
-    x, left = _fixed_point(lambda state: _dykstra(w, state, projections), zeros, tolerance, _DYKSTRA)
+        if _apart(x, plain) <= tolerance:
+            return _checked(Found(x), every)
+    left = float("inf")
+    if steps is None or all(constraint.has_formula for constraint in every):
+        zeros = w.new_zeros((len(own), *w.shape))
+        x, left = fixed_point(lambda state: _dykstra(w, state, own), zeros, tolerance, _DYKSTRA)
     if left > tolerance:
-        rate = min(max(float(_length(w - x)) / (float(_length(x)) or 1.0), 0.1), 1e4)
-        begin = torch.stack([x] * len(projections))
-        x, left = _fixed_point(lambda state: _splitting(w, state, projections, rate), begin, tolerance, _SPLITTING)
-    return Found(x) if left <= tolerance else Found(x, _apart(x, projections), left <= _SURE)
+        weights = weights_of(steps) if isinstance(steps, Tensor) and steps.dim() else 1.0
+        x, left = split(w, plain, x, tolerance, _SPLIT, weights)
+    found = Found(x) if left <= tolerance else Found(x, _apart(x, plain), left <= _SURE)
+    return _checked(found, every)
 
 
-def _fixed_point(
-    turn: Callable[[Tensor], tuple[Tensor, Tensor, float]], state: Tensor, tolerance: float, rounds: int
-) -> tuple[Tensor, float]:
-    """Return the point of the last round, and its change, which is at most `tolerance` unless rounds ran out.
+def _checked(found: Found, constraints: Sequence[Constraint]) -> Found:
+    """Return what was found, with the distance of intervals that have no point in common."""
+    apart = _apart(found.point, [constraint.project for constraint in constraints if constraint.separable])
+    return replace(found, apart=apart) if apart > APART else found
 
-    Args:
-        turn: a round: gives the new state, the point there, and how far both are from standing still.
-        state: where to begin.
-        tolerance: the change that counts as none.
-        rounds: the greatest number of rounds.
-    """
-    history: list[tuple[Tensor, Tensor]] = []  # (change, result) of rounds
-    best, left = None, float("inf")
-    for count in range(rounds):
-        result, x, size = turn(state)
-        if size <= tolerance:
-            return x, size
-        if best is not None and size > 2 * left:  # the extrapolation was none
-            state, history, best = best, [], None
-            continue
-        best, left = result, size
-        history = [*history, (result - state, result)][-(_MEMORY if x.numel() < _LARGE else 3) :]
-        state = result if count < _PLAIN else _extrapolated(history)
-    return x, size
+
+def _joined(constraints: Sequence[Constraint], steps: float | Tensor | None) -> list[Projection]:
+    """Return the projections, those on separable sets as one: intervals can be cut to one after the other."""
+    separable = [constraint.project for constraint in constraints if constraint.separable]
+    others = [_projection(one, steps is not None, steps) for one in constraints if not one.separable]
+    if not separable:
+        return others
+    return [lambda x: functools.reduce(lambda at, project: project(at), separable, x), *others]
 
 
 def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tensor, float]:
@@ -161,30 +130,7 @@ def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tup
         shifted = x + new[i]
         x = project(shifted)
         new[i] = shifted - x
-    return new, x, _ratio(new - state, torch.maximum(_length(w), _length(x)))
-
-
-def _splitting(
-    w: Tensor, state: Tensor, projections: Sequence[Projection], rate: float
-) -> tuple[Tensor, Tensor, float]:
-    """Give all sets their turn at once, and take the point that is best for all (Douglas and Rachford)."""
-    inside = torch.stack([project(one) for project, one in zip(projections, state, strict=True)])
-    x = (w + rate * (2 * inside - state).sum(0)) / (1 + rate * len(projections))
-    size = max(rate, 1) * _ratio(x - inside, torch.maximum(_length(w), _length(x)))
-    return state + x - inside, inside[-1], size
-
-
-def _extrapolated(history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the combination of the results of rounds whose combined change is least."""
-    change, result = history[-1]
-    if len(history) < 2:
-        return result
-    changes = torch.stack([change - old for old, _ in history[:-1]]).flatten(1)
-    results = torch.stack([result - old for _, old in history[:-1]])
-    gram = changes.conj() @ changes.mT
-    gram.diagonal().add_(1e-14 * gram.diagonal().real.sum() + torch.finfo(gram.real.dtype).tiny)
-    weights = torch.linalg.solve(gram, changes.conj() @ change.flatten())
-    return result - torch.tensordot(weights, results, 1)
+    return new, x, ratio(new - state, torch.maximum(length(w), length(x)))
 
 
 def _in_turn(w: Tensor, projections: Sequence[Projection], tolerance: float) -> Found:
@@ -194,22 +140,14 @@ def _in_turn(w: Tensor, projections: Sequence[Projection], tolerance: float) -> 
         moved, begin = torch.zeros((), device=w.device), x
         for project in projections:
             before, x = x, project(x)
-            moved = torch.maximum(moved, _length(x - before))
-        limit = max(tolerance, slack(w)) * float(_length(x))
+            moved = torch.maximum(moved, length(x - before))
+        limit = max(tolerance, slack(w)) * float(length(x))
         if float(moved) <= limit:
             return Found(x)
-        if float(_length(x - begin)) <= limit:  # they go round in a circle
+        if float(length(x - begin)) <= limit:  # they go round in a circle
             break
     return Found(x, _apart(x, projections))
 
 
 def _apart(x: Tensor, projections: Sequence[Projection]) -> float:
-    return max(_ratio(project(x) - x, _length(x)) for project in projections)
-
-
-def _ratio(change: Tensor, length: Tensor) -> float:
-    return float(_length(change)) / (float(length) or 1.0)
-
-
-def _length(x: Tensor) -> Tensor:
-    return x.abs().square().sum().sqrt()
+    return max([ratio(project(x) - x, length(x)) for project in projections], default=0.0)

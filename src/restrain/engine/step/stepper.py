@@ -49,6 +49,7 @@ from restrain.engine.ops import (
 )
 from restrain.engine.step.folded import Fold, Folding, stand_in
 from restrain.engine.step.intersections import APART
+from restrain.engine.step.masters import Masters
 from restrain.engine.step.projection import Timed, hold, in_metric, not_nearest, single
 from restrain.engine.step.unfinished import Again, Made, Unfinished
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
@@ -162,7 +163,9 @@ class Stepper:
         self._looks = looks_before(optimizer)
         self.renew()
         self._seed = agreed_seed() if self._noisy else None
+        self._masters = Masters(optimizer, any(w.decoupled or w.proximal or w.project for w in works))
         before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
+        before = before or self._masters.watches
         if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -225,12 +228,14 @@ class Stepper:
         fails. `rest` keeps the other parameters.
         """
         held = self._worklist.by(optimizer)
+        self._masters.look(optimizer, held)
         fold: Fold | Again | None = None
         if rest is not None:
             again = self._unfinished.fold
             fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, held, kinds, with_value)
+        self._masters.changed()
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
             self._unfinished.note_fold(fold, rest.param_groups)
@@ -279,7 +284,7 @@ class Stepper:
         """Store weights and gradients before the step, for metrics that need them."""
         for work, p, group in held:
             if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
-                if not work.proximal and (p.grad.is_sparse or is_sharded(p)):
+                if not work.proximal and (p.grad.is_sparse or is_sharded(p) or p.is_complex()):
                     continue  # projected as under SGD
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
@@ -328,6 +333,8 @@ class Stepper:
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:
         held = self._worklist.by(optimizer)
+        self._masters.check()
+        self._masters.look(optimizer, held)
         metrics = self._metrics(optimizer, held)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
@@ -339,6 +346,7 @@ class Stepper:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
+        self._masters.changed()
         self.steps += 1
         if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
             self._warn_of_empty()
@@ -366,7 +374,7 @@ class Stepper:
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in held:
             left = id(work) in self._followed and id(p) not in self._done
-            if not left or (grad := p.grad) is None or group["lr"] == 0:
+            if not left or (grad := p.grad) is None or group["lr"] == 0 or (p.is_complex() and not work.proximal):
                 continue
             if grad.is_sparse and work.proximal:
                 _refuse_sparse([(work, p)])

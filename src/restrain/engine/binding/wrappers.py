@@ -1,0 +1,121 @@
+"""Optimizers around other optimizers, and optimizers whose weights aren't the parameters that they hold.
+
+Rules at the step act around the step of the inner optimizer, which goes from p and .grad to p, in a
+metric that is known. What can't be right there is refused when rules are attached.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from restrain.errors import OptimizerError, PlanError
+
+# The attributes that hold the inner optimizer, by the name of the class or of one of its bases
+_INNER = {
+    "AcceleratedOptimizer": ("optimizer",),
+    "LightningOptimizer": ("_optimizer",),
+    "DPOptimizer": ("original_optimizer",),
+    "ZeroRedundancyOptimizer": ("optim",),
+    "Lookahead": ("optimizer", "base_optimizer", "_base_optimizer"),
+    "SAM": ("base_optimizer",),
+    "GSAM": ("base_optimizer",),
+    "ScheduleFreeWrapper": ("base",),
+}
+
+_IN_LOSS = "use how='loss' or how='gradient'"
+_CONSTRAINED = "for a constraint how='parametrize'"
+# What can't be right, by class and how: (why, what to do instead)
+_REFUSED = {
+    "ScheduleFree": {
+        "decoupled": ("holds points between the weights that it evaluates and those that it steps", _IN_LOSS),
+        "proximal": ("evaluates averages of what it steps, in which no zeros stay", _IN_LOSS),
+        "project": ("evaluates averages of what it steps, which a projection of the parameters misses", _CONSTRAINED),
+    },
+    "Lookahead": {
+        "proximal": ("mixes weights with older ones after the step, in which no zeros stay", _IN_LOSS),
+        "project": ("mixes weights with older ones after the step, which the constraint never held for", _CONSTRAINED),
+    },
+    "DPOptimizer": {
+        "loss": (
+            "makes .grad anew from the gradients of samples, in which a penalty on parameters isn't",
+            "use how='gradient', which comes after clipping and noise",
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """An optimizer as `attach` was given it."""
+
+    optimizer: Optimizer  # around whose step rules act
+    outer: Any  # as given
+    counts: Optimizer  # whose steps count, and whose groups hold all parameters
+
+    @property
+    def beside(self) -> list[Optimizer]:
+        """The optimizers around or within the one that counts, which step with it."""
+        return [one for one in (self.optimizer, self.outer) if one is not self.counts and isinstance(one, Optimizer)]
+
+    def check(self, key: str, how: str) -> None:
+        """Refuse a moment at which rules can't be right.
+
+        Args:
+            key: the name of the rule.
+            how: the moment of the rule, which acts on a parameter.
+
+        Raises:
+            OptimizerError: it can't be.
+        """
+        for kind in _kinds(self.outer):
+            if how in _REFUSED.get(kind, {}):
+                why, instead = _REFUSED[kind][how]
+                raise OptimizerError(
+                    f"{key!r}: {type(self.outer).__name__} {why}, so how={how!r} can't be right: {instead}"
+                )
+
+
+def given_optimizers(given: Any) -> list[Given]:
+    """Return what `attach` was given as optimizer=, with the inner optimizers of known wrappers.
+
+    Raises:
+        PlanError: an argument that is no optimizer.
+        OptimizerError: ZeroRedundancyOptimizer with overlap_with_ddp=True, which has no step.
+    """
+    if given is None:
+        return []
+    return [_seen_through(one) for one in (list(given) if isinstance(given, Iterable) else [given])]
+
+
+def _seen_through(given: Any) -> Given:
+    inner, counts = given, given
+    while (below := _inner(inner)) is not None:
+        if "ZeroRedundancyOptimizer" not in _kinds(inner):
+            counts = below
+        elif getattr(inner, "_overlap_with_ddp", False):
+            raise OptimizerError(
+                "ZeroRedundancyOptimizer with overlap_with_ddp=True updates weights in the backward, so that rules "
+                "have no step to act at: leave overlap_with_ddp=False"
+            )
+        inner = below
+    if not isinstance(inner, Optimizer):
+        raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(given).__name__}")
+    return Given(inner, given, counts)
+
+
+def _inner(outer: Any) -> Any:
+    for kind in _kinds(outer):
+        for attribute in _INNER.get(kind, ()):
+            if isinstance(below := getattr(outer, attribute, None), Optimizer):
+                return below
+    return None
+
+
+def _kinds(optimizer: Any) -> list[str]:
+    """Return the names of a class and its bases; "ScheduleFree" for whatever has that in its name."""
+    names = [base.__name__ for base in type(optimizer).__mro__]
+    return names + ["ScheduleFree"] * any("ScheduleFree" in name for name in names)
