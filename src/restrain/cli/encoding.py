@@ -13,6 +13,7 @@ import numpy as np
 from restrain.cli import spelling
 from restrain.cli.tables import Table, counted
 from restrain.errors import DataError, RestrainWarning
+from restrain.fields import level_of_caller
 
 _FEW = 20  # a text column with more values than this, and few rows a value, is no category
 
@@ -252,5 +253,5 @@ def _warn_of_unknown(table: Table, feature: Feature, texts: list[str | None]) ->
         f"{table.source}, column {feature.name!r}: {counted(len(texts), 'row')} of {len(table)} with values that were "
         f"not there in training, taken as none of its values: {shown:.200}",
         RestrainWarning,
-        stacklevel=2,
+        stacklevel=level_of_caller(),
     )
