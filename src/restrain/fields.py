@@ -93,9 +93,9 @@ def brief(value: Any) -> str:
 def is_number(value: Any) -> bool:
     """True if the value is a real number that float32 holds, an int also int64, and not a bool."""
     try:
-        size: Any = abs(value)
-        most = 2**63 - 1 if isinstance(value, int) else _LARGEST
-        return isinstance(value, Real) and not isinstance(value, bool) and bool(size <= most)
+        most: float = 2**63 - 1 if isinstance(value, int) else _LARGEST
+        size: Any = abs(value) if isinstance(value, Real) else inf
+        return not isinstance(value, bool) and bool(size <= most)
     except (OverflowError, TypeError, ValueError):  # no conversion to float
         return False
 

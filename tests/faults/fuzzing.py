@@ -441,7 +441,7 @@ def fault_of(kind, seed, folder):
         pass
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if "restrain/" in frame.filename]
-        if own and re.search(r"self\.function\(|= given\(|self\.via\(", own[-1].line or ""):
+        if own and re.search(r"self\.function\(|= given\(|self\.via\(|= function\(", own[-1].line or ""):
             return ""  # of a function that was given: a user's own error
         at = f" at {Path(own[-1].filename).name}:{own[-1].lineno}" if own else ""
         return f"{type(error).__name__}{at}: {error}"[:300]

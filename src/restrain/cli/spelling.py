@@ -55,8 +55,11 @@ def matcher(values: Iterable[str | None]) -> Callable[[str | None], str | None]:
     def match(text: str | None) -> str | None:
         if text is None or text in exact:
             return text if text is None else exact[text]
-        found = exact.get(canonical(text))
-        return found if found is not None else booleans.get(_TRUTH.get(canonical(text).lower(), -1), text)
+        bare = canonical(text)
+        if bare in exact:
+            return exact[bare]
+        truth = _TRUTH.get(bare.lower())
+        return text if truth is None else booleans.get(truth, text)
 
     return match
 

@@ -237,9 +237,12 @@ def _read_csv(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str,
         raise DataError(f"{path}: only one column, called {names[0]!r}; write --separator {typed}")
     read = Table(str(path), {}, marks).parsed
     for name, values in _typed(path, frame):
-        numbers = read(values) if values.dtype == object and name not in texts else None
-        wrong: Any = numbers is None or np.isnan(numbers) & np.array([value is not None for value in values], bool)
-        yield name, values if numbers is None or wrong.any() else numbers
+        if values.dtype != object or name in texts:
+            yield name, values
+            continue
+        numbers = read(values)
+        words = np.isnan(numbers) & np.array([value is not None for value in values], bool)
+        yield name, values if words.any() else numbers
 
 
 def _separator(path: Path, marks: Marks) -> str:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from dataclasses import dataclass
-from math import inf, isnan
-from numbers import Real
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from restrain.axes import (
     grouping_of_samples,
 )
 from restrain.errors import NoProxError, PenaltyError
+from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import Length, Terms
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, in_float32
@@ -51,7 +51,7 @@ class Norm(OfRows):
     takes_mask = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.p, Real) or isinstance(self.p, bool) or isnan(self.p) or self.p < 1:
+        if not (isinstance(self.p, float) and self.p == inf) and not (is_number(self.p) and self.p >= 1):
             raise PenaltyError(f"Norm(p) needs a number p of one or more, or inf; got {self.p!r}")
 
     @property

@@ -65,6 +65,8 @@ def check_step(step: Any) -> None:
     if isinstance(step, Tensor):
         if step.is_complex():
             raise PenaltyError(f"step= has real numbers, zero or more; got a tensor of {step.dtype}: write step.abs()")
+        if step.layout is not torch.strided:
+            raise PenaltyError("step= is a number or a dense tensor, got a sparse one: write step.to_dense()")
         if torch.compiler.is_compiling() or step.is_meta or bool(((step >= 0) & step.isfinite()).all()):
             return
         shown = brief(step.item()) if step.dim() == 0 else f"a tensor of shape {tuple(step.shape)} with others"

@@ -41,7 +41,7 @@ class _Scaling(nn.Module):
 
     def __init__(self, missing: Literal["error", "ignore"] = "error") -> None:
         super().__init__()
-        if missing not in ("error", "ignore"):
+        if not (isinstance(missing, str) and missing in ("error", "ignore")):
             raise TransformError(f"missing= is 'error' or 'ignore', got {missing!r}")
         self.missing = missing
         for name in self.names:
