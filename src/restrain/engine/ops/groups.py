@@ -32,7 +32,7 @@ def lengths(rows: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.is_cpu or not rows.numel():
         return group_norms(rows, _by_row(rows))
     parts = [torch.linalg.vector_norm(part, dim=1, keepdim=True) for part in rows.split(_PART, 1)]
-    length = parts[0]
+    length: Tensor = parts[0]
     if len(parts) > 1:
         length = torch.linalg.vector_norm(torch.cat(parts, 1), dim=1, keepdim=True)
     least, greatest = length.aminmax()
@@ -64,7 +64,7 @@ class ShrinkRows:
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
         compiled = isinstance(numbers[0], Tensor)
         size = lengths(w)
-        cut = numbers[0] if compiled else torch.full((), in_range(numbers[0], w), dtype=w.dtype, device=w.device)
+        cut = numbers[0] if compiled else torch.full((), float(in_range(numbers[0], w)), dtype=w.dtype, device=w.device)
         scale = (1 - cut / size).clamp_min_(0)  # a tensor over a tensor: an inverse may be beyond all numbers
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
