@@ -489,8 +489,8 @@ def all_in_range(squares: Tensor) -> bool:
 
     False where looking would wait for a GPU or break a compiled graph: there, scale in any case.
     """
-    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    traced = torch.compiler.is_compiling() or tracing or type(squares) is not Tensor or wrapped(squares)
+    traced = torch.compiler.is_compiling() or type(squares) is not Tensor or wrapped(squares)
+    traced = traced or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if traced or squares.device.type != "cpu" or not squares.numel():
         return False
     least, greatest = squares.detach().aminmax()

@@ -94,7 +94,9 @@ def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
 
 def as_tensor(step: float | Tensor, w: Tensor) -> Tensor:
     """Return the result of `as_step` as a tensor, in the real precision of `w`."""
-    return step if isinstance(step, Tensor) else torch.full((), in_range(step, w), dtype=w.real.dtype, device=w.device)
+    if isinstance(step, Tensor):
+        return step
+    return torch.full((), float(in_range(step, w)), dtype=w.real.dtype, device=w.device)
 
 
 @overload

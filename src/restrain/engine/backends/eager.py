@@ -224,8 +224,8 @@ class _Lengths(_Piece):
     width: int
 
     def value(self, x: Tensor) -> Tensor:
-        size: Tensor = lengths(x.view(-1, self.width)).sum()
-        return torch.mul(size, self.width**0.5)
+        total: Tensor = lengths(x.view(-1, self.width)).sum() * self.width**0.5
+        return total
 
     def gradient(self, x: Tensor, factor: Tensor, out: Tensor) -> None:
         rows = x.view(-1, self.width)

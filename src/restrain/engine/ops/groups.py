@@ -64,7 +64,7 @@ class ShrinkRows:
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
         compiled = isinstance(numbers[0], Tensor)
         size = lengths(w)
-        cut = numbers[0] if compiled else torch.full((), in_range(float(numbers[0]), w), dtype=w.dtype, device=w.device)
+        cut = numbers[0] if compiled else torch.full((), float(in_range(numbers[0], w)), dtype=w.dtype, device=w.device)
         scale = (1 - cut / size).clamp_min_(0)  # a tensor over a tensor: an inverse may be beyond all numbers
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
