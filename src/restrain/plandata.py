@@ -388,4 +388,4 @@ def _write_where(where: Any) -> Any:
     )
 
 
-Forms.write, Forms.read = staticmethod(_write_what), staticmethod(_read_scaled)  # type: ignore[assignment]
+Forms.write, Forms.read = staticmethod(_write_what), staticmethod(_read_scaled)
