@@ -135,6 +135,14 @@ def test_every_public_member_agrees_with_what_it_declares():
         check(what)
 
 
+@pytest.mark.parametrize("per", [{"in": [[0, 1], [2, 3, 4], [5]]}, (7, 2), 2, "expert", [[0, 6]]], ids=str)
+@pytest.mark.parametrize("make", [rs.GroupLasso, lambda per: rs.MaxNorm(1.0, per)], ids=["GroupLasso", "MaxNorm"])
+def test_a_class_is_compared_whatever_the_groups_of_its_first_rule_are(make, per, monkeypatch):
+    monkeypatch.setattr(rs.operations, "_checked", set())
+    check(make(per))
+    assert rs.operations._checked == {type(make(per))}
+
+
 @pytest.mark.parametrize("per", [[[0, 20], [1, 21]], {"in": [[0], [30]]}])
 def test_index_lists_need_not_fit_the_random_tensor(per, monkeypatch):
     monkeypatch.setattr(rs.operations, "_checked", set())

@@ -27,6 +27,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
     from restrain.activation_points import inputs, outputs
     from restrain.declare import regularized, scope
     from restrain.engine import Attachment, attach
+    from restrain.layouts import layout
     from restrain.look import activations, recording
     from restrain.penalties import (
         L0,
@@ -205,6 +206,7 @@ __all__ = [
     "errors",
     "glob",
     "inputs",
+    "layout",
     "load",
     "norms",
     "operations",

@@ -90,11 +90,13 @@ def outputs(
     Args:
         which: a glob over layer names, a list of them, a regex, a module, a type or a predicate
             f(name, module).
-        via: a function such as `torch.relu`, applied to the output; penalties see `via(output)`.
+        via: a function such as `torch.relu`, applied to the layer's output; penalties see
+            `via(output)`. It doesn't find calls of that function in the model.
         index: the position or key of a member of a tuple or dict output; by default its first
             floating-point tensor.
         batch_dim: the batch axis; by default 0, or 1 if the layer has `batch_first=False`.
-        calls: the "mean" or "sum" over a layer's calls, in all forwards of one loss.
+        calls: the "mean" or "sum" over a layer's calls, also over those in separate forwards that
+            one loss depends on.
         mask: the positions that count, to leave padding out: the name or position of an argument of
             the model's forward, or a function of all its arguments. "~" before the name inverts it.
             The mask is (batch, time), or has as many axes as the output; nonzero positions count.

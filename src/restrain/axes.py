@@ -1,4 +1,4 @@
-"""What `per=` means: a name of an axis, a dim, block sizes or lists of indices, as groups of a tensor's entries.
+"""What `per=` means: an axis by name or dim, block sizes or lists of indices, as groups of entries.
 
 Layers keep their weights in different layouts, so an axis is named by its meaning:
 
@@ -12,8 +12,14 @@ Layers keep their weights in different layouts, so an axis is named by its meani
     [[0, 1], [2, 3, 4]]    of one list of indices of dim 0
     {"in": [[0], [1, 2]]}  of one list of indices of that axis; also written as ("in", [[0], [1, 2]])
 
-An `nn.Embedding`'s tokens (its rows) are "in", its features (its columns) "out". Indices that no list names are in
-no group: penalties don't count them, and proxes and projections leave them as they are. Groups don't overlap.
+The tokens of an `nn.Embedding` (its rows) are "in", its features (its columns) "out". Indices in no
+list are in no group: penalties don't count them, proxes and projections leave them unchanged.
+Groups don't overlap.
+
+Of other modules' parameters `restrain.layout` says what the axes mean, as in "expert out in" (see
+`layouts`). Then "out" is one group for each output of each expert, and "expert" one for each
+expert. A parameter of a model whose layout is unknown has no named axes. A plain tensor has the
+axes (out, in, ...).
 """
 
 from __future__ import annotations
@@ -29,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.errors import PenaltyError
+from restrain.layouts import SAME, WITHIN, base_name, inputs_first, is_word, knows
 from restrain.named_tensors import Location
 from restrain.torch_private import wrapped
 
@@ -36,29 +43,29 @@ NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Lists of indices that make up groups: of `along`, kept dims whose `count` indices are numbered through."""
+    """Lists of indices that form groups; indices count through the dims `along`, `count` in all."""
 
     members: tuple[tuple[int, ...], ...]
     along: tuple[int, ...]
     count: int
-    ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)  # each index's group
+    # group number by index
+    ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = [len(self.members)] * self.count  # a further group, of those that no list names
+        ids = [len(self.members)] * self.count  # a further group, for indices in no list
         for group, indices in enumerate(self.members):
             for i in indices:
                 ids[i] = group
         object.__setattr__(self, "ids", tuple(ids))
 
     def pooled(self, x: Tensor, pool: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """Of x with an entry for each index, for each index what `pool` (of zeros, groups, entries) makes of its group.
+        """Return, for each index, the value that `pool` computes from its group's entries of x.
 
-        Dims of x that aren't among `along` stay as they are.
+        `pool` gets (zeros, group numbers, entries). Dims of x other than `along` are unchanged.
         """
         last = tuple(range(-len(self.along), 0))
         moved = x.movedim(self.along, last)
@@ -70,16 +77,17 @@ class Lists:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Groups of a tensor's entries: viewed as `shape`, one group for each index of the dims `keep`.
+    """Groups of a tensor's entries: viewed as `shape`, each index of the dims `keep` is a group.
 
-    With `lists`, indices of one list are one group; what is computed for a group then stands at each of its indices, so
-    that it meets the group's entries in broadcasting.
+    With `lists`, the indices of a list are a group; a group's value then stands at each of its
+    indices, so that it broadcasts to the group's entries.
     """
 
     shape: tuple[int, ...]
     keep: tuple[int, ...]
     lists: Lists | None = None
     said: Any = dataclasses.field(default=None, compare=False)  # what a person wrote for it
+    stack: tuple[int, ...] = ()  # kept dims that number separate matrices, such as experts
 
     def __repr__(self) -> str:
         if self.said is not None:
@@ -87,15 +95,20 @@ class Grouping:
         return f"Grouping(shape={self.shape}, keep={self.keep}, lists={self.lists})"
 
     @property
+    def own(self) -> tuple[int, ...]:
+        """The kept dims without those that number separate matrices."""
+        return tuple([dim for dim in self.keep if dim not in self.stack])
+
+    @property
     def reduced(self) -> tuple[int, ...]:
-        """The dims that run within a group."""
+        """The dims inside a group."""
         return tuple([dim for dim in range(len(self.shape)) if dim not in self.keep])
 
     def view(self, w: Tensor) -> Tensor:
-        """The tensor in the shape in which its groups lie along whole dims; zero where an entry is in no group.
+        """Return the tensor in `shape`, in which groups are whole dims; 0 for entries in no group.
 
         Raises:
-            PenaltyError: a tensor of another number of entries.
+            PenaltyError: a tensor with another number of entries.
         """
         if w.numel() != prod(self.shape):
             raise PenaltyError(
@@ -106,23 +119,23 @@ class Grouping:
         return w.reshape(self.shape) if left is None else torch.where(left, 0, w.reshape(self.shape))
 
     def restore(self, x: Tensor, w: Tensor) -> Tensor:
-        """x, computed by group in the viewed shape, in the shape of w; w itself where an entry is in no group."""
+        """Return x, computed in `shape`, in w's shape; w itself for entries in no group."""
         left = self._left(x)
         return (x if left is None else torch.where(left, w.reshape(self.shape), x)).reshape(w.shape)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sums over each group of a tensor in the viewed shape; summed dims stay, of size one."""
+        """Return sums over each group, for x in `shape`; summed dims stay, of size one."""
         sums = x.sum(self.reduced, keepdim=True) if self.reduced else x
         return sums if self.lists is None else self.lists.pooled(sums, _add)
 
     def max(self, x: Tensor) -> Tensor:
-        """Maxima over each group, likewise; zero for groups without entries (x is nowhere negative)."""
+        """Return maxima over each group of x ≥ 0 in `shape`; zero for groups without entries."""
         if self.reduced:
             x = x.amax(self.reduced, keepdim=True) if x.numel() else x.sum(self.reduced, keepdim=True)
         return x if self.lists is None else self.lists.pooled(x, _greatest)
 
     def once(self, x: Tensor) -> Tensor:
-        """Of what is computed for groups, each group's value once."""
+        """Return each group's value once, given values that stand at each index."""
         if self.lists is None:
             return x
         first = torch.tensor([indices[0] for indices in self.lists.members], device=x.device)
@@ -130,7 +143,7 @@ class Grouping:
         return x.movedim(along, tuple(range(-len(along), 0))).flatten(-len(along)).index_select(-1, first)
 
     def sizes(self, x: Tensor) -> float | Tensor:
-        """The number of entries in each group, at least 1: one number where all are equal, else shaped to meet x."""
+        """Return the number of entries per group, at least 1: a float if equal, else a tensor."""
         size = max(prod([self.shape[dim] for dim in self.reduced]), 1)  # a list, as Dynamo knows no generators here
         if self.lists is None:
             return float(size)
@@ -138,13 +151,13 @@ class Grouping:
         return self._per_index([counts[group] for group in self.lists.ids], x)
 
     def _left(self, x: Tensor) -> Tensor | None:
-        """Where entries are in no group, if there are such."""
+        """Return the mask of entries in no group; None if there are none."""
         if self.lists is None or len(self.lists.members) not in self.lists.ids:
             return None
         return self._per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x) == 1
 
     def _per_index(self, values: list[float], x: Tensor) -> Tensor:
-        """A value for each index of the lists, in the viewed shape with other dims of size one, and of x's dtype."""
+        """Return a value for each index of the lists, of x's dtype, broadcastable to `shape`."""
         along = () if self.lists is None else self.lists.along
         shape = [length if dim in along else 1 for dim, length in enumerate(self.shape)]
         return torch.tensor(values, dtype=x.real.dtype, device=x.device).reshape(shape)
@@ -163,16 +176,16 @@ Per: TypeAlias = str | int | Grouping | Iterable[Any] | Mapping[Any, Any]
 
 
 def checked(per: Per) -> Per:
-    """`per` in the form in which it is kept: names, dims and groupings as they are, all else as tuples.
+    """Return `per` in a hashable form: names, dims and groupings unchanged, all else as tuples.
 
     Raises:
-        PenaltyError: it is none of what `per=` may be, or groups overlap.
+        PenaltyError: it isn't a valid `per=`, or groups overlap.
     """
     if isinstance(per, Grouping) or _is_axis(per):
         return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
     if isinstance(per, Mapping) and len(per) == 1:
         per = next(iter(per.items()))
-    if isinstance(per, Iterable) and not isinstance(per, str | Mapping):
+    if isinstance(per, Iterable) and not isinstance(per, str | Mapping | Tensor):
         members = tuple(per)
         if len(members) == 2 and _is_axis(members[0]) and not _is_axis(members[1]):
             return (checked(members[0]), _checked_lists(members[1]))
@@ -187,7 +200,7 @@ def checked(per: Per) -> Per:
 
 
 def checked_dim(dim: Any) -> Dim:
-    """Return `dim` itself: one dim of a tensor, by number or by the meaning of its axis.
+    """Return `dim`, a dim of a tensor by number or by the meaning of its axis.
 
     Raises:
         PenaltyError: it is neither, nor the grouping of a tensor by one of them.
@@ -223,7 +236,7 @@ def _is_dim(value: Any) -> bool:
 
 def _is_axis(value: Any) -> bool:
     """Whether it is an axis by name, or a dim."""
-    return value in NAMES if isinstance(value, str) else _is_dim(value)
+    return value in NAMES or is_word(value) if isinstance(value, str) else _is_dim(value)
 
 
 def grouping(
@@ -233,12 +246,12 @@ def grouping(
     attribute: str = "",
     heads: int | None = None,
 ) -> Grouping:
-    """The groups that `per` means for a tensor.
+    """Return the groups that `per` means for a tensor.
 
     Args:
-        per: what `per=` may be (see above); a grouping is returned as it is.
+        per: what `per=` may be (see above); a grouping is returned unchanged.
         tensor_shape: the tensor's shape.
-        owner: the module that the tensor is a parameter of, whose layout then counts. Without, (out, in, ...).
+        owner: the module that has the tensor as a parameter, whose layout counts; None: (out, in, ...).
         attribute: the parameter's name there.
         heads: the number of heads of the attention that `owner` is a part of, for "head".
 
@@ -248,47 +261,105 @@ def grouping(
     >>> grouping("in", (8, 4, 3, 3), nn.ConvTranspose2d(8, 4, 3), "weight").keep
     (0,)
     """
+    return _grouping(per, _Place(tuple(tensor_shape), owner, attribute, heads))
+
+
+def grouping_at(per: Per, at: Location) -> Grouping:
+    """Return the groups that `per` means for a parameter of a model; see `grouping`.
+
+    Raises:
+        PenaltyError: an axis by name, of a parameter whose layout is neither known nor declared.
+    """
+    return _grouping(per, _Place(tuple(at.tensor.shape), at.owner, at.attribute, at.heads, at.axes, at.name))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor's shape with the context that gives its axes a meaning."""
+
+    shape: tuple[int, ...]
+    owner: nn.Module | None = None
+    attribute: str = ""
+    heads: int | None = None
+    axes: tuple[str, ...] | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        """Return the parameter's name and owner in brackets, for messages; empty for a plain tensor."""
+        if self.owner is None:
+            return ""
+        return f" ({(self.name or self.attribute)!r} of {type(self.owner).__name__})"
+
+
+def _grouping(per: Per, at: _Place) -> Grouping:
     per = checked(per)
-    if isinstance(per, Grouping):
-        return per
-    return dataclasses.replace(_grouping(per, tuple(tensor_shape), owner, attribute, heads), said=per)
+    return per if isinstance(per, Grouping) else dataclasses.replace(_groups(per, at), said=per)
 
 
-def _grouping(per: Any, shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None) -> Grouping:
+def _groups(per: Any, at: _Place) -> Grouping:
+    shape = at.shape
     if isinstance(per, tuple) and _is_dim(per[0]) and _is_dim(per[-1]):
         return _blocks(per, shape)
     if isinstance(per, tuple):
         axis, lists = per if _is_axis(per[0]) else (0, per)
-        return _by_index(lists, grouping(axis, shape, owner, attribute, heads), axis)
+        return _by_index(lists, _grouping(axis, at), axis)
     if isinstance(per, int):
         if not -len(shape) <= per < len(shape):
-            raise PenaltyError(
-                f"per={per} needs a tensor with that dim, got one of shape {shape}{_of(owner, attribute)}"
-            )
+            raise PenaltyError(f"per={per} needs a tensor with that dim, got one of shape {shape}{at}")
         return Grouping(shape, (per % len(shape),))
     if len(shape) < 2:
         raise PenaltyError(
             f"per={per!r} needs a weight with two axes or more, got a tensor of shape "
-            f"{shape}{_of(owner, attribute)}: select rs.weights"
-            + (", or write per=0 for one group an entry" if shape else "")
+            f"{shape}{at}: select rs.weights" + (", or write per=0 for one group an entry" if shape else "")
         )
-    if per == "head":
-        return _heads(shape, owner, attribute, heads)
     if per in ("row", "column"):
         return Grouping(shape, (0 if per == "row" else 1,))
-    return _by_meaning(per in ("out", "filter"), str(per), shape, owner, attribute)
+    if at.axes is not None:
+        return _by_layout(per, at.axes, at)
+    if per == "head":
+        return _heads(at)
+    if per not in NAMES or not knows(at.owner):
+        raise _unknown(per, at)
+    return _by_meaning(per in ("out", "filter"), str(per), shape, at.owner, base_name(at.attribute))
 
 
-def grouping_at(per: Per, at: Location) -> Grouping:
-    """The groups that `per` means for a parameter of a model; see `grouping`."""
-    return grouping(per, tuple(at.tensor.shape), at.owner, at.attribute, at.heads)
+def _unknown(per: str, at: _Place) -> PenaltyError:
+    if at.owner is None or knows(at.owner):
+        return PenaltyError(
+            f"{per!r} is no axis of a tensor of shape {at.shape}{at}: write 'out', 'in' or a dim such as 0, or declare "
+            "by rs.layout what the axes mean"
+        )
+    name, owner = at.name or at.attribute, type(at.owner)
+    example = "expert out in" if len(at.shape) == 3 else "out in"
+    of_type = f" or rs.layout({owner.__name__}, {at.attribute}={example!r})"
+    return PenaltyError(
+        f"{per!r} is no known axis of {name!r}, a parameter of shape {at.shape} of {owner.__name__}: declare what its "
+        f"axes mean, as in rs.layout({name!r}, {example!r}){'' if owner.__module__.startswith('torch.') else of_type}, "
+        "or name a dim, such as 0"
+    )
+
+
+def _by_layout(per: str, axes: tuple[str, ...], at: _Place) -> Grouping:
+    """Return groups by the words of a layout: of each matrix, where other axes number matrices."""
+    word = SAME.get(per, per)
+    if axes.count(word) != 1:
+        raise PenaltyError(
+            f"{per!r} is no axis of {' '.join(axes)!r}, the layout of a tensor of shape {at.shape}{at}: write one of "
+            f"{', '.join(map(repr, dict.fromkeys(axes)))}, or a dim"
+        )
+    own = axes.index(word)
+    if word not in WITHIN:
+        return Grouping(at.shape, (own,))
+    stack = tuple([dim for dim, other in enumerate(axes) if other not in WITHIN])
+    return Grouping(at.shape, tuple(sorted((*stack, own))), stack=stack)
 
 
 def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Grouping:
-    """The groups within each sample of a layer's output; `per` names a dim of the output, the batch axis included.
+    """Return the groups within each sample of an output; `per` counts dims with the batch axis.
 
     Raises:
-        PenaltyError: `per` is neither a dim, nor lists of indices of one, nor blocks within a sample.
+        PenaltyError: `per` is neither a dim, nor lists of indices of a dim, nor blocks within a
+            sample.
     """
     per = checked(per)
     check_place(per)
@@ -305,7 +376,7 @@ def grouping_of_samples(per: Per, shape: tuple[int, ...], batch: int) -> Groupin
 
 
 def check_place(per: Per) -> None:
-    """Refuse what `per=` can't be on outputs, where layers have no named axes.
+    """Check that `per` is possible on outputs, whose axes have no names.
 
     Raises:
         PenaltyError: `per` is neither a dim, nor lists of indices of a dim, nor block sizes.
@@ -334,12 +405,12 @@ def _blocks(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Grouping:
 
 def _by_index(lists: tuple[tuple[int, ...], ...], groups: Grouping, axis: str | int) -> Grouping:
     """Groups of the groups along an axis."""
-    count = prod([groups.shape[dim] for dim in groups.keep])
+    count = prod([groups.shape[dim] for dim in groups.own])
     greatest = max([max(indices) for indices in lists])
     if greatest >= count:
         where = f"dim {axis}" if isinstance(axis, int) else repr(axis)
         raise PenaltyError(f"per= names the index {greatest} of {where}, which has {count}, counted from 0")
-    return dataclasses.replace(groups, lists=Lists(lists, groups.keep, count))
+    return dataclasses.replace(groups, lists=Lists(lists, groups.own, count))
 
 
 def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:
@@ -352,13 +423,14 @@ def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | 
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
     if weight and isinstance(owner, _TRANSPOSED) and owner.groups > 1 and out:
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
-    swapped = weight and (isinstance(owner, (*_TRANSPOSED, *_EMBEDDINGS)) or _is_hf_conv1d(owner))
+    swapped = weight and inputs_first(owner)
     return Grouping(shape, (0 if out is not swapped else 1,))
 
 
-def _heads(shape: tuple[int, ...], owner: nn.Module | None, attribute: str, heads: int | None) -> Grouping:
-    """Groups by head, of a weight of nn.MultiheadAttention with E features in heads of E / heads."""
-    number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else heads
+def _heads(at: _Place) -> Grouping:
+    """Return groups by head, of a weight of nn.MultiheadAttention with E features in heads of E / heads."""
+    shape, owner, attribute = at.shape, at.owner, at.attribute
+    number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else at.heads
     if number is not None and len(shape) == 2:
         if attribute == "in_proj_weight" and shape[0] % (3 * number) == 0:
             return Grouping((3, number, shape[0] // (3 * number), shape[1]), (1,))
@@ -369,30 +441,22 @@ def _heads(shape: tuple[int, ...], owner: nn.Module | None, attribute: str, head
     raise PenaltyError(
         "per='head' is for weights of nn.MultiheadAttention (in_proj_weight, q_proj_weight, k_proj_weight, "
         "v_proj_weight, out_proj.weight) reached through a rule, got a tensor of shape "
-        f"{shape}{_of(owner, attribute)}: write per='out', per='in' or a dim; for an attention of your own, view its "
-        "weight as (heads, ..., ...) and write per=0"
+        f"{shape}{at}: of another attention, write a head's rows or columns as lists, {{'out': [[0, 1], [2, 3]]}} or "
+        f"{{'in': ...}}, or as a block: with 64 features in a head, per={(64,)} for rows, per={(*shape[:1], 64)} for "
+        "columns (of Hugging Face's Conv1D, columns are the outputs)"
     )
 
 
-def _is_hf_conv1d(owner: nn.Module | None) -> bool:
-    """Whether it is the `Conv1D` of Hugging Face, a linear layer whose weight is (in, out)."""
-    return any(base.__name__ == "Conv1D" for base in type(owner).__mro__)
-
-
-def _of(owner: nn.Module | None, attribute: str) -> str:
-    return "" if owner is None else f" ({attribute!r} of {type(owner).__name__})"
-
-
 def squared(w: Tensor) -> Tensor:
-    """|x|² of each entry."""
+    """Return |x|² of each entry."""
     return w.real.square() + w.imag.square() if w.is_complex() else w.square()
 
 
 def group_size(groups: Grouping) -> int:
-    """The number of entries in each group.
+    """Return the number of entries in each group.
 
     Raises:
-        PenaltyError: groups by index, which have different sizes: `Grouping.sizes` has those.
+        PenaltyError: groups by lists of indices, which differ in size; see `Grouping.sizes`.
     """
     if groups.lists is not None:
         raise PenaltyError("this isn't defined for groups by lists of indices; give per= by name, dim or block sizes")

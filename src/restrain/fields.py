@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from math import inf, isfinite
+from math import inf
 from numbers import Real
 from typing import Any, TypeGuard, TypeVar
 
@@ -91,11 +91,24 @@ def brief(value: Any) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """True if the value is a real number, finite as a float, and not a bool."""
+    """True if the value is a real number that float32 holds, an int also int64, and not a bool."""
     try:
-        return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-    except (OverflowError, TypeError, ValueError):  # no conversion to float, such as 10**400
+        most = 2**63 - 1 if isinstance(value, int) else _LARGEST
+        return isinstance(value, Real) and not isinstance(value, bool) and bool(abs(value) <= most)
+    except (OverflowError, TypeError, ValueError):  # no conversion to float
         return False
+
+
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32; torch raises for larger ones
+
+
+def shown_number(value: Any) -> str:
+    """Return the repr of a refused number, and why a finite one is refused."""
+    huge = isinstance(value, (int, float)) and value not in (inf, -inf) and value == value and abs(value) > _LARGEST
+    whole = isinstance(value, int) and abs(value) >= 2**63
+    return brief(value) + (
+        ": above 3.4e38, too large for float32" if huge else ": write it with a point" if whole else ""
+    )
 
 
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:

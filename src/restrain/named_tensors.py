@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from restrain.errors import DetachedError, PlanError
+from restrain.layouts import axes_of
 
 # Wrapper class (by name, to import nothing heavy) -> the attribute with the wrapped module.
 WRAPPERS = {
@@ -137,7 +139,10 @@ class Slot:
         """Return the parameter's location, to which penalties and transforms are bound."""
         attentions = [m for m in self.sites[0][0].chain if isinstance(m, nn.MultiheadAttention)]
         heads = attentions[-1].num_heads if attentions else None
-        return Location(self.tensor(), self.name, self.owner, self.attribute, heads)
+        tensor, root = self.tensor(), self.sites[0][0].chain[0]
+        rank = None if is_lazy(tensor) else tensor.dim()
+        axes = axes_of(self.owner, self.attribute, self.names, root, rank)
+        return Location(tensor, self.name, self.owner, self.attribute, heads, axes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +154,7 @@ class Location:
     owner: nn.Module | None = None  # the module that has it
     attribute: str = ""  # its name there
     heads: int | None = None  # number of heads, for a parameter of attention
+    axes: tuple[str, ...] | None = None  # its layout, if declared, or known for another package's layer
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ When a class is first attached, its declaration and formula are compared; a diff
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -152,7 +153,13 @@ class Interval:
 
     def nearest(self, w: Tensor) -> Tensor:
         """Return the nearest tensor that satisfies the constraint."""
-        return w.clamp(self.low, self.high)
+        return w.clamp(*self.bounds(w.dtype))
+
+    def bounds(self, dtype: torch.dtype) -> tuple[float | None, float | None]:
+        """Return (low, high), moved into the range of a dtype such as float16, which ends at 65504."""
+        most = torch.finfo(dtype).max
+        low, high = (None if bound is None else max(-most, min(most, bound)) for bound in (self.low, self.high))
+        return low, high
 
 
 @dataclass(frozen=True)
@@ -185,8 +192,7 @@ def check(what: Any) -> None:
     """
     if type(what) in _checked:
         return
-    if isinstance(vars(what).get("per"), (list, tuple, Mapping)) and is_dataclass(what):
-        what = replace(what, per="row")  # type: ignore[type-var]  # index lists may not fit the random tensor
+    what = _by_rows(what)
     interval, terms = getattr(what, "interval", None), getattr(what, "operations", None)
     if interval is not None:
         _compare(what, "interval", "project", interval.nearest, what.project)
@@ -225,6 +231,14 @@ def _compare(what: Any, declared: str, formula: str, fast: Callable[[Tensor], Te
             f"give {_shown(expected)} and {_shown(found)}. Declare `{declared} = None`, which is right for any "
             "formula, or make both the same"
         )
+
+
+def _by_rows(what: Any) -> Any:
+    """Return a dataclass with rows as groups: its own groups may not fit the tensor of the comparison."""
+    fields = dataclasses.fields(what) if dataclasses.is_dataclass(what) else ()
+    if any(field.name == "per" and field.init for field in fields) and what.per is not None:
+        return dataclasses.replace(what, per="row")
+    return what
 
 
 def _sample_shape(what: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ import torch
 from restrain import registry, storage
 from restrain.activation_points import JoinedPlaces, Place, Places, make_place
 from restrain.errors import FileError, PenaltyError, PlanError, RestrainError
-from restrain.fields import brief, given_fields, is_whole
+from restrain.fields import brief, given_fields, is_whole, near_names
 from restrain.penalties import Penalty, Scaled, Sum
 from restrain.penalties.base import NetworkPenalty, NetworkSum, ScaledNetwork
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
@@ -158,6 +159,11 @@ def _built(cls: type, name: str, fields: Mapping[Any, Any]) -> Any:
     except (RestrainError, RecursionError):
         raise
     except Exception as error:  # any exception of a class, perhaps a user's, for a wrong type
+        known = list(inspect.signature(cls).parameters)
+        unknown = [key for key in fields if key not in known]
+        if unknown and isinstance(error, TypeError):
+            named = f"{', '.join(map(repr, unknown))}{near_names(unknown, known)}"
+            raise PlanError(f"{name}: it has no setting {named}") from error
         raise PlanError(f"{name}: {storage.first_line(error)}") from error
 
 

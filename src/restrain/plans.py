@@ -10,10 +10,12 @@ from typing import Any
 from restrain import datafiles
 from restrain.errors import PlanError, RestrainError
 from restrain.fields import brief, is_whole
+from restrain.layouts import NONE, Layouts, read_layouts, write_layouts
 from restrain.plandata import read_rule, write_rule
 from restrain.rules import Rule, What
 
 VERSION = 1  # of the data; the key is optional
+_KEYS = {"rules", "version", "layouts"}
 _DEEPEST = 20  # greatest depth of nested lists
 
 
@@ -30,6 +32,7 @@ class Plan:
     """
 
     rules: tuple[Rule, ...] = ()
+    layouts: Layouts = NONE
 
     def __post_init__(self) -> None:
         if not (_is_list(self.rules) and all(isinstance(rule, Rule) for rule in self.rules)):
@@ -44,8 +47,10 @@ class Plan:
             PlanError: it is something else.
         """
         if given is None or isinstance(given, Plan):
-            return given or cls()
-        return cls(tuple(_rules(given, 0)))
+            return cls() if given is None else given
+        found: list[Layouts] = []
+        rules = tuple(_rules(given, 0, found))
+        return cls(rules, Layouts(tuple([pair for one in found for pair in one.by_name])))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -55,9 +60,13 @@ class Plan:
             PlanError: an unknown name or key, or an invalid number.
         """
         _check_version(data)
-        if not isinstance(data, Mapping) or not set(data) <= {"rules", "version"} or not _is_list(data.get("rules")):
-            raise PlanError(f"a plan is {{'rules': [...]}}, a list under that one key; got {brief(data)}")
-        return cls(tuple(_read(rule, f"rule {number}") for number, rule in enumerate(data["rules"], 1)))
+        if not isinstance(data, Mapping) or not set(data) <= _KEYS or not _is_list(data.get("rules")):
+            raise PlanError(
+                "a plan is {'rules': [...]}, a list of rules, and may have 'layouts', words for the axes of "
+                f"parameters; got {brief(data)}"
+            )
+        layouts = read_layouts(data.get("layouts", {}))  # first: rules may name axes by their words
+        return cls(tuple(_read(rule, f"rule {number}") for number, rule in enumerate(data["rules"], 1)), layouts)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as plain data (dicts, lists, text, numbers).
@@ -66,7 +75,8 @@ class Plan:
             PlanError: a rule selects by an object or a function, which has no text form; a bound
                 plan (`reg.plan`) has names instead.
         """
-        return {"rules": [write_rule(rule) for rule in self.rules]}
+        data: dict[str, Any] = {"rules": [write_rule(rule) for rule in self.rules]}
+        return data | ({"layouts": write_layouts(self.layouts)} if self.layouts.by_name else {})
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -100,15 +110,18 @@ class Plan:
         return len(self.rules)
 
     def __add__(self, other: Any) -> Plan:
-        return Plan(self.rules + Plan.of(other).rules)
+        more = Plan.of(other)
+        return Plan(self.rules + more.rules, Layouts(self.layouts.by_name + more.layouts.by_name))
 
 
-def _rules(given: Any, depth: int) -> Iterator[Rule]:
-    """Yield the rules of an argument of `Plan.of`."""
+def _rules(given: Any, depth: int, layouts: list[Layouts]) -> Iterator[Rule]:
+    """Yield the rules of what `Plan.of` takes; append the layouts of plans in it."""
     if isinstance(given, Rule):
         yield given
-    elif isinstance(given, Mapping) and ("rules" in given or "version" in given):
-        yield from Plan.from_dict(given)
+    elif isinstance(given, Plan) or (isinstance(given, Mapping) and _KEYS & set(given)):
+        plan = given if isinstance(given, Plan) else Plan.from_dict(given)
+        layouts.append(plan.layouts)
+        yield from plan
     elif isinstance(given, (str, Mapping)):
         yield read_rule(given)
     elif isinstance(given, What):
@@ -117,7 +130,7 @@ def _rules(given: Any, depth: int) -> Iterator[Rule]:
         raise PlanError(f"a plan is a list of rules; got lists within lists, {_DEEPEST} deep")
     else:
         for member in _members(given):
-            yield from _rules(member, depth + 1) if member is not None else ()
+            yield from _rules(member, depth + 1, layouts) if member is not None else ()
 
 
 def _members(given: Any) -> Iterator[Any]:

@@ -76,8 +76,12 @@ class What:
 
         Raises:
             SelectionError: it can't act on them at all.
+            PlanError: a base class, which doesn't say.
         """
-        raise NotImplementedError
+        raise PlanError(
+            f"{type(self).__name__} is a base for classes of your own and can't be a rule: take a subclass, such as "
+            "rs.GaussianNoise, or write one that has `moments`"
+        )
 
     def bound_to(self, at: Location) -> What:
         """Return the object bound to a parameter: axes named by meaning resolved, state allocated.
@@ -138,12 +142,12 @@ class What:
             momentum: for constraints, "tangent" projects the optimizer's momentum after each
                 projection, so that it doesn't lead out of the set.
             outputs: for a penalty on the whole network, the layers whose outputs it gets.
-            metric: for constraints, how a projection after a step measures distances: by the optimizer's
-                own steps, where that projection is known, so that training ends at the constrained
-                minimiser; or "euclidean", as when attached.
-            gradient: for constraints, "tangent" takes out of the gradient, before each step, what would
-                lead out of the set. None: so where `metric="optimizer"` needs it, for UnitNorm,
-                Orthogonal and LowRank under optimizers such as Adam.
+            metric: for constraints, the distances of projections after a step: in the optimizer's
+                own steps if this projection is known, so that training ends at the constrained
+                minimiser; or "euclidean", as at attach.
+            gradient: for constraints, "tangent" removes from the gradient, before each step, the
+                part that leads out of the set. None: only if `metric="optimizer"` needs it, for
+                UnitNorm, Orthogonal and LowRank under optimizers such as Adam.
 
         Raises:
             HowError: a `how` that is impossible for it.

@@ -16,7 +16,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal
 
 from restrain.errors import PenaltyError
-from restrain.fields import call_text, is_number, is_whole
+from restrain.fields import call_text, is_number, is_whole, shown_number
 
 Unit = Literal["step", "epoch"]
 
@@ -380,7 +380,7 @@ def checked_number(name: str, number: Any) -> float:
         PenaltyError: the number isn't finite and real, zero or more.
     """
     if not _is_strength(number):
-        raise PenaltyError(f"{name} is a finite number, zero or more; got {number!r}")
+        raise PenaltyError(f"{name} is a finite number, zero or more; got {shown_number(number)}")
     return float(number)
 
 

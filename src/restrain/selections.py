@@ -1,8 +1,9 @@
-"""Where a rule acts: selections of parameters and of layers, and their algebra.
+"""Selections of parameters and layers for rules, and their algebra.
 
-A selection is a glob, a list of names, a compiled regex, a module, a parameter, a module type or union of types,
-a predicate `f(name, tensor_or_module)`, a role (`weights`, `biases`, `norms`, `embeddings`), or any of these
-joined by `&`, `|` and `-`. Places (layer outputs and inputs) are selected by the same means in `places`.
+A selection is a glob, a list of names, a compiled regex, a module, a parameter, a module type or
+union of types, a predicate `f(name, tensor_or_module)`, a role (`weights`, `biases`, `norms`,
+`embeddings`), or any of these joined by `&`, `|` and `-`. Activations (outputs and inputs of
+layers) are selected by the same means in `activation_points`.
 """
 
 from __future__ import annotations
@@ -23,27 +24,31 @@ from restrain.fields import brief, shortened
 from restrain.named_tensors import Layer, Slot, near
 from restrain.torch_private import NORMALIZATIONS
 
-Site: TypeAlias = tuple[Layer, str | None]  # a parameter's layer and its key there; of a layer itself, None
+Site: TypeAlias = tuple[Layer, str | None]  # a parameter's layer and key; key None for a layer
 
 SYMBOLS = {"and": "&", "or": "|", "minus": "-"}
 
 
 class Where:
-    """Base of the selections of parameters and modules; joins with others by `&`, `|` and `-`."""
+    """Base of selections of parameters and modules; joined by `&`, `|` and `-`."""
 
     def takes(self, layer: Layer, key: str | None) -> bool:
-        """Whether it selects the parameter `key` of `layer`; with `key` None, whether it selects the layer."""
+        """Return True if it selects parameter `key` of `layer`; for `key` None, the layer."""
         raise NotImplementedError
 
+    def takes_any(self, sites: Sequence[Site]) -> bool:
+        """Return True if it selects a parameter or layer that stands at these places."""
+        return any(self.takes(*site) for site in sites)
+
     def named(self, names: Collection[str]) -> Iterable[str] | None:
-        """Those of the names that it takes; None if it looks at more than names."""
+        """Return the selected names; None if the selection depends on more than names."""
         return None
 
     def check(self, there: There) -> None:
-        """Refuse a list in which a name stands that there isn't, beside others that there are.
+        """Check that a list with matching members has no member that matches nothing.
 
         Raises:
-            SelectionError: so it is; near names are listed.
+            SelectionError: it has; similar names are listed.
         """
 
     def __and__(self, other: Any) -> Joined:
@@ -78,9 +83,9 @@ class Joined(Where):
 
 
 def spine(joined: Any) -> list[Any]:
-    """The joins on the way to the leftmost selection, the innermost first: of a - b - c that of a - b, then the whole.
+    """Return the joins down to the leftmost selection, innermost first: for a - b - c, a - b first.
 
-    Whoever goes along it needs no call for each of a thousand.
+    A loop over them needs no recursion, however many there are.
     """
     nodes, kind = [], type(joined)
     while type(joined) is kind:
@@ -90,7 +95,7 @@ def spine(joined: Any) -> list[Any]:
 
 
 def shown(joined: Any) -> str:
-    """The text of joined selections."""
+    """Return the text of joined selections."""
     nodes = spine(joined)
     rest = [f" {SYMBOLS[node.operation]} {node.right!r})" for node in nodes]
     return shortened(f"{'(' * len(nodes)}{nodes[0].left!r}{''.join(rest)}")
@@ -98,7 +103,10 @@ def shown(joined: Any) -> str:
 
 @dataclass(frozen=True)
 class Glob(Where):
-    """Names that match a shell pattern: `*` any text (dots too), `?` one character, `[ab]` a choice."""
+    """Names that match a shell pattern: `*` any text, `?` a character, `[ab]` a choice.
+
+    `*` also matches dots.
+    """
 
     pattern: str
 
@@ -111,7 +119,7 @@ class Glob(Where):
 
 @dataclass(frozen=True)
 class Names(Where):
-    """Exactly these names: what a bound plan is written with."""
+    """Exactly these names, as in a bound plan."""
 
     names: tuple[str, ...]
 
@@ -159,9 +167,10 @@ class Regex(Where):
         return f"re.compile({', '.join([repr(self.pattern), *[' | '.join(flags)] * bool(flags)])})"
 
 
-_SECONDS, _MOST_EFFORT, _LONGEST = 5, 22, 10_000  # for all names; bits, for each of them; characters of a pattern
+# time for all names; bits per name; characters of a pattern
+_SECONDS, _MOST_EFFORT, _LONGEST = 5, 22, 10_000
 _REPEAT = r"(?:[*+?]|\{\d+(?:,\d*)?\}|\{,\d*\})[?+]?"
-_OPEN = r"\((?:\?(?:\([^)]*\)|P?<?[=!]|P?<|P=|[>:a-zA-Z-]+))?"  # a group, with what says of which kind it is
+_OPEN = r"\((?:\?(?:\([^)]*\)|P?<?[=!]|P?<|P=|[>:a-zA-Z-]+))?"  # a group's opening, with its kind
 _TOKEN = re.compile(
     r"\(\?#[^)]*\)|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]"  # a comment, an escape, a set of characters
     rf"|(?P<open>{_OPEN})|(?P<close>\))|(?P<or>\|)|(?P<repeat>{_REPEAT})|.",
@@ -170,15 +179,17 @@ _TOKEN = re.compile(
 
 
 def _effort(pattern: str, flags: int) -> float:
-    """Two to which power a regular expression may have to go through ways to match a name, as Python does it.
+    """Return the log2 of the ways in which Python may try to match a name, as a bound.
 
-    Each repetition of open length counts as 5 bits, an optional part as one, a choice as the logarithm of its members.
-    What is repeated may hold neither: that takes exponential time in the length of the name.
+    Each repetition without a bound counts as 5 bits, an optional part as one, a choice as the
+    logarithm of its members. A repeated group that contains one of them counts as infinite: it can
+    take exponential time in the length of the name.
     """
     if len(pattern) > _LONGEST or (flags & re.VERBOSE and "#" in pattern):
-        return inf  # there may be brackets in comments
-    bits, groups = 0.0, [[0, 1]]  # of each open group: choices and open repetitions in it, and members of its choice
-    last: list[int] = [0, 1]  # the group that has just ended
+        return inf  # comments may contain brackets
+    # per open group: choices and unbounded repetitions in it, members of its choice
+    bits, groups = 0.0, [[0, 1]]
+    last: list[int] = [0, 1]  # the group that has just been closed
     for token in _TOKEN.finditer(pattern):
         kind = token.lastgroup
         if kind == "open":
@@ -202,7 +213,7 @@ def _effort(pattern: str, flags: int) -> float:
 
 
 def _times(repeat: str) -> tuple[float, float]:
-    """How often at least and at most."""
+    """Return the least and greatest number of repetitions."""
     if repeat[0] != "{":
         return {"*": (0, inf), "+": (1, inf), "?": (0, 1)}[repeat[0]]
     least, comma, most = repeat.rstrip("?+")[1:-1].partition(",")
@@ -212,7 +223,7 @@ def _times(repeat: str) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class OfType(Where):
-    """The parameters in modules of these types, or the modules themselves; types may be given by class name."""
+    """Parameters in modules of these types, or the modules; types or class names."""
 
     types: tuple[type[nn.Module] | str, ...]
 
@@ -242,7 +253,7 @@ class OfType(Where):
 
 @dataclass(frozen=True, eq=False)
 class Object(Where):
-    """A module (with all its parameters) or a parameter of the model itself, by identity."""
+    """A module (with all its parameters) or a parameter of the model, by identity."""
 
     target: nn.Module | Tensor
 
@@ -259,7 +270,7 @@ class Object(Where):
 
 @dataclass(frozen=True, eq=False)
 class Predicate(Where):
-    """What `function(name, tensor)` (for places: `function(name, module)`) is true of."""
+    """Parameters for which `function(name, tensor)` is true; layers: `function(name, module)`."""
 
     function: Callable[[str, Any], bool]
 
@@ -296,8 +307,9 @@ def _role(layer: Layer, key: str) -> str:
 class Role(Where):
     """Parameters by what they do: `weights`, `biases`, `norms` or `embeddings`.
 
-    `weights` are the parameters of rank two or more of layers that multiply: not those of normalisation layers or
-    embeddings, whatever these are called; a tied weight that some layer multiplies by is one.
+    `weights` are the parameters of two axes or more of layers that multiply: not those of
+    normalisation layers or embeddings, whatever their names. A weight that is tied to an embedding
+    is an embedding.
     """
 
     role: str
@@ -306,6 +318,10 @@ class Role(Where):
         if key is None:
             raise SelectionError(f"rs.{self.role} selects parameters; a place is a layer: write its name or type")
         return _role(layer, key) == self.role
+
+    def takes_any(self, sites: Sequence[Site]) -> bool:
+        tied = self.role == "weights" and any(key and _role(layer, key) == "embeddings" for layer, key in sites)
+        return not tied and Where.takes_any(self, sites)
 
     def __repr__(self) -> str:
         return f"rs.{self.role}"
@@ -319,7 +335,7 @@ ROLES = ("weights", "biases", "norms", "embeddings")
 
 
 def glob(pattern: str) -> Glob:
-    """A selection by shell pattern, to be joined with others: `rs.weights & rs.glob("fc*")`."""
+    """Return a selection by shell pattern, to join with others: `rs.weights & rs.glob("fc*")`."""
     return Glob(pattern)
 
 
@@ -328,7 +344,7 @@ def _full(layer: Layer, key: str | None) -> str:
 
 
 def as_where(given: Any) -> Where:
-    """The selection that a glob, list, regex, module, parameter, type, union of types or predicate stands for."""
+    """Return the selection for a glob, list, regex, module, parameter, type, union or predicate."""
     if isinstance(given, Where):
         return given
     if isinstance(given, str):
@@ -363,7 +379,7 @@ def as_where(given: Any) -> Where:
 
 
 class Parameters:
-    """The parameters of a model, of which selections take some."""
+    """The parameters of a model, from which selections choose."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
@@ -374,30 +390,62 @@ class Parameters:
         )
 
     def select(self, where: Where, optional: bool = False) -> list[Slot]:
-        """Those that it selects, in the model's order.
+        """Return the selected parameters in the model's order.
 
         Args:
             where: the selection.
-            optional: whether it, or a part of it, may match nothing.
+            optional: True if the selection, or a part of it, may match nothing.
 
         Raises:
-            SelectionError: it, or a part of it, matches nothing; near names and what there is are listed.
+            SelectionError: the selection, or a part of it, matches nothing; similar and existing
+                names are listed.
         """
         taken = chosen(where, self._there, optional)
         if not taken and not optional:
             places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
             raise SelectionError(f"{where!r} selects no parameter{places}{near(pattern(where), self._there.names)}")
-        return [self.slots[i] for i in sorted(taken)]
+        slots = [self.slots[i] for i in sorted(taken)]
+        if _by_role(where, "weights"):
+            _check_whole(slots)
+        return slots
+
+
+def _by_role(where: Where, role: str) -> bool:
+    """Return True if a role is part of a selection."""
+    if isinstance(where, Joined):
+        return any(_by_role(part, role) for node in spine(where) for part in (node.left, node.right))
+    return isinstance(where, Role) and where.role == role
+
+
+def _check_whole(slots: Sequence[Slot]) -> None:
+    """Refuse the length and direction of which torch's old weight_norm computes a weight, as weights.
+
+    Raises:
+        SelectionError: there are such parameters among the slots.
+    """
+    parts = [slot for slot in slots if slot.attribute.endswith(("_g", "_v")) and _is_normed(slot)]
+    if parts:
+        names, layer = ", ".join(repr(slot.name) for slot in parts[:4]), parts[0].sites[0][0].name
+        raise SelectionError(
+            f"{names}: of these torch.nn.utils.weight_norm computes the weight, so rs.weights would act on its parts. "
+            "Use torch.nn.utils.parametrizations.weight_norm, whose weight rules see, or leave them out: rs.weights - "
+            f"rs.glob({(layer + '.' if layer else '') + 'weight_*'!r})"
+        )
+
+
+def _is_normed(slot: Slot) -> bool:
+    base = slot.attribute[:-2]
+    return {f"{base}_g", f"{base}_v"} <= set(slot.owner._parameters) and base not in slot.owner._parameters
 
 
 @dataclass(frozen=True)
 class There:
-    """What a model has to be selected from, parameters or layers, by their numbers.
+    """The parameters or layers of a model, numbered, from which selections choose.
 
     Args:
-        sites: where each of them stands.
-        numbers: {name: number}; one may have several names.
-        names: those that an error tells of.
+        sites: (layer, key) pairs of each.
+        numbers: {name: number}; a parameter may have several names.
+        names: the names to list in errors.
     """
 
     sites: Sequence[Sequence[Site]]
@@ -406,9 +454,9 @@ class There:
 
 
 def chosen(where: Where, there: There, optional: bool = False) -> set[int]:
-    """The numbers of the parameters or layers that a selection takes.
+    """Return the numbers of the parameters or layers that a selection takes.
 
-    A member of a list, or what is to be left out, that matches nothing is a misspelling: an error, unless `optional`.
+    A part of a joined selection that matches nothing is a misspelling: an error, unless `optional`.
     """
     if not isinstance(where, Joined):
         return _chosen(where, there, optional)
@@ -429,9 +477,9 @@ def _chosen(where: Where, there: There, optional: bool) -> set[int]:
     named = where.named(there.numbers.keys())
     if named is not None:
         return {there.numbers[name] for name in named}
-    return {i for i, own in enumerate(there.sites) if any(where.takes(*site) for site in own)}
+    return {i for i, own in enumerate(there.sites) if where.takes_any(own)}
 
 
 def pattern(where: Where | None) -> str:
-    """The text that a selection by pattern has."""
+    """Return the text of a selection by pattern, or ""."""
     return where.pattern if isinstance(where, (Glob, Regex)) else ""

@@ -334,9 +334,9 @@ def _said(error: Exception) -> str:
 
 def _check_zip(file: BinaryIO, size: int, path: Any) -> None:
     """Check sizes and CRC-32 of an archive's parts, which torch doesn't."""
-    if not zipfile.is_zipfile(file):
-        return  # torch before 1.6, or truncated, which torch reports
     try:
+        if not zipfile.is_zipfile(file):
+            return  # torch before 1.6, or truncated, which torch reports
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len({member.filename for member in members}) < len(members):

@@ -148,7 +148,7 @@ EXACT = [
 
 @pytest.mark.parametrize(("text", "decimal", "thousands", "number"), EXACT)
 def test_numbers_with_other_marks(text, decimal, thousands, number):
-    assert spelling.numbers([text, None], decimal, thousands).tolist()[0] == number
+    assert spelling.reader(decimal, thousands)(text) == number
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_numbers_with_other_marks(text, decimal, thousands, number):
     ],
 )
 def test_marks_elsewhere_are_no_number(text, decimal, thousands):
-    assert spelling.numbers([text], decimal, thousands) is None
+    assert np.isnan(spelling.reader(decimal, thousands)(text))
 
 
 @pytest.mark.parametrize("ending", ["csv", "txt"])
@@ -175,6 +175,17 @@ def test_a_german_table(tmp_path, ending):
     assert table.numbers("Menge").tolist() == [1.5, 2, 10.25]
     assert table.numbers("n").tolist() == [1, 2, 3]
     assert table.columns["Ort"].tolist() == ["Bonn", "Ulm", "Ulm"]
+
+
+def test_points_are_no_decimals_where_commas_are(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("a;b\n1.5;1,5\n2.5;2.5\n")
+    table = tables.read(path, marks=Marks(";", ","))
+    for name in ("a", "b"):
+        with pytest.raises(DataError, match=r"decimal points: write --decimal \."):
+            Encoding.learn(table, [name], [], "error", np.arange(2))
+        with pytest.raises(DataError, match=r"expected a number, got '[12]\.5'"):
+            table.numbers(name)
 
 
 OTHERWISE = {

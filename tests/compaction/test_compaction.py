@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.compaction import compaction
+from restrain.compaction.attention import Attention
 from restrain.errors import CompactionError
 
 
@@ -196,16 +197,70 @@ def test_a_weight_that_is_computed_stays():
     assert shapes(result.model) == shapes(model)
 
 
-def test_heads_of_torchs_attention_stay():
-    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).double()
+@pytest.mark.parametrize("first", [True, False])
+def test_heads_of_torchs_attention_go(first):
+    layer = nn.TransformerEncoderLayer(8, 4, 16, batch_first=first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
     with torch.no_grad():
-        model.linear1.weight[:7] = 0
-        model.linear1.bias[:7] = -1
-        model.self_attn.in_proj_weight[16:20] = 0
-    result = rs.compact(model, torch.randn(2, 3, 8).double())
-    assert result.model.linear1.weight.shape == (9, 8)
-    assert result.model.self_attn.in_proj_weight.shape == (24, 8)
-    equal(model, result, [torch.randn(2, 3, 8).double()])
+        for layer in model.layers:
+            layer.linear1.weight[:7] = 0
+            layer.linear1.bias[:7] = -1
+        model.layers[0].self_attn.in_proj_weight[18:20] = 0  # values of head 1
+        model.layers[0].self_attn.in_proj_bias[18:20] = 0.5
+        model.layers[0].self_attn.out_proj.weight[:, 6:] = 0  # head 3 isn't read
+    x = torch.randn(2, 3, 8).double()
+    result = rs.compact(model, x)
+    assert [layer.linear1.weight.shape for layer in result.model.layers] == [(9, 8)] * 2
+    assert result.model.layers[0].self_attn.in_proj_weight.shape == (12, 8)
+    assert result.model.layers[0].self_attn.num_heads == 2
+    assert type(result.model.layers[1].self_attn) is nn.MultiheadAttention
+    equal(model, result, [x])
+    assert model.state_dict().keys() == result.model.state_dict().keys()
+
+
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("masks", ["none", "float", "bool", "padding", "heads"])
+def test_attention_is_torchs(weights, dims, first, masks):
+    other = nn.MultiheadAttention(8, 4, batch_first=first).double()
+    mine, sizes = Attention(other), [(3, 8), (5, 8), (5, 8)]
+    given = [torch.randn(s).double() if dims == 2 else torch.randn(2, *s).double() for s in sizes]
+    given = given if dims == 2 or first else [x.transpose(0, 1) for x in given]
+    made = {
+        "none": {},
+        "float": {"attn_mask": torch.randn(3, 5).double()},
+        "bool": {"attn_mask": torch.ones(3, 5).triu(2).bool()},
+        "padding": {"key_padding_mask": torch.tensor([False, False, True, False, True]).expand(*[2] * (dims - 2), 5)},
+        "heads": {"attn_mask": torch.randn(4 * (2 if dims == 3 else 1), 3, 5).double()},
+    }
+    for inputs in (given, [given[0]] * 3 if masks == "none" else given):
+        expected, found = (one(*inputs, need_weights=weights, **made[masks]) for one in (other, mine))
+        assert torch.allclose(found[0], expected[0])
+        assert (found[1] is None) == (not weights)
+        assert not weights or torch.allclose(found[1], expected[1])
+
+
+def test_units_stay_whose_number_is_written_in_the_models_code():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.c(torch.relu(self.b(torch.relu(self.a(x)))).view(-1, 8))
+
+    torch.manual_seed(0)
+    model = Written().double()
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.b.weight[:3] = 0
+    x = torch.randn(3, 4).double()
+    result = rs.compact(model, x)
+    assert shapes(result.model) == {**shapes(model), "a.weight": (3, 4), "a.bias": (3,), "b.weight": (8, 3)}
+    why = next(layer.stays for layer in result.report.layers if layer.name == "b.weight")
+    assert any("the model's code needs its size: RuntimeError" in one for one in why)
+    equal(model, result, [x])
 
 
 # Networks by chance

@@ -182,7 +182,6 @@ def test_blocks_that_are_compiled_one_by_one_share_their_graphs():
 # C: roles and axes
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_are_not_the_parts_of_the_old_weight_norm():
     model = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(4, 8)), nn.Linear(8, 2))
@@ -207,13 +206,11 @@ class Language(nn.Module):
         self.head.weight = self.embedding.weight
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_weights_are_not_a_tied_embedding():
     model = Language()
     torch.testing.assert_close(rs.attach(model, rs.L1().on(rs.weights)).penalty(), model.middle.weight.abs().sum())
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("rule", [rs.GroupLasso(per="head"), rs.MaxNorm(1.0, per="head")], ids=repr)
 def test_heads_of_an_attention_of_ones_own_get_lists_as_the_way_out(rule):
     model = Language()
@@ -404,7 +401,6 @@ class Residual(nn.Module):
         return torch.relu(self.fc(x) + self.other(x))  # a sum comes between the layer and the function
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_a_function_that_the_model_calls_is_caught_or_docs_say_what_via_does():
     model, x = Residual(), torch.randn(5, 4)
     with rs.attach(model, rs.L1().on(rs.outputs("fc", via=torch.relu))) as reg:
@@ -417,7 +413,6 @@ def test_a_function_that_the_model_calls_is_caught_or_docs_say_what_via_does():
     assert called or (applied and not misleading)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_a_unit_norm_decoder_without_parallel_gradient_is_what_the_docs_say_it_is():
     """What SAE libraries do: take out the part of the gradient along each column, step by Adam, normalise."""
     x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
@@ -450,7 +445,6 @@ def test_a_unit_norm_decoder_without_parallel_gradient_is_what_the_docs_say_it_i
     torch.testing.assert_close(layer.weight, by_hand.weight, rtol=0, atol=1e-4)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_docs_say_where_the_activation_regularisation_of_fastai_acts():
     rows = [line for line in (DOCS / "coming-from.md").read_text("utf-8").splitlines() if "RNNRegularizer" in line]
     assert rows
@@ -473,7 +467,6 @@ def test_fastais_regularisation_of_dropped_outputs_is_that_of_the_next_layers_in
     torch.testing.assert_close(reg.loss(loss), model.dropped.square().sum() / 5)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 def test_docs_say_that_the_mean_over_calls_goes_over_forwards_too():
     for text in (" ".join(rs.outputs.__doc__.split()), said_in("activations.md")):
         sentences = [one for one in re.split(r"(?<=[.;:]) ", text) if re.search(r"calls|called several times", one)]

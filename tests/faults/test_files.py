@@ -72,7 +72,6 @@ def kept(state):
     return state["kept"][name], next(iter(state["kept"][name]))
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E2")
 @pytest.mark.parametrize("shape", [(1, 4), (5, 1), (1,), (4, 5)])
 def test_a_kept_tensor_of_another_shape_is_refused_and_changes_nothing(shape):
     parts = attached()
@@ -85,7 +84,6 @@ def test_a_kept_tensor_of_another_shape_is_refused_and_changes_nothing(shape):
     assert plain(reg.state_dict()) == before
 
 
-NOT_CHECKED = pytest.mark.xfail(strict=True, reason="faults.md E2")
 BROKEN = {
     "steps": "three",
     "epochs": None,
@@ -97,9 +95,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(
-    "key", [pytest.param(key, marks=[NOT_CHECKED] * (key not in ("kept", "rules"))) for key in BROKEN]
-)
+@pytest.mark.parametrize("key", BROKEN)
 def test_a_state_with_a_part_of_another_type_is_refused_and_changes_nothing(key):
     parts = attached()
     reg = parts[2]
@@ -124,7 +120,6 @@ def mutated_state(state, draw):
     return state
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E2")
 def test_mutated_states_are_refused_whole_or_go_on():
     state, wrong = state_after_steps(), []
     for seed in range(120):
@@ -167,7 +162,6 @@ else:
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_full_disk_leaves_the_plan_that_was_there(tmp_path, suffix):
     path = tmp_path / f"plan.{suffix}"
@@ -190,7 +184,6 @@ except (OSError, rs.errors.RestrainError) as error:
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 def test_a_full_disk_at_a_checkpoint_is_told_with_its_path(tmp_path):
     path = tmp_path / "state.pt"
     done = alone(SAVE_CHECKPOINT, path, file_bytes=2000)
@@ -206,7 +199,6 @@ main(["predict", "run", "data.csv", "--out", "found.csv"])
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 def test_a_full_disk_leaves_the_predictions_that_were_there(tmp_path):
     rows = "".join(f"{a},{b},{y}\n" for (a, b, *_), y in zip(X.tolist() * 50, Y.tolist() * 50, strict=True))
     (tmp_path / "data.csv").write_text("a,b,y\n" + rows)
@@ -221,7 +213,6 @@ def test_a_full_disk_leaves_the_predictions_that_were_there(tmp_path):
     assert (tmp_path / "found.csv").read_text() == "y\nold\n"
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_a_plan_that_is_cut_at_a_line_is_refused(tmp_path, suffix):
     whole, path = tmp_path / f"whole.{suffix}", tmp_path / f"torn.{suffix}"
@@ -245,7 +236,6 @@ def test_a_plan_that_a_person_wrote_needs_no_mark(tmp_path):
     assert rs.Plan.load(path) == rs.Plan.of([1e-3 * rs.L1().on("*.weight")])
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 def test_two_trainings_with_one_checkpoint_leave_whole_files(tmp_path):
     path, errors, torn, end = tmp_path / "state.pt", [], [], threading.Event()
 
@@ -286,7 +276,6 @@ model.save(sys.argv[1])
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E3")
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
     path = tmp_path / "model.safetensors"
     model = rs.Classifier(hidden=(8,), epochs=1, random_state=0).fit(X, Y)
@@ -331,7 +320,6 @@ def foreign(path, whole, use, seeds=range(80)):
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.parametrize("suffix", ["yaml", "toml", "json"])
 def test_errors_from_mutated_plans_are_ours(tmp_path, suffix):
     path = tmp_path / f"plan.{suffix}"
@@ -340,7 +328,6 @@ def test_errors_from_mutated_plans_are_ours(tmp_path, suffix):
     assert not foreign(path, path.read_bytes(), lambda: rs.Plan.load(path))
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_errors_from_mutated_references_are_ours(tmp_path, suffix):
@@ -355,7 +342,6 @@ def test_errors_from_mutated_references_are_ours(tmp_path, suffix):
     assert not foreign(path, path.read_bytes(), lambda: rs.attach(model, rule).detach())
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.filterwarnings("ignore")
 def test_errors_from_mutated_checkpoints_are_ours_and_none_changes_the_weights(tmp_path):
     path = tmp_path / "state.pt"
@@ -373,7 +359,6 @@ def test_errors_from_mutated_checkpoints_are_ours_and_none_changes_the_weights(t
     assert foreign(path, whole, use, seeds) + other == []
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.filterwarnings("ignore")
 def test_a_flipped_byte_in_a_checkpoint_is_told(tmp_path):
     path = tmp_path / "state.pt"
@@ -400,7 +385,6 @@ def test_a_flipped_byte_in_a_checkpoint_is_told(tmp_path):
         assert "state.pt" in told
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.filterwarnings("ignore")
 def test_errors_from_mutated_models_are_ours(tmp_path):
     path = tmp_path / "model.safetensors"
@@ -422,7 +406,6 @@ def test_errors_from_mutated_models_are_ours(tmp_path):
     assert not found
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 def test_attributes_of_a_wrong_type_are_found_when_a_model_is_loaded(tmp_path):
     path = tmp_path / "model.safetensors"
     model = rs.Classifier(hidden=(8,), epochs=1, random_state=0, normalize=True).fit(X, Y)
@@ -453,7 +436,6 @@ def test_attributes_of_a_wrong_type_are_found_when_a_model_is_loaded(tmp_path):
     assert not wrong
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E4")
 @pytest.mark.parametrize(
     ("suffix", "text"),
     [
@@ -515,18 +497,12 @@ HOSTILE = {
 }
 
 
-UNBOUNDED = pytest.mark.xfail(strict=True, reason="faults.md E5")
 HANGING = ("aliases.yaml", "or.yaml")
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=[UNBOUNDED] * (name != "aliases in rules.yaml") + [pytest.mark.slow] * (name in HANGING)
-        )
-        for name in HOSTILE
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in HANGING)) for name in HOSTILE],
 )
 def test_small_hostile_plans_are_refused_at_once(tmp_path, name):
     path = tmp_path / name
@@ -552,7 +528,6 @@ except rs.errors.RestrainError as error:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md E5")
 def test_a_regular_expression_does_not_hang():
     done = alone(REGEX, seconds=40)
     assert done.returncode == 0, done.stderr[-1000:]
@@ -570,7 +545,6 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "0
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E5")
 def test_a_small_model_file_that_says_it_is_large_takes_no_memory(tmp_path):
     path = tmp_path / "model.safetensors"
     rs.Classifier(hidden=(7,), epochs=1, random_state=0).fit(X, Y).save(path)

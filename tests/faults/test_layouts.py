@@ -49,7 +49,6 @@ PENALTIES = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A5")
 @pytest.mark.parametrize("kind", BY_MEANING)
 def test_a_constraint_by_meaning_on_a_parameter_of_three_axes_that_nothing_explains_is_refused(kind):
     model = Experts()
@@ -57,7 +56,6 @@ def test_a_constraint_by_meaning_on_a_parameter_of_three_axes_that_nothing_expla
         rs.attach(model, BY_MEANING[kind].on("experts"), sgd(model))
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A5")
 @pytest.mark.parametrize("kind", PENALTIES)
 def test_a_penalty_by_meaning_on_a_parameter_of_three_axes_that_nothing_explains_is_refused(kind):
     model = Experts()
@@ -65,7 +63,6 @@ def test_a_penalty_by_meaning_on_a_parameter_of_three_axes_that_nothing_explains
         rs.attach(model, PENALTIES[kind].on("experts")).penalty()
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A5")
 @pytest.mark.parametrize("per", ["in", "out"])
 def test_a_constraint_by_meaning_on_a_raw_matrix_is_refused(per):
     model = Decoder()
@@ -73,7 +70,6 @@ def test_a_constraint_by_meaning_on_a_raw_matrix_is_refused(per):
         rs.attach(model, rs.UnitNorm(per).on("decoder"), sgd(model))
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A5")
 def test_weights_by_role_do_not_take_a_parameter_of_three_axes_by_meaning():
     model = nn.Sequential(nn.Linear(8, 8), Experts())
     with pytest.raises(RestrainError, match=r"(?s)experts.*dim"):

@@ -54,7 +54,6 @@ for _ in range(2):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md A16")
 @pytest.mark.parametrize("name", ["strong", "direct"])
 def test_a_penalty_of_ones_own_has_its_formula_in_parallel_workers(name, tmp_path):
     (tmp_path / "study.py").write_text(IN_WORKERS)
@@ -65,7 +64,6 @@ def test_a_penalty_of_ones_own_has_its_formula_in_parallel_workers(name, tmp_pat
     assert found == pytest.approx([right] * 4)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A16")
 @pytest.mark.parametrize("name", ["strong", "direct"])
 def test_a_penalty_of_ones_own_has_its_formula_after_its_class_was_unpickled(name):
     done = alone(IN_ONE_PROCESS, name, seconds=120)
@@ -77,7 +75,6 @@ def test_a_penalty_of_ones_own_has_its_formula_after_its_class_was_unpickled(nam
 TABLE = pd.DataFrame({"a": [0.0, 1.0, 2.0, 5.0], "b": [100.0, 300.0, 500.0, 100.0]})
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A18")
 @pytest.mark.parametrize("kind", [rs.Standardize, rs.RobustScale])
 @pytest.mark.parametrize("way", ["forward", "inverse", "inverse_std"])
 def test_columns_in_another_order_are_scaled_by_their_own_statistics_or_refused(kind, way):
@@ -95,7 +92,6 @@ def test_columns_in_another_order_are_scaled_by_their_own_statistics_or_refused(
     assert "a" in told
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A18")
 @pytest.mark.parametrize("kind", [rs.Standardize, rs.RobustScale])
 def test_columns_of_other_names_are_refused(kind):
     scale = kind().fit(TABLE)
@@ -113,7 +109,6 @@ def rare(seed, minority=10, count=200):
     return (draws.normal(size=(count, 3)) + 3 * y[:, None]).astype("float32"), y
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A19")
 def test_the_validation_split_has_each_class_in_proportion():
     """Of ten rows of the minority, a fifth is two; a constant prediction of the majority has accuracy 38 / 40."""
     accuracies = []
@@ -126,7 +121,6 @@ def test_the_validation_split_has_each_class_in_proportion():
     assert {round(one, 6) for one in accuracies} <= {38 / 40, 2 / 40}
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A19")
 def test_a_class_of_one_row_stays_in_training():
     for seed in range(10):
         X, y = rare(seed, minority=1, count=20)
@@ -138,7 +132,6 @@ def test_a_class_of_one_row_stays_in_training():
         assert model.predict(X[y == 1])[0] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A19")
 def test_data_of_one_class_are_refused_or_told():
     X = np.random.default_rng(0).normal(size=(20, 3))
     with pytest.raises((RestrainError, ValueError, UserWarning), match="class"):
@@ -166,12 +159,7 @@ VALUES |= {name: {"strength": 1e-3, "rate": 0.1} for name in ("klsparsity", "kl_
 DATA = np.random.default_rng(0).normal(size=(20, 4)), np.arange(20) % 2
 
 
-TWICE = pytest.mark.xfail(strict=True, reason="faults.md A20")
-
-
-@pytest.mark.parametrize(
-    "pair", [("weight_decay", "weight_l2"), *(pytest.param(pair, marks=TWICE) for pair in ALIASES)], ids=" and ".join
-)
+@pytest.mark.parametrize("pair", [("weight_decay", "weight_l2"), *ALIASES], ids=" and ".join)
 def test_two_names_of_one_keyword_are_refused(pair):
     settings = {name: VALUES.get(name, 1e-3) for name in pair}
     with pytest.raises(RestrainError, match=rf"(?s){pair[0]}.*{pair[1]}|{pair[1]}.*{pair[0]}"):
@@ -184,7 +172,6 @@ def test_two_keywords_of_different_penalties_both_act(pair):
     assert set(pair) <= set(model.history_[-1])
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A20")
 def test_two_names_are_refused_in_train_too():
     X, y = DATA
     net = rs.Classifier([4, 5, 2], random_state=0)

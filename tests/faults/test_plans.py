@@ -25,7 +25,6 @@ PARTLY = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A17")
 @pytest.mark.parametrize("name", PARTLY)
 def test_a_name_in_plan_data_that_matches_nothing_is_an_error(name):
     net = model()
@@ -54,7 +53,6 @@ def load(text, folder, suffix="yaml"):
     return rs.Plan.load(path)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 @pytest.mark.parametrize("name", ["2", "1.5", "true", "[a]", "2024-01-01"])
 def test_a_name_that_is_no_text_is_refused_or_can_be_shown(tmp_path, name):
     text = f"rules:\n- what: l2\n  'on': '*.weight'\n  name: {name}\n"
@@ -72,7 +70,6 @@ def test_a_name_that_is_no_text_is_refused_or_can_be_shown(tmp_path, name):
 HUGE = "1" + "0" * 400
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 @pytest.mark.parametrize(
     "make",
     [
@@ -108,7 +105,6 @@ FOREIGN = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 @pytest.mark.parametrize("case", FOREIGN)
 def test_what_can_not_be_given_is_refused_by_name(case):
     make, named = FOREIGN[case]
@@ -116,12 +112,9 @@ def test_what_can_not_be_given_is_refused_by_name(case):
         make()
 
 
-FROM_INSIDE = pytest.mark.xfail(strict=True, reason="faults.md E7")
-
-
 @pytest.mark.parametrize(
     "penalty",
-    [rs.L1(), rs.L2(), *(pytest.param(p, marks=FROM_INSIDE) for p in (rs.GroupLasso(), rs.Huber(1.0), rs.Norm(2)))],
+    [rs.L1(), rs.L2(), rs.GroupLasso(), rs.Huber(1.0), rs.Norm(2)],
     ids=repr,
 )
 def test_the_value_of_a_sparse_tensor_is_right_or_refused(penalty):
@@ -129,7 +122,6 @@ def test_the_value_of_a_sparse_tensor_is_right_or_refused(penalty):
     right_or_refused(lambda: penalty(x.to_sparse()), penalty(x), names="sparse")
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 def test_the_base_of_transforms_is_refused_as_a_rule():
     with pytest.raises(RestrainError, match="Transform"):
         rs.Transform().on("*")

@@ -87,14 +87,12 @@ def by_hand(plan, epochs=1, accumulate=1):
 # A8: schedules and targets counted in epochs
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A8")
 def test_epochs_are_counted_in_lightning(tmp_path):
     found, right = fit(Module(), BY_EPOCH, tmp_path, epochs=4), by_hand(BY_EPOCH, epochs=4)
     assert_same(found.parameters(), right.parameters())
     assert not torch.allclose(right.net[0].weight, by_hand(0.0 * rs.L2().on("*weight"), epochs=4).net[0].weight)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A8")
 def test_epochs_are_counted_in_lightning_after_a_resume(tmp_path):
     def trainer(epochs):
         given = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
@@ -129,7 +127,6 @@ def hugging(model, folder, callbacks=(), **options):
     return transformers.Trainer(args=arguments, train_dataset=rows(), callbacks=list(callbacks), **how)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A8")
 def test_epochs_are_counted_in_hugging_face(tmp_path):
     plan = [rs.schedules.Linear(0, 0.1, steps=2, unit="epoch") * rs.L2().on("transformer.wte.weight", name="decay")]
     trainer = hugging(gpt2(), tmp_path, num_train_epochs=4)
@@ -168,7 +165,6 @@ def skorch_by_hand(plan, epochs=4):
     return model
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A8")
 def test_epochs_are_counted_in_skorch():
     found = net(BY_EPOCH).fit(*data()).module_
     assert_same(found.parameters(), skorch_by_hand(BY_EPOCH).parameters())
@@ -192,7 +188,6 @@ class Stop(transformers.TrainerCallback):
 PENALTY = [0.5 * rs.L2().on("transformer.wte.weight", name="decay")]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_hooks_go_with_a_training_that_breaks_off_in_hugging_face(tmp_path, error):
     model = gpt2()
@@ -211,7 +206,6 @@ def test_hooks_go_with_a_training_that_breaks_off_in_hugging_face(tmp_path, erro
     assert not left_behind(model)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 @pytest.mark.parametrize("kept", [True, False], ids=["trainer kept", "trainer gone"])
 def test_a_cell_that_is_run_again_after_an_interrupt_adds_the_penalty_once_in_hugging_face(tmp_path, kept):
     trainers = []
@@ -241,7 +235,7 @@ class Break(skorch.callbacks.Callback):
 
 @pytest.mark.parametrize(
     "error",
-    [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.xfail(strict=True, reason="faults.md A9"))],
+    [KeyboardInterrupt, ValueError],
 )
 def test_hooks_go_with_a_training_that_breaks_off_in_skorch(error):
     """skorch itself ends a training at KeyboardInterrupt without raising it."""
@@ -257,7 +251,6 @@ def test_hooks_go_with_a_training_that_breaks_off_in_skorch(error):
 MOVING = [rs.schedules.WarmUp(8) * rs.L2().on("transformer.wte.weight", name="decay")]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 def test_the_state_of_each_run_of_a_search_is_saved_in_hugging_face(tmp_path):
     """The folder of a checkpoint is output_dir/run-N/checkpoint-M there."""
     trainer = hugging(gpt2(), tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
@@ -271,7 +264,6 @@ def test_the_state_of_each_run_of_a_search_is_saved_in_hugging_face(tmp_path):
     assert all((one / "restrain.pt").exists() for one in saved)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 def test_a_checkpoint_of_another_run_is_not_taken_in_hugging_face(tmp_path):
     """Resume run-1's checkpoint, while output_dir holds a checkpoint of that number with rules of another run."""
     own = hugging(gpt2(), tmp_path / "run-1", save_strategy="steps", save_steps=1, max_steps=2)
@@ -297,7 +289,6 @@ class Copies(transformers.TrainerCallback):
         torch.save(model, self.folder / "model.pt")
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 def test_copies_of_a_model_that_is_trained_carry_no_live_hooks_in_hugging_face(tmp_path):
     keep, model = Copies(tmp_path), gpt2()
     trainer = hugging(model, tmp_path, [keep], max_steps=1)
@@ -311,7 +302,6 @@ def test_copies_of_a_model_that_is_trained_carry_no_live_hooks_in_hugging_face(t
         torch.testing.assert_close(twin.train()(**batch).loss, plain(**batch).loss)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A9")
 def test_a_resized_embedding_between_two_trainings_is_told_in_hugging_face(tmp_path):
     trainer = hugging(gpt2(), tmp_path, max_steps=1)
     huggingface.RestrainCallback([0.1 * rs.Distance().on("transformer.wte.weight")]).add_to(trainer)
@@ -346,7 +336,6 @@ class Manual(Module):
 PLAN = [0.1 * rs.L2().on("net.*.weight", name="decay"), 0.3 * rs.L1().on(rs.outputs("net.1"), name="sparse")]
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A10")
 def test_accumulated_manual_backwards_have_the_penalty_once_or_are_refused(tmp_path):
     right = nn.utils.parameters_to_vector(by_hand(PLAN, accumulate=4).parameters())
 
@@ -356,7 +345,6 @@ def test_accumulated_manual_backwards_have_the_penalty_once_or_are_refused(tmp_p
     right_or_refused(found, right.detach(), names="manual")
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A10")
 def test_the_loss_of_a_manual_optimization_stays_the_users(tmp_path):
     module = Manual()
     fit(module, PLAN, tmp_path)
@@ -364,7 +352,6 @@ def test_the_loss_of_a_manual_optimization_stays_the_users(tmp_path):
         assert after == pytest.approx(before)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A10")
 @pytest.mark.parametrize("look", [lambda loss: (loss + 1).sqrt(), lambda loss: torch.stack([loss, loss]).unbind()[0]])
 def test_a_loss_whose_backward_needs_its_value_works_in_manual_optimization(tmp_path, look):
     found = fit(Manual(look=look), PLAN, tmp_path)
@@ -424,7 +411,6 @@ def test_a_gan_in_one_module_has_the_generators_penalty_in_its_loss_or_is_refuse
 # A11: skorch's settings and pickles
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A11")
 def test_a_new_plan_acts_from_the_next_partial_fit_on_in_skorch():
     strong = [2.0 * rs.L2().on("*weight", name="decay")]
     found = net([0.0 * rs.L2().on("*weight", name="decay")], epochs=2).fit(*data())
@@ -438,7 +424,6 @@ def test_a_new_plan_acts_from_the_next_partial_fit_on_in_skorch():
     assert_same(found.module_.parameters(), right.module_.parameters())
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A11")
 def test_a_net_that_is_pickled_while_it_is_fitted_goes_on_in_skorch(tmp_path):
     plan = [0.1 * rs.L2().on("*weight", name="decay"), 0.1 * rs.L1().on(rs.outputs("1"), name="sparse")]
     save = skorch.callbacks.Checkpoint(f_pickle="net.pkl", dirname=tmp_path, monitor=None)
@@ -474,7 +459,6 @@ def fully_sharded(rank, port, results):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md A13")
 def test_a_rule_on_a_whole_tensor_that_fsdp1_has_flattened_is_right_or_refused():
     for found in spawned(fully_sharded, 2).values():
         if isinstance(found, str):

@@ -374,3 +374,20 @@ def test_validation_does_not_feed_the_running_mean():
         trained.append(net.module_.state_dict())
     assert net.history_[-1]["klsparsity"] > 0
     torch.testing.assert_close(*trained, rtol=0, atol=0)
+
+
+PER_TOKEN = {
+    "L1": (rs.L1(), lambda h, lengths: h.abs().sum(-1)),
+    "Hoyer": (rs.Hoyer(), lambda h, lengths: h.abs().sum(-1).square() / h.square().sum(-1)),
+    "DecoderL1": (rs.DecoderL1("decoder.weight"), lambda h, lengths: (h.abs() * lengths).sum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_tokens_are_samples_where_both_axes_are_joined(name):
+    penalty, of_tokens = PER_TOKEN[name]
+    sae, x = Sae().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    right = of_tokens(sae.encoder(x).relu(), sae.decoder.weight.norm(dim=0)).mean()
+    with rs.attach(sae, penalty.on(rs.outputs("relu", via=lambda h: h.flatten(0, 1)))) as reg:
+        data = 0 * sae(x).sum()
+        torch.testing.assert_close(reg.loss(data), right)

@@ -169,7 +169,10 @@ def test_a_grouping_is_itself():
         ((1.0, (3, 4)), r"got 1\.0"),
         ((None, (3, 4)), "got None"),
         (("head", (12, 12)), "MultiheadAttention"),
-        (("head", (12, 12), nn.Linear(12, 12), "weight"), r"\('weight' of Linear\).*write per='out'"),
+        (
+            ("head", (12, 12), nn.Linear(12, 12), "weight"),
+            r"\('weight' of Linear\).*per=\(64,\) for rows, per=\(12, 64\)",
+        ),
         (("head", (12, 12), nn.Linear(12, 12), "weight", 5), "MultiheadAttention"),
         (("head", (1, 1, 12), attention(), "bias_k"), "MultiheadAttention"),
         (("in", (3, 4, 5), nn.Bilinear(4, 5, 3), "weight"), "per=1 for the first"),

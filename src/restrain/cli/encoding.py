@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from restrain.cli import spelling
-from restrain.cli.tables import Table, counted, parsed
+from restrain.cli.tables import Table, counted
 from restrain.errors import DataError, RestrainWarning
 from restrain.fields import level_of_caller
 
@@ -204,9 +204,9 @@ def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
         DataError: it is.
     """
     there = ~gone
-    strays = np.flatnonzero(there & np.isnan(parsed(texts)))
-    formed = [row for row in strays.tolist() if spelling.forms_of(texts[row])]
-    hint = spelling.way_out(texts[formed].tolist())
+    strays = np.flatnonzero(there & np.isnan(table.parsed(texts)))
+    formed = [row for row in strays.tolist() if spelling.forms_of(texts[row], table.marks.decimal)]
+    hint = spelling.way_out(texts[formed].tolist(), table.marks.decimal)
     if formed and 2 * (len(strays) - len(formed)) < there.sum():
         raise table.fault(
             name,
@@ -214,7 +214,7 @@ def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
             f"expected a number or a category, got {texts[formed[0]]!r}; {hint}, leave the column out: --ignore "
             f"{name!r}, or take its values as categories: --categories {name!r}",
         )
-    if 2 * len(strays) < there.sum():
+    if len(strays) and 2 * len(strays) < there.sum():
         raise table.fault(
             name,
             int(strays[0]),

@@ -14,9 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
 
 PAIRS = (("true", "false"), ("yes", "no"), ("y", "n"), ("t", "f"), ("on", "off"), ("1", "0"))
 _TRUTH = {word: number == 0 for pair in PAIRS for number, word in enumerate(pair)}
@@ -104,13 +101,19 @@ FORMS = (
 )
 
 
-def forms_of(text: str) -> list[Form]:
-    """Return the forms of a number that a text can be: "1,000" has two, a plain word none."""
+_POINTS = Form("decimal points", re.compile(r"[-+]?[0-9]*\.[0-9]+([eE][-+]?[0-9]+)?"), "--decimal .")
+
+
+def forms_of(text: str, decimal: str = ".") -> list[Form]:
+    """Return the forms of a number that a text can be: "1,000" has two, a plain word none.
+
+    Where decimals are marked by a comma, a number with a point is another form.
+    """
     stripped = text.strip()
-    return [form for form in FORMS if form.pattern.fullmatch(stripped)]
+    return [form for form in (FORMS if decimal == "." else (*FORMS, _POINTS)) if form.pattern.fullmatch(stripped)]
 
 
-def common_forms(texts: Iterable[str]) -> list[Form]:
+def common_forms(texts: Iterable[str], decimal: str = ".") -> list[Form]:
     """Return the forms that all texts have, or those of the first text that has any.
 
     >>> [form.name for form in common_forms(["1,000", "2,5"])]
@@ -118,16 +121,16 @@ def common_forms(texts: Iterable[str]) -> list[Form]:
     >>> [form.name for form in common_forms(["1,000", "2,500"])]
     ['decimal commas', 'commas at thousands']
     """
-    found = [forms for forms in map(forms_of, texts) if forms]
+    found = [forms for forms in (forms_of(text, decimal) for text in texts) if forms]
     if not found:
         return []
     shared = [form for form in found[0] if all(form in forms for forms in found)]
     return shared or found[0]
 
 
-def way_out(texts: Iterable[str]) -> str:
+def way_out(texts: Iterable[str], decimal: str = ".") -> str:
     """Return what to write so that numbers of another form are read, or "" if they have no form."""
-    found = common_forms(texts)
+    found = common_forms(texts, decimal)
     options = [form.option for form in found if form.option]
     if not found:
         return ""
@@ -137,23 +140,23 @@ def way_out(texts: Iterable[str]) -> str:
     return f"{said}: {'write ' + ', or '.join(options) if options else 'turn them into plain numbers'}"
 
 
-def numbers(texts: Any, decimal: str, thousands: str) -> Any:
-    """Return texts as float64 where all are numbers with these marks, NaN for None; else None.
+def reader(decimal: str, thousands: str) -> Callable[[str], float]:
+    """Return a function from a text to its number; NaN if the text isn't a number with these marks.
 
     Marks at thousands stand before groups of three digits, so that 1,5 isn't 15.
+
+    >>> read = reader(",", ".")
+    >>> read("1.234,5"), read("12"), read("1.5")
+    (1234.5, 12.0, nan)
     """
-    plain = re.compile(
-        rf"[-+]?(?:[0-9]+|[0-9]{{1,3}}(?:{re.escape(thousands)}[0-9]{{3}})+)"
-        rf"(?:{re.escape(decimal)}[0-9]*)?(?:[eE][-+]?[0-9]+)?"
-        if thousands
-        else rf"[-+]?(?:[0-9]+(?:{re.escape(decimal)}[0-9]*)?|{re.escape(decimal)}[0-9]+)(?:[eE][-+]?[0-9]+)?"
-    )
-    found = np.full(len(texts), np.nan)
-    for row, text in enumerate(texts):
-        if text is None:
-            continue
-        if not isinstance(text, str) or plain.fullmatch(text.strip()) is None:
-            return None
-        bare = text.strip().replace(thousands, "") if thousands else text.strip()
-        found[row] = float(bare.replace(decimal, "."))
-    return found
+    mark, point = re.escape(thousands), re.escape(decimal)
+    whole = rf"(?:[0-9]+|[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+)" if thousands else "[0-9]+"
+    number = re.compile(rf"[-+]?(?:{whole}(?:{point}[0-9]*)?|{point}[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+    def read(text: str) -> float:
+        text = text.strip()
+        if number.fullmatch(text) is None:
+            return float("nan")
+        return float((text.replace(thousands, "") if thousands else text).replace(decimal, "."))
+
+    return read

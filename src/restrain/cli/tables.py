@@ -57,6 +57,7 @@ class Table:
 
     source: str
     columns: dict[str, Any]
+    marks: Marks = Marks()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
@@ -81,7 +82,7 @@ class Table:
         """
         values = self.column(name)
         if values.dtype == object:
-            numbers = parsed(values)
+            numbers = self.parsed(values)
             self._refuse(name, np.array([v is not None for v in values]) & np.isnan(numbers), "a number")
             values = numbers
         values = values.astype(np.float64)
@@ -93,11 +94,19 @@ class Table:
         values = self.column(name)
         return values if values.dtype == object else as_texts(values)
 
+    def parsed(self, texts: Any) -> Any:
+        """Return texts as float64; NaN where a text is no number with the table's marks, or None."""
+        if self.marks.decimal == "." and not self.marks.thousands:
+            return parsed(texts)
+        read = spelling.reader(self.marks.decimal, self.marks.thousands)
+        return np.array([np.nan if text is None else read(text) for text in texts])
+
     def _refuse(self, name: str, wrong: Any, wanted: str) -> None:
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
             got = self.columns[name][row : row + 1].tolist()[0]
-            hint = spelling.way_out(self.columns[name][wrong].tolist()) if isinstance(got, str) else ""
+            texts = self.columns[name][wrong].tolist() if isinstance(got, str) else []
+            hint = spelling.way_out(texts, self.marks.decimal)
             raise self.fault(name, row, f"expected {wanted}, got {got!r}{'; ' * bool(hint)}{hint}")
 
     def fault(self, name: str, row: int, what: str) -> DataError:
@@ -168,7 +177,7 @@ def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None
         raise
     except Exception as error:  # whatever pandas, pyarrow, NumPy, gzip and zip raise for a damaged file
         raise DataError(f"{path} can't be read as {kind}: {_first_line(error)}; save it anew as {_NAMED}") from error
-    table = Table(str(path), columns)
+    table = Table(str(path), columns, marks or Marks())
     if not columns or not len(table):
         raise DataError(f"{path}: there are no {'rows' if columns else 'columns'}")
     return table
@@ -226,13 +235,11 @@ def _read_csv(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str,
         other = next(other for other in _SEPARATORS if other in names[0])
         typed = "tab" if other == "\t" else repr(other)
         raise DataError(f"{path}: only one column, called {names[0]!r}; write --separator {typed}")
+    read = Table(str(path), {}, marks).parsed
     for name, values in _typed(path, frame):
-        found = None if name in texts or values.dtype != object else spelling.numbers(values, **_number_marks(marks))
-        yield name, values if found is None else found
-
-
-def _number_marks(marks: Marks) -> dict[str, str]:
-    return {"decimal": marks.decimal, "thousands": marks.thousands}
+        numbers = read(values) if values.dtype == object and name not in texts else None
+        wrong = numbers is None or np.isnan(numbers) & np.array([value is not None for value in values], bool)
+        yield name, values if numbers is None or wrong.any() else numbers
 
 
 def _separator(path: Path, marks: Marks) -> str:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
-from restrain.compaction import surgery
+from restrain.compaction import attention, surgery
 from restrain.compaction.graph import Graph, Read
 from restrain.compaction.report import Layer, Report, measured
 from restrain.errors import CompactionError
@@ -44,7 +45,7 @@ class Search:
     graph: Graph
     tensors: Mapping[str, Tensor]
     model: nn.Module
-    fixed: dict[int, str]
+    fixed: Mapping[int, str]
 
     @cached_property
     def _dropped(self) -> set[int]:
@@ -147,33 +148,99 @@ def compact(
         raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
     if not any(isinstance(one, Tensor) for one in tree_leaves(args)):
         raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
-    training = {name: module.training for name, module in model.named_modules()}
-    small, other = _copied(model, optimizer)
-    small.eval()
-    config = getattr(small, "config", None)
-    caches = getattr(config, "use_cache", None)  # of transformers: keys and values would be outputs
-    if caches:
-        config.use_cache = False
-    graph = Graph(small, args)
-    plan = _plan(graph, small)
-    reference = [(given, _outputs(small, given)) for given in _batches(args)]
-    before = measured(small, args)
-    _carry_out(small, other, graph, plan)
-    difference = max(_difference(_run(small, given), outputs) for given, outputs in reference)
-    if not difference <= _CLOSE:
-        raise CompactionError(
-            f"the smaller model's outputs differ by {difference:.1e} of their scale: this is a fault of restrain, and "
-            "the model is left as it was"
-        )
-    report = Report(_layers(graph, plan, small), before, measured(small, args), difference, plan.changed)
-    if caches:
-        config.use_cache = caches
+    large, _ = _copied(model, None)
+    with _without_cache(large):
+        reference = [(given, _run(large, given)) for given in _batches(args)]
+        before = measured(large, args)
+        attention.replaced(large)
+        graph = Graph(large, args)
+    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference)
+    with _without_cache(small):
+        report = Report(_layers(graph, plan, small), before, measured(small, args), difference, plan.changed)
     if inplace:
+        attention.replaced(model, fewer)
         _carry_out(model, optimizer, graph, plan)
         small, other = model, optimizer
-    for name, module in small.named_modules():
-        module.training = training.get(name, small.training)
+    for name, module in model.named_modules():
+        small.get_submodule(name).training = module.training
     return Compaction(small, other, report)
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """Context in which a model of transformers doesn't give its keys and values, which would be outputs."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "use_cache", False)
+    if before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before
+
+
+Small: TypeAlias = "tuple[nn.Module, Optimizer | None, list[str]]"
+Reference: TypeAlias = "list[tuple[tuple[Any, ...], list[Tensor]]]"
+
+
+def _attempted(
+    model: nn.Module, optimizer: Optimizer | None, graph: Graph, reference: Reference
+) -> tuple[Plan, Small, float]:
+    """Return (plan, smaller copies, difference of outputs).
+
+    Units whose number is written in the model's own code are found by removing the units of one
+    layer alone, and stay.
+    """
+    fixed: dict[int, str] = {}
+    for attempt in range(2):
+        plan = _plan(graph, model, fixed)
+        small = _smaller(model, optimizer, graph, plan)
+        difference, error = _compared(small[0], reference)
+        if error is None and difference <= _CLOSE:
+            return plan, small, difference
+        if error is None or attempt:
+            break
+        families = _families(graph, plan.gone)
+        for family in families:
+            others = dict.fromkeys((unit for other in families if other is not family for unit in other), "")
+            alone = _smaller(model, None, graph, _plan(graph, model, others))
+            told = _compared(alone[0], reference)[1]
+            if told is not None:
+                fixed.update(dict.fromkeys(family, f"the model's code needs its size: {told}"))
+    told = f"has outputs that differ by {difference:.1e} of their scale" if error is None else f"raises {error}"
+    raise CompactionError(f"the smaller model {told}: this is a fault of restrain, and the model is left as it was")
+
+
+def _smaller(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: Plan) -> Small:
+    """Return (smaller copy of a model, of its optimizer, paths of attentions of fewer heads)."""
+    small, other = _copied(model, optimizer)
+    original = attention.replaced(small)
+    _carry_out(small, other, graph, plan)
+    return small, other, attention.restored(small, original)
+
+
+def _compared(model: nn.Module, reference: Reference) -> tuple[float, str | None]:
+    """Return (difference of outputs, the error that a smaller model raises; None for none)."""
+    try:
+        with _without_cache(model):
+            return max(_difference(_run(model, given), outputs) for given, outputs in reference), None
+    except Exception as error:  # whatever a model's code raises of a size
+        told = (str(error).strip() or "-").splitlines()[0][:200]
+        return torch.inf, f"{type(error).__name__}: {told}"
+
+
+def _families(graph: Graph, gone: set[int]) -> list[set[int]]:
+    """Return the units that go, joined where they lie along the same axes of the same tensors."""
+    where: dict[int, set[tuple[str, int]]] = defaultdict(set)
+    for name, axes in graph.axes.items():
+        for dim, labels in enumerate(axes):
+            for unit in set(graph.labels.units(labels)) & gone:
+                where[unit].add((name, dim))
+    families: dict[frozenset[tuple[str, int]], set[int]] = defaultdict(set)
+    for unit, places in where.items():
+        families[frozenset(places)].add(unit)
+    return list(families.values())
 
 
 class Plan(NamedTuple):
@@ -188,18 +255,16 @@ class Plan(NamedTuple):
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
-    """Return copies of both; the optimizer's copy holds the parameters of the model's copy."""
+    """Return copies in eval mode; the optimizer's copy holds the parameters of the model's copy."""
     memo: dict[int, Any] = {}
-    grads = {p: p.grad for p in model.parameters() if p.grad is not None}
     small = copy.deepcopy(model, memo)
-    del grads
-    return small, copy.deepcopy(optimizer, memo)
+    return small.eval(), copy.deepcopy(optimizer, memo)
 
 
-def _plan(graph: Graph, model: nn.Module) -> Plan:
-    """Return what goes; of each axis at least one index stays."""
+def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
+    """Return what goes but for the units in `fixed`; of each axis at least one index stays."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    tensors, fixed = dict(named), dict[int, str]()
+    tensors, fixed = dict(named), dict(fixed)
     while True:
         search = Search(graph, tensors, model, fixed)
         gone, stays = search.gone()
@@ -262,7 +327,9 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
         if one.is_floating_point():
             noise = torch.randn(one.shape, generator=draws, dtype=torch.float32, device="cpu").to(one)
             return one.mean() + noise * one.std().clamp_min(1e-3)
-        return one.flatten()[torch.randperm(one.numel(), generator=draws, device="cpu").to(one.device)].reshape(one.shape)
+        return one.flatten()[torch.randperm(one.numel(), generator=draws, device="cpu").to(one.device)].reshape(
+            one.shape
+        )
 
     return [args, tree_map(drawn, args), tree_map(drawn, args)]
 
@@ -271,10 +338,6 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
         return [one.clone() for one in tree_leaves(_plain(model(*args))) if isinstance(one, Tensor)]
-
-
-def _outputs(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
-    return _run(model, args)
 
 
 def _plain(output: Any) -> Any:

@@ -155,7 +155,7 @@ class Graph(fx.Interpreter):
             if isinstance(module, nn.MultiheadAttention):
                 for name, _ in module.named_parameters():
                     for labels in self.axes[self._names[f"{path}.{name}" if path else name]]:
-                        self.labels.fix(labels, "heads and features of torch's MultiheadAttention have one width")
+                        self.labels.fix(labels, "heads and features of this MultiheadAttention have one width")
         inputs = iter(tree_leaves((args, kwargs or {})))
         with torch.no_grad():
             self.run(*self._placeholders(program.graph_signature, inputs), enable_io_processing=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from restrain.compaction.attention import Attention
 from restrain.errors import CompactionError
 
 
@@ -112,6 +113,10 @@ def _embedding(module: Any) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
+def _attention(module: Any) -> None:
+    module.num_heads = module.in_proj_weight.shape[0] // (3 * module.head_dim)
+
+
 def _prelu(module: Any) -> None:
     module.num_parameters = module.weight.numel()
 
@@ -136,6 +141,7 @@ SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
     nn.modules.batchnorm._NormBase: _batch_norm,
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
+    Attention: _attention,
 }
 """What a layer says of its own size, from its tensors."""
 

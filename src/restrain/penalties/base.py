@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import NoProxError, PenaltyError, SelectionError
-from restrain.fields import is_number, is_whole
+from restrain.fields import is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties import keras_objects
@@ -78,7 +78,7 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
     if not is_number(number) or not (low < number < high or (closed and number == low)):
         least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
         most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
-        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {number!r}")
+        raise PenaltyError(f"{name}= is a finite number{least}{most}; got {shown_number(number)}")
 
 
 def checked_flag(name: str, flag: Any) -> None:
@@ -201,6 +201,20 @@ def checking_steps(prox: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+def checking_tensors(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a `gradient` that refuses sparse tensors, whole numbers and objects that are no tensors.
+
+    `Penalty.__init_subclass__` wraps the `gradient` of every subclass in it.
+    """
+
+    @functools.wraps(gradient)
+    def call(self: Any, w: Tensor) -> Tensor:
+        check_dtype(w)
+        return gradient(self, w)
+
+    return call
+
+
 def unchecked_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> Tensor:
     """Return the prox, without a look at the entries of `step`.
 
@@ -250,6 +264,8 @@ class Penalty(Algebra["Penalty"], register=False):
         super().__init_subclass__(**options)
         if "prox" in vars(cls):
             cls.prox = checking_steps(vars(cls)["prox"])  # type: ignore[method-assign]
+        if "gradient" in vars(cls):
+            cls.gradient = checking_tensors(vars(cls)["gradient"])  # type: ignore[method-assign]
         if "__call__" in vars(cls):
             _forget_declared(cls)
             cls.__call__ = of_tensors(vars(cls)["__call__"])  # type: ignore[method-assign, assignment]
@@ -335,6 +351,7 @@ class Penalty(Algebra["Penalty"], register=False):
             "Use how='loss' or how='gradient', or define prox(self, w, step) in its class"
         )
 
+    @checking_tensors
     def gradient(self, w: Tensor) -> Tensor:
         """The gradient of the value at `w`, as autograd gives it (of complex entries too), in its dtype."""
         if self.operations is not None:

@@ -112,7 +112,7 @@ class DerivativePenalty(OnDerivatives, register=False):
     estimators: ClassVar[tuple[str, ...]] = ("auto", "exact", "vjp", "jvp", "difference")
 
     def __post_init__(self) -> None:
-        if self.estimator not in self.estimators:
+        if not (isinstance(self.estimator, str) and self.estimator in self.estimators):
             raise PenaltyError(f"estimator= is one of {', '.join(map(repr, self.estimators))}; got {self.estimator!r}")
         if not is_whole(self.projections, 1):
             raise PenaltyError(f"projections= is a whole number, at least 1; got {self.projections!r}")

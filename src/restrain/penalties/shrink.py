@@ -34,15 +34,17 @@ def at_least_float32(w: Tensor) -> Tensor:
 
 
 def check_dtype(w: Any) -> None:
-    """Refuse what is no floating-point or complex tensor.
+    """Check that an argument is a dense tensor of floating-point or complex numbers.
 
     Raises:
-        PenaltyError: the tensor is refused.
+        PenaltyError: it isn't; the message has the conversion to write.
     """
     if not isinstance(w, Tensor):
         raise PenaltyError(f"a penalty needs a tensor, got {type(w).__name__}")
     if not (w.is_floating_point() or w.is_complex()):
         raise PenaltyError(f"a penalty needs a floating-point or complex tensor, got {w.dtype}: convert it by .float()")
+    if w.layout is not torch.strided:
+        raise PenaltyError(f"a penalty needs a dense tensor, got a sparse one ({w.layout}): convert it by .to_dense()")
 
 
 def exact(x: Tensor) -> Tensor:

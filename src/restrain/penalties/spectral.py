@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from restrain.penalties.base import Penalty, Tensors, checked_flag
 from restrain.penalties.shrink import cut_groups, one_step, shrink_entries
 from restrain.penalties.unfold import (
     Rows,
+    by_matrix,
     change_singular_values,
     checked_rows,
+    matrices,
+    of_one_matrix,
     singular_values,
     to_matrix,
     unfolding,
@@ -32,11 +35,15 @@ class _OfMatrix(Penalty, register=False):
 
     rows: Rows = "out"
 
+    transposable: ClassVar[bool] = True  # the value is the same for the transposed matrix
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", checked_rows(self.rows))
 
-    def bound_to(self, at: Location) -> Self:
-        return dataclasses.replace(self, rows=unfolding_at(self.rows, at))
+    def bound_to(self, at: Location) -> Penalty:
+        groups = unfolding_at(self.rows, at, self.transposable)
+        one = dataclasses.replace(self, rows=of_one_matrix(groups) if groups.stack else groups)
+        return _OfEach(one, groups) if groups.stack else one
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:
@@ -45,6 +52,27 @@ class _OfMatrix(Penalty, register=False):
                 "mix its samples: select parameters, for instance by rs.weights"
             )
         return Penalty.moments(self, at_places)
+
+
+@dataclass(frozen=True)
+class _OfEach(Penalty, register=False):
+    """Sum of a penalty over the matrices that a tensor stacks, such as one for each expert."""
+
+    penalty: _OfMatrix
+    groups: Grouping
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+    @property
+    def has_prox(self) -> bool:
+        return self.penalty.has_prox
+
+    def __call__(self, w: Tensors) -> Tensor:
+        return torch.stack([self.penalty(matrix) for matrix in matrices(w, self.groups)]).sum()
+
+    def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        return by_matrix(lambda matrix: self.penalty.prox(matrix, one_step(step, self)), self.groups, w)
 
 
 @dataclass(frozen=True)
@@ -150,6 +178,8 @@ class Orthogonality(_OfMatrix):
     off_diagonal: bool = False
     normalized: bool = False
     power: int = 2
+
+    transposable = False
 
     def __post_init__(self) -> None:
         _OfMatrix.__post_init__(self)

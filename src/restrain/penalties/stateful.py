@@ -105,7 +105,7 @@ class Weighted(_Kept):
         if weights is None:
             at = Location(x.detach())
             weights = _checked_weights(_given(self, self.weights, at), at)
-        return _fitting(weights.to(x.real), x, "weights")
+        return _fitting(weights.to(x.real), x, f"weights{_origin(self.weights)}")
 
     def __call__(self, w: Tensors) -> Tensor:
         value: Tensor = (self._for(w) * self.penalty.entries(w)).sum()  # type: ignore[attr-defined]
@@ -203,9 +203,11 @@ class Distance(_Kept):
 
     def bound_to(self, at: Location) -> Distance:
         now = at.tensor.detach().clone()
-        reference = now if self.to is None else _fitting(_given(self, self.to, at).to(now), now, "a reference").clone()
+        reference = now
+        if self.to is not None:
+            reference = _fitting(_given(self, self.to, at).to(now), now, f"a reference{_origin(self.to)}").clone()
         if not bool(reference.isfinite().all()):
-            whose = "the values at attach" if self.to is None else "the given ones"
+            whose = "the values at attach" if self.to is None else f"the given ones{_origin(self.to)}"
             raise PenaltyError(
                 f"Distance needs a finite reference; {whose} for {at.name!r} have NaN or infinite entries"
             )
@@ -251,18 +253,21 @@ def _fitting(given: Tensor, x: Tensor, what: str) -> Tensor:
     raise PenaltyError(f"{what} of shape {tuple(given.shape)} can't be for a tensor of shape {tuple(x.shape)}")
 
 
+def _origin(given: Any) -> str:
+    """Return " from " and the path if tensors are given by a file, else "", for messages."""
+    return f" from {given}" if isinstance(given, (str, Path)) else ""
+
+
 def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
     """Return the tensor given for a parameter: read from a file, looked up by name, or computed."""
+    kind = type(penalty).__name__ + _origin(given)
     if isinstance(given, (str, Path)):
         given = _loaded(Path(given), storage.written_at(given))
     if isinstance(given, Mapping):
         if at.name not in given:
-            raise PenaltyError(
-                f"{type(penalty).__name__}: nothing is given for {at.name!r}{near(at.name, list(map(str, given)))}"
-            )
+            raise PenaltyError(f"{kind}: nothing is given for {at.name!r}{near(at.name, list(map(str, given)))}")
         given = given[at.name]
     found = given(at.tensor.detach()) if callable(given) else given
-    kind = type(penalty).__name__
     try:
         plain = isinstance(found, Tensor)
         tensor = found.detach() if plain else torch.as_tensor(found, dtype=torch.float64, device="cpu")

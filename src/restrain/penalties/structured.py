@@ -188,9 +188,9 @@ class TotalVariation(Penalty):
                 raise PenaltyError(f"dim={self.dim} needs a tensor with that dim, got one of shape {tuple(shape)}")
             return self.dim % len(shape)
         groups = grouping(self.dim, shape) if at is None else grouping_at(self.dim, at)
-        if groups.shape != tuple(shape) or len(groups.keep) != 1:
+        if groups.shape != tuple(shape) or len(groups.own) != 1:
             raise PenaltyError(f"dim={self.dim!r} is no single dim of a tensor of shape {tuple(shape)}: give a number")
-        return groups.keep[0]
+        return groups.own[0]
 
 
 class Named(Penalty, register=False):
@@ -348,7 +348,7 @@ class SLOPE(OfRows):
         if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")
         object.__setattr__(self, "weights", tuple([float(w) for w in numbers]))
-        given = self.q != 0
+        given = not is_number(self.q) or self.q != 0
         if given and not (is_number(self.q) and 0 < self.q < 1):
             raise PenaltyError(f"q= is a rate between 0 and 1; got {self.q!r}")
         if given == bool(weights):

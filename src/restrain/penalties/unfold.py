@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from restrain.axes import NAMES, Grouping, Per, checked, grouping
+from restrain.axes import NAMES, Grouping, Per, checked, grouping, grouping_at
 from restrain.errors import PenaltyError
 from restrain.fields import is_whole
+from restrain.layouts import knows
 from restrain.named_tensors import Location
 from restrain.penalties.shrink import at_least_float32
 
@@ -34,7 +35,7 @@ def checked_rows(rows: Any) -> Rows:
         dims = tuple(rows)
         if dims and all(map(is_whole, dims)):
             return dims
-    elif isinstance(rows, Grouping) or is_whole(rows) or rows in NAMES:
+    elif isinstance(rows, Grouping) or is_whole(rows) or (isinstance(rows, str) and rows in NAMES):
         return checked(rows)
     raise PenaltyError(
         f"rows= is one of {', '.join(map(repr, NAMES))}, a dim such as 0, or some dims such as (0, 1); got {rows!r}"
@@ -59,16 +60,45 @@ def unfolding(rows: Rows, shape: tuple[int, ...], at: Location | None = None) ->
             f"a matrix is made of a tensor with two axes or more, got one of shape {shape}{whose}: select rs.weights"
         )
     if not isinstance(rows, tuple):
-        return grouping(rows, shape) if at is None else grouping(rows, shape, at.owner, at.attribute, at.heads)
+        return grouping(rows, shape) if at is None else grouping_at(rows, at)
     dims = tuple(dim % len(shape) for dim in rows if -len(shape) <= dim < len(shape))
     if len(dims) != len(rows) or len(set(dims)) != len(dims):
         raise PenaltyError(f"rows={rows} needs a tensor with these dims, each named once; got shape {shape}{whose}")
     return Grouping(shape, dims, said=rows)
 
 
-def unfolding_at(rows: Rows, at: Location) -> Grouping:
-    """Return the rows of a model's parameter as groups; see `unfolding`."""
-    return unfolding(rows, tuple(at.tensor.shape), at)
+def unfolding_at(rows: Rows, at: Location, transposable: bool = False) -> Grouping:
+    """Return the rows of a model's parameter as groups; see `unfolding`.
+
+    Of a matrix of unknown layout, the first axis where it doesn't matter which axis the rows are.
+    """
+    shape = tuple(at.tensor.shape)
+    if transposable and len(shape) == 2 and rows in ("out", "in") and at.axes is None and not knows(at.owner):
+        return Grouping(shape, (0,), said=rows)
+    return unfolding(rows, shape, at)
+
+
+def of_one_matrix(groups: Grouping) -> Grouping:
+    """Return the groups for one of the matrices that a tensor stacks."""
+    dims = [dim for dim in range(len(groups.shape)) if dim not in groups.stack]
+    keep = tuple([dims.index(dim) for dim in groups.own])
+    return Grouping(tuple([groups.shape[dim] for dim in dims]), keep, groups.lists, groups.said)
+
+
+def by_matrix(change: Callable[..., Tensor], groups: Grouping, *tensors: Tensor) -> Tensor:
+    """Return the tensor whose matrices are change(matrix, ...) of the stacked matrices of tensors."""
+    first, last = groups.stack, tuple(range(len(groups.stack)))
+    moved = [t.movedim(first, last) for t in tensors]
+    stacks = [t.flatten(0, len(first) - 1) for t in moved]
+    if not len(stacks[0]):
+        return tensors[-1].clone()
+    changed = torch.stack([change(*matrices) for matrices in zip(*stacks, strict=True)])
+    return changed.reshape(moved[0].shape).movedim(last, first)
+
+
+def matrices(w: Tensor, groups: Grouping) -> Tensor:
+    """Return the stacked matrices of a tensor along one leading axis."""
+    return w.movedim(groups.stack, tuple(range(len(groups.stack)))).flatten(0, len(groups.stack) - 1)
 
 
 def to_matrix(w: Tensor, groups: Grouping) -> Tensor:

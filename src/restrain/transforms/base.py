@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from restrain import registry
 from restrain.errors import ExportError, SelectionError, TransformError
-from restrain.fields import is_number
+from restrain.fields import is_number, shown_number
 from restrain.operations import Interval, LengthInterval
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
@@ -272,7 +272,7 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
         TransformError: it isn't.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
-        raise TransformError(f"{name}= is {meaning}; got {number!r}")
+        raise TransformError(f"{name}= is {meaning}; got {shown_number(number)}")
 
 
 def checked_type(noise: Noise, x: Tensor) -> None:
@@ -292,8 +292,11 @@ def wide(w: Tensor, *, real: str = "") -> Tensor:
     """Return the tensor in float32 or wider; `real` says why it can't be complex.
 
     Raises:
-        TransformError: an integer tensor; a complex one where `real` is given.
+        TransformError: an integer or sparse tensor; a complex one where `real` is given.
     """
+    if not isinstance(w, Tensor) or w.layout is not torch.strided:
+        kind = f"a sparse one ({w.layout}): convert it by .to_dense()" if isinstance(w, Tensor) else type(w).__name__
+        raise TransformError(f"a constraint needs a dense tensor, got {kind}")
     if w.is_complex() and real:
         raise TransformError(f"a complex tensor ({w.dtype}) has no order, {real}")
     if not (w.is_floating_point() or w.is_complex()):

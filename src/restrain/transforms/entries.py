@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from restrain.errors import RestrainWarning, TransformError
-from restrain.fields import is_number, level_of_caller
+from restrain.fields import brief, is_number, level_of_caller, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Interval
 from restrain.transforms.base import Constraint, wide
@@ -104,10 +104,10 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         for name, none in (("low", -inf), ("high", inf)):
             bound = getattr(self, name)
-            if bound == none:  # version 0.1 wrote ±inf for no bound
+            if isinstance(bound, (int, float)) and bound == none:  # version 0.1 wrote ±inf for no bound
                 object.__setattr__(self, name, None)
             elif bound is not None and not is_number(bound):
-                raise TransformError(f"{name}= is a finite number, or None for no bound; got {bound!r}")
+                raise TransformError(f"{name}= is a finite number, or None for no bound; got {shown_number(bound)}")
         if self.low is None and self.high is None:
             raise TransformError("Box needs a bound: write low=, high= or both")
         low, high = self._bounds()
@@ -123,7 +123,7 @@ class Box(Constraint):
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no bounds: Box needs a real one")
-        return w.clamp(self.low, self.high) + 0.0  # -0.0 becomes +0.0
+        return w.clamp(*self.interval.bounds(w.dtype)) + 0.0  # -0.0 becomes +0.0
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in self._bounds())
@@ -134,6 +134,8 @@ def _plain(value: Any) -> Any:
     """Return a tensor, array or nested list as nested tuples, which can be compared and hashed."""
     if isinstance(value, list | tuple):
         return tuple(map(_plain, value))
+    if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
+        raise TransformError(f"numbers are given as lists or as a dense tensor with data; got {brief(value)}")
     return _plain(value.tolist()) if hasattr(type(value), "tolist") else value
 
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from restrain.axes import Grouping
 from restrain.errors import TransformError
 from restrain.fields import is_whole
 from restrain.named_tensors import Location
 from restrain.penalties.unfold import (
     Rows,
     SpectralMap,
+    by_matrix,
     change_singular_values,
     checked_rows,
     from_matrix,
+    of_one_matrix,
     svd,
     to_matrix,
     unfolding,
@@ -37,8 +40,10 @@ class _OfMatrix(Constraint, register=False):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", checked_rows(self.rows))
 
-    def bound_to(self, at: Location) -> Self:
-        return dataclasses.replace(self, rows=unfolding_at(self.rows, at))  # type: ignore[type-var]
+    def bound_to(self, at: Location) -> Constraint:
+        groups = unfolding_at(self.rows, at, transposable=True)
+        one = dataclasses.replace(self, rows=of_one_matrix(groups) if groups.stack else groups)  # type: ignore[type-var]
+        return _OfEach(one, groups) if groups.stack else one
 
     def project(self, w: Tensor) -> Tensor:
         wide(w)
@@ -78,6 +83,56 @@ class _OfMatrix(Constraint, register=False):
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _OfEach(Constraint, register=False):
+    """A constraint on each of the matrices that a tensor stacks, such as one for each expert."""
+
+    constraint: _OfMatrix
+    groups: Grouping
+
+    def __repr__(self) -> str:
+        return repr(self.constraint)
+
+    @property
+    def convex(self) -> bool:  # type: ignore[override]
+        """True if the set of each matrix is convex."""
+        return self.constraint.convex
+
+    @property
+    def cone(self) -> bool:  # type: ignore[override]
+        """True if the set of each matrix is a cone."""
+        return self.constraint.cone
+
+    @property
+    def has_tangent(self) -> bool:  # type: ignore[override]
+        """True if the constraint's tangent is known."""
+        return self.constraint.has_tangent
+
+    @property
+    def has_metric(self) -> bool:
+        """True if the constraint's projection is known for steps that differ by entry."""
+        return self.constraint.has_metric
+
+    @property
+    def by_tangent(self) -> bool:  # type: ignore[override]
+        """True if the constraint keeps gradients in the tangent."""
+        return self.constraint.by_tangent
+
+    def project(self, w: Tensor) -> Tensor:
+        return by_matrix(self.constraint.project, self.groups, w)
+
+    def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
+        if not (isinstance(step, Tensor) and step.dim()):
+            return self.project(w)
+        return by_matrix(self.constraint.project_by, self.groups, w, step)
+
+    def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
+        return by_matrix(self.constraint.from_free, self.groups, v)
+
+    def tangent(self, w: Tensor, v: Tensor) -> Tensor:
+        return by_matrix(self.constraint.tangent, self.groups, w, v)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
 from restrain.penalties.shrink import exact
@@ -165,7 +166,7 @@ class MinMaxNorm(ByGroup):
         checked_number("low", self.low, "a finite number, zero or more", 0, inf, closed=True)
         checked_number("high", self.high, "a finite number above zero", 0, inf, closed=False)
         checked_number("high", self.high, f"low={self.low!r} or more", self.low, inf, closed=True)
-        if self.rate != 1 or isinstance(self.rate, bool):
+        if not is_number(self.rate) or self.rate != 1:
             checked_number("rate", self.rate, "a number above zero, up to one", 0, 1, closed=False)
         ByGroup.__post_init__(self)
 
@@ -223,7 +224,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
 
 
 def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: float) -> Tensor:
-    """The nearest groups with lengths between `low` and `high`, in the metric of the steps."""
+    """Return groups scaled to lengths in [low, high], nearest in the metric of the steps."""
     if not isinstance(step, Tensor) or not step.dim() or w.is_complex() or not w.numel():
         return said.project(w)
     groups = said.groups(w)
@@ -354,7 +355,7 @@ class L1Ball(ByGroup):
 
 
 def _onto_simplex(x: Tensor, step: float | Tensor, groups: Grouping, total: float) -> Tensor:
-    """Each row moved to the nearest one of the simplex, in the metric of the steps where these differ by entry."""
+    """Return each row projected onto the simplex, in the metric of steps that differ by entry."""
     if not isinstance(step, Tensor) or not step.dim() or step.is_complex():
         return to_simplex(x, total)
     return cut_to_sum(x, exact(to_matrix(step, groups)), total)

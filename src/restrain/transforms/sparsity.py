@@ -127,7 +127,7 @@ class NM(Constraint):
         return dataclasses.replace(self, dim=groups)
 
     def _length(self, groups: Grouping, name: str = "") -> int:
-        length = groups.shape[groups.keep[-1]]
+        length = groups.shape[groups.own[-1]]
         if length % self.m:
             raise TransformError(
                 f"{self.m} consecutive entries don't divide the {length} along dim={self.dim!r} of a tensor of shape "
@@ -140,6 +140,6 @@ class NM(Constraint):
         self._length(groups)
         if not w.numel():
             return w.clone()
-        moved = groups.view(size).movedim(groups.keep[-1], -1)
-        kept = largest(moved.reshape(-1, self.m), self.n).reshape(moved.shape).movedim(-1, groups.keep[-1])
+        moved = groups.view(size).movedim(groups.own[-1], -1)
+        kept = largest(moved.reshape(-1, self.m), self.n).reshape(moved.shape).movedim(-1, groups.own[-1])
         return torch.where(kept.reshape(w.shape), w, 0)

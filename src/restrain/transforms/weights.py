@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
-from restrain.errors import TransformError
+from restrain.errors import PenaltyError, TransformError
 from restrain.fields import is_whole
 from restrain.named_tensors import Location
 from restrain.penalties.base import in_float32
@@ -232,7 +232,13 @@ class SpectralNormalization(Reparametrization):
         return to_matrix(w, unfolding(self.rows, w.shape))
 
     def bound_to(self, at: Location) -> SpectralNormalization:
-        return dataclasses.replace(self, rows=unfolding_at(self.rows, at))
+        groups = unfolding_at(self.rows, at, transposable=True)
+        if groups.stack:
+            raise PenaltyError(
+                f"{self!r} is of one matrix, and {at.name!r} holds several ({' '.join(at.axes or ())}): bound the "
+                "norm of each by rs.SpectralBall(1.0), or give rows= by dims"
+            )
+        return dataclasses.replace(self, rows=groups)
 
 
 class _PowerMethod(nn.Module):

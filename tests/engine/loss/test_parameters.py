@@ -8,6 +8,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 import restrain as rs
+from layouts import explained
 from restrain.engine.backends import eager
 from restrain.engine.core import memory
 from restrain.engine.distributed.shards import totals
@@ -36,7 +37,7 @@ def model_of(*tensors):
     model = nn.Module()
     for number, tensor in enumerate(tensors):
         model.register_parameter(f"p{number}", nn.Parameter(tensor))
-    return model
+    return explained(model)
 
 
 def tensor(shape, dtype=torch.float32, seed=0):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import restrain as rs
-from layouts import model_of
+from layouts import explained, model_of
 from restrain.engine.backends import c_compiler, eager, formula, inductor
 from restrain.engine.core import memory
 from restrain.engine.ops import groups, instructions
@@ -185,7 +185,7 @@ def rows_of(shapes, dtype, layout):
         w[shape[0] // 2 : shape[0] // 2 + (shape[0] > 2)] = 0
         w = w[..., None, None].expand(*shape, 2, 2).contiguous().to(memory_format=torch.channels_last) if layout else w
         model.register_parameter(f"p{number}", nn.Parameter(w.to(dtype)))
-    return model
+    return explained(model)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from benchmarks.metric import MEASURED, OPTIMIZERS, STRENGTH, lasso, lasso_by
 from torch import nn, optim
 
 import restrain as rs
+from layouts import explained
 from restrain.engine.ops import optimizers
 from restrain.engine.ops.optimizers import Metric, Taken, metric_of
 from restrain.errors import RestrainWarning
@@ -22,7 +23,7 @@ def holder(*tensors):
     module = nn.Module()
     for number, tensor in enumerate(tensors):
         module.register_parameter(f"w{number}", nn.Parameter(tensor))
-    return module
+    return explained(module)
 
 
 def error(w):

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import restrain as rs
+from layouts import explained
 from restrain.engine.core.memory import BLOCK
 from restrain.errors import HowError, OptimizerError, RestrainWarning
 
@@ -25,7 +26,7 @@ def holder(*tensors):
     module = nn.Module()
     for number, tensor in enumerate(tensors):
         module.register_parameter(f"w{number}", nn.Parameter(tensor))
-    return module
+    return explained(module)
 
 
 def trained(build, plan=None, steps=50, closure=False):

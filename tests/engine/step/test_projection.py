@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import restrain as rs
+from layouts import explained
 from restrain.engine.step.intersections import nearest
 from restrain.errors import HowError, PlanError, RestrainWarning, TransformError
 
@@ -15,7 +16,7 @@ def holder(*shape, seed=0, dtype=torch.float64):
     module = nn.Module()
     w = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     module.register_parameter("w", nn.Parameter(w))
-    return module
+    return explained(module)
 
 
 def pull(model, optimizer, target=0.7):

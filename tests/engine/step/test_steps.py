@@ -9,6 +9,7 @@ from benchmarks.metric import OPTIMIZERS
 from torch import nn
 
 import restrain as rs
+from layouts import explained
 from restrain.engine.core.memory import BLOCK
 from restrain.errors import HowError, RestrainWarning
 
@@ -18,7 +19,7 @@ def holder(**tensors):
     module = nn.Module()
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor))
-    return module
+    return explained(module)
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

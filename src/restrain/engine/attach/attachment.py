@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -42,6 +42,7 @@ from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
+from restrain.layouts import attach_layouts
 from restrain.named_tensors import Handle, checked_module, device_of, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
@@ -91,7 +92,8 @@ def attach(
     if not len(rules):
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     with uncollected(), torch.inference_mode(False):  # training goes on with the tensors that are made here
-        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile)
+        flat = shards.flattened(model)
+        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,12 @@ class Attachment:
         declaring: list[nn.Module],
         declared: list[Rule],
         compile: Compile,
+        flattened: Collection[int] = (),
     ) -> None:
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
-        self._bounds = bind(plan, model, compile)
+        self._layouts = plan.layouts
+        attach_layouts(model, plan.layouts)
+        self._bounds = bind(plan, model, compile, flattened)
         check_optimizers(self._bounds, model, optimizers)
         report.note_gathered(self._bounds, model)
         self._forwards = Forwards()
@@ -131,7 +136,7 @@ class Attachment:
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
         self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
-        self._works = list[ParameterRules]()  # of the rules at the optimizers' steps, which share them
+        self._works = list[ParameterRules]()  # rules at steps, shared by the steppers
         self._surgery = threading.RLock()
         _claimed.update(declaring)
         try:
@@ -140,7 +145,7 @@ class Attachment:
             self.detach()  # remove all hooks
             raise
         self._structure, self._whereabouts = Structure(model), whereabouts(self._bounds, model)
-        self._looked = False  # whether the structure was compared since the last step
+        self._looked = False  # the structure was compared since the last step
 
     def _install(self, model: nn.Module, optimizers: list[Optimizer], compile: Compile) -> None:
         """Register all hooks; project constrained parameters now."""
@@ -181,7 +186,7 @@ class Attachment:
             bound.notes += notes.get(bound.key, [])
 
     def _rules_at_steps(self, model: nn.Module) -> list[ParameterRules]:
-        """Return what is done at the optimizer's step, by parameter."""
+        """Return the rules at the optimizer's step, by parameter."""
         works: dict[str, ParameterRules] = {}
         for bound in self._bounds:
             if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
@@ -193,32 +198,32 @@ class Attachment:
         return list(works.values())
 
     def _stepped(self, optimizer: Optimizer, root: nn.Module) -> None:
-        """Called after a step of an optimizer that was given or trains the model."""
+        """Note a step of an optimizer that was given or trains the model."""
         self._forwards.stepped()
         self._looked = False
 
     def _model_at_step(self) -> nn.Module:
-        """Return the model, at a step; a loss or forward since the last step has looked at its structure."""
+        """Return the model at a step, after comparing its structure if no loss or forward has."""
         model = self.model
         if not self._looked:
             self._look(model)
         return model
 
     def _as_it_is(self) -> nn.Module:
-        """Return the model, followed by the rules."""
+        """Return the model, after adapting the rules to its current structure."""
         model = self.model
         self._look(model)
         return model
 
     def _look(self, model: nn.Module, begins: bool = False) -> None:
-        """Follow the model if its layers or tensors are others than before.
+        """Adapt the rules if layers or tensors of the model have changed.
 
         Args:
-            model: a replica of it (`DataParallel`) is left alone.
-            begins: a forward of the model begins, which calls its layers as they are now.
+            model: the model; a replica of it (`DataParallel`) is ignored.
+            begins: True if a forward of the model begins, which calls its current layers.
 
         Raises:
-            DetachedError: rules can't follow.
+            DetachedError: rules can't be adapted.
         """
         if model is self._model() and not self._detached:
             if self._structure.changed():
@@ -228,7 +233,7 @@ class Attachment:
             self._looked = True
 
     def _follow(self, model: nn.Module, begins: bool) -> None:
-        """Bind rules again to the model as it is now, and move hooks to other layers; state stays."""
+        """Bind rules again to the current model and move hooks to other layers; state stays."""
         if (
             declared_rules(model, skip=_claimed - set(filter(None, (r() for r in self._declaring))))[0]
             != self._declared
@@ -255,7 +260,7 @@ class Attachment:
         self._renew(model)
 
     def _renew(self, model: nn.Module) -> None:
-        """Make anew what was made of the bound rules."""
+        """Rebuild the caches that depend on bound rules."""
         self._on_parameters = LossRules(self._loss_rules)
         self._forwards.overridden.handles = [h for b in self._loss_rules for h, _ in b.parameters]
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
@@ -283,7 +288,7 @@ class Attachment:
     @property
     def plan(self) -> Plan:
         """The plan as bound, with every selection as a list of names."""
-        return Plan(tuple(bound.rule for bound in self._bounds))
+        return Plan(tuple(bound.rule for bound in self._bounds), self._layouts)
 
     def loss(self, loss: Tensor, *, share: float | Tensor = 1.0) -> Tensor:
         """Return data loss + every penalty with how="loss", in full: a scalar for backward().

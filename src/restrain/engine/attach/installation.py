@@ -110,18 +110,18 @@ class Hooks:
                 )
 
     def first(self, hook: Callable[..., Any], model: nn.Module) -> None:
-        """Put a pre-hook on the model before those that are there."""
+        """Register a pre-hook of the model before its other hooks."""
         self._handles.append(model.register_forward_pre_hook(hook, prepend=True))
 
     def moves(self, moved: Mapping[tuple[str, ...], tuple[str, ...]], model: nn.Module) -> list[Move]:
-        """Return the hooks whose layer is another one now, each with that layer.
+        """Return the hooks of layers, each with its current layer.
 
         Args:
-            moved: {path: path now} of layers that stand at another path.
-            model: the model as it is now.
+            moved: {path: current path} of layers whose path has changed.
+            model: the current model.
 
         Raises:
-            DetachedError: layers that were one are several now, or several are one.
+            DetachedError: a single layer has become several, or several have become one.
         """
         at: dict[tuple[int, str], str] = {}
         moves = []
@@ -158,7 +158,7 @@ class Hooks:
 
 @dataclass
 class _AtLayer:
-    """A hook and the layer that it is on, with the paths at which rules look at the layer."""
+    """A hook and its layer, with the layer's paths in rules."""
 
     hook: LayerHook
     module: weakref.ref[nn.Module]
@@ -168,7 +168,7 @@ class _AtLayer:
 
 @dataclass
 class Move:
-    """A hook, the layer that it belongs on now, and the layer's paths."""
+    """A hook, its current layer, and the layer's paths."""
 
     at: _AtLayer
     module: nn.Module
@@ -181,7 +181,7 @@ class Move:
 
 
 def _put(hook: LayerHook, module: nn.Module) -> Any:
-    """Register a hook at a layer; torch's quantisation may have copied it there from the layer before."""
+    """Register a hook at a layer, after removing copies made by torch's quantisation."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, other in hooks.items() if other is hook]:
             del hooks[key]

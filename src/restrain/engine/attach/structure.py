@@ -1,12 +1,12 @@
-"""Notice when layers or tensors of a model were replaced, added, tied or re-declared after `attach`.
+"""Detection of layers or tensors that were replaced, added, tied or re-declared after `attach`.
 
-What a rule selects is found at attach. `Structure.changed` compares the model's tree with the one
-that was seen: the identities of all modules, and of their parameters. It costs about 0.3 µs a
-module (benchmarks/structure.py), and is asked at each forward with hooks, each loss, and each step
-without a loss. Only after a difference are selections made again.
+Selections are resolved at attach. `Structure.changed` compares the model's tree with the tree seen
+then: the identities of all modules and of their parameters. It costs about 0.3 µs per module
+(benchmarks/structure.py), and runs at each forward with hooks, each loss, and each step without a
+loss. Only after a difference are selections resolved again.
 
-The identities of parameters alone differ often: FSDP2 and `functional_call` put other tensors in
-their places. Then only shapes are compared, and which parameters are one tensor.
+Identities of parameters alone differ often, as FSDP2 and `functional_call` substitute tensors. Then
+only shapes are compared, and which parameters share a tensor.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ _CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 
 
 class Structure:
-    """The modules and parameters of a model when they were last looked at; holds them weakly."""
+    """The modules and parameters of a model when last seen, referenced weakly."""
 
     def __init__(self, model: nn.Module) -> None:
         self.remember(model)
 
     def remember(self, model: nn.Module) -> None:
-        """Take the model as it is now for the known one."""
+        """Record the current modules and parameters of the model."""
         self._references = [weakref.ref(module) for module in model.modules()]
         modules, self._parameters = self._identities() or ([], [])
         self._modules, self._pattern = modules, self._pattern_now()
         self._declared = declarations.count
 
     def changed(self) -> bool:
-        """Return True if modules were replaced, added or removed, or parameters added, tied or resized."""
+        """Return True if modules or parameters were replaced, added, removed, tied or resized.
+
+        Other tensors of the same shapes don't count.
+        """
         found = self._identities()
         if found is None or found[0] != self._modules or declarations.count != self._declared:
             return True
@@ -50,7 +53,7 @@ class Structure:
             return False
         if self._pattern_now() != self._pattern:
             return True
-        self._parameters = found[1]  # other tensors in the places of the known ones
+        self._parameters = found[1]  # other tensors of the same shapes
         return False
 
     def _identities(self) -> tuple[list[int], list[int]] | None:
@@ -65,7 +68,7 @@ class Structure:
             return None
 
     def _pattern_now(self) -> list[tuple[str, int, Any]]:
-        """Return each parameter's name, the number of the first parameter that is the same tensor, and shape."""
+        """Return (name, number of the first parameter of the same tensor, shape) of each."""
         first: dict[int, int] = {}
         pattern: list[tuple[str, int, Any]] = []
         for module in [*map(call, self._references)]:
@@ -76,7 +79,10 @@ class Structure:
 
 
 class Look(Draws, Hook):
-    """Pre-hook of the model: has a change noticed before the layers are called, so that hooks can follow."""
+    """Pre-hook of the model that detects changes before layers are called.
+
+    Hooks can then move to other layers in time.
+    """
 
     def __init__(self, look: Callable[[nn.Module], None]) -> None:
         super().__init__()
@@ -84,7 +90,7 @@ class Look(Draws, Hook):
 
     @property
     def random(self) -> bool:
-        """False: it draws nothing itself."""
+        """False: it draws no random numbers."""
         return False
 
     @not_alone

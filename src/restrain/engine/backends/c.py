@@ -286,7 +286,7 @@ def _shrink(step: Shrink, numbers: Sequence[str]) -> Iterator[str]:
         yield f"w *= {numbers[0]};"
     if step.soft:
         yield _soft(numbers[-1])
-    # -0.0 becomes +0.0; "+ 0" wouldn't do: fused with the product, it gives -0.0 where that vanishes
+    # -0.0 becomes +0.0; "+ 0" wouldn't do: fused with the product, it gives -0.0 for a zero product
     yield "w = w == 0 ? 0 : w;"
 
 
@@ -320,7 +320,7 @@ _STATEMENTS: dict[type, Any] = {
 
 
 def _bottom(size: str) -> str:
-    """C of a row's length as a divisor: 1 for a row of zeros. Its inverse could be beyond all numbers."""
+    """Return C code of a row's length as a divisor: 1 for zeros, as an inverse could overflow."""
     return f"""const double {size} = length_of(a0, length);
         const wide bottom_{size} = (wide)({size} == 0 ? 1 : {size});"""
 
@@ -388,7 +388,8 @@ static inline void $name(const entry *restrict e, int64_t count, double *sums) {
 }
 """)
 
-# Length of a row: the root of its sum of squares; if out of range, again in double, by the greatest entry.
+# Length of a row: root of its sum of squares; if out of range, again in double, scaled by the
+# greatest entry.
 _LENGTH = """
 static double length_of(const entry *e, int64_t count, double square) {
   double peak = 0;

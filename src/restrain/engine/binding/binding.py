@@ -54,7 +54,7 @@ class Bound:
     moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
     what: Any = None  # the rule's `what`, with tensors for moving strengths
     overridden: Overrides = field(default_factory=Overrides)  # tensors substituted for parameters
-    given: Rule | None = None  # the rule before binding; selections of objects are replaced by names
+    given: Rule | None = None  # rule before binding, objects replaced by names
 
     @property
     def recorders(self) -> list[Recorder]:
@@ -105,8 +105,12 @@ def trains(handle: Handle, p: Tensor, root: nn.Module) -> bool:
     return p.requires_grad or (not isinstance(p, nn.Parameter) and any(t.requires_grad for t in handle.stored(root)))
 
 
-def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> list[Bound]:
+def bind(
+    rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto", flattened: Collection[int] = ()
+) -> list[Bound]:
     """Return the rules bound to the model's tensors, each with a unique key.
+
+    `flattened` has the ids of parameters that FSDP1 has flattened.
 
     Raises:
         SelectionError: a rule matches nothing and isn't optional, or selects a layer whose hooks
@@ -114,14 +118,14 @@ def bind(rules: Iterable[Rule], model: nn.Module, compile: Compile = "auto") -> 
         HowError: a `how` that is impossible for a tensor.
     """
     shards.at_rest(model)
-    there = _There(model)
+    index = _ModelIndex(model, flattened)
     bounds: dict[str, Bound] = {}
     for rule in rules:
         label = key = rule.label
         number = 2
         while key in bounds:
             key, number = f"{label} #{number}", number + 1
-        bounds[key] = _bind(Bound(rule, key, compile), there)
+        bounds[key] = _bind(Bound(rule, key, compile), index)
         _check_network(bounds[key], model)
     _check_parametrized(list(bounds.values()))
     return list(bounds.values())
@@ -143,10 +147,11 @@ def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
             yield site, noise, not (bound.rule.optional or site.name in penalised)
 
 
-class _There:
+class _ModelIndex:
     """Index of a model during binding: each selection and each tensor is looked up once."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flattened: Collection[int] = ()) -> None:
+        self.flattened = flattened
         self.layers, self._parameters = list(layers(model)), Parameters(parameters(model))
         self.device = device_of(self.layers[0].module)
         self._chosen: dict[tuple[Where, bool], _Chosen] = {}
@@ -166,7 +171,7 @@ class _There:
 
     def _plain(self, slot: Slot) -> bool:
         tensor = self.location(slot).tensor
-        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor))
+        known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor) or id(tensor) in self.flattened)
         return known and getattr(slot.owner, "sparse", False) is not True
 
     def location(self, slot: Slot) -> Location:
@@ -259,26 +264,26 @@ def _check_parametrized(bounds: Sequence[Bound]) -> None:
                 )
 
 
-def _bind(bound: Bound, there: _There) -> Bound:
+def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     rule = bound.rule
     _check_declared(rule.what)
-    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, there.device))
+    bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, index.device))
     if isinstance(rule.where, Places):
-        targets = _targets(rule, rule.where, there)
+        targets = _targets(rule, rule.where, index)
         bound.points = targets.points
         bound.given = rule if not _by_identity(rule.where) else replace(rule, where=targets.where or rule.where)
         if isinstance(rule.what, Penalty):
-            bound.penalty_recorders = _penalty_recorders(bound, there)
+            bound.penalty_recorders = _penalty_recorders(bound, index)
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
-            _bind_derivative(bound, targets, there)
+            _bind_derivative(bound, targets, index)
         return bound
-    chosen = there.chosen(rule.where, rule.optional)
-    bound.parameters = _resolved(rule, bound.what, chosen, there)
+    chosen = index.chosen(rule.where, rule.optional)
+    bound.parameters = _resolved(rule, bound.what, chosen, index)
     if rule.how == "forward":
         pairs = zip(chosen.slots, bound.parameters, strict=True)
         bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
-    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, there)
+    outputs = None if rule.outputs is None else _targets(rule, rule.outputs, index)
     bound.given = rule if not _by_identity(rule.where) else replace(rule, where=chosen.where)
     if outputs is not None and rule.outputs is not None and _by_identity(rule.outputs):
         bound.given = replace(bound.given, outputs=outputs.where or rule.outputs)
@@ -290,18 +295,18 @@ def _bind(bound: Bound, there: _There) -> Bound:
     return bound
 
 
-def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
-    model = there.layers[0].module
+def _penalty_recorders(bound: Bound, index: _ModelIndex) -> list[PenaltyRecorder]:
+    model = index.layers[0].module
     mean = bound.rule.reduce == "mean"
     weight = 1 / len(bound.points) if mean and bound.points else 1.0
     what = bound.what.bound_in(model)
     for place in {point.place for point in bound.points if point.place.padded}:
         masks.check(place, what, model)
     activities = [moving.activity for moving in bound.moving if moving.activity is not None]
-    empty, optional = blank(there.device), bound.rule.optional
+    empty, optional = blank(index.device), bound.rule.optional
     strength, known = 1.0, dict[int, PenaltyRecorder]()
     if same := _same_anywhere(what, "bound_at_place"):
-        strength, what, known = there.shared(what, mean, optional, bound.moving)
+        strength, what, known = index.shared(what, mean, optional, bound.moving)
     at_place = AtPlace(what, bound.compile)
     penalty_recorders = []
     for point in bound.points:
@@ -315,9 +320,9 @@ def _penalty_recorders(bound: Bound, there: _There) -> list[PenaltyRecorder]:
     return penalty_recorders
 
 
-def _bind_derivative(bound: Bound, at: _Targets, there: _There) -> None:
+def _bind_derivative(bound: Bound, at: _Targets, index: _ModelIndex) -> None:
     what: OnDerivatives = bound.what
-    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, there)
+    targets = at if what.leaf.of_loss else _targets(bound.rule, what.leaf.by, index)
     by = targets.points
     if any(point.place.via is not None for point in by):
         raise SelectionError(f"{bound.key}: via= is for what is looked at; wrt= takes the layer's own output or input")
@@ -347,8 +352,8 @@ def _check_caught(target: Target) -> None:
         )
 
 
-def _targets(rule: Rule, where: Places, there: _There) -> _Targets:
-    targets = there.targets(where, rule.optional)
+def _targets(rule: Rule, where: Places, index: _ModelIndex) -> _Targets:
+    targets = index.targets(where, rule.optional)
     for target in targets.found if not isinstance(rule.what, Penalty) else ():
         if isinstance(rule.what, Noise) and target.place.via is not None:
             raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
@@ -365,17 +370,17 @@ def _same_anywhere(what: What, binding: str = "bound_to") -> bool:
     return bool(leaves) and all(getattr(type(leaf), binding) is getattr(Penalty, binding) for leaf in leaves)
 
 
-def _resolved(rule: Rule, what: What, chosen: _Chosen, there: _There) -> list[tuple[Handle, Any]]:
+def _resolved(rule: Rule, what: What, chosen: _Chosen, index: _ModelIndex) -> list[tuple[Handle, Any]]:
     """Return (handle, bound what) per parameter; ordinary parameters need no checks."""
     anywhere, looks = _same_anywhere(what), shards.looks(what)
     if not (chosen.plain and isinstance(what, Penalty | Constraint) and rule.how != "parametrize"):
-        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, there)) for slot in chosen.slots]
+        return [(slot.handle, _resolve(rule, what, slot, anywhere, looks, index)) for slot in chosen.slots]
     if anywhere:
         return [(slot.handle, what) for slot in chosen.slots]
-    return [(slot.handle, what.bound_to(shards.location(there.location(slot), looks))) for slot in chosen.slots]
+    return [(slot.handle, what.bound_to(shards.location(index.location(slot), looks))) for slot in chosen.slots]
 
 
-def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, there: _There) -> What:
+def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, index: _ModelIndex) -> What:
     """Return the penalty or transform with axes resolved for a parameter, after checks."""
     if slot.parametrized and rule.how != "loss":
         raise HowError(
@@ -392,8 +397,10 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
             f"{slot.name!r} is tied ({', '.join(slot.names)}): parametrising it at one place would untie it. Use "
             "how='project', or tie the layers by calling one module twice"
         )
-    tensor = there.location(slot).tensor
+    tensor = index.location(slot).tensor
     shards.check(rule, slot, tensor)
+    if id(tensor) in index.flattened:
+        shards.check_flattened(rule, what, slot)
     if rule.how not in ("loss", "forward") and tensor.is_meta:
         raise HowError(
             f"{slot.name!r} is on the meta device, where it has no values yet, and to_empty() puts another tensor in "
@@ -407,7 +414,7 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
         raise HowError(
             f"{slot.name!r} has no shape yet (a lazy module): run one forward before attaching {rule.what!r}"
         )
-    bound = what if anywhere else what.bound_to(shards.location(there.location(slot), looks))
+    bound = what if anywhere else what.bound_to(shards.location(index.location(slot), looks))
     if tensor.is_meta and bound.state():
         raise HowError(
             f"{slot.name!r} is on the meta device, and {rule.what!r} keeps tensors of it: to_empty(), load, then attach"
@@ -419,7 +426,10 @@ def _resolve(rule: Rule, what: What, slot: Slot, anywhere: bool, looks: bool, th
 
 
 def _by_identity(where: Where | Places) -> bool:
-    """Return True if a selection names a module or tensor itself, which a bound rule must not keep alive."""
+    """Return True if a selection refers to a module or tensor object.
+
+    A bound rule must not keep it alive.
+    """
     stack: list[Any] = [where]
     while stack:
         one = stack.pop()
@@ -431,14 +441,14 @@ def _by_identity(where: Where | Places) -> bool:
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """The layer that has a parameter, and the parameter's shape, when its rules were bound."""
+    """Layer and shape of a parameter when its rules were bound."""
 
     owner: weakref.ref[nn.Module]
     shape: torch.Size | None  # None: a lazy parameter
 
     @classmethod
     def of(cls, handle: Handle, model: nn.Module) -> Whereabouts | None:
-        """Return the whereabouts of a parameter now; None if it is gone."""
+        """Return layer and shape of a parameter now; None if it is gone."""
         owner = handle.find_owner(model)
         stored = None if owner is None else owner._parameters.get(handle.attribute)
         if owner is None:
@@ -447,14 +457,14 @@ class Whereabouts:
 
 
 def whereabouts(bounds: Iterable[Bound], model: nn.Module) -> dict[str, Whereabouts | None]:
-    """Return {name: whereabouts} of the parameters with rules."""
+    """Return {name: layer and shape} of the parameters with rules."""
     handles = {handle.name: handle for bound in bounds for handle, _ in bound.parameters}
     return {name: Whereabouts.of(handle, model) for name, handle in handles.items()}
 
 
 @dataclass
 class Followed:
-    """What a bound rule is to become after a change of the model."""
+    """The changes that adapt a bound rule to a changed model."""
 
     bound: Bound
     parameters: list[tuple[Handle, Any]]
@@ -462,16 +472,16 @@ class Followed:
 
     @property
     def paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
-        """{path: path now} of the layers at which the rule looks."""
+        """{path: current path} of the rule's layers."""
         points = [*self.bound.points, *(recorder.point for recorder in self.bound.recorders)]
         return {point.path: self.now(point).path for point in points}
 
     def now(self, point: Point) -> Point:
-        """Return a place of the rule as it is now."""
+        """Return the current activation for an activation of the rule."""
         return self.points.get(_key(point), point)
 
     def adopt(self) -> None:
-        """Change the rule."""
+        """Apply the changes to the bound rule."""
         bound = self.bound
         bound.parameters = self.parameters
         bound.points = [self.now(point) for point in bound.points]
@@ -482,26 +492,26 @@ class Followed:
 
 
 def followed(bounds: Sequence[Bound], model: nn.Module, known: Mapping[str, Whereabouts | None]) -> list[Followed]:
-    """Return what bound rules are to become after layers or tensors of the model were replaced.
+    """Return the changes for bound rules after layers or tensors of the model were replaced.
 
-    Each rule must select what it selected before: the same names, of which some may have become names of
-    one tensor. Rules on tensors of another layer or shape are resolved anew; their state stays.
+    Each rule must select the same names as before, of which several may now share a tensor. Rules
+    on tensors of another layer or shape are resolved again; their state stays.
 
     Args:
         bounds: the bound rules.
-        model: the model as it is now.
+        model: the current model.
         known: `whereabouts` of the rules before.
 
     Raises:
-        DetachedError: a rule selects other names now, or it can't act on a tensor as this is now.
+        DetachedError: a rule selects other names now, or can't act on a current tensor.
     """
-    there, found = _There(model), []
+    index, found = _ModelIndex(model), []
     for bound in bounds:
         try:
-            parameters = _again(bound, there, known)
+            parameters = _again(bound, index, known)
             if isinstance(bound.rule.what, NetworkPenalty):
                 bound.what.check({handle.name: handle.find(model) for handle, _ in parameters})
-            found.append(Followed(bound, parameters, _points_again(bound, there)))
+            found.append(Followed(bound, parameters, _points_again(bound, index)))
         except DetachedError:
             raise
         except RestrainError as error:
@@ -517,10 +527,10 @@ def _left_behind(bound: Bound, why: str) -> DetachedError:
 
 
 def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str]]) -> None:
-    """Check that a selection of tensors, each with all its names, is that of the names before.
+    """Check that selected tensors, each with all its names, have the same names as before.
 
     Raises:
-        DetachedError: it isn't.
+        DetachedError: they haven't.
     """
     known = set(before)
     more = [min(names) for names in now if not known & set(names)]
@@ -532,22 +542,22 @@ def _compare(bound: Bound, before: Collection[str], now: Sequence[Collection[str
         raise _left_behind(bound, " and ".join(told))
 
 
-def _again(bound: Bound, there: _There, known: Mapping[str, Whereabouts | None]) -> list[tuple[Handle, Any]]:
-    """Return what acts on each parameter of a rule, each tensor once."""
+def _again(bound: Bound, index: _ModelIndex, known: Mapping[str, Whereabouts | None]) -> list[tuple[Handle, Any]]:
+    """Return (handle, what) for the current parameters of a rule, each tensor once."""
     given = bound.given or bound.rule
     if isinstance(given.where, Places):
         return []
     before = {handle.name: what for handle, what in bound.parameters}
-    slots = there.chosen(given.where, given.optional).slots
+    slots = index.chosen(given.where, given.optional).slots
     _compare(bound, before, [slot.names for slot in slots])
     found = []
     for slot in slots:
         names = [name for name in slot.names if name in before]
         what = before[names[0]]
-        same = [Whereabouts.of(slot.handle, there.layers[0].module) == known.get(name) for name in names]
+        same = [Whereabouts.of(slot.handle, index.layers[0].module) == known.get(name) for name in names]
         if len(names) > 1 and _state(what):
             raise _left_behind(bound, f"{', '.join(map(repr, names))} are one tensor now, and it keeps a state of each")
-        found.append((slot.handle, what if all(same) else _replaced(bound, slot, what, there)))
+        found.append((slot.handle, what if all(same) else _replaced(bound, slot, what, index)))
     if bound.rule.how == "forward" and {s for slot in slots for s in sites_of(slot)} != {s for s, _ in bound.noisy}:
         raise _left_behind(bound, "its weights are used at other places now")
     return found
@@ -557,12 +567,12 @@ def _state(what: Any) -> Mapping[str, Tensor]:
     return what.state() if isinstance(what, Penalty) else {}
 
 
-def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
-    """Return what acts on a parameter of another layer or shape."""
+def _replaced(bound: Bound, slot: Slot, before: Any, index: _ModelIndex) -> Any:
+    """Return the penalty or transform for a parameter whose layer or shape has changed."""
     if bound.rule.how == "parametrize":
         raise _left_behind(bound, f"{slot.name!r} belongs to another layer, or has another shape, now")
     rule, what = bound.rule, bound.what
-    now = _resolve(rule, what, slot, _same_anywhere(what), shards.looks(what), there)
+    now = _resolve(rule, what, slot, _same_anywhere(what), shards.looks(what), index)
     state, own = _state(before), _state(now)
     if not state:
         return now
@@ -571,18 +581,18 @@ def _replaced(bound: Bound, slot: Slot, before: Any, there: _There) -> Any:
     return before
 
 
-def _points_again(bound: Bound, there: _There) -> dict[tuple[str, Place], Point]:
-    """Return the places of a rule as they are now, by name and place."""
+def _points_again(bound: Bound, index: _ModelIndex) -> dict[tuple[str, Place], Point]:
+    """Return {(name, place): point} of a rule's current activations."""
     given = bound.given or bound.rule
     groups: list[tuple[Sequence[Point], Sequence[Point]]] = []
     if isinstance(given.where, Places):
-        groups.append((bound.points, _targets(given, given.where, there).points))
+        groups.append((bound.points, _targets(given, given.where, index).points))
         if bound.derivative is not None and not bound.derivative.penalty.of_loss:
             by = [probe.point for probe in bound.derivative.moved]
-            groups.append((by, _targets(given, bound.derivative.penalty.by, there).points))
+            groups.append((by, _targets(given, bound.derivative.penalty.by, index).points))
     if given.outputs is not None:
         before = [recorder.point for recorder in bound.output_recorders]
-        groups.append((before, _targets(given, given.outputs, there).points))
+        groups.append((before, _targets(given, given.outputs, index).points))
     found = {}
     for earlier, now in groups:
         _compare(bound, [str(point) for point in earlier], [(str(point),) for point in now])

@@ -161,7 +161,7 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
 
 
 def _notes_on_metric(bound: Bound, p: Tensor, holder: Optimizer) -> list[str]:
-    """Return what the table says where a projection isn't exactly in the optimizer's metric."""
+    """Return notes for the table on projections that aren't exactly in the optimizer's metric."""
     rule, name = bound.rule, type(holder).__name__
     what: Any = rule.what
     if not diagonal(holder) or what.separable or in_tangent(rule, what, by_metric(holder)):

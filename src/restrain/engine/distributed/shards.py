@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, TypeAlias
@@ -264,6 +265,33 @@ def at_rest(model: nn.Module) -> None:
     """Reshard FSDP2 modules in which an evaluation has left gathered weights."""
     for module in fully_sharded(model.modules()):
         module.reshard()
+
+
+def flattened(model: nn.Module) -> frozenset[int]:
+    """Return the ids of parameters of which FSDP1 gives this process a flat part.
+
+    Parameters that it leaves alone have their own shape; of one axis, they can't be told apart.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    split = [m for m in model.modules() if isinstance(m, kind) and m.sharding_strategy.name != "NO_SHARD"]
+    return frozenset([id(p) for m in split for p in m.parameters() if p.dim() < 2])
+
+
+def check_flattened(rule: Rule, what: Any, slot: Slot) -> None:
+    """Refuse a rule on a flat part of a parameter, unless it acts entry by entry at the optimizer's step.
+
+    Raises:
+        HowError: the rule needs the whole tensor, or its value.
+    """
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else [what]
+    moments = ("gradient", "decoupled", "proximal", "project")
+    if rule.how in moments and rule.reduce != "mean" and all(leaf.by_entry for leaf in leaves):
+        return
+    raise HowError(
+        f"{rule.label}: of {slot.name!r}, FullyShardedDataParallel gives each process a flat part, on which only rules "
+        "that act entry by entry at the optimizer's step are right, such as rs.L2() with how='gradient'. Use FSDP2, "
+        "torch.distributed.fsdp.fully_shard(model), where every rule acts on the whole parameter"
+    )
 
 
 def looks(what: What) -> bool:

@@ -200,7 +200,7 @@ class Project:
     interval: Interval
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        return w.clamp_(self.interval.low, self.interval.high).add_(0.0)  # -0.0 becomes +0.0
+        return w.clamp_(*self.interval.bounds(w.dtype)).add_(0.0)  # -0.0 becomes +0.0
 
 
 Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows

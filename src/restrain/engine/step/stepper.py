@@ -60,7 +60,7 @@ from restrain.torch_private import step_hooks
 
 
 def _without_metric(changes: Sequence[Change]) -> list[Change]:
-    """Return the projections alone, as under SGD: the step moved nothing, or nothing is known of it."""
+    """Return the projections alone, Euclidean, for a step that moved nothing or is unknown."""
     projections = [change for change in changes if change.kind in ("project", "fit")]
     return [replace(change, kind="project") for change in projections]
 
@@ -120,9 +120,10 @@ def _unmade(
     members: Sequence[tuple[nn.Parameter, Tensor]],
     standing: Collection[tuple[str, int]],
 ) -> list[Batch]:
-    """The changes to be made to parameters before the update, without those that an interrupted step has made."""
+    """Return the changes before the update, without those that an interrupted step has made."""
     if not standing:
-        adds = any(change.kind in _ON_GRADIENTS for change in changes)  # else gradients aren't gathered or copied
+        # else gradients aren't gathered
+        adds = any(change.kind in _ON_GRADIENTS for change in changes)
         return [Batch(changes, scalars, [(p, grad) if adds else (p,) for p, grad in members])]
     batches = []
     for p, grad in members:
@@ -152,7 +153,6 @@ class Stepper:
         self._empty: dict[Handle, int] = {}
         self._by_metric = by_metric(optimizer)
         self._worklist = Worklist(works, root, self._by_metric)
-        self._followed = {id(work) for work in works if work.follows_metric(self._by_metric)}
         self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
         self._folding = Folding(optimizer, compile if folds else False)
@@ -160,7 +160,7 @@ class Stepper:
         self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
-        self._noisy = any(work.noise for work in works)
+        self.renew()
         self._seed = agreed_seed() if self._noisy else None
         before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
         if before or self._folding.possible or (self._followed and self._looks):
@@ -175,6 +175,7 @@ class Stepper:
     def renew(self) -> None:
         """Rebuild the list of parameters, after `works` has changed."""
         self._worklist.forget()
+        self._followed = {id(work) for work in self.works if work.follows_metric(self._by_metric)}
         self._noisy = any(work.noise for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
@@ -265,7 +266,7 @@ class Stepper:
     def _add_noises(
         self, held: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
     ) -> list[Tensor]:
-        """Add noise to gradients; return these."""
+        """Add noise to gradients; return these gradients."""
         if not self._noisy:
             return []
         grads = [(work, grad) for work, p, _ in held if work.noise and (grad := p.grad) is not None]
@@ -345,7 +346,10 @@ class Stepper:
     def _hold(
         self, work: ParameterRules, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None
     ) -> None:
-        """Hold several constraints, or momentum in a tangent; warn once where a point may not be the nearest."""
+        """Project onto several constraints, or with tangent momentum.
+
+        Warns once if the point may not be the nearest.
+        """
         by = any(in_metric(rule, constraint, self._by_metric) for rule, constraint in timed)
         found = hold(work.handle.name, p, timed, state, metric if by else None)
         if found is not None and not found.sure and found.apart <= APART and work.handle not in self._unsure:

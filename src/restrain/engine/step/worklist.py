@@ -40,7 +40,7 @@ class ParameterRules:
     before: tuple[Tensor, Tensor] | None = None
 
     def of(self, kind: str, by_metric: bool) -> list[tuple[Rule, Any]]:
-        """Return the rules of a kind; those of "tangent" are constraints that change gradients before the step."""
+        """Return the rules of a kind; "tangent": constraints that change gradients."""
         if kind == "tangent":
             return [(rule, what) for rule, what in self.project if in_tangent(rule, what, by_metric)]
         return getattr(self, kind)  # type: ignore[no-any-return]
@@ -159,9 +159,9 @@ def _groups(optimizer: Optimizer) -> list[Any]:
     return [(id(group), list(map(id, group["params"]))) for group in optimizer.param_groups]
 
 
-def _tasks(held: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
+def _tasks(members: Sequence[Member], kinds: tuple[str, ...], step: int, by_metric: bool) -> list[Task]:
     tasks: dict[Any, Task] = {}
-    for work, p, group in held:
+    for work, p, group in members:
         changes = [change for kind in kinds for change in _changes(work, kind, step, by_metric)]
         if changes:
             key = (id(group), *[(change.kind, _key(change.what)) for change in changes])

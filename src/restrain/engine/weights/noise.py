@@ -281,9 +281,9 @@ class WeightNoise:
     """Noise on weights of an attachment: hooks on the modules that use the weights."""
 
     hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by path of the module
-    handles: dict[tuple[str, ...], list[Any]] = field(default_factory=dict)  # by the same
-    modules: dict[tuple[str, ...], weakref.ref[nn.Module]] = field(default_factory=dict)  # by the same
-    checked: dict[Site, bool] = field(default_factory=dict)  # True if a hook that never fires is an error
+    handles: dict[tuple[str, ...], list[Any]] = field(default_factory=dict)  # by path
+    modules: dict[tuple[str, ...], weakref.ref[nn.Module]] = field(default_factory=dict)
+    checked: dict[Site, bool] = field(default_factory=dict)  # error if the hook never fires
 
     def begin(self, noisy: Iterable[tuple[Site, Noise, bool]], root: nn.Module) -> None:
         """Register hooks, given (weight, noise, True if a hook that never fires is an error)."""
@@ -305,10 +305,12 @@ class WeightNoise:
         self._put(path, module)
 
     def _put(self, path: tuple[str, ...], module: nn.Module) -> None:
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):  # torch's quantisation may have copied them
+        # torch's quantisation may have copied our hooks
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if getattr(hook, "disturb", hook) is self.hooks[path]]:
                 del hooks[key]
-        # before any other, as hooks of the old weight_norm read what we disturb; but after FSDP2 has gathered it
+        # before other hooks: the old weight_norm reads the noisy tensor; but after FSDP2's
+        # gathering
         first = not fully_sharded([module])
         self.modules[path] = weakref.ref(module)
         self.handles[path] = [
@@ -317,11 +319,11 @@ class WeightNoise:
         ]
 
     def moves(self, root: nn.Module) -> list[tuple[str, ...]]:
-        """Return the paths at which another module stands now."""
+        """Return the paths whose module has been replaced."""
         return [path for path in self.hooks if follow(root, path) is not self.modules[path]()]
 
     def move(self, root: nn.Module) -> None:
-        """Move the hooks to the modules that stand at their paths now."""
+        """Move the hooks to the current modules of their paths."""
         for path in self.moves(root):
             before, now = self.modules[path](), follow(root, path)
             for handle in self.handles[path]:
@@ -332,7 +334,7 @@ class WeightNoise:
                 self._put(path, now)
 
     def end(self) -> None:
-        """Take the hooks away, and what an interrupted forward may have left."""
+        """Remove the hooks, and noisy weights of an interrupted forward."""
         for handle in [handle for handles in self.handles.values() for handle in handles]:
             handle.remove()
         for path, disturb in self.hooks.items():

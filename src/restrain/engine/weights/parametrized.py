@@ -144,15 +144,18 @@ class Parametrized:
 
         These are learned parameters that are in no optimizer, while their weights are.
         """
-        held: set[int] = set()
+        in_optimizers: set[int] = set()
 
         def after(optimizer: Optimizer, root: nn.Module) -> None:
             if steps() > 2:
                 return
-            held.update(id(p) for group in optimizer.param_groups for p in group["params"])
-            stored = [done for done in self._done for p in done.handle.stored(root)[:1] if id(p) in held]
+            in_optimizers.update(id(p) for group in optimizer.param_groups for p in group["params"])
+            stored = [done for done in self._done for p in done.handle.stored(root)[:1] if id(p) in in_optimizers]
             lost = [
-                d.handle.name for d in stored for p in d.module.parameters() if p.requires_grad and id(p) not in held
+                d.handle.name
+                for d in stored
+                for p in d.module.parameters()
+                if p.requires_grad and id(p) not in in_optimizers
             ]
             if lost and steps() == 2:
                 warnings.warn(
