@@ -27,14 +27,13 @@ def register(base: type) -> None:
     saving = getattr(keras, "saving", None)
     if saving is None:
         return
-    cls: Any
     for cls in _subclasses(base):
         name = f"{_PACKAGE}>{cls.__name__}"
         if cls.__module__.partition(".")[0] == _PACKAGE and saving.get_registered_object(name) is None:
             saving.register_keras_serializable(package=_PACKAGE)(cls)
 
 
-def _subclasses(base: type) -> Iterator[type]:
+def _subclasses(base: type[Any]) -> Iterator[type[Any]]:
     yield base
     for cls in base.__subclasses__():
         yield from _subclasses(cls)

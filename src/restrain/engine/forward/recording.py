@@ -333,13 +333,7 @@ class LayerHook(Draws, Hook):
         if recorder.point.place.padded and inputs is None:
             return result  # layer called alone: valid positions are unknown
         if mode != "recompute":
-            with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
-                for activity in recorder.activities:
-                    fraction = activity.of(recorder.point.seen(seen))
-                    if fraction is not None and forward is not None:
-                        forward.active.append((activity, fraction))
-                    elif fraction is not None:
-                        activity.add(fraction)
+            self._measure(recorder, forward, seen)
         h = structures.get(result, way)
         passed = recorder.on_the_way(h, way, module) if self.gate.passes(mode) else None
         if passed is not None:
@@ -357,6 +351,16 @@ class LayerHook(Draws, Hook):
             return result
         injected = Inject.apply(h, value, recorder.cell, recorder.copies is not False)  # type: ignore[no-untyped-call]
         return structures.put(result, way, injected)
+
+    def _measure(self, recorder: PenaltyRecorder, forward: Forward | None, seen: Any) -> None:
+        """Measure the fraction of active entries for targets."""
+        with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
+            for activity in recorder.activities:
+                fraction = activity.of(recorder.point.seen(seen))
+                if fraction is not None and forward is not None:
+                    forward.active.append((activity, fraction))
+                elif fraction is not None:
+                    activity.add(fraction)
 
     def _watch(self, recorder: Recorder, mode: str, forward: Forward | None, structure: Any) -> None:
         if mode == "recompute":
