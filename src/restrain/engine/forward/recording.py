@@ -334,12 +334,7 @@ class LayerHook(Draws, Hook):
             return result  # layer called alone: valid positions are unknown
         if mode != "recompute":
             with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
-                for activity in recorder.activities:
-                    fraction = activity.of(recorder.point.seen(seen))
-                    if fraction is not None and forward is not None:
-                        forward.active.append((activity, fraction))
-                    elif fraction is not None:
-                        activity.add(fraction)
+                _measure(recorder, forward, seen)
         h = structures.get(result, way)
         passed = recorder.on_the_way(h, way, module) if self.gate.passes(mode) else None
         if passed is not None:
@@ -371,6 +366,16 @@ class LayerHook(Draws, Hook):
             forward.keep(recorder, Record.of(tensor, watched=tensor), tensor)
         else:
             recorder.compiled.append(tensor)
+
+
+def _measure(recorder: PenaltyRecorder, forward: Forward | None, seen: Tensor) -> None:
+    """Keep active fractions with the forward until it counts; without one, in compiled code, add them."""
+    for activity in recorder.activities:
+        fraction = activity.of(recorder.point.seen(seen))
+        if fraction is not None and forward is not None:
+            forward.active.append((activity, fraction))
+        elif fraction is not None:
+            activity.add(fraction)
 
 
 def _add(recorder: PenaltyRecorder, value: Tensor) -> None:
