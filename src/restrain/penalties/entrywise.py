@@ -13,7 +13,7 @@ from restrain.axes import squared
 from restrain.errors import NoProxError, PenaltyError
 from restrain.operations import Absolute, ByEntry, Function, Logarithm, Square, Terms, weighted
 from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
-from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries
+from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries, unsigned_zeros
 
 _NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slope at the root is 1 - p/2 or more
 
@@ -380,4 +380,4 @@ class SoftBox(Entrywise):
         scale = 0.5 / (0.5 + t)
         # the smaller part is added, so that the result is exact for small steps, and in the box for large ones
         moved = torch.where(scale > 0.5, x - excess * (t / (0.5 + t)), x.clamp(*self._bounds()) + excess * scale)
-        return torch.where((excess == 0) | x.isinf(), x, moved) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(torch.where((excess == 0) | x.isinf(), x, moved))

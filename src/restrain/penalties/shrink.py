@@ -21,6 +21,14 @@ _NEWTON_STEPS = 12  # no random group with thresholds spread over 10 decades nee
 _ROUNDS, _ROUNDS_COMPILED = 100, 12  # no random group of up to 30,000 entries needed more than 9
 
 
+def unsigned_zeros(x: Tensor) -> Tensor:
+    """Return a tensor with +0.0 in the place of -0.0.
+
+    `x + 0.0` would do in eager code; from torch 2.14 on, compiled code leaves the addition out.
+    """
+    return torch.where(x == 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
+
+
 def at_least_float32(w: Tensor) -> Tensor:
     """Return the tensor in a dtype of float32's precision or more.
 
@@ -137,7 +145,7 @@ def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
 def resized(x: Tensor, size: Tensor) -> Tensor:
     """The tensor with each entry's absolute value replaced by `size`; +0.0 where that is zero."""
     if not x.is_complex():
-        return torch.where(x < 0, -size, size) + 0.0
+        return unsigned_zeros(torch.where(x < 0, -size, size))
     old = x.abs()
     return torch.where(size == 0, 0, x * (size / torch.where(old == 0, 1, old)))
 
@@ -151,7 +159,7 @@ def shrink_entries(w: Tensor, step: float | Tensor, l1: float | Tensor, l2: floa
         x, t = x * scale, scale * t
     if isinstance(l1, Tensor) or l1:
         x = soft_threshold(x, l1 * t)
-    return (x + 0.0).to(w.dtype)  # -0.0 becomes +0.0
+    return unsigned_zeros(x).to(w.dtype)
 
 
 def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: float | Tensor) -> Tensor:
@@ -169,7 +177,7 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: f
         # a tensor over a tensor: torch multiplies numbers by inverses, which may be beyond the greatest number
         scale = 1 - strength * (as_tensor(t, wide) / torch.where(zero, 1, norms))
         z = torch.where(zero | (scale <= 0), 0, x * scale)
-    return groups.restore(z, wide).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+    return unsigned_zeros(groups.restore(z, wide).to(w.dtype))
 
 
 def _in_blocks(solve: Callable[..., Tensor], x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
@@ -254,7 +262,7 @@ def _by_root(solve: Callable[..., Tensor], w: Tensor, groups: Grouping, step: fl
     parts = groups.view(x)
     z = _in_blocks(solve, parts, groups, groups.view(t) if t.dim() else t)
     z = torch.where(groups.max(parts.detach().abs()).isnan(), torch.nan, z)
-    return groups.restore(z, x).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+    return unsigned_zeros(groups.restore(z, x).to(w.dtype))
 
 
 def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Grouping) -> Tensor:

@@ -18,7 +18,7 @@ from restrain.fields import brief
 from restrain.named_tensors import Location, near
 from restrain.penalties.base import Penalty, Tensors, checked_setting, unchecked_prox
 from restrain.penalties.entrywise import L1, L2, Entrywise
-from restrain.penalties.shrink import as_step, at_least_float32
+from restrain.penalties.shrink import as_step, at_least_float32, unsigned_zeros
 from restrain.rules import How, same
 from restrain.schedule import Strength
 
@@ -199,7 +199,7 @@ class Distance(_Kept):
         reference = self._from(x)
         difference = x - reference
         shrunk = unchecked_prox(self.penalty, difference, step)
-        return torch.where(shrunk == difference, x, reference + shrunk).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(torch.where(shrunk == difference, x, reference + shrunk).to(w.dtype))
 
     def bound_to(self, at: Location) -> Distance:
         now = at.tensor.detach().clone()

@@ -19,7 +19,7 @@ from restrain.named_tensors import Location
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_strength, unchecked_prox
 from restrain.penalties.entrywise import L1
 from restrain.penalties.group import GroupLasso
-from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step
+from restrain.penalties.shrink import as_step, at_least_float32, exact, is_zero, one_step, unsigned_zeros
 from restrain.rules import How
 
 _EPS = 8 * 2.0**-52  # rounding errors below this, relative to the sums, count as zero
@@ -158,7 +158,7 @@ class TotalVariation(Penalty):
         lines = x.movedim(dim, -1)
         slopes = taut_slopes(lines.flatten(0, -2) if w.dim() > 1 else lines[None], t)
         z: Tensor = slopes.reshape(lines.shape).movedim(-1, dim)
-        return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(z.to(x.dtype).to(w.dtype))
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         self.moments(at_places=True)
@@ -362,7 +362,7 @@ class SLOPE(OfRows):
         size, order = exact(x).abs().flatten().sort(descending=True)
         kept = taut_slopes((size - t * self._weights(size))[None])[0].clamp_min(0)
         z: Tensor = exact(x).sgn() * torch.zeros_like(size).scatter(0, order, kept).reshape(w.shape)
-        return z.to(x.dtype).to(w.dtype) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(z.to(x.dtype).to(w.dtype))
 
     def over_rows(self, rows: Tensor) -> Tensor:
         size = rows.abs().sort(dim=1, descending=True).values

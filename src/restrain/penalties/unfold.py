@@ -20,7 +20,7 @@ from restrain.errors import PenaltyError
 from restrain.fields import is_whole
 from restrain.layouts import knows
 from restrain.named_tensors import Location
-from restrain.penalties.shrink import at_least_float32
+from restrain.penalties.shrink import at_least_float32, unsigned_zeros
 
 Rows: TypeAlias = Per | tuple[int, ...]
 
@@ -141,7 +141,7 @@ def change_singular_values(w: Tensor, groups: Grouping, change: Callable[[Tensor
         return w.clone()
     u, s, vh = svd(to_matrix(x, groups))
     changed = change(s)
-    z = from_matrix((u * changed) @ vh, groups, tuple(w.shape)) + 0.0  # -0.0 becomes +0.0
+    z = unsigned_zeros(from_matrix((u * changed) @ vh, groups, tuple(w.shape)))
     return torch.where((changed == s).all(), x, z).to(w.dtype)
 
 

@@ -17,6 +17,7 @@ from restrain.errors import RestrainWarning, TransformError
 from restrain.fields import brief, is_number, level_of_caller, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Interval
+from restrain.penalties.shrink import unsigned_zeros
 from restrain.transforms.base import Constraint, wide
 
 _SHOWN = 64  # largest pattern that a repr shows in full
@@ -51,7 +52,7 @@ class NonNegative(Constraint):
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no sign: NonNegative needs a real one")
-        return w.clamp_min(0) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(w.clamp_min(0))
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         wide(v, real="so it has no sign: NonNegative needs a real one")
@@ -123,7 +124,7 @@ class Box(Constraint):
 
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no bounds: Box needs a real one")
-        return w.clamp(*self.interval.bounds(w.dtype)) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(w.clamp(*self.interval.bounds(w.dtype)))
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         low, high = (torch.tensor(bound, dtype=w.dtype, device=w.device) for bound in self._bounds())
@@ -219,7 +220,7 @@ class Signs(Constraint):
     def project(self, w: Tensor) -> Tensor:
         wide(w, real="so it has no sign: Signs needs a real one")
         sign = _spread("pattern", self._numbers, w)
-        return _one_sided(w, sign > 0, sign < 0) + 0.0  # -0.0 becomes +0.0
+        return unsigned_zeros(_one_sided(w, sign > 0, sign < 0))
 
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         sign = _spread("pattern", self._numbers, w)

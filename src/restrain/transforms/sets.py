@@ -14,7 +14,7 @@ from restrain.axes import Grouping, Per, checked, group_norms, grouping, groupin
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
-from restrain.penalties.shrink import exact
+from restrain.penalties.shrink import exact, unsigned_zeros
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.transforms.base import Constraint, checked_number, slack, wide
 from restrain.transforms.metric import cut_to_sum, fit_lengths
@@ -210,7 +210,8 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     x = groups.view(wide(w))
     if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
         inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
-        return groups.restore((x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype), w) + 0.0
+        moved = (x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype)
+        return unsigned_zeros(groups.restore(moved, w))
     unit, norms = _lengths(x, groups)
     length = unit * norms
     inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
@@ -220,7 +221,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     # divide by the greatest entry first, so that no square overflows or vanishes
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
-    return groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w) + 0.0  # -0.0 becomes +0.0
+    return unsigned_zeros(groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w))
 
 
 def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: float) -> Tensor:
@@ -304,7 +305,7 @@ class Simplex(ByGroup):
         x = exact(to_matrix(wide(w), groups))
         sums = x.sum(-1, keepdim=True)
         inside = (x >= 0).all(-1, keepdim=True) & ((sums - self.total).abs() <= slack(w) * self.total)
-        z = torch.where(inside, x, _onto_simplex(x, step, groups, self.total)) + 0.0  # -0.0 becomes +0.0
+        z = unsigned_zeros(torch.where(inside, x, _onto_simplex(x, step, groups, self.total)))
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
 
 
@@ -350,7 +351,7 @@ class L1Ball(ByGroup):
         x = exact(to_matrix(wide(w), groups))
         size = x.abs()
         inside = size.sum(-1, keepdim=True) <= self.radius * (1 + slack(w))
-        z = torch.where(inside, x, x.sgn() * _onto_simplex(size, step, groups, self.radius)) + 0.0
+        z = unsigned_zeros(torch.where(inside, x, x.sgn() * _onto_simplex(size, step, groups, self.radius)))
         return from_matrix(z, groups, tuple(w.shape)).to(w.dtype)
 
 

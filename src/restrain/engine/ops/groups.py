@@ -68,7 +68,7 @@ class ShrinkRows:
         scale = (1 - cut / size).clamp_min_(0)  # a tensor over a tensor: an inverse may be beyond all numbers
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
-            w = w.add_(0.0)  # -0.0 becomes +0.0
+            w = w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
         return w
 
 

@@ -142,7 +142,8 @@ class Shrink:
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         if self.scaled:
             w = w.mul_(numbers[0])
-        return (_soft(w, numbers[-1]) if self.soft else w).add_(0.0)  # -0.0 becomes +0.0
+        w = _soft(w, numbers[-1]) if self.soft else w
+        return w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,8 @@ class Project:
     interval: Interval
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
-        return w.clamp_(*self.interval.bounds(w.dtype)).add_(0.0)  # -0.0 becomes +0.0
+        w = w.clamp_(*self.interval.bounds(w.dtype))
+        return w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
 
 
 Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
