@@ -431,7 +431,7 @@ def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | 
 
 
 def _heads(at: _Place) -> Grouping:
-    """Return groups by head, of a weight of nn.MultiheadAttention or another attention."""
+    """Return groups by head, of a weight of nn.MultiheadAttention or of its out_proj."""
     shape, owner, attribute = at.shape, at.owner, at.attribute
     number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else at.heads
     if number is not None and len(shape) == 2:

@@ -562,7 +562,7 @@ class Graph(fx.Interpreter):
         return Held(value, compressed(labels), constants)
 
     def _attention(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return scaled dot-product attention; a head's queries, keys and values become one unit."""
+        """Return the attention; queries, keys and values of a head become one unit."""
         q, k, v = args[:3]
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         rank, heads = value.dim(), value.dim() - 3

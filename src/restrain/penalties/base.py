@@ -246,7 +246,7 @@ class Penalty(Algebra["Penalty"], register=False):
     """
 
     uniform: bool = True
-    """All entries have the same function, so that parts of a tensor can be taken alone."""
+    """If entrywise: all entries share one function, so that parts of a tensor can stand alone."""
 
     weighs_elastic: bool = False
     """The value is Σ aᵢ|xᵢ| + Σ cᵢ|xᵢ|², with weights for each entry: see `elastic_at`."""
