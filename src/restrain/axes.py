@@ -1,24 +1,24 @@
-"""What `per=` means: an axis by name or dim, block sizes or lists of indices, as groups of entries.
+"""Resolve `per=` (an axis by name or dim, block sizes, lists of indices) to groups of entries.
 
-Layers keep their weights in different layouts, so an axis is named by its meaning:
+Layers store their weights in different layouts, so an axis is named by its meaning:
 
-    per=                   groups are the weights ...           nn.Linear, nn.ConvNd   transposed conv, HF Conv1D
-    "out", "filter"        into one output unit or filter       dim 0                  dim 1
-    "in", "channel"        out of one input unit or channel     dim 1                  dim 0
+    per=                   groups are the weights ...        Linear, ConvNd  ConvTransposeNd, Conv1D
+    "out", "filter"        into one output unit or filter    dim 0           dim 1
+    "in", "channel"        out of one input unit or channel  dim 1           dim 0
     "row", "column"        of one index of dim 0, of dim 1
     "head"                 of one head of nn.MultiheadAttention
     an integer             of one index of that dim
-    (4, 4)                 of one block, 4 long in dim 0 and in dim 1; further dims are in it whole
+    (4, 4)                 of one block, 4 long in dim 0 and in dim 1, and whole in further dims
     [[0, 1], [2, 3, 4]]    of one list of indices of dim 0
-    {"in": [[0], [1, 2]]}  of one list of indices of that axis; also written as ("in", [[0], [1, 2]])
+    {"in": [[0], [1, 2]]}  of one list of indices of that axis; also ("in", [[0], [1, 2]])
 
-The tokens of an `nn.Embedding` (its rows) are "in", its features (its columns) "out". Indices in no
-list are in no group: penalties don't count them, proxes and projections leave them unchanged.
-Groups don't overlap.
+Conv1D is the layer of Hugging Face transformers. The tokens of an `nn.Embedding` (its rows) are
+"in", its features (its columns) "out". Indices in no list are in no group: penalties don't count
+them, proxes and projections leave them unchanged. Groups don't overlap.
 
-Of other modules' parameters `restrain.layout` says what the axes mean, as in "expert out in" (see
+The axes of other modules' parameters are declared by `restrain.layout`, as in "expert out in" (see
 `layouts`). Then "out" is one group for each output of each expert, and "expert" one for each
-expert. A parameter of a model whose layout is unknown has no named axes. A plain tensor has the
+expert. A parameter without a known or declared layout has no named axes. A plain tensor has the
 axes (out, in, ...).
 """
 
@@ -56,7 +56,7 @@ class Lists:
     ids: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        ids = [len(self.members)] * self.count  # a further group, for indices in no list
+        ids = [len(self.members)] * self.count  # one more group, for indices in no list
         for group, indices in enumerate(self.members):
             for i in indices:
                 ids[i] = group
@@ -86,7 +86,7 @@ class Grouping:
     shape: tuple[int, ...]
     keep: tuple[int, ...]
     lists: Lists | None = None
-    said: Any = dataclasses.field(default=None, compare=False)  # what a person wrote for it
+    said: Any = dataclasses.field(default=None, compare=False)  # the `per` it was made from
     stack: tuple[int, ...] = ()  # kept dims that number separate matrices, such as experts
 
     def __repr__(self) -> str:
@@ -108,7 +108,7 @@ class Grouping:
         """Return the tensor in `shape`, in which groups are whole dims; 0 for entries in no group.
 
         Raises:
-            PenaltyError: a tensor with another number of entries.
+            PenaltyError: the tensor has another number of entries.
         """
         if w.numel() != prod(self.shape):
             raise PenaltyError(
@@ -144,14 +144,15 @@ class Grouping:
 
     def sizes(self, x: Tensor) -> float | Tensor:
         """Return the number of entries per group, at least 1: a float if equal, else a tensor."""
-        size = max(prod([self.shape[dim] for dim in self.reduced]), 1)  # a list, as Dynamo knows no generators here
+        # A list: Dynamo can't trace a generator here
+        size = max(prod([self.shape[dim] for dim in self.reduced]), 1)
         if self.lists is None:
             return float(size)
         counts = [*[float(len(indices) * size) for indices in self.lists.members], 1.0]
         return self._per_index([counts[group] for group in self.lists.ids], x)
 
     def _left(self, x: Tensor) -> Tensor | None:
-        """Return the mask of entries in no group; None if there are none."""
+        """Return the mask of entries in no group; None if each entry is in a group."""
         if self.lists is None or len(self.lists.members) not in self.lists.ids:
             return None
         return self._per_index([float(group == len(self.lists.members)) for group in self.lists.ids], x) == 1
@@ -179,7 +180,7 @@ def checked(per: Per) -> Per:
     """Return `per` in a hashable form: names, dims and groupings unchanged, all else as tuples.
 
     Raises:
-        PenaltyError: it isn't a valid `per=`, or groups overlap.
+        PenaltyError: `per` isn't valid, or groups overlap.
     """
     if isinstance(per, Grouping) or _is_axis(per):
         return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
@@ -203,7 +204,7 @@ def checked_dim(dim: Any) -> Dim:
     """Return `dim`, a dim of a tensor by number or by the meaning of its axis.
 
     Raises:
-        PenaltyError: it is neither, nor the grouping of a tensor by one of them.
+        PenaltyError: `dim` is neither a number, nor a name, nor a grouping.
     """
     if isinstance(dim, Grouping) or _is_axis(dim):
         found: Dim = dim
@@ -235,7 +236,7 @@ def _is_dim(value: Any) -> bool:
 
 
 def _is_axis(value: Any) -> bool:
-    """Whether it is an axis by name, or a dim."""
+    """Return True for an axis by name, or a dim."""
     return value in NAMES or is_word(value) if isinstance(value, str) else _is_dim(value)
 
 
@@ -249,14 +250,16 @@ def grouping(
     """Return the groups that `per` means for a tensor.
 
     Args:
-        per: what `per=` may be (see above); a grouping is returned unchanged.
+        per: an axis, block sizes or lists of indices (see the module's table); a grouping is
+            returned unchanged.
         tensor_shape: the tensor's shape.
-        owner: the module that has the tensor as a parameter, whose layout counts; None: (out, in, ...).
-        attribute: the parameter's name there.
-        heads: the number of heads of the attention that `owner` is a part of, for "head".
+        owner: the module whose parameter the tensor is, which determines the layout; with None the
+            axes are (out, in, ...).
+        attribute: the parameter's name in `owner`.
+        heads: the number of heads of the attention that contains `owner`, for "head".
 
     Raises:
-        PenaltyError: the tensor has no such axis; the message says what to write.
+        PenaltyError: the tensor doesn't have the axis; the message says what to write.
 
     >>> grouping("in", (8, 4, 3, 3), nn.ConvTranspose2d(8, 4, 3), "weight").keep
     (0,)
@@ -268,14 +271,14 @@ def grouping_at(per: Per, at: Location) -> Grouping:
     """Return the groups that `per` means for a parameter of a model; see `grouping`.
 
     Raises:
-        PenaltyError: an axis by name, of a parameter whose layout is neither known nor declared.
+        PenaltyError: `per` names an axis, and the layout is neither known nor declared.
     """
     return _grouping(per, _Place(tuple(at.tensor.shape), at.owner, at.attribute, at.heads, at.axes, at.name))
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A tensor's shape with the context that gives its axes a meaning."""
+    """A tensor's shape, and the context that determines the meaning of its axes."""
 
     shape: tuple[int, ...]
     owner: nn.Module | None = None
@@ -285,7 +288,7 @@ class _Place:
     name: str = ""
 
     def __str__(self) -> str:
-        """Return the parameter's name and owner in brackets, for messages; empty for a plain tensor."""
+        """Return the parameter's name and owner in brackets, for messages; "" without an owner."""
         if self.owner is None:
             return ""
         return f" ({(self.name or self.attribute)!r} of {type(self.owner).__name__})"
@@ -340,7 +343,7 @@ def _unknown(per: str, at: _Place) -> PenaltyError:
 
 
 def _by_layout(per: str, axes: tuple[str, ...], at: _Place) -> Grouping:
-    """Return groups by the words of a layout: of each matrix, where other axes number matrices."""
+    """Return groups along an axis of a layout, for each of the matrices if there are several."""
     word = SAME.get(per, per)
     if axes.count(word) != 1:
         raise PenaltyError(
@@ -390,7 +393,7 @@ def check_place(per: Per) -> None:
 
 
 def _blocks(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Grouping:
-    """Groups of neighbours: blocks of these sizes in the first dims, whole in the others."""
+    """Return a grouping by blocks of the given sizes in the first dims, whole in the other dims."""
     if len(sizes) > len(shape):
         raise PenaltyError(f"per={sizes!r} are the sizes of blocks in {len(sizes)} dims, got a tensor of shape {shape}")
     for length, size in zip(shape, sizes, strict=False):
@@ -404,7 +407,7 @@ def _blocks(sizes: tuple[int, ...], shape: tuple[int, ...]) -> Grouping:
 
 
 def _by_index(lists: tuple[tuple[int, ...], ...], groups: Grouping, axis: str | int) -> Grouping:
-    """Groups of the groups along an axis."""
+    """Return a grouping that unites the indices of each list along an axis."""
     count = prod([groups.shape[dim] for dim in groups.own])
     greatest = max([max(indices) for indices in lists])
     if greatest >= count:
@@ -414,12 +417,12 @@ def _by_index(lists: tuple[tuple[int, ...], ...], groups: Grouping, axis: str | 
 
 
 def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | None, attribute: str) -> Grouping:
-    """Groups by output, or else by input, in the layout of the owner's weight."""
+    """Return groups by output (if `out`) or by input, in the layout of the owner's weight."""
     weight = attribute == "weight"
     if weight and isinstance(owner, nn.Bilinear) and not out:
         raise PenaltyError(f"per={per!r}: nn.Bilinear has two inputs; write per=1 for the first, per=2 for the second")
     if weight and isinstance(owner, _CONVOLUTIONS) and owner.groups > 1 and not out:
-        # dim 1 counts the inputs within each group; with the groups told apart, inputs are single axes again
+        # dim 1 numbers the inputs within each group; dims 0 and 2 of this view number all inputs
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
     if weight and isinstance(owner, _TRANSPOSED) and owner.groups > 1 and out:
         return Grouping((owner.groups, shape[0] // owner.groups, *shape[1:]), (0, 2))
@@ -428,7 +431,7 @@ def _by_meaning(out: bool, per: str, shape: tuple[int, ...], owner: nn.Module | 
 
 
 def _heads(at: _Place) -> Grouping:
-    """Return groups by head, of a weight of nn.MultiheadAttention with E features in heads of E / heads."""
+    """Return groups by head, of a weight of nn.MultiheadAttention or of its out_proj."""
     shape, owner, attribute = at.shape, at.owner, at.attribute
     number = owner.num_heads if isinstance(owner, nn.MultiheadAttention) else at.heads
     if number is not None and len(shape) == 2:
@@ -436,7 +439,8 @@ def _heads(at: _Place) -> Grouping:
             return Grouping((3, number, shape[0] // (3 * number), shape[1]), (1,))
         if attribute in ("q_proj_weight", "k_proj_weight", "v_proj_weight") and shape[0] % number == 0:
             return Grouping((number, shape[0] // number, shape[1]), (0,))
-        if attribute == "weight" and isinstance(owner, nn.Linear) and shape[1] % number == 0:  # out_proj
+        # out_proj
+        if attribute == "weight" and isinstance(owner, nn.Linear) and shape[1] % number == 0:
             return Grouping((shape[0], number, shape[1] // number), (1,))
     raise PenaltyError(
         "per='head' is for weights of nn.MultiheadAttention (in_proj_weight, q_proj_weight, k_proj_weight, "
@@ -456,7 +460,7 @@ def group_size(groups: Grouping) -> int:
     """Return the number of entries in each group.
 
     Raises:
-        PenaltyError: groups by lists of indices, which differ in size; see `Grouping.sizes`.
+        PenaltyError: groups are lists of indices, which differ in size; see `Grouping.sizes`.
     """
     if groups.lists is not None:
         raise PenaltyError("this isn't defined for groups by lists of indices; give per= by name, dim or block sizes")
@@ -466,8 +470,8 @@ def group_size(groups: Grouping) -> int:
 def group_norms(w: Tensor, groups: Grouping) -> Tensor:
     """Return the Euclidean norm of each group, in the viewed shape with reduced dims of size one.
 
-    Entries are divided by the greatest of their group where squares could overflow or vanish. The
-    gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
+    If squares could overflow or vanish, entries are divided by the greatest of their group first.
+    The gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
     """
     x = groups.view(w)
     squares = groups.sum(squared(x))
@@ -479,7 +483,7 @@ def group_norms(w: Tensor, groups: Grouping) -> Tensor:
 
 
 def peaks(x: Tensor, groups: Grouping) -> Tensor:
-    """Return the greatest |entry| of each group as a constant, but a normal number; 1 where it is infinite."""
+    """Return the greatest |entry| of each group, detached: a normal number, or 1 if infinite."""
     peak = groups.max(x.detach().abs()).clamp_min(torch.finfo(x.real.dtype).tiny)
     return torch.where(peak.isinf(), 1, peak)
 
@@ -487,7 +491,7 @@ def peaks(x: Tensor, groups: Grouping) -> Tensor:
 def all_in_range(squares: Tensor) -> bool:
     """Return True if no sum of squares can have overflowed or lost small entries.
 
-    False where looking would wait for a GPU or break a compiled graph: there, scale in any case.
+    Also False where reading the sums would wait for a GPU or break a compiled graph.
     """
     traced = torch.compiler.is_compiling() or type(squares) is not Tensor or wrapped(squares)
     traced = traced or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -498,6 +502,6 @@ def all_in_range(squares: Tensor) -> bool:
 
 
 def _root(squares: Tensor) -> Tensor:
-    """Return the square root, with the gradient zero at zero."""
+    """Return the square root, with a zero gradient at zero."""
     zero = squares == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())

@@ -1,4 +1,4 @@
-"""What the axes of parameters mean: known for layers, or declared by `layout`.
+"""Layouts: the meaning of each axis of a parameter, known for layers or declared by `layout`.
 
 A layout has a word for each axis: `out` and `in` for the outputs and inputs that a weight connects,
 `kernel` for positions within the weights of one output and input, and any other word for an axis
@@ -21,17 +21,17 @@ from restrain.fields import brief
 Axes = tuple[str, ...]
 
 WITHIN = ("out", "in", "kernel")
-"""Words of axes of one matrix; all others number separate matrices."""
+"""Words of axes within one matrix; axes of other words number separate matrices."""
 
 SAME = {"filter": "out", "channel": "in"}
-"""Other words for these."""
+"""Synonyms, by the words that they stand for."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _OUT_FIRST = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_CONVOLUTIONS)
 _IN_FIRST = (nn.Embedding, nn.EmbeddingBag, *_TRANSPOSED)
 
-# Layers of other packages: (package, end of the class's name) → layouts of parameters, by name and number of axes
+# Layers of other packages: (package, end of the class's name) → {(parameter, rank): layout}
 _FOREIGN: dict[tuple[str, str], dict[tuple[str, int], str]] = {
     ("transformers", "Experts"): {
         ("gate_up_proj", 3): "expert out in",
@@ -47,12 +47,13 @@ _FOREIGN: dict[tuple[str, str], dict[tuple[str, int], str]] = {
     ("torch_geometric", "RGCNConv"): {("weight", 3): "relation in out", ("root", 2): "in out"},
     ("torch_geometric", "RGATConv"): {("weight", 3): "relation in out"},
 }
-_INPUTS_FIRST = ("GptOssExperts", "Llama4TextExperts")  # in releases of transformers without `is_transposed`
+# Classes with weights (expert, in, out), for releases of transformers without `is_transposed`
+_INPUTS_FIRST = ("GptOssExperts", "Llama4TextExperts")
 
 
 @dataclass(frozen=True)
 class Layouts:
-    """Layouts by globs over parameter names; of those that match, the last counts."""
+    """Layouts by globs over parameter names; the last glob that matches counts."""
 
     by_name: tuple[tuple[str, Axes], ...] = ()
 
@@ -69,27 +70,28 @@ NONE = Layouts()
 _names: dict[str, Axes] = {}  # of every model
 _types: dict[type[nn.Module], dict[str, Axes]] = {}
 _ATTRIBUTE = "_restrain_layouts"  # of a module: plain data, which copies and pickles keep
-_plans: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()  # of models, by attached plans
+# Layouts of attached plans, by model
+_plans: weakref.WeakKeyDictionary[nn.Module, Layouts] = weakref.WeakKeyDictionary()
 _words: set[str] = {*WITHIN, *SAME, "expert", "relation", "type"}
 
 
 def layout(where: str | type[nn.Module] | nn.Module, axes: str | None = None, /, **parameters: str) -> None:
-    """Declare what the axes of parameters mean, for all rules that are attached afterwards.
+    """Declare the meaning of parameters' axes, for all rules that are attached afterwards.
 
     Each axis has a word: `out`, `in`, `kernel` for positions within a weight, any other word for
-    an axis that numbers separate matrices. `per="out"` then is one group for each output of each
-    of these matrices, `per="expert"` one for each expert; penalties and constraints of matrices
-    act on each matrix. A later declaration replaces an earlier one; a plan's own come first, then
-    those of a module, of names, and of types.
+    an axis that numbers separate matrices. Then `per="out"` is one group for each output of each
+    matrix, and `per="expert"` one for each expert; penalties and constraints of matrices act on
+    each matrix. A later declaration replaces an earlier one. A plan's layouts take precedence over
+    a module's, which take precedence over layouts by name and then by type.
 
     Args:
-        where: a glob over parameter names, in every model, for parameters with as many axes; or a
-            type of modules, or a module.
+        where: a glob over parameter names, which holds in every model for parameters with as many
+            axes; or a module type, or a module.
         axes: for a glob, the words, such as "expert out in".
-        parameters: for a type or a module, the words of each parameter by its name there.
+        parameters: for a type or a module, the words of each parameter by its attribute name.
 
     Raises:
-        PlanError: something else is given, or words that are no layout.
+        PlanError: an argument has another type, or words are no layout.
 
     >>> experts = nn.ParameterDict({"up": torch.ones(2, 3, 4)})
     >>> rs.layout(experts, up="expert out in")
@@ -121,7 +123,7 @@ def checked_axes(words: Any, name: str) -> Axes:
     """Return the words of a layout.
 
     Raises:
-        PlanError: it isn't a text of words; a word other than kernel stands twice.
+        PlanError: `words` isn't a text of words, or has a word other than kernel twice.
     """
     found = tuple([SAME.get(word, word) for word in words.split()]) if isinstance(words, str) else ()
     once = [word for word in found if word != "kernel"]
@@ -138,7 +140,7 @@ def read_layouts(data: Any) -> Layouts:
     """Return the layouts of plan data, a mapping from globs to words.
 
     Raises:
-        PlanError: it is something else.
+        PlanError: the data are of another form.
     """
     if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
         raise PlanError(f"layouts are {{'experts.*': 'expert out in'}}, words for each glob; got {brief(data)}")
@@ -151,18 +153,18 @@ def write_layouts(layouts: Layouts) -> dict[str, str]:
 
 
 def attach_layouts(root: nn.Module, layouts: Layouts) -> None:
-    """Declare a plan's layouts for one model; a plan without any changes nothing."""
+    """Declare a plan's layouts for one model; no change if the plan has none."""
     if layouts.by_name:
         _plans[root] = layouts
 
 
 def is_word(word: str) -> bool:
-    """Return True if some layout names an axis so."""
+    """Return True if a layout has an axis of this name."""
     return word in _words
 
 
 def axes_of(owner: nn.Module, attribute: str, names: Iterable[str], root: nn.Module, rank: int | None) -> Axes | None:
-    """Return the declared layout of a parameter, or that of another package's layer; None without one.
+    """Return a parameter's declared layout, else the known one of its layer's type, else None.
 
     The rank of a lazy parameter is None.
 
@@ -180,7 +182,7 @@ def axes_of(owner: nn.Module, attribute: str, names: Iterable[str], root: nn.Mod
 
 
 def base_name(attribute: str) -> str:
-    """Return the attribute without the suffixes of torch's old weight_norm, spectral_norm and pruning."""
+    """Return the attribute without the suffixes of old weight_norm, spectral_norm and pruning."""
     for suffix in ("_orig", "_v", "_g"):
         if attribute.startswith("weight") and attribute.endswith(suffix):
             return attribute.removesuffix(suffix)
@@ -188,7 +190,7 @@ def base_name(attribute: str) -> str:
 
 
 def knows(owner: nn.Module | None) -> bool:
-    """Return True for layers of torch and Hugging Face's Conv1D, whose weights have out and in as first axes."""
+    """Return True for torch's and Hugging Face's layers whose first two axes are out and in."""
     return owner is None or isinstance(owner, (*_OUT_FIRST, *_IN_FIRST)) or is_hf_conv1d(owner)
 
 

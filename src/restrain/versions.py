@@ -1,4 +1,4 @@
-"""Versions of torch: the oldest that works, and the newest that was tested."""
+"""Versions of torch: the oldest supported and the newest tested version."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 from restrain.errors import RestrainWarning, VersionError
 
 OLDEST = (2, 13)
-TESTED = (2, 13)  # the newest on which the tests were run
+TESTED = (2, 13)  # the newest version on which the tests were run
 
 
 def number(version: str) -> tuple[int, int]:
@@ -22,12 +22,12 @@ def number(version: str) -> tuple[int, int]:
 
 
 def untested(version: str) -> bool:
-    """Return whether a version of torch is newer than those that were tested."""
+    """Return True if a version of torch is newer than the tested versions."""
     return number(version) > TESTED
 
 
 def check(version: str) -> None:
-    """Refuse a torch that is too old, and warn of one that is newer than was tested.
+    """Check the version of torch: raise an error if it is too old, warn if it is untested.
 
     Args:
         version: `torch.__version__`.

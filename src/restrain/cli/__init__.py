@@ -1,4 +1,7 @@
-"""The command line: `restrain fit`, `predict`, `explain` and `demo`. Needs `pip install 'restrain[cli]'`."""
+"""Command line: `restrain fit`, `predict`, `explain` and `demo`.
+
+It needs `pip install 'restrain[cli]'`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from restrain.extras import needing
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command, and end the process: 0 is fine, 1 is failed, 2 is a command line that can't be."""
+    """Run a command, and exit: 0 for success, 1 for a failure, 2 for an invalid command line."""
     try:
         with needing("cli", "the command line"):
             from restrain.cli.commands import restrain

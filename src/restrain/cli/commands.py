@@ -1,4 +1,4 @@
-"""The commands, with their help and their exit codes."""
+"""Commands of the command line, with their help and exit codes."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class Group(click.Group):
 
 @contextmanager
 def _messages() -> Iterator[None]:
-    """Raise errors that a person can mend as click's, which end the process with 1."""
+    """Context that turns errors for the user into click's, which exit with 1."""
     try:
         yield
-    except (click.ClickException, BrokenPipeError):  # click ends without a word if the reader of a pipe is gone
+    except (click.ClickException, BrokenPipeError):  # of a closed pipe, click exits silently
         raise
     except (DataError, OSError) as error:
         raise click.ClickException(str(error)) from error
@@ -59,7 +59,7 @@ def _messages() -> Iterator[None]:
 @click.group(cls=Group, epilog=_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(rs.__version__, prog_name="restrain")
 def restrain() -> None:
-    """Fit regularised networks to tables, and look at what became of them.
+    """Fit regularised networks to tables, and inspect the results.
 
     \b
     Examples:
@@ -111,9 +111,10 @@ def restrain() -> None:
 def fit(data: Path, **given: Any) -> None:
     """Fit a model to the table DATA: .csv, .tsv, .txt, .parquet or .npz.
 
-    Columns of text become one input a value; the others are numbers. Values of a category are the same if their
-    texts are, but 1.0 is 1, and yes, true and 1 are the same where a column has two such values. Leading zeros stay:
-    01 isn't 1. Strengths are numbers, or settings such as strength=1e-4,on=hid1.weight,how=proximal.
+    A column of text is a category, with one input for each value; other columns are numbers.
+    Values of a category are equal if their texts are equal, but 1.0 equals 1, and yes, true and 1
+    are equal in a column of two values that mean true and false. Leading zeros count: 01 isn't 1.
+    Strengths are numbers, or settings such as strength=1e-4,on=hid1.weight,how=proximal.
 
     \b
     Examples:
@@ -160,7 +161,7 @@ def fit(data: Path, **given: Any) -> None:
 
 
 def _finish(model: Any, file: Path, notes: dict[str, Any]) -> None:
-    """Write the model, and remove its checkpoint."""
+    """Write the model to its file, and remove its checkpoint."""
     checkpoint, model.checkpoint = model.checkpoint, None
     files.save(model, file, notes)
     if checkpoint is not None:
@@ -179,7 +180,7 @@ def _check_targets(given: dict[str, Any]) -> None:
 
 
 def _features(data: Path, given: dict[str, Any], marks: Marks) -> tuple[tables.Table, list[str], dict[str, Any]]:
-    """Return the table, the columns that are inputs, and the notes for the file of the model."""
+    """Return (table, names of the input columns, notes for the model's file)."""
     texts = [*given["categories"], *(given["target"] if given["model"] == "classifier" else ())]
     table = tables.read(data, [part for name in texts for part in (name, *name.split(","))], marks)
     there = list(table.columns)
@@ -208,7 +209,7 @@ def _features(data: Path, given: dict[str, Any], marks: Marks) -> tuple[tables.T
 
 
 def _other(path: Path, ready: jobs.Data, notes: dict[str, Any], marks: Marks) -> Any:
-    """Return validation data from another file."""
+    """Return validation data from a file of their own, in the form of `fit`'s argument `valid`."""
     classes = notes["model"] == "classifier"
     table = tables.read(path, [*ready.encoding.categories, *(notes["targets"] if classes else [])], marks)
     known = np.unique(ready.y) if classes else None
@@ -245,8 +246,8 @@ def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
 def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, unknown: Any, **given: Any) -> None:
     """Predict the rows of the table DATA by the model in the folder MODEL.
 
-    Predictions go to standard output as CSV, or to --out; notes go to standard error. Where the target is in the
-    table too, the score is told.
+    Predictions go to standard output as CSV, or to --out; notes go to standard error. If the table
+    has the target, too, the score is shown.
 
     \b
     Examples:
@@ -276,7 +277,7 @@ def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, 
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves into this file.")
 @click.option("--ascii", "plain", is_flag=True, help="No signs beyond ASCII in the curves.")
 def explain(model: Path, picture: Path | None, plain: bool) -> None:
-    """Tell what is in the folder MODEL: layers and their zeros, who gets which rule, and the curves of training.
+    """Show the model in the folder MODEL: layers and their zeros, rules, and training curves.
 
     \b
     Examples:
@@ -300,7 +301,7 @@ def _can_write(text: str) -> bool:
 @restrain.command(epilog=_CODES)
 @click.option("--out", type=click.Path(path_type=Path), default="demo-output", show_default=True)
 def demo(out: Path) -> None:
-    """A tour on handwritten digits; pictures go into a folder.
+    """Run a tour on handwritten digits; pictures go into a folder.
 
     \b
     Example:

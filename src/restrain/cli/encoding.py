@@ -15,17 +15,18 @@ from restrain.cli.tables import Table, counted
 from restrain.errors import DataError, RestrainWarning
 from restrain.fields import level_of_caller
 
-_FEW = 20  # a text column with more values than this, and few rows a value, is no category
+_FEW = 20  # a text column with more values, and on average less than two rows each, is no category
 
 
 @dataclass(frozen=True)
 class Feature:
-    """A column: a number, or a category.
+    """A column that is a number or a category.
 
     Args:
-        name: of the column.
-        values: of a category, in the order of their inputs, None for missing; None for a number.
-        fill: number that a missing one is replaced by.
+        name: the column's name.
+        values: the values of a category in the order of their inputs, among them None for missing;
+            or None for a number.
+        fill: the number that replaces missing numbers; or None.
     """
 
     name: str
@@ -34,13 +35,13 @@ class Feature:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the inputs that the column becomes."""
+        """Names of the column's inputs."""
         if self.values is None:
             return [self.name]
         return [f"{self.name}={'(missing)' if value is None else value}" for value in self.values]
 
     def indices(self, texts: Any) -> Any:
-        """Return the index of each text among the values of a category; -1 if it is none of them."""
+        """Return the index of each text among the values of a category; -1 for other texts."""
         values = self.values or ()
         match, places = spelling.matcher(values), {value: number for number, value in enumerate(values)}
         found = {text: places.get(match(text), -1) for text in set(texts.tolist())}
@@ -49,12 +50,12 @@ class Feature:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Encoding with numbers as they are, and one input of 0 and 1 for each value of a category.
+    """One-hot encoding of categories; numbers stay unchanged.
 
     Args:
         features: the columns, in their order.
-        missing: "error" refuses missing values; "fill" takes the mean of the training rows for a
-            number, and a value of its own for a category.
+        missing: "error" refuses missing values; "fill" replaces a missing number by the mean of the
+            training rows, and counts a missing category as a value.
     """
 
     features: tuple[Feature, ...]
@@ -64,10 +65,10 @@ class Encoding:
     def learn(
         cls, table: Table, names: Sequence[str], categories: Sequence[str], missing: Literal["error", "fill"], rows: Any
     ) -> Encoding:
-        """Return the encoding with the values of all rows, and the means of the given rows.
+        """Return the encoding with the categories of all rows, and the means of the given rows.
 
         Raises:
-            DataError: a column can't be a feature as it is.
+            DataError: a column can't be a feature without a change.
         """
         return cls(tuple(_feature(table, name, name in categories, missing, rows) for name in names), missing)
 
@@ -75,12 +76,13 @@ class Encoding:
         """Return the matrix of inputs in float64.
 
         Args:
-            table: has all columns of the features; others are ignored.
-            unknown: what a value of a category that wasn't there in training gives: an error, or
-                zeros with a warning that counts them.
+            table: a table with the columns of all features; other columns are ignored.
+            unknown: for values of a category that are new since training: "error", or "zeros" with
+                a warning that counts them.
 
         Raises:
-            DataError: a column or a value is missing, a number is none, or a category's value is unknown.
+            DataError: a column or a value is missing, a text isn't a number, or a category's value
+                is unknown.
         """
         absent = [feature.name for feature in self.features if feature.name not in table.columns]
         if absent:
@@ -143,7 +145,7 @@ class Encoding:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Encoding:
-        """Return the encoding of which `to_dict` gave the data."""
+        """Return the encoding described by the result of `to_dict`."""
         features = [
             Feature(one["name"], fill=one["fill"])
             if one["kind"] == "number"
@@ -175,7 +177,7 @@ def _feature(table: Table, name: str, category: bool, missing: str, rows: Any) -
 
 
 def _distinct(texts: Sequence[str]) -> set[str]:
-    """Return the distinct values; of booleans in several capitals, one word for each truth."""
+    """Return the distinct values; of booleans in mixed case, one spelling of true and of false."""
     found = set(map(spelling.canonical, texts))
     if spelling.are_booleans({text.lower() for text in found}):
         return set({text.lower(): text for text in sorted(found, reverse=True)}.values())
@@ -198,10 +200,10 @@ def _check_gaps(table: Table, name: str, gone: Any, missing: str) -> None:
 
 
 def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
-    """Check that a column of text isn't one of numbers with mistakes or in another form, or of ids.
+    """Check that a text column is a category: no numbers with mistakes or in another form, no ids.
 
     Raises:
-        DataError: it is.
+        DataError: the column is of another kind; the message says what to write.
     """
     there = ~gone
     strays = np.flatnonzero(there & np.isnan(table.parsed(texts)))

@@ -19,11 +19,11 @@ _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
 
 def explain(run: Run, plain: bool = False) -> str:
-    """Return the whole text.
+    """Return the text of `restrain explain`.
 
     Args:
-        run: the run.
-        plain: curves in ASCII.
+        run: the run to explain.
+        plain: True for curves in ASCII.
     """
     parts = [_head(run), layers(run.model), rules(run.model), curves(run.model.history_, plain)]
     return "\n\n".join(part for part in parts if part)
@@ -56,9 +56,9 @@ def _listed(names: Sequence[str], shown: int = 12) -> str:
 
 
 def layers(model: Any) -> str:
-    """Return a line for each layer: form, size, number of parameters, and exact zeros among them.
+    """Return a line for each layer: form, size, number of parameters, and number of exact zeros.
 
-    A weight that two layers share counts for the first.
+    A weight shared by two layers counts for the first layer.
     """
     counted: set[int] = set()
     rows = [["layer", "form", "size", "activation", "parameters", "zeros", ""]]
@@ -87,7 +87,7 @@ def rules(model: Any) -> str:
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:
-    """Return a line for each curve: its first, last and least value, and its course."""
+    """Return a line for each curve: its first, last and least value, and a sparkline."""
     if not history:
         return "no epochs"
     rows = [["over the epochs", "first", "last", "least", f"1 … {len(history)}" if len(history) > 1 else "1"]]
@@ -106,7 +106,7 @@ def series(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _line(values: Sequence[float], width: int, blocks: str) -> str:
-    """Return a curve in a line of text; each sign is the mean over some epochs."""
+    """Return a curve as a sparkline, in which each sign is the mean over some epochs."""
     count = min(width, len(values))
     means = []
     for place in range(count):

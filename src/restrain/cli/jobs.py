@@ -1,4 +1,4 @@
-"""Work of `restrain fit` and `restrain predict` after the command line is read."""
+"""Work of `restrain fit` and `restrain predict`, once the command line is parsed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from restrain.models import files, held_back, load, warn_of_unheld
 
 @dataclass
 class Data:
-    """Training data: inputs, targets (None for an autoencoder), and rows to train and validate with."""
+    """Training data: inputs, targets (None for an autoencoder), training and validation rows."""
 
     encoding: Encoding
     x: Any
@@ -31,7 +31,7 @@ class Data:
     valid: Any
 
     def part(self, rows: Any) -> Any:
-        """Return inputs and targets of some rows, in the form of the argument `valid` of `fit`."""
+        """Return inputs and targets of some rows, in the form of `fit`'s argument `valid`."""
         return self.x[rows] if self.y is None else (self.x[rows], self.y[rows])
 
 
@@ -43,8 +43,9 @@ def labels(table: Table, name: str, known: Any = None) -> Any:
 
     Args:
         table: the table.
-        name: of the column.
-        known: classes of the training; values that equal one by `restrain.cli.spelling` become it.
+        name: the column's name.
+        known: classes of the training data; equal values (by `restrain.cli.spelling`) are replaced
+            by them.
 
     Raises:
         DataError: a class is missing or of another kind than `known`, or the numbers look like
@@ -70,7 +71,7 @@ _LEADING_ZERO = re.compile(r"-?0[0-9]")
 
 
 def _whole(text: str) -> str:
-    """Return 100 for 1e2 and 100.0; other texts unchanged."""
+    """Return the digits of a whole number, such as 100 for 1e2 and 100.0; other texts unchanged."""
     text = spelling.canonical(text)
     if _WHOLE.fullmatch(text) or _LEADING_ZERO.match(text):
         return text
@@ -112,7 +113,7 @@ def quantities(table: Table, names: Sequence[str]) -> Any:
     """Return the numbers of the target columns: one axis for one column, else (rows, columns).
 
     Raises:
-        DataError: one is missing, or isn't a number.
+        DataError: a target is missing, or isn't a number.
     """
     columns = [_all_there(table, name, table.numbers(name)) for name in names]
     return columns[0] if len(columns) == 1 else np.stack(columns, 1)
@@ -127,7 +128,7 @@ def _all_there(table: Table, name: str, values: Any) -> Any:
 
 
 def targets(table: Table, model: str, names: Sequence[str], known: Any = None) -> Any:
-    """Return the targets of a model of that kind, None for an autoencoder; `known` as in `labels`."""
+    """Return the targets for a kind of model, None for an autoencoder; `known` as in `labels`."""
     if model == "autoencoder":
         return None
     return labels(table, names[0], known) if model == "classifier" else quantities(table, names)
@@ -137,16 +138,16 @@ def targets(table: Table, model: str, names: Sequence[str], known: Any = None) -
 
 
 def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
-    """Return rows to train on and rows to validate with, drawn by the seed.
+    """Return (training rows, validation rows), drawn at random.
 
     Args:
-        count: of rows.
-        part: the part to validate with.
-        seed: of the draw.
-        y: classes, each of which is split in this proportion; or None.
+        count: the number of rows.
+        part: the fraction of rows to validate with.
+        seed: the seed of the draw.
+        y: classes, for a split that keeps their proportions; or None.
 
     Raises:
-        DataError: no row would be left to train on or to validate with.
+        DataError: there would be no training rows or no validation rows.
     """
     held = round(part * count)
     if not 0 < held < count:
@@ -169,15 +170,15 @@ def prepare(
 
     Args:
         table: all rows.
-        features: the names of the columns that are inputs.
+        features: the names of the input columns.
         y: the targets.
-        valid: the part to validate with, or None.
-        seed: of the split.
-        classes: whether the targets are classes.
+        valid: the fraction of rows to validate with, or None.
+        seed: the seed of the split.
+        classes: True if the targets are classes.
         learning: categories and missing, as in `Encoding.learn`.
 
     Raises:
-        DataError: a column can't be a feature as it is.
+        DataError: a column can't be a feature without a change.
     """
     train, held = np.arange(len(table)), None
     if valid is not None:
@@ -187,7 +188,7 @@ def prepare(
 
 
 def fit(model: Any, data: Data, other: Any = None) -> dict[str, float]:
-    """Train the model; return its scores on the rows to train on and to validate with.
+    """Train the model, and return its scores on the training and validation rows.
 
     Args:
         model: an estimator.
@@ -210,7 +211,7 @@ def fit(model: Any, data: Data, other: Any = None) -> dict[str, float]:
 
 @dataclass
 class Run:
-    """A model on file, with the notes of `restrain fit`."""
+    """A model loaded from its file, with the notes of `restrain fit`."""
 
     model: Any
     encoding: Encoding
@@ -219,7 +220,7 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> Run:
-        """Return the run in a folder.
+        """Return the run that a folder holds.
 
         Raises:
             FileNotFoundError, FileError: as in `rs.load`.
@@ -234,7 +235,7 @@ class Run:
         return cls(model, Encoding.from_dict(notes["encoding"]), notes, files.place(path))
 
     def read(self, path: str | Path, marks: tables.Marks) -> Table:
-        """Return a table in which the columns that are text in training are text."""
+        """Return the table in a file; columns that were text in training are read as text."""
         texts = [*self.encoding.categories, *(self.notes["targets"] if self.notes["model"] == "classifier" else [])]
         return tables.read(path, texts, marks)
 
@@ -244,7 +245,7 @@ class Run:
         return [name for name in table.columns if name not in known]
 
     def predict(self, x: Any, probabilities: bool = False, code: bool = False) -> dict[str, Any]:
-        """Return columns of predictions by name."""
+        """Return {column name: predictions}."""
         if code:
             codes = self.model.transform(x)
             return _columns([f"code[{number}]" for number in range(codes.shape[1])], codes)
@@ -258,7 +259,7 @@ class Run:
         return columns
 
     def score(self, table: Table, x: Any) -> str | None:
-        """Return the score on the targets in the table, as text; None if it has no targets."""
+        """Return the score on the table's targets, as text; None if it has no targets."""
         names = self.notes["targets"]
         if not names or any(name not in table.columns for name in names):
             return None
@@ -267,7 +268,7 @@ class Run:
 
 
 def measure(model: str) -> str:
-    """Return the name of the score."""
+    """Return the name of the score of a kind of model."""
     return "accuracy" if model == "classifier" else "R²"
 
 
@@ -279,8 +280,8 @@ def write(columns: Mapping[str, Any], path: Path | None, stream: IO[str]) -> Non
     """Write columns to a .csv, .tsv, .parquet or .npz file, or as CSV to the stream.
 
     Raises:
-        DataError: another ending.
-        FileAccessError: there is no such folder, no space or no permission; the old file remains.
+        DataError: the file has another ending.
+        FileAccessError: there is no such folder, no space or no permission; an old file remains.
     """
     if path is None:
         _write_csv(columns, stream, ",")
@@ -301,7 +302,7 @@ def write(columns: Mapping[str, Any], path: Path | None, stream: IO[str]) -> Non
 def _write_text(columns: Mapping[str, Any], file: BinaryIO, separator: str) -> None:
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     _write_csv(columns, text, separator)
-    text.detach()  # flushes the text, and leaves the file open
+    text.detach()  # flushes the text, and keeps the file open
 
 
 def _write_parquet(arrays: Mapping[str, Any], file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""Options of `restrain fit`: types, and conversion to keywords of the models."""
+"""Options of `restrain fit`: their types, and their conversion to keywords of the models."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ ELSEWHERE = {
 
 
 class Amount(click.ParamType[Any]):
-    """Number, zero or more, or settings such as `strength=1e-4,on=hid1.weight,how=proximal`."""
+    """A number ≥ 0, or settings such as `strength=1e-4,on=hid1.weight,how=proximal`."""
 
     name = "number|k=v,..."
 
@@ -85,7 +85,7 @@ class Amount(click.ParamType[Any]):
 
 
 class Pattern(click.ParamType[Any]):
-    """Glob over layers and an amount, as in `hid*=0.1`."""
+    """A glob over layers and an amount, as in `hid*=0.1`."""
 
     name = "glob=number"
 
@@ -114,7 +114,7 @@ class Sizes(click.ParamType[Any]):
 
 
 class Valid(click.ParamType[Any]):
-    """Part of the rows, or a file."""
+    """A fraction of the rows, or a file."""
 
     name = "part|file"
 
@@ -147,7 +147,7 @@ class Json(click.ParamType[Any]):
 
 
 class Setting(click.ParamType[Any]):
-    """Keyword of the model and its value: settings as `strength=1e-3,per=in`, JSON, or else text."""
+    """A keyword of the model and its value: settings `strength=1e-3,per=in`, JSON, or else text."""
 
     name = "keyword=value"
 
@@ -162,7 +162,7 @@ class Setting(click.ParamType[Any]):
 
 
 def _settings(text: str) -> dict[str, Any] | None:
-    """Return the dict of settings k=v,k=v; None if the text has another form.
+    """Return the settings k=v,k=v as a dict; None if the text has another form.
 
     >>> _settings("strength=1e-3,per=[4, 4],on=hid*")
     {'strength': 0.001, 'per': [4, 4], 'on': 'hid*'}
@@ -202,10 +202,10 @@ def marks_options(command: Command) -> Command:
 
 
 def marks_of(given: dict[str, Any]) -> Marks:
-    """Return the characters of a CSV file that the options name.
+    """Return the characters of a CSV file that are given as options.
 
     Raises:
-        click.UsageError: one character has two meanings.
+        click.UsageError: a character has two meanings.
     """
     try:
         return Marks(given["separator"], given["decimal"], given["thousands"] or "")
@@ -218,7 +218,7 @@ def _flag(name: str) -> str:
 
 
 def keywords_of(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the keywords of a model that the options of `restrain fit` give.
+    """Return the options of `restrain fit` as keywords of a model.
 
     Raises:
         click.UsageError: two options exclude each other.
@@ -241,10 +241,10 @@ def keywords_of(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(option: str, names: Sequence[str], there: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return names of columns, given comma-separated or repeated.
+    """Return the column names in an option that takes them comma-separated or repeated.
 
     Raises:
-        click.BadParameter: there is no such column.
+        click.BadParameter: the table has no column of this name.
     """
     from difflib import get_close_matches
 
@@ -277,7 +277,7 @@ _OPTIONS = {
 
 
 def in_options(text: str) -> str:
-    """Return the message of an error of the models with options in the place of keywords.
+    """Return an error message of the models with keywords replaced by options.
 
     >>> in_options("patience= needs validation data: write valid=0.2, or valid=(X, y)")
     '--patience needs validation data: write --valid 0.2, or --valid and a file'

@@ -1,12 +1,12 @@
-"""Spelling of values in tables: equal categories, booleans, and numbers that are not plain numbers.
+"""Spelling of values in tables: equal categories, booleans, and numbers in other forms.
 
-Two values of a category are equal if their texts are equal after these two rules:
+Two values of a category are equal if their texts are equal after two rules:
 
-1. A whole number is written without point and zeros: 1.0 is 1, since pandas writes 1 as 1.0 in a
-   column with gaps. Leading zeros stay, as in zip codes: 01, 1 and 001 are three values; so do the
-   zeros of a fraction, as in version numbers: 1.10 and 1.1 are two values.
-2. If the training data have exactly two values that are the two words of a pair in `PAIRS`, in any
-   capitals, every pair's words are the same: true, yes, y, t, on and 1 are one value.
+1. A whole number is written without point and zeros: 1.0 equals 1, since pandas writes 1 as 1.0 in
+   a column with gaps. Leading zeros stay, as in zip codes: 01, 1 and 001 are three values. Zeros of
+   a fraction stay, too, as in version numbers: 1.10 and 1.1 are two values.
+2. If the training data have exactly two values, and these are the two words of a pair in `PAIRS` in
+   upper or lower case, the words of all pairs are equal: true, yes, y, t, on and 1 are one value.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def canonical(text: str) -> str:
 
 
 def are_booleans(values: Collection[str]) -> bool:
-    """Return True if the values are the two words of a pair, in any capitals.
+    """Return True if the values are the two words of a pair, in upper or lower case.
 
     >>> are_booleans(["No", "YES"]), are_booleans(["0", "1"]), are_booleans(["yes", "no", "maybe"])
     (True, True, False)
@@ -40,7 +40,7 @@ def are_booleans(values: Collection[str]) -> bool:
 
 
 def matcher(values: Iterable[str | None]) -> Callable[[str | None], str | None]:
-    """Return a function from a text to the value that it equals, or to itself if it equals none.
+    """Return a function that maps a text to the equal value, or to itself if there is none.
 
     >>> same = matcher(["False", "True"])
     >>> [same(text) for text in ("yes", "0", "FALSE", "maybe", None)]
@@ -69,7 +69,7 @@ def matcher(values: Iterable[str | None]) -> Callable[[str | None], str | None]:
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write numbers that `float` doesn't read, and the option that reads it, if any."""
+    """A form of numbers that `float` doesn't read, and the option that reads it, if any."""
 
     name: str
     pattern: re.Pattern[str]
@@ -108,16 +108,16 @@ _POINTS = Form("decimal points", re.compile(r"[-+]?[0-9]*\.[0-9]+([eE][-+]?[0-9]
 
 
 def forms_of(text: str, decimal: str = ".") -> list[Form]:
-    """Return the forms of a number that a text can be: "1,000" has two, a plain word none.
+    """Return the forms of numbers that match a text: two for "1,000", none for a word.
 
-    Where decimals are marked by a comma, a number with a point is another form.
+    If the decimal mark is a comma, a number with a point is in another form, too.
     """
     stripped = text.strip()
     return [form for form in (FORMS if decimal == "." else (*FORMS, _POINTS)) if form.pattern.fullmatch(stripped)]
 
 
 def common_forms(texts: Iterable[str], decimal: str = ".") -> list[Form]:
-    """Return the forms that all texts have, or those of the first text that has any.
+    """Return the forms that match all texts, or else the forms of the first text that has any.
 
     >>> [form.name for form in common_forms(["1,000", "2,5"])]
     ['decimal commas']
@@ -132,7 +132,7 @@ def common_forms(texts: Iterable[str], decimal: str = ".") -> list[Form]:
 
 
 def way_out(texts: Iterable[str], decimal: str = ".") -> str:
-    """Return what to write so that numbers of another form are read, or "" if they have no form."""
+    """Return a hint at the option that reads numbers of another form; "" if no form matches."""
     found = common_forms(texts, decimal)
     options = [form.option for form in found if form.option]
     if not found:
@@ -144,9 +144,9 @@ def way_out(texts: Iterable[str], decimal: str = ".") -> str:
 
 
 def reader(decimal: str, thousands: str) -> Callable[[str], float]:
-    """Return a function from a text to its number; NaN if the text isn't a number with these marks.
+    """Return a function that reads numbers with the given marks; it gives NaN for other texts.
 
-    Marks at thousands stand before groups of three digits, so that 1,5 isn't 15.
+    A mark of thousands must precede a group of three digits, so that 1,5 isn't 15.
 
     >>> read = reader(",", ".")
     >>> read("1.234,5"), read("12"), read("1.5")

@@ -30,13 +30,13 @@ _SEPARATORS = "\t;,|"
 
 @dataclass(frozen=True)
 class Marks:
-    """Characters of a CSV file.
+    """Special characters of a CSV file.
 
     Args:
-        separator: between values; None takes a tab in .tsv, the most frequent candidate of the
-            header in .txt, else a comma.
-        decimal: before the fraction of a number.
-        thousands: between groups of three digits; "" for none.
+        separator: the character between values. None means a tab in .tsv, the most frequent
+            candidate of the header in .txt, else a comma.
+        decimal: the character before the fraction of a number.
+        thousands: the character between groups of three digits, or "".
     """
 
     separator: str | None = None
@@ -53,7 +53,7 @@ class Marks:
 
 @dataclass
 class Table:
-    """Named columns of one length: numbers (NaN is missing), or text (None is missing)."""
+    """Named columns of equal length: numbers (NaN if missing), or text (None if missing)."""
 
     source: str
     columns: dict[str, Any]
@@ -63,10 +63,10 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def column(self, name: str) -> Any:
-        """Return the column of that name.
+        """Return the column of a name.
 
         Raises:
-            DataError: there is none; the message lists near names.
+            DataError: there is no such column; the message lists similar names.
         """
         if name not in self.columns:
             near = get_close_matches(name, self.columns)
@@ -78,7 +78,7 @@ class Table:
         """Return the column in float64; missing values are NaN.
 
         Raises:
-            DataError: there is text, or an infinite number.
+            DataError: the column holds text, or an infinite number.
         """
         values = self.column(name)
         if values.dtype == object:
@@ -95,7 +95,10 @@ class Table:
         return values if values.dtype == object else as_texts(values)
 
     def parsed(self, texts: Any) -> Any:
-        """Return texts as float64; NaN where a text is no number with the table's marks, or None."""
+        """Return texts as float64; NaN for None, and for texts that aren't numbers in these marks.
+
+        The marks are the table's `marks`.
+        """
         if self.marks.decimal == "." and not self.marks.thousands:
             return parsed(texts)
         read = spelling.reader(self.marks.decimal, self.marks.thousands)
@@ -110,7 +113,7 @@ class Table:
             raise self.fault(name, row, f"expected {wanted}, got {got!r}{'; ' * bool(hint)}{hint}")
 
     def fault(self, name: str, row: int, what: str) -> DataError:
-        """Return the error that names a row (counted from 0 here), a column and a fault."""
+        """Return the error that names a row (given from 0, shown from 1), a column and a fault."""
         return DataError(f"{self.source}, row {row + 1}, column {name!r}: {what}")
 
 
@@ -124,7 +127,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def parsed(texts: Any) -> Any:
-    """Return texts as float64; NaN where a text is no number."""
+    """Return texts as float64; NaN for texts that are no number."""
     import pandas
 
     return pandas.to_numeric(pandas.Series(texts, dtype=object), errors="coerce").to_numpy(np.float64)
@@ -150,12 +153,12 @@ def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None
     """Return the table in a file.
 
     Args:
-        path: its ending names the format.
+        path: the file, whose ending determines the format.
         texts: columns of a CSV file that stay text even if all values look like numbers.
-        marks: of a CSV file; None takes a comma or tab as separator, and a decimal point.
+        marks: special characters of a CSV file; None for the defaults of `Marks`.
 
     Raises:
-        DataError: it isn't such a file, or holds more than numbers and text.
+        DataError: the file has another format, or values other than numbers and text.
     """
     path = Path(path)
     name = path.name.lower().removesuffix(".gz")
@@ -169,13 +172,13 @@ def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None
     if Path(name).suffix not in formats:
         raise DataError(f"{path}: a table is {_NAMED}")
     reader, kind = formats[Path(name).suffix]
-    storage.written_at(path)  # refuses what isn't there, or can't be opened
+    storage.written_at(path)  # raises if there is no such file, or it can't be opened
     try:
         _check_size(path, name)
         columns = dict(reader(path, list(texts), marks or Marks()))
     except RestrainError:
         raise
-    except Exception as error:  # whatever pandas, pyarrow, NumPy, gzip and zip raise for a damaged file
+    except Exception as error:  # pandas, pyarrow, NumPy, gzip or zip, for a damaged file
         raise DataError(f"{path} can't be read as {kind}: {_first_line(error)}; save it anew as {_NAMED}") from error
     table = Table(str(path), columns, marks or Marks())
     if not columns or not len(table):
@@ -185,14 +188,15 @@ def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None
 
 # ---------------------------------------------------------------- formats
 
-_SMALL, _RATIO = 2**28, 1000  # bytes that any file may unpack to; times its size that a larger one may
+# A file may unpack to `_SMALL` bytes, or to `_RATIO` times its size
+_SMALL, _RATIO = 2**28, 1000
 
 
 def _check_size(path: Path, name: str) -> None:
     """Check that a small file doesn't unpack to a huge table, before it is unpacked into memory.
 
     Raises:
-        DataError: it does.
+        DataError: the unpacked size is above the limits.
     """
     most = max(_SMALL, _RATIO * path.stat().st_size)
     if path.name.lower().endswith(".gz"):
@@ -260,7 +264,7 @@ def _opened(path: Path) -> Any:
 
 
 def _told(path: Path, error: BaseException) -> str:
-    """Return the fault that pandas found in a CSV file, in words that name the line."""
+    """Return a description of the fault that pandas found in a CSV file, with its line."""
     said = str(error)
     if isinstance(error, UnicodeDecodeError):
         return _not_utf8(path)
@@ -306,13 +310,13 @@ def _read_parquet(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[
 
 
 def _read_npz(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
-    """Yield arrays of one axis as columns, those of two axes as columns `x[0]`, `x[1]` and so on."""
+    """Yield columns: an array of one axis as `x`, an array of two axes as `x[0]`, `x[1]`, ..."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # zip, zlib, struct and value errors of a file that isn't one
+    except Exception as error:  # zip, zlib, struct and value errors of a damaged file
         raise DataError(f"{path} can't be read as .npz: {_first_line(error)}") from error
     lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
@@ -362,7 +366,7 @@ def _plain(path: Path, name: str, values: Any) -> Any:
 
 
 def _objects(path: Path, name: str, values: Any, missing: Any) -> Any:
-    """Return numbers if all values that aren't missing are numbers; else texts."""
+    """Return a column of numbers if all values but missing ones are numbers; else of texts."""
     there = [value for value, gone in zip(values, missing, strict=True) if not gone]
     kinds = (bool, int, float, decimal.Decimal, np.generic)
     if there and all(isinstance(value, kinds) and not isinstance(value, str) for value in there):

@@ -1,4 +1,4 @@
-"""Compaction: units that do nothing are taken out of a network, exactly."""
+"""Compaction: exact removal of units that don't contribute to a network's outputs."""
 
 from restrain.compaction.compaction import Compaction, compact
 

@@ -1,8 +1,8 @@
-"""Multi-head attention whose heads can become fewer than the features need.
+"""Multi-head attention from which heads can be removed.
 
-`nn.MultiheadAttention` computes the number of features of a head from the width of its inputs, so
-that no head can be taken out. `Attention` has the same parameters under the same names, the same
-arguments and outputs, and takes the number of heads from its tensors.
+`nn.MultiheadAttention` computes the features per head from the width of its inputs, so that no head
+can be removed. `Attention` has the same parameters under the same names, the same arguments and
+outputs, but a number of heads and of features per head that don't depend on the width.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Attention(nn.Module):
     """Attention softmax(q kᵀ / √d + mask) v of each head, then a linear layer.
 
     Args:
-        other: the module of torch whose parameters it takes, as the same objects.
+        other: the module of torch, whose parameters are shared as the same objects.
     """
 
     def __init__(self, other: nn.MultiheadAttention) -> None:
@@ -30,7 +30,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def serves(other: nn.Module) -> bool:
-        """Return whether an `Attention` can stand in for a module."""
+        """Return True if an `Attention` can replace a module."""
         return (
             type(other) is nn.MultiheadAttention
             and other._qkv_same_embed_dim
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return (output, weights or None); arguments and shapes are those of `nn.MultiheadAttention`."""
+        """Return (output, weights or None), with the arguments and shapes of torch's module."""
         batched = query.dim() == 3
         q, k, v = self._heads(query, key, value)
         mask = self._mask(key_padding_mask, attn_mask, q)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         return [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in found]
 
     def _mask(self, padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """Return what is added to the scores."""
+        """Return the sum of both masks, to be added to the scores; None without masks."""
 
         def added(one: Tensor) -> Tensor:
             return q.new_zeros(one.shape).masked_fill(one, -math.inf) if one.dtype == torch.bool else one
@@ -99,11 +99,11 @@ class Attention(nn.Module):
 
 
 def replaced(model: nn.Module, paths: list[str] | None = None) -> dict[str, nn.Module]:
-    """Put an `Attention` in the place of each attention of torch; return {path: the module before}.
+    """Replace modules of `nn.MultiheadAttention` by `Attention`, and return {path: old module}.
 
     Args:
-        model: changed in place.
-        paths: only these; None for all that it serves for.
+        model: the model, changed in place.
+        paths: paths of the modules to replace; None for all that `Attention` can replace.
     """
     found = {path: one for path, one in model.named_modules() if path and Attention.serves(one)}
     found = {path: one for path, one in found.items() if paths is None or path in paths}
@@ -114,7 +114,7 @@ def replaced(model: nn.Module, paths: list[str] | None = None) -> dict[str, nn.M
 
 
 def restored(model: nn.Module, before: dict[str, nn.Module]) -> list[str]:
-    """Put back the modules whose heads all stayed; return the paths of the others."""
+    """Restore the modules that have kept all heads, and return the paths of the other modules."""
     fewer = []
     for path, one in before.items():
         if model.get_submodule(path).num_heads == one.num_heads:

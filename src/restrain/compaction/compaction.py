@@ -1,4 +1,4 @@
-"""Compaction: a smaller network with the same outputs, without the units that do nothing."""
+"""Compaction of a network: the same outputs without the units that don't contribute to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from restrain.compaction.graph import Graph, Read
 from restrain.compaction.report import Layer, Report, measured
 from restrain.errors import CompactionError
 
-_CLOSE = 1e-5  # of the outputs' scale
+_CLOSE = 1e-5  # largest difference of outputs, relative to their scale
 
 
 class Compaction(NamedTuple):
@@ -33,13 +33,13 @@ class Compaction(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """The units of a graph that can go, and why the others stay.
+    """Search for the units of a graph that can be removed, with the reasons why other units stay.
 
     Args:
         graph: the model's graph.
         tensors: parameters and buffers by name.
-        model: the model, which says whether a layer may get a bias.
-        fixed: {unit: reason} beyond those of the graph.
+        model: the model, whose layers determine where a bias can be added.
+        fixed: {unit: reason} of units that stay besides those that the graph fixes.
     """
 
     graph: Graph
@@ -52,7 +52,7 @@ class Search:
         return {self.graph.labels.unit(label) for label in self.graph.dropped}
 
     def gone(self) -> tuple[set[int], dict[int, str]]:
-        """Return (units that can go, {unit: why it stays})."""
+        """Return (units that can be removed, {unit: why it stays})."""
         labels, used = self.graph.labels, [self._used(read) for read in self.graph.reads]
         features = [labels.units(read.features) for read in self.graph.reads]
         outputs = [labels.units(read.outputs) for read in self.graph.reads]
@@ -77,7 +77,7 @@ class Search:
             gone = left
 
     def read(self) -> set[int]:
-        """Return the units that a weight other than zero reads."""
+        """Return the units that are read by a nonzero weight."""
         found = set()
         for read in self.graph.reads:
             used = self._used(read).any(0).tolist()
@@ -86,13 +86,13 @@ class Search:
         return found
 
     def _used(self, read: Read) -> Tensor:
-        """Return (outputs, features): which weights aren't zero."""
+        """Return the mask of nonzero weights, as a matrix (outputs, features)."""
         weight = self.tensors[read.weight].detach()
         matrix = (weight != 0).flatten(2).any(2) if weight.dim() > 2 else weight != 0
         return matrix if read.dim == 1 else matrix.t()
 
     def _why(self, read: Read, unit: int, level: float) -> str | None:
-        """Return why a feature that is read keeps its unit; None if it is a constant that can be folded."""
+        """Return why the unit of a read feature stays; None if it is a constant that is folded."""
         if level != level and unit in self._dropped:
             return "it gives a constant, which dropout makes random in training"
         if level != level:
@@ -114,28 +114,30 @@ def compact(
     *,
     inplace: bool = False,
 ) -> Compaction:
-    """Remove the units that do nothing: a smaller model with the same outputs.
+    """Remove units that don't contribute, and return a smaller model with the same outputs.
 
-    A unit is what hangs together: a filter with its bias and its normalisation's scale; a neuron's
-    row and the next layer's column; a head of attention over queries, keys, values and outputs; a
-    channel through residual additions. It goes if its incoming weights are zero, so that it gives a
-    constant, or if nothing reads it; that is repeated until nothing changes. Constants are added to
-    the biases of the layers that read them. Nothing is approximated: units that are only small stay.
+    A unit consists of the entries that can only be removed together: a filter with its bias and its
+    normalisation's scale; a neuron's row and the next layer's column; a head of attention over
+    queries, keys, values and outputs; a channel through residual additions. It is removed if its
+    incoming weights are zero, so that its output is constant, or if no layer reads it; this is
+    repeated until no more units can be removed. Constants are added to the biases of the layers
+    that read them. The result is exact, not an approximation: units with small weights stay.
 
     Args:
-        model: any module that `torch.export` can follow.
-        example: its input, or a tuple of its inputs. The sizes of the batch and of times may be
-            small, but more than 1.
-        optimizer: its state, groups and settings go on in `result.optimizer`.
+        model: a module that `torch.export` can follow.
+        example: its input, or a tuple of its inputs. Batch size and lengths in time may be small,
+            but must be more than 1.
+        optimizer: the model's optimizer; `result.optimizer` takes over its state, groups and
+            settings.
         mode: "eval": outputs are the same in evaluation.
-        inplace: change the model and the optimizer that are given, instead of copies.
+        inplace: True to change the given model and optimizer instead of copies.
 
     Returns:
         `Compaction` with `model`, `optimizer` and `report`.
 
     Raises:
         CompactionError: torch.export can't follow the model; the outputs would differ by more than
-            1e-5 of their scale; the optimizer's state can't be cut.
+            1e-5 of their scale; an optimizer's state doesn't have the parameter's shape.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with torch.no_grad(): model[0].weight[3:] = 0
@@ -168,7 +170,7 @@ def compact(
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Context in which a model of transformers doesn't give its keys and values, which would be outputs."""
+    """Context in which a model of transformers doesn't return its keys and values as outputs."""
     config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", False)
     if before:
@@ -189,8 +191,8 @@ def _attempted(
 ) -> tuple[Plan, Small, float]:
     """Return (plan, smaller copies, difference of outputs).
 
-    Units whose number is written in the model's own code are found by removing the units of one
-    layer alone, and stay.
+    If the smaller model fails, the units of one layer at a time are removed, to find units whose
+    number is fixed in the model's code; these stay.
     """
     fixed: dict[int, str] = {}
     for attempt in range(2):
@@ -213,7 +215,7 @@ def _attempted(
 
 
 def _smaller(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: Plan) -> Small:
-    """Return (smaller copy of a model, of its optimizer, paths of attentions of fewer heads)."""
+    """Return (smaller model, its optimizer, paths of attentions with fewer heads), as copies."""
     small, other = _copied(model, optimizer)
     original = attention.replaced(small)
     _carry_out(small, other, graph, plan)
@@ -221,17 +223,17 @@ def _smaller(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: 
 
 
 def _compared(model: nn.Module, reference: Reference) -> tuple[float, str | None]:
-    """Return (difference of outputs, the error that a smaller model raises; None for none)."""
+    """Return (difference of outputs, None), or (inf, message) if the model raises an error."""
     try:
         with _without_cache(model):
             return max(_difference(_run(model, given), outputs) for given, outputs in reference), None
-    except Exception as error:  # whatever a model's code raises of a size
+    except Exception as error:  # a model's code may raise any error for a size that it can't take
         told = (str(error).strip() or "-").splitlines()[0][:200]
         return torch.inf, f"{type(error).__name__}: {told}"
 
 
 def _families(graph: Graph, gone: set[int]) -> list[set[int]]:
-    """Return the units that go, joined where they lie along the same axes of the same tensors."""
+    """Return the removed units, grouped by the axes of tensors along which they lie."""
     where: dict[int, set[tuple[str, int]]] = defaultdict(set)
     for name, axes in graph.axes.items():
         for dim, labels in enumerate(axes):
@@ -244,25 +246,25 @@ def _families(graph: Graph, gone: set[int]) -> list[set[int]]:
 
 
 class Plan(NamedTuple):
-    """What goes, as indices that stay, and the constants that are folded."""
+    """Plan of a compaction: indices to keep, shifts of biases, removed units, reasons to stay."""
 
     keep: dict[str, dict[int, Tensor]]
     biases: list[tuple[Read, Tensor]]
     gone: set[int]
     stays: dict[int, str]
     changed: int
-    """How many units give another constant in training, by a batch normalisation."""
+    """Number of removed units whose constant differs in training, by a batch normalisation."""
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
-    """Return copies in eval mode; the optimizer's copy holds the parameters of the model's copy."""
+    """Return copies of a model, in eval mode, and of its optimizer, which refers to the copy."""
     memo: dict[int, Any] = {}
     small = copy.deepcopy(model, memo)
     return small.eval(), copy.deepcopy(optimizer, memo)
 
 
 def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
-    """Return what goes but for the units in `fixed`; of each axis at least one index stays."""
+    """Return the plan in which units in `fixed` and at least one index of each axis stay."""
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors, fixed = dict(named), dict(fixed)
     while True:
@@ -284,7 +286,7 @@ def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
 
 
 def _folded(graph: Graph, tensors: Mapping[str, Tensor], gone: set[int]) -> Iterator[tuple[Read, Tensor]]:
-    """Yield (read, what is added to its bias) for the constants of units that go."""
+    """Yield (read, shift of its bias) for reads of constants of removed units."""
     for read in graph.reads:
         units = graph.labels.units(read.features)
         levels = torch.tensor(
@@ -318,7 +320,10 @@ def _carry_out(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan
 
 
 def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Return the example and two drawn batches: noise of its spread, and its whole numbers in another order."""
+    """Return the example and two random batches of it.
+
+    Floating-point inputs are replaced by noise of the same mean and spread, integers are permuted.
+    """
     draws = torch.Generator().manual_seed(0)
 
     def drawn(one: Any) -> Any:
@@ -341,12 +346,12 @@ def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def _plain(output: Any) -> Any:
-    """Return a model's output as a structure that torch knows."""
+    """Return a model's output with mappings as lists, since pytree may not know their type."""
     return list(output.values()) if isinstance(output, Mapping) else output
 
 
 def _difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Return the largest difference of two lists of outputs, in units of the scale of each."""
+    """Return the largest difference of two lists of outputs, relative to each output's scale."""
     worst = 0.0
     for one, other in zip(found, reference, strict=True):
         if one.is_floating_point() and other.numel():
@@ -358,7 +363,7 @@ def _difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
 
 
 def _layers(graph: Graph, plan: Plan, model: nn.Module) -> list[Layer]:
-    """Return a line for each weight: sizes before and after, and why units stay that could have gone."""
+    """Return a `Layer` for each weight: sizes before and after, and why units stay."""
     found = []
     after = dict(model.named_parameters(remove_duplicate=False))
     for name, axes in graph.axes.items():

@@ -1,16 +1,16 @@
-"""The graph of producers and consumers of a model's units, read from `torch.export`.
+"""Graph of the layers that produce and read a model's units, derived from `torch.export`.
 
 The exported graph is run once on the example, with three values for each tensor:
 
 * the tensor itself, for shapes;
-* labels: for each entry the label of the unit that it belongs to (`units`), as a tensor that
-  broadcasts to the shape. None for tensors without units, such as inputs;
-* constants: the entries that don't depend on the inputs, NaN for the others, as a tensor that
-  broadcasts to the shape. None if all depend on the inputs.
+* labels: the label of each entry's unit (`units`), as a tensor that broadcasts to the shape; None
+  for tensors without units, such as inputs;
+* constants: the value of each entry that doesn't depend on the inputs, NaN for other entries, as a
+  tensor that broadcasts to the shape; None if all entries depend on the inputs.
 
-Operations that only move entries are applied to labels and constants too. Operations entry by entry
-join the labels of their operands. Layers with weights end one set of labels and begin another, and
-are noted as a `Read`. What isn't known makes the units it meets stay, with the reason.
+Operations that only move entries are applied to labels and constants, too. Pointwise operations
+join the labels of their operands. Layers with weights consume labels and produce new ones; each is
+recorded as a `Read`. Unknown operations make the units of their operands stay, with the reason.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ aten = torch.ops.aten
 
 @dataclass
 class Held:
-    """A tensor of the graph: its value, the labels and the constants of its entries."""
+    """A tensor of the graph: its value, and the labels and constants of its entries."""
 
     value: Tensor
     labels: Tensor | None = None
     constants: Tensor | None = None
     name: str | None = None
-    """The name of the parameter or buffer; None for others."""
+    """The name of a parameter or buffer; None for other tensors."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Read:
     weight: str
     bias: str | None
     dim: int
-    """The axis of the weight along the features; its outputs lie along the other of the first two."""
+    """The axis of the weight along the features, 0 or 1; the other axis is along the outputs."""
     features: Tensor
     """Labels of the features."""
     outputs: Tensor
@@ -57,7 +57,7 @@ class Read:
     constants: list[float]
     """The constant value of each feature; NaN if it isn't constant."""
     folds: str
-    """Empty if constants other than zero can be added to the bias; else why not."""
+    """Why constants other than zero can't be added to the bias; empty if they can."""
 
 
 MOVES = {
@@ -82,7 +82,7 @@ KEEPS_NAN = {
     "clamp_max", "maximum", "minimum", "erf", "sin", "cos", "add_", "sub_", "mul_", "div_", "log1p", "expm1", "rsub",
     "reciprocal", "log_sigmoid", "logit", "softshrink", "hardshrink", "threshold", "tan", "atan", "sinh", "cosh",
 }  # fmt: skip
-"""Operations entry by entry that give NaN where an operand is NaN, or the right number whatever it is."""
+"""Pointwise operations that propagate NaN, unless the result doesn't depend on that operand."""
 POOLS = {
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool2d_with_indices",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
@@ -90,7 +90,7 @@ POOLS = {
     "upsample_bicubic2d", "upsample_trilinear3d", "pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d",
     "reflection_pad1d", "replication_pad1d",
 }  # fmt: skip
-"""Operations on the last axes, channel by channel."""
+"""Operations on the last axes that act on each channel alone."""
 REDUCTIONS = {"mean", "sum", "amax", "amin", "var", "std", "linalg_vector_norm", "max", "min", "prod", "cumsum", "norm"}
 
 
@@ -100,7 +100,7 @@ def base_name(target: Any) -> str:
 
 
 def compressed(labels: Tensor | None) -> Tensor | None:
-    """Return labels with axes of size 1 where they are equal along the axis; None if none is removable."""
+    """Return labels with size 1 along axes where they are equal; None if all are `FIXED`."""
     if labels is None or not bool((labels != FIXED).any()):
         return None
     for dim in range(labels.dim()):
@@ -116,24 +116,24 @@ def varying(labels: Tensor | None) -> set[int]:
 
 
 def aligned(tensor: Tensor, rank: int) -> Tensor:
-    """Return a tensor with axes of size 1 in front, as broadcasting adds them."""
+    """Return a tensor with leading axes of size 1 up to a rank, as broadcasting adds them."""
     return tensor.reshape([1] * (rank - tensor.dim()) + list(tensor.shape))
 
 
 class Graph(fx.Interpreter):
-    """The labels of a model's parameters, and who reads them.
+    """Interpreter of an exported model that finds the labels of its parameters and their readers.
 
     Args:
         model: a model in eval mode.
-        args: its inputs.
+        args: its positional inputs.
         kwargs: its inputs by name.
 
     Attributes:
-        labels: the structure of labels.
+        labels: the union-find structure of labels.
         axes: {name of a parameter or buffer: labels along each axis}.
-        reads: the consumptions, in the order of the forward.
-        dropped: labels of constants other than zero that go through dropout.
-        normalised: labels of what a batch normalisation scales.
+        reads: the reads of features by weights, in the order of the forward.
+        dropped: labels of constants other than zero that pass through dropout.
+        normalised: labels of the channels of batch normalisations.
 
     Raises:
         CompactionError: torch.export can't follow the model.
@@ -177,7 +177,7 @@ class Graph(fx.Interpreter):
         return found
 
     def _named(self, name: str) -> Held:
-        """Return a parameter or buffer; labels of its entries are those along its only axis of several entries."""
+        """Return a parameter or buffer, with labels of entries if just one axis has size > 1."""
         value, own = self._tensors[name], self._names.get(name)
         wide = [dim for dim, size in enumerate(value.shape) if size > 1]
         if own is None or len(wide) != 1:
@@ -189,7 +189,7 @@ class Graph(fx.Interpreter):
     # ------------------------------------------------------------------ running
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation on tensors, labels and constants."""
+        """Return the result of an operation on tensors, labels and constants."""
         if target is operator.getitem:
             return args[0][args[1]]
         plain, named = tree_map(_value, (args, kwargs))
@@ -217,7 +217,7 @@ class Graph(fx.Interpreter):
         return Held(found) if isinstance(found, Tensor) else found
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the units of the outputs stay."""
+        """Mark the units of the outputs as units that stay."""
         for one in tree_leaves(args):
             if isinstance(one, Held):
                 self._fix(one, "it is an output of the model")
@@ -229,7 +229,7 @@ class Graph(fx.Interpreter):
             self.labels.fix(labels, reason)
 
     def _fix_others(self, operands: Sequence[Held]) -> None:
-        """Make parameters of several axes stay that aren't used as weights."""
+        """Mark the units of parameters of several axes that aren't used as weights."""
         for one in operands:
             if one.name is not None and one.labels is None:
                 self._fix(one, f"{one.name} isn't used as a layer's weight")
@@ -240,7 +240,7 @@ class Graph(fx.Interpreter):
         return _wrapped(value)
 
     def _whole(self, labels: Tensor | None, dims: set[int], reason: str) -> None:
-        """Note that all indices along these axes are needed together: units go whole, or stay."""
+        """Join all indices along the given axes, which are needed together, or make them stay."""
         varied = varying(labels)
         if labels is None or not varied & dims:
             return
@@ -255,7 +255,7 @@ class Graph(fx.Interpreter):
     # ------------------------------------------------------------------ entries
 
     def _moved(self, target: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Entries change places."""
+        """Return the result of an operation that only moves entries."""
         x, plain = args[0], tree_map(_value, args[1:])
         target = aten.reshape.default if target in (aten.view.default, aten._unsafe_view.default) else target
         labels = None if x.labels is None else target(x.labels.expand(x.value.shape), *plain, **kwargs)
@@ -273,7 +273,7 @@ class Graph(fx.Interpreter):
         ]
 
     def _dropped(self, x: Held, share: float) -> Tensor | None:
-        """Return constants after dropout, where those other than zero are constant in evaluation only."""
+        """Return constants after dropout, where only zeros are constant in training, too."""
         if x.constants is None or x.labels is None or not share:
             return x.constants
         changed = (x.constants != 0) & ~x.constants.isnan()
@@ -281,7 +281,7 @@ class Graph(fx.Interpreter):
         return _some(torch.where(changed, _nan(x.value), x.constants))
 
     def _joined(self, target: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Tensors one beside the other."""
+        """Return the concatenation of tensors."""
         parts, rest = args[0], args[1:]
         self._fix_others(parts)
         labels = [_expanded(one.labels, one.value, torch.tensor(FIXED, device="cpu")) for one in parts]
@@ -291,7 +291,7 @@ class Graph(fx.Interpreter):
         return Held(value, compressed(target(labels, *rest, **kwargs)), _some(constants))
 
     def _by_entry(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation entry by entry joins the labels of its operands."""
+        """Return the result of a pointwise operation, which joins the labels of its operands."""
         name, rank = base_name(target), value.dim()
         operands = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Held)]
         self._fix_others(operands)
@@ -309,9 +309,10 @@ class Graph(fx.Interpreter):
         return found
 
     def _meets(self, one: Tensor, labels: Tensor, reason: str) -> None:
-        """Join labels with those of the largest operand, of which the first axis that varies tells the units.
+        """Join an operand's labels with the labels of the largest operand.
 
-        Numbers along another axis, such as a scale for each feature of all heads, have to stay.
+        Units of the largest operand lie along the first axis that varies. Operands that only vary
+        along another axis, such as a scale for each feature of all heads, have to stay.
         """
         varied, most = varying(one), varying(labels)
         if varied and most and min(most) not in varied:
@@ -352,7 +353,7 @@ class Graph(fx.Interpreter):
     # ------------------------------------------------------------------ features
 
     def _reduced(self, target: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A number for all entries along some axes."""
+        """Return the result of a reduction along axes."""
         x, name = args[0], base_name(target)
         dims = _dims(args[1] if len(args) > 1 else kwargs.get("dim"), x.value.dim())
         self._whole(x.labels, dims, f"{name} goes over its features")
@@ -372,7 +373,7 @@ class Graph(fx.Interpreter):
         return Held(value, args[0].labels)
 
     def _pooled(self, target: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An operation on the last axes, channel by channel."""
+        """Return the result of an operation on the last axes that acts on each channel alone."""
         x, name = args[0], base_name(target)
         last = [letter for letter in name if letter.isdigit()]
         count = int(last[0]) if last and "nd" not in name else _padded(args[1])
@@ -438,7 +439,7 @@ class Graph(fx.Interpreter):
         return self._of_features(x, y, value)
 
     def _product(self, x: Held, weight: Held, bias: Held | None, dim: int, value: Tensor, name: str) -> Any:
-        """Consume the features along the last axis by a matrix whose features lie along axis `dim`."""
+        """Return the product of the last axis with a weight, whose axis `dim` is the features."""
         if weight.name is None or weight.value.dim() != 2 or (bias is not None and bias.name is None):
             return self._unknown(f"{name} with a weight that is computed", value, [x, weight, *_given(bias)])
         axis = x.value.dim() - 1
@@ -452,7 +453,7 @@ class Graph(fx.Interpreter):
         return Held(value, compressed(labels), constants)
 
     def _features(self, x: Held, axis: int, value: Tensor) -> tuple[Tensor, bool]:
-        """Return (labels along an axis, True if other axes have labels instead)."""
+        """Return (labels along an axis, True if labels vary along other axes instead)."""
         size, varied = x.value.shape[axis], varying(x.labels)
         if x.labels is not None and varied <= {axis}:
             return x.labels.flatten().expand(size), False
@@ -509,7 +510,7 @@ class Graph(fx.Interpreter):
     def _grouped(
         self, weight: Held, bias: Held | None, features: Tensor, groups: int, transposed: bool, count: int
     ) -> Tensor:
-        """Join inputs and outputs of each group: a group goes as a whole. Return the labels of the outputs."""
+        """Join the inputs and outputs of each group to one unit, and return the outputs' labels."""
         axes = self.axes[weight.name or ""]
         self.labels.fix(axes[1], "groups of a convolution are equally large")
         rows = features.reshape(groups, -1)
@@ -535,7 +536,7 @@ class Graph(fx.Interpreter):
     # ------------------------------------------------------------------ attention
 
     def _of_features(self, x: Held, y: Held, value: Tensor) -> Held:
-        """Product of two tensors: the contracted features of a head go together."""
+        """Return the product of two tensors; the contracted features of a head become one unit."""
         rank = value.dim()
         one = None if x.labels is None else aligned(x.labels, rank)
         other = None if y.labels is None else aligned(y.labels, rank)
@@ -561,7 +562,7 @@ class Graph(fx.Interpreter):
         return Held(value, compressed(labels), constants)
 
     def _attention(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Scaled dot-product attention: a head goes as a whole, with its queries, keys and values."""
+        """Return the attention; queries, keys and values of a head become one unit."""
         q, k, v = args[:3]
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         rank, heads = value.dim(), value.dim() - 3
@@ -615,7 +616,7 @@ def _nan(like: Tensor) -> Tensor:
 
 
 def _some(constants: Tensor | None) -> Tensor | None:
-    """Return constants; None if there are none."""
+    """Return constants; None if all entries are NaN."""
     return None if constants is None or bool(constants.isnan().all()) else constants
 
 
@@ -646,7 +647,7 @@ def _levels(x: Held, axis: int) -> list[float]:
 
 
 def _linear_constants(x: Tensor | None, matrix: Tensor, bias: Tensor | None, value: Tensor) -> Tensor | None:
-    """Return the constant outputs of a linear layer: those that read no feature that isn't constant."""
+    """Return the constants of a linear layer: outputs that only read constant features."""
     shift = torch.zeros(matrix.shape[0], dtype=matrix.dtype, device=matrix.device) if bias is None else bias
     used = matrix != 0
     if x is None:
@@ -661,7 +662,7 @@ def _linear_constants(x: Tensor | None, matrix: Tensor, bias: Tensor | None, val
 def _convolved(
     target: Any, x: Held, weight: Held, bias: Held | None, args: Any, value: Tensor, shape: list[int], transposed: bool
 ) -> Tensor | None:
-    """Return the constant outputs of a convolution."""
+    """Return the constants of a convolution's outputs."""
     given, shift = tree_map(_value, args[3:]), None if bias is None else bias.value
     if x.constants is not None:
         known = x.constants.expand(x.value.shape)
@@ -675,7 +676,7 @@ def _convolved(
 
 
 def _why_not_folded(name: str, args: Sequence[Any]) -> str:
-    """Return why a constant that a convolution reads can't be added to its bias; empty if it can."""
+    """Return why a constant read by a convolution can't be added to its bias; empty if it can."""
     if "transpose" in name:
         return "a transposed convolution gives a constant other numbers at the borders"
     padding = args[4] if len(args) > 4 else 0

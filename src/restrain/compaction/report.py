@@ -1,4 +1,4 @@
-"""What a compaction removed, why the rest stayed, and what it gains."""
+"""Report of a compaction: removed units, reasons why others stay, and costs before and after."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Layer:
-    """A weight: its shape before and after, and {reason: units} of those that stayed."""
+    """A weight: its shape before and after, and {reason: number of units that stay for it}."""
 
     name: str
     before: tuple[int, ...]
@@ -26,7 +26,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters, floating-point operations and seconds of a forward on the example."""
+    """Cost of a forward on the example: parameters, floating-point operations, seconds."""
 
     parameters: int
     flops: int
@@ -35,15 +35,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Report:
-    """Report of a compaction; `str` gives a table, `to_html` a page.
+    """Report of a compaction; `str` gives tables as text, `to_html` as HTML.
 
     Args:
-        layers: a line for each weight.
-        before: of the model that was given.
-        after: of the smaller one.
-        difference: the largest difference of outputs that was seen, in units of their scale.
-        changed: units that went and that give another constant in training, where a batch
-            normalisation takes the batch's statistics: with 0, training is the same too.
+        layers: an entry for each weight.
+        before: the cost of the given model.
+        after: the cost of the smaller model.
+        difference: the largest measured difference of outputs, relative to their scale.
+        changed: the number of removed units whose constant differs in training, where a batch
+            normalisation uses the batch's statistics. If 0, training is exact, too.
     """
 
     layers: Sequence[Layer]
@@ -54,7 +54,7 @@ class Report:
 
     @property
     def training_exact(self) -> bool:
-        """True if the outputs are the same in training too."""
+        """True if the outputs are the same in training, too."""
         return not self.changed
 
     def _costs(self) -> list[tuple[str, str, str, str]]:
@@ -109,7 +109,7 @@ class Report:
 
 @torch.no_grad()
 def measured(model: nn.Module, args: tuple[Any, ...], rounds: int = 5) -> Cost:
-    """Return the cost of a forward: the median time of some rounds, after one that isn't counted."""
+    """Return the cost of a forward; the time is the median of some rounds after a warm-up."""
     counter = FlopCounterMode(display=False)
     with torch.random.fork_rng(devices=[]):
         with counter:

@@ -1,6 +1,6 @@
 """Removal of indices from the tensors of a model and of its optimizer, in place.
 
-Parameters stay the same objects, so that optimizers, schedulers and tied layers go on with them.
+Parameters remain the same objects, so that optimizers, schedulers and tied layers stay valid.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from restrain.errors import CompactionError
 
 
 def cut(model: nn.Module, optimizer: Optimizer | None, keep: Mapping[str, Mapping[int, Tensor]]) -> None:
-    """Keep some indices along axes of parameters and buffers.
+    """Remove all but the given indices along axes of parameters and buffers.
 
     Args:
-        model: changed in place.
-        optimizer: its state is cut alike; None for none.
+        model: the model, changed in place.
+        optimizer: the optimizer, whose state is cut in the same way; or None.
         keep: {name: {axis: indices that stay}}.
 
     Raises:
-        CompactionError: a state of the optimizer has another shape than its parameter.
+        CompactionError: a tensor of the optimizer's state has another shape than its parameter.
     """
     named = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -52,7 +52,7 @@ def cut(model: nn.Module, optimizer: Optimizer | None, keep: Mapping[str, Mappin
 
 
 def taken(tensor: Tensor, axes: Mapping[int, Tensor]) -> Tensor:
-    """Return the entries at the indices that stay, contiguous."""
+    """Return the entries of a tensor at the given indices of axes, contiguous."""
     for dim, indices in axes.items():
         tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor.contiguous()
@@ -71,7 +71,10 @@ def _cut_state(state: dict[str, Any], before: torch.Size, axes: Mapping[int, Ten
 
 
 def add_bias(model: nn.Module, weight: str, count: int, optimizer: Optimizer | None) -> str:
-    """Give the layer of a weight a bias of zeros, and the optimizer's group of the weight with it; return its name."""
+    """Add a bias of zeros to the layer of a weight, and return its name.
+
+    The bias joins the optimizer's group of the weight.
+    """
     path = weight.rpartition(".")[0]
     module, own = model.get_submodule(path), model.get_parameter(weight)
     module.bias = nn.Parameter(own.new_zeros(count), requires_grad=own.requires_grad)
@@ -82,7 +85,7 @@ def add_bias(model: nn.Module, weight: str, count: int, optimizer: Optimizer | N
 
 
 def may_have_bias(model: nn.Module, weight: str) -> bool:
-    """Return whether the layer of a weight would use a bias that is put into it."""
+    """Return True if the layer of a weight would use a bias that is added to it."""
     module = model.get_submodule(weight.rpartition(".")[0])
     return type(module).forward in {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
@@ -95,7 +98,7 @@ def _convolution(module: Any) -> None:
     outputs, inputs = module.weight.shape[:2]
     if module.transposed:
         outputs, inputs = inputs, outputs
-    if module.groups > 1:  # whole groups go
+    if module.groups > 1:  # only whole groups are removed
         per_out, per_in = module.out_channels // module.groups, module.in_channels // module.groups
         module.groups = module.weight.shape[0] // (per_in if module.transposed else per_out)
         module.out_channels, module.in_channels = module.groups * per_out, module.groups * per_in
@@ -143,7 +146,7 @@ SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
     nn.PReLU: _prelu,
     Attention: _attention,
 }
-"""What a layer says of its own size, from its tensors."""
+"""Functions that update the size attributes of a layer from its tensors, by type."""
 
 NAMED: dict[str, Callable[[Any], None]] = {
     "Conv1D": _conv1d_of_transformers,
@@ -151,4 +154,4 @@ NAMED: dict[str, Callable[[Any], None]] = {
     "BertSelfAttention": _bert_attention,
     "BertSdpaSelfAttention": _bert_attention,
 }
-"""The same for classes of Hugging Face's transformers, by name, as the library needn't be installed."""
+"""Such functions for classes of transformers, by name, as the library may not be installed."""

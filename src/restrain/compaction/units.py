@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 FIXED = 0
-"""The label of indices that belong to nothing removable: inputs, times, outputs of the model."""
+"""The label of indices that can't be removed: inputs, steps of time, outputs of the model."""
 
 
 class Labels:
-    """A union-find structure of labels, with the reasons for which units must stay."""
+    """A union-find structure of labels, with the reasons why units must stay."""
 
     def __init__(self) -> None:
         self._parent = [FIXED]
@@ -28,7 +28,7 @@ class Labels:
         return torch.arange(start, start + count, device="cpu")
 
     def unit(self, label: int) -> int:
-        """Return the unit of a label: the smallest of the labels joined with it."""
+        """Return the unit of a label: the smallest label that is joined with it."""
         parent = self._parent
         while parent[label] != label:
             parent[label] = parent[parent[label]]
@@ -40,9 +40,11 @@ class Labels:
         return [self.unit(label) for label in labels.flatten().tolist()]
 
     def join(self, first: Tensor, second: Tensor, reason: str) -> None:
-        """Make one unit of two labels, entry by entry; the tensors broadcast.
+        """Join the labels of two tensors, entry by entry; the tensors broadcast.
 
         Args:
+            first: labels.
+            second: the labels to join with `first`.
             reason: why a unit that is joined with `FIXED` must stay.
         """
         pairs = torch.stack([t.flatten() for t in torch.broadcast_tensors(first, second)], 1)
@@ -60,12 +62,12 @@ class Labels:
                 self._reasons.setdefault(one, self._reasons.pop(other))
 
     def join_rows(self, labels: Tensor) -> None:
-        """Make one unit of all labels in a row, for each row of a matrix."""
+        """Join all labels of a row to one unit, for each row of a matrix."""
         if labels.numel():
             self.join(labels, labels[:, :1], "")
 
     def fix(self, labels: Tensor | None, reason: str) -> None:
-        """Make the units of these labels stay, for this reason."""
+        """Mark the units of labels as units that must stay, with the reason."""
         for label in set() if labels is None else set(labels.flatten().tolist()):
             self._fix(label, reason)
 
@@ -74,5 +76,5 @@ class Labels:
             self._reasons.setdefault(self.unit(label), reason)
 
     def reason(self, label: int) -> str | None:
-        """Return why the unit of a label must stay whatever its weights are; None if it may go."""
+        """Return why a label's unit must stay, whatever its weights; None if it may be removed."""
         return "it is an input or output" if label == FIXED else self._reasons.get(self.unit(label))

@@ -1,4 +1,7 @@
-"""The base of penalties (tensor → number), and their algebra: `c * p` and `p + q` are penalties again."""
+"""Base class of penalties (tensor → number) and their algebra: `c * p` and `p + q` are penalties.
+
+Penalties of the whole network have a base of their own, `NetworkPenalty`.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,10 @@ from restrain.schedule import Strength, checked_number
 
 
 def checked_strength(strength: Any) -> float:
-    """A strength as a float.
+    """Return a strength as a float.
 
     Raises:
-        PenaltyError: it isn't a finite real number, zero or more.
+        PenaltyError: the strength isn't a finite real number, zero or more.
     """
     if isinstance(strength, Strength):
         raise PenaltyError(
@@ -40,10 +43,10 @@ def checked_strength(strength: Any) -> float:
 
 
 def at_hand(strength: Any, penalty: object) -> Any:
-    """The strength itself: a number, or the tensor that holds one that moves.
+    """Return the current strength: a number, or the tensor with the present value of a schedule.
 
     Raises:
-        PenaltyError: one that moves, of a penalty that isn't attached to a model.
+        PenaltyError: the strength is a schedule, and its penalty isn't attached to a model.
     """
     if isinstance(strength, Strength):
         raise PenaltyError(
@@ -54,26 +57,26 @@ def at_hand(strength: Any, penalty: object) -> Any:
 
 
 def times(strength: Any, value: Tensor) -> Tensor:
-    """strength · value, in the value's own dtype."""
+    """Return strength · value in the dtype of `value`."""
     result: Tensor = value * (strength.to(value.dtype) if isinstance(strength, Tensor) else strength)
     return result
 
 
 def is_off(strength: Any) -> bool:
-    """Whether it is a strength that moves and is zero now: then nothing need be computed."""
+    """Return whether a scheduled strength is zero now, so that its penalty can be skipped."""
     return isinstance(strength, Tensor) and not torch.compiler.is_compiling() and not strength
 
 
 def nothing(w: Tensor) -> Tensor:
-    """Zero, with a graph to `w`."""
+    """Return a differentiable zero, connected to `w` in the autograd graph."""
     return w.flatten()[:0].abs().sum()
 
 
 def checked_setting(name: str, number: float, low: float, high: float = inf, *, closed: bool = False) -> None:
-    """Refuse a setting that isn't a finite number above `low` (or that, if `closed`) and below `high`.
+    """Check that a setting is a finite number in (low, high), or in [low, high) if `closed`.
 
     Raises:
-        PenaltyError: so it is.
+        PenaltyError: the setting is no number, or lies outside the interval.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
         least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
@@ -82,20 +85,20 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
 
 
 def checked_flag(name: str, flag: Any) -> None:
-    """Refuse a setting that isn't true or false.
+    """Check that a setting is True or False.
 
     Raises:
-        PenaltyError: so it is.
+        PenaltyError: the setting is of another type.
     """
     if not isinstance(flag, bool):
         raise PenaltyError(f"{name}= is True or False, got {flag!r}")
 
 
 def batch_size(h: Tensor, dim: int) -> int:
-    """The length of the batch axis of `h`.
+    """Return the length of the batch axis `dim` of `h`.
 
     Raises:
-        PenaltyError: `h` has no such axis.
+        PenaltyError: `h` has no axis `dim`.
     """
     if not -h.dim() <= dim < h.dim():
         raise PenaltyError(f"an output of shape {tuple(h.shape)} has no batch axis {dim}: say which by batch_dim=")
@@ -103,10 +106,10 @@ def batch_size(h: Tensor, dim: int) -> int:
 
 
 def checked_axis(name: str, axis: Any) -> int | None:
-    """An axis, or None for the usual one.
+    """Return the axis given as a setting: a whole number, or None for the default.
 
     Raises:
-        PenaltyError: it is something else.
+        PenaltyError: the axis is of another type.
     """
     if axis is None or is_whole(axis):
         return axis
@@ -114,14 +117,14 @@ def checked_axis(name: str, axis: Any) -> int | None:
 
 
 Tensors: TypeAlias = Any
-"""What a penalty is called with: a tensor, or an iterable or mapping of them (a formula: one tensor)."""
+"""Argument of a penalty: a tensor, or an iterable or mapping of tensors; of a formula: a tensor."""
 
 
 def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
-    """formula(w), computed at least in float32 and outside autocast.
+    """Return formula(w), computed in float32 or wider and outside autocast.
 
     Raises:
-        PenaltyError: `w` isn't of a floating-point or complex type.
+        PenaltyError: `w` isn't of a floating-point or complex dtype.
     """
     check_dtype(w)
     device = w.device.type
@@ -132,10 +135,10 @@ def in_float32(formula: Callable[[Tensor], Tensor], w: Tensor) -> Tensor:
 
 
 def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensors], Tensor]:
-    """A `__call__` for one tensor, made to take also an iterable or mapping of them, over which it sums.
+    """Return a `__call__` that sums a formula of one tensor over an iterable or mapping of tensors.
 
-    `Penalty.__init_subclass__` puts it around the `__call__` of every subclass, so that whoever writes a
-    penalty writes its formula and nothing else. It is plain tensor code, which torch.compile traces with
+    `Penalty.__init_subclass__` wraps the `__call__` of every subclass in it, so that the author of
+    a penalty writes only the formula. It is plain tensor code, which torch.compile traces with
     fullgraph=True.
     """
 
@@ -143,7 +146,7 @@ def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
     def call(self: Any, w: Tensors) -> Tensor:
         if not isinstance(w, Tensor) and type(w).__module__.partition(".")[0] == "keras":
             keras_objects.register(Penalty)
-            w = w.value  # of a variable of a Keras 3 layer, on its torch backend
+            w = w.value  # the tensor of a Keras 3 variable, on the torch backend
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
         if isinstance(w, nn.Module) or not isinstance(w, Iterable):
@@ -171,9 +174,9 @@ def _scalar(penalty: object, value: Any) -> Tensor:
 
 
 def taking_masks(over_batch: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An `over_batch` that takes a mask; one without that argument is given h with zeros under the mask.
+    """Return an `over_batch` that takes a mask; if it has no mask argument, h is masked with zeros.
 
-    `Penalty.__init_subclass__` puts it around the `over_batch` of every subclass.
+    `Penalty.__init_subclass__` wraps the `over_batch` of every subclass in it.
     """
     if "mask" in inspect.signature(over_batch).parameters:
         return over_batch
@@ -186,9 +189,10 @@ def taking_masks(over_batch: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def checking_steps(prox: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a `prox` that refuses whole numbers, and a step that is no length.
+    """Return a `prox` that refuses integer tensors, and steps that aren't finite and ≥ 0.
 
-    `Penalty.__init_subclass__` wraps the `prox` of every subclass in it; `unchecked_prox` goes past it.
+    `Penalty.__init_subclass__` wraps the `prox` of every subclass in it; `unchecked_prox` calls the
+    original.
     """
 
     @functools.wraps(prox)
@@ -202,7 +206,7 @@ def checking_steps(prox: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def checking_tensors(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a `gradient` that refuses sparse tensors, whole numbers and objects that are no tensors.
+    """Return a `gradient` that refuses sparse tensors, integer tensors and objects of other types.
 
     `Penalty.__init_subclass__` wraps the `gradient` of every subclass in it.
     """
@@ -216,9 +220,10 @@ def checking_tensors(gradient: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def unchecked_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> Tensor:
-    """Return the prox, without a look at the entries of `step`.
+    """Return the prox without checking the entries of `step`.
 
-    At an optimizer's step they may be on a GPU, and NaN where the gradient was.
+    Within an optimizer's step the entries may be on a GPU, where a check would wait for them, and
+    are NaN where the gradient was NaN.
     """
     checked = type(penalty).prox
     found: Tensor = getattr(checked, "unchecked", checked)(penalty, w, step)
@@ -228,9 +233,10 @@ def unchecked_prox(penalty: Penalty, w: Tensor, step: float | Tensor) -> Tensor:
 class Penalty(Algebra["Penalty"], register=False):
     """Base of penalties: functions of one tensor whose value is a number.
 
-    A subclass needs only `__call__(self, w)`, the formula for one tensor `w` (which is float32 or wider);
-    then it can be called with many tensors, scaled, added, and put to a model by `on`. Its name in lower
-    case, and those in `keywords`, are what plans on file and keywords of models call it by.
+    A subclass needs only `__call__(self, w)`, the formula for one tensor `w` (which is float32 or
+    wider); then it can be called with many tensors, scaled, added, and attached to a model by `on`.
+    Plan files and keywords of models refer to it by its name in lower case, and by the names in
+    `keywords`.
 
     >>> class WeightInverse(rs.Penalty):
     ...     def __call__(self, w):
@@ -240,25 +246,25 @@ class Penalty(Algebra["Penalty"], register=False):
     """
 
     uniform: bool = True
-    """Where `entrywise`: that function is the same for every entry, so that any part of a tensor can be taken alone."""
+    """If entrywise: all entries share one function, so that parts of a tensor can stand alone."""
 
     weighs_elastic: bool = False
-    """The value is Σ a|x| + Σ c|x|² with numbers a and c for each entry: see `elastic_at`."""
+    """The value is Σ aᵢ|xᵢ| + Σ cᵢ|xᵢ|², with weights for each entry: see `elastic_at`."""
 
     groupwise: bool = False
-    """Its prox also takes a step for each entry: it is then exact in that diagonal metric."""
+    """The prox also takes a step for each entry, and is exact in that diagonal metric."""
 
     operations: Terms | None = None
-    """What the value is a weighted sum of, for backends that compute it fast; None where the formula alone says it."""
+    """Weighted terms that sum to the value, for fast backends; None if there is a formula only."""
 
     soft_after: bool = False
-    """Its prox, followed by a soft threshold, is that of its sum with a Σ|x|: see `Sum.prox`."""
+    """The prox of f + a Σ|x| is the prox of f, then a soft threshold: see `Sum.prox`."""
 
     at_outputs: ClassVar[bool] = False
-    """It is meant for activations: as a keyword of the models it acts on hidden layers, not on weights."""
+    """Meant for activations: as a keyword of models it acts on hidden layers, not on weights."""
 
     needs_model: ClassVar[bool] = False
-    """Its value depends on other tensors of the model, found by `bound_in`; it has none by itself."""
+    """The value depends on other tensors of the model, which `bound_in` finds."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -273,40 +279,44 @@ class Penalty(Algebra["Penalty"], register=False):
             cls.over_batch = taking_masks(vars(cls)["over_batch"])  # type: ignore[method-assign]
 
     def get_config(self) -> dict[str, Any]:
-        """Return the penalty as plain data, by which Keras saves and clones a model.
+        """Return the penalty as plain data, with which Keras saves and clones a model.
 
         Raises:
-            PlanError: it holds tensors or functions.
+            PlanError: the penalty holds tensors or functions.
         """
         keras_objects.register(Penalty)
         return keras_objects.Forms.write(self)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Penalty:
-        """Return the penalty of a `get_config`."""
+        """Return the penalty described by the result of `get_config`."""
         return keras_objects.Forms.read(config)  # type: ignore[no-any-return]
 
     @abstractmethod
     def __call__(self, w: Tensors) -> Tensor:
-        """The value at a tensor, differentiable; summed over the tensors of an iterable or mapping.
+        """Return the differentiable value at a tensor, or its sum over an iterable or mapping.
 
         Raises:
-            PenaltyError: an empty iterable, or something in it that isn't a floating-point or complex tensor.
+            PenaltyError: an empty iterable, or a member that isn't a floating-point or complex
+                tensor.
         """
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
-        """The value is a sum over entries of a function of each; the prox also takes a step for each entry."""
+        """Whether the value is Σᵢ fᵢ(xᵢ); then the prox also takes a step for each entry."""
         return self.operations is not None and all(one.by_entry for _, one in self.operations)
 
     @property
     def shrinks(self) -> bool:
-        """Its prox scales each entry by a number from 0 to 1. Then a Σ|x| can be added: see `Sum.prox`."""
+        """Whether the prox scales each entry by a factor in [0, 1]; then a Σ|x| can be added.
+
+        `Sum.prox` says how.
+        """
         return self.elastic is not None
 
     @property
     def elastic(self) -> tuple[float, float] | None:
-        """(a, c) where the value is a Σ|x| + c Σ|x|²."""
+        """(a, c) if the value is a Σ|x| + c Σ|x|², else None."""
         l1 = l2 = 0.0
         for factor, one in self.operations or ((0.0, None),):
             if isinstance(one, Absolute):
@@ -318,17 +328,20 @@ class Penalty(Algebra["Penalty"], register=False):
         return l1, l2
 
     def elastic_at(self, w: Tensor) -> tuple[Any, Any] | None:
-        """Return (a, c) where the value is Σ a|x| + Σ c|x|²: numbers, or tensors of a number for each entry."""
+        """Return (a, c) if the value is Σ aᵢ|xᵢ| + Σ cᵢ|xᵢ|², else None.
+
+        a and c are numbers, or tensors with a number for each entry.
+        """
         return self.elastic
 
     @property
     def has_prox(self) -> bool:
-        """Whether `prox` is known."""
+        """Whether the proximal operator is known."""
         return type(self).prox is not Penalty.prox or self.elastic is not None
 
     @property
     def by_entry(self) -> bool:  # type: ignore[override]
-        """Whether it acts on any part of a tensor as on the whole."""
+        """Whether acting on parts of a tensor equals acting on the whole."""
         return self.entrywise and self.uniform
 
     @checking_steps
@@ -337,12 +350,12 @@ class Penalty(Algebra["Penalty"], register=False):
 
         Args:
             w: a tensor.
-            step: a number or 0-d tensor. Where the penalty is entrywise or groupwise also a tensor of the shape of
-                `w`; then the result is argmin_z Σ |z - w|² / (2 step) + value(z).
+            step: a number or 0-d tensor; if the penalty is entrywise or groupwise, also a tensor of
+                the shape of `w`. Then the result is argmin_z Σ |z - w|² / (2 step) + value(z).
 
         Raises:
-            NoProxError: none is known; the message names those that have one.
-            PenaltyError: a tensor of whole numbers; a step that isn't finite and real, zero or more.
+            NoProxError: no prox is known; the message names the penalties that have one.
+            PenaltyError: an integer tensor; a step that isn't finite and real, zero or more.
         """
         if (elastic := self.elastic) is not None:
             return shrink_entries(w, step, *elastic)
@@ -353,7 +366,10 @@ class Penalty(Algebra["Penalty"], register=False):
 
     @checking_tensors
     def gradient(self, w: Tensor) -> Tensor:
-        """The gradient of the value at `w`, as autograd gives it (of complex entries too), in its dtype."""
+        """Return the gradient of the value at `w`, in its dtype.
+
+        For complex entries it follows autograd's convention.
+        """
         if self.operations is not None:
             return slope(self.operations, at_least_float32(w.detach())).to(w.dtype)
         check_dtype(w)
@@ -365,13 +381,16 @@ class Penalty(Algebra["Penalty"], register=False):
             return torch.autograd.grad(value, point, materialize_grads=True)[0]
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        """The value for outputs of a layer: summed over features, averaged over the batch axis `dim`.
+        """Return the value for a layer's outputs: a sum over features, a mean over the batch axis.
 
-        Without a batch axis (`dim` None) the plain value; zero for an empty batch. A boolean mask, of as many axes as
-        `h` and with lengths one or h's, is true where entries count; the batch is still all samples.
+        Args:
+            h: the outputs.
+            dim: the batch axis; with None the result is the plain value. An empty batch gives zero.
+            mask: a boolean tensor, broadcastable to `h` and of as many axes, true at the entries
+                that count. The mean is still over all samples.
 
         Raises:
-            PenaltyError: `h` has no such axis, or the penalty can't leave entries out.
+            PenaltyError: `h` has no axis `dim`, or the penalty can't leave entries out.
         """
         if mask is not None:
             h = self.without_padding(h, mask)
@@ -382,14 +401,14 @@ class Penalty(Algebra["Penalty"], register=False):
 
     @property
     def takes_mask(self) -> bool:
-        """Whether `over_batch` can leave entries out: by itself, or because entries of zero add nothing."""
+        """Whether `over_batch` takes a mask: by its own means, or because zeros add nothing."""
         return self.groupwise or (self.entrywise and self.uniform and not self(torch.zeros(1, device="cpu")))
 
     def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
-        """`h` with zeros under a mask, for a penalty to which zeros add nothing.
+        """Return `h` with zeros outside a mask, for a penalty to whose value zeros add nothing.
 
         Raises:
-            PenaltyError: they do add.
+            PenaltyError: zeros change the value of this penalty.
         """
         if not torch.compiler.is_compiling() and not self.takes_mask:
             raise PenaltyError(
@@ -399,7 +418,7 @@ class Penalty(Algebra["Penalty"], register=False):
         return torch.where(mask, h, 0)
 
     def mean(self, w: Tensor) -> Tensor:
-        """Value / number of entries, for entrywise penalties; zero for an empty tensor.
+        """Return value / number of entries, of an entrywise penalty; zero for an empty tensor.
 
         Raises:
             PenaltyError: the penalty isn't entrywise.
@@ -415,18 +434,22 @@ class Penalty(Algebra["Penalty"], register=False):
         return self
 
     def bound_in(self, model: nn.Module) -> Penalty:
-        """What acts at places of a model: with the model's tensors that its value needs."""
+        """Return the penalty with the model's tensors that its value needs."""
         return self
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         return ("loss",) if at_places else ("loss", "gradient", "decoupled", "proximal")
 
     def leaves(self) -> list[tuple[Any, Penalty]]:
-        """The penalties that it is a sum of, each with its strength."""
+        """Return the terms of the sum as (strength, penalty) pairs."""
         return [(1.0, self)]
 
     def split(self) -> tuple[Any, Any, list[tuple[Any, Penalty]]]:
-        """a, c and the others, equal ones joined, each with its strength: numbers, or 0-d tensors of what moves."""
+        """Return (a, c, others): the weights of Σ|x| and Σ|x|², and the other terms.
+
+        The other terms are (strength, penalty) pairs as of `leaves`, equal penalties joined.
+        Weights and strengths are numbers, or 0-d tensors if scheduled.
+        """
         l1: Any = 0.0
         l2: Any = 0.0
         others: list[tuple[Any, Penalty]] = []
@@ -448,7 +471,10 @@ class Penalty(Algebra["Penalty"], register=False):
 
 
 def _forget_declared(cls: type[Penalty]) -> None:
-    """A new formula inherits nothing that was declared of the old one: not how it is computed, nor its prox."""
+    """Reset the attributes that belong to a parent's formula in a class with a formula of its own.
+
+    Otherwise the class would inherit a prox and operations that don't fit its formula.
+    """
     old = next((base for base in cls.__mro__[1:] if "__call__" in vars(base)), Penalty)
     if inspect.isabstract(old):
         return
@@ -457,7 +483,7 @@ def _forget_declared(cls: type[Penalty]) -> None:
             setattr(cls, name, vars(Penalty)[name])
 
 
-# What belongs to a formula, and goes with it
+# Attributes that belong to a formula
 _OF_FORMULA = (
     *("operations", "elastic", "weighs_elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
     *("gradient", "prox", "has_prox"),
@@ -465,7 +491,7 @@ _OF_FORMULA = (
 
 
 def _equal(leaf: Penalty) -> Any:
-    """The penalty itself, to which equal ones are equal; of one that can't be hashed, its identity."""
+    """Return the key by which equal penalties are joined: the penalty, or its id if unhashable."""
     try:
         hash(leaf)
     except TypeError:
@@ -474,7 +500,7 @@ def _equal(leaf: Penalty) -> Any:
 
 
 def joined(penalties: Sequence[Penalty]) -> Penalty:
-    """The sum of penalties with equal members joined; a penalty whose strength moves stays as it is."""
+    """Return the sum of penalties, equal members joined; scheduled penalties stay as they are."""
     moving = [one for one in penalties if any(isinstance(strength, Tensor) for strength, _ in one.leaves())]
     fixed = [one for one in penalties if not any(one is other for other in moving)]
     if len(fixed) < 2:
@@ -491,7 +517,10 @@ def _with_prox() -> list[str]:
 
 
 class _Combined(Combination[Penalty], Penalty, register=False):
-    """Base of multiples and sums of penalties: what holds for all members holds for it, and binding binds each."""
+    """Base of multiples and sums of penalties: a property holds if it holds for all members.
+
+    Binding to a model binds each member.
+    """
 
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
@@ -525,7 +554,7 @@ class _Combined(Combination[Penalty], Penalty, register=False):
 
 @dataclass(frozen=True, repr=False)
 class Scaled(Multiple[Penalty], _Combined, register=False):
-    """strength · penalty; made by `strength * penalty`."""
+    """The product strength · penalty, written `strength * penalty`."""
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
@@ -568,7 +597,7 @@ class Scaled(Multiple[Penalty], _Combined, register=False):
 
 @dataclass(frozen=True, repr=False)
 class Sum(Total[Penalty], _Combined, register=False):
-    """The sum of penalties of the same tensor; made by `p + q`."""
+    """The sum of penalties of the same tensor, written `p + q`."""
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
@@ -586,7 +615,10 @@ class Sum(Total[Penalty], _Combined, register=False):
         )
 
     def _others(self) -> tuple[list[tuple[Any, Penalty]], list[tuple[Any, Penalty]]]:
-        """Return (others, weighted): the terms that aren't a Σ|x| + c Σ|x|², those with weights apart if they help."""
+        """Return (others, weighted): the terms other than a Σ|x| + c Σ|x|².
+
+        Terms with weights for each entry are set apart if at most one other term remains then.
+        """
         others = self.split()[2]
         weighted = [pair for pair in others if pair[1].weighs_elastic]
         rest = [pair for pair in others if not pair[1].weighs_elastic]
@@ -596,14 +628,16 @@ class Sum(Total[Penalty], _Combined, register=False):
         return functools.reduce(operator.add, [term(w) for term in self.terms])
 
     def prox(self, w: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        """The prox of a Σ|x| + c Σ|x|² + f, where a and c add up, and at most one other f remains.
+        """Return the prox of a Σ|x| + c Σ|x|² + f, with at most one other term f.
 
-        The square scales w and step by 1 / (1 + 2 c step). The absolute value is a soft threshold before the
-        prox of f, which is exact where that keeps signs and zeros (Yu 2013, "On decomposing the proximal
-        map"), or after it, where f says so. Both hold entry by entry, so also with a step, a and c for each.
+        The square scales w and step by 1 / (1 + 2 c step). The absolute value is a soft threshold
+        before the prox of f, which is exact if prox f keeps signs and zeros (Yu 2013, "On
+        decomposing the proximal map"), or after it, if f declares `soft_after`. Both hold entry by
+        entry, hence also with a step, a and c for each entry.
 
         Raises:
-            NoProxError: more remains, or the prox of f isn't known or doesn't shrink.
+            NoProxError: there is more than one other term, or the prox of f isn't known or doesn't
+                shrink.
         """
         l1, l2, _ = self.split()
         others, weighted = self._others()
@@ -642,7 +676,7 @@ class Sum(Total[Penalty], _Combined, register=False):
 
 @dataclass(frozen=True)
 class _Elastic(Penalty, register=False):
-    """a Σ|x| + c Σ|x|², joined of several."""
+    """The sum a Σ|x| + c Σ|x|² of several joined penalties."""
 
     operations: Terms
 
@@ -651,11 +685,14 @@ class _Elastic(Penalty, register=False):
 
 
 class OfRows(Penalty, register=False):
-    """Base of penalties of a tensor as one row of entries; on outputs, of each sample, averaged over the batch."""
+    """Base of penalties that see a tensor as one row of entries.
+
+    On outputs each sample is a row, and the values are averaged over the batch.
+    """
 
     @abstractmethod
     def over_rows(self, rows: Tensor) -> Tensor:
-        """The sum of the values of the rows of a matrix, which is float32 or wider."""
+        """Return the sum of the values of a matrix's rows; the matrix is float32 or wider."""
 
     def __call__(self, w: Tensors) -> Tensor:
         return self.over_rows(w.reshape(1, -1))
@@ -670,10 +707,11 @@ class OfRows(Penalty, register=False):
 
 
 class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
-    """Base of penalties that see the whole network. It acts in the loss only.
+    """Base of penalties that see the whole network; they act in the loss only.
 
-    A subclass needs only `__call__(self, parameters, outputs)`; then it can be scaled and added to others of
-    its kind. `.on(where, outputs=rs.outputs(...))` says which parameters and outputs it is given.
+    A subclass needs only `__call__(self, parameters, outputs)`; then it can be scaled and added to
+    other network penalties. `.on(where, outputs=rs.outputs(...))` selects the parameters and
+    outputs that it is given.
 
     >>> class Energy(rs.NetworkPenalty):
     ...     def __call__(self, parameters, outputs):
@@ -686,23 +724,24 @@ class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
     apart = "is a function of the whole network"
 
     takes_frozen: bool = False
-    """Whether it is given frozen parameters, too."""
+    """Whether `__call__` is also given frozen parameters."""
 
     @abstractmethod
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
-        """The value, a differentiable 0-d tensor.
+        """Return the value, a differentiable 0-d tensor.
 
         Args:
-            parameters: the selected parameters by name, without frozen ones (but see `takes_frozen`).
-            outputs: the selected layers' outputs by the layers' names; of a second call of "relu" by
-            "relu#2".
+            parameters: the selected parameters by name, without frozen ones (but see
+                `takes_frozen`).
+            outputs: the selected layers' outputs by the layers' names; the output of a second call
+                of "relu" is named "relu#2".
         """
 
     def check(self, parameters: Mapping[str, Tensor]) -> None:
-        """Refuse, when a rule is attached, parameters that it can't take.
+        """Check, when a rule is attached, that the penalty can take the selected parameters.
 
         Raises:
-            SelectionError, PenaltyError: so it is.
+            SelectionError, PenaltyError: a parameter is unfit, for example of a wrong shape.
         """
 
     def moments(self, at_places: bool) -> tuple[How, ...]:

@@ -1,4 +1,4 @@
-"""Penalties that are sums over entries of a function of each entry alone."""
+"""Entrywise penalties Σᵢ f(xᵢ), where f is a function of one entry."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from restrain.operations import Absolute, ByEntry, Function, Logarithm, Square, 
 from restrain.penalties.base import Penalty, Tensors, checked_setting, checked_strength
 from restrain.penalties.shrink import as_step, as_tensor, at_least_float32, resized, shrink_entries, unsigned_zeros
 
-_NEWTON_STEPS = 10  # for |x|^p: from the right, on a convex function whose slope at the root is 1 - p/2 or more
+# For |x|^p: started right of the root of a convex function, whose slope at the root is ≥ 1 - p/2
+_NEWTON_STEPS = 10
 
 
 class Entrywise(Penalty, register=False):
-    """Base of penalties Σᵢ f(xᵢ): a member declares f by `operations`, or writes f and f′, and the prox of f.
+    """Base of penalties Σᵢ f(xᵢ).
 
-    All three take a real or complex tensor of float32 or wider and return one of its shape.
+    A subclass declares f by `operations`; or it defines f (`entries`), f′ (`slopes`) and the prox
+    of f (`nearest`). Each of the three takes a real or complex tensor of float32 or wider, and
+    returns a tensor of the same shape.
     """
 
     entrywise = True
@@ -29,15 +32,15 @@ class Entrywise(Penalty, register=False):
 
     @property
     def operations(self) -> Terms:  # type: ignore[override]
-        """f and f′, as a member writes them."""
+        """Terms that compute f and f′ by the subclass's `entries` and `slopes`."""
         return ((1.0, Function(self)),)
 
     def entries(self, x: Tensor) -> Tensor:
-        """f of each entry, real."""
+        """Return f of each entry, a real tensor."""
         return weighted([(factor, one.value(x)) for factor, one in self._declared()])
 
     def slopes(self, x: Tensor) -> Tensor:
-        """The gradient of f at each entry, zero where f has a kink."""
+        """Return the gradient of f at each entry, zero where f has a kink."""
         return weighted([(factor, one.slope(x)) for factor, one in self._declared()])
 
     def _declared(self) -> list[tuple[float, ByEntry]]:
@@ -50,7 +53,8 @@ class Entrywise(Penalty, register=False):
         """Return argmin_z ½|z - x|² + t f(z) for each entry; t may differ by entry.
 
         Raises:
-            NoProxError: a member that declares no sum of |x| and |x|², and doesn't override this.
+            NoProxError: f isn't a declared sum of |x| and |x|², and the subclass defines no
+                `nearest`.
         """
         if (elastic := self.elastic) is None:
             raise NoProxError(f"{self!r} has no known prox: define nearest(self, x, t) in its class")
@@ -66,9 +70,10 @@ class Entrywise(Penalty, register=False):
 
 @dataclass(frozen=True)
 class L1(Entrywise):
-    """Σ|x|: the sum of absolute values, which with how="proximal" makes entries exactly zero.
+    """Σ|x|, the sum of absolute values; with how="proximal" entries become exactly zero.
 
-    Its prox is the soft threshold. The gradient at zero is zero. Complex entries count by their modulus.
+    The prox is the soft threshold. The gradient at zero is zero. Of complex entries the modulus
+    counts.
 
     Source: Tibshirani (1996), the lasso; Donoho and Johnstone (1994) for the soft threshold.
 
@@ -81,9 +86,10 @@ class L1(Entrywise):
 
 @dataclass(frozen=True)
 class L2(Entrywise):
-    """Σ|x|²: the sum of squares, not halved and without a root (for the root see `Norm(2)`).
+    """Σ|x|², the sum of squares, not halved and without a root (for the root see `Norm(2)`).
 
-    `(w / 2) * L2()` has the gradient of a coupled optimizer's `weight_decay=w`. Its prox is w / (1 + 2 step).
+    The prox is w / (1 + 2 step). `(c / 2) * L2()` has the gradient of `weight_decay=c` in a coupled
+    optimizer.
 
     Source: Hoerl and Kennard (1970), ridge regression.
 
@@ -96,13 +102,13 @@ class L2(Entrywise):
 
 @dataclass(frozen=True)
 class ElasticNet(Entrywise):
-    """l1 Σ|x| + l2 Σ|x|²: the same as `l1 * L1() + l2 * L2()`.
+    """l1 Σ|x| + l2 Σ|x|², the same as `l1 * L1() + l2 * L2()`.
 
-    scikit-learn's ElasticNet(alpha, l1_ratio) adds alpha l1_ratio Σ|x| + alpha (1 - l1_ratio) / 2 Σ|x|² to
-    half the mean squared error.
+    scikit-learn's ElasticNet(alpha, l1_ratio) adds
+    alpha l1_ratio Σ|x| + alpha (1 - l1_ratio) / 2 Σ|x|² to half the mean squared error.
 
     Raises:
-        PenaltyError: a strength that isn't a finite number, zero or more.
+        PenaltyError: a strength isn't a finite number, zero or more.
 
     Source: Zou and Hastie (2005), the naive elastic net (eq. 3).
 
@@ -121,18 +127,19 @@ class ElasticNet(Entrywise):
 
     @property
     def operations(self) -> Terms:  # type: ignore[override]
-        """Both, each with its strength."""
+        """|x| with strength `l1` and |x|² with strength `l2`."""
         return ((self.l1, Absolute()), (self.l2, Square()))
 
 
 @dataclass(frozen=True)
 class Huber(Entrywise):
-    """Σ ½|x|² where |x| ≤ delta, delta (|x| - delta/2) beyond: a square near zero, an absolute value far out.
+    """Σ f(|x|), a square near zero and linear in |x| far out.
 
-    Large entries are pulled by no more than delta; none becomes exactly zero.
+    f(s) = s²/2 for s ≤ delta, and delta (s - delta/2) beyond. The gradient of large entries is no
+    more than delta; no entry becomes exactly zero.
 
     Raises:
-        PenaltyError: a `delta` that isn't a finite number above zero.
+        PenaltyError: `delta` isn't a finite number above zero.
 
     Source: Huber (1964), section 4.
 
@@ -157,15 +164,16 @@ class Huber(Entrywise):
 
 @dataclass(frozen=True)
 class LogSum(Entrywise):
-    """Σ log(1 + |x| / epsilon): its slope at zero is 1 / epsilon and falls off as 1 / |x|.
+    """Σ log(1 + |x| / epsilon), with slope 1 / epsilon at zero, falling off as 1 / |x|.
 
-    Not convex: large entries are hardly pulled, small ones hard. The prox is the global minimiser, which jumps
-    where step > epsilon².
+    Not convex: small entries are shrunk strongly, large ones hardly. The prox is the global
+    minimiser, which jumps if step > epsilon².
 
     Raises:
-        PenaltyError: an `epsilon` that isn't a finite number above zero.
+        PenaltyError: `epsilon` isn't a finite number above zero.
 
-    Source: Candès, Wakin and Boyd (2008), eq. 8; Prater-Bennette, Shen and Tripp (2022) for the prox.
+    Source: Candès, Wakin and Boyd (2008), eq. 8; Prater-Bennette, Shen and Tripp (2022) for the
+    prox.
 
     >>> rs.LogSum(1.0)(torch.tensor([0.0, 1.0])), rs.LogSum(1.0).prox(torch.tensor([0.5, 3.0]))
     (tensor(0.6931), tensor([0.0000, 2.7321]))
@@ -185,9 +193,9 @@ class LogSum(Entrywise):
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         size, t = x.abs(), as_tensor(t, x)
-        # the greater root of (z - x)(z + epsilon) + t; where two minima compete, the lower one
+        # The greater root of (z - x)(z + epsilon) + t; with two local minima, the lower of the two
         far, near = size + self.epsilon, 2 * t.sqrt()
-        least = far - near  # the root is real where this isn't negative
+        least = far - near  # the root is real if this isn't negative
         root = size - t / (far / 2 + (least.clamp_min(0).sqrt() * (far + near).sqrt()) / 2)
         bottom = torch.where(root > 0, root, 1)
         ratio = (bottom / self.epsilon).clamp_max(torch.finfo(size.dtype).max)
@@ -198,15 +206,16 @@ class LogSum(Entrywise):
 
 @dataclass(frozen=True)
 class MCP(Entrywise):
-    """Σ |x| - |x|² / (2 knee) where |x| ≤ knee, knee / 2 beyond: the minimax concave penalty.
+    """Σ f(|x|), the minimax concave penalty.
 
-    Its slope falls from one at zero to nothing at the knee, so that large entries aren't pulled at all. Not convex.
-    The prox is firm thresholding, and where step ≥ knee the hard threshold at √(knee · step).
+    f(s) = s - s² / (2 knee) for s ≤ knee, and knee / 2 beyond. The slope falls from one at zero to
+    zero at the knee, so that larger entries aren't shrunk. Not convex. The prox is firm
+    thresholding, or if step ≥ knee the hard threshold at √(knee · step).
 
-    Skglm's MCPenalty(alpha, gamma) is `alpha * MCP(gamma * alpha)`.
+    `alpha * MCP(gamma * alpha)` is skglm's MCPenalty(alpha, gamma).
 
     Raises:
-        PenaltyError: a `knee` that isn't a finite number above zero.
+        PenaltyError: `knee` isn't a finite number above zero.
 
     Source: Zhang (2010), eq. 2.1.
 
@@ -237,15 +246,17 @@ class MCP(Entrywise):
 
 @dataclass(frozen=True)
 class SCAD(Entrywise):
-    """Σ f(|x|) with the slope one up to `start`, falling to zero at `knee`, and zero beyond.
+    """Σ f(|x|), the smoothly clipped absolute deviation.
 
-    Smoothly clipped absolute deviation: small entries as under L1, large ones not pulled. Not convex. The prox is
-    the global minimiser, which jumps where step > knee - start.
+    The slope of f is one up to `start`, falls linearly to zero at `knee`, and is zero beyond: small
+    entries are shrunk as by L1, large ones not at all. Not convex. The prox is the global
+    minimiser, which jumps if step > knee - start.
 
-    Fan and Li's penalty of strength s with a = 3.7, and skglm's SCAD(s, 3.7), is `s * SCAD(start=s, knee=3.7 * s)`.
+    `s * SCAD(start=s, knee=3.7 * s)` is Fan and Li's penalty of strength s with a = 3.7, and
+    skglm's SCAD(s, 3.7).
 
     Raises:
-        PenaltyError: not 0 < start < knee, both finite.
+        PenaltyError: `start` and `knee` aren't finite with 0 < start < knee.
 
     Source: Fan and Li (2001), eqs. 2.7 and 2.8.
 
@@ -275,26 +286,29 @@ class SCAD(Entrywise):
         steep = t >= width
         middle = size - t * (self.knee - size) / torch.where(steep, 1, width - t)
         smooth = torch.where(size > self.knee, size, torch.where(size <= self.start + t, soft, middle))
-        # no minimum between start and knee: the better of the one below and the one above
+        # No minimum between start and knee: the lower of the minima below start and above knee
         below = soft.clamp_max(self.start)
         limit = torch.where(size - t > self.start, self.start + width**0.5 * t.sqrt(), (self.start + self.knee + t) / 2)
-        limit = torch.where(size <= t, (self.start + self.knee) ** 0.5 * t.sqrt(), limit)  # where `below` is zero
+        # `below` is zero for size ≤ t
+        limit = torch.where(size <= t, (self.start + self.knee) ** 0.5 * t.sqrt(), limit)
         jump = torch.where((size > self.knee) & (size > limit), size, below)
         return resized(x, torch.where(steep, jump, smooth))
 
 
 @dataclass(frozen=True)
 class Lp(Entrywise):
-    """Σ|x|^p for 0 < p < 1: between counting the entries (p → 0) and L1; not convex, and no norm.
+    """Σ|x|^p for 0 < p < 1, between the number of nonzeros (p → 0) and L1; not convex, no norm.
 
-    The gradient at zero is zero, and grows without bound beside it: how="proximal" suits it best. The prox is zero
-    up to a threshold and the greater root of z + t p z^(p-1) = |x| beyond it; that root has a closed form for p = 1/2
-    and p = 2/3, and is found by Newton's method for every p.
+    The gradient is unbounded near zero (and zero at zero), so how="proximal" suits it best. The
+    prox is zero up to a threshold, and beyond it the greater root of z + t p z^(p-1) = |x|, found
+    by Newton's method for every p (p = 1/2 and p = 2/3 also have closed forms).
 
     Raises:
-        PenaltyError: a p that isn't between 0 and 1 (for p = 1 and 2 there are `L1` and `L2`, for norms `Norm(p)`).
+        PenaltyError: p isn't between 0 and 1 (for p = 1 and 2 there are `L1` and `L2`, for norms
+            `Norm(p)`).
 
-    Source: Xu and others (2012) for p = 1/2; Cao, Sun and Xu (2013) for p = 2/3; Marjanovic and Solo (2012) for any.
+    Source: Xu and others (2012) for p = 1/2; Cao, Sun and Xu (2013) for p = 2/3; Marjanovic and
+    Solo (2012) for any p.
 
     >>> rs.Lp(0.5)(torch.tensor([4.0, -9.0])), rs.Lp(0.5).prox(torch.tensor([1.0, 4.0]))
     (tensor(5.), tensor([0.0000, 3.7415]))
@@ -317,7 +331,8 @@ class Lp(Entrywise):
 
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         p, size, t = self.p, x.abs(), as_tensor(t, x)
-        least = t.pow(1 / (2 - p)) * (2 - 2 * p) ** (1 / (2 - p))  # what the prox jumps to, at the size `limit`
+        # At |x| = limit the prox jumps from zero to `least`
+        least = t.pow(1 / (2 - p)) * (2 - 2 * p) ** (1 / (2 - p))
         limit = torch.where(t > 0, least * ((2 - p) / (2 - 2 * p)), 0)
         dead = size <= limit
         bound = torch.where(dead, 1, size)
@@ -325,23 +340,24 @@ class Lp(Entrywise):
         z = bound
         tiny = torch.finfo(x.real.dtype).tiny
         for _ in range(_NEWTON_STEPS):
-            pull = t * p * z.clamp_min(tiny).pow(p - 1)  # finite also at the smallest numbers
+            pull = t * p * z.clamp_min(tiny).pow(p - 1)  # finite also for the smallest z
             z = torch.maximum(z - (z + pull - bound) / (1 - (1 - p) * pull / z), least)
         return resized(x, torch.where(dead, 0, torch.where(size.isinf(), size, z)))
 
 
 @dataclass(frozen=True)
 class SoftBox(Entrywise):
-    """Σ max(0, low - x)² + max(0, x - high)²: nothing between `low` and `high`, the squared excess outside.
+    """Σ max(0, low - x)² + max(0, x - high)², the squared excess outside [low, high].
 
-    A barrier that gives way; for one that doesn't, see `Box`. The prox moves entries outside towards the box.
+    A soft constraint; for the hard one see `Box`. The prox moves entries outside towards the box.
 
     Args:
-        low: the lower bound, or None for none.
-        high: the upper bound, or None for none.
+        low: the lower bound, or None if unbounded below.
+        high: the upper bound, or None if unbounded above.
 
     Raises:
-        PenaltyError: bounds that aren't numbers with low ≤ high; a complex tensor, which has no order.
+        PenaltyError: the bounds aren't numbers with low ≤ high; a complex tensor, which has no
+            order.
 
     >>> rs.SoftBox(-1.0, 1.0)(torch.tensor([0.5, 3.0])), rs.SoftBox(-1.0, 1.0).prox(torch.tensor([0.5, 4.0]))
     (tensor(4.), tensor([0.5000, 2.0000]))
@@ -378,6 +394,6 @@ class SoftBox(Entrywise):
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         excess, t = self._excess(x), as_tensor(t, x)
         scale = 0.5 / (0.5 + t)
-        # the smaller part is added, so that the result is exact for small steps, and in the box for large ones
+        # Adds the smaller part: exact for small steps, in the box for large ones
         moved = torch.where(scale > 0.5, x - excess * (t / (0.5 + t)), x.clamp(*self._bounds()) + excess * scale)
         return unsigned_zeros(torch.where((excess == 0) | x.isinf(), x, moved))

@@ -1,4 +1,4 @@
-"""Penalties of lengths: of a tensor as a whole, or of groups of its entries."""
+"""Norms as penalties: of a tensor as a whole, or summed over groups of its entries."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from restrain.rules import How
 
 @dataclass(frozen=True)
 class Norm(OfRows):
-    """(Σ|x|^p)^(1/p), the norm itself (not a power of it) of a whole tensor; for p = inf the largest |x|.
+    """(Σ|x|^p)^(1/p), the p-norm of a whole tensor (no power of it); for p = inf the largest |x|.
 
-    Its prox is known for p = 1, 2 and inf: by it the tensor becomes zero as a whole (p = 2), or its largest
-    entries become equal (p = inf). On outputs it is the norm of each sample, averaged.
+    The prox is known for p = 1, 2 and inf: it makes the tensor zero as a whole (p = 2), or its
+    largest entries equal (p = inf). On outputs the value is the mean of the samples' norms.
 
     Raises:
-        PenaltyError: p below one, which is no norm.
+        PenaltyError: p is below one, where there is no norm.
 
     Source of the proxes: Parikh and Boyd (2014), section 6.5.
 
@@ -56,12 +56,12 @@ class Norm(OfRows):
 
     @property
     def elastic(self) -> tuple[float, float] | None:
-        """That of `L1` for p = 1."""
+        """(1, 0) for p = 1, as of `L1`; else None."""
         return (1.0, 0.0) if self.p == 1 else None
 
     @property
     def groupwise(self) -> bool:  # type: ignore[override]
-        """Whether its prox takes a step for each entry: where it has one."""
+        """Whether there is a prox, which then also takes a step for each entry."""
         return self.has_prox
 
     @property
@@ -82,7 +82,7 @@ class Norm(OfRows):
 
 
 def _norms(rows: Tensor, p: float) -> Tensor:
-    """The norm of each row, with a zero gradient at zero."""
+    """Return the p-norm of each row, with a zero gradient at zero."""
     if p == 1 or not rows.numel():
         return rows.abs().sum(1)
     if p == 2:
@@ -91,20 +91,21 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     peak = size.amax(1, keepdim=True)
     if p == inf:
         return peak
-    unit = torch.where((peak == 0) | peak.isinf(), 1, peak).detach()  # so that powers neither overflow nor vanish
+    # Divided by the largest entry, powers neither overflow nor vanish
+    unit = torch.where((peak == 0) | peak.isinf(), 1, peak).detach()
     powers = (size / unit).pow(p).sum(1, keepdim=True)
     zero = powers == 0
     return torch.where(zero, 0.0, unit * torch.where(zero, 1.0, powers).pow(1 / p))
 
 
 class GroupPenalty(Penalty, register=False):
-    """Base of sums over groups of entries, which `per` says, of one function of each group.
+    """Base of penalties Σ_g f(x_g) over groups g of entries; `per` says how entries are grouped.
 
-    On outputs, `per` is a dim of the layer's output (or lists of indices of one, or blocks): the groups are of each
-    sample, and the values are averaged over samples.
+    On outputs, `per` is a dim of the layer's output (or blocks, or lists of indices of a dim). Then
+    each sample has groups of its own, and the values are averaged over the samples.
 
     Raises:
-        PenaltyError: a `per` that nothing is known by, or a tensor that has no such axis, blocks or indices.
+        PenaltyError: `per` is no grouping, or a tensor doesn't have its axis, blocks or indices.
     """
 
     per: Per
@@ -116,7 +117,7 @@ class GroupPenalty(Penalty, register=False):
 
     @abstractmethod
     def over(self, w: Tensor, groups: Grouping) -> Tensor:
-        """The sum over these groups of a tensor, which is float32 or wider."""
+        """Return Σ_g f(x_g) of a tensor that is float32 or wider."""
 
     def __call__(self, w: Tensors) -> Tensor:
         return self.over(w, grouping(self.per, w.shape))
@@ -141,17 +142,18 @@ class GroupPenalty(Penalty, register=False):
 
 @dataclass(frozen=True)
 class GroupLasso(GroupPenalty):
-    """Σ_g √n_g ‖x_g‖₂ over groups g of n_g entries: with how="proximal", whole groups become exactly zero.
+    """Σ_g √n_g ‖x_g‖₂ over groups g of n_g entries; how="proximal" makes whole groups exactly zero.
 
-    A group whose squares sum to zero counts as zero, and so has the gradient zero.
+    The gradient is zero where a group's squares sum to zero.
 
     Args:
-        per: what one group is, by the meaning of the axis, as a dim, a block, or lists of indices (see `axes`): "out"
-            groups the weights into a unit or filter, "in" those out of an input or channel, "head" those of a head
-            of nn.MultiheadAttention, (4, 4) those of a block, {"in": [[0, 1], [2, 3, 4]]} those of several inputs.
+        per: what one group is, by the meaning of the axis, as a dim, a block, or lists of indices
+            (see `axes`): "out" groups the weights into a unit or filter, "in" the weights out of an
+            input or channel, "head" the weights of a head of nn.MultiheadAttention, (4, 4) the
+            weights of a block, {"in": [[0, 1], [2, 3, 4]]} the weights of several inputs.
 
     Raises:
-        PenaltyError: a tensor that has no such axis, blocks or indices.
+        PenaltyError: a tensor doesn't have the axis, blocks or indices of `per`.
 
     Source: Yuan and Lin (2006), eq. 2.1 with K = n_g I, and eq. 2.4 for the prox.
 
@@ -167,7 +169,7 @@ class GroupLasso(GroupPenalty):
 
     @property
     def operations(self) -> Terms:  # type: ignore[override]
-        """The formula."""
+        """The formula as an operation of groups."""
         return ((1.0, Length(self.per)),)
 
     def over(self, w: Tensor, groups: Grouping) -> Tensor:
@@ -180,9 +182,10 @@ class GroupLasso(GroupPenalty):
 
 @dataclass(frozen=True)
 class GroupLInf(GroupPenalty):
-    """Σ_g max |x_g|: with how="proximal", entries of a group become equal in size, or all zero.
+    """Σ_g max |x_g|; how="proximal" makes the largest |x| of a group equal, or the group zero.
 
-    All groups count alike, whatever their size (for equal ones a strength of n_g · c compares with c · L1()).
+    All groups weigh the same, whatever their size. For groups of n entries each, a strength n · c
+    compares with c · L1().
 
     Args:
         per: what one group is; see `GroupLasso`.
@@ -208,12 +211,13 @@ class GroupLInf(GroupPenalty):
 
 @dataclass(frozen=True)
 class ExclusiveLasso(GroupPenalty):
-    """Σ_g (Σ|x_g|)²: entries of a group compete, so that few of each group stay, but no group becomes zero.
+    """Σ_g (Σ|x_g|)²; entries of a group compete: few of each stay, but no group becomes zero.
 
     Args:
         per: what one group is; see `GroupLasso`.
 
-    Source: Zhou, Jin and Hoi (2010); Kowalski (2009) for the prox (the elitist lasso, halved there).
+    Source: Zhou, Jin and Hoi (2010); Kowalski (2009) for the prox (of half the value, there called
+    the elitist lasso).
 
     >>> rs.ExclusiveLasso(per="row").prox(torch.tensor([[3.0, -4.0, 0.5], [0.1, 0.2, 0.0]]), 0.5)
     tensor([[ 0.6667, -1.6667,  0.0000],

@@ -1,7 +1,7 @@
-"""Numerics of proximal operators: shrinking entries and groups, cutting the largest, sharing.
+"""Numerics of proximal operators: of |x| and |x|², and of L2, max and squared L1 norms of groups.
 
-All take the tensor of a step (or a step for each entry), compute at least in float32, return the tensor's own
-dtype, give +0.0 for a zero and keep NaN.
+Each operator takes a tensor and a step (for all entries, or one for each), computes in float32 or
+wider, returns the tensor's dtype, gives +0.0 for a zero, and keeps NaN.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def unsigned_zeros(x: Tensor) -> Tensor:
 
 
 def at_least_float32(w: Tensor) -> Tensor:
-    """Return the tensor in a dtype of float32's precision or more.
+    """Return the tensor in its own dtype, or in float32 or complex64 if that is narrower.
 
     Raises:
-        PenaltyError: a tensor of whole numbers or bools.
+        PenaltyError: an integer or boolean tensor.
     """
     check_dtype(w)
     if w.is_complex():
@@ -42,10 +42,10 @@ def at_least_float32(w: Tensor) -> Tensor:
 
 
 def check_dtype(w: Any) -> None:
-    """Check that an argument is a dense tensor of floating-point or complex numbers.
+    """Check that an argument is a dense floating-point or complex tensor.
 
     Raises:
-        PenaltyError: it isn't; the message has the conversion to write.
+        PenaltyError: the argument is of another kind; the message has the conversion to write.
     """
     if not isinstance(w, Tensor):
         raise PenaltyError(f"a penalty needs a tensor, got {type(w).__name__}")
@@ -56,19 +56,19 @@ def check_dtype(w: Any) -> None:
 
 
 def exact(x: Tensor) -> Tensor:
-    """The tensor in float64 or complex128, where its device has these."""
+    """Return the tensor in float64 or complex128, if its device supports them."""
     if x.device.type == "mps":
         return x
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def check_step(step: Any) -> None:
-    """Refuse a step that is no length: negative, NaN, infinite or complex, or a tensor with such entries.
+    """Check that a step, or each entry of a tensor of steps, is real, finite and ≥ 0.
 
-    Compiled code reads no entries of tensors.
+    Compiled code doesn't read the entries of tensors.
 
     Raises:
-        PenaltyError: the step is refused.
+        PenaltyError: the step is negative, NaN, infinite or complex.
     """
     if isinstance(step, Tensor):
         if step.is_complex():
@@ -84,10 +84,11 @@ def check_step(step: Any) -> None:
 
 
 def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
-    """Return the step in the precision of `w`; one for each entry has the shape of `w`.
+    """Return a step as a float, or as a tensor in the real dtype of `w` and on its device.
 
     Raises:
-        PenaltyError: a negative or non-finite number, or a tensor of another shape.
+        PenaltyError: a negative or non-finite number, or a tensor that is neither 0-d nor of the
+            shape of `w`.
     """
     if not isinstance(step, Tensor):
         check_step(step)
@@ -101,7 +102,7 @@ def as_step(step: float | Tensor, w: Tensor) -> float | Tensor:
 
 
 def as_tensor(step: float | Tensor, w: Tensor) -> Tensor:
-    """Return the result of `as_step` as a tensor, in the real precision of `w`."""
+    """Return a result of `as_step` as a tensor in the real dtype of `w`."""
     if isinstance(step, Tensor):
         return step
     return torch.full((), float(in_range(step, w)), dtype=w.real.dtype, device=w.device)
@@ -112,15 +113,15 @@ def in_range(number: float, w: Tensor) -> float: ...
 @overload
 def in_range(number: Tensor, w: Tensor) -> Tensor: ...
 def in_range(number: float | Tensor, w: Tensor) -> float | Tensor:
-    """Return a number of zero or more, at most the greatest of the tensor's dtype: torch takes no greater ones."""
+    """Return a number ≥ 0 clamped to the greatest of `w`'s dtype: torch refuses greater ones."""
     return number if isinstance(number, Tensor) else min(number, torch.finfo(w.dtype).max)
 
 
 def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
-    """The step itself.
+    """Return the step, of a penalty whose prox needs the same step for all entries.
 
     Raises:
-        NoProxError: a step for each entry, for a penalty that only has a prox with the same step for all.
+        NoProxError: the step is a tensor with a step for each entry.
     """
     if isinstance(step, Tensor) and step.dim():
         raise NoProxError(f"{penalty!r} has no known prox with a step for each entry: give one number for all")
@@ -128,12 +129,12 @@ def one_step(step: float | Tensor, penalty: object) -> float | Tensor:
 
 
 def is_zero(step: float | Tensor) -> bool:
-    """Whether a step for all is none."""
+    """Return whether a scalar step is zero."""
     return float(step.detach() if isinstance(step, Tensor) else step) == 0
 
 
 def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
-    """Return w moved towards zero by the threshold, and zero where it is nearer: w - clamp(w, -t, t)."""
+    """Return w - clamp(w, -t, t): w moved towards zero by the threshold t, zero where |w| ≤ t."""
     threshold = in_range(threshold, w)
     if not w.is_complex():
         return w - w.clamp(-threshold, threshold)  # type: ignore[arg-type]
@@ -143,7 +144,7 @@ def soft_threshold(w: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 def resized(x: Tensor, size: Tensor) -> Tensor:
-    """The tensor with each entry's absolute value replaced by `size`; +0.0 where that is zero."""
+    """Return the tensor with absolute values replaced by `size`; +0.0 where `size` is zero."""
     if not x.is_complex():
         return unsigned_zeros(torch.where(x < 0, -size, size))
     old = x.abs()
@@ -151,11 +152,11 @@ def resized(x: Tensor, size: Tensor) -> Tensor:
 
 
 def shrink_entries(w: Tensor, step: float | Tensor, l1: float | Tensor, l2: float | Tensor) -> Tensor:
-    """The prox of l1 Σ|x| + l2 Σ|x|²; the step may differ by entry."""
+    """Return the prox of l1 Σ|x| + l2 Σ|x|²; the step may differ by entry."""
     x = at_least_float32(w)
     t, l1, l2 = (as_step(number, x) for number in (step, l1, l2))
     if isinstance(l2, Tensor) or l2:
-        scale = 0.5 / (0.5 + l2 * t)  # twice a step may be beyond the greatest number
+        scale = 0.5 / (0.5 + l2 * t)  # 1 / (1 + 2 l2 t), where 2 t could overflow
         x, t = x * scale, scale * t
     if isinstance(l1, Tensor) or l1:
         x = soft_threshold(x, l1 * t)
@@ -163,7 +164,7 @@ def shrink_entries(w: Tensor, step: float | Tensor, l1: float | Tensor, l2: floa
 
 
 def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: float | Tensor) -> Tensor:
-    """The prox of Σ_g strength_g ‖x_g‖₂; the step may differ by entry.
+    """Return the prox of Σ_g strength_g ‖x_g‖₂; the step may differ by entry.
 
     With one step t: z_g = x_g max(0, 1 - strength t / ‖x_g‖) (Yuan and Lin 2006, eq. 2.4).
     """
@@ -174,14 +175,14 @@ def shrink_groups(w: Tensor, groups: Grouping, strength: float | Tensor, step: f
     else:
         norms = group_norms(x, groups)
         zero = norms == 0
-        # a tensor over a tensor: torch multiplies numbers by inverses, which may be beyond the greatest number
+        # The step is a tensor, since torch computes number / tensor by an inverse that can overflow
         scale = 1 - strength * (as_tensor(t, wide) / torch.where(zero, 1, norms))
         z = torch.where(zero | (scale <= 0), 0, x * scale)
     return unsigned_zeros(groups.restore(z, wide).to(w.dtype))
 
 
 def _in_blocks(solve: Callable[..., Tensor], x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    """solve(x, groups, t); on a CPU some groups after the other, so that temporaries stay in its cache."""
+    """Return solve(x, groups, t), on a CPU in chunks of groups whose temporaries fit its cache."""
     simple = len(groups.keep) == 1 and groups.lists is None
     if x.numel() <= _BLOCK or not simple or x.device.type != "cpu" or torch.compiler.is_compiling():
         return solve(x, groups, t).to(x.dtype)
@@ -193,14 +194,16 @@ def _in_blocks(solve: Callable[..., Tensor], x: Tensor, groups: Grouping, t: Ten
 
 
 def _shrink_by_metric(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
-    """argmin_z Σ |z - x|² / (2 t) + Σ_g ‖z_g‖₂, for thresholds t of each entry, all in the viewed shape.
+    """Return argmin_z Σ |z - x|² / (2 t) + Σ_g ‖z_g‖₂, with a threshold t for each entry.
 
-    Where z_g isn't zero, z = x r / (r + t) with r = ‖z_g‖, so that r solves ‖x_g / (r + t_g)‖ = 1. One over
-    that norm is concave and grows with r; hence Newton's iteration for it, once below the root, stays below
-    and converges quadratically (the secular equation of trust regions: Moré and Sorensen 1983). max(|x| - t)
-    is below, and no quotient is above one there. z_g is zero if and only if ‖x_g / t_g‖ ≤ 1.
+    All tensors are in the viewed shape. If z_g isn't zero, z = x r / (r + t) with r = ‖z_g‖, so
+    that r solves ‖x_g / (r + t_g)‖ = 1. The inverse of this norm is concave and grows with r, so
+    Newton's iteration for it stays below the root once it is below, and converges quadratically
+    (the secular equation of trust regions: Moré and Sorensen 1983). It starts at r = max(|x| - t),
+    which is below the root, and where no entry of x / (r + t) is above one. z_g is zero if and only
+    if ‖x_g / t_g‖ ≤ 1.
     """
-    tolerance = torch.finfo(t.dtype).eps ** 0.5  # before the last step, which squares the error
+    tolerance = torch.finfo(t.dtype).eps ** 0.5  # of the loop; the final step squares the error
     x, t = exact(x), exact(t)
     size = x.abs()
     with torch.no_grad():
@@ -213,14 +216,17 @@ def _shrink_by_metric(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
             if not torch.compiler.is_compiling() and bool((square <= 1 + tolerance).all()):
                 break
     if torch.is_grad_enabled() and (x.requires_grad or t.requires_grad):
-        # autograd sees all of the last step but the slope, and so finds the derivative of the root itself
+        # Autograd sees the last step with its slope held fixed, which gives the root's derivative
         square = _secular(size, r, t, groups)[0]
     r = torch.where(dead, 1, r + (square - 1) / 2 * slope)
     return torch.where(dead, 0, x * (r / (r + t)))
 
 
 def _secular(size: Tensor, r: Tensor, t: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
-    """s = ‖size / (r + t)‖² of each group, and s / Σ size² / (r + t)³: that times √s - 1 is a Newton step."""
+    """Return (s, c) of each group, for which c (√s - 1) is a Newton step in r.
+
+    s = ‖size / (r + t)‖², and c = s / Σ size² / (r + t)³.
+    """
     bottom = (r + t).clamp_min(torch.finfo(t.dtype).tiny)  # zero only where size is zero too
     squares = (size / bottom).square()
     square, cube = groups.sum(squares), groups.sum(squares / bottom)
@@ -228,10 +234,10 @@ def _secular(size: Tensor, r: Tensor, t: Tensor, groups: Grouping) -> tuple[Tens
 
 
 def cut_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
-    """The prox of Σ_g max |x_g|: entries are cut at the level of their group that takes `step` off in all.
+    """Return the prox of Σ_g max |x_g|: |x| is clamped to a level of the group.
 
-    By Moreau's identity it is w minus the projection on L1 balls. With a step t for each entry, the level of a group is
-    the root of Σ max(|x| - level, 0) / t = 1.
+    By Moreau's identity it is w minus the projection on L1 balls. With a step t for each entry, the
+    level of a group is the root of Σ max(|x| - level, 0) / t = 1.
     """
     return _by_root(_cut, w, groups, step)
 
@@ -245,7 +251,7 @@ def _cut(x: Tensor, groups: Grouping, t: Tensor) -> Tensor:
 
 
 def share_groups(w: Tensor, groups: Grouping, step: float | Tensor) -> Tensor:
-    """The prox of Σ_g (Σ|x_g|)²: a soft threshold at 2 t s, where s is the sum of what it leaves of the group's |x|."""
+    """Return the prox z of Σ_g (Σ|x_g|)²: a soft threshold at 2 t s, where s = Σ|z_g|."""
     return _by_root(_share, w, groups, step)
 
 
@@ -266,12 +272,13 @@ def _by_root(solve: Callable[..., Tensor], w: Tensor, groups: Grouping, step: fl
 
 
 def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Grouping) -> Tensor:
-    """s ≥ 0 of each group where Σ a max(size - b s, 0) = c + d s; zero where the left is smaller already at zero.
+    """Return s ≥ 0 of each group, the root of Σ a max(size - b s, 0) = c + d s.
 
-    The sum is the greatest over sets A of entries of Σ_A a (size - b s); hence s is the greatest over A of
-    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration, begun with all entries or the best single one,
-    takes the A of the last s, which grows to the root in a finite number of steps. For cutting it is Michelot's
-    (1986) projection on a simplex.
+    s is zero if the left side is smaller already at zero. The left side is the maximum over sets A
+    of entries of Σ_A a (size - b s); hence s is the maximum over A of
+    (Σ_A a size - c) / (Σ_A a b + d). Dinkelbach's (1967) iteration starts with all entries or with
+    the best single one, and takes the A of the last s; s grows to the root in a finite number of
+    steps. For `_cut` it is Michelot's (1986) projection on a simplex.
     """
 
     up, down = a * size, (a * b).expand_as(size)
@@ -292,4 +299,4 @@ def _root(size: Tensor, a: Tensor, b: Tensor, c: float, d: float, groups: Groupi
                 break
             on, s = torch.where(better, fewer, on), torch.where(better, grown, s)
             fewer = size > b * s
-    return quotient(on)  # once more, for autograd
+    return quotient(on)  # repeated outside no_grad, for autograd

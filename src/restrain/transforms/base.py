@@ -55,7 +55,7 @@ class Reparametrization(Transform, register=False):
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         """Return the weight for v, differentiable, of v's shape and dtype.
 
-        `learned` holds the tensors that `learned(w)` began, by name.
+        `learned` holds the further parameters by name, whose initial values are `learned(w)`.
         """
 
     def to_free(self, w: Tensor) -> Tensor:
@@ -105,7 +105,10 @@ class Constraint(Reparametrization, register=False):
     """True if the set is a cone (closed under scaling by c ≥ 0); cones are projected first."""
 
     by_tangent: bool = False
-    """Under an optimizer with a step for each entry, keep gradients in the tangent, and project as under SGD."""
+    """Under optimizers with a step for each entry, keep gradients in the tangent space.
+
+    The projection is then the Euclidean one, as under SGD.
+    """
 
     @abstractmethod
     def project(self, w: Tensor) -> Tensor:
@@ -116,15 +119,16 @@ class Constraint(Reparametrization, register=False):
         """
 
     def project_by(self, w: Tensor, step: float | Tensor) -> Tensor:
-        """The tensor of the set that is nearest in the metric of steps: argmin Σ |z - w|² / step.
+        """Return the nearest tensor of the set in the metric of steps: argmin_z Σ |z - w|² / step.
 
-        After a step of an optimizer that moves each entry by a step of its own (Adam), this is the
-        projection that ends at the constrained minimiser. With one step for all, and for separable
-        sets, it is `project`. Convex sets without a formula take an iteration of ten to thirty
-        projections.
+        After a step of an optimizer that has a step size for each entry (Adam), this projection
+        converges to the constrained minimiser. With one step for all entries, and for separable
+        sets, it equals `project`. For convex sets without a formula it is an iteration of ten to
+        thirty projections.
 
         Raises:
-            TransformError: the set isn't convex, and no formula is known; the message names those that have one.
+            TransformError: the set isn't convex, and no formula is known; the message names
+                constraints with a formula.
         """
         if not (isinstance(step, Tensor) and step.dim()) or self.separable:
             return self.project(w)
@@ -138,17 +142,17 @@ class Constraint(Reparametrization, register=False):
 
     @property
     def separable(self) -> bool:
-        """Whether the set says what each entry alone may be; its projection is then the same with any steps."""
+        """True if the set restricts each entry alone, so that all metrics have one projection."""
         return self.by_entry
 
     @property
     def has_formula(self) -> bool:
-        """Whether `project_by` is a formula, not an iteration."""
+        """True if `project_by` is a formula, not an iteration."""
         return self.separable or type(self).project_by is not Constraint.project_by
 
     @property
     def has_metric(self) -> bool:
-        """Whether `project_by` is known for steps that differ by entry."""
+        """True if `project_by` is known for steps that differ by entry."""
         return self.convex or self.has_formula
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
@@ -170,8 +174,8 @@ class Constraint(Reparametrization, register=False):
     def tangent(self, w: Tensor, v: Tensor) -> Tensor:
         """Return the projection of a movement `v` onto the set's tangent cone at `w`, in v's dtype.
 
-        It is the vector nearest to `v` among the directions that don't leave the set. `w` is in the
-        set.
+        This is the vector nearest to `v` among the directions that don't leave the set. `w` must be
+        in the set.
 
         Raises:
             TransformError: no formula is known; the message names constraints with a formula.
@@ -204,7 +208,7 @@ class Computed(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, w: Tensor) -> Tensor:
-        """Return the v for an assigned weight w; learned parameters begin anew."""
+        """Return the v for an assigned weight w; learned parameters are initialised again."""
         for name, value in self.what.learned(w).items():
             self._parameters[name].copy_(value)  # type: ignore[union-attr]
         return in_float32(self.what.to_free, w).to(w.dtype)
@@ -245,7 +249,7 @@ class Noise(Transform, register=False):
         """Return a noisy tensor of x's shape and dtype; `x` itself is unchanged."""
 
     def at(self, x: Tensor, layout: Layout) -> Tensor:
-        """Return the noisy activation, given where its samples lie (see `Layout`)."""
+        """Return the noisy activation, given the layout of its samples (see `Layout`)."""
         return self(x)
 
     def of_weight(self, w: Tensor) -> Tensor:
@@ -256,7 +260,7 @@ class Noise(Transform, register=False):
         """Check that the noise can act on the outputs or inputs (`kind`) of a layer.
 
         Raises:
-            SelectionError: it can't.
+            SelectionError: the noise doesn't fit this layer.
         """
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
@@ -278,7 +282,7 @@ def checked_number(name: str, number: Any, meaning: str, low: float, high: float
     """Check that a setting is finite and between `low` and `high`, or equal to `low` if `closed`.
 
     Raises:
-        TransformError: it isn't.
+        TransformError: the setting is no number, or out of range.
     """
     if not is_number(number) or not (low < number < high or (closed and number == low)):
         raise TransformError(f"{name}= is {meaning}; got {shown_number(number)}")
@@ -298,10 +302,10 @@ def checked_type(noise: Noise, x: Tensor) -> None:
 
 
 def wide(w: Tensor, *, real: str = "") -> Tensor:
-    """Return the tensor in float32 or wider; `real` says why it can't be complex.
+    """Return the tensor in float32 or wider; `real` is the reason why it can't be complex.
 
     Raises:
-        TransformError: an integer or sparse tensor; a complex one where `real` is given.
+        TransformError: an integer or sparse tensor; a complex tensor if `real` is given.
     """
     if not isinstance(w, Tensor) or w.layout is not torch.strided:
         kind = f"a sparse one ({w.layout}): convert it by .to_dense()" if isinstance(w, Tensor) else type(w).__name__
@@ -316,7 +320,7 @@ def wide(w: Tensor, *, real: str = "") -> Tensor:
 def slack(w: Tensor, size: float = 1.0) -> float:
     """Return the relative tolerance within which a point counts as inside a boundary, for rounding.
 
-    It is eps of the dtype for float16 and bfloat16, 8 eps for wider types; times `size`.
+    It is `size` times eps of the dtype for float16 and bfloat16, and 8 eps for wider dtypes.
     """
-    # halves are rounded once, from float32
+    # 16-bit results are rounded once, from float32
     return torch.finfo(w.dtype).eps * size * (1 if w.dtype.itemsize == 2 else 8)

@@ -33,8 +33,8 @@ def _one_sided(v: Tensor, at_low: Tensor, at_high: Tensor) -> Tensor:
 class NonNegative(Constraint):
     """x ≥ 0 for every entry: negative entries become zero.
 
-    As a parametrisation w = softplus(v) = log(1 + exp v) > 0, which never is exactly zero. Entries
-    that are zero or negative at attach begin at a hundredth of the weight's root mean square (at
+    As a parametrisation it is w = softplus(v) = log(1 + exp v) > 0, never exactly zero. Entries
+    that are zero or negative at attach start at a hundredth of the weight's root mean square (at
     least 1e-4), with a warning.
 
     Raises:
@@ -105,7 +105,8 @@ class Box(Constraint):
     def __post_init__(self) -> None:
         for name, none in (("low", -inf), ("high", inf)):
             bound = getattr(self, name)
-            if isinstance(bound, (int, float)) and bound == none:  # version 0.1 wrote ±inf for no bound
+            # Version 0.1 wrote ±inf for no bound
+            if isinstance(bound, (int, float)) and bound == none:
                 object.__setattr__(self, name, None)
             elif bound is not None and not is_number(bound):
                 raise TransformError(f"{name}= is a finite number, or None for no bound; got {shown_number(bound)}")
@@ -177,9 +178,9 @@ def _shown(what: Any) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Signs(Constraint):
-    """x ≥ 0, x ≤ 0 or free, for each entry by a pattern of 1, -1 and 0.
+    """x ≥ 0, x ≤ 0 or x free for each entry, by a pattern of 1, -1 and 0.
 
-    `Signs(-1)` is "nonpositive". For entries that must be zero write `Fixed(mask, 0.0)`.
+    `Signs(-1)` is x ≤ 0 for all entries. For entries that must be zero write `Fixed(mask, 0.0)`.
 
     Args:
         pattern: -1, 0 and 1 as a number, a tensor or nested lists, broadcast to the parameter: for
@@ -187,8 +188,8 @@ class Signs(Constraint):
             each of three inputs.
 
     Raises:
-        TransformError: another number in the pattern, a shape that doesn't broadcast, a complex
-            tensor.
+        TransformError: the pattern has another number, or a shape that doesn't broadcast; a
+            complex tensor.
 
     >>> rs.Signs([1, -1, 0]).project(torch.tensor([-1.0, 2.0, -3.0]))
     tensor([ 0.,  0., -3.])
@@ -238,8 +239,8 @@ class Fixed(Constraint):
             when the rule is attached, which `reg.state_dict()` saves.
 
     Raises:
-        TransformError: a mask or values of another kind, or of a shape that doesn't broadcast;
-            without values, a projection outside of a rule.
+        TransformError: the mask or values are of another kind, or of a shape that doesn't
+            broadcast; a projection outside of a rule, if there are no values.
 
     >>> rs.Fixed([[True, False]], values=1.0).project(torch.zeros(2, 2))
     tensor([[1., 0.],

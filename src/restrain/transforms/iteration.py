@@ -1,4 +1,4 @@
-"""Projections by iteration: fixed points, extrapolated; the nearest point of convex sets in any diagonal metric."""
+"""Iterative projections: extrapolated fixed points; nearest points in an intersection of sets."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 from torch import Tensor
 
 _PLAIN = 3  # rounds before the first extrapolation: a cone and a ball around zero need two
-_MEMORY, _LARGE = 8, 1 << 20  # rounds that are remembered; of tensors with more entries fewer are
+_MEMORY, _LARGE = 8, 1 << 20  # rounds remembered, by tensors of fewer entries than `_LARGE`
 
 Projection = Callable[[Tensor], Tensor]
 Turn = Callable[[Tensor], tuple[Tensor, Tensor, float]]
 
 
 def fixed_point(turn: Turn, state: Tensor, tolerance: float, rounds: int) -> tuple[Tensor, float]:
-    """Return the point of the last round, and its change, at most `tolerance` unless rounds ran out.
+    """Iterate `turn` to a fixed point, and return (point, change) of the last round.
 
-    Rounds are extrapolated from the last few (Anderson 1965); an extrapolation that isn't nearer to
-    a fixed point is taken back (Zhang, O'Donoghue and Boyd 2020).
+    The change is at most `tolerance`, unless rounds ran out. The next state is extrapolated from
+    the last few rounds (Anderson 1965); an extrapolation that isn't nearer to a fixed point is
+    undone (Zhang, O'Donoghue and Boyd 2020).
 
     Args:
-        turn: a round: gives the new state, the point there, and how far both are from standing still.
-        state: where to begin.
-        tolerance: the change that counts as none.
+        turn: one round, from a state to (new state, its point, size of the change).
+        state: the initial state.
+        tolerance: the change below which the iteration has converged.
         rounds: the greatest number of rounds.
     """
     history: list[tuple[Tensor, Tensor]] = []  # (change, result) of rounds
@@ -32,7 +33,7 @@ def fixed_point(turn: Turn, state: Tensor, tolerance: float, rounds: int) -> tup
         result, x, size = turn(state)
         if size <= tolerance:
             return x, size
-        if best is not None and size > 2 * left:  # the extrapolation was none
+        if best is not None and size > 2 * left:  # the extrapolation led away
             state, history, best = best, [], None
             continue
         best, left = result, size
@@ -42,7 +43,7 @@ def fixed_point(turn: Turn, state: Tensor, tolerance: float, rounds: int) -> tup
 
 
 def _extrapolated(history: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return the combination of the results of rounds whose combined change is least."""
+    """Return the affine combination of past results whose combined change is least."""
     change, result = history[-1]
     if len(history) < 2:
         return result
@@ -63,20 +64,20 @@ def split(
     rounds: int,
     weights: Tensor | float = 1.0,
 ) -> tuple[Tensor, float]:
-    """Return argmin Σ weight |x - w|² over convex sets, and the change of the last round.
+    """Return argmin Σ weight |x - w|² over an intersection of convex sets, and the last change.
 
     Douglas and Rachford's splitting, with a copy v_i of the point for each set. A round is
-    v_i += x - P_i(v_i), where x minimises ½ Σ weight |x - w|² + ρ/2 Σ‖x - 2 P_i(v_i) + v_i‖². The point
-    returned is in the last set; how far it may be from the others is the change. ρ is the mean of the
-    weights times the ratio of the way to the length of the point.
+    v_i += x - P_i(v_i), where x minimises ½ Σ weight |x - w|² + ρ/2 Σ‖x - 2 P_i(v_i) + v_i‖². The
+    result is in the last set; the change says how far it may be from the other sets. ρ is the
+    geometric mean of the weights times ‖w - begin‖ / ‖begin‖, within limits.
 
     Args:
-        w: where to start.
-        projections: of the sets, in the Euclidean sense.
+        w: the point to project.
+        projections: the Euclidean projection on each set.
         begin: a point near the solution.
-        tolerance: the change that counts as none, relative to the lengths of w and x.
+        tolerance: the change, relative to the lengths of w and x, below which it has converged.
         rounds: the greatest number of rounds.
-        weights: of each entry, above zero.
+        weights: the weight of each entry, above zero.
     """
     mean = float(weights.log().mean().exp()) if isinstance(weights, Tensor) else weights
     far = max(float(length(w - begin)) / (float(length(begin)) or 1.0), 0.1)
@@ -92,10 +93,10 @@ def split(
 
 
 def length(x: Tensor) -> Tensor:
-    """Return the Euclidean length of a tensor."""
+    """Return the Euclidean norm of all entries of a tensor."""
     return x.abs().square().sum().sqrt()
 
 
 def ratio(change: Tensor, whole: Tensor) -> float:
-    """Return the length of a change divided by a length; the length of the change where that is zero."""
+    """Return ‖change‖ / whole, or ‖change‖ if `whole` is zero."""
     return float(length(change)) / (float(whole) or 1.0)

@@ -33,7 +33,7 @@ from restrain.transforms.sets import to_simplex
 
 
 class _OfMatrix(Constraint, register=False):
-    """Base of constraints on the matrix whose rows are the axes `rows`."""
+    """Base of constraints on the tensor as a matrix, whose rows are the axes `rows`."""
 
     rows: Any
 
@@ -62,7 +62,7 @@ class _OfMatrix(Constraint, register=False):
         return self._changed(s, 0.0)
 
     def slopes(self, s: Tensor, f: Tensor) -> Tensor:
-        """Return (f_i - f_j) / (s_i - s_j) for equal s: true if f keeps them, false if f cuts."""
+        """Return (f_i - f_j) / (s_i - s_j) at s_i = s_j: 1 (true) if f keeps s, else 0 (false)."""
         return f == s
 
     def pulled(self, s: Tensor, f: Tensor, v: Tensor) -> Tensor:
@@ -139,7 +139,8 @@ class _OfEach(Constraint, register=False):
 class Orthogonal(_OfMatrix):
     """W Wᴴ = I, or Wᴴ W = I if W has more rows than columns: W becomes its polar factor U Vᴴ.
 
-    If W hasn't full rank, several such matrices are equally near, and W becomes one of them.
+    If W doesn't have full rank, several orthogonal matrices are equally near, and W becomes one of
+    them.
 
     Args:
         rows: the axes that are the rows of the matrix: a name or dim as in `per=`, or several dims
@@ -179,14 +180,14 @@ class Orthogonal(_OfMatrix):
 class SpectralBall(_OfMatrix):
     """σ ≤ radius for every singular value σ: greater singular values are cut.
 
-    The layer then lengthens no vector by more than `radius`.
+    Then the layer lengthens no vector by a factor above `radius`.
 
     Args:
         radius: the greatest spectral norm, above zero.
         rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
-        TransformError: a `radius` that isn't a finite number above zero.
+        TransformError: `radius` isn't a finite number above zero.
         PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Sedghi, Gupta and Long (2019), who constrain a convolution's operator.
@@ -210,8 +211,7 @@ class SpectralBall(_OfMatrix):
         return torch.where(s[0] <= self.radius * (1 + slack), s, s.clamp_max(self.radius))
 
     def _tangent(self, matrix: Tensor, movement: Tensor, slack: float) -> Tensor:
-        # remove growth of singular values at the bound: the positive part of Uᴴ M V at their
-        # vectors
+        # Remove the growth of singular values at the bound: the positive part of Uᴴ M V there
         u, s, vh = svd(matrix)
         greatest = (s >= self.radius * (1 - slack)).to(s.dtype)
         u, vh = u * greatest, vh * greatest[:, None]
@@ -225,14 +225,14 @@ class SpectralBall(_OfMatrix):
 
 @dataclass(frozen=True)
 class NuclearBall(_OfMatrix):
-    """Σ σ ≤ radius: beyond it, a soft threshold of the singular values σ, often of low rank.
+    """Σ σ ≤ radius: otherwise singular values σ are soft-thresholded, often to a low rank.
 
     Args:
         radius: the greatest nuclear norm, above zero.
         rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
-        TransformError: a `radius` that isn't a finite number above zero.
+        TransformError: `radius` isn't a finite number above zero.
         PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Cai, Candès and Shen (2010) for the threshold; Duchi and others (2008) for its height.
@@ -267,17 +267,17 @@ class NuclearBall(_OfMatrix):
 
 @dataclass(frozen=True)
 class LowRank(_OfMatrix):
-    """rank ≤ k: the k largest singular values stay, the others become zero.
+    """rank ≤ k: the k largest singular values stay, the other singular values become zero.
 
     If the k-th and the next singular value are equal, several matrices are equally near, and W
-    becomes one of them. Values that are zero up to rounding count as zero.
+    becomes one of them. Singular values that are zero up to rounding count as zero.
 
     Args:
         k: the greatest rank, one or more.
         rows: the axes that are the rows of the matrix; see `Orthogonal`.
 
     Raises:
-        TransformError: a `k` that isn't a whole number, one or more.
+        TransformError: `k` isn't a whole number, one or more.
         PenaltyError: a tensor with fewer than two axes, or without the axes of `rows`.
 
     Source: Eckart and Young (1936); Schneider and Uschmajew (2015), theorem 3.2, for the tangent.
@@ -334,7 +334,7 @@ class Symmetric(Constraint):
 
     convex = True
     cone = True
-    by_tangent = True  # steps are then symmetric, too
+    by_tangent = True  # so that steps are symmetric, too
 
     def project(self, w: Tensor) -> Tensor:
         x = wide(w)

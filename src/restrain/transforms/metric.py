@@ -1,10 +1,11 @@
-"""Projections in a diagonal metric: argmin over a set of Σ |z - x|² / t, with a step t for each entry.
+"""Projections in a diagonal metric: argmin over a set of Σ |z - x|² / t, a step t for each entry.
 
-Optimizers such as Adam move each entry by a step of its own. A point where such a step and a
+Optimizers such as Adam have a step size for each entry. A point where the optimizer's step and the
 projection balance is the constrained minimiser only if the projection measures distances by the
-same steps, as for a prox. Each projection is one equation in one unknown a group, solved by Newton's
-iteration from the side on which it is monotone, in float64. Convex sets without such an equation
-(balls of singular values, a user's set) are projected on by an iteration of their own projection.
+same step sizes, as a prox does. Each projection solves an equation with one unknown for each
+group, in float64, by Newton's iteration from the side on which it is monotone. For convex sets
+without an equation of this kind (balls of singular values, a user's set), `by_iteration` repeats
+the Euclidean projection.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from restrain.axes import Grouping
 from restrain.penalties.shrink import exact
 from restrain.transforms.iteration import Projection, length, split
 
-_LEAST = 1e-12  # a step relative to the greatest of its group; of an entry that no step has moved yet it is zero
-_NEAR = 1e-6  # of an iteration: a change relative to the way from the set
+_LEAST = 1e-12  # least step relative to the greatest of its group; of unmoved entries it is zero
+_NEAR = 1e-6  # tolerance of an iteration: a change relative to the distance from the set
 _ROUNDS = 100  # no random group with steps spread over 20 decades needed more than 30
 
 
 def relative(t: Tensor, groups: Grouping) -> Tensor:
-    """Return the steps of each group divided by the greatest, at least `_LEAST`; ones where all are zero.
+    """Return steps divided by the greatest of their group, at least `_LEAST`; ones if all are zero.
 
-    The projection depends on the ratios of the steps within a group only.
+    The projection only depends on the ratios of the steps within a group.
     """
     most = groups.max(t)
     return torch.where(most > 0, t / torch.where(most > 0, most, 1), 1).clamp_min(_LEAST)
 
 
 def weights_of(t: Tensor) -> Tensor:
-    """Return one over the steps, relative to the greatest step; in float64."""
+    """Return 1 / t in float64, with steps t relative to the greatest step."""
     return 1 / relative(exact(t), Grouping(tuple(t.shape), ()))
 
 
 def by_iteration(w: Tensor, t: Tensor, project: Projection) -> Tensor:
-    """Return the point of a convex set that is nearest in the metric of the steps, by its Euclidean projection.
+    """Return the point of a convex set that is nearest in the metric of the steps `t`.
 
-    It takes some ten to thirty projections, the more the steps differ.
+    It takes ten to thirty Euclidean projections `project`, more if the steps differ more.
     """
     x = exact(w)
     begin = project(x)
@@ -49,15 +50,16 @@ def by_iteration(w: Tensor, t: Tensor, project: Projection) -> Tensor:
 
 
 def fit_lengths(x: Tensor, t: Tensor, groups: Grouping, target: Tensor) -> Tensor:
-    """Return the vectors of lengths `target` nearest to the groups of `x`, in the metric of the steps `t`.
+    """Return the vectors of lengths `target` nearest to the groups of `x`, in the metric of `t`.
 
-    z = x / (1 + λ t), where λ > -1 / max t solves ‖x / (1 + λ t)‖ = target. One over that norm is concave
-    and grows with λ; hence Newton's iteration for it, once below the root, stays below and converges
-    quadratically (Moré and Sorensen 1983). No single entry may be longer than `target`, which gives a λ below.
+    z = x / (1 + λ t), where λ > -1 / max t solves ‖x / (1 + λ t)‖ = target. The inverse of the norm
+    is concave and grows with λ, so Newton's iteration for it stays below the root once it is below,
+    and converges quadratically (Moré and Sorensen 1983). It starts at the least λ for which no
+    single entry is longer than `target`, which is below the root.
 
     Args:
-        x: the groups in the viewed shape; zero ones stay zero.
-        t: their steps, likewise.
+        x: the entries in the viewed shape; zero groups stay zero.
+        t: the step of each entry, in the viewed shape.
         groups: the groups.
         target: the length of each group, above zero, with reduced dims of size one.
     """
@@ -80,10 +82,11 @@ def fit_lengths(x: Tensor, t: Tensor, groups: Grouping, target: Tensor) -> Tenso
 
 
 def cut_to_sum(x: Tensor, t: Tensor, total: float) -> Tensor:
-    """Return max(x - θ t, 0) of each row, with the θ for which the row adds up to `total`.
+    """Return max(x - θ t, 0) of each row, with θ such that the row adds up to `total`.
 
-    That is the nearest point of the simplex in the metric of the steps `t`. The sum is convex and falls with θ, so that
-    Newton's iteration from a θ below the root grows to it in a finite number of steps (Michelot 1986).
+    The result is the nearest point of the simplex in the metric of the steps `t`. The sum is convex
+    and falls with θ, so Newton's iteration from a θ below the root grows to it in a finite number
+    of steps (Michelot 1986).
     """
     t = relative(t, Grouping(tuple(t.shape), (0,)))
     on = torch.ones_like(x, dtype=torch.bool)
@@ -94,11 +97,11 @@ def cut_to_sum(x: Tensor, t: Tensor, total: float) -> Tensor:
             break
         on = torch.where(fewer.any(-1, keepdim=True), fewer, on)
     z = (x - level * t).clamp_min(0)
-    return z * (total / z.sum(-1, keepdim=True))  # a factor of one, but for rounding
+    return z * (total / z.sum(-1, keepdim=True))  # corrects rounding
 
 
 def symmetric(x: Tensor, t: Tensor) -> Tensor:
-    """Return the symmetric matrix nearest to a square one in the metric of the steps `t`.
+    """Return the symmetric matrix nearest to a square matrix in the metric of the steps `t`.
 
     An entry and its mirror image become their mean, each weighted by the step of the other.
     """

@@ -23,7 +23,7 @@ MaybePer = Per | None
 
 
 class ByGroup(Constraint, register=False):
-    """Base of constraints on each group of entries; `per=None`: the whole tensor is the group."""
+    """Base of constraints on each group of entries; with `per=None` the whole tensor is a group."""
 
     per: Any
 
@@ -43,7 +43,7 @@ class ByGroup(Constraint, register=False):
 class MaxNorm(ByGroup):
     """‖x_g‖₂ ≤ max_norm for every group g: longer groups are scaled down to that length.
 
-    Norms beyond it by no more than rounding count as inside and stay unchanged (see `slack`).
+    Groups that exceed `max_norm` only by rounding count as inside and stay unchanged (see `slack`).
 
     Args:
         max_norm: the greatest length, above zero.
@@ -51,8 +51,8 @@ class MaxNorm(ByGroup):
             indices (see `axes`); None for the whole tensor.
 
     Raises:
-        TransformError: a `max_norm` that isn't a finite number above zero.
-        PenaltyError: a tensor without this axis.
+        TransformError: `max_norm` isn't a finite number above zero.
+        PenaltyError: the tensor doesn't have the axis of `per`.
 
     Source: Srebro and others (2005); Srivastava and others (2014), section 5.1, with dropout.
 
@@ -88,11 +88,11 @@ class MaxNorm(ByGroup):
 
 @dataclass(frozen=True)
 class UnitNorm(ByGroup):
-    """‖x_g‖₂ = 1 for every group g: each group is scaled to that length.
+    """‖x_g‖₂ = 1 for every group g: each group is scaled to length 1.
 
     Norms that are 1 up to rounding count as 1, and their groups stay unchanged (see `slack`). A
     group of zeros, equally far from all unit vectors, becomes n equal entries 1 / √n. As a
-    parametrisation w_g = v_g / ‖v_g‖₂, through which only the direction has a gradient.
+    parametrisation it is w_g = v_g / ‖v_g‖₂, where only the direction of v_g has a gradient.
 
     Args:
         per: the entries that form a group: an axis by its meaning, a dim, a block or lists of
@@ -133,15 +133,15 @@ class UnitNorm(ByGroup):
 class MinMaxNorm(ByGroup):
     """low ≤ ‖x_g‖₂ ≤ high for every group g: groups outside are scaled to the nearer bound.
 
-    A group of zeros becomes equal entries of length `low`. With a rate r < 1 the new length is r ·
-    bound + (1 - r) · length, as in Keras: a pull that each step repeats, instead of a projection,
-    so that lengths may be out of bounds for a while. Beside another constraint on the same tensor
-    the bounds hold.
+    A group of zeros becomes equal entries with norm `low`. With a rate r < 1 the new length is
+    r · bound + (1 - r) · length, as in Keras: a partial correction at each step instead of a
+    projection, so that lengths may be out of bounds for a while. If the tensor also has another
+    constraint, the bounds hold after each step.
 
     Args:
         low: the least length, zero or more.
         high: the greatest length, above zero and not below `low`.
-        rate: the part of the way to the bound, above zero, up to one.
+        rate: the fraction of the way to the bound at each step, in (0, 1].
         per: the entries that form a group: an axis by its meaning, a dim, a block or lists of
             indices (see `axes`); None for the whole tensor.
 
@@ -206,7 +206,7 @@ def _lengths(x: Tensor, groups: Grouping) -> tuple[Tensor, Tensor]:
 
 
 def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0) -> Tensor:
-    """Return groups scaled to a length in [low, high], or by `rate` of the way there."""
+    """Return groups scaled to a length in [low, high], or a fraction `rate` of the way there."""
     x = groups.view(wide(w))
     if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
         inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
@@ -218,7 +218,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     target = length.clamp(low, high)
     if rate != 1:
         target = rate * target + (1 - rate) * length
-    # divide by the greatest entry first, so that no square overflows or vanishes
+    # Divided by the greatest entry first, so that no square overflows or vanishes
     scaled = x / unit * (target / torch.where(norms == 0, 1, norms))
     scaled = torch.where(norms == 0, target * groups.sizes(norms) ** -0.5, scaled)
     return unsigned_zeros(groups.restore(torch.where(inside, groups.view(w), scaled.to(w.dtype)), w))
@@ -236,7 +236,7 @@ def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: fl
     if bool(inside.all()):
         return w.clone()
     z = fit_lengths(x, t, groups, torch.where(inside, length, length.clamp(low, high))).to(w.dtype)
-    if bool((length == 0).any()):  # from there all directions are equally far where steps are equal
+    if bool((length == 0).any()):  # a group of zeros has no direction: as in the Euclidean metric
         z = torch.where(length == 0, groups.view(said.project(w)), z)
     return groups.restore(torch.where(inside, groups.view(w), z), w)
 
@@ -251,7 +251,10 @@ def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
 
 
 def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: float) -> Tensor:
-    """Return `v` without growth of groups of length `high`, or shrinkage at length `low`."""
+    """Return `v` without growth of groups of length `high`, or shrinkage of groups of length `low`.
+
+    Only the radial part of a movement changes the length of a group.
+    """
     x, y = groups.view(wide(w)), groups.view(wide(v))
     unit, norms = _lengths(x, groups)
     length = unit * norms
@@ -266,8 +269,8 @@ def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: fl
 class Simplex(ByGroup):
     """x ≥ 0 and Σ x = total in every group: the nearest point of the simplex, often sparse.
 
-    x becomes max(x - θ, 0), with θ such that the sum is `total`. Sums that are right up to rounding
-    stay.
+    x becomes max(x - θ, 0), with θ such that the sum is `total`. Groups whose sum is right up to
+    rounding stay unchanged.
 
     Args:
         total: the sum of a group, above zero.
@@ -275,7 +278,7 @@ class Simplex(ByGroup):
             the whole tensor.
 
     Raises:
-        TransformError: a `total` that isn't a finite number above zero; a complex tensor.
+        TransformError: `total` isn't a finite number above zero; a complex tensor.
         PenaltyError: a tensor without this axis.
 
     Source: Held, Wolfe and Crowder (1974); Duchi and others (2008), figure 1.
@@ -311,9 +314,9 @@ class Simplex(ByGroup):
 
 @dataclass(frozen=True)
 class L1Ball(ByGroup):
-    """Σ |x| ≤ radius in every group: beyond it, a soft threshold at one height per group.
+    """Σ |x| ≤ radius in every group: larger groups are soft-thresholded, at one height per group.
 
-    Complex entries count by their modulus.
+    Of complex entries the modulus counts.
 
     Args:
         radius: the greatest sum of absolute values, above zero.
@@ -321,7 +324,7 @@ class L1Ball(ByGroup):
             the whole tensor.
 
     Raises:
-        TransformError: a `radius` that isn't a finite number above zero.
+        TransformError: `radius` isn't a finite number above zero.
         PenaltyError: a tensor without this axis.
 
     Source: Duchi and others (2008), section 4.

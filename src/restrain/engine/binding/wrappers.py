@@ -1,7 +1,7 @@
-"""Optimizers around other optimizers, and optimizers whose weights aren't the parameters that they hold.
+"""Wrappers of optimizers, and optimizers whose evaluated weights aren't the parameters they step.
 
-Rules at the step act around the step of the inner optimizer, which goes from p and .grad to p, in a
-metric that is known. What can't be right there is refused when rules are attached.
+Rules at the step act around the step of the inner optimizer, which updates p from p and .grad in a
+known metric. Rules that can't be right there are refused at attach.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from restrain.errors import OptimizerError, PlanError
 
-# The attributes that hold the inner optimizer, by the name of the class or of one of its bases
+# Attributes that may hold the inner optimizer, by name of the class or of a base class
 _INNER = {
     "AcceleratedOptimizer": ("optimizer",),
     "LightningOptimizer": ("_optimizer",),
@@ -28,7 +28,7 @@ _INNER = {
 
 _IN_LOSS = "use how='loss' or how='gradient'"
 _CONSTRAINED = "for a constraint how='parametrize'"
-# What can't be right, by class and how: (why, what to do instead)
+# Combinations of class and how that can't be right: (reason, alternative)
 _REFUSED = {
     "ScheduleFree": {
         "decoupled": ("holds points between the weights that it evaluates and those that it steps", _IN_LOSS),
@@ -50,26 +50,26 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Given:
-    """An optimizer as `attach` was given it."""
+    """An optimizer given to `attach`, with the optimizers that it wraps."""
 
-    optimizer: Optimizer  # around whose step rules act
-    outer: Any  # as given
-    counts: Optimizer  # whose steps count, and whose groups hold all parameters
+    optimizer: Optimizer  # the innermost: rules act around its step
+    outer: Any  # the optimizer as given
+    counts: Optimizer  # the optimizer whose steps are counted, and whose groups hold all parameters
 
     @property
     def beside(self) -> list[Optimizer]:
-        """The optimizers around or within the one that counts, which step with it."""
+        """The outer and inner optimizers other than `counts`, which step together with it."""
         return [one for one in (self.optimizer, self.outer) if one is not self.counts and isinstance(one, Optimizer)]
 
     def check(self, key: str, how: str) -> None:
-        """Refuse a moment at which rules can't be right.
+        """Check that a rule on a parameter can act at its moment under this optimizer.
 
         Args:
             key: the name of the rule.
-            how: the moment of the rule, which acts on a parameter.
+            how: the moment at which the rule acts.
 
         Raises:
-            OptimizerError: it can't be.
+            OptimizerError: the rule can't be right; the message says what to use instead.
         """
         for kind in _kinds(self.outer):
             if how in _REFUSED.get(kind, {}):
@@ -80,11 +80,11 @@ class Given:
 
 
 def given_optimizers(given: Any) -> list[Given]:
-    """Return what `attach` was given as optimizer=, with the inner optimizers of known wrappers.
+    """Return the optimizers in `attach`'s optimizer=, with the inner optimizers of known wrappers.
 
     Raises:
-        PlanError: an argument that is no optimizer.
-        OptimizerError: ZeroRedundancyOptimizer with overlap_with_ddp=True, which has no step.
+        PlanError: the argument isn't an optimizer or a list of optimizers.
+        OptimizerError: ZeroRedundancyOptimizer has overlap_with_ddp=True, and so no step.
     """
     if given is None:
         return []
@@ -116,6 +116,6 @@ def _inner(outer: Any) -> Any:
 
 
 def _kinds(optimizer: Any) -> list[str]:
-    """Return the names of a class and its bases; "ScheduleFree" for whatever has that in its name."""
+    """Return the names of a class and its bases, and "ScheduleFree" if a name contains it."""
     names = [base.__name__ for base in type(optimizer).__mro__]
     return names + ["ScheduleFree"] * any("ScheduleFree" in name for name in names)

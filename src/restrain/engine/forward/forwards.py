@@ -1,13 +1,13 @@
-"""Training forwards of a model with rules on activations, and the choice of those a loss counts.
+"""Training forwards of a model with rules on activations, and the choice of forwards for a loss.
 
-A `Forward` is kept while a loss may depend on it: while an output of it, or a gradient of an
-output, exists, as weak references to their marks tell. Activations can't tell, as our records keep
-their nodes alive. If the model passes activations on (to a foreign hook, or in an attribute of a
-layer), up to 16 forwards whose outputs are gone are kept too. A loss that depends on a forward
-given up earlier is an error. A graph that is cut by hand (split learning, cached gradients) can't
-be followed: add `reg.penalty()` there.
+A `Forward` is kept while a loss may depend on it, which is while an output or an output's gradient
+exists; weak references to marks in their graph show this. Activations don't show it, since the
+records keep their nodes alive. If the model passes activations on (to a foreign hook, or in an
+attribute of a layer), up to 16 forwards whose outputs are gone are kept, too. A loss that depends
+on a forward given up earlier is an error. A graph that is cut by hand (split learning, cached
+gradients) can't be followed: add `reg.penalty()` there.
 
-Inside torch.func a value can't leave the transform: it is collected there, or an error is raised.
+Values can't leave a transform of torch.func: they are collected inside, or an error is raised.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _paused = Block()
 
 
 def paused() -> Block:
-    """Return a block within which no attachment records in this thread, as in `rs.activations`."""
+    """Return a context in which no attachment records in this thread, as in `rs.activations`."""
     return _paused
 
 
@@ -56,7 +56,7 @@ class Collected:
     share: Tensor | float  # content of the recorder's cell for a loss gradient of 1
 
     def due(self, rules: Collection[str]) -> Collected | None:
-        """Return the part of the given rules; None if none of them uses this recorder."""
+        """Return the part that belongs to the given rules; None if no rule uses this recorder."""
         factors = [factor for rule, factor in self.recorder.factors.items() if rule in rules]
         if not factors:
             return None
@@ -66,19 +66,19 @@ class Collected:
 
 
 class Derived(Protocol):
-    """A rule on derivatives; implemented by `jacobians.Derivative`."""
+    """Protocol of a rule on derivatives; implemented by `jacobians.Derivative`."""
 
     recorders: list[Recorder]
 
     def collect(self, forwards: Sequence[Forward]) -> None:
-        """Take the records of these forwards; no effect for the same forwards again."""
+        """Take the records of the given forwards; no effect if these are already taken."""
 
     def forget(self) -> None:
         """Forget what was collected."""
 
 
 class Further(Protocol):
-    """A replay, a second forward for a derivative; implemented by `jacobians.Rerun`."""
+    """Protocol of a replay (second forward for a derivative); implemented by `jacobians.Rerun`."""
 
     call: Call
 
@@ -109,8 +109,8 @@ class Compiled:
     Args:
         forwards: the attachment's forwards.
         output: the model's output.
-        added: the addition to each penalty recorder's total.
-        kept: the values for each recorder besides.
+        added: what the forward added to each penalty recorder's total.
+        kept: the further values of each recorder.
     """
 
     forwards: Forwards | None = None
@@ -251,7 +251,7 @@ class Forwards:
     def end(self, output: Any, frame: FrameType) -> Any:
         """End the forward called in `frame`, and return its output, with aliases for some tensors.
 
-        In another frame no forward ends: an exception has ended one.
+        Nothing ends if the innermost forward was called in another frame: an exception ended it.
         """
         forward = self.running()
         if forward is None and not self._thread.running:
@@ -270,7 +270,7 @@ class Forwards:
         """Return the inputs of the running forward of the model; None outside of a forward.
 
         Raises:
-            CaptureError: a reentrant checkpoint hides them.
+            CaptureError: a reentrant checkpoint hides the inputs.
         """
         if torch.compiler.is_compiling():
             return self._compiled_inputs[-1] if self._compiled_inputs else None
@@ -315,7 +315,7 @@ class Forwards:
                 recorder.compiled = []
 
     def note(self, compiled: Compiled) -> None:
-        """Make a `Forward` of a forward that ran as compiled code."""
+        """Create the `Forward` of a forward that ran as compiled code."""
         self._forget_gone()
         forward = self._new()
         for recorder, kept in zip(self.recorders, compiled.kept, strict=True):
@@ -334,7 +334,7 @@ class Forwards:
         self._take_compiled(self._new())
 
     def _take_compiled(self, forward: Forward) -> None:
-        """Move what compiled layers added to totals into a forward's records."""
+        """Move the values that compiled layers added to totals into a forward's records."""
         for recorder in self.recorders:
             if recorder.compiled:
                 kept, recorder.compiled = recorder.compiled, []
@@ -373,8 +373,8 @@ class Forwards:
         """Forget forwards that no loss can depend on any more.
 
         A user may still hold an activation of a forward whose outputs are gone, which can't be
-        seen. If the model passes activations on, to hooks or as attributes, a few of these forwards
-        are kept for losses that depend on them.
+        detected. If the model passes activations on, to hooks or as attributes, up to `_MOST_KEPT`
+        of these forwards are kept for losses that depend on them.
         """
         for forward in list(self.pending.values()):
             if forward.call is not None and not forward.call.runs():  # ended in another thread
@@ -394,8 +394,8 @@ class Forwards:
         """Note a step of an optimizer that holds the model's parameters or was given to `attach`.
 
         Counted forwards are forgotten. Uncounted forwards count from now on only for losses that
-        depend on them. If that can't be seen (layers called alone), they are forgotten after a
-        later forward was counted, or at the next step.
+        depend on them. If the dependence can't be seen (layers called alone), they are forgotten
+        once a later forward is counted, or at the next step.
         """
         self._empty_cells()
         self._note_compiled()
@@ -431,8 +431,8 @@ class Forwards:
         """Put records of the counted forwards into `current` and `outputs`; False if none counts.
 
         Args:
-            loss: the loss. If None or without a graph, all forwards since the last step count that
-                no loss has counted.
+            loss: the loss. If it is None or has no graph, all uncounted forwards since the last
+                step count.
 
         Raises:
             NeverFiredError: a layer with rules was never called.
@@ -466,7 +466,7 @@ class Forwards:
         return bool(counted)
 
     def _depended_on(self, ready: Sequence[Forward], loss: Tensor) -> list[Forward]:
-        """Return the forwards that the loss depends on: the uncounted ones, or else all."""
+        """Return the uncounted forwards that the loss depends on; if none, the counted ones."""
         new = {forward.number for forward in ready if forward.marked and not forward.collection}
         old = {forward.number for forward in ready if forward.marked}
         self._lost = [mark for mark in self._lost if mark() is not None]
@@ -482,10 +482,10 @@ class Forwards:
         return [forward for forward in depended_on if not forward.collection] or depended_on
 
     def _check_transforms(self, counted: Sequence[Forward], ready: Sequence[Forward]) -> None:
-        """Check that no record would be missing that was made inside a torch.func transform only.
+        """Check that each recorder's values were seen outside torch.func transforms, if anywhere.
 
         Raises:
-            CaptureError: there is such a record.
+            CaptureError: a recorder saw values only inside a transform, which they can't leave.
         """
         asked = counted or [forward for forward in ready if not forward.collection]
         for recorder in self.recorders:
@@ -547,8 +547,7 @@ class Forwards:
         upstream: Any = gradient.item() if gradient.is_cpu else gradient
         for one in collected:
             if one.hidden is not None:
-                # .data: the forward's graph holds the cell, which may differ from its value at the
-                # forward
+                # .data keeps the version: the forward's graph holds the cell, with its new value
                 self._filled.append(one.recorder)
                 one.recorder.cell.data.fill_(upstream * one.share)
 
@@ -565,7 +564,7 @@ class Forwards:
 
 
 def _since(ready: Sequence[Forward]) -> list[Forward]:
-    """Return the uncounted forwards since the last step, or else the last counted ones."""
+    """Return the uncounted forwards since the last step; if there are none, the last counted."""
     recent = [forward for forward in ready if not forward.past]
     numbers = [forward.collection for forward in recent]
     return [forward for forward in recent if forward.collection == (0 if 0 in numbers else max(numbers))]
@@ -621,7 +620,7 @@ class RootBegins(Hook):
 class RootEnds(RootBegins):
     """Post-hook of the model: ends a forward.
 
-    Called after an `Exception` too, from another frame.
+    After an `Exception` it is called, too, from another frame.
     """
 
     @not_alone

@@ -1,14 +1,14 @@
 """Penalties on derivatives, bound to activations of a model.
 
 A probe at each activation records its tensor in the forward. If the derivative is taken by a tensor
-that needs no gradient (the model's input), the probe replaces it by a twin in the same storage that
-does. If the forward's graph can be differentiated twice, that suffices; else the model is replayed
-on the same inputs, with the probes at work.
+that needs no gradient (the model's input), the probe replaces it by a tensor in the same storage
+that does. If the forward's graph can be differentiated twice, it suffices; else the model is
+replayed on the same inputs, with active probes.
 
-The nodes of the graph between the activations tell obstacles (reentrant checkpoints, fused
-attention, compiled code), which samples depend on each other, and whether a closed form holds. The
-replay has the same random state, copies of the buffers, no autocast and no compiled code, and other
-rules don't see it.
+The graph's nodes between the activations show obstacles (reentrant checkpoints, fused attention,
+compiled code), which samples depend on each other, and whether there is a closed form. The replay
+has the same random state, copies of the buffers, no autocast and no compiled code; other rules
+don't see it.
 """
 
 from __future__ import annotations
@@ -41,19 +41,21 @@ from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compi
 
 @dataclass(frozen=True)
 class Given:
-    """Arguments of a forward of the model, with its random state, tensor versions, and stored tensors."""
+    """Arguments of a forward, with the random state, tensor versions and the model's tensors."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     randomness: Randomness | None  # None in compiled code
     versions: tuple[int, ...] | None
-    stored: Sequence[tuple[weakref.ref[nn.Module], str, str, Tensor]] = ()  # module, its dict, key, tensor
+    # (module, "_parameters" or "_buffers", key, tensor)
+    stored: Sequence[tuple[weakref.ref[nn.Module], str, str, Tensor]] = ()
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module) -> Given:
         """Return the arguments with the current random state, versions, and the model's tensors.
 
-        Under `functional_call` these are the substituted ones. FSDP2 has tensors of its own there.
+        Under `functional_call` these are the substituted tensors. Under FSDP2 none are stored, as
+        it substitutes tensors of its own.
         """
         tensors = list(structures.tensors([args, kwargs]))
         modules = [] if fully_sharded(root.modules()) else list(root.modules())
@@ -68,12 +70,13 @@ class Given:
 
     @contextmanager
     def substituted(self) -> Iterator[None]:
-        """Put the forward's tensors in the places of those that stand there now, within the block."""
+        """Context in which the model has the forward's tensors instead of its current ones."""
         own = []
         for reference, kind, key, tensor in self.stored:
             cells: Any = {} if (module := reference()) is None else vars(module)[kind]
             now = cells.get(key)
-            if now is not None and now is not tensor and now.device == tensor.device:  # the model may have moved
+            # On another device the model has been moved since
+            if now is not None and now is not tensor and now.device == tensor.device:
                 own.append((cells, key, now, tensor))
         try:
             for cells, key, _, tensor in own:
@@ -99,7 +102,7 @@ class Given:
 
 @dataclass
 class Rerun:
-    """A replay: the function that moves inputs, and the outputs that probes have seen."""
+    """A running replay: the function that perturbs inputs, and the outputs recorded by probes."""
 
     whose: Derivative
     call: Call
@@ -118,7 +121,7 @@ class Probe(Recorder):
         self.whose = rule
 
     def act(self, module: nn.Module, structure: Any, result: Any) -> Any:
-        """Record the layer's tensor; return its outputs or inputs, with a replaced tensor if any."""
+        """Record the layer's tensor; return its outputs or inputs, in which it may be replaced."""
         mode = self.whose.mode()
         if mode == "off":
             return result
@@ -129,7 +132,7 @@ class Probe(Recorder):
         h = structures.get(result, way)  # with replacements by earlier rules
         if mode != "again" and transforming():
             self.whose.forwards.forward().lose(self)
-            return result  # nothing can leave a torch.func transform
+            return result  # values can't leave a torch.func transform
         if not torch.is_grad_enabled():
             raise CaptureError(
                 f"{self.rule}: the {self.point} are inside a reentrant checkpoint, where they have no graph; "
@@ -151,11 +154,11 @@ class Probe(Recorder):
             raise CaptureError(f"{self.rule}: {error}") from None
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
-        """Handle the batch found at `way`, and return the layer's outputs or inputs."""
+        """Record or replace the batch found at `way`; return the layer's outputs or inputs."""
         raise NotImplementedError
 
     def note(self, batch: Batch) -> None:
-        """Keep a batch of the running forward."""
+        """Record a batch of the running forward."""
         forward, tensor = self.whose.forwards.forward(), batch.tensor
         own = dataclasses.replace(batch, forward=forward.number)
         forward.keep(self, Record(own, watched=tensor, version=version(tensor)), tensor)
@@ -176,7 +179,7 @@ class Seen(Probe):
 
 
 class Moved(Probe):
-    """Probe of an activation by which the derivative is taken."""
+    """Probe of an activation with respect to which the derivative is taken."""
 
     def look(self, mode: str, batch: Batch, way: structures.Way, result: Any) -> Any:
         if mode == "again":
@@ -195,7 +198,7 @@ class Moved(Probe):
         return result if h is batch.tensor else structures.put(result, way, h)
 
     def _light(self, mode: str) -> bool:
-        """Return True if inputs need no gradient; in a recomputation, as in the first run."""
+        """Return True if inputs need no gradient; a recomputation gives the first run's answer."""
         frame = checkpoint_frame()
         if frame is None:
             return self.whose.light
@@ -230,8 +233,8 @@ class Derivative:
         key: key of the rule.
         what: the penalty with its strength.
         of: activations whose derivative is taken; empty for the derivative of the loss.
-        by: activations by which it is taken.
-        optional: True if layers that are never called are no error.
+        by: activations with respect to which it is taken.
+        optional: True if layers may never be called.
         notes: the rule's notes in the report's table.
     """
 
@@ -263,7 +266,7 @@ class Derivative:
         self.notes[:] = [f"{self.key}: estimator {estimator}{'' if exact else signs}"]
 
     def mode(self) -> str:
-        """Return what a probe does now: `Forwards.mode`, or 'again' in a replay for this rule."""
+        """Return a probe's current mode: `Forwards.mode`, or 'again' in a replay for this rule."""
         further = self.forwards.further
         if further is None:
             return self.forwards.mode()
@@ -295,7 +298,7 @@ class Derivative:
         forwards.derived.append(self)
 
     def collect(self, forwards: Sequence[Forward]) -> None:
-        """Take the records of these forwards; no effect for the same forwards again."""
+        """Take the records of the given forwards; no effect if these are already taken."""
         numbers = [forward.number for forward in forwards]
         if numbers == self._collected:
             return
@@ -316,12 +319,12 @@ class Derivative:
             self._pending = None  # not due, or optional layers that weren't called
 
     def forget(self) -> None:
-        """Forget what was collected."""
+        """Forget the collected records and the value."""
         self._pending = self._term = None
         self._collected = []
 
     def value(self, root: nn.Module, loss: Tensor | None) -> Tensor | None:
-        """Return strength × value at the collected forwards, with its graph; None without any.
+        """Return strength × value at the collected forwards, with its graph; None if none are due.
 
         Raises:
             CaptureError, PenaltyError: the derivative can't be taken as requested.
@@ -347,14 +350,14 @@ class Derivative:
         if choice.estimator == "jvp" and not choice.again:
             return self._by_tangents(root, ys, xs, given)
         if self.light and not choice.again and any(linear(y, of_the_same(y, xs)) is None for y in ys):
-            # the model computes another function now
+            # The model's function has changed, and the closed form doesn't hold any more
             self.light, choice = False, Choice("exact", again=True)
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
 
     def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
-        """Return the value by the forward's graph, or by a replay if that is impossible.
+        """Return the value from the forward's graph, or by a replay if that is impossible.
 
-        If the moved input was in the graph, all later steps replay.
+        If it is impossible although inputs needed a gradient, all later steps replay.
         """
         for one in given:
             one.check()

@@ -1,18 +1,18 @@
-"""The nearest point of several sets, by their projections P_i.
+"""Nearest point in the intersection of several sets, by their projections P_i.
 
-Convex sets: two fixed-point iterations, whose fixed points are the solution.
+For convex sets there are two fixed-point iterations, whose fixed points are the solution.
 
-* Dykstra's: corrections y_i, which sum up to the way from the point x to the start w. A round gives
-  each set its turn: y_i = r - P_i(r) with r = w - Σ_{j≠i} y_j. So y_i is normal to the set i at x
-  (Boyle and Dykstra 1986). It is quick where few sets cut the way, and may stall where w is far
-  from small sets (Bauschke and others 2020).
-* Douglas and Rachford's (`split`), which doesn't stall, and takes a metric without having the
-  projections in it.
+* Dykstra's has a correction y_i for each set; the point is x = w - Σ y_i. A round updates each
+  y_i = r - P_i(r) with r = w - Σ_{j≠i} y_j, so that y_i is normal to the set i at x (Boyle and
+  Dykstra 1986). It is fast if few sets are active, and may stall if w is far from small sets
+  (Bauschke and others 2020).
+* Douglas and Rachford's (`split`) doesn't stall, and needs only the Euclidean projections for any
+  diagonal metric.
 
-Both converge slowly where sets meet at a small angle, and are extrapolated (`fixed_point`). A round
-that changes nothing, to 1e-12 of the length (1e-9 for float32 and less), ends the iteration.
+Both converge slowly if sets meet at a small angle, and are extrapolated (`fixed_point`). They end
+when a round changes no more than 1e-12 of the length (1e-9 for float32 and narrower).
 
-Other sets: their projections take turns until none moves anything.
+Projections on other sets alternate until none of them moves the point.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ from restrain.transforms.base import Constraint, slack
 from restrain.transforms.iteration import Projection, fixed_point, length, ratio, split
 from restrain.transforms.metric import weights_of
 
-_ROUNDS, _DYKSTRA, _SPLIT = 200, 30, 1000  # of turns, and of the two iterations
-_SURE = 1e-6  # a relative change in the last round below which the nearest point is as good as found
-APART = 1e-3  # a relative distance of two sets that isn't rounding or slow convergence
+_ROUNDS, _DYKSTRA, _SPLIT = 200, 30, 1000  # most rounds of alternation, and of the two iterations
+_SURE = 1e-6  # a relative change in the last round below which the point counts as the nearest
+APART = 1e-3  # a relative distance of two sets above rounding and slow convergence
 
 
 @dataclass(frozen=True)
 class Found:
-    """A point of several sets."""
+    """Result of a search for a point in several sets."""
 
     point: Tensor
-    apart: float = 0.0  # the distance to the set that is farthest, relative to the length
-    sure: bool = True  # False if the sets are convex, and the point may not be the nearest one
+    apart: float = 0.0  # the distance to the farthest set, relative to the point's length
+    sure: bool = True  # False if the sets are convex, and the point may not be the nearest
 
 
 def nearest(
     w: Tensor, constraints: Sequence[Constraint], steps: float | Tensor | None = None, by: Sequence[bool] = ()
 ) -> Found:
-    """Return a point that satisfies all constraints; the nearest one if all are convex.
+    """Return a point that satisfies all constraints; the nearest point if all are convex.
 
-    Separable constraints (bounds, masks) hold exactly. Sets that are cones come first: then the
-    projections of a cone and of a ball around zero, each done once, give the nearest point already.
+    Separable constraints (bounds, masks) hold exactly. Cones are projected on first: one projection
+    on a cone, then one on a ball around zero, already give the nearest point of both.
 
     Args:
-        w: where to start.
+        w: the point to project.
         constraints: the sets.
-        steps: the optimizer's steps, where distances are measured by them.
-        by: of each constraint, whether its projection is in the metric of the steps.
+        steps: the optimizer's steps, if distances are measured by them.
+        by: for each constraint, True if its projection is in the metric of the steps.
     """
     by = by or [False] * len(constraints)
     if len(constraints) == 1:
@@ -63,7 +63,7 @@ def nearest(
     ordered = sorted(zip(constraints, by, strict=True), key=lambda way: not way[0].cone)
     x, wide = exact(w.detach()), exact(steps) if isinstance(steps, Tensor) else steps
     projections = [_projection(*way, wide) for way in ordered]
-    if not bool(x.isfinite().all()):  # nothing converges then
+    if not bool(x.isfinite().all()):  # no iteration converges then
         return Found(functools.reduce(lambda at, project: project(at), projections, x).to(w.dtype))
     if all(constraint.convex for constraint in constraints):
         found = _nearest_of_convex(x, ordered, _tolerance(w), wide if any(by) else None)
@@ -82,18 +82,18 @@ def _projection(constraint: Constraint, by_steps: bool, steps: float | Tensor | 
 
 
 def _tolerance(w: Tensor) -> float:
-    """Return the relative change in a round that counts as none."""
+    """Return the relative change in a round below which an iteration has converged."""
     return 1e-12 if w.dtype.itemsize >= 8 and w.dtype != torch.complex64 else 1e-9
 
 
 def _nearest_of_convex(
     w: Tensor, ordered: Sequence[tuple[Constraint, bool]], tolerance: float, steps: float | Tensor | None
 ) -> Found:
-    """Return the nearest point of convex sets, in the metric of the steps where they are given."""
+    """Return the nearest point of convex sets, in the metric of the steps if there are any."""
     every = [constraint for constraint, _ in ordered]
     plain = _joined(every, None)
     own = plain if steps is None else _joined(every, steps)
-    for project in own:  # where one set lies in the others, rounds would need long to find out
+    for project in own:  # if a set lies within the others, one projection suffices
         x = project(w)
         if _apart(x, plain) <= tolerance:
             return _checked(Found(x), every)
@@ -109,13 +109,16 @@ def _nearest_of_convex(
 
 
 def _checked(found: Found, constraints: Sequence[Constraint]) -> Found:
-    """Return what was found, with the distance of intervals that have no point in common."""
+    """Return a result with its distance from separable sets, if these have no common point."""
     apart = _apart(found.point, [constraint.project for constraint in constraints if constraint.separable])
     return replace(found, apart=apart) if apart > APART else found
 
 
 def _joined(constraints: Sequence[Constraint], steps: float | Tensor | None) -> list[Projection]:
-    """Return the projections, those on separable sets as one: intervals can be cut to one after the other."""
+    """Return the projections, with separable sets joined to one.
+
+    Clamping to one interval after the other is the projection on their intersection.
+    """
     separable = [constraint.project for constraint in constraints if constraint.separable]
     others = [_projection(one, steps is not None, steps) for one in constraints if not one.separable]
     if not separable:
@@ -124,7 +127,7 @@ def _joined(constraints: Sequence[Constraint], steps: float | Tensor | None) -> 
 
 
 def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, Tensor, float]:
-    """Give each set its turn, from the corrections `state`."""
+    """Run a round of Dykstra's from corrections `state`; return (new state, point, change)."""
     new, x = state.clone(), w - state.sum(0)
     for i, project in enumerate(projections):
         shifted = x + new[i]
@@ -134,7 +137,7 @@ def _dykstra(w: Tensor, state: Tensor, projections: Sequence[Projection]) -> tup
 
 
 def _in_turn(w: Tensor, projections: Sequence[Projection], tolerance: float) -> Found:
-    """Return a point of sets of any kind."""
+    """Return a point of sets that needn't be convex, by alternating projections."""
     x = w
     for _ in range(_ROUNDS):
         moved, begin = torch.zeros((), device=w.device), x
@@ -144,7 +147,7 @@ def _in_turn(w: Tensor, projections: Sequence[Projection], tolerance: float) -> 
         limit = max(tolerance, slack(w)) * float(length(x))
         if float(moved) <= limit:
             return Found(x)
-        if float(length(x - begin)) <= limit:  # they go round in a circle
+        if float(length(x - begin)) <= limit:  # the projections cycle
             break
     return Found(x, _apart(x, projections))
 

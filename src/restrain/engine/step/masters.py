@@ -1,8 +1,8 @@
-"""Detection of optimizers that step copies of the weights of their own, and overwrite the parameters with these.
+"""Detection of optimizers that update master copies of the weights and overwrite the parameters.
 
-Such optimizers (master copies in float32 of weights in half precision) undo what rules do to a
-parameter. Only their steps tell: a tensor that the optimizer holds was equal to the parameter,
-rules changed the parameter and not the tensor, and after the next step both are equal again.
+These optimizers (with float32 copies of half-precision weights) undo the changes that rules make to
+a parameter. They are recognised by a step: a tensor of the optimizer was equal to the parameter,
+rules changed the parameter but not the tensor, and after the next step both are equal again.
 """
 
 from __future__ import annotations
@@ -20,27 +20,28 @@ from restrain.errors import OptimizerError
 from restrain.named_tensors import is_sharded
 
 _DEPTH = 4  # of containers within attributes
-_Pair: TypeAlias = tuple[str, Tensor, Tensor]  # name of a parameter, the parameter, its copy
+_Pair: TypeAlias = tuple[str, Tensor, Tensor]  # (name of a parameter, the parameter, its copy)
 
 
 class Masters:
-    """Watches one optimizer until it has shown whether it steps copies.
+    """Watch of one optimizer, until a step has shown whether it updates copies.
 
     Args:
-        optimizer: whose step; one of torch's own is known to read the parameters.
+        optimizer: the optimizer; torch's own aren't watched, as they read the parameters.
         needed: False if rules change no weights.
     """
 
     def __init__(self, optimizer: Optimizer, needed: bool) -> None:
         strange = not inspect.unwrap(type(optimizer).step).__module__.startswith("torch.optim")
-        self._looks = 2 if needed and strange else 0  # before the first step, and after it, when its state is there
+        # Before the first step, and before the second, when the optimizer has its state
+        self._looks = 2 if needed and strange else 0
         self._name = type(optimizer).__name__
         self._pairs: list[_Pair] = []
-        self._apart: list[_Pair] = []  # those that rules have made different
+        self._apart: list[_Pair] = []  # pairs that rules have made different
 
     @property
     def watches(self) -> bool:
-        """True while nothing is known yet."""
+        """True until it is known whether the optimizer updates copies."""
         return bool(self._looks or self._pairs)
 
     def look(self, optimizer: Optimizer, held: Sequence[Member]) -> None:
@@ -55,14 +56,14 @@ class Masters:
         self._pairs = [(name, p, t) for name, p in works for t in found if _equal(p, t)]
 
     def changed(self) -> None:
-        """Note the pairs that rules have made different; the others tell nothing at the coming step."""
+        """Record the pairs that rules have made different; other pairs show nothing at the step."""
         self._apart = [pair for pair in self._pairs if not _equal(*pair[1:])]
 
     def check(self) -> None:
-        """Look, after a step, whether it has undone what rules did.
+        """Check, after a step, that it hasn't undone the changes made by rules.
 
         Raises:
-            OptimizerError: it has.
+            OptimizerError: a parameter was overwritten by its copy.
         """
         apart, self._apart = self._apart, []
         for name, p, copy in apart:
@@ -72,7 +73,7 @@ class Masters:
                     "at the step is lost: use how='loss' or how='gradient', for a constraint how='parametrize', or an "
                     "optimizer of the parameters themselves, under torch.autocast"
                 )
-        if apart:  # it reads the parameters
+        if apart:  # the optimizer reads the parameters
             self._pairs = []
 
 

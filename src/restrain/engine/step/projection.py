@@ -1,9 +1,8 @@
-"""Constraints on a parameter: one by its projection, several together; the optimizer's momentum within the set.
+"""Projection of parameters on constraints after a step, and of momentum on the tangent space.
 
-Under an optimizer with a step of its own for each entry, a projection after the step measures
-distances by these steps (`in_metric`), or the gradient loses its part outside the tangent before
-the step (`in_tangent`). Otherwise step and projection balance at a point that isn't the constrained
-minimiser.
+Under an optimizer with a step size for each entry, the projection measures distances by these steps
+(`in_metric`), or the gradient is projected on the tangent space before the step (`in_tangent`).
+Otherwise step and projection would balance at a point that isn't the constrained minimiser.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
 from restrain.transforms.base import Constraint
 
-_MOMENTA = ("momentum_buffer", "exp_avg")  # running averages of gradients, in the states of torch's optimizers
+_MOMENTA = ("momentum_buffer", "exp_avg")  # averages of gradients in torch's optimizer states
 
 Timed = Sequence[tuple[Rule, Constraint]]
 
 
 def single(timed: Timed) -> bool:
-    """Return True for one constraint that leaves the momentum alone: its projection is all that is done."""
+    """Return True if one projection is all: a single constraint that leaves momentum unchanged."""
     return len(timed) == 1 and timed[0][0].momentum != "tangent"
 
 
 def in_tangent(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
-    """Return True if gradients lose, before the step, what leads out of the set.
+    """Return True if gradients are projected on the set's tangent space before the step.
 
     Args:
         rule: the rule of the constraint.
         constraint: the constraint, bound to a parameter.
-        by_metric: True if the optimizer has a step of its own for each entry.
+        by_metric: True if the optimizer has a step size for each entry.
     """
     if rule.gradient is not None:
         return rule.gradient == "tangent"
@@ -49,7 +48,10 @@ def in_tangent(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
 
 
 def in_metric(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
-    """Return True if the projection after a step needs the optimizer's steps; arguments as of `in_tangent`."""
+    """Return True if the projection after a step is in the metric of the optimizer's steps.
+
+    The arguments are those of `in_tangent`.
+    """
     if not by_metric or rule.metric != "optimizer" or constraint.separable or not constraint.has_metric:
         return False
     return not (constraint.by_tangent and in_tangent(rule, constraint, by_metric))
@@ -57,19 +59,19 @@ def in_metric(rule: Rule, constraint: Constraint, by_metric: bool) -> bool:
 
 @torch.no_grad()
 def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None = None) -> Found | None:
-    """Project a parameter after a step, and keep its momentum in the tangent where rules say so.
+    """Project a parameter after a step, and its momentum on the tangent space if rules ask for it.
 
-    Entries that the step made NaN or infinite don't spread to others of their group.
+    Entries that the step made NaN or infinite don't spread to other entries of their group.
 
     Args:
-        name: of the parameter.
+        name: the parameter's name.
         p: the parameter.
-        timed: the rules that are due, with their constraints.
-        state: the optimizer's, of the parameter.
-        metric: the optimizer's, where projections are in it.
+        timed: (rule, constraint) pairs that are due.
+        state: the optimizer's state of the parameter.
+        metric: the optimizer's metric, if projections use it.
 
     Returns:
-        What was found; None where the process has no part of the parameter.
+        The result of `nearest`; None if this process has no part of the parameter.
     """
     tangent = any(rule.momentum == "tangent" for rule, _ in timed)
     kept = [state[key] for key in _MOMENTA if tangent and isinstance(state.get(key), Tensor)]
@@ -86,16 +88,18 @@ def hold(name: str, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: M
         for average in others[len(moments) :]:
             for (rule, _), constraint in zip(timed, acts, strict=True):
                 if rule.momentum == "tangent":
-                    put(average, -constraint.tangent(w, -average))  # a step goes against the average
+                    put(average, -constraint.tangent(w, -average))  # the step is -average
     return found
 
 
 @torch.no_grad()
 def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[str]]:
-    """Project parameters when rules are attached, but for rules that start later; {rule: what to say in the table}.
+    """Project parameters when rules are attached, and return notes for the table by rule label.
+
+    Rules that start at a later step aren't applied.
 
     Raises:
-        HowError: constraints on one parameter without a common point, or one that isn't finite.
+        HowError: constraints on a parameter have no common point, or a parameter isn't finite.
     """
     for p, name, project in works:
         if project and p.requires_grad and not bool(p.isfinite().all()):
@@ -121,7 +125,7 @@ def hold_from_now(works: Sequence[tuple[Tensor, str, Timed]]) -> dict[str, list[
 
 
 def _moved(p: Tensor, name: str, timed: Timed) -> tuple[float, float, bool]:
-    """Project a parameter; return its length before, how far it was moved, and whether that is the nearest point."""
+    """Project a parameter, and return (length before, distance moved, True if surely nearest)."""
     old, found = at_least_float32(local(p)).clone(), None
     for acts, (w,), _ in acting([constraint for _, constraint in timed], p):
         found = nearest(w, acts)
@@ -137,7 +141,7 @@ def _moved(p: Tensor, name: str, timed: Timed) -> tuple[float, float, bool]:
 
 
 def not_nearest(name: str, timed: Timed) -> str:
-    """Return what is said where several convex sets gave a common point that may not be the nearest."""
+    """Return the note for a point of several convex sets that may not be the nearest point."""
     return (
         f"{name!r} is in {', '.join(repr(constraint) for _, constraint in timed)}, but perhaps not at the "
         "nearest point of them: their projections converge too slowly"

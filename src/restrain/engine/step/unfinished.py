@@ -1,9 +1,9 @@
-"""Changes by rules before the optimizer's own update, recorded until the step ends.
+"""Record of the changes that rules make before the optimizer's update, kept until the step ends.
 
-Ctrl-C may come between the two. When the step is called again, a penalty's gradient that is still
-in `.grad`, a decay that the weights still have, and parameters updated together with their rules
-aren't changed a second time. A tensor that has been changed since, by a backward or an update, has
-another version, and is part of a new step.
+Ctrl-C may interrupt a step between both. When the step is called again, three changes aren't made a
+second time: a penalty's gradient that is still in `.grad`, a decay that is still in the weights,
+and a joint update of parameters and their rules. A tensor that has been changed since, by a
+backward or an update, has another version, and is part of a new step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from restrain.torch_private import version
 
 @dataclass
 class Made:
-    """Tensors after a change of a kind, with their versions."""
+    """Tensors that a rule has changed, with their versions after the change."""
 
     kind: str  # "gradient": of `.grad`; "decay": of the weights
     tensors: list[Tensor]
@@ -33,13 +33,13 @@ class Made:
         self.versions = [version(local(tensor)) for tensor in self.tensors]
 
     def standing(self) -> list[Tensor]:
-        """Return the tensors that are unchanged since."""
+        """Return the tensors that are unchanged since `look`."""
         pairs = zip(self.tensors, self.versions, strict=True)
         return [tensor for tensor, then in pairs if version(local(tensor)) == then]
 
 
 class Again:
-    """A fold of an interrupted step, already done: `run` only returns the groups left to torch."""
+    """A fold that an interrupted step has already run; `run` only returns the remaining groups."""
 
     def __init__(self, done: set[int], groups: list[dict[str, Any]], tensors: Sequence[Tensor]) -> None:
         self.done, self.groups, self._made = done, groups, Made("fold", list(tensors))
@@ -51,7 +51,7 @@ class Again:
         return len(self._made.standing()) == len(self._made.tensors)
 
     def run(self, optimizer: Optimizer) -> list[dict[str, Any]]:
-        """Return the groups with the parameters that are left to torch."""
+        """Return the parameter groups that are left to torch's own step."""
         return self.groups
 
 
@@ -76,7 +76,7 @@ class Unfinished:
         return self._fold if self._fold is not None and self._fold.stands else None
 
     def note_fold(self, fold: Fold | Again, groups: list[dict[str, Any]]) -> None:
-        """Record a fold that was done."""
+        """Record a fold that has been run."""
         if isinstance(fold, Fold):
             parameters = [p for part in fold.parts for p in part.bundle.parameters]
             grads = [p.grad for p in parameters if p.grad is not None]
