@@ -75,7 +75,7 @@ KINDS = {
     "split groups, proximal, Adam": Kind(rs.GroupLasso("in"), INTO, "proximal", {"step": 2, "values": 1}),
     "constraint on split groups": Kind(rs.MaxNorm(1.0, per="in"), INTO, gathers={"step": 1}),
     "matrices, in the loss": Kind(rs.NuclearNorm(), INTO, gathers=GATHERED),
-    "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 1}),
+    "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 2}),  # and what Adam keeps
     "outputs": Kind(rs.L1(), rs.outputs("*.mlp.relu")),
     "target of zeros": Kind(rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers=TOLD | {"step": (8,)}),
     "target of activity": Kind(

@@ -144,12 +144,12 @@ def test_a_child_that_fails_is_a_missing_peer(scripts, tmp_path, capsys):
 def test_every_script_of_the_command_is_there():
     makefile = (BENCHMARKS.parent / "Makefile").read_text("utf-8")
     names = next(line.split()[2:] for line in makefile.splitlines() if line.startswith("BENCH :="))
-    assert len(names) == 6
+    assert len(names) == 7
     assert [name for name in names if not (BENCHMARKS / f"{name}.py").exists()] == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rules", "steps", "attach", "scaling", "fit", "structured"])
+@pytest.mark.parametrize("name", ["rules", "steps", "attach", "scaling", "fit", "structured", "ablations"])
 def test_scripts_run(name, tmp_path):
     """At tiny sizes; peers that aren't installed are said to be missing."""
     script, more = BENCHMARKS / f"{name}.py", ["--only", "restrain", "PyTorch by hand"] if name == "fit" else []

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from restrain.errors import PenaltyError
 from restrain.layouts import SAME, WITHIN, base_name, inputs_first, is_word, knows
 from restrain.named_tensors import Location
-from restrain.torch_private import wrapped
+from restrain.torch_private import dispatched, wrapped
 
 NAMES = ("out", "in", "filter", "channel", "head", "row", "column")
 
@@ -494,7 +494,7 @@ def all_in_range(squares: Tensor) -> bool:
     Also False where reading the sums would wait for a GPU or break a compiled graph.
     """
     traced = torch.compiler.is_compiling() or type(squares) is not Tensor or wrapped(squares)
-    traced = traced or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    traced = traced or dispatched() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     if traced or squares.device.type != "cpu" or not squares.numel():
         return False
     least, greatest = squares.detach().aminmax()

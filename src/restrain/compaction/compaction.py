@@ -13,11 +13,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map
 
 from restrain.compaction import attention, surgery
 from restrain.compaction.graph import Graph, Read
 from restrain.compaction.report import Layer, Report, measured
+from restrain.compaction.trees import leaves, mapped
 from restrain.errors import CompactionError
 
 _CLOSE = 1e-5  # largest difference of outputs, relative to their scale
@@ -148,7 +148,7 @@ def compact(
     args = example if isinstance(example, tuple) else (example,)
     if mode != "eval":
         raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
-    if not any(isinstance(one, Tensor) for one in tree_leaves(args)):
+    if not any(isinstance(one, Tensor) for one in leaves(args)):
         raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
     large, _ = _copied(model, None)
     with _without_cache(large):
@@ -336,18 +336,13 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
             one.shape
         )
 
-    return [args, tree_map(drawn, args), tree_map(drawn, args)]
+    return [args, mapped(drawn, args), mapped(drawn, args)]
 
 
 @torch.no_grad()
 def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
     with torch.random.fork_rng(devices=[]):
-        return [one.clone() for one in tree_leaves(_plain(model(*args))) if isinstance(one, Tensor)]
-
-
-def _plain(output: Any) -> Any:
-    """Return a model's output with mappings as lists, since pytree may not know their type."""
-    return list(output.values()) if isinstance(output, Mapping) else output
+        return [one.clone() for one in leaves(model(*args)) if isinstance(one, Tensor)]
 
 
 def _difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from restrain.compaction.trees import leaves, mapped
 from restrain.compaction.units import FIXED, Labels
 from restrain.errors import CompactionError
 
@@ -156,7 +156,7 @@ class Graph(fx.Interpreter):
                 for name, _ in module.named_parameters():
                     for labels in self.axes[self._names[f"{path}.{name}" if path else name]]:
                         self.labels.fix(labels, "heads and features of this MultiheadAttention have one width")
-        inputs = iter(tree_leaves((args, kwargs or {})))
+        inputs = iter(leaves((args, kwargs or {})))
         with torch.no_grad():
             self.run(*self._placeholders(program.graph_signature, inputs), enable_io_processing=False)
 
@@ -192,7 +192,7 @@ class Graph(fx.Interpreter):
         """Return the result of an operation on tensors, labels and constants."""
         if target is operator.getitem:
             return args[0][args[1]]
-        plain, named = tree_map(_value, (args, kwargs))
+        plain, named = mapped(_value, (args, kwargs))
         value = target(*plain, **named)
         name = base_name(target)
         if value is None or name.startswith("_assert"):
@@ -203,7 +203,7 @@ class Graph(fx.Interpreter):
         handler = _HANDLERS.get(name)
         if handler is None and isinstance(value, Tensor) and torch.Tag.pointwise in getattr(target, "tags", ()):
             handler = Graph._by_entry
-        operands = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Held)]
+        operands = [one for one in leaves((args, kwargs)) if isinstance(one, Held)]
         if handler is None:
             return self._unknown(name, value, operands)
         if handler not in _WEIGHTED and all(one.labels is None and one.constants is None for one in operands):
@@ -218,7 +218,7 @@ class Graph(fx.Interpreter):
 
     def output(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Mark the units of the outputs as units that stay."""
-        for one in tree_leaves(args):
+        for one in leaves(args):
             if isinstance(one, Held):
                 self._fix(one, "it is an output of the model")
         return args[0]
@@ -256,7 +256,7 @@ class Graph(fx.Interpreter):
 
     def _moved(self, target: Any, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of an operation that only moves entries."""
-        x, plain = args[0], tree_map(_value, args[1:])
+        x, plain = args[0], mapped(_value, args[1:])
         target = aten.reshape.default if target in (aten.view.default, aten._unsafe_view.default) else target
         labels = None if x.labels is None else target(x.labels.expand(x.value.shape), *plain, **kwargs)
         constants = None if x.constants is None else target(x.constants.expand(x.value.shape), *plain, **kwargs)
@@ -293,7 +293,7 @@ class Graph(fx.Interpreter):
     def _by_entry(self, target: Any, value: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the result of a pointwise operation, which joins the labels of its operands."""
         name, rank = base_name(target), value.dim()
-        operands = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Held)]
+        operands = [one for one in leaves((args, kwargs)) if isinstance(one, Held)]
         self._fix_others(operands)
         labelled = [aligned(one.labels, rank) for one in operands if one.labels is not None]
         for one in operands:
@@ -331,7 +331,7 @@ class Graph(fx.Interpreter):
                 return one
             return aligned(_nan(value).reshape([1] * rank) if one.constants is None else one.constants, rank).clone()
 
-        given, named = tree_map(known, (args, kwargs))
+        given, named = mapped(known, (args, kwargs))
         found = target(*given, **named)
         if name in ("mul", "mul_"):
             for one in given:
@@ -401,7 +401,7 @@ class Graph(fx.Interpreter):
             self.normalised |= set(one.flatten().tolist())
         constants = None
         if x.constants is not None and mean is not None:
-            given = tree_map(_value, args[1:])
+            given = mapped(_value, args[1:])
             constants = target(x.constants.expand(value.shape).contiguous(), *given, **kwargs)
         if weight is not None and bool((weight.value == 0).any()):
             known = _nan(value) if constants is None else constants
@@ -604,7 +604,7 @@ def _value(one: Any) -> Any:
 
 
 def _wrapped(value: Any) -> Any:
-    return tree_map(lambda one: Held(one) if isinstance(one, Tensor) else one, value)
+    return mapped(lambda one: Held(one) if isinstance(one, Tensor) else one, value)
 
 
 def _given(one: Any) -> list[Any]:
@@ -663,7 +663,7 @@ def _convolved(
     target: Any, x: Held, weight: Held, bias: Held | None, args: Any, value: Tensor, shape: list[int], transposed: bool
 ) -> Tensor | None:
     """Return the constants of a convolution's outputs."""
-    given, shift = tree_map(_value, args[3:]), None if bias is None else bias.value
+    given, shift = mapped(_value, args[3:]), None if bias is None else bias.value
     if x.constants is not None:
         known = x.constants.expand(x.value.shape)
         unknown = target(known.isnan().to(value.dtype), (weight.value != 0).to(value.dtype), None, *given) > 0

@@ -138,10 +138,13 @@ def _bert_attention(module: Any) -> None:
     module.num_attention_heads = module.all_head_size // module.attention_head_size
 
 
+_CONVOLUTIONS: list[type[nn.Module]] = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+_CONVOLUTIONS += [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+_NORMALISATIONS: list[type[nn.Module]] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
 SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
     nn.Linear: _linear,
-    nn.modules.conv._ConvNd: _convolution,
-    nn.modules.batchnorm._NormBase: _batch_norm,
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(_NORMALISATIONS, _batch_norm),
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
     Attention: _attention,

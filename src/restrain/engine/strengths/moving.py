@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import as_plain
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
+from restrain.torch_private import outside_functorch, transforming
 
 _SLOWEST = 1 / 4  # least rate, as a fraction of the greatest
 _PATIENCE = 50  # measurements at a bound before a warning
@@ -54,8 +56,10 @@ class Activity:
 
     def add(self, fraction: Tensor) -> None:
         """Add the active fraction of an output of a forward that counts."""
-        self.total.add_(fraction.to(self.total.device))  # the model may have moved since it was attached
-        self.count.add_(1)
+        within = not torch.compiler.is_compiling() and transforming()  # a transform of torch.func runs
+        with outside_functorch() if within else nullcontext():
+            self.total.add_(fraction.to(self.total.device))  # the model may have moved since it was attached
+            self.count.add_(1)
 
     def take(self) -> float | None:
         """Return the mean over all processes since the last call, and reset; None if empty."""
