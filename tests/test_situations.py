@@ -257,7 +257,10 @@ def fit_diabetes(make, plan, steps=6000):
     return model.weight.detach().numpy()[0], x.numpy(), y.numpy()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [one if one in ("SGD", "Adam", "RMSprop") else pytest.param(one, marks=pytest.mark.slow) for one in OPTIMIZERS],
+)
 def test_diabetes_lasso_is_scikit_learns(name):
     w, x, y = fit_diabetes(OPTIMIZERS[name], 5.0 * rs.L1().on("weight", how="proximal"))
     expected = Lasso(alpha=5.0, tol=1e-14, max_iter=10**6).fit(x, y).coef_
@@ -266,7 +269,7 @@ def test_diabetes_lasso_is_scikit_learns(name):
     np.testing.assert_allclose(w, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["SGD", "momentum", "Adam"])
+@pytest.mark.parametrize("name", ["SGD", pytest.param("momentum", marks=pytest.mark.slow), "Adam"])
 def test_diabetes_positive_elastic_net_is_scikit_learns(name):
     alpha, ratio = 1.0, 0.8
     penalty = rs.ElasticNet(alpha * ratio, alpha * (1 - ratio) / 2)

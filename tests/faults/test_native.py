@@ -44,7 +44,13 @@ def test_steps_are_right_with_the_machines_compiler():
     assert "right" in done.stdout
 
 
-@pytest.mark.parametrize("given", ['gcc "x', "no-such-compiler", "  ", "/", "gcc 'a b"])
+SLOW = pytest.mark.slow  # ten seconds each
+
+
+@pytest.mark.parametrize(
+    "given",
+    ['gcc "x', "no-such-compiler", *(pytest.param(one, marks=SLOW) for one in ("  ", "/", "gcc 'a b"))],
+)
 def test_a_compiler_that_can_not_be_run_is_done_without(given):
     done = alone(STEPS, seconds=120, environment={"CC": given})
     assert done.returncode == 0, done.stderr[-1000:]
@@ -60,7 +66,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("kind", [kind if "truncated" in kind else pytest.param(kind, marks=SLOW) for kind in BAD])
 def test_a_compiler_that_lies_is_done_without(tmp_path, kind):
     done = alone(STEPS, seconds=120, environment={"CC": compiler(tmp_path, BAD[kind])})
     assert done.returncode == 0, done.stderr[-1000:]
