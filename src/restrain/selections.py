@@ -411,10 +411,18 @@ class Parameters:
 
 
 def _by_role(where: Where, role: str) -> bool:
-    """Return True if a role is part of a selection."""
-    if isinstance(where, Joined):
-        return any(_by_role(part, role) for node in spine(where) for part in (node.left, node.right))
-    return isinstance(where, Role) and where.role == role
+    """Return True if a role is part of a selection; each part is looked at once, however often it is used."""
+    left, seen = [where], set[int]()
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Role) and part.role == role:
+            return True
+        if isinstance(part, Joined):
+            left += [part.left, part.right]
+    return False
 
 
 def _check_whole(slots: Sequence[Slot]) -> None:
