@@ -186,7 +186,7 @@ LEAVES = (
     st.just(rs.L1())
     | st.just(rs.L2())
     | st.just(PlansPlain())
-    | st.builds(rs.Norm, st.floats(1) | st.integers(1, 9))
+    | st.builds(rs.Norm, st.floats(1, 1e30) | st.just(inf) | st.integers(1, 9))
     | st.builds(rs.GroupLasso, AXES)
     | st.builds(rs.ElasticNet, STRENGTHS, STRENGTHS)
     | st.builds(PlansHuber, STRENGTHS, st.integers(0, 9), st.booleans(), st.text(max_size=5))
