@@ -1,6 +1,7 @@
 """Smaller networks have the same outputs, and train on as the large ones do with dead units held at zero."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -490,6 +491,93 @@ def test_a_model_that_cant_be_exported_is_told():
 def test_an_example_without_tensors_is_refused(example):
     with pytest.raises(CompactionError, match="example is a tensor or a tuple of inputs"):
         rs.compact(mlp(), example)
+
+
+class Pair(nn.Module):
+    """A model with an input that may be None, and an output of a kind of its own."""
+
+    def __init__(self, wrap=lambda y: y):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.wrap = nn.Linear(4, 6), nn.Linear(6, 2), wrap
+
+    def forward(self, x, mask=None, scale=1.0):
+        return self.wrap(self.b(torch.relu(self.a(x))) * scale)
+
+
+def pair(wrap=lambda y: y):
+    model = Pair(wrap).double()
+    with torch.no_grad():
+        model.a.weight[:3] = 0
+        model.a.bias[:3] = 0.5
+    return model
+
+
+def test_inputs_may_be_none_and_batches_of_one():
+    model = pair()
+    result = rs.compact(model, (torch.randn(1, 4).double(), None, torch.tensor(2.0).double()))
+    assert result.model.a.weight.shape == (3, 4)
+    x = torch.randn(5, 4).double()
+    assert torch.allclose(model(x), result.model(x))
+
+
+@dataclass
+class Output:
+    y: torch.Tensor
+
+
+def test_outputs_in_a_dataclass_are_compared(monkeypatch):
+    if Output not in torch.utils._pytree.SUPPORTED_NODES:
+        torch.export.register_dataclass(Output)
+    model = pair(Output)
+    assert rs.compact(model, torch.randn(3, 4).double()).model.a.weight.shape == (3, 4)
+    monkeypatch.setattr(compaction, "_folded", lambda *given: [])
+    with pytest.raises(CompactionError, match="differ by"):
+        rs.compact(model, torch.randn(3, 4).double())
+
+
+def test_a_model_without_tensors_in_its_output_is_refused():
+    with pytest.raises(CompactionError, match="gives no tensor that could be compared"):
+        rs.compact(pair(lambda y: None), torch.randn(3, 4).double())
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "difference"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([torch.nan, 2.0], [torch.nan, 2.0], 0.0),
+        ([torch.inf, 2.0], [torch.inf, 2.0], 0.0),
+        ([torch.nan, 2.0], [1.0, 2.0], torch.inf),
+        ([1.0, 2.0], [torch.nan, 2.0], torch.inf),
+        ([-torch.inf, 2.0], [torch.inf, 2.0], torch.inf),
+        ([1j, 2.0], [0.0j, 2.0], 0.5),
+        ([1, 2], [1, 3], torch.inf),
+        ([0.0], [0.0], 0.0),
+        ([], [], 0.0),
+    ],
+)
+def test_differences_of_outputs(found, reference, difference):
+    assert compaction._difference([torch.tensor(found)], [torch.tensor(reference)]) == difference
+
+
+def test_rules_go_on_with_a_model_made_smaller_in_place():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, [0.1 * rs.L1().on("0.weight", how="proximal"), 0.1 * rs.L2().on("2.weight")], optimizer)
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias[:2] = 0
+    x = torch.randn(3, 4).double()
+    assert len(rs.compact(model, x, optimizer).optimizer._optimizer_step_post_hooks) == 0  # copies are without rules
+    rs.compact(model, x, optimizer, inplace=True)
+    assert model[0].weight.shape == (4, 4)
+    loss = model(x).square().mean()
+    total = reg.loss(loss)
+    torch.testing.assert_close(total - loss, 0.1 * model[2].weight.square().sum())
+    total.backward()
+    expected = rs.L1().prox(model[0].weight - 0.1 * model[0].weight.grad, 0.01)
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight, expected)
 
 
 def test_the_report_says_what_went_in_text_and_html():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from restrain.cli.encoding import Feature
 from restrain.cli.jobs import Run, measure
 from restrain.cli.tables import counted
 from restrain.models import keywords
+from restrain.text_table import text_table
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
@@ -69,7 +70,7 @@ def layers(model: Any) -> str:
         counted |= set(map(id, own))
         zeros, size = sum(int((p == 0).sum()) for p in own), sum(p.numel() for p in own)
         rows.append([*row, *([f"{size:,}", f"{zeros:,}", f"{zeros / size:.1%}"] if size else [""] * 3)])
-    return _aligned(rows, right={2, 4, 5, 6})
+    return text_table(rows, right={2, 4, 5, 6})
 
 
 def rules(model: Any) -> str:
@@ -96,7 +97,7 @@ def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int
         if finite:
             numbers = [f"{value:.5g}" for value in (finite[0], finite[-1], min(finite))]
             rows.append([name, *numbers, _line(values, width, _ASCII if plain else _BLOCKS)])
-    return _aligned(rows, right={1, 2, 3})
+    return text_table(rows, right={1, 2, 3})
 
 
 def series(history: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -129,13 +130,3 @@ def draw(run: Run, path: Path) -> Path:
         label = name.removeprefix("valid_").replace("data_loss", "data loss")
         panels.setdefault(title, {})[label] = values
     return plots.curves(panels, path)
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-
-    def cells(row: Sequence[str]) -> Iterator[str]:
-        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            yield cell.rjust(width) if number in right else cell.ljust(width)
-
-    return "\n".join("  ".join(cells(row)).rstrip() for row in rows)

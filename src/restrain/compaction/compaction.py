@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf, isfinite
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from restrain.compaction import attention, surgery
 from restrain.compaction.graph import Graph, Read
 from restrain.compaction.report import Layer, Report, measured
 from restrain.compaction.trees import leaves, mapped
+from restrain.engine import structures
 from restrain.errors import CompactionError
 
 _CLOSE = 1e-5  # largest difference of outputs, relative to their scale
@@ -125,8 +127,7 @@ def compact(
 
     Args:
         model: a module that `torch.export` can follow.
-        example: its input, or a tuple of its inputs. Batch size and lengths in time may be small,
-            but must be more than 1.
+        example: its input, or a tuple of its inputs. Batch size and lengths in time may be small.
         optimizer: the model's optimizer; `result.optimizer` takes over its state, groups and
             settings.
         mode: "eval": outputs are the same in evaluation.
@@ -136,8 +137,9 @@ def compact(
         `Compaction` with `model`, `optimizer` and `report`.
 
     Raises:
-        CompactionError: torch.export can't follow the model; the outputs would differ by more than
-            1e-5 of their scale; an optimizer's state doesn't have the parameter's shape.
+        CompactionError: torch.export can't follow the model; its output holds no tensor; the outputs
+            would differ by more than 1e-5 of their scale; an optimizer's state doesn't have the
+            parameter's shape.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with torch.no_grad(): model[0].weight[3:] = 0
@@ -153,6 +155,8 @@ def compact(
     large, _ = _copied(model, None)
     with _without_cache(large):
         reference = [(given, _run(large, given)) for given in _batches(args)]
+        if not all(outputs for _, outputs in reference):
+            raise CompactionError(f"{type(model).__name__} gives no tensor that could be compared: return tensors")
         before = measured(large, args)
         attention.replaced(large)
         graph = Graph(large, args)
@@ -210,8 +214,13 @@ def _attempted(
             told = _compared(alone[0], reference)[1]
             if told is not None:
                 fixed.update(dict.fromkeys(family, f"the model's code needs its size: {told}"))
-    told = f"has outputs that differ by {difference:.1e} of their scale" if error is None else f"raises {error}"
-    raise CompactionError(f"the smaller model {told}: this is a fault of restrain, and the model is left as it was")
+    told = (
+        f"has outputs that differ by {difference:.1e} of their scale: if the model draws no random numbers in "
+        "evaluation, this is a fault of restrain"
+        if error is None
+        else f"raises {error}: its code has sizes of its own"
+    )
+    raise CompactionError(f"the smaller model {told}; the given model is left as it was")
 
 
 def _smaller(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: Plan) -> Small:
@@ -229,7 +238,7 @@ def _compared(model: nn.Module, reference: Reference) -> tuple[float, str | None
             return max(_difference(_run(model, given), outputs) for given, outputs in reference), None
     except Exception as error:  # a model's code may raise any error for a size that it can't take
         told = (str(error).strip() or "-").splitlines()[0][:200]
-        return torch.inf, f"{type(error).__name__}: {told}"
+        return inf, f"{type(error).__name__}: {told}"
 
 
 def _families(graph: Graph, gone: set[int]) -> list[set[int]]:
@@ -341,19 +350,28 @@ def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:
 
 @torch.no_grad()
 def _run(model: nn.Module, args: tuple[Any, ...]) -> list[Tensor]:
+    """Return the tensors of a model's output."""
     with torch.random.fork_rng(devices=[]):
-        return [one.clone() for one in leaves(model(*args)) if isinstance(one, Tensor)]
+        return [one.clone() for one in structures.tensors(model(*args))]
 
 
 def _difference(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Return the largest difference of two lists of outputs, relative to each output's scale."""
+    """Return the largest difference of two lists of outputs, relative to each output's scale.
+
+    Infinite where one of two numbers is NaN or infinite and the other is another number.
+    """
     worst = 0.0
     for one, other in zip(found, reference, strict=True):
-        if one.is_floating_point() and other.numel():
-            scale = other.abs().max().item() or 1.0
-            worst = max(worst, (one - other).abs().max().item() / scale)
+        if one.dtype.is_floating_point or one.dtype.is_complex:
+            same = (one == other) | (one.isnan() & other.isnan())
+            apart = torch.where(same, 0.0, (one - other).abs())
+            scale = other.abs()[other.isfinite()].amax().item() if bool(other.isfinite().any()) else 0.0
+            most = apart.amax().item() if apart.numel() else 0.0
+            worst = max(worst, most / (scale or 1.0)) if isfinite(most) else inf
         elif not torch.equal(one, other):
-            return float("inf")
+            worst = inf
+        if worst == inf:
+            break
     return worst
 
 

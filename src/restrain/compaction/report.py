@@ -13,6 +13,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from restrain.text_table import text_table
+
+_COSTS = ("", "before", "after", "×")
+_LAYERS = ("weight", "before", "after", "outputs that stay")
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -82,8 +87,8 @@ class Report:
         ]
 
     def __str__(self) -> str:
-        costs = _table(("", "before", "after", "×"), self._costs())
-        layers = _table(("weight", "before", "after", "outputs that stay"), self._rows())
+        costs = text_table([_COSTS, *self._costs()])
+        layers = text_table([_LAYERS, *self._rows()])
         training = (
             "the same in training"
             if self.training_exact
@@ -95,8 +100,8 @@ class Report:
         """Return the tables as HTML."""
         parts = []
         for head, rows in (
-            (("", "before", "after", "×"), self._costs()),
-            (("weight", "before", "after", "outputs that stay"), self._rows()),
+            (_COSTS, self._costs()),
+            (_LAYERS, self._rows()),
         ):
             cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
             lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
@@ -124,11 +129,3 @@ def measured(model: nn.Module, args: tuple[Any, ...], rounds: int = 5) -> Cost:
 
 def _ratio(before: float, after: float) -> str:
     return f"{before / after:.2f}" if after else "–"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[number]) for line in lines) for number in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    )

@@ -36,12 +36,9 @@ def cut(model: nn.Module, optimizer: Optimizer | None, keep: Mapping[str, Mappin
         before = tensor.shape
         if optimizer is not None and tensor in optimizer.state:
             _cut_state(optimizer.state[tensor], before, axes, name)
-        if tensor.grad is not None:
-            grad, tensor.grad = tensor.grad, None
-            tensor.data = taken(tensor.data, axes)
-            tensor.grad = taken(grad, axes)
-        else:
-            tensor.data = taken(tensor.data, axes)
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = taken(tensor.data, axes)
+        tensor.grad = None if grad is None else taken(grad, axes)
     for module in model.modules():
         for kind, tell in SIZES.items():
             if isinstance(module, kind):

@@ -1,4 +1,4 @@
-"""Structures of lists, tuples and mappings: arguments and outputs of models and of operations."""
+"""Structures of lists, tuples and mappings: arguments of models and of operations."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """Yield the members of a structure that aren't structures, in order."""
+    """Yield the members of a structure that aren't structures, in order; None counts."""
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     if isinstance(tree, list | tuple):
         for part in tree:
             yield from leaves(part)
-    elif tree is not None:
+    else:
         yield tree
 
 

@@ -17,6 +17,7 @@ from restrain.named_tensors import is_sharded, parameters
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.base import ScaledNetwork, at_hand
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
+from restrain.text_table import text_table
 from restrain.transforms import Noise
 
 
@@ -125,16 +126,10 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
         if numbers is not None:
             row.append(f"{numbers[bound.key]:.6g}" if bound.key in numbers else "-")
         rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    right = {2, 3, 4, 6}
-    lines = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
     notes = [note for bound in bounds for note in (*bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
-    return "\n".join([*(line.rstrip() for line in lines), *notes])
+    return "\n".join([text_table(rows, {2, 3, 4, 6}), *notes])
 
 
 def _frozen(bound: Bound, root: nn.Module) -> list[str]:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from restrain.declare import declarations
-from restrain.engine.core import Draws, Hook
+from restrain.engine.core import Hook
 from restrain.torch_private import not_alone
 
 _CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
@@ -78,20 +78,14 @@ class Structure:
         return pattern
 
 
-class Look(Draws, Hook):
+class Look(Hook):
     """Pre-hook of the model that detects changes before layers are called.
 
     Hooks can then move to other layers in time.
     """
 
     def __init__(self, look: Callable[[nn.Module], None]) -> None:
-        super().__init__()
         self.look = look
-
-    @property
-    def random(self) -> bool:
-        """False: it draws no random numbers."""
-        return False
 
     @not_alone
     def __call__(self, module: nn.Module, args: Any) -> None:
