@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 import restrain as rs
+from faults.helpers import one_step, with_state
 from restrain.errors import RestrainError
 
 SECONDS, MEGABYTES = 5, 500
@@ -242,45 +243,24 @@ def checkpoint(draw, folder):
     np.testing.assert_allclose(model.predict_proba(X), right, rtol=1e-5)
 
 
-STATE_RULES = [
-    0.1 * rs.Distance(decay=0.5).on("0.weight", name="moving"),
-    0.1 * rs.Weighted(rs.L1(), lambda w: w.abs()).on("2.weight", name="weighted"),
-    rs.Target(norm=1.0, every=1) * rs.L2().on("2.weight", how="gradient", name="target"),
-    rs.schedules.WarmUp(9) * rs.L1().on("0.weight", how="proximal", name="prox"),
-    0.1 * rs.KLSparsity(0.1, momentum=0.5).on(rs.outputs("1"), name="rate"),
-]
-
-
-def attached():
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    return model, optimizer, rs.attach(model, STATE_RULES, optimizer)
-
-
-def stepped(model, optimizer, reg):
-    optimizer.zero_grad()
-    reg.loss(model(torch.ones(6, 4)).square().mean()).backward()
-    optimizer.step()
-
-
 @functools.cache
 def attached_state():
-    parts = attached()
-    stepped(*parts)
+    parts = with_state(net())
+    one_step(*parts, torch.ones(6, 4))
     return parts[2].state_dict()
 
 
 def state(draw, folder):
     values = [*VALUES, torch.ones(2), torch.ones(0), torch.tensor(float("nan")), torch.ones(5, 4, dtype=torch.int8)]
     given = mutated_data(attached_state(), draw, values)
-    parts = attached()
+    parts = with_state(net())
     before = str(parts[2].state_dict())
     try:
         parts[2].load_state_dict(given)
     except RestrainError:
         assert str(parts[2].state_dict()) == before, "changed before it was refused"
         raise
-    stepped(*parts)
+    one_step(*parts, torch.ones(6, 4))
 
 
 @functools.cache

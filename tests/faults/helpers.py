@@ -100,3 +100,24 @@ def alone(code, *arguments, seconds=60, gigabytes=None, file_bytes=None, environ
 def sgd(model, lr=0.1, **options):
     """Return plain SGD over the model's parameters."""
     return torch.optim.SGD(model.parameters(), lr=lr, **options)
+
+
+STATEFUL = [
+    0.1 * rs.Distance(decay=0.5).on("0.weight", name="moving"),
+    0.1 * rs.Weighted(rs.L1(), lambda w: w.abs()).on("2.weight", name="weighted"),
+    rs.Target(norm=1.0, every=1) * rs.L2().on("2.weight", how="gradient", name="target"),
+    rs.schedules.WarmUp(9) * rs.L1().on("0.weight", how="proximal", name="prox"),
+    0.1 * rs.KLSparsity(0.1, momentum=0.5).on(rs.outputs("1"), name="rate"),
+]
+
+
+def with_state(model):
+    """Return (model, optimizer, attachment of rules that keep something each)."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    return model, optimizer, rs.attach(model, STATEFUL, optimizer)
+
+
+def one_step(model, optimizer, reg, x):
+    optimizer.zero_grad()
+    reg.loss(model(x).square().mean()).backward()
+    optimizer.step()

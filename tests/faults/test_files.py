@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from faults.helpers import Interrupt, alone, sgd
+from faults.helpers import Interrupt, alone, one_step, sgd, with_state
 from restrain.errors import PlanError, RestrainError
 
 X = np.random.default_rng(0).normal(size=(40, 4)).astype("float32")
@@ -27,26 +27,14 @@ def net():
 
 # E2: states of attachments
 
-PLAN = [
-    0.1 * rs.Distance(decay=0.5).on("0.weight", name="moving"),
-    0.1 * rs.Weighted(rs.L1(), lambda w: w.abs()).on("2.weight", name="weighted"),
-    rs.Target(norm=1.0, every=1) * rs.L2().on("2.weight", how="gradient", name="target"),
-    rs.schedules.WarmUp(9) * rs.L1().on("0.weight", how="proximal", name="prox"),
-    0.1 * rs.KLSparsity(0.1, momentum=0.5).on(rs.outputs("1"), name="rate"),
-]
-
 
 def attached():
-    model = net()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    return model, optimizer, rs.attach(model, PLAN, optimizer)
+    return with_state(net())
 
 
 def stepped(model, optimizer, reg, count=1):
     for x in torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(1)):
-        optimizer.zero_grad()
-        reg.loss(model(x).square().mean()).backward()
-        optimizer.step()
+        one_step(model, optimizer, reg, x)
 
 
 def state_after_steps():

@@ -12,6 +12,7 @@ import restrain as rs
 from faults.helpers import right_or_refused, sgd
 from restrain.errors import RestrainError, RestrainWarning
 from spawning import spawned
+from stand_ins import DPOptimizer
 
 # A4: optimizers whose weights aren't the parameters they hold
 
@@ -155,26 +156,6 @@ def test_decoupled_decay_reaches_the_weights(name):
         return model.weight.detach()
 
     right_or_refused(moved, start - 0.1 * (slope + start), names="weight")
-
-
-class DPOptimizer(torch.optim.Optimizer):
-    """Opacus' wrapper in short: .grad is written from gradients of samples, and the base class isn't initialised."""
-
-    def __init__(self, optimizer):
-        self.original_optimizer = optimizer
-
-    param_groups = property(lambda self: self.original_optimizer.param_groups)
-    state = property(lambda self: self.original_optimizer.state)
-    defaults = property(lambda self: self.original_optimizer.defaults)
-
-    def zero_grad(self, set_to_none=True):
-        self.original_optimizer.zero_grad(set_to_none)
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = p.grad_sample.mean(0)
-        return self.original_optimizer.step()
 
 
 def privately(how):

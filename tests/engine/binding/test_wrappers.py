@@ -9,6 +9,7 @@ from torch import nn
 
 import restrain as rs
 from restrain.errors import OptimizerError, PlanError, RestrainWarning
+from stand_ins import DPOptimizer
 
 X = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X[:, :2].sum(1, keepdim=True) + 0.1
@@ -40,26 +41,6 @@ class SAM(torch.optim.Optimizer):
             for p, was in zip(group["params"], old, strict=True):
                 p.copy_(was)
         self.base_optimizer.step()
-
-
-class DPOptimizer(torch.optim.Optimizer):
-    """Opacus' wrapper without noise: .grad is written before the inner step; the base class isn't initialised."""
-
-    def __init__(self, optimizer):
-        self.original_optimizer = optimizer
-
-    param_groups = property(lambda self: self.original_optimizer.param_groups)
-    state = property(lambda self: self.original_optimizer.state)
-    defaults = property(lambda self: self.original_optimizer.defaults)
-
-    def zero_grad(self, set_to_none=True):
-        self.original_optimizer.zero_grad(set_to_none)
-
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = p.summed.clone()
-        return self.original_optimizer.step()
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -133,7 +114,7 @@ def fitted(make, rules, steps=30):
         loss = reg.loss((model(X) - Y).square().mean())
         loss.backward()
         for p in model.parameters():
-            p.summed = p.grad
+            p.grad_sample = p.grad[None]  # one sample
         return loss
 
     for _ in range(steps):

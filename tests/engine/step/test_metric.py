@@ -87,17 +87,22 @@ class Vectors(nn.Module):
         return sum((p - aim) @ curve @ (p - aim) for p in self.parameters()) / 2
 
 
+def settled(optimizer, loss, constant, falling):
+    """Train at a constant rate for some steps, and for others at one that falls to zero."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - constant, 0) / falling))
+    for _ in range(constant + falling):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+        schedule.step()
+
+
 def trained(constraints, make, steps=(300, 200), **options):
     """Train under constraints, at a constant rate and then one that falls to zero; return the parameters."""
     model = Vectors(constraints)
     optimizer = make(model.parameters())
     reg = rs.attach(model, [what.on(name, **options) for name, what in constraints.items()], optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - steps[0], 0) / steps[1]))
-    for _ in range(sum(steps)):
-        optimizer.zero_grad()
-        model.loss().backward()
-        optimizer.step()
-        schedule.step()
+    settled(optimizer, model.loss, *steps)
     reg.detach()
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
@@ -149,14 +154,10 @@ def matrix(constraint, make, **options):
     layer = nn.Linear(4, 4, bias=False, dtype=torch.float64)
     optimizer = make(layer.parameters())
     rs.attach(layer, constraint.on("weight", **options), optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - 300, 0) / 300))
-    for _ in range(600):
-        optimizer.zero_grad()
-        (torch.tensor(STIFF) * (layer.weight - torch.tensor(WANTED)).square()).sum().div(2).backward()
-        optimizer.step()
-        schedule.step()
+    stiff, wanted = torch.tensor(STIFF), torch.tensor(WANTED)
+    settled(optimizer, lambda: (stiff * (layer.weight - wanted).square()).sum().div(2), 300, 300)
     weight = layer.weight.detach()
-    return weight, torch.tensor(STIFF) * (weight - torch.tensor(WANTED))
+    return weight, stiff * (weight - wanted)
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", pytest.param("Adagrad", marks=pytest.mark.slow)])
@@ -253,12 +254,7 @@ def test_a_ridge_and_a_ball_on_one_tensor_have_the_minimiser_of_both():
         model = Vectors(["max_norm"])
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
         rs.attach(model, plan, optimizer)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - 300, 0) / 200))
-        for _ in range(500):
-            optimizer.zero_grad()
-            model.loss().backward()
-            optimizer.step()
-            schedule.step()
+        settled(optimizer, model.loss, 300, 200)
         right, rate = np.zeros(SIZE), 0.2
         for _ in range(5000):
             right = right - rate * CURVE @ (right - AIM)
@@ -274,12 +270,7 @@ def test_two_convex_sets_are_held_in_the_metric_together():
     model = Vectors(["p"])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     rs.attach(model, [rs.NonNegative().on("p"), rs.MaxNorm(0.8, per=None).on("p")], optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - 300, 0) / 200))
-    for _ in range(500):
-        optimizer.zero_grad()
-        model.loss().backward()
-        optimizer.step()
-        schedule.step()
+    settled(optimizer, model.loss, 300, 200)
     right = convex_minimiser(lambda x: SETS["max_norm"][1](np.maximum(x, 0)))
     np.testing.assert_allclose(model.p.detach().numpy(), right, rtol=0, atol=1e-6)
 
@@ -296,12 +287,7 @@ def test_steps_of_other_optimizers_are_measured():
     optimizer = Disguised(model.parameters(), lr=0.05)
     reg = rs.attach(model, rs.MaxNorm(0.8, per=None).on("p"), optimizer)
     assert "the steps of Disguised are measured" in reg.table()
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: 1e-8 ** (max(k - 500, 0) / 300))
-    for _ in range(800):
-        optimizer.zero_grad()
-        model.loss().backward()
-        optimizer.step()
-        schedule.step()
+    settled(optimizer, model.loss, 500, 300)
     np.testing.assert_allclose(model.p.detach().numpy(), RIGHT["max_norm"], rtol=0, atol=1e-3)
 
 
