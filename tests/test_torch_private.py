@@ -34,7 +34,7 @@ OTHERS = {
     *("_get_output_dir", "_trial"),  # of Hugging Face's Trainer
     *("_meant", "_classes", "_restrain_layouts"),  # ours, set by name
     *("_g", "_v", "_orig"),  # ends of names of parameters
-    *("_base_optimizer", "_overlap_with_ddp", "_optimizer_"),  # of optimizers around optimizers, if they have them
+    "_base_optimizer",  # of Lookahead
     *("_unsafe_view", "_to_copy", "_softmax", "_log_softmax"),  # operations of ATen
     *("_assert", "_convolution", "_transpose"),  # beginnings and ends of names of such
 }

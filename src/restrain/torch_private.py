@@ -174,6 +174,11 @@ TABLE = {
         "a side effect that a compiled checkpoint takes back",
         "torch refuses noise on weights in a compiled checkpoint",
     ),
+    "encoder_layers": Private(
+        ":MultiheadAttention._qkv_same_embed_dim",
+        "a TransformerEncoderLayer that calls its attention, not a fused operation in its place",
+        "compaction leaves the heads of MultiheadAttention",
+    ),
     "module_compiled": Private(
         "nn.Module._compiled_call_impl",
         "whether Module.compile was called",
@@ -195,6 +200,12 @@ TABLE = {
         "optim.Optimizer._patch_step_function",
         "an optimizer without loading the compiler",
         "the optimizer's own constructor, which loads the compiler",
+    ),
+    "overlap": Private(
+        ":ZeroRedundancyOptimizer._overlap_with_ddp",
+        "whether ZeroRedundancyOptimizer updates weights in the backward",
+        "it is taken to: it is refused",
+        "shard by FSDP2, which has a step",
     ),
     "fused": Private(
         "_fused_sgd_ _fused_adam_ _fused_adamw_", "an optimizer's update in one operation", "the update by its formula"
@@ -670,6 +681,16 @@ def step_hooks(optimizer: Optimizer) -> tuple[Mapping[int, Any], Mapping[int, An
     names = "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"
     before, after = (getattr(optimizer, name, None) for name in names)
     return None if before is None or after is None else (before, after)
+
+
+def call_attention(module: nn.Module) -> None:
+    """Have torch's encoder layers call a module that stands for a MultiheadAttention."""
+    module._qkv_same_embed_dim = False  # type: ignore[assignment]
+
+
+def overlaps_backward(optimizer: Any) -> bool:
+    """Return True if a ZeroRedundancyOptimizer updates weights in the backward, without a step."""
+    return "overlap" in MISSING or bool(getattr(optimizer, "_overlap_with_ddp", True))
 
 
 _patch = _bind("patch_step")

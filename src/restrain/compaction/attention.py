@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from restrain.torch_private import MISSING, call_attention
+
 
 class Attention(nn.Module):
     """Attention softmax(q kᵀ / √d + mask) v of each head, then a linear layer.
@@ -26,14 +28,15 @@ class Attention(nn.Module):
         self.in_proj_weight, self.in_proj_bias, self.out_proj = other.in_proj_weight, other.in_proj_bias, other.out_proj
         self.head_dim, self.num_heads, self.embed_dim = other.head_dim, other.num_heads, other.embed_dim
         self.dropout, self.batch_first, self.training = other.dropout, other.batch_first, other.training
-        self._qkv_same_embed_dim = False  # so that torch's encoder layers call this module
+        call_attention(self)
 
     @staticmethod
     def serves(other: nn.Module) -> bool:
         """Return True if an `Attention` can replace a module."""
         return (
             type(other) is nn.MultiheadAttention
-            and other._qkv_same_embed_dim
+            and other.in_proj_weight is not None
+            and "encoder_layers" not in MISSING
             and other.bias_k is None
             and not other.add_zero_attn
         )

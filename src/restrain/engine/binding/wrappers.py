@@ -13,6 +13,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from restrain.errors import OptimizerError, PlanError
+from restrain.torch_private import overlaps_backward
 
 # Attributes that may hold the inner optimizer, by name of the class or of a base class
 _INNER = {
@@ -96,7 +97,7 @@ def _seen_through(given: Any) -> Given:
     while (below := _inner(inner)) is not None:
         if "ZeroRedundancyOptimizer" not in _kinds(inner):
             counts = below
-        elif getattr(inner, "_overlap_with_ddp", False):
+        elif overlaps_backward(inner):
             raise OptimizerError(
                 "ZeroRedundancyOptimizer with overlap_with_ddp=True updates weights in the backward, so that rules "
                 "have no step to act at: leave overlap_with_ddp=False"

@@ -83,8 +83,7 @@ def _equal(p: Tensor, copy: Tensor) -> bool:
 
 def _tensors(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield the plain tensors that an optimizer holds in its attributes and its state."""
-    attributes = {key: value for key, value in vars(optimizer).items() if not key.startswith("_optimizer_")}
-    yield from _within(list(attributes.values()), _DEPTH)
+    yield from _within(list(vars(optimizer).values()), _DEPTH)
 
 
 def _within(value: Any, depth: int) -> Iterator[Tensor]:
