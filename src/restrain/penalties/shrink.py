@@ -22,11 +22,22 @@ _ROUNDS, _ROUNDS_COMPILED = 100, 12  # no random group of up to 30,000 entries n
 
 
 def unsigned_zeros(x: Tensor) -> Tensor:
-    """Return a tensor with +0.0 in the place of -0.0.
+    """Return a tensor with +0.0 in the place of -0.0."""
+    return x + 0.0 if _adds(x) else torch.where(x == 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
 
-    `x + 0.0` would do in eager code; from torch 2.14 on, compiled code leaves the addition out.
+
+def unsign_zeros_(x: Tensor) -> Tensor:
+    """Write +0.0 in the place of -0.0, and return the tensor."""
+    return x.add_(0.0) if _adds(x) else x.masked_fill_(x == 0, 0.0)
+
+
+def _adds(x: Tensor) -> bool:
+    """Return True if `x + 0.0` is computed as it is written.
+
+    From torch 2.14 on, compiled code leaves it out, of Dynamo and of traces by fake tensors. It is
+    the quickest way in eager code, by a factor of seven over a mask.
     """
-    return torch.where(x == 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def at_least_float32(w: Tensor) -> Tensor:

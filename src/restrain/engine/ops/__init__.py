@@ -1,4 +1,4 @@
-"""What rules do to tensors in place, as data: operations, groups that are rows, and each optimizer's metric."""
+"""What rules do to tensors in place, as data: operations, rows, and optimizers' metrics."""
 
 from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, as_rows, length_in, lengths, put
 from restrain.engine.ops.instructions import (

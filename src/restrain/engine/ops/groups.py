@@ -18,7 +18,7 @@ from restrain.axes import Grouping, group_norms
 from restrain.engine.core import dense
 from restrain.operations import LengthInterval
 from restrain.penalties import Penalty
-from restrain.penalties.shrink import at_least_float32, in_range
+from restrain.penalties.shrink import at_least_float32, in_range, unsign_zeros_
 from restrain.transforms.base import slack
 
 _PART = 4096  # entries whose squares are summed sequentially, without loss of precision
@@ -27,7 +27,8 @@ _PART = 4096  # entries whose squares are summed sequentially, without loss of p
 def lengths(rows: Tensor) -> Tensor:
     """Return the Euclidean length of each row.
 
-    Only rows whose squares could overflow or vanish are computed by `group_norms`, with temporaries.
+    Only rows whose squares could overflow or vanish are computed by `group_norms`, with
+    temporaries.
     """
     if torch.compiler.is_compiling() or type(rows) is not Tensor or not rows.is_cpu or not rows.numel():
         return group_norms(rows, _by_row(rows))
@@ -68,7 +69,7 @@ class ShrinkRows:
         scale = (1 - cut / size).clamp_min_(0)  # a tensor over a tensor: an inverse may be beyond all numbers
         w = w.mul_(torch.where(scale.isnan(), 1, scale))
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
-            w = w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
+            w = unsign_zeros_(w)
         return w
 
 

@@ -25,7 +25,7 @@ from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
 from restrain.operations import Function, Interval, Length
 from restrain.penalties import Penalty
 from restrain.penalties.base import unchecked_prox
-from restrain.penalties.shrink import at_least_float32, in_range, shrink_entries
+from restrain.penalties.shrink import at_least_float32, in_range, shrink_entries, unsign_zeros_
 from restrain.transforms import Constraint
 
 Numbers: TypeAlias = Sequence[Any]  # floats in eager code, 0-d tensors in compiled code
@@ -143,7 +143,7 @@ class Shrink:
         if self.scaled:
             w = w.mul_(numbers[0])
         w = _soft(w, numbers[-1]) if self.soft else w
-        return w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
+        return unsign_zeros_(w)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Project:
 
     def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Numbers) -> Tensor:
         w = w.clamp_(*self.interval.bounds(w.dtype))
-        return w.masked_fill_(w == 0, 0.0)  # -0.0 becomes +0.0
+        return unsign_zeros_(w)
 
 
 Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows

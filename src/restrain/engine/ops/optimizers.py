@@ -1,9 +1,10 @@
-"""One table of optimizers: the metric of each, its update and its state, for proximal steps and folding.
+"""One table of optimizers: the metric, update and state of each, for prox steps and folding.
 
-The metric is how far a step moves an entry for a constant gradient of one. A proximal rule must use that length as the
-step of its prox; with any other, the point where the optimizer and the prox balance isn't the minimiser of loss +
-penalty. Plain SGD moves by the learning rate; momentum multiplies that in the long run; the adaptive optimizers divide
-each entry by the root of a second moment. Of an optimizer that isn't in the table, the length is measured.
+The metric is how far a step moves an entry for a constant gradient of one. A proximal rule must
+use that length as the step of its prox; with any other, the point where the optimizer and the prox
+balance isn't the minimiser of loss + penalty. Plain SGD moves by the learning rate; momentum
+multiplies that in the long run; the adaptive optimizers divide each entry by the root of a second
+moment. Of an optimizer that isn't in the table, the length is measured.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MEMORY = 0.98  # of the averages by which an unknown metric is measured
 
 @dataclass(slots=True)  # not frozen, as making one for each tensor and step would take four times as long
 class Metric:
-    """The step of each entry: scale / size(*moments, *numbers), or the scale alone where there are no moments."""
+    """The step of each entry: scale / size(*moments, *numbers); without moments the scale."""
 
     scale: float | Tensor
     moments: tuple[Tensor, ...] = ()
@@ -51,12 +52,12 @@ class Metric:
     numbers: tuple[float | Tensor, ...] = ()
 
     def like(self, other: Metric) -> bool:
-        """Whether its numbers are the very same objects, as they are for most tensors of a group."""
+        """Return True if its numbers are the same objects, as for most tensors of a group."""
         return self.numbers is other.numbers and self.scale is other.scale and self.size is other.size
 
     @property
     def key(self) -> Any:
-        """Equal for metrics with the same numbers; those that another device holds aren't looked at."""
+        """Equal for metrics with equal numbers; those on another device aren't read."""
         found = [self.size, self.scale, *self.numbers]
         for at, number in enumerate(found):
             if isinstance(number, Tensor):
@@ -92,7 +93,10 @@ class Taken:
 
 
 def _gain(taken: Taken, dampening: float = 0.0, nesterov: bool = False) -> float:
-    """What momentum makes of a constant gradient of one: 1 / (1 - momentum), with a lag where momentum changes."""
+    """Return what momentum makes of a constant gradient of one.
+
+    It is 1 / (1 - momentum), with a lag where momentum changes.
+    """
     momentum = float(taken.group["momentum"])
     if not momentum:
         return 1.0
@@ -134,7 +138,8 @@ def _adam(taken: Taken) -> Metric:
 
 
 def _nadam(taken: Taken) -> Metric:
-    # it moves along (1 - mu) / (1 - P) · gradient + mu' / (1 - P mu') · its average, P the product of all mu so far
+    # it moves along (1 - mu) / (1 - P) · gradient + mu' / (1 - P mu') · its average, with P the
+    # product of all mu so far
     group, state = taken.group, taken.state
     count, (beta1, beta2), product = _count(state["step"]), group["betas"], _count(state["mu_product"])
     now, coming = (beta1 * (1 - 0.5 * 0.96 ** (t * group["momentum_decay"])) for t in (count, count + 1))
@@ -143,7 +148,8 @@ def _nadam(taken: Taken) -> Metric:
 
 
 def _radam(taken: Taken) -> Metric:
-    # Liu and others (2020), algorithm 2: SGD until the variance is tractable, then Adam times the rectification
+    # Liu and others (2020), algorithm 2: SGD until the variance is tractable, then Adam times the
+    # rectification
     group, state = taken.group, taken.state
     count, beta2 = _count(state["step"]), group["betas"][1]
     most, bias = 2 / (1 - beta2) - 1, 1 - beta2**count
@@ -161,7 +167,7 @@ def _rectified(second: Tensor, length: float | Tensor, rectified: float | Tensor
 
 
 def _adamax(taken: Taken) -> Metric:
-    # the bias correction of the average is just what a constant gradient lacks; eps is in the peak already
+    # the bias correction of the average is what a constant gradient lacks; the peak includes eps
     return Metric(taken.group["lr"], (taken.state["exp_inf"],), torch.clone)
 
 
@@ -184,8 +190,9 @@ def _adagrad(taken: Taken) -> Metric:
 
 
 def _adadelta(taken: Taken) -> Metric:
-    # the step used the average of squared movements from before it, which this finds again: with r = g² / (second +
-    # eps) that average became rho · before + (1 - rho) (before + eps) r. With weight decay g isn't known any more
+    # the step used the average of squared movements from before it, which this finds again: with
+    # r = g² / (second + eps) that average became rho · before + (1 - rho) (before + eps) r. With
+    # weight decay g isn't known any more
     group, state = taken.group, taken.state
     if group["weight_decay"] != 0:
         return Metric(group["lr"], (state["square_avg"], state["acc_delta"]), _moved_least, (group["eps"],))
@@ -203,7 +210,7 @@ def _moved_before(second: Tensor, movement: Tensor, grad: Tensor, eps: float, rh
 
 
 def _adafactor(taken: Taken) -> Metric:
-    # Shazeer and Stern (2018), algorithms 4 and 5, as torch has them: relative steps, and updates that are clipped
+    # Shazeer and Stern (2018), algorithms 4 and 5, as in torch: relative steps, clipped updates
     assert taken.before is not None
     group, state, (w, gradient) = taken.group, taken.state, map(at_least_float32, taken.before)
     least, floor = group["eps"]
@@ -222,9 +229,9 @@ def _adafactor(taken: Taken) -> Metric:
 def _measured(taken: Taken) -> Metric:
     """Movement / gradient: of each entry, the root mean squares of their running averages.
 
-    The average of the gradient goes through the same filter as that of the movement, so that the quotient is the
-    length itself where that and the gradient are steady, and little less under noise, if the optimizer's own memory
-    is short beside this one's.
+    The average of the gradient goes through the same filter as that of the movement, so that the
+    quotient is the length itself where that and the gradient are steady, and little less under
+    noise, if the optimizer's own memory is short beside this one's.
     """
     assert taken.before is not None
     kept, (w, gradient) = taken.kept, map(at_least_float32, taken.before)
@@ -241,11 +248,12 @@ def _quotient(movement: Tensor, gradient: Tensor) -> Tensor:
     return torch.where(still, torch.inf, gradient / torch.where(still, 1, movement)).sqrt_()
 
 
-# Updates: one step of one entry, in arithmetic that tensors and expressions of C (`backends/c_updates.py`) understand
+# Updates: one step of one entry, in arithmetic for tensors and for expressions of C, see
+# `backends/c_updates.py`
 
 
 def plain(group: Group) -> bool:
-    """Whether a group's settings are numbers, and none of those that change how torch does a step."""
+    """Return True if a group's settings are numbers and none changes how torch does a step."""
     numbers = [group[name] for name in ("momentum", "dampening", "weight_decay", "eps") if name in group]
     rate = group["lr"]
     if isinstance(rate, Tensor):
@@ -258,12 +266,12 @@ def plain(group: Group) -> bool:
 
 
 def counted(group: Group) -> bool:
-    """Whether the optimizer counts its steps."""
+    """Return True if the optimizer counts its steps."""
     return "betas" in group
 
 
 def state_names(group: Group) -> list[str]:
-    """Names of what SGD, Adam or AdamW with these settings keeps of each entry; a second moment is the last."""
+    """Return the names of what SGD, Adam or AdamW keeps of each entry; a second moment is last."""
     if counted(group):
         return ["exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * group["amsgrad"]]
     return ["momentum_buffer"] * (group["momentum"] != 0)
@@ -295,7 +303,11 @@ def _adam_scalars(group: Group, count: float) -> tuple[float, ...]:
 
 
 def _adam_update(group: Group, scalars: Sequence[Any], w: Any, g: Any, state: Sequence[Any]) -> tuple[Any, list[Any]]:
-    """m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;  w -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)."""
+    """Return the weight and the state after a step of Adam.
+
+    m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;
+    w -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε).
+    """
     (kept, length, root), (beta1, beta2), decay = scalars, group["betas"], group["weight_decay"]
     g = _coupled(group, 0 if group["decoupled_weight_decay"] else decay, w, g)
     if group["decoupled_weight_decay"] and decay:
@@ -313,9 +325,10 @@ class Update:
     """The step of an optimizer for one entry.
 
     Args:
-        scalars: the numbers that change from step to step, by the settings and the count of the steps with this one.
-        step: (settings, scalars, weight, gradient, state) → (weight, state), where the state is what `state_names`
-            names. It is arithmetic alone, so that tensors and expressions of C can be given.
+        scalars: the numbers that change from step to step, by the settings and the count of the
+            steps with this one.
+        step: (settings, scalars, weight, gradient, state) → (weight, state), where the state is
+            what `state_names` names. It is arithmetic alone, for tensors and expressions of C.
     """
 
     scalars: Callable[[Group, float], tuple[float, ...]]
@@ -324,7 +337,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of an optimizer: its metric, and for some its update, which folding and the models carry out."""
+    """An optimizer's metric and, for some, its update, which folding and the models carry out."""
 
     metric: Callable[[Taken], Metric]
     update: Update | None = None
@@ -347,7 +360,7 @@ OPTIMIZERS: dict[type[Optimizer], Known] = {
 
 
 def metric_of(optimizer: Optimizer) -> Callable[[Taken], Metric]:
-    """The metric of an optimizer, as a function of a step that it took; measured where it isn't known."""
+    """Return the metric of an optimizer as a function of a step; measured where it isn't known."""
     cls = type(optimizer)
     bases = (base for base in cls.__mro__ if base in OPTIMIZERS and _step_of(cls) is _step_of(base))
     return next((OPTIMIZERS[base].metric for base in bases), _measured)
@@ -359,7 +372,10 @@ def common(measure: Callable[[Taken], Metric], group: dict[str, Any]) -> bool:
 
 
 def known(optimizer: Optimizer) -> bool:
-    """Whether its metric is known by a formula: that of the first of its bases whose step it has not overridden."""
+    """Return True if its metric is known by a formula.
+
+    That is the formula of the first of its bases whose step it has not overridden.
+    """
     return metric_of(optimizer) is not _measured
 
 
@@ -374,9 +390,12 @@ def diagonal(optimizer: Optimizer) -> bool:
 
 
 def by_metric(optimizer: Optimizer) -> bool:
-    """Whether constraints are held in its metric: it differs from entry to entry, and a gradient of zero is its rest.
+    """Return True if constraints are held in its metric.
 
-    LBFGS moves along a line of its own, Rprop by signs, and SparseAdam where a gradient has entries.
+    They are where it differs from entry to entry and a gradient of zero is its rest.
+
+    LBFGS moves along a line of its own, Rprop by signs, and SparseAdam where a gradient has
+    entries.
     """
     return diagonal(optimizer) and not isinstance(optimizer, LBFGS | Rprop | SparseAdam)
 
