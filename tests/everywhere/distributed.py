@@ -1,9 +1,11 @@
 """Several gloo processes: DDP, FSDP2, tensor parallelism, alone and with compilation, checkpoints, mixed precision."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -53,9 +55,19 @@ def reference(kind, parts, **options):
 # DDP
 
 
-def train_ddp(name, wrapping=None, backend=None, order=None, first=False, **ours):
-    """By DDP; compiled in either order; rules attached before or after the wrapping."""
+def zero(parameters):
+    """Adam whose state is divided among the processes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit.script, as torch imports it
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    return ZeroRedundancyOptimizer(parameters, torch.optim.Adam, lr=0.05)
+
+
+def train_ddp(name, wrapping=None, backend=None, order=None, first=False, divided=False, **ours):
+    """By DDP; compiled in either order; rules attached before or after the wrapping; ZeRO."""
     kind, model = (KINDS | OTHERS)[name], fresh()
+    ours |= {"optimizer": zero} if divided else {}
     run = attached(kind, model, **ours) if first else None
     if order == "inside":
         model = torch.compile(model, backend=backend, fullgraph=True)
@@ -79,10 +91,40 @@ for number in (2, 4):
     unused = {"find_unused_parameters": True}
     ddp(f"DDP with find_unused_parameters, {number} processes", number, f"ddp_unused_{number}", wrapping=unused)
     ddp(f"DDP with static_graph, {number} processes", number, f"ddp_static_{number}", wrapping={"static_graph": True})
+ddp("DDP with `ZeroRedundancyOptimizer`, 2 processes", 2, "ddp_zero", divided=True)
 ddp("rules attached before DDP", 2, "ddp_after", first=True)
 ddp("torch.compile(DDP(model)), aot_eager", 2, "ddp_compiled", backend="aot_eager", order="outside")
 ddp("DDP(torch.compile(model)), aot_eager", 2, "ddp_of_compiled", backend="aot_eager", order="inside")
 ddp("DDP(torch.compile(model)), inductor", 2, "ddp_of_inductor", backend="inductor", order="inside")
+
+
+# FSDP1
+
+
+def train_fsdp1(name, **ours):
+    """By FSDP1, with the parameters' own shapes only in name: each process has flat parts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it will go
+        model = fresh()
+        options = {"use_orig_params": True, "device_id": torch.device("cpu")}
+        for name_of_layer in ("first", "head"):
+            setattr(model, name_of_layer, FullyShardedDataParallel(getattr(model, name_of_layer), **options))
+        wrapped = FullyShardedDataParallel(model, **options)
+        run = attached(KINDS[name], wrapped, **ours).steps()
+        found = run.result()
+        with FullyShardedDataParallel.summon_full_params(wrapped):
+            return found | {"weights": [p.detach().clone() for p in wrapped.parameters()]}
+
+
+FLAT = "FullyShardedDataParallel gives each process a flat part.*fully_shard"
+BY_ENTRY = ("parameter-penalty-as-gradient", "decoupled-decay", "proximal-penalty", "target")
+IN_PARTS = {kind: FLAT for kind, made in KINDS.items() if not made.on_outputs and kind not in BY_ENTRY}
+IN_PARTS["parametrisation"] = SEVERAL
+
+
+@column("FSDP1 (`use_orig_params=True`), 2 processes", GROUP, refuses=IN_PARTS)
+def fsdp1(kind):
+    return compared(together(2, train_fsdp1, name=kind.name), reference(kind, 2))
 
 
 # FSDP2 and tensor parallelism

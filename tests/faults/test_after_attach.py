@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from faults.helpers import right_or_refused, sgd
+from restrain.errors import DetachedError
 
 # A7: rules that stay behind the model
 
@@ -81,6 +82,28 @@ class Language(nn.Module):
 
     def forward(self, tokens):
         return self.head(self.embedding(tokens))
+
+
+RESIZED = {
+    "groups": (lambda: rs.GroupLasso(per="out").on("weight"), 5 * 2 * 4**0.5),
+    "entries": (lambda: rs.L2().on("weight"), 20.0),
+    "a distance": (lambda: rs.Distance().on("weight"), None),
+    "weights by entry": (lambda: rs.Weighted(rs.L1(), torch.ones(3, 4)).on("weight"), None),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_a_parameter_that_is_resized_in_place_is_followed_or_refused(name):
+    rule, right = RESIZED[name]
+    model = nn.Linear(4, 3, bias=False)
+    reg = rs.attach(model, rule())
+    reg.loss(model(torch.ones(1, 4)).sum())
+    model.weight.data = torch.ones(5, 4)
+    if right is not None:
+        assert reg.loss(torch.zeros(())).item() == pytest.approx(right)
+    else:
+        with pytest.raises(DetachedError, match=r"can't follow.*reg\.detach\(\)"):
+            reg.loss(torch.zeros(()))
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])

@@ -69,7 +69,6 @@ def test_penalties_with_tensors_can_be_declared_and_put_into_plans():
 # C: settings of places and selections
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("given", [(0, 1), "x", 1.5, [0], True], ids=repr)
 @pytest.mark.parametrize("place", [rs.outputs, rs.inputs], ids=lambda place: place.__name__)
 def test_a_batch_axis_that_is_none_is_refused_where_it_is_written(place, given):
@@ -273,7 +272,6 @@ for _ in range(60):
 """
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_no_compiler_is_started_where_compile_is_false(tmp_path):
     compiler = tmp_path / "cc"
     compiler.write_text(f'#!/bin/sh\ntouch {tmp_path}/started\nexec gcc "$@"\n')
@@ -316,7 +314,6 @@ X = np.random.default_rng(0).normal(size=(30, 4)).astype("float32")
 Y = np.arange(30) % 2
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("algo", ["muon", "sparseadam"])
 def test_an_algorithm_that_is_listed_works_or_is_refused(algo):
     try:
@@ -335,7 +332,6 @@ COLUMNS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 @pytest.mark.parametrize("name", COLUMNS)
 def test_columns_that_are_no_numbers_are_refused_by_name(name):
     table = pd.DataFrame({"a": X[:, 0], name: COLUMNS[name]})
@@ -343,14 +339,12 @@ def test_columns_that_are_no_numbers_are_refused_by_name(name):
         rs.Classifier(hidden=(4,), epochs=1).fit(table, Y)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_a_form_that_does_not_exist_is_named_whatever_the_data_are():
     for data in (X, np.zeros((30, 5, 4), "float32")):
         with pytest.raises(RestrainError, match="bidirectional"):
             rs.Classifier(hidden=((16, "bidirectional"),), epochs=1).fit(data, Y)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_labels_of_another_kind_are_told_in_our_words():
     model = rs.Classifier(hidden=(4,), epochs=1).fit(X, Y)
     right_or_refused(lambda: model.score(X, np.array(["u", "v"] * 15)), 0.0, names="label")
@@ -374,7 +368,6 @@ warm = 1e-2 * rs.schedules.WarmUp(100) * rs.KLSparsity(0.05).on(rs.outputs("0", 
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md C")
 def test_lines_of_the_readme_have_types(tmp_path):
     (tmp_path / "lines.py").write_text(TYPED)
     code = "import sys; from mypy.main import main; main(args=sys.argv[1:], clean_exit=True)"
@@ -473,7 +466,6 @@ def test_docs_say_that_the_mean_over_calls_goes_over_forwards_too():
         assert any(re.search(r"forwards|several losses|separate", one) for one in sentences)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md D")
 @pytest.mark.parametrize("penalty", [rs.DecoderL1("2.weight"), rs.Hoyer()], ids=repr)
 def test_docs_say_how_to_average_over_tokens(penalty):
     """SAE libraries average over tokens; on (batch, time, features) a plain rule sums or mixes over time."""
@@ -499,7 +491,6 @@ def quickest(plan, model, x, count=3):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 def test_many_rules_in_the_loss_are_summed_as_at_the_step():
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(100))), torch.randn(4, 4)
     plans = {
@@ -510,7 +501,6 @@ def test_many_rules_in_the_loss_are_summed_as_at_the_step():
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="faults.md E7")
 def test_many_rules_on_the_same_activations_are_summed():
     model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(30))), torch.randn(4, 4)
     few, many = (

@@ -95,7 +95,6 @@ def test_layers_explain_their_own_axes():
 # A22: settings that are ignored, or left out of texts
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A22")
 def test_n_of_m_goes_by_its_lists_of_indices():
     w = torch.tensor([[4.0, 3.0, 1.0, 2.0]])  # of columns 0 and 2 the first is larger, of 1 and 3 the first, too
     right = torch.tensor([[4.0, 3.0, 0.0, 0.0]])
@@ -121,14 +120,12 @@ DIFFERENT = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A22")
 @pytest.mark.parametrize("setting", DIFFERENT)
 def test_places_and_rules_with_other_settings_have_other_texts(setting):
     one, other = DIFFERENT[setting]
     assert repr(one) != repr(other)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A22")
 def test_a_rule_on_the_network_shows_its_outputs():
     class Gap(rs.NetworkPenalty):
         def __call__(self, model, outputs=None):
@@ -147,7 +144,6 @@ class Pair(nn.Module):
         return self.fc(x), -3 * self.fc(x)
 
 
-@pytest.mark.xfail(strict=True, reason="faults.md A22")
 def test_rules_on_two_members_of_an_output_have_names_of_their_own_that_say_which():
     model = Pair()
     reg = rs.attach(model, [rs.L1().on(rs.outputs(index=i)) for i in (0, 1)])
@@ -161,10 +157,7 @@ def test_rules_on_two_members_of_an_output_have_names_of_their_own_that_say_whic
 @pytest.mark.parametrize(
     "make",
     [
-        pytest.param(
-            lambda: rs.NM(1, 2, dim={"in": [[0, 1], [2, 3]]}),
-            marks=pytest.mark.xfail(strict=True, reason="faults.md A22"),
-        ),
+        lambda: rs.NM(1, 2, dim={"in": [[0, 1], [2, 3]]}),
         lambda: rs.GroupLasso({"in": [[0, 1], [2, 3]]}),
         lambda: rs.GroupLasso([[0, 1], [2, 3]]),
         lambda: rs.MaxNorm(1.0, {"in": [[0, 1], [2, 3]]}),

@@ -12,40 +12,9 @@ import restrain as rs
 from faults.helpers import right_or_refused, sgd
 from restrain.errors import RestrainError, RestrainWarning
 from spawning import spawned
-from stand_ins import DPOptimizer
+from stand_ins import DPOptimizer, SGDScheduleFree
 
 # A4: optimizers whose weights aren't the parameters they hold
-
-
-class SGDScheduleFree(torch.optim.Optimizer):
-    """Parameters are y in training and the average x in evaluation, z is in the state (Defazio and others, 2024)."""
-
-    def __init__(self, params, lr=0.1, beta=0.9):
-        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "train_mode": True})
-
-    def _towards(self, weight, mode):
-        for group in self.param_groups:
-            if group["train_mode"] != mode:
-                for p in group["params"]:
-                    p.data.lerp_(self.state[p]["z"], weight(group["beta"]))
-                group["train_mode"] = mode
-
-    def eval(self):
-        self._towards(lambda beta: 1 - 1 / beta, False)
-
-    def train(self):
-        self._towards(lambda beta: 1 - beta, True)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            assert group["train_mode"], "call optimizer.train() first"
-            share, lr, beta = 1 / (group["k"] + 1), group["lr"], group["beta"]
-            for p in group["params"]:
-                z = self.state[p].setdefault("z", p.clone())
-                p.lerp_(z, share).add_(p.grad, alpha=lr * (beta * (1 - share) - 1))
-                z.sub_(p.grad, alpha=lr)
-            group["k"] += 1
 
 
 def attached(*given):

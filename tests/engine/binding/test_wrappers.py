@@ -9,7 +9,7 @@ from torch import nn
 
 import restrain as rs
 from restrain.errors import OptimizerError, PlanError, RestrainWarning
-from stand_ins import DPOptimizer
+from stand_ins import SAM, DPOptimizer
 
 X = torch.randn(60, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Y = X[:, :2].sum(1, keepdim=True) + 0.1
@@ -20,27 +20,6 @@ RULES = {
     "proximal": 0.3 * rs.L1().on("weight", how="proximal"),
     "project": rs.MaxNorm(0.5).on("weight"),
 }
-
-
-class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimisation as it is commonly written (davda54/sam); with rho = 0 the base optimizer itself."""
-
-    def __init__(self, params, base, rho=0.0, **options):
-        super().__init__(params, {"rho": rho, **options})
-        self.base_optimizer = base(self.param_groups, **options)
-        self.param_groups = self.base_optimizer.param_groups
-
-    @torch.no_grad()
-    def step(self, closure):
-        before = [[p.clone() for p in group["params"]] for group in self.param_groups]
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(p.grad, alpha=group["rho"])
-        torch.enable_grad()(closure)()
-        for group, old in zip(self.param_groups, before, strict=True):
-            for p, was in zip(group["params"], old, strict=True):
-                p.copy_(was)
-        self.base_optimizer.step()
 
 
 class Lookahead(torch.optim.Optimizer):
@@ -63,7 +42,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 class AdamWScheduleFree(torch.optim.Optimizer):
-    """The name is what counts here; `faults/test_optimizers.py` has an algorithm."""
+    """The name is what counts here; `stand_ins.SGDScheduleFree` has an algorithm."""
 
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1, "train_mode": True})

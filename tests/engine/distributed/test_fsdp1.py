@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 
 import restrain as rs
-from restrain.errors import HowError
+from restrain.errors import DetachedError, HowError
 from spawning import spawned
 
 BY_ENTRY = {
@@ -70,6 +70,13 @@ def run(rank, port, results):
             found[name] = "attached"
         except HowError as error:
             found[name] = str(error)
+    model = built()
+    before = rs.attach(model, 0.1 * rs.GroupLasso(0).on("2.weight"))
+    FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        found["wrapped later"] = before.penalty().item()
+    except DetachedError as error:
+        found["wrapped later"] = str(error)
     results[rank] = found
     dist.destroy_process_group()
 
@@ -94,3 +101,9 @@ def test_of_whole_tensors_it_is_refused_with_the_way_out(found, name):
     for of_rank in found.values():
         assert "FullyShardedDataParallel" in of_rank[name]
         assert "fully_shard" in of_rank[name]
+
+
+def test_a_model_that_is_flattened_after_attach_is_refused(found):
+    for of_rank in found.values():
+        assert "'2.weight' had the shape (2, 5)" in of_rank["wrapped later"]
+        assert "FullyShardedDataParallel, which is to wrap the model first" in of_rank["wrapped later"]

@@ -12,7 +12,7 @@ only shapes are compared, and which parameters share a tensor.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from operator import attrgetter, call
 from typing import Any
@@ -25,7 +25,7 @@ from restrain.declare import declarations
 from restrain.engine.core import Hook
 from restrain.torch_private import not_alone
 
-_CHILDREN, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_CHILDREN, _PARAMETERS, _SHAPE = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("shape")
 
 
 class Structure:
@@ -37,8 +37,8 @@ class Structure:
     def remember(self, model: nn.Module) -> None:
         """Record the current modules and parameters of the model."""
         self._references = [weakref.ref(module) for module in model.modules()]
-        modules, self._parameters = self._identities() or ([], [])
-        self._modules, self._pattern = modules, self._pattern_now()
+        self._modules, self._parameters = self._identities() or ([], [])
+        self._shapes, self._pattern = _shapes(self._own()), self._pattern_now()
         self._declared = declarations.count
 
     def changed(self) -> bool:
@@ -49,8 +49,8 @@ class Structure:
         found = self._identities()
         if found is None or found[0] != self._modules or declarations.count != self._declared:
             return True
-        if found[1] == self._parameters:
-            return False
+        if found[1] == self._parameters and _shapes(self._own()) == self._shapes:
+            return False  # `p.data = ...` can resize a parameter in place
         if self._pattern_now() != self._pattern:
             return True
         self._parameters = found[1]  # other tensors of the same shapes
@@ -67,6 +67,10 @@ class Structure:
         except AttributeError:
             return None
 
+    def _own(self) -> Iterator[nn.Parameter | None]:
+        """Yield the modules' own parameters."""
+        return chain.from_iterable(map(dict.values, map(_PARAMETERS, map(call, self._references))))
+
     def _pattern_now(self) -> list[tuple[str, int, Any]]:
         """Return (name, number of the first parameter of the same tensor, shape) of each."""
         first: dict[int, int] = {}
@@ -76,6 +80,14 @@ class Structure:
                 number = -1 if p is None else first.setdefault(id(p), len(pattern))
                 pattern.append((name, number, None if p is None or is_lazy(p) else p.shape))
         return pattern
+
+
+def _shapes(parameters: Iterable[nn.Parameter | None]) -> list[torch.Size]:
+    """Return the shapes of parameters; an empty list if some are lazy."""
+    try:
+        return [*map(_SHAPE, filter(torch.is_tensor, parameters))]
+    except RuntimeError:
+        return []
 
 
 class Look(Hook):

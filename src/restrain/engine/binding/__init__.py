@@ -13,11 +13,11 @@ from restrain.engine.binding.binding import (
 )
 from restrain.engine.binding.optimizers import ASCENDS, ascends, check_optimizers
 from restrain.engine.binding.values import LossRules, at_steps, network_value, parameter_values
-from restrain.engine.binding.wrappers import Given, given_optimizers
+from restrain.engine.binding.wrappers import Unwrapped, given_optimizers
 
 __all__ = [
     "ASCENDS",
-    "Given",
+    "Unwrapped",
     "Bound",
     "Followed",
     "LossRules",

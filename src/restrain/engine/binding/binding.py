@@ -21,7 +21,7 @@ from restrain.engine.distributed import shards
 from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder, blank, masks
 from restrain.engine.loss import AtPlace
 from restrain.engine.strengths import Moving, tensor_of
-from restrain.engine.weights import Site, check_computable, sites_of
+from restrain.engine.weights import Use, check_computable, uses_of
 from restrain.errors import DetachedError, HowError, RestrainError, SelectionError
 from restrain.fields import brief
 from restrain.named_tensors import Handle, Location, Slot, device_of, is_sharded, layers, parameters
@@ -48,7 +48,7 @@ class Bound:
     points: list[Point] = field(default_factory=list)
     penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
     output_recorders: list[Recorder] = field(default_factory=list)
-    noisy: list[tuple[Site, Noise]] = field(default_factory=list)  # weights with noise in forwards
+    noisy: list[tuple[Use, Noise]] = field(default_factory=list)  # weights with noise in forwards
     derivative: Derivative | None = None
     notes: list[str] = field(default_factory=list)  # notes for the report's table
     moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
@@ -136,15 +136,15 @@ def parametrized(bounds: Iterable[Bound]) -> Iterator[tuple[Handle, Any]]:
     return (pair for bound in bounds if bound.rule.how == "parametrize" for pair in bound.parameters)
 
 
-def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Site, Noise, bool]]:
+def noisy(bounds: Sequence[Bound]) -> Iterator[tuple[Use, Noise, bool]]:
     """Yield (weight, noise, True if it is an error that the layer is never called).
 
     It is no error if a penalty trains the weight anyway, or the rule is optional.
     """
     penalised = {h.name for b in bounds if b.rule.how in ("loss", "gradient") for h, _ in b.parameters}
     for bound in bounds:
-        for site, noise in bound.noisy:
-            yield site, noise, not (bound.rule.optional or site.name in penalised)
+        for use, noise in bound.noisy:
+            yield use, noise, not (bound.rule.optional or use.name in penalised)
 
 
 class _ModelIndex:
@@ -282,7 +282,7 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     bound.parameters = _resolved(rule, bound.what, chosen, index)
     if rule.how == "forward":
         pairs = zip(chosen.slots, bound.parameters, strict=True)
-        bound.noisy = [(site, what) for slot, (_, what) in pairs for site in sites_of(slot)]
+        bound.noisy = [(use, what) for slot, (_, what) in pairs for use in uses_of(slot)]
     outputs = None if rule.outputs is None else _targets(rule, rule.outputs, index)
     bound.given = rule if not _by_identity(rule.where) else replace(rule, where=chosen.where)
     if outputs is not None and rule.outputs is not None and _by_identity(rule.outputs):
@@ -455,6 +455,11 @@ class Whereabouts:
             return None
         return cls(weakref.ref(owner), None if stored is None or is_lazy(stored) else stored.shape)
 
+    def flattened(self, earlier: Whereabouts) -> bool:
+        """Return True if the same layer's parameter has another number of axes than earlier."""
+        shapes = (self.shape, earlier.shape)
+        return self.owner() is earlier.owner() and None not in shapes and len(shapes[0]) != len(shapes[1])  # type: ignore[arg-type]
+
 
 def whereabouts(bounds: Iterable[Bound], model: nn.Module) -> dict[str, Whereabouts | None]:
     """Return {name: layer and shape} of the parameters with rules."""
@@ -554,11 +559,19 @@ def _again(bound: Bound, index: _ModelIndex, known: Mapping[str, Whereabouts | N
     for slot in slots:
         names = [name for name in slot.names if name in before]
         what = before[names[0]]
-        same = [Whereabouts.of(slot.handle, index.layers[0].module) == known.get(name) for name in names]
+        now = Whereabouts.of(slot.handle, index.layers[0].module)
+        same = [now == known.get(name) for name in names]
+        for earlier in (known.get(name) for name in names):
+            if now is not None and earlier is not None and now.flattened(earlier):
+                raise _left_behind(
+                    bound,
+                    f"{slot.name!r} had the shape {tuple(earlier.shape or ())} and has {tuple(now.shape or ())}, as by "
+                    "FullyShardedDataParallel, which is to wrap the model first",
+                )
         if len(names) > 1 and _state(what):
             raise _left_behind(bound, f"{', '.join(map(repr, names))} are one tensor now, and it keeps a state of each")
         found.append((slot.handle, what if all(same) else _replaced(bound, slot, what, index)))
-    if bound.rule.how == "forward" and {s for slot in slots for s in sites_of(slot)} != {s for s, _ in bound.noisy}:
+    if bound.rule.how == "forward" and {s for slot in slots for s in uses_of(slot)} != {s for s, _ in bound.noisy}:
         raise _left_behind(bound, "its weights are used at other places now")
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.binding.binding import Bound
-from restrain.engine.binding.wrappers import Given
+from restrain.engine.binding.wrappers import Unwrapped
 from restrain.engine.ops import by_metric, diagonal, known, looks_before
 from restrain.engine.step import in_metric, in_tangent, total
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning
@@ -29,10 +29,10 @@ class _Standing:
     holder: Optimizer | None
     group: dict[str, Any] | None
     alike: int  # equal for parameters that checks treat equally
-    given: Given | None = None  # the optimizer as it was given
+    given: Unwrapped | None = None  # the optimizer as it was given
 
 
-def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Given]) -> None:
+def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Sequence[Unwrapped]) -> None:
     """Check that optimizers can carry out the rules; warn of likely mistakes.
 
     Raises:

@@ -50,7 +50,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Given:
+class Unwrapped:
     """An optimizer given to `attach`, with the optimizers that it wraps."""
 
     optimizer: Optimizer  # the innermost: rules act around its step
@@ -80,7 +80,7 @@ class Given:
                 )
 
 
-def given_optimizers(given: Any) -> list[Given]:
+def given_optimizers(given: Any) -> list[Unwrapped]:
     """Return the optimizers in `attach`'s optimizer=, with the inner optimizers of known wrappers.
 
     Raises:
@@ -92,7 +92,7 @@ def given_optimizers(given: Any) -> list[Given]:
     return [_seen_through(one) for one in (list(given) if isinstance(given, Iterable) else [given])]
 
 
-def _seen_through(given: Any) -> Given:
+def _seen_through(given: Any) -> Unwrapped:
     inner, counts = given, given
     while (below := _inner(inner)) is not None:
         if "ZeroRedundancyOptimizer" not in _kinds(inner):
@@ -105,7 +105,7 @@ def _seen_through(given: Any) -> Given:
         inner = below
     if not isinstance(inner, Optimizer):
         raise PlanError(f"optimizer= takes a torch optimizer or a list of them, got {type(given).__name__}")
-    return Given(inner, given, counts)
+    return Unwrapped(inner, given, counts)
 
 
 def _inner(outer: Any) -> Any:

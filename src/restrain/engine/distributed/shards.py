@@ -1,4 +1,4 @@
-"""Parameters sharded over processes: DTensors of FSDP2 and tensor parallelism.
+"""Parameters sharded over processes: DTensors of FSDP2 and tensor parallelism, parts of FSDP1.
 
 A penalty or constraint by entry, or by groups that lie within a shard, acts on each process's own
 part. For others the tensor is gathered, and each process keeps its part of the result. Values of
@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from restrain.axes import Grouping
 from restrain.errors import HowError
@@ -86,9 +87,14 @@ def blank(t: Tensor) -> Tensor:
     return torch.empty(t.shape, dtype=t.dtype, device=local(t).device) if is_sharded(t) else t
 
 
+_flat: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Ranks by parameter that FSDP1 has flattened
+
+
 def ranks_of(t: Any) -> Ranks:
     """Return the mesh axes over which a sum of the entries of own parts of `t` must be summed."""
-    return tuple((t.device_mesh, axis) for axis, _ in _split(t)) if is_sharded(t) else ()
+    if is_sharded(t):
+        return tuple((t.device_mesh, axis) for axis, _ in _split(t))
+    return _flat.get(t, ()) if _flat else ()
 
 
 def _split(t: Any) -> list[tuple[int, Any]]:
@@ -183,7 +189,7 @@ def acting(whats: Sequence[Any], p: Tensor, *others: Tensor) -> Iterator[tuple[S
     """
     tensors = [p, *others]
     if not is_sharded(p):
-        yield whats, tensors, ()
+        yield whats, tensors, ranks_of(p)
         return
     own = [fitted(what, p) for what in whats]
     if all(what is not None for what in own):
@@ -204,7 +210,7 @@ def own_part(what: Penalty, p: Tensor) -> tuple[Penalty, Tensor, Ranks]:
     Values must be summed over `ranks`.
     """
     if not is_sharded(p):
-        return what, p, ()
+        return what, p, ranks_of(p)
     own = fitted(what, p)
     return (what, whole(p), ()) if own is None else (own, local(p), ranks_of(p))
 
@@ -270,15 +276,27 @@ def at_rest(model: nn.Module) -> None:
 def flattened(model: nn.Module) -> frozenset[int]:
     """Return the ids of parameters of which FSDP1 gives this process a flat part.
 
-    Parameters that it leaves alone have their own shape; of one axis, they can't be told apart.
+    Their sums are over the processes that share them from now on. Parameters that it leaves alone
+    have their own shape; of one axis, they can't be told apart.
     """
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     split = [m for m in model.modules() if isinstance(m, kind) and m.sharding_strategy.name != "NO_SHARD"]
-    return frozenset([id(p) for m in split for p in m.parameters() if p.dim() < 2])
+    if not split:
+        return frozenset()
+    from torch.distributed.device_mesh import DeviceMesh
+
+    found = set()
+    for module in split:  # an outer one comes first, and leaves the parameters of inner ones to them
+        ranks = ((DeviceMesh.from_group(module.process_group, module.compute_device.type), 0),)
+        for p in module.parameters():
+            if p.dim() < 2:
+                _flat[p] = ranks
+                found.add(id(p))
+    return frozenset(found)
 
 
 def check_flattened(rule: Rule, what: Any, slot: Slot) -> None:
-    """Refuse a rule on a flat part of a parameter, unless it acts entry by entry at the optimizer's step.
+    """Refuse a rule on a flat part of a parameter, unless it acts entry by entry at the step.
 
     Raises:
         HowError: the rule needs the whole tensor, or its value.

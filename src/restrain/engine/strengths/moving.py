@@ -260,9 +260,9 @@ def _check(target: Target, rule: Rule) -> None:
         )
 
 
-def _sum(parts: Sequence[Term]) -> float:
-    """Return the sum of 0-d tensors, over all processes for shards; waits for the device once."""
-    return float(totals([parts])[0])
+def _sums(*parts: Sequence[Term]) -> list[float]:
+    """Return sums of 0-d tensors, over all processes for shards; waits for the device once."""
+    return torch.stack(totals(parts)).tolist()  # type: ignore[no-any-return]
 
 
 def _square(w: Tensor) -> Tensor:
@@ -270,12 +270,16 @@ def _square(w: Tensor) -> Tensor:
 
 
 def _zeros(parameters: Sequence[Tensor]) -> float:
-    entries = sum(p.numel() for p in parameters)
-    return 1 - _sum([(local(p).count_nonzero(), ranks_of(p)) for p in parameters]) / max(entries, 1)
+    own = [(local(p), ranks_of(p)) for p in parameters]
+    nonzero, entries = _sums(
+        [(w.count_nonzero(), ranks) for w, ranks in own],
+        [(torch.full((), w.numel(), device=w.device), ranks) for w, ranks in own],
+    )
+    return 1 - nonzero / max(entries, 1)
 
 
 def _norm(parameters: Sequence[Tensor]) -> float:
-    return math.sqrt(_sum([(_square(local(p)), ranks_of(p)) for p in parameters]))
+    return math.sqrt(*_sums([(_square(local(p)), ranks_of(p)) for p in parameters]))
 
 
 _MEASURES = {"zeros": _zeros, "norm": _norm}
@@ -297,7 +301,7 @@ def gradient_share(rule: Rule, tensors: Tensors) -> float | None:
             g = acts.gradient(w) / (max(p.numel(), 1) * len(tensors) if mean else 1)
             own.append((_square(g), ranks))
             others.append((_square(grad - g if inside else grad), ranks))
-    size, rest = math.sqrt(_sum(own)), math.sqrt(_sum(others))
+    size, rest = map(math.sqrt, _sums(own, others))
     return size / (size + rest) if size + rest else None
 
 
