@@ -1,4 +1,4 @@
-"""Writes docs/matrix.md from what the cells of tests/test_everywhere.py gave; `make matrix` runs both.
+"""Writes docs/matrix.md from the cells of tests/test_everywhere.py; `make matrix` runs both.
 
 python docs/matrix.py OUTCOMES
 """

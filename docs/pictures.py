@@ -91,7 +91,7 @@ def groups():
 
 
 def spectral():
-    """Singular values under the two proxes, and a Gram matrix before and after descent on Orthogonality."""
+    """Singular values under the two proxes; a Gram matrix before and after descent."""
     figure, axes = panels(4, 4, 2.2, 2.2)
     s = torch.linspace(3, 0.2, 12, dtype=torch.float64)
     for ax, member in zip(axes, (rs.NuclearNorm(), rs.SpectralNorm()), strict=False):
@@ -169,7 +169,7 @@ def how():
 
 
 def activations():
-    """KLSparsity over the mean activation; Hoyer of two entries; sparsities of a code in training."""
+    """KLSparsity over the mean activation; Hoyer of two entries; a code in training."""
     figure, axes = panels(3, 3, 2.9, 2.4)
     rates = torch.linspace(0.001, 0.999, 400, dtype=torch.float64)
     for rate in (0.05, 0.2, 0.5):
@@ -251,7 +251,7 @@ def strength():
 
 
 def reparametrization():
-    """Weights over the free entry that they are computed from; arrows from free pairs to weights of two entries."""
+    """Weights over the free entry that they come from; arrows from free pairs to weights."""
     figure, axes = panels(4, 4)
     v = torch.linspace(-3, 3, 301).reshape(-1, 1)
     for ax, member in zip(axes, [rs.NonNegative(), rs.Box(-1, 1)], strict=False):

@@ -1,10 +1,11 @@
-"""Accelerate: a loop of your own with accumulation, a tracker, and a checkpoint that training goes on from.
+"""Accelerate: a loop of your own with accumulation, a tracker, and a checkpoint to go on from.
 
     pip install restrain accelerate tensorboard
     python examples/accelerate_loop.py          # or: accelerate launch examples/accelerate_loop.py
 
-Three lines are ours: `rs.attach`, `reg.loss`, and `register_for_checkpointing(reg)`, which keeps the state of the
-target (how strong it takes for 70 % of zeros). `logs(reg, loss)` has names that every tracker takes.
+Three lines are ours: `rs.attach`, `reg.loss`, and `register_for_checkpointing(reg)`, which keeps
+the state of the target (how strong it takes for 70 % of zeros). `logs(reg, loss)` has names that
+every tracker takes.
 """
 
 import tempfile

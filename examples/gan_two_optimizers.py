@@ -3,8 +3,9 @@
     pip install restrain
     python examples/gan_two_optimizers.py
 
-The critic is kept flat at the real and the generated points (R1 and R2 of Mescheder et al. 2018); the generator's
-weights decay at its own optimizer's step. The critic also runs in the generator's step; its rules take no notice.
+The critic is kept flat at the real and the generated points (R1 and R2 of Mescheder et al. 2018);
+the generator's weights decay at its own optimizer's step. The critic also runs in the generator's
+step; its rules take no notice.
 """
 
 import torch

@@ -1,13 +1,14 @@
-"""A language model like GPT-2, with rules, on one process or on many: what to copy for training by FSDP2.
+"""A language model like GPT-2, with rules, on one process or on many by FSDP2.
 
-    python examples/gpt2_fsdp.py                                                # tiny, on a CPU, half a minute
-    torchrun --nproc-per-node 2 examples/gpt2_fsdp.py --checkpoint /tmp/gpt      # the same losses on two processes
+    python examples/gpt2_fsdp.py                     # tiny, on a CPU, half a minute
+    torchrun --nproc-per-node 2 examples/gpt2_fsdp.py --checkpoint /tmp/gpt  # the same losses
     torchrun --nproc-per-node 4 examples/gpt2_fsdp.py --checkpoint /tmp/gpt --resume --steps 400
-    torchrun ... examples/gpt2_fsdp.py --layers 12 --heads 12 --width 768 --context 1024 --mixed     # GPT-2 small
+    torchrun ... examples/gpt2_fsdp.py --layers 12 --heads 12 --width 768 --context 1024 --mixed
 
-GPT-2 XL is --layers 48 --heads 25 --width 1600, a model of 6.5 billion weights --layers 32 --heads 32 --width 4096.
-It learns the bytes of a text that ships with Python, its own help. Three proximal rules take whole attention heads and
-whole units of the MLPs out; one in the loss makes the MLPs' activations small. Lines that are restrain's say so.
+The last is GPT-2 small; GPT-2 XL is --layers 48 --heads 25 --width 1600, a model of 6.5 billion
+weights --layers 32 --heads 32 --width 4096. It learns the bytes of a text that ships with Python,
+its own help. Three proximal rules take whole attention heads and whole units of the MLPs out; one
+in the loss makes the MLPs' activations small. Lines that are restrain's say so.
 """
 
 import argparse
@@ -31,7 +32,7 @@ BYTES = 256  # kinds of tokens
 
 
 class Attention(nn.Module):
-    """Of which head h has the rows of `qkv` and the columns of `out` from h · 3 · size and from h · size."""
+    """Head h has the rows of `qkv` from h · 3 · size and the columns of `out` from h · size."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -67,7 +68,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 without biases, and with a ReLU, whose zeros are zeros; its head is the embedding of the tokens."""
+    """GPT-2 without biases, and with a ReLU, whose zeros are zeros; its head is the embedding."""
 
     def __init__(self, layers, heads, width, context):
         super().__init__()
@@ -83,7 +84,7 @@ class GPT(nn.Module):
 
 
 def rules(options):
-    """restrain: the plan. The strengths were tried on the tiny model; proximal ones have the unit of a gradient."""
+    """restrain: the plan. Proximal strengths have the unit of a gradient."""
     size = options.width // options.heads
     group = options.group_lasso * rs.schedules.WarmUp(options.warm_up)
     return [
@@ -97,8 +98,9 @@ def rules(options):
 def split(model, options, ranks, device):
     """FSDP2, a block at a time; with --replicas, on so many copies.
 
-    By default a weight is split along dim 0. `out` is split along dim 1 where that keeps heads whole: then its rule
-    acts on each process's own part. Otherwise restrain gathers that tensor at each step, and reg.table() says so.
+    By default a weight is split along dim 0. `out` is split along dim 1 where that keeps heads
+    whole: then its rule acts on each process's own part. Otherwise restrain gathers that tensor at
+    each step, and reg.table() says so.
     """
     half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if options.mixed else {}
     end = {"output_dtype": torch.float32} if options.mixed else {}
@@ -114,7 +116,7 @@ def split(model, options, ranks, device):
 
 @torch.no_grad()
 def initialise(model, seed):
-    """The same weights on any number of processes; no more than one of them is whole at any time."""
+    """The same weights on any number of processes; at most one of them is whole at any time."""
     for number, p in enumerate(model.parameters()):
         full = torch.ones(p.shape)
         if p.dim() > 1:

@@ -1,10 +1,10 @@
-"""Hugging Face's Trainer: a tiny GPT-2, made here, trained with accumulated batches and with whole ones.
+"""Hugging Face's Trainer: a tiny GPT-2 trained with accumulated batches and with whole ones.
 
     pip install 'restrain[huggingface]'
     python examples/huggingface_trainer.py
 
-The Trainer divides the loss by the items of all accumulated batches. So each of the four forwards of an update carries
-a quarter of the penalties, and the weights come out as those of one big batch.
+The Trainer divides the loss by the items of all accumulated batches. So each of the four forwards
+of an update carries a quarter of the penalties, and the weights come out as those of one big batch.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ LENGTH = 24
 
 
 def sentences(count=128):
-    """Made-up text: letters that count up in steps of one to five; every other one is half as long."""
+    """Made-up text: letters that count up in steps of one to five, every other half as long."""
     rows = []
     for i in range(count):
         tokens = (torch.arange(LENGTH) * (1 + i % 5) + i) % 26 + 1

@@ -1,4 +1,4 @@
-"""Keras 3 on its torch backend: our penalties as regularisers of its layers, beside Keras' own and ones that it lacks.
+"""Keras 3 on its torch backend: our penalties as regularisers of its layers, beside its own.
 
     pip install restrain keras scikit-learn
     python examples/keras_layer.py

@@ -1,4 +1,4 @@
-"""Lightning: a network on scikit-learn's digits whose first layer loses the pixels that it can do without.
+"""Lightning: a network on the digits whose first layer loses pixels that it can do without.
 
     pip install 'restrain[lightning]' scikit-learn
     python examples/lightning_digits.py

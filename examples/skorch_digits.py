@@ -1,4 +1,4 @@
-"""skorch: a scikit-learn classifier in PyTorch with rules; the table that skorch prints has the data loss apart.
+"""skorch: a scikit-learn classifier in PyTorch with rules; skorch prints the data loss apart.
 
     pip install 'restrain[skorch]' scikit-learn
     python examples/skorch_digits.py

@@ -1,11 +1,12 @@
-"""A sparse autoencoder on the activations of another model, as for reading what a language model's layer represents.
+"""A sparse autoencoder on the activations of another model, to read what they represent.
 
     pip install restrain
     python examples/sparse_autoencoder.py
 
-The data are made up: each sample is a sum of a few of 32 directions in 16 dimensions, so that there are more features
-than dimensions. An L1 on the code finds them; decoder columns of length one keep the code from hiding in a large
-decoder, and the strength warms up so that features don't die at the start.
+The data are made up: each sample is a sum of a few of 32 directions in 16 dimensions, so that there
+are more features than dimensions. An L1 on the code finds them; decoder columns of length one keep
+the code from hiding in a large decoder, and the strength warms up so that features don't die at the
+start.
 """
 
 import torch

@@ -3,9 +3,10 @@
     python examples/torchrun_ddp.py
     torchrun --nproc-per-node 2 examples/torchrun_ddp.py
 
-Both print the same numbers: penalties on parameters are the same on every process; those on activations are means over
-a process's part of the batch, which DDP averages, as it does with the loss. That takes parts of equal size, and as many
-batches on every process: docs/trainers.md says what to do where there aren't.
+Both print the same numbers: penalties on parameters are the same on every process; those on
+activations are means over a process's part of the batch, which DDP averages, as it does with the
+loss. That takes parts of equal size, and as many batches on every process: docs/trainers.md says
+what to do where there aren't.
 """
 
 import os

@@ -11,7 +11,7 @@ from torch import Tensor
 from restrain.errors import SelectionError
 from restrain.fields import brief, is_whole
 from restrain.named_tensors import Layer, near
-from restrain.selections import Glob, Object, Regex, There, Where, as_where, chosen, pattern, shown, spine
+from restrain.selections import Candidates, Glob, Object, Regex, Where, as_where, chosen, pattern, shown, spine
 
 Calls = Literal["mean", "sum"]
 Argument = (
@@ -227,7 +227,7 @@ def _place_targets(place: Place, layers: Sequence[Layer], optional: bool) -> lis
         return [Target(layers[0], place)]
     which, below = place.which, layers[1:]
     names, numbers = [layer.name for layer in below if layer.callable], {layer.name: i for i, layer in enumerate(below)}
-    taken = chosen(which, There([[(layer, None)] for layer in below], numbers, names), optional)
+    taken = chosen(which, Candidates([[(layer, None)] for layer in below], numbers, names), optional)
     hits = [below[i] for i in sorted(taken) if below[i].callable]
     if isinstance(which, Object) and which.target is layers[0].module:
         hits = [layers[0]]

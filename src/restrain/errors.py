@@ -98,4 +98,4 @@ class VersionError(RestrainError, RuntimeError):
 
 
 class CompactionError(RestrainError, RuntimeError):
-    """A model can't be exported or made smaller, or would give other outputs; the given model is unchanged."""
+    """A model can't be exported or made smaller exactly; the given model is unchanged."""

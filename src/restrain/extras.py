@@ -20,10 +20,10 @@ def needing(extra: str, what: str) -> Iterator[None]:
     Raises:
         MissingExtraError: a package other than restrain isn't installed.
 
-    >>> with needing("models", "the example"):
+    >>> with needing("models", "it"):
     ...     import no_such_package
     Traceback (most recent call last):
-    restrain.errors.MissingExtraError: the example needs no_such_package: pip install 'restrain[models]'
+    restrain.errors.MissingExtraError: it needs no_such_package: pip install 'restrain[models]'
     """
     try:
         yield

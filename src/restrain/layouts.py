@@ -95,7 +95,8 @@ def layout(where: str | type[nn.Module] | nn.Module, axes: str | None = None, /,
 
     >>> experts = nn.ParameterDict({"up": torch.ones(2, 3, 4)})
     >>> rs.layout(experts, up="expert out in")
-    >>> reg = rs.attach(experts, rs.MaxNorm(1.0, per="out").on("up"), torch.optim.SGD(experts.parameters()))
+    >>> rule = rs.MaxNorm(1.0, per="out").on("up")
+    >>> reg = rs.attach(experts, rule, torch.optim.SGD(experts.parameters()))
     >>> experts["up"].detach().norm(dim=2)
     tensor([[1., 1., 1.],
             [1., 1., 1.]])

@@ -156,7 +156,7 @@ class Interval:
         return w.clamp(*self.bounds(w.dtype))
 
     def bounds(self, dtype: torch.dtype) -> tuple[float | None, float | None]:
-        """Return (low, high), moved into the range of a dtype such as float16, which ends at 65504."""
+        """Return (low, high), moved into the range of a dtype; float16's ends at 65504."""
         most = torch.finfo(dtype).max
         low, high = (None if bound is None else max(-most, min(most, bound)) for bound in (self.low, self.high))
         return low, high
@@ -234,7 +234,7 @@ def _compare(what: Any, declared: str, formula: str, fast: Callable[[Tensor], Te
 
 
 def _by_rows(what: Any) -> Any:
-    """Return a dataclass with rows as groups: its own groups may not fit the tensor of the comparison."""
+    """Return a dataclass with rows as groups, which fit the tensor of the comparison."""
     fields = dataclasses.fields(what) if dataclasses.is_dataclass(what) else ()
     if any(field.name == "per" and field.init for field in fields) and what.per is not None:
         return dataclasses.replace(what, per="row")

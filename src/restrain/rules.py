@@ -20,7 +20,10 @@ How = Literal["loss", "gradient", "decoupled", "proximal", "project", "parametri
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return True if two settings are equal; tensors and arrays, also in lists and mappings, by shape and value."""
+    """Return True if two settings are equal.
+
+    Tensors and arrays, also in lists and mappings, are compared by shape and value.
+    """
     if a is b:
         return True
     if hasattr(a, "dtype") or hasattr(b, "dtype"):
@@ -54,7 +57,7 @@ class What:
         return call_text(self)
 
     def __eq__(self, other: object) -> bool:
-        """Return True for a dataclass of the same class with the same settings; tensors are compared by value."""
+        """Return True for a dataclass of the same class with equal settings, tensors by value."""
         made = getattr(type(self), "__dataclass_params__", None)
         if self is other or made is None or not made.eq:
             return self is other

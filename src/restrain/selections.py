@@ -44,7 +44,7 @@ class Where:
         """Return the selected names; None if the selection depends on more than names."""
         return None
 
-    def check(self, there: There) -> None:
+    def check(self, among: Candidates) -> None:
         """Check that a list with matching members has no member that matches nothing.
 
         Raises:
@@ -126,10 +126,10 @@ class Names(Where):
     def named(self, names: Collection[str]) -> Iterable[str]:
         return [name for name in self.names if name in names]
 
-    def check(self, there: There) -> None:
-        missing = [name for name in self.names if name not in there.numbers]
+    def check(self, among: Candidates) -> None:
+        missing = [name for name in self.names if name not in among.numbers]
         if 0 < len(missing) < len(self.names):
-            raise SelectionError(f"{brief(missing)}, in a list, matches nothing{near(missing[0], there.names)}")
+            raise SelectionError(f"{brief(missing)}, in a list, matches nothing{near(missing[0], among.names)}")
 
     def __repr__(self) -> str:
         return shortened(repr(list(self.names)))
@@ -235,11 +235,11 @@ class OfType(Where):
         bases = type(module).__mro__
         return any(t in bases if isinstance(t, type) else t in {b.__name__ for b in bases} for t in self.types)
 
-    def check(self, there: There) -> None:
+    def check(self, among: Candidates) -> None:
         texts = [name for name in self.types if isinstance(name, str)]
         if len(self.types) < 2 or not texts:
             return
-        modules = {m for own in there.sites for layer, key in own for m in (layer.chain if key else (layer.module,))}
+        modules = {m for own in among.sites for layer, key in own for m in (layer.chain if key else (layer.module,))}
         known = {base.__name__ for kind in set(map(type, modules)) for base in kind.__mro__}
         missing = [name for name in texts if name not in known and not hasattr(nn, name)]
         if missing:
@@ -383,7 +383,7 @@ class Parameters:
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
-        self._there = There(
+        self._candidates = Candidates(
             [slot.sites for slot in slots],
             {name: i for i, slot in enumerate(slots) for name in slot.names},
             [slot.name for slot in slots],
@@ -400,10 +400,12 @@ class Parameters:
             SelectionError: the selection, or a part of it, matches nothing; similar and existing
                 names are listed.
         """
-        taken = chosen(where, self._there, optional)
+        taken = chosen(where, self._candidates, optional)
         if not taken and not optional:
             places = f"; the outputs of such layers are rs.outputs({where!r})" if isinstance(where, OfType) else ""
-            raise SelectionError(f"{where!r} selects no parameter{places}{near(pattern(where), self._there.names)}")
+            raise SelectionError(
+                f"{where!r} selects no parameter{places}{near(pattern(where), self._candidates.names)}"
+            )
         slots = [self.slots[i] for i in sorted(taken)]
         if _by_role(where, "weights"):
             _check_whole(slots)
@@ -411,7 +413,10 @@ class Parameters:
 
 
 def _by_role(where: Where, role: str) -> bool:
-    """Return True if a role is part of a selection; each part is looked at once, however often it is used."""
+    """Return True if a role is part of a selection.
+
+    Each part is looked at once, however often it is used.
+    """
     left, seen = [where], set[int]()
     while left:
         part = left.pop()
@@ -426,7 +431,7 @@ def _by_role(where: Where, role: str) -> bool:
 
 
 def _check_whole(slots: Sequence[Slot]) -> None:
-    """Refuse the length and direction of which torch's old weight_norm computes a weight, as weights.
+    """Refuse the length and direction of torch's old weight_norm as weights.
 
     Raises:
         SelectionError: there are such parameters among the slots.
@@ -447,7 +452,7 @@ def _is_normed(slot: Slot) -> bool:
 
 
 @dataclass(frozen=True)
-class There:
+class Candidates:
     """The parameters or layers of a model, numbered, from which selections choose.
 
     Args:
@@ -461,31 +466,31 @@ class There:
     names: Sequence[str]
 
 
-def chosen(where: Where, there: There, optional: bool = False) -> set[int]:
+def chosen(where: Where, among: Candidates, optional: bool = False) -> set[int]:
     """Return the numbers of the parameters or layers that a selection takes.
 
     A part of a joined selection that matches nothing is a misspelling: an error, unless `optional`.
     """
     if not isinstance(where, Joined):
-        return _chosen(where, there, optional)
+        return _chosen(where, among, optional)
     nodes = spine(where)
-    taken = chosen(nodes[0].left, there, optional)
+    taken = chosen(nodes[0].left, among, optional)
     for node in nodes:
-        more = chosen(node.right, there, optional)
+        more = chosen(node.right, among, optional)
         if node.operation != "and" and not optional and not (taken and more):
             part = node.right if taken else node.left
-            raise SelectionError(f"{part!r}, a part of {where!r}, matches nothing{near(pattern(part), there.names)}")
+            raise SelectionError(f"{part!r}, a part of {where!r}, matches nothing{near(pattern(part), among.names)}")
         taken = {"and": taken & more, "or": taken | more, "minus": taken - more}[node.operation]
     return taken
 
 
-def _chosen(where: Where, there: There, optional: bool) -> set[int]:
+def _chosen(where: Where, among: Candidates, optional: bool) -> set[int]:
     if not optional:
-        where.check(there)
-    named = where.named(there.numbers.keys())
+        where.check(among)
+    named = where.named(among.numbers.keys())
     if named is not None:
-        return {there.numbers[name] for name in named}
-    return {i for i, own in enumerate(there.sites) if where.takes_any(own)}
+        return {among.numbers[name] for name in named}
+    return {i for i, own in enumerate(among.sites) if where.takes_any(own)}
 
 
 def pattern(where: Where | None) -> str:

@@ -37,7 +37,7 @@ def check(version: str) -> None:
 
     >>> check("2.1.2")
     Traceback (most recent call last):
-    restrain.errors.VersionError: restrain needs torch 2.13 or newer, this is 2.1.2: pip install 'torch>=2.13'
+    restrain.errors.VersionError: restrain needs torch 2.13 or newer, this is 2.1.2: ...
     """
     oldest = ".".join(map(str, OLDEST))
     if number(version) < OLDEST:

@@ -137,9 +137,9 @@ def compact(
         `Compaction` with `model`, `optimizer` and `report`.
 
     Raises:
-        CompactionError: torch.export can't follow the model; its output holds no tensor; the outputs
-            would differ by more than 1e-5 of their scale; an optimizer's state doesn't have the
-            parameter's shape.
+        CompactionError: torch.export can't follow the model; its output holds no tensor; the
+            outputs would differ by more than 1e-5 of their scale; an optimizer's state doesn't have
+            the parameter's shape.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with torch.no_grad(): model[0].weight[3:] = 0

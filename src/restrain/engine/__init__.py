@@ -1,4 +1,4 @@
-"""The engine: binds rules to a model and carries them out. What it offers to the rest of the package stands here."""
+"""The engine, which binds rules to a model and carries them out, and its front door."""
 
 from restrain.engine.attach import Attachment, Evaluation, attach
 from restrain.engine.core import Draws, Hook, structures

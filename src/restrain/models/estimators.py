@@ -209,7 +209,8 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
     back; strengths then refer to the standardised data.
 
     >>> X = torch.randn(50, 3, dtype=torch.float64).numpy()
-    >>> model = rs.Regressor(hidden=(), algo="lbfgs", batch_size=50, epochs=20, random_state=0).fit(X, X @ [1, 2, 3])
+    >>> linear = rs.Regressor(hidden=(), algo="lbfgs", batch_size=50, epochs=20, random_state=0)
+    >>> model = linear.fit(X, X @ [1, 2, 3])
     >>> model.module_.out.weight.detach()
     tensor([[1.00, 2.00, 3.00]], dtype=torch.float64)
     """
@@ -295,7 +296,10 @@ class Autoencoder(TransformerMixin, KeywordModel):  # type: ignore[misc]
         return self._finished(self._forward(X))
 
     def score(self, X: Any, y: Any = None, sample_weight: Any = None) -> float:
-        """Return R² of the reconstruction: 1 - Σ (x - x̂)² / Σ (x - mean)², summed over features."""
+        """Return R² of the reconstruction.
+
+        It is 1 - Σ (x - x̂)² / Σ (x - mean)², sums over samples and features.
+        """
         check_is_fitted(self, "module_")
         x = self._inputs(X, reset=False)
         flat = x.reshape(-1, x.shape[-1])

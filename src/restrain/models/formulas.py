@@ -36,7 +36,10 @@ class Formula:
         return self.optimizer.state[self.params[0]].get("step", 0)
 
     def table(self, updates: int) -> Tensor:
-        """Return the scalars of the next updates, a float64 row each: learning rate, count, those of the formula."""
+        """Return the scalars of the next updates, a float64 row each.
+
+        They are the learning rate, the count and those of the formula.
+        """
         counts = [float(self._count()) + number for number in range(1, updates + 1)]
         rate = float(self.group["lr"])
         rows = [(rate, count, *self._update.scalars(self.group, count)) for count in counts]

@@ -260,8 +260,10 @@ class SCAD(Entrywise):
 
     Source: Fan and Li (2001), eqs. 2.7 and 2.8.
 
-    >>> rs.SCAD(1.0, 3.7)(torch.tensor([1.0, 5.0])), rs.SCAD(1.0, 3.7).prox(torch.tensor([1.5, 3.0, 5.0]))
-    (tensor(3.3500), tensor([0.5000, 2.5882, 5.0000]))
+    >>> rs.SCAD(1.0, 3.7)(torch.tensor([1.0, 5.0]))
+    tensor(3.3500)
+    >>> rs.SCAD(1.0, 3.7).prox(torch.tensor([1.5, 3.0, 5.0]))
+    tensor([0.5000, 2.5882, 5.0000])
     """
 
     start: float = 1.0
@@ -359,8 +361,10 @@ class SoftBox(Entrywise):
         PenaltyError: the bounds aren't numbers with low ≤ high; a complex tensor, which has no
             order.
 
-    >>> rs.SoftBox(-1.0, 1.0)(torch.tensor([0.5, 3.0])), rs.SoftBox(-1.0, 1.0).prox(torch.tensor([0.5, 4.0]))
-    (tensor(4.), tensor([0.5000, 2.0000]))
+    >>> rs.SoftBox(-1.0, 1.0)(torch.tensor([0.5, 3.0]))
+    tensor(4.)
+    >>> rs.SoftBox(-1.0, 1.0).prox(torch.tensor([0.5, 4.0]))
+    tensor([0.5000, 2.0000])
     """
 
     low: float | None = -1.0

@@ -21,7 +21,7 @@ from restrain.penalties.estimators import Batch, Direction
 from restrain.torch_private import MissingError, result_shapes, saved
 
 Node: TypeAlias = Any  # torch.autograd.graph.Node; each kind has its own saved attributes
-Given: TypeAlias = list[Tensor | None]  # tangent of each input of an operation; None: no tangent
+Tangents: TypeAlias = list[Tensor | None]  # tangent of each input of an operation; None: no tangent
 
 _LEAF = "torch::autograd::AccumulateGrad"
 _FACTORS = {"AddmmBackward0": ("mat1", 1), "MmBackward0": ("self", 0)}  # saved name and input index of x in b + x Wᵀ
@@ -89,7 +89,7 @@ def _push(
         name, before = node.name(), [one for one, _ in node.next_functions]
         if name == _LEAF:
             continue
-        given: Given = [known.get(one) for one in before]
+        given: Tangents = [known.get(one) for one in before]
         kept, place = _FACTORS.get(name, ("", -1))
         if outside and kept and before[place] is None:
             factor = saved(node, kept)
@@ -114,12 +114,12 @@ def _push(
 # Operations
 
 
-def _symmetric(node: Node, given: Given) -> Tensor | None:
+def _symmetric(node: Node, given: Tangents) -> Tensor | None:
     tangent: Tensor = node(given[0])
     return tangent
 
 
-def _linear(node: Node, given: Given) -> Tensor | None:
+def _linear(node: Node, given: Tangents) -> Tensor | None:
     _, place = _FACTORS[node.name()]
     x = given[place]
     if x is None or sum(t is not None for t in given) > 1 or saved(node, "alpha", 1) != 1:
@@ -137,7 +137,7 @@ def _linear(node: Node, given: Given) -> Tensor | None:
     return product
 
 
-def _convolution(node: Node, given: Given) -> Tensor | None:
+def _convolution(node: Node, given: Tangents) -> Tensor | None:
     x, *others = given
     if x is None or any(t is not None for t in others):
         return None
@@ -145,7 +145,7 @@ def _convolution(node: Node, given: Given) -> Tensor | None:
     return torch.convolution(x, saved(node, "weight"), None, *[saved(node, one) for one in settings])
 
 
-def _sum(node: Node, given: Given, sign: float = 1.0) -> Tensor | None:
+def _sum(node: Node, given: Tangents, sign: float = 1.0) -> Tensor | None:
     x, y = given
     other = None if y is None else y * (sign * saved(node, "alpha"))
     total = other if x is None else x if other is None else x + other
@@ -153,33 +153,33 @@ def _sum(node: Node, given: Given, sign: float = 1.0) -> Tensor | None:
     return total.expand(_shape(node))
 
 
-def _difference(node: Node, given: Given) -> Tensor | None:
+def _difference(node: Node, given: Tangents) -> Tensor | None:
     return _sum(node, given, -1.0)
 
 
-def _product(node: Node, given: Given) -> Tensor | None:
+def _product(node: Node, given: Tangents) -> Tensor | None:
     terms = [t * saved(node, key) for t, key in zip(given, ("other", "self"), strict=True) if t is not None]
     total: Tensor = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     return total
 
 
-def _quotient(node: Node, given: Given) -> Tensor | None:
+def _quotient(node: Node, given: Tangents) -> Tensor | None:
     x, y = given
     return None if x is None or y is not None else x / saved(node, "other")
 
 
-def _same_order(node: Node, given: Given) -> Tensor | None:
+def _same_order(node: Node, given: Tangents) -> Tensor | None:
     assert given[0] is not None
     return given[0].reshape(_shape(node))
 
 
-def _max_pool(node: Node, given: Given) -> Tensor | None:
+def _max_pool(node: Node, given: Tangents) -> Tensor | None:
     assert given[0] is not None
     chosen: Tensor = saved(node, "result1")
     return given[0].flatten(-2).gather(-1, chosen.flatten(-2)).view_as(chosen)
 
 
-def _mean_pool(node: Node, given: Given) -> Tensor | None:
+def _mean_pool(node: Node, given: Tangents) -> Tensor | None:
     assert given[0] is not None
     high, wide = _shape(node)[-2:]
     return F.adaptive_avg_pool2d(given[0], (high, wide))
@@ -190,7 +190,7 @@ def _shape(node: Node) -> list[int]:
     return list(result_shapes(node)[0])
 
 
-_RULES: dict[str, Callable[[Node, Given], Tensor | None]] = {
+_RULES: dict[str, Callable[[Node, Tangents], Tensor | None]] = {
     "AddmmBackward0": _linear,
     "MmBackward0": _linear,
     "ConvolutionBackward0": _convolution,

@@ -86,7 +86,7 @@ def of_one_matrix(groups: Grouping) -> Grouping:
 
 
 def by_matrix(change: Callable[..., Tensor], groups: Grouping, *tensors: Tensor) -> Tensor:
-    """Return the tensor whose matrices are change(matrix, ...) of the stacked matrices of tensors."""
+    """Return the tensor of the matrices change(matrix, ...), of the matrices of tensors."""
     first, last = groups.stack, tuple(range(len(groups.stack)))
     moved = [t.movedim(first, last) for t in tensors]
     stacks = [t.flatten(0, len(first) - 1) for t in moved]

@@ -149,7 +149,8 @@ class MinMaxNorm(ByGroup):
         TransformError: invalid bounds or rate.
         PenaltyError: a tensor without this axis.
 
-    >>> rs.MinMaxNorm(1.0, 2.0, per="row").project(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]]))
+    >>> x = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.6, 0.8]])
+    >>> rs.MinMaxNorm(1.0, 2.0, per="row").project(x)
     tensor([[1.2000, 1.6000],
             [0.6000, 0.8000],
             [0.6000, 0.8000]])

@@ -23,8 +23,8 @@ from restrain.engine.attach.structure import Look, Structure
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
-    Given,
     LossRules,
+    Unwrapped,
     at_steps,
     bind,
     check_optimizers,
@@ -114,7 +114,7 @@ class Attachment:
         self,
         model: nn.Module,
         plan: Plan,
-        given: list[Given],
+        given: list[Unwrapped],
         declaring: list[nn.Module],
         declared: list[Rule],
         compile: Compile,

@@ -71,7 +71,7 @@ def _refuse_order(earlier: ParameterRules, later: ParameterRules) -> None:
 
 
 def _refuse_twice(earlier: ParameterRules, later: ParameterRules) -> None:
-    """Refuse a rule on gradients that another attachment has already on the same parameter and optimizer."""
+    """Refuse a rule on gradients that another attachment has on the parameter and optimizer."""
     for kind in ("gradient", "noise"):
         for rule, _ in getattr(later, kind):
             for other, _ in getattr(earlier, kind):

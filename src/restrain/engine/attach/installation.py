@@ -99,7 +99,7 @@ class Hooks:
         return self.at_layers[key]
 
     def _refuse_same_noise(self, model: nn.Module, point: Point, noise: Noise) -> None:
-        """Refuse noise that another attachment draws at the same place already, as when a cell is run again."""
+        """Refuse noise that another attachment draws at the same place, as when a cell is rerun."""
         module, own = point.find(model), self.at_layers.values()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             others = hook.noises if isinstance(hook, LayerHook) and all(hook is not one for one in own) else []

@@ -50,7 +50,10 @@ class Tripwire:
             )
 
     def _ascended(self, bound: Bound, optimizer: Optimizer, root: nn.Module) -> bool:
-        """Return True if an optimizer maximises by a parameter of the rule; for activations, by all of the model."""
+        """Return True if an optimizer maximises by a parameter of the rule.
+
+        For a rule on activations, by any parameter of the model.
+        """
         if bound.points or bound.output_recorders:
             return ascends(optimizer, root)
         up = {id(p) for group in optimizer.param_groups for p in group["params"] if group.get("maximize")}

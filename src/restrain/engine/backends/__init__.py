@@ -1,4 +1,4 @@
-"""How operations and instructions are computed: loops of C, kernels of inductor, eager torch, the formulas."""
+"""Ways of computing operations: loops of C, kernels of inductor, eager torch, formulas."""
 
 from restrain.engine.backends.backend import Compile, Decider, Parts, Sums
 from restrain.engine.backends.c_compiler import Loop, loop

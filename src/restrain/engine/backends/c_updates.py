@@ -1,4 +1,4 @@
-"""The step of an optimizer for one entry, with what rules do before and after it, as one list of C statements."""
+"""The step of an optimizer for one entry and the rules before and after it, as C statements."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class Expression:
 def update(
     kind: type[Optimizer], early: Lowered, late: Lowered, group: Group, count: float
 ) -> tuple[str, list[float]] | None:
-    """Statements on the weight w, the gradient o0 and the moments o1, ..., and their numbers; None if there are none.
+    """Return the statements of a step, and their numbers.
+
+    They read and write the weight w, the gradient o0 and the moments o1, ...
 
     Args:
         kind: of optimizer.

@@ -205,7 +205,7 @@ class Forwards:
     def _new(self, call: Call | None = None) -> Forward:
         return Forward(self.pending, self._key, next(self._numbers), call)
 
-    def passes(self, mode: str) -> bool:
+    def may_replace(self, mode: str) -> bool:
         """Return True if a hook may replace a layer's output in this mode.
 
         Rules on derivatives need the model's own graph between layers.

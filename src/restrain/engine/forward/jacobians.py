@@ -40,7 +40,7 @@ from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compi
 
 
 @dataclass(frozen=True)
-class Given:
+class Replayable:
     """Arguments of a forward, with the random state, tensor versions and the model's tensors."""
 
     args: tuple[Any, ...]
@@ -51,7 +51,7 @@ class Given:
     stored: Sequence[tuple[weakref.ref[nn.Module], str, str, Tensor]] = ()
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module) -> Given:
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any], root: nn.Module) -> Replayable:
         """Return the arguments with the current random state, versions, and the model's tensors.
 
         Under `functional_call` these are the substituted tensors. Under FSDP2 none are stored, as
@@ -223,7 +223,7 @@ class Arguments(Recorder, Hook):
             return
         forward = self.whose.forwards.outermost()
         if forward is not None and self.whose.runs_again and self.whose.due():
-            forward.keep(self, Record(Given.of(args, kwargs, module)))
+            forward.keep(self, Record(Replayable.of(args, kwargs, module)))
 
 
 class Derivative:
@@ -253,7 +253,7 @@ class Derivative:
         self.light = False  # the chosen estimator needs no gradient of inputs
         # by checkpoint frame
         self.light_of: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
-        self._pending: tuple[list[Batch], list[Batch], list[Given]] | None = None
+        self._pending: tuple[list[Batch], list[Batch], list[Replayable]] | None = None
         self._blind = False  # pending records come from compiled code, unseen by probes
         self._term: Tensor | None = None
         self._collected: list[int] = []  # numbers of the forwards that are pending or in the term
@@ -287,7 +287,7 @@ class Derivative:
     def _unseen(self, forwards: Sequence[Forward]) -> list[Probe]:
         """Return the probes that compiled code hides in these forwards."""
         arguments = [record for forward in forwards for record in forward.records.get(self.arguments, ())]
-        if any(not isinstance(record.value, Given) for record in arguments):
+        if any(not isinstance(record.value, Replayable) for record in arguments):
             return self.probes
         root = self._root() if arguments else None
         return [] if root is None else [probe for probe in self.probes if _compiled(root, probe.point)]
@@ -309,7 +309,7 @@ class Derivative:
             kept.append([record.value for record in records])
         moved, by_place, given = kept[: len(self.moved)], kept[len(self.moved) : -1], kept[-1]
         ys = [_weighted(probe, batches) for probe, batches in zip(self.seen, by_place, strict=True)]
-        arguments = [g if isinstance(g, Given) else Given(g[0], g[1], None, None) for g in given]
+        arguments = [g if isinstance(g, Replayable) else Replayable(g[0], g[1], None, None) for g in given]
         self._pending = ([y for some in ys for y in some], [x for some in moved for x in some], arguments)
         unseen = self._unseen(forwards)
         for probe in unseen:
@@ -337,7 +337,7 @@ class Derivative:
         return self._term
 
     def _value(
-        self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given], loss: Tensor | None
+        self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Replayable], loss: Tensor | None
     ) -> Tensor:
         if self.penalty.of_loss:
             assert loss is not None
@@ -354,7 +354,7 @@ class Derivative:
             self.light, choice = False, Choice("exact", again=True)
         return self._by_runs(root, given, choice) if choice.again else self.penalty.of_graph(ys, xs, choice.estimator)
 
-    def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Given]) -> Tensor:
+    def _by_tangents(self, root: nn.Module, ys: list[Batch], xs: list[Batch], given: list[Replayable]) -> Tensor:
         """Return the value from the forward's graph, or by a replay if that is impossible.
 
         If it is impossible although inputs needed a gradient, all later steps replay.
@@ -371,7 +371,7 @@ class Derivative:
         value, self.light = found
         return value
 
-    def _by_runs(self, root: nn.Module, given: list[Given], choice: Choice) -> Tensor:
+    def _by_runs(self, root: nn.Module, given: list[Replayable], choice: Choice) -> Tensor:
         if not given:
             raise CaptureError(
                 f"{self.key}: estimator={choice.estimator!r} runs the model again, but only layers of it were "
@@ -386,7 +386,7 @@ class Derivative:
         mean = all(probe.point.place.calls == "mean" for probe in self.seen)
         return torch.stack(values).mean() if mean else torch.stack(values).sum()
 
-    def _run(self, root: nn.Module, given: Given) -> Callable[[Any], list[Batch]]:
+    def _run(self, root: nn.Module, given: Replayable) -> Callable[[Any], list[Batch]]:
         def run(move: Callable[[Batch], Tensor]) -> list[Batch]:
             given.check()
             rerun = self.forwards.further = Rerun(self, Call(sys._getframe()), move)

@@ -43,15 +43,15 @@ class Mark:
         self.lost = ""  # reason why the forward was given up, or ""
         self._outer: Any = None  # weak reference to the outer mark, after the first use
 
-    def put(self, node: Any, passes: bool = True) -> None:
-        """Mark the node of an activation; with `passes`, also the gradients that it sends on."""
-        if self._add(node) and passes:
+    def put(self, node: Any, and_gradients: bool = True) -> None:
+        """Mark the node of an activation, and the gradients that it sends on unless told not to."""
+        if self._add(node) and and_gradients:
             node.register_hook(self)
 
-    def put_outer(self, nodes: Sequence[Any], passes: bool = True) -> None:
+    def put_outer(self, nodes: Sequence[Any], and_gradients: bool = True) -> None:
         """Mark nodes that no record keeps."""
         for node in nodes:
-            if self.outer()._add(node) and passes:
+            if self.outer()._add(node) and and_gradients:
                 node.register_hook(self)
 
     def _add(self, node: Any) -> bool:
@@ -68,7 +68,7 @@ class Mark:
         the input of the node, that of a linear layer on the weight.
         """
         if torch.is_grad_enabled():
-            self.put_outer([g.grad_fn for g in sent if g is not None and g.grad_fn is not None], passes=False)
+            self.put_outer([g.grad_fn for g in sent if g is not None and g.grad_fn is not None], and_gradients=False)
 
     def outer(self) -> Mark:
         """Return the mark of nodes that no record keeps."""

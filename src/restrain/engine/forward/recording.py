@@ -245,7 +245,7 @@ class Gate(Protocol):
     def plain(self) -> Forward | None:
         """Return the running training forward if plain eager code runs; else None."""
 
-    def passes(self, mode: str) -> bool:
+    def may_replace(self, mode: str) -> bool:
         """Return True if a hook may replace a layer's output."""
 
     def inputs(self) -> Inputs | None:
@@ -335,7 +335,7 @@ class LayerHook(Draws, Hook):
         if mode != "recompute":
             self._measure(recorder, forward, seen)
         h = structures.get(result, way)
-        passed = recorder.on_the_way(h, way, module) if self.gate.passes(mode) else None
+        passed = recorder.on_the_way(h, way, module) if self.gate.may_replace(mode) else None
         if passed is not None:
             if forward is not None:
                 forward.keep(recorder, Record.of(*passed[1:]), seen)

@@ -99,7 +99,7 @@ class Forward:
         node: Any = activation.grad_fn
         if node is None and not torch.is_grad_enabled() and (node := checkpoint_node()) is not None:
             self._lowest = min(self._lowest, made_as(node))
-            self.mark.put_outer([node], passes=False)
+            self.mark.put_outer([node], and_gradients=False)
             self.marked = True
         elif node is None:
             self.hidden = self.hidden or activation.requires_grad or wrapped(activation)

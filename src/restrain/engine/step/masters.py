@@ -44,12 +44,12 @@ class Masters:
         """True until it is known whether the optimizer updates copies."""
         return bool(self._looks or self._pairs)
 
-    def look(self, optimizer: Optimizer, held: Sequence[Member]) -> None:
+    def look(self, optimizer: Optimizer, members: Sequence[Member]) -> None:
         """Find copies of the parameters that rules are about to change."""
         if not self._looks:
             return
         self._looks -= 1
-        works = [(work.handle.name, p) for work, p, _ in held if work.decoupled or work.proximal or work.project]
+        works = [(work.handle.name, p) for work, p, _ in members if work.decoupled or work.proximal or work.project]
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         shapes = {p.shape for _, p in works if not is_sharded(p)}
         found = [t for t in _tensors(optimizer) if id(t) not in own and t.shape in shapes]

@@ -227,24 +227,26 @@ class Stepper:
         With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
         fails. `rest` keeps the other parameters.
         """
-        held = self._worklist.by(optimizer)
-        self._masters.look(optimizer, held)
+        works = self._worklist.by(optimizer)
+        self._masters.look(optimizer, works)
         fold: Fold | Again | None = None
         if rest is not None:
             again = self._unfinished.fold
             fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
         self._done = () if fold is None else fold.done
-        value = self._before(optimizer, held, kinds, with_value)
+        value = self._before(optimizer, works, kinds, with_value)
         self._masters.changed()
         if rest is not None and fold is not None:
             rest.param_groups = fold.run(optimizer)
             self._unfinished.note_fold(fold, rest.param_groups)
         return value
 
-    def _before(self, optimizer: Optimizer, held: Sequence[Member], kinds: tuple[str, ...], with_value: bool) -> Tensor:
+    def _before(
+        self, optimizer: Optimizer, works: Sequence[Member], kinds: tuple[str, ...], with_value: bool
+    ) -> Tensor:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
         standing = self._unfinished.standing()  # of an interrupted step, which is called again
-        made = [Made("gradient", self._add_noises(held, scale, standing))] if "gradient" in kinds else []
+        made = [Made("gradient", self._add_noises(works, scale, standing))] if "gradient" in kinds else []
         moves = "decoupled" in kinds and real_step(optimizer)
         batches = []
         for task in self._worklist.tasks(kinds, self.steps):
@@ -265,24 +267,24 @@ class Stepper:
             one.look()
         self._unfinished.note(made, ("gradient", "decay") if "decoupled" in kinds else ("gradient",))
         if moves and self._looks:
-            self._remember(held, scale)
+            self._remember(works, scale)
         return totals([values])[0]
 
     def _add_noises(
-        self, held: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
+        self, works: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
     ) -> list[Tensor]:
         """Add noise to gradients; return these gradients."""
         if not self._noisy:
             return []
-        grads = [(work, grad) for work, p, _ in held if work.noise and (grad := p.grad) is not None]
+        grads = [(work, grad) for work, p, _ in works if work.noise and (grad := p.grad) is not None]
         for work, grad in grads:
             if ("gradient", id(grad)) not in standing:
                 self._add_noise(work, grad, scale)
         return [grad for _, grad in grads]
 
-    def _remember(self, held: Sequence[Member], scale: Tensor | None) -> None:
+    def _remember(self, works: Sequence[Member], scale: Tensor | None) -> None:
         """Store weights and gradients before the step, for metrics that need them."""
-        for work, p, group in held:
+        for work, p, group in works:
             if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
                 if not work.proximal and (p.grad.is_sparse or is_sharded(p) or p.is_complex()):
                     continue  # projected as under SGD
@@ -332,17 +334,17 @@ class Stepper:
 
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:
-        held = self._worklist.by(optimizer)
+        works = self._worklist.by(optimizer)
         self._masters.check()
-        self._masters.look(optimizer, held)
-        metrics = self._metrics(optimizer, held)
+        self._masters.look(optimizer, works)
+        metrics = self._metrics(optimizer, works)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
                 changes = task.changes if metric is not None else _without_metric(task.changes)
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
-        for work, p, _ in [one for one in held if one[0].project]:
+        for work, p, _ in [one for one in works if one[0].project]:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
@@ -364,7 +366,7 @@ class Stepper:
             self._unsure.add(work.handle)
             warnings.warn(not_nearest(work.handle.name, timed), RestrainWarning, stacklevel=level_of_caller())
 
-    def _metrics(self, optimizer: Optimizer, held: Sequence[Member]) -> dict[int, Metric]:
+    def _metrics(self, optimizer: Optimizer, works: Sequence[Member]) -> dict[int, Metric]:
         """Return metrics of moved parameters with proximal rules, also if no rule is due.
 
         Metrics with state must be updated at each step.
@@ -372,7 +374,7 @@ class Stepper:
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
-        for work, p, group in held:
+        for work, p, group in works:
             left = id(work) in self._followed and id(p) not in self._done
             if not left or (grad := p.grad) is None or group["lr"] == 0 or (p.is_complex() and not work.proximal):
                 continue

@@ -31,7 +31,7 @@ from restrain.transforms.base import Noise
 
 
 @dataclass(frozen=True)
-class Site:
+class Use:
     """Use of a weight: path to the module whose forward uses it, and from there to its owner."""
 
     name: str
@@ -40,13 +40,13 @@ class Site:
     attribute: str
 
 
-def sites_of(slot: Slot) -> list[Site]:
+def uses_of(slot: Slot) -> list[Use]:
     """Return the uses of a weight, one for each module that holds it.
 
     Raises:
         HowError: no module with a forward holds it.
     """
-    return [_site(slot.name, layer, key) for layer, key in slot.owners]
+    return [_use(slot.name, layer, key) for layer, key in slot.owners]
 
 
 def check_computable(slot: Slot) -> None:
@@ -63,7 +63,7 @@ def check_computable(slot: Slot) -> None:
             )
 
 
-def _site(name: str, layer: Layer, key: str) -> Site:
+def _use(name: str, layer: Layer, key: str) -> Use:
     chain = list(layer.chain)
     caller = len(chain) - 1
     while caller >= 0 and not _is_called(chain, caller):
@@ -71,7 +71,7 @@ def _site(name: str, layer: Layer, key: str) -> Site:
     if caller < 0:
         raise HowError(f"{name!r} belongs to no module with a forward, so noise on it has no moment to act")
     cut = next(i for i in range(len(layer.path) + 1) if follow(chain[0], layer.path[:i]) is chain[caller])
-    return Site(name, layer.path[:cut], layer.path[cut:], key)
+    return Use(name, layer.path[:cut], layer.path[cut:], key)
 
 
 def _is_called(chain: Sequence[nn.Module], i: int) -> bool:
@@ -146,17 +146,17 @@ class Disturb(Draws, Hook):
 
     def __init__(self) -> None:
         super().__init__()
-        self.noises: list[tuple[Site, list[Noise]]] = []
+        self.noises: list[tuple[Use, list[Noise]]] = []
         self.running: list[_Disturbance] = []  # of running calls, the innermost last
         self.fired = False
         # calls in compiled code: changes in place also leave a compiled checkpoint
         self.calls = torch.zeros(1, device="cpu")
 
-    def add(self, site: Site, noise: Noise) -> None:
+    def add(self, use: Use, noise: Noise) -> None:
         """Add a noise on a weight, after its earlier noises."""
-        known = next((noises for one, noises in self.noises if one == site), None)
+        known = next((noises for one, noises in self.noises if one == use), None)
         if known is None:
-            self.noises.append((site, [noise]))
+            self.noises.append((use, [noise]))
         else:
             known.append(noise)
 
@@ -164,8 +164,8 @@ class Disturb(Draws, Hook):
         if torch.compiler.is_compiling():
             if self.draws(module):
                 self.calls.add_(1)
-                for site, owner, disturbed in self._disturbed(module):
-                    _set(owner, site.attribute, disturbed)
+                for use, owner, disturbed in self._disturbed(module):
+                    _set(owner, use.attribute, disturbed)
                     keep_flat(owner)
             return
         frame = sys._getframe(1)
@@ -176,27 +176,27 @@ class Disturb(Draws, Hook):
         one = _Disturbance(Call(frame, module))
         with _several_threads:
             self.running.append(one)
-        for site, owner, disturbed in self._disturbed(module):
+        for use, owner, disturbed in self._disturbed(module):
             with _several_threads:
                 self._check_thread(owner)
-                _Stored.put(owner, site.attribute, one, disturbed)
+                _Stored.put(owner, use.attribute, one, disturbed)
 
-    def _disturbed(self, module: nn.Module) -> Iterator[tuple[Site, nn.Module, Tensor]]:
-        """Yield each weight's site, owner and noisy tensor."""
-        for site, noises in self.noises:
-            owner = _owner(module, site)
-            w = owner._parameters.get(site.attribute)
+    def _disturbed(self, module: nn.Module) -> Iterator[tuple[Use, nn.Module, Tensor]]:
+        """Yield each weight's use, owner and noisy tensor."""
+        for use, noises in self.noises:
+            owner = _owner(module, use)
+            w = owner._parameters.get(use.attribute)
             if w is None:
                 raise DetachedError(
-                    f"the parameter {site.name!r} is gone or parametrised since noise was attached to it; detach() and "
+                    f"the parameter {use.name!r} is gone or parametrised since noise was attached to it; detach() and "
                     "attach the rules again"
                 )
             if is_sharded(w):
-                raise HowError(NOISE_ON_PARTS.format(whose=f"{site.name!r} is sharded"))
+                raise HowError(NOISE_ON_PARTS.format(whose=f"{use.name!r} is sharded"))
             disturbed: Tensor = w
             for noise in noises:
                 disturbed = noise.of_weight(disturbed)
-            yield site, owner, disturbed
+            yield use, owner, disturbed
 
     def _check_thread(self, owner: nn.Module) -> None:
         """Check that no two threads are in a recurrent layer, which has a single list of weights.
@@ -224,8 +224,8 @@ class Disturb(Draws, Hook):
 
     def _drop(self, one: _Disturbance, module: nn.Module) -> None:
         with _several_threads:
-            for site, _ in self.noises:
-                owner = _owner(module, site)
+            for use, _ in self.noises:
+                owner = _owner(module, use)
                 if isinstance(owner._parameters, _Stored):
                     owner._parameters.drop(one, owner)
             self.running = [other for other in self.running if other is not one]
@@ -234,8 +234,9 @@ class Disturb(Draws, Hook):
 class Restore(Hook):
     """Forward hook that takes the disturbed weights away.
 
-    After an exception they are void, as their call has ended: see `_Stored`. `always_call=True` would have
-    torch.compile compile equal layers each anew, by the numbers of their hooks.
+    After an exception they are void, as their call has ended: see `_Stored`. With
+    `always_call=True` torch.compile would compile equal layers each anew, by the numbers of their
+    hooks.
     """
 
     def __init__(self, disturb: Disturb) -> None:
@@ -245,10 +246,10 @@ class Restore(Hook):
         if not torch.compiler.is_compiling():
             self.disturb.end(module, sys._getframe(1))
             return
-        for site, _ in self.disturb.noises:
-            owner = _owner(module, site)
-            if site.attribute in owner.__dict__:
-                _set(owner, site.attribute, None)
+        for use, _ in self.disturb.noises:
+            owner = _owner(module, use)
+            if use.attribute in owner.__dict__:
+                _set(owner, use.attribute, None)
                 keep_flat(owner)
 
 
@@ -270,8 +271,8 @@ def _write(owner: nn.Module, key: str, tensor: Tensor | None) -> None:
         owner.__dict__[key] = tensor
 
 
-def _owner(module: nn.Module, site: Site) -> nn.Module:
-    for key in site.way:
+def _owner(module: nn.Module, use: Use) -> nn.Module:
+    for key in use.way:
         module = module._modules[key]  # type: ignore[assignment]
     return module
 
@@ -283,15 +284,15 @@ class WeightNoise:
     hooks: dict[tuple[str, ...], Disturb] = field(default_factory=dict)  # by path of the module
     handles: dict[tuple[str, ...], list[Any]] = field(default_factory=dict)  # by path
     modules: dict[tuple[str, ...], weakref.ref[nn.Module]] = field(default_factory=dict)
-    checked: dict[Site, bool] = field(default_factory=dict)  # error if the hook never fires
+    checked: dict[Use, bool] = field(default_factory=dict)  # error if the hook never fires
 
-    def begin(self, noisy: Iterable[tuple[Site, Noise, bool]], root: nn.Module) -> None:
+    def begin(self, noisy: Iterable[tuple[Use, Noise, bool]], root: nn.Module) -> None:
         """Register hooks, given (weight, noise, True if a hook that never fires is an error)."""
-        for site, noise, checked in noisy:
-            if site.caller not in self.hooks:
-                self._hook(root, site.caller)
-            self.hooks[site.caller].add(site, noise)
-            self.checked[site] = checked
+        for use, noise, checked in noisy:
+            if use.caller not in self.hooks:
+                self._hook(root, use.caller)
+            self.hooks[use.caller].add(use, noise)
+            self.checked[use] = checked
 
     def _hook(self, root: nn.Module, path: tuple[str, ...]) -> None:
         module = follow(root, path)
@@ -352,13 +353,13 @@ class WeightNoise:
         """
         for disturb in self.hooks.values():
             disturb.fired = disturb.fired or bool(disturb.calls)
-            silent = [] if disturb.fired else [site for site, _ in disturb.noises if self.checked[site]]
-            for site in silent:
-                owner = follow(root, site.caller + site.way)
-                w = None if owner is None else owner._parameters.get(site.attribute)
+            silent = [] if disturb.fired else [use for use, _ in disturb.noises if self.checked[use]]
+            for use in silent:
+                owner = follow(root, use.caller + use.way)
+                w = None if owner is None else owner._parameters.get(use.attribute)
                 if w is not None and w.grad is not None:
                     raise NeverFiredError(
-                        f"{site.name!r} was trained, but the layer that holds it was never called in train() mode, so "
+                        f"{use.name!r} was trained, but the layer that holds it was never called in train() mode, so "
                         "its noise never came: the model uses the weight past the layer (F.linear(x, layer.weight)), "
                         "or was compiled before. Call the layer itself, or say optional=True in .on(...)"
                     )
