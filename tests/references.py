@@ -72,6 +72,88 @@ def weighted(*pairs):
     return lambda x: sum(strength * value(x) for strength, value in pairs)
 
 
+# Outputs
+
+
+def variance(x, target=1.0, eps=1e-4):
+    """VICReg's hinge on the standard deviation of each column."""
+    away = x - x.mean(-2, keepdims=True)
+    deviation = np.sqrt((np.abs(away) ** 2).sum(-2) / (x.shape[-2] - 1) + eps)
+    return np.maximum(0, target - deviation).mean(-1)
+
+
+def covariance(x):
+    """The squares off the diagonal of the columns' covariances, over the number of columns."""
+    away = x - x.mean(-2, keepdims=True)
+    c = away.conj().swapaxes(-2, -1) @ away / (x.shape[-2] - 1)
+    return (np.abs(c * (1 - np.eye(x.shape[-1]))) ** 2).sum((-2, -1)) / x.shape[-1]
+
+
+def cross_correlation(a, b, off_diagonal):
+    """Barlow Twins, feature by feature."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    total = 0.0
+    for i in range(a.shape[1]):
+        for j in range(b.shape[1]):
+            c = (a[:, i] * b[:, j]).sum() / np.sqrt((a[:, i] ** 2).sum() * (b[:, j] ** 2).sum())
+            total += (1 - c) ** 2 if i == j else off_diagonal * c**2
+    return total
+
+
+def z_loss(x):
+    return (np.log(np.exp(x).sum(-1)) ** 2).mean(-1)
+
+
+def attention_entropy(floor):
+    def value(p):
+        return np.maximum(0, floor + (p * np.log(p)).sum(-1)).mean(-1)
+
+    return value
+
+
+def load_balance(top_k, scores="softmax"):
+    """E Σ f P of rows of logits."""
+
+    def value(z):
+        s = np.exp(z) if scores == "softmax" else 1 / (1 + np.exp(-z))
+        p = s / s.sum(-1, keepdims=True)
+        ranks = np.argsort(np.argsort(-z, axis=-1), axis=-1)
+        f = (ranks < top_k).mean(-2) / top_k
+        return z.shape[-1] * (f * p.mean(-2)).sum(-1)
+
+    return value
+
+
+def hashed(x):
+    """Two rounds of shifts and multiplications modulo 2³², in unsigned integers."""
+    x = np.asarray(x, np.uint64) & np.uint64(0xFFFFFFFF)
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
+    return x ^ (x >> np.uint64(15))
+
+
+def random_directions(features, count, seed, step):
+    """Unit columns from a hash, by Box and Muller."""
+    entries = hashed(hashed(hashed(seed) + np.uint64(step)) + np.arange(features * count, dtype=np.uint64))
+    u, v = (hashed(entries + np.uint64(other)).astype(float) / 2**32 + 0.5 / 2**32 for other in (0, 0x3C6EF372))
+    normal = (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).reshape(features, count)
+    return normal / np.sqrt((normal**2).sum(0))
+
+
+def sigreg(directions, seed=0, step=0):
+    """Algorithm 1 of LeJEPA as it stands: complex exponentials at 17 points, and the trapezoidal rule."""
+
+    def value(x):
+        t = np.linspace(-5, 5, 17)
+        gaussian = np.exp(-0.5 * t**2)
+        projected = x @ random_directions(x.shape[-1], directions, seed, step)
+        empirical = np.exp(1j * projected[..., None] * t).mean(-3)
+        error = np.abs(empirical - gaussian) ** 2 * gaussian
+        return (np.trapezoid(error, t, axis=-1) * x.shape[-2]).mean(-1)
+
+    return value
+
+
 # Proximal operators
 
 

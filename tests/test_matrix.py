@@ -47,6 +47,8 @@ ELSEWHERE = {  # what takes no tensor alone, and the tests that hold it to its f
     "JacobianNorm": "penalties/test_derivative.py",
     "DecoderL1": "penalties/test_activity.py",
     "ProductNorm": "penalties/test_stateful.py",
+    "Invariance": "penalties/test_views.py",
+    "CrossCorrelation": "penalties/test_views.py",
     "Tie": "penalties/test_stateful.py",
     "Standardize": "transforms/test_normalization.py",
     "RobustScale": "transforms/test_robust_scale.py",

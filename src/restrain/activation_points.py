@@ -14,6 +14,7 @@ from restrain.named_tensors import Layer, near
 from restrain.selections import Candidates, Glob, Object, Regex, Where, as_where, chosen, pattern, shown, spine
 
 Calls = Literal["mean", "sum"]
+Average = Literal["samples", "tokens"]
 Argument = (
     str | int | Callable[..., Any]
 )  # an argument of the model's forward by name or position, or a function of all
@@ -56,6 +57,8 @@ class Place(Places):
     calls: Calls = "mean"
     mask: Argument | None = None
     lengths: Argument | None = None
+    average: Average = "samples"
+    call: int | None = None
 
     @property
     def padded(self) -> bool:
@@ -68,8 +71,10 @@ class Place(Places):
             value = getattr(self, key)
             shown = getattr(value, "__name__", value) if callable(value) else repr(value)
             given += [f"{key}={shown}"] * (value is not None)
-        given += [f"{key}={getattr(self, key)!r}" for key in ("index", "batch_dim") if getattr(self, key) is not None]
+        numbers = ("index", "batch_dim", "call")
+        given += [f"{key}={getattr(self, key)!r}" for key in numbers if getattr(self, key) is not None]
         given += [f"calls={self.calls!r}"] * (self.calls != "mean")
+        given += [f"average={self.average!r}"] * (self.average != "samples")
         return f"rs.{self.kind}({', '.join(filter(None, given))})"
 
 
@@ -82,6 +87,8 @@ def outputs(
     calls: Calls = "mean",
     mask: Argument | None = None,
     lengths: Argument | None = None,
+    average: Average = "samples",
+    call: int | None = None,
 ) -> Place:
     """Select the outputs of layers; without an argument, the output of the whole model.
 
@@ -101,6 +108,11 @@ def outputs(
             the model's forward, or a function of all its arguments. "~" before the name inverts it.
             The mask is (batch, time), or has as many axes as the output; nonzero positions count.
         lengths: the sequence lengths, (batch,), in the same ways; instead of a mask.
+        average: "samples" sums a penalty over all features of a sample, also over time, and
+            averages over the batch; "tokens", for outputs (batch, time, features), averages over
+            all tokens of this process's batch, those that a mask leaves.
+        call: which of a layer's calls, counted from 0 over the forwards that one loss depends on;
+            by default all.
 
     Raises:
         SelectionError: an invalid argument.
@@ -109,7 +121,16 @@ def outputs(
     rs.outputs('relu*', calls='sum')
     """
     return make_place(
-        "outputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+        "outputs",
+        which,
+        via=via,
+        index=index,
+        batch_dim=batch_dim,
+        calls=calls,
+        mask=mask,
+        lengths=lengths,
+        average=average,
+        call=call,
     )
 
 
@@ -122,6 +143,8 @@ def inputs(
     calls: Calls = "mean",
     mask: Argument | None = None,
     lengths: Argument | None = None,
+    average: Average = "samples",
+    call: int | None = None,
 ) -> Place:
     """Select the inputs of layers; without an argument, the input of the whole model.
 
@@ -131,7 +154,16 @@ def inputs(
     rs.inputs()
     """
     return make_place(
-        "inputs", which, via=via, index=index, batch_dim=batch_dim, calls=calls, mask=mask, lengths=lengths
+        "inputs",
+        which,
+        via=via,
+        index=index,
+        batch_dim=batch_dim,
+        calls=calls,
+        mask=mask,
+        lengths=lengths,
+        average=average,
+        call=call,
     )
 
 
@@ -145,14 +177,22 @@ def make_place(
     calls: Any = "mean",
     mask: Any = None,
     lengths: Any = None,
+    average: Any = "samples",
+    call: Any = None,
 ) -> Place:
     """Return the selection for the arguments of `outputs` or `inputs`.
 
     Raises:
         SelectionError: an invalid argument.
     """
-    if not any(calls is known or (isinstance(calls, str) and calls == known) for known in ("mean", "sum")):
+    if not (isinstance(calls, str) and calls in ("mean", "sum")):
         raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {brief(calls)}")
+    if not (isinstance(average, str) and average in ("samples", "tokens")):
+        raise SelectionError(f"average= is 'samples' or 'tokens', got {brief(average)}")
+    if call is not None and not is_whole(call, 0):
+        raise SelectionError(f"call= is the number of a call of the layer, from 0; got {brief(call)}")
+    if call is not None and calls != "mean":
+        raise SelectionError(f"call={call} is a single call: leave calls= out")
     if via is not None and not callable(via):
         raise SelectionError(f"via= is a function of the tensor, such as torch.relu; got {brief(via)}")
     if index is not None and not is_whole(index) and not isinstance(index, str):
@@ -168,7 +208,8 @@ def make_place(
             )
     if mask is not None and lengths is not None:
         raise SelectionError("write mask= or lengths=, not both: they say the same")
-    return Place(kind, None if which is None else as_where(which), via, index, batch_dim, calls, mask, lengths)
+    chosen_layers = None if which is None else as_where(which)
+    return Place(kind, chosen_layers, via, index, batch_dim, calls, mask, lengths, average, call)
 
 
 def _as_places(given: Any) -> Places:
@@ -219,7 +260,7 @@ def select_places(where: Places, layers: Sequence[Layer], optional: bool = False
 def _tensor(target: Target) -> tuple[Any, ...]:
     """Return a key that tells the tensors of two activations apart."""
     place = target.place
-    return id(target.layer.module), place.kind, place.via, place.index
+    return id(target.layer.module), place.kind, place.via, place.index, place.call
 
 
 def _place_targets(place: Place, layers: Sequence[Layer], optional: bool) -> list[Target]:

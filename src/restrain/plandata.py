@@ -53,7 +53,7 @@ FORMS: dict[str, type[Strength]] = {
     "steps": Steps,
     "target": Target,
 }
-_PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths")
+_PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths", "average", "call")
 _OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum", "metric", "gradient")
 
 
@@ -388,7 +388,7 @@ def _write_where(where: Any) -> Any:
         for key in ("mask", "lengths"):
             if callable(options[key]):
                 raise PlanError(f"{key}={options[key]!r} can't be written: only a name or position of an argument can")
-        return {**data, **{k: v for k, v in options.items() if v is not None and v != "mean"}}
+        return {**data, **{k: v for k, v in options.items() if v is not None and v not in ("mean", "samples")}}
     raise PlanError(
         f"{where!r} can't be written as text; attach the plan and write reg.plan, which has the names instead"
     )

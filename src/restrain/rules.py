@@ -268,5 +268,7 @@ def _check(rule: Rule) -> None:
             f"metric= and gradient= say how a constraint is held by how='project'; {what!r} acts by how={rule.how!r}: "
             "leave them out"
         )
+    if rule.outputs is not None and rule.at_places:
+        raise PlanError(f"{what!r} is of the outputs in .on(...): join them there by |, and leave outputs= out")
     if rule.outputs is not None and not (what.takes_outputs and isinstance(rule.outputs, Places)):
         raise PlanError("outputs=rs.outputs(...) goes with a penalty on the whole network (rs.NetworkPenalty)")

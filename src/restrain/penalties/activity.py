@@ -54,6 +54,7 @@ class _OfDistributions(Penalty, register=False):
 
     takes_mask = True
     at_outputs = True
+    by_token = True
 
     def __post_init__(self) -> None:
         checked_axis("dim", self.dim)

@@ -27,8 +27,13 @@ class _Sum(torch.autograd.Function):
         return gradient * dist.get_world_size()
 
 
+def several_processes() -> bool:
+    """Return True if several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def over_processes(own: Tensor) -> Tensor:
     """Return the sum of a tensor over all processes, differentiable once."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if not several_processes():
         return own
     return _Sum.apply(own)  # type: ignore[no-untyped-call, no-any-return]

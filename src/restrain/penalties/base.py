@@ -417,6 +417,24 @@ class Penalty(Algebra["Penalty"], register=False):
             )
         return torch.where(mask, h, 0)
 
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens can be the samples of an output: see `over_tokens`."""
+        return type(self).over_batch is Penalty.over_batch
+
+    def over_tokens(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the value of each token, averaged over the tokens that count.
+
+        Args:
+            h: the outputs; each row along the last axis is a token.
+            mask: as of `over_batch`, the same for all features of a token.
+        """
+        rows = h.flatten(0, -2)
+        if mask is None:
+            return self.over_batch(rows, 0)
+        kept = mask.expand(*h.shape[:-1], 1).flatten(0, -2)
+        return self.over_batch(rows, 0, kept) * rows.shape[0] / kept.sum().clamp_min(1)
+
     def mean(self, w: Tensor) -> Tensor:
         """Return value / number of entries, of an entrywise penalty; zero for an empty tensor.
 
@@ -534,6 +552,10 @@ class _Combined(Combination[Penalty], Penalty, register=False):
     def takes_mask(self) -> bool:
         return all(member.takes_mask for member in self.members)
 
+    @property
+    def by_token(self) -> bool:
+        return all(member.by_token for member in self.members)
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         first, *others = [member.moments(at_places) for member in self.members]
         return tuple(how for how in first if all(how in other for other in others))
@@ -587,6 +609,11 @@ class Scaled(Multiple[Penalty], _Combined, register=False):
         if is_off(self.strength):
             return in_float32(nothing, h)
         return times(at_hand(self.strength, self), self.penalty.over_batch(h, dim, mask))
+
+    def over_tokens(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        if is_off(self.strength):
+            return in_float32(nothing, h)
+        return times(at_hand(self.strength, self), self.penalty.over_tokens(h, mask))
 
     def state(self) -> dict[str, Tensor]:
         return self.penalty.state()
@@ -667,6 +694,9 @@ class Sum(Total[Penalty], _Combined, register=False):
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return functools.reduce(operator.add, [term.over_batch(h, dim, mask) for term in self.terms])
 
+    def over_tokens(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        return functools.reduce(operator.add, [term.over_tokens(h, mask) for term in self.terms])
+
     def state(self) -> dict[str, Tensor]:
         return {f"{i}.{name}": kept for i, term in enumerate(self.terms) for name, kept in term.state().items()}
 
@@ -689,6 +719,8 @@ class OfRows(Penalty, register=False):
 
     On outputs each sample is a row, and the values are averaged over the batch.
     """
+
+    by_token = True
 
     @abstractmethod
     def over_rows(self, rows: Tensor) -> Tensor:
@@ -759,6 +791,10 @@ class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
 
 class _CombinedNetwork(Combination[NetworkPenalty], NetworkPenalty, register=False):
     """Base of multiples and sums of penalties on a network."""
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        first, *_ = [member.moments(at_places) for member in self.members]
+        return first
 
     @property
     def takes_frozen(self) -> bool:  # type: ignore[override]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from restrain.axes import squared
 from restrain.callstack import Block
 from restrain.errors import PenaltyError
-from restrain.penalties.all_reduce import over_processes
+from restrain.penalties.all_reduce import over_processes, several_processes
 from restrain.penalties.base import (
     Penalty,
     Tensors,
@@ -29,7 +30,7 @@ _ROUNDING = 1e-6  # tolerance for activations outside [0, 1]
 
 
 @dataclass(frozen=True)
-class _Samples:
+class Samples:
     """Activations as a matrix (rows, units), with a mask of the entries that count."""
 
     x: Tensor  # (rows, units), zero where masked out
@@ -37,7 +38,7 @@ class _Samples:
     everywhere: bool  # sum over all processes
 
     @classmethod
-    def of(cls, h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, everywhere: bool = False) -> _Samples:
+    def of(cls, h: Tensor, per: int | None, dim: int | None, mask: Tensor | None, everywhere: bool = False) -> Samples:
         """Return the samples of a layer's output; all axes but that of the units index rows."""
         if h.dim() < 2:
             return cls(h.reshape(1, -1), None if mask is None else mask.reshape(1, -1), everywhere)
@@ -63,6 +64,35 @@ class _Samples:
         """Return each unit's mean over the rows that count, and the number of these rows."""
         sums, size = self.sum(torch.stack([self.x.sum(0), self.size().to(self.x.dtype)]))
         return sums / size.real.clamp_min(1), size.real.detach()
+
+    def deviations(self) -> tuple[Tensor, Tensor]:
+        """Return the rows minus the units' means, zero where masked out, and the numbers of rows.
+
+        Deviations sum to zero, so to first order sums of their products don't depend on the means.
+        Over several processes the means are constants to autograd.
+        """
+        mean, size = self.mean()
+        away = self.x - (mean.detach() if self.everywhere and several_processes() else mean)
+        return away if self.counts is None else torch.where(self.counts, away, 0), size
+
+    def covariances(self, unbiased: bool, penalty: object) -> Tensor:
+        """Return the covariance matrix of the units: Σ (x - m)(x - m)ᴴ / n, or / (n - 1) if `unbiased`.
+
+        Raises:
+            PenaltyError: a mask that differs between the units of a sample.
+        """
+        self.check_whole_rows(penalty)
+        away, size = self.deviations()
+        return self.sum(away.mH @ away) / (size - int(unbiased)).clamp_min(1)
+
+    def check_whole_rows(self, penalty: object) -> None:
+        """Check that the mask takes or leaves all units of a sample together.
+
+        Raises:
+            PenaltyError: it doesn't.
+        """
+        if self.counts is not None and self.counts.shape[1] != 1 and self.x.shape[1] != 1:
+            raise PenaltyError(f"a mask for {penalty!r} takes or leaves all units of a sample together")
 
 
 def unit_axis(h: Tensor, given: int | None, batch: int | None, name: str = "per", whose: str = "units") -> int:
@@ -137,9 +167,9 @@ class KLSparsity(Penalty):
         return self.over_batch(w, 0 if w.dim() else None)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return in_float32(lambda x: self.of_samples(_Samples.of(x, self.per, dim, mask), None), h)
+        return in_float32(lambda x: self.of_samples(Samples.of(x, self.per, dim, mask), None), h)
 
-    def of_samples(self, samples: _Samples, memory: _Memory | None) -> Tensor:
+    def of_samples(self, samples: Samples, memory: _Memory | None) -> Tensor:
         """Return the value; a running mean in `memory` is used and updated."""
         _check_unit_interval(samples.x, self)
         mean, size = samples.mean()
@@ -236,7 +266,7 @@ class _Memory:
         self.count.zero_()
 
 
-class _AtPlace(Penalty, register=False):
+class Statistic(Penalty, register=False):
     """Base of a statistic bound to one layer output: `over_batch` sums over all processes."""
 
     penalty: Any
@@ -251,7 +281,7 @@ class _AtPlace(Penalty, register=False):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class _KLAtPlace(_AtPlace, register=False):
+class _KLAtPlace(Statistic, register=False):
     """`KLSparsity` of one layer output: over all processes, with its running mean."""
 
     penalty: KLSparsity
@@ -261,7 +291,7 @@ class _KLAtPlace(_AtPlace, register=False):
         memory = self.memory if self.penalty.momentum else None
 
         def value(x: Tensor) -> Tensor:
-            samples = _Samples.of(x, self.penalty.per, dim, mask, everywhere=self.penalty.sync)
+            samples = Samples.of(x, self.penalty.per, dim, mask, everywhere=self.penalty.sync)
             return self.penalty.of_samples(samples, memory)
 
         return in_float32(value, h)
@@ -275,8 +305,52 @@ class _KLAtPlace(_AtPlace, register=False):
         self.memory.step(self.penalty.momentum)
 
 
+class BatchStatistic(Penalty, register=False):
+    """Base of functions of the whole batch's samples; on outputs of those of all processes."""
+
+    per: int | None
+    sync: bool
+
+    takes_mask = True
+    at_outputs = True
+
+    def __post_init__(self) -> None:
+        checked_axis("per", self.per)
+        checked_flag("sync", self.sync)
+
+    def __call__(self, w: Tensors) -> Tensor:
+        """Return the value for a batch along dim 0."""
+        return self.over_batch(w, 0 if w.dim() else None)
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        return in_float32(lambda x: self.of_samples(Samples.of(x, self.per, dim, mask)), h)
+
+    @abstractmethod
+    def of_samples(self, samples: Samples) -> Tensor:
+        """Return the value of samples, which may lie on several processes."""
+
+    def bound_at_place(self) -> Penalty:
+        return Everywhere(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Everywhere(Statistic, register=False):
+    """A `BatchStatistic` of one layer output: over all processes if its `sync` says so."""
+
+    penalty: Any
+
+    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
+        own = self.penalty
+        return in_float32(lambda x: own.of_samples(Samples.of(x, own.per, dim, mask, everywhere=own.sync)), h)
+
+
+def off_diagonal(matrix: Tensor) -> Tensor:
+    """Return the sum of the squares of the entries off the diagonal."""
+    return squared(matrix - matrix.diagonal().diag()).sum()
+
+
 @dataclass(frozen=True)
-class Decorrelation(Penalty):
+class Decorrelation(BatchStatistic):
     """½ (‖C‖_F² - ‖diag C‖²), C the covariance matrix of the units: half the off-diagonal squares.
 
     C is the mean of (h - m)(h - m)ᵀ over the batch and all axes but that of the units, with means
@@ -300,46 +374,6 @@ class Decorrelation(Penalty):
     sync: bool = True
 
     keywords = ("decov",)
-    takes_mask = True
-    at_outputs = True
 
-    def __post_init__(self) -> None:
-        checked_axis("per", self.per)
-        checked_flag("sync", self.sync)
-
-    def __call__(self, w: Tensors) -> Tensor:
-        """Return the value for a batch along dim 0."""
-        return self.over_batch(w, 0 if w.dim() else None)
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return self.of(h, dim, mask, everywhere=False)
-
-    def of(self, h: Tensor, dim: int | None, mask: Tensor | None, everywhere: bool) -> Tensor:
-        """Return the value of this process's batch; of all processes' batches if `everywhere`."""
-
-        def value(x: Tensor) -> Tensor:
-            samples = _Samples.of(x, self.per, dim, mask, everywhere)
-            counts = samples.counts
-            if counts is not None and counts.shape[1] != 1 and samples.x.shape[1] != 1:
-                raise PenaltyError(f"a mask for {self!r} takes or leaves all units of a sample together")
-            mean, size = samples.mean()
-            # deviations sum to zero: to first order, covariances don't depend on the mean
-            deviations = samples.x - mean.detach()
-            deviations = deviations if counts is None else torch.where(counts, deviations, 0)
-            covariances = samples.sum(deviations.mH @ deviations) / size.clamp_min(1)
-            return squared(covariances - covariances.diagonal().diag()).sum() / 2
-
-        return in_float32(value, h)
-
-    def bound_at_place(self) -> Penalty:
-        return _DecorrelationAtPlace(self)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class _DecorrelationAtPlace(_AtPlace, register=False):
-    """`Decorrelation` of one layer output, over all processes."""
-
-    penalty: Decorrelation
-
-    def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
-        return self.penalty.of(h, dim, mask, self.penalty.sync)
+    def of_samples(self, samples: Samples) -> Tensor:
+        return off_diagonal(samples.covariances(False, self)) / 2

@@ -23,6 +23,7 @@ class Evaluation:
     def __init__(self, bounds: Sequence[Bound], model: nn.Module) -> None:
         self._bounds, self._model = bounds, model
         self._seen: dict[int, Tensor] = {}  # recorder -> tensor of the last forward
+        self._calls: dict[int, list[Tensor]] = {}  # the same of each call, for recorders of outputs
         self._inputs: Inputs | None = None  # arguments of the model's last forward
 
     @property
@@ -41,6 +42,7 @@ class Evaluation:
 
     def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = (args, kwargs, positional(module))
+        self._calls.clear()
 
     def _hook(self, recorder: Recorder) -> Any:
         place, module = recorder.point.place, recorder.point.find(self._model)
@@ -48,7 +50,10 @@ class Evaluation:
         def keep(structure: Any) -> None:
             way = structures.find(structure, place.index)
             if way is not None:
-                self._seen[id(recorder)] = structures.get(structure, way)
+                calls = self._calls.setdefault(id(recorder), [])
+                calls.append(structures.get(structure, way))
+                if place.call in (None, len(calls) - 1):
+                    self._seen[id(recorder)] = calls[-1]
 
         if place.kind == "inputs":
             return module.register_forward_pre_hook(lambda module, args: keep(dict(enumerate(args))))
@@ -74,14 +79,19 @@ class Evaluation:
             elif bound.derivative is not None:
                 values[bound.key] = bound.derivative.of_tensors(self._seen)
             elif isinstance(bound.rule.what, NetworkPenalty):
-                outputs = {
-                    recorder.point.key: recorder.point.seen(self._seen[id(recorder)])
-                    for recorder in bound.output_recorders
-                }
-                values[bound.key] = network_value(bound, self._model, outputs)
+                values[bound.key] = network_value(bound, self._model, self._outputs(bound))
             elif bound.is_penalty:
                 values[bound.key] = parameter_values([bound], self._model)[0]
         return values
+
+    def _outputs(self, bound: Bound) -> dict[str, Tensor]:
+        """Return the named outputs of the last forward, as in training; of several calls all."""
+        outputs = {}
+        for recorder in bound.output_recorders:
+            calls = self._calls.get(id(recorder), []) if recorder.point.place.call is None else []
+            for number, tensor in enumerate(calls or [self._seen[id(recorder)]]):
+                outputs[recorder.point.key + (f"#{number + 1}" if number else "")] = recorder.point.seen(tensor)
+        return outputs
 
     def _value(self, recorder: PenaltyRecorder) -> Tensor:
         inputs = self._inputs if recorder.point.place.padded else None

@@ -274,6 +274,8 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
         bound.given = rule if not _by_identity(rule.where) else replace(rule, where=targets.where or rule.where)
         if isinstance(rule.what, Penalty):
             bound.penalty_recorders = _penalty_recorders(bound, index)
+        if isinstance(rule.what, NetworkPenalty):
+            bound.output_recorders = [Recorder(bound.key, point, rule.optional) for point in bound.points]
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
             _bind_derivative(bound, targets, index)
@@ -302,6 +304,8 @@ def _penalty_recorders(bound: Bound, index: _ModelIndex) -> list[PenaltyRecorder
     what = bound.what.bound_in(model)
     for place in {point.place for point in bound.points if point.place.padded}:
         masks.check(place, what, model)
+    for place in {point.place for point in bound.points}:
+        masks.check_tokens(place, what, mean)
     activities = [moving.activity for moving in bound.moving if moving.activity is not None]
     empty, optional = blank(index.device), bound.rule.optional
     strength, known = 1.0, dict[int, PenaltyRecorder]()
@@ -361,6 +365,8 @@ def _targets(rule: Rule, where: Places, index: _ModelIndex) -> _Targets:
             rule.what.suits(target.layer.module, target.place.kind)
         if target.place.padded:
             raise SelectionError(f"mask= and lengths= are for penalties at one place, not for {rule.what!r}")
+        if target.place.average != "samples" or (target.place.call is not None and not rule.what.takes_outputs):
+            raise SelectionError(f"average= and call= are for penalties at one place, not for {rule.what!r}")
     return targets
 
 

@@ -520,7 +520,7 @@ class Forwards:
 
     def _drained(self, recorder: PenaltyRecorder, forwards: Sequence[Forward]) -> Collected:
         """Return the weighted value of a recorder at these forwards."""
-        records = [record for forward in forwards for record in forward.records.get(recorder, ())]
+        records = recorder.of_call([record for forward in forwards for record in forward.records.get(recorder, ())])
         recorder.check(records)
         direct, hidden = [r for r in records if r.graph], [r for r in records if not r.graph]
         calls: Any = sum([record.calls for record in records]) if recorder.point.place.calls == "mean" else 1
@@ -591,7 +591,7 @@ def _of_torch(hook: Any) -> bool:
 def _outputs(output_recorders: Sequence[Recorder], forwards: Sequence[Forward]) -> dict[str, dict[str, Tensor]]:
     outputs: dict[str, dict[str, Tensor]] = {}
     for recorder in output_recorders:
-        records = [record for forward in forwards for record in forward.records.get(recorder, ())]
+        records = recorder.of_call([record for forward in forwards for record in forward.records.get(recorder, ())])
         recorder.check(records)
         named = outputs.setdefault(recorder.rule, {})
         for call, record in enumerate(records):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from restrain.activation_points import Argument, Place
-from restrain.errors import CaptureError, SelectionError
+from restrain.errors import CaptureError, PenaltyError, SelectionError
 from restrain.named_tensors import near
 from restrain.penalties import Penalty
 
@@ -136,11 +136,47 @@ def _aligned(place: Place, mask: Tensor, h: Tensor, batch: int | None) -> Tensor
     return mask
 
 
-def of_packed(penalty: Penalty, packed: PackedSequence, mean: bool) -> Tensor:
-    """Return the value on a packed sequence: without padding, averaged over sequences."""
+def check_tokens(place: Place, penalty: Penalty, mean: bool) -> None:
+    """Check that a penalty can be averaged over tokens, if the activation asks for that.
+
+    Raises:
+        PenaltyError: it can't.
+    """
+    if place.average != "tokens":
+        return
+    if mean:
+        raise PenaltyError(f"{place!r}: reduce='mean' divides by all entries already: leave average= or reduce= out")
+    for _, leaf in penalty.leaves():
+        if not leaf.by_token:
+            raise PenaltyError(
+                f"{place!r}: {leaf!r} isn't a sum over tokens, each by itself (it is a statistic of them all, or of "
+                "sequences, or has axes of its own): leave average= out"
+            )
+
+
+def tokens_at(place: Place, h: Tensor, mask: Tensor | None) -> Tensor:
+    """Return an activation, after checking that its rows are tokens.
+
+    Raises:
+        CaptureError: it isn't (batch, time, features) or (tokens, features), or the mask differs between features.
+    """
+    if h.dim() not in (2, 3) or (mask is not None and mask.shape[-1] != 1):
+        raise CaptureError(
+            f"{place!r}: average='tokens' is for activations (batch, time, features) and masks (batch, time); got an "
+            f"activation of shape {tuple(h.shape)}"
+            + ("" if mask is None else f" and a mask of shape {tuple(mask.shape)}")
+            + ". Bring it into that form by via=, such as via=lambda h: h.movedim(1, -1).flatten(1, 2)"
+        )
+    return h
+
+
+def of_packed(penalty: Penalty, packed: PackedSequence, mean: bool, tokens: bool = False) -> Tensor:
+    """Return the value on a packed sequence: without padding, averaged over sequences or `tokens`."""
     data, sequences = packed.data, int(packed.batch_sizes[0])
     if mean:
         return penalty.mean(data)
+    if tokens:
+        return penalty.over_tokens(data)
     if penalty.entrywise or not penalty.takes_mask:
         return penalty.over_batch(data, 0) * (data.shape[0] / sequences)
     h, lengths = pad_packed_sequence(packed, batch_first=True)

@@ -53,7 +53,8 @@ class Point:
     def key(self) -> str:
         """The tensor's name in a dict, such as `relu`, `relu:inputs`, or `fc3:tanh` for `via`."""
         via = "" if self.place.via is None else f":{getattr(self.place.via, '__name__', 'via')}"
-        return self.name + (":inputs" if self.place.kind == "inputs" else "") + via
+        call = f"#{self.place.call + 1}" if self.place.call else ""
+        return self.name + (":inputs" if self.place.kind == "inputs" else "") + via + call
 
     def seen(self, tensor: Tensor) -> Tensor:
         """Return the layer's tensor as a penalty sees it, after `via`."""
@@ -93,6 +94,27 @@ class Recorder:
     def remember(self, parts: list[tuple[Any, float]]) -> None:
         """Store detached parts of a value, pairs (tensor or number, factor), as last collected."""
         self._last = parts
+
+    def of_call(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Return the records of the call that the activation names; all without `call=`.
+
+        Raises:
+            CaptureError: the layer wasn't called so often, or values of its calls are summed.
+        """
+        call = self.point.place.call
+        if call is None or not records:
+            return records
+        if any(not isinstance(record.calls, int) or record.calls != 1 or not record.graph for record in records):
+            raise CaptureError(
+                f"{self.rule}: call={call} needs the values of the {self.point} call by call, which compiled code and "
+                "reentrant checkpoints give as a sum: leave the layer out of them, or use calls="
+            )
+        if call >= len(records):
+            raise CaptureError(
+                f"{self.rule}: call={call} of the {self.point} is asked for, counted from 0, and the loss depends on "
+                f"{len(records)} of them"
+            )
+        return records[call : call + 1]
 
     def check(self, records: Sequence[Record]) -> None:
         """Check that records can be used.
@@ -136,7 +158,8 @@ class PenaltyRecorder(Recorder):
         super().__init__(rule, point, optional)
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
         self._at_place = at_place
-        self.simple = not (mean or point.place.padded or point.place.via is not None)
+        self.tokens = point.place.average == "tokens"
+        self.simple = not (mean or self.tokens or point.place.padded or point.place.via is not None)
         # a value without a graph was recorded since the last collection, or counted by it
         self.rooted = False
         # a later operation overwrites the tensor; None before the first forward
@@ -173,9 +196,14 @@ class PenaltyRecorder(Recorder):
         h = self.point.seen(h)
         packed = structures.packed(structure, way)
         if packed is not None:
-            return masks.of_packed(self.penalty, packed._replace(data=h), self.mean)
+            return masks.of_packed(self.penalty, packed._replace(data=h), self.mean, self.tokens)
         batch = batch_dim(self.point.place.batch_dim, module, h)
         mask = None if inputs is None else masks.mask_of(self.point.place, inputs, h, batch)
+        if self.tokens:
+            h = masks.tokens_at(self.point.place, h, mask)
+            if mask is not None:
+                return self.penalty.over_tokens(h, mask)
+            h, batch = h.flatten(0, -2), 0
         if torch.compiler.is_compiling() and not self.mean and mask is None:
             value = self._at_place.by_signs(h, batch)
             if value is not None:
