@@ -9,7 +9,6 @@ from torch.nn import functional as F
 import restrain as rs
 from everywhere.training import STEPS, batch, fresh, seed
 from restrain.engine.ops.optimizers import Taken, by_metric, metric_of
-from restrain.penalties.statistics import Samples
 
 PROXIMAL = ("proximal-penalty", "proximal-group-penalty", "target")
 
@@ -63,8 +62,7 @@ class Hand:
             return 0.3 * hidden.abs().sum() / samples
         if self.name == "statistic-of-the-batch":
             units = 0.3 * rs.KLSparsity(0.2)(before.sigmoid()) + 0.1 * rs.Decorrelation()(hidden)
-            gaussian = rs.SIGReg(4).along(Samples.of(before, None, 0, None), torch.tensor(self.steps))
-            return units + 0.02 * gaussian + 0.3 * rs.LoadBalance(1)(out) + 0.1 * rs.ZLoss()(out)
+            return units + 0.3 * rs.LoadBalance(1)(out) + 0.1 * rs.ZLoss()(out)
         if self.name == "Jacobian-penalty":
             return 0.3 * ((1 - hidden.square()).square() @ self.first.weight.square().sum(1)).mean()
         if self.name == "target":

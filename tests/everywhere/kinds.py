@@ -51,7 +51,6 @@ KINDS = {
             rules(
                 0.3 * rs.KLSparsity(0.2).on(rs.outputs("first", via=torch.sigmoid)),
                 0.1 * rs.Decorrelation().on(HIDDEN),
-                0.02 * rs.SIGReg(4).on(rs.outputs("first")),
                 0.3 * rs.LoadBalance(1).on(rs.outputs("head")),
                 0.1 * rs.ZLoss().on(rs.outputs("head")),
             ),

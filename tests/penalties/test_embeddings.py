@@ -7,7 +7,7 @@ from torch import nn
 
 import references as ref
 import restrain as rs
-from restrain.errors import PenaltyError
+from restrain.errors import OptimizerError, PenaltyError
 from restrain.penalties.embeddings import directions
 from restrain.penalties.statistics import Samples
 
@@ -53,6 +53,17 @@ def test_directions_follow_the_steps_and_the_state():
     again = rs.attach(nn.Linear(4, 3).double(), rs.SIGReg(8, seed=5).on(rs.outputs()))
     again.load_state_dict(reg.state_dict())
     torch.testing.assert_close(again.state_dict()["kept"], reg.state_dict()["kept"])
+
+
+@pytest.mark.parametrize(
+    "penalty", [rs.SIGReg(), rs.LoadBalance(1, "batch"), rs.KLSparsity(0.1, momentum=0.9)], ids=repr
+)
+def test_steps_that_nobody_would_count_are_refused(penalty):
+    net = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD([net.weight.detach().clone().requires_grad_()], lr=0.1)
+    with pytest.raises(OptimizerError, match="none would be counted"):
+        rs.attach(net, penalty.on(rs.outputs()), optimizer)
+    rs.attach(net, rs.LoadBalance(1).on(rs.outputs()), optimizer)
 
 
 @pytest.mark.parametrize("penalty", [rs.Variance(9.0), rs.Covariance(), rs.SIGReg(16)], ids=repr)

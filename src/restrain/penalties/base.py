@@ -266,6 +266,9 @@ class Penalty(Algebra["Penalty"], register=False):
     needs_model: ClassVar[bool] = False
     """The value depends on other tensors of the model, which `bound_in` finds."""
 
+    by_steps: bool = False
+    """The value changes with the optimizer's steps, which `stepped` counts."""
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "prox" in vars(cls):

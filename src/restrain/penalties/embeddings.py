@@ -140,6 +140,8 @@ class SIGReg(BatchStatistic):
     per: int | None = None
     sync: bool = True
 
+    by_steps = True
+
     def __post_init__(self) -> None:
         BatchStatistic.__post_init__(self)
         if not is_whole(self.directions, 1):

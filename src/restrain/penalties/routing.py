@@ -74,6 +74,10 @@ class LoadBalance(Penalty):
             if not (isinstance(value, str) and value in known):
                 raise PenaltyError(f"{name}= is {', '.join(map(repr, known))}; got {brief(value)}")
 
+    @property
+    def by_steps(self) -> bool:  # type: ignore[override]
+        return self.statistics == "batch"
+
     def __call__(self, w: Tensors) -> Tensor:
         """Return the value for a batch along dim 0, of this tensor alone."""
         return self.over_batch(w, 0 if w.dim() else None)

@@ -162,6 +162,10 @@ class KLSparsity(Penalty):
         checked_axis("per", self.per)
         checked_flag("sync", self.sync)
 
+    @property
+    def by_steps(self) -> bool:  # type: ignore[override]
+        return self.momentum > 0
+
     def __call__(self, w: Tensors) -> Tensor:
         """Return the value for a batch along dim 0."""
         return self.over_batch(w, 0 if w.dim() else None)

@@ -105,10 +105,13 @@ def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, 
     if not holders or any(id(p) in holders for p in root.parameters()):
         return
     for bound in bounds:
-        if bound.moving or bound.rule.every > 1 or bound.rule.start:
+        what = bound.rule.what
+        stateful = isinstance(what, Penalty) and any(leaf.by_steps for _, leaf in what.leaves())
+        if bound.moving or bound.rule.every > 1 or bound.rule.start or stateful:
             raise OptimizerError(
                 f"{bound.key!r} changes with the optimizer's steps, but no given optimizer holds any parameter of the "
-                "model, so none would be counted: train the model's own parameters, or use a constant strength"
+                "model, so none would be counted: train the model's own parameters, or use a constant strength, and "
+                "no running means"
             )
 
 
