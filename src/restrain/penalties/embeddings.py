@@ -185,7 +185,7 @@ class SIGReg(BatchStatistic):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _SIGRegAtPlace(Statistic, register=False):
-    """`SIGReg` of one layer output: over all processes, with directions that change at each step."""
+    """`SIGReg` of one layer output: over all processes, with new directions after each step."""
 
     penalty: SIGReg
     step: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64, device="cpu"))

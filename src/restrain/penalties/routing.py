@@ -24,7 +24,7 @@ _CHOICES = {"statistics": ("micro-batch", "batch", "sequence"), "scores": ("soft
 
 @dataclass(frozen=True)
 class LoadBalance(Penalty):
-    """E Σ_e f_e P_e of E experts: 1 if all are chosen alike, up to E / top_k if always the same are.
+    """E Σ_e f_e P_e of E experts: 1 if all are chosen alike, E / top_k if always the same.
 
     f_e is expert e's part of all assignments (Σ f_e = 1), a count without a gradient; P_e is the
     mean over tokens of its probability, all experts' (Σ P_e = 1), through which the gradient flows.
@@ -39,8 +39,8 @@ class LoadBalance(Penalty):
             the update's tokens so far, of accumulated micro-batches, on all processes; P is of the
             present micro-batch. So early micro-batches see fewer counts than late ones, and their
             mean isn't the value of the whole batch; the last one's f is.
-        scores: "softmax", or "sigmoid" for routers whose probabilities are s_e / Σ s, s = sigmoid of
-            the logits. It is computed as the softmax of log s, which needs no epsilon.
+        scores: "softmax", or "sigmoid" for routers whose probabilities are s_e / Σ s, s the
+            sigmoid of the logits. It is computed as the softmax of log s, which needs no epsilon.
         sync: count over all processes; set False if they train different models.
 
     Raises:
@@ -104,7 +104,7 @@ class LoadBalance(Penalty):
         return balance.sum() / (tokens > 0).sum().clamp_min(1)
 
     def _sums(self, z: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, for each sequence: assignments and sums of probabilities by expert, and tokens."""
+        """Return for each sequence: assignments, sums of probabilities by expert, and tokens."""
         p = (logsigmoid(z) if self.scores == "sigmoid" else z).softmax(-1)
         chosen = torch.zeros_like(p).scatter(-1, z.detach().topk(self.top_k, -1).indices, 1.0)
         tokens = p.new_full((z.shape[0],), z.shape[1])
@@ -174,7 +174,7 @@ class _Counts:
     def of(
         self, assigned: Tensor, probable: Tensor, tokens: Tensor, penalty: LoadBalance
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return assignments, sums of probabilities and tokens, over processes if the penalty says so."""
+        """Return assignments, sums of probabilities and tokens, summed as the penalty says."""
         if penalty.sync:
             both = over_processes(torch.cat([assigned, probable, tokens.expand(1, 1)], 1))
             assigned, probable, tokens = both.split([assigned.shape[1], probable.shape[1], 1], 1)

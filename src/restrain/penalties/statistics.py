@@ -76,7 +76,7 @@ class Samples:
         return away if self.counts is None else torch.where(self.counts, away, 0), size
 
     def covariances(self, unbiased: bool, penalty: object) -> Tensor:
-        """Return the covariance matrix of the units: Σ (x - m)(x - m)ᴴ / n, or / (n - 1) if `unbiased`.
+        """Return the covariances of the units: Σ (x - m)(x - m)ᴴ / n, or / (n - 1) if `unbiased`.
 
         Raises:
             PenaltyError: a mask that differs between the units of a sample.

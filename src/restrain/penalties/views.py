@@ -1,4 +1,4 @@
-"""Penalties between two views of the same samples: outputs of two layers, or of two calls of one."""
+"""Penalties between two views of the same samples: two layers, or two calls of one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class OfViews(NetworkPenalty, register=False):
 
     @abstractmethod
     def between(self, a: Tensor, b: Tensor, everywhere: bool = False) -> Tensor:
-        """Return the value for two views, (samples..., features); over all processes if `everywhere`."""
+        """Return the value for two views, (samples, features), over all processes if `everywhere`."""
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         views = list(outputs.values())
@@ -74,7 +74,7 @@ class Invariance(OfViews):
 
 @dataclass(frozen=True)
 class CrossCorrelation(OfViews):
-    """Σ_i (1 - C_ii)² + off_diagonal Σ_{i≠j} C_ij², C the cross-correlations of two views' features.
+    """Σ_i (1 - C_ii)² + off_diagonal Σ_{i≠j} C_ij², C the cross-correlations of two views.
 
     C_ij = Σ_s a_si b_sj / √(Σ_s a_si² Σ_s b_sj²), each feature minus its mean over the samples of
     all processes: a statistic of the batch. A feature that is constant has correlations of 0.

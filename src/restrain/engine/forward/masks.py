@@ -158,7 +158,8 @@ def tokens_at(place: Place, h: Tensor, mask: Tensor | None) -> Tensor:
     """Return an activation, after checking that its rows are tokens.
 
     Raises:
-        CaptureError: it isn't (batch, time, features) or (tokens, features), or the mask differs between features.
+        CaptureError: it isn't (batch, time, features) or (tokens, features), or the mask differs
+            between features.
     """
     if h.dim() not in (2, 3) or (mask is not None and mask.shape[-1] != 1):
         raise CaptureError(
@@ -171,7 +172,7 @@ def tokens_at(place: Place, h: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def of_packed(penalty: Penalty, packed: PackedSequence, mean: bool, tokens: bool = False) -> Tensor:
-    """Return the value on a packed sequence: without padding, averaged over sequences or `tokens`."""
+    """Return the value on a packed sequence: averaged over sequences, or over `tokens`."""
     data, sequences = packed.data, int(packed.batch_sizes[0])
     if mean:
         return penalty.mean(data)
