@@ -185,9 +185,9 @@ def make_place(
     Raises:
         SelectionError: an invalid argument.
     """
-    if not (isinstance(calls, str) and calls in ("mean", "sum")):
+    if not _is_word(calls, ("mean", "sum")):
         raise SelectionError(f"calls= is 'mean' or 'sum' (over the calls of one forward), got {brief(calls)}")
-    if not (isinstance(average, str) and average in ("samples", "tokens")):
+    if not _is_word(average, ("samples", "tokens")):
         raise SelectionError(f"average= is 'samples' or 'tokens', got {brief(average)}")
     if call is not None and not is_whole(call, 0):
         raise SelectionError(f"call= is the number of a call of the layer, from 0; got {brief(call)}")
@@ -210,6 +210,10 @@ def make_place(
         raise SelectionError("write mask= or lengths=, not both: they say the same")
     chosen_layers = None if which is None else as_where(which)
     return Place(kind, chosen_layers, via, index, batch_dim, calls, mask, lengths, average, call)
+
+
+def _is_word(given: Any, known: Sequence[str]) -> bool:
+    return isinstance(given, str) and given in known
 
 
 def _as_places(given: Any) -> Places:

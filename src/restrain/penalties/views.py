@@ -27,7 +27,7 @@ class OfViews(NetworkPenalty, register=False):
 
     @abstractmethod
     def between(self, a: Tensor, b: Tensor, everywhere: bool = False) -> Tensor:
-        """Return the value for two views, (samples, features), over all processes if `everywhere`."""
+        """Return the value of two views, (samples, features), over processes if `everywhere`."""
 
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         views = list(outputs.values())
@@ -44,8 +44,8 @@ class OfViews(NetworkPenalty, register=False):
             )
         device = a.device.type
         with torch.autocast(device, enabled=False):
-            wide = (at_least_float32(x).flatten(0, -2) for x in (a, b))
-            return self.between(*wide, everywhere=True)
+            a, b = (at_least_float32(x).flatten(0, -2) for x in (a, b))
+            return self.between(a, b, everywhere=True)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if not at_places:
