@@ -27,11 +27,16 @@ SMALL = (75, 300, 1000)
 
 
 def hooks(optimizer, how):
-    """What the rules of an optimizer do around its step, without the step."""
+    """What the rules of an optimizer do around its step, without the step.
+
+    Those that act before it also need the hook after it: a step that doesn't end is an interrupted one, whose changes
+    aren't made again.
+    """
     before = how in ("gradient", "decoupled")
     optimizer.register_step_pre_hook(lambda *_: None)  # so that rules aren't folded into the optimizer's own pass
-    found = optimizer._optimizer_step_pre_hooks if before else optimizer._optimizer_step_post_hooks  # torch's
-    return lambda: [hook(optimizer, (), {}) for hook in tuple(found.values())]
+    first, last = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks  # torch's
+    found = [*(first.values() if before else ()), *last.values()]
+    return lambda: [hook(optimizer, (), {}) for hook in found]
 
 
 def attached(model, rule, how, on="*", optimizer=None):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import eq
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.distributed import local
@@ -30,12 +32,18 @@ class Made:
 
     def look(self) -> None:
         """Record the current versions."""
-        self.versions = [version(local(tensor)) for tensor in self.tensors]
+        self.versions = _versions(self.tensors)
 
     def standing(self) -> list[Tensor]:
         """Return the tensors that are unchanged since `look`."""
-        pairs = zip(self.tensors, self.versions, strict=True)
-        return [tensor for tensor, then in pairs if version(local(tensor)) == then]
+        now = _versions(self.tensors)
+        return list(compress(self.tensors, map(eq, now, self.versions)))
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[Any]:
+    """Return the versions of tensors, of sharded ones those of the process's own parts."""
+    parts = tensors if set(map(type, tensors)) <= {Tensor, nn.Parameter} else [local(tensor) for tensor in tensors]
+    return [*map(version, parts)]
 
 
 class Again:
