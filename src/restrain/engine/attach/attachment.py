@@ -15,10 +15,13 @@ from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
 from restrain.engine.attach import report
+from restrain.engine.attach.certificate import Certificate, certify
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
+from restrain.engine.attach.groups import PenalisedTensor, penalised
 from restrain.engine.attach.installation import Hooks
 from restrain.engine.attach.state import VERSION, DetachedAttachment, by_new_names, checked, fill, metric_names
+from restrain.engine.attach.stationarity import Loss, Objective, as_found
 from restrain.engine.attach.structure import Look, Structure
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
@@ -456,6 +459,74 @@ class Attachment:
         """
         with Evaluation(self._bounds, self._as_it_is()).attached() as evaluation:
             yield evaluation
+
+    def certificate(
+        self,
+        loss: Loss,
+        *,
+        polish: bool = False,
+        step: float | None = None,
+        steps: int = 1000,
+        tolerance: float | None = None,
+    ) -> Certificate:
+        """Return how far the trained tensors are from a stationary point of data loss + rules.
+
+        For every tensor under a penalty with a prox or a convex constraint, whatever its `how`, the
+        residual is max |w - prox(w - t ∇, t)| / t with ∇ the gradient of the data loss and of all
+        other rules. It doesn't grow with t, and for small t it is the distance from -∇ to the
+        penalties' subdifferential. For decoupled rules, which minimise something else under most
+        optimizers, it is still that of data loss + rules.
+
+        The model is in eval() meanwhile, without noise, so batch normalisation has its running
+        statistics. Modes, `.grad`, buffers and random states are as before afterwards.
+
+        Args:
+            loss: a function without arguments that runs the model on the data and returns the scalar
+                data loss. It is called three times and must give the same each time.
+            polish: first take full-batch proximal steps on all trained tensors (of the given
+                optimizers, if any), until the residual is at most 0.02 of each rule's strength.
+            tolerance: another residual at which polishing ends.
+            step: t; None for 1/1000 of max |w| / max |∇|.
+            steps: the most steps of `polish`; a warning says if they didn't do.
+
+        Raises:
+            PenaltyError: the loss is random, has no graph, or isn't a scalar.
+            NoProxError: no rule has a prox or a convex set.
+            HowError: sharded parameters, rules with `every`, penalties on derivatives.
+
+        Source: Beck and Teboulle (2009), eq. 1.4 and 2.6 for the map; Nesterov (2013) for its norm.
+
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> reg = rs.attach(model, 3.0 * rs.L1().on("weight", name="l1"))
+        >>> x, y = torch.ones(4, 1), 5 * torch.ones(4, 1)
+        >>> cert = reg.certificate(lambda: (model(x) - y).square().mean(), polish=True)
+        >>> model.weight.item(), cert.rules["l1"].residual < 0.06
+        (3.5, True)
+        """
+        if self._detached:
+            raise DetachedError("these rules were detached: attach the plan again, rs.attach(model, reg.plan)")
+        model = self._as_it_is()
+        given = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        trained = {id(p) for optimizer in given for group in optimizer.param_groups for p in group["params"]}
+        objective = Objective.of(self._bounds, model, loss, trained or None)
+        return certify(objective, polish, step, steps, tolerance)
+
+    def gradients(self, loss: Loss) -> dict[str, Tensor]:
+        """Return the gradient of data loss + rules without a prox at each trained tensor, by name.
+
+        Taken as for `certificate`, in float64. `.grad` stays as it is.
+
+        Args:
+            loss: see `certificate`.
+        """
+        objective = Objective.of(self._bounds, self._as_it_is(), loss, None)
+        with as_found(objective.model):
+            objective.check()
+            return dict(zip(objective.names, objective.evaluate()[2], strict=True))
+
+    def penalised(self) -> list[PenalisedTensor]:
+        """Return the trained tensors under penalties, with their groups; see `PenalisedTensor`."""
+        return penalised(self._bounds, self._as_it_is())
 
     def forget(self) -> None:
         """Forget all forwards since the last step, as if they had never run."""

@@ -25,6 +25,8 @@ class Evaluation:
         self._seen: dict[int, Tensor] = {}  # recorder -> tensor of the last forward
         self._calls: dict[int, list[Tensor]] = {}  # the same of each call, for recorders of outputs
         self._inputs: Inputs | None = None  # arguments of the model's last forward
+        self.forwards = 0  # of the model
+        self.counts: dict[int, int] = {}  # recorder -> number of its calls, in all forwards
 
     @property
     def needs_graph(self) -> bool:
@@ -43,6 +45,7 @@ class Evaluation:
     def _begins(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._inputs = (args, kwargs, positional(module))
         self._calls.clear()
+        self.forwards += 1
 
     def _hook(self, recorder: Recorder) -> Any:
         place, module = recorder.point.place, recorder.point.find(self._model)
@@ -52,6 +55,7 @@ class Evaluation:
             if way is not None:
                 calls = self._calls.setdefault(id(recorder), [])
                 calls.append(structures.get(structure, way))
+                self.counts[id(recorder)] = self.counts.get(id(recorder), 0) + 1
                 if place.call in (None, len(calls) - 1):
                     self._seen[id(recorder)] = calls[-1]
 
@@ -68,12 +72,8 @@ class Evaluation:
         known: dict[int, Tensor] = {}  # by recorder, shared by rules
         for bound in self._bounds:
             if bound.penalty_recorders:
-                with torch.no_grad(), resting():
-                    for recorder in bound.penalty_recorders:
-                        if id(recorder) not in known:
-                            known[id(recorder)] = self._value(recorder)
-                    parts = [known[id(one)] * one.factors[bound.key] for one in bound.penalty_recorders]
-                    values[bound.key] = torch.stack(parts).sum()
+                with torch.no_grad():
+                    values[bound.key] = self._on_activations(bound, known)
             elif bound.derivative is not None and bound.derivative.penalty.of_loss:
                 continue  # the data loss belongs to another mode and other weights
             elif bound.derivative is not None:
@@ -83,6 +83,24 @@ class Evaluation:
             elif bound.is_penalty:
                 values[bound.key] = parameter_values([bound], self._model)[0]
         return values
+
+    def with_graph(self) -> list[Tensor]:
+        """Return strength × value, with its graph, of penalties on activations and on the network.
+
+        Rules on derivatives are left out.
+        """
+        known: dict[int, Tensor] = {}
+        found = [self._on_activations(bound, known) for bound in self._bounds if bound.penalty_recorders]
+        network = [bound for bound in self._bounds if isinstance(bound.rule.what, NetworkPenalty)]
+        return found + [network_value(bound, self._model, self._outputs(bound)) for bound in network]
+
+    def _on_activations(self, bound: Bound, known: dict[int, Tensor]) -> Tensor:
+        """Return a rule's value; `known` has values by recorder, which rules share."""
+        with resting():
+            for recorder in bound.penalty_recorders:
+                if id(recorder) not in known:
+                    known[id(recorder)] = self._value(recorder)
+        return torch.stack([known[id(one)] * one.factors[bound.key] for one in bound.penalty_recorders]).sum()
 
     def _outputs(self, bound: Bound) -> dict[str, Tensor]:
         """Return the named outputs of the last forward, as in training; of several calls all."""

@@ -1,0 +1,99 @@
+"""Groups of a model's parameters under penalties: their lengths, zeros and entries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from restrain.axes import Grouping, group_norms
+from restrain.engine.binding import Bound, at_steps
+from restrain.named_tensors import Handle
+from restrain.penalties import Penalty
+from restrain.penalties.base import joined
+from restrain.penalties.group import GroupPenalty
+from restrain.penalties.shrink import exact
+
+
+def groups_of(penalty: Penalty, w: Tensor) -> Grouping | None:
+    """Return the groups that a bound penalty of one tensor makes zero; None for single entries.
+
+    A penalty that is neither entrywise nor by group (a nuclear norm) has one group, the tensor.
+    """
+    leaves = [leaf for _, leaf in penalty.leaves()]
+    for leaf in leaves:
+        if isinstance(leaf, GroupPenalty) and isinstance(leaf.per, Grouping):
+            return leaf.per
+    entrywise = any(leaf.entrywise or leaf.soft_after for leaf in leaves) or w.dim() == 0
+    return None if entrywise else Grouping(tuple(w.shape), ())
+
+
+def lengths(w: Tensor, groups: Grouping | None) -> Tensor:
+    """Return the length of each group, over the axes that tell groups apart; |w| if there are none."""
+    if groups is None:
+        return w.abs()
+    norms = group_norms(w, groups)
+    if groups.lists is None:
+        return norms.squeeze(groups.reduced)
+    return groups.once(norms).reshape(-1)
+
+
+@dataclass(frozen=True)
+class PenalisedTensor:
+    """A trained tensor with the sum of its penalties, axes resolved; made by `Attachment.penalised`."""
+
+    name: str
+    handle: Handle
+    root: nn.Module
+    penalty: Penalty
+
+    @property
+    def tensor(self) -> Tensor:
+        """The current parameter."""
+        return self.handle.find(self.root)
+
+    @property
+    def selects(self) -> bool:
+        """True if the penalty makes entries or groups zero, so that a mask says what is left."""
+        return all(leaf.entrywise or leaf.groupwise or leaf.soft_after for _, leaf in self.penalty.leaves())
+
+    def lengths(self) -> Tensor:
+        """Return the length of each group, over the axes that tell groups apart; of each entry if none."""
+        w = exact(self.tensor.detach())
+        return lengths(w, groups_of(self.penalty, w))
+
+    def entries(self, chosen: Tensor) -> Tensor:
+        """Return the mask of the tensor's entries in the chosen groups.
+
+        Args:
+            chosen: a mask of groups, in the shape of `lengths()`.
+        """
+        w = self.tensor.detach()
+        groups = groups_of(self.penalty, w)
+        if groups is None:
+            return chosen
+        if groups.lists is None:
+            shape = [n if dim in groups.keep else 1 for dim, n in enumerate(groups.shape)]
+            spread = chosen.reshape(shape).expand(groups.shape)
+        else:
+            along = [n if dim in groups.lists.along else 1 for dim, n in enumerate(groups.shape)]
+            ids = torch.tensor(groups.lists.ids, device=w.device)
+            values = torch.cat([chosen.reshape(-1), chosen.new_zeros(1)])[ids]
+            spread = values.reshape(along).expand(groups.shape)
+        return groups.restore(spread.to(w.real.dtype), torch.zeros_like(w.real)) == 1
+
+
+def penalised(bounds: Sequence[Bound], root: nn.Module) -> list[PenalisedTensor]:
+    """Return the trained tensors under penalties on parameters, each with the sum of its penalties."""
+    found: dict[str, list[tuple[Handle, Penalty]]] = {}
+    for bound in bounds:
+        standing = {handle.name for handle, _, _ in bound.standing(root)} if bound.parameters else set()
+        for handle, what in at_steps(bound, root) if standing else ():
+            if isinstance(what, Penalty) and handle.name in standing:
+                found.setdefault(handle.name, []).append((handle, what))
+    return [
+        PenalisedTensor(name, pairs[0][0], root, joined([penalty for _, penalty in pairs]))
+        for name, pairs in found.items()
+    ]

@@ -1,0 +1,301 @@
+"""The prox-gradient map of a model under rules: one proximal step on data loss + rules.
+
+A trained tensor w has the penalties with a prox and the convex sets that act on it, whatever their
+`how`. With ∇ the gradient of the data loss and of all other rules, a step of length t gives
+z = prox(w - t ∇, t). Stationary points of data loss + rules are those where z = w.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from restrain.engine.attach.evaluation import Evaluation
+from restrain.engine.binding import Bound, at_steps
+from restrain.engine.step import nearest
+from restrain.errors import HowError, NeverFiredError, PenaltyError
+from restrain.fields import brief
+from restrain.named_tensors import Handle, device_of, is_sharded
+from restrain.penalties import Penalty
+from restrain.penalties.base import joined
+from restrain.penalties.shrink import exact
+from restrain.transforms import Constraint
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass
+class Member:
+    """A trained tensor, with the penalties and convex sets that act on it, by the rules' keys."""
+
+    name: str
+    tensor: Callable[[], Tensor]  # looked up at each evaluation, where it may be computed
+    computed: bool = False  # by a parametrisation
+    penalties: list[tuple[str, Penalty]] = field(default_factory=list)
+    sets: list[tuple[str, Constraint]] = field(default_factory=list)
+
+    @property
+    def keys(self) -> list[str]:
+        """The rules that act on the tensor."""
+        return [key for key, _ in (*self.penalties, *self.sets)]
+
+    @property
+    def penalty(self) -> Penalty | None:
+        """The sum of the penalties; None without penalties."""
+        return joined([penalty for _, penalty in self.penalties]) if self.penalties else None
+
+    def moved(self, w: Tensor, gradient: Tensor, t: float) -> Tensor:
+        """Return prox(w - t · gradient, t); the tensors are of float64 or complex128."""
+        x, penalty = w - t * gradient, self.penalty
+        sets = [one for _, one in self.sets]
+        if penalty is not None and sets and not _by_entry(penalty):  # cones first, see `unknown`
+            return penalty.prox(nearest(x, sets).point, t)
+        x = x if penalty is None else penalty.prox(x, t)
+        return nearest(x, sets).point if sets else x
+
+    def unknown(self) -> str:
+        """Return why no prox is known for all of the member's rules together; "" if it is.
+
+        Entry by entry, the prox of a convex function on an interval is its prox, clamped. The prox
+        of a group's norm on a cone of signs is that of the norm, after the projection.
+        """
+        penalty, sets = self.penalty, [one for _, one in self.sets]
+        if penalty is None:
+            return ""
+        if not penalty.has_prox:
+            return f"no prox is known for the sum {penalty!r}"
+        signs = all(one.separable and one.cone for one in sets) and penalty.groupwise
+        if sets and not (_by_entry(penalty) and all(one.separable for one in sets)) and not signs:
+            return f"no prox is known for {penalty!r} within {', '.join(map(repr, sets))}"
+        return ""
+
+
+def _by_entry(penalty: Penalty) -> bool:
+    """Return True for a Σ aᵢ|xᵢ| + Σ cᵢ|xᵢ|²."""
+    return all(leaf.elastic is not None or leaf.weighs_elastic for _, leaf in penalty.leaves())
+
+
+@dataclass
+class Rest:
+    """Penalties that act through their gradient, and reasons why rules aren't certified."""
+
+    penalties: list[tuple[Callable[[], Tensor], Penalty]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)  # by rule
+    unknown: set[str] = field(default_factory=set)  # names of tensors of which no step is known
+
+
+def members_of(bounds: Sequence[Bound], root: nn.Module) -> tuple[dict[str, Member], Rest]:
+    """Return {name: member} of the tensors under rules with a prox, and what is left of the rules.
+
+    Raises:
+        HowError: a rule with `every`, sharded parameters, or a penalty on derivatives.
+    """
+    members, rest = dict[str, Member](), Rest()
+    convex = {
+        handle.name
+        for b in bounds
+        if b.rule.how == "parametrize"
+        for handle, what in b.parameters
+        if isinstance(what, Constraint) and what.convex
+    }
+    for bound in bounds:
+        _check_bound(bound, root)
+        standing = {handle.name for handle, _, _ in bound.standing(root)}
+        for handle, what in at_steps(bound, root) if bound.rule.how != "forward" else ():
+            if handle.name in standing:
+                _sort(bound, handle, what, convex, root, members, rest)
+    for name, member in list(members.items()):
+        why = "another set, which isn't convex, holds for it" if name in rest.unknown else member.unknown()
+        if why:
+            rest.left_out.update(dict.fromkeys(member.keys, f"{name}: {why}"))
+            rest.unknown.add(name)
+            del members[name]
+    return members, rest
+
+
+def _sort(
+    bound: Bound,
+    handle: Handle,
+    what: Any,
+    convex: Iterable[str],
+    root: nn.Module,
+    members: dict[str, Member],
+    rest: Rest,
+) -> None:
+    """Put a rule on a tensor among the members, or among the rest."""
+    look = functools.partial(handle.find, root)
+    computed = not isinstance(look(), nn.Parameter)
+    reachable = not computed or handle.name in convex
+    if isinstance(what, Penalty):
+        if what.has_prox and reachable:
+            members.setdefault(handle.name, Member(handle.name, look, computed)).penalties.append((bound.key, what))
+            return
+        rest.penalties.append((look, what))
+        why = f"{what!r} has no known prox" if reachable else "the tensor is computed by a parametrisation"
+        rest.left_out[bound.key] = f"{handle.name}: {why}; its gradient counts"
+    elif isinstance(what, Constraint) and what.convex:
+        members.setdefault(handle.name, Member(handle.name, look, computed)).sets.append((bound.key, what))
+    elif isinstance(what, Constraint):
+        rest.left_out[bound.key] = f"{handle.name}: the set of {what!r} isn't convex"
+        rest.unknown.add(handle.name)
+
+
+def _check_bound(bound: Bound, root: nn.Module) -> None:
+    if bound.rule.every != 1:
+        raise HowError(
+            f"{bound.key!r} acts on every {bound.rule.every}th step only, so it belongs to no fixed objective that a "
+            "certificate could be of: attach it with every=1 and a strength divided by that number"
+        )
+    if any(is_sharded(handle.find(root)) for handle, _ in bound.parameters):
+        raise HowError(f"{bound.key!r}: a certificate needs whole parameters, and these are sharded: gather them first")
+    if bound.derivative is not None:
+        raise HowError(
+            f"{bound.key!r}: a certificate isn't known for penalties on derivatives; attach the other rules alone, and "
+            "add its value to loss()"
+        )
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval() within the block; then restore modes, buffers and torch's generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    if not torch.equal(buffer, before):
+                        buffer.copy_(before)
+
+
+@dataclass
+class Objective:
+    """Data loss + rules of a model: members, the penalties that act by gradient, free tensors."""
+
+    bounds: Sequence[Bound]
+    model: nn.Module
+    loss: Loss
+    members: dict[str, Member]
+    rest: Rest
+    free: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, bounds: Sequence[Bound], model: nn.Module, loss: Loss, trained: set[int] | None) -> Objective:
+        """Return the objective of an attachment.
+
+        Args:
+            bounds: the bound rules.
+            model: the model.
+            loss: the data loss, a function without arguments.
+            trained: ids of the optimizers' parameters; None counts all parameters.
+        """
+        members, rest = members_of(bounds, model)
+        handles = {handle.name: handle for b in bounds for handle, _ in b.parameters}
+        known = {id(t) for name in (*members, *rest.unknown) for t in handles[name].stored(model)}
+        free: dict[str, Tensor] = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.requires_grad and id(p) not in known and (trained is None or id(p) in trained)
+        }
+        return cls(bounds, model, loss, members, rest, free)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors that the objective is a function of."""
+        return [*self.members, *self.free]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the current tensors, in the order of `names`."""
+        return [*(member.tensor() for member in self.members.values()), *self.free.values()]
+
+    def check(self) -> None:
+        """Check that the data loss is the same twice.
+
+        Raises:
+            PenaltyError: it isn't, or it is no scalar.
+        """
+        first, second = (float(self._data_loss().detach()) for _ in range(2))
+        eps = torch.finfo(torch.float32).eps
+        if not abs(first - second) <= 64 * eps * max(abs(first), abs(second)):
+            raise PenaltyError(
+                f"loss() gave {first:.8g} and then {second:.8g}: a certificate is of a loss that stays the same. Give "
+                "it the same data each time, and leave out what is random (the model is in eval() there)"
+            )
+
+    def _data_loss(self) -> Tensor:
+        with parametrize.cached():
+            return self._called()
+
+    def _called(self) -> Tensor:
+        found = self.loss()
+        if not isinstance(found, Tensor) or found.dim() != 0:
+            came = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else brief(found)
+            raise PenaltyError(
+                f"loss() returns the data loss, a 0-d tensor with its graph; got {came}: write for instance "
+                "reg.certificate(lambda: F.cross_entropy(model(x), y))"
+            )
+        if any(module.training for module in self.model.modules()):
+            raise PenaltyError(
+                "loss() set the model, or a part of it, to train(): a certificate is of the model in eval(), where "
+                "nothing is random; leave the mode alone in it"
+            )
+        return found
+
+    def value(self) -> float:
+        """Return data loss + penalties that act by their gradient."""
+        with ExitStack() as stack:
+            return float(self._total(stack).detach())
+
+    def evaluate(self) -> tuple[float, float, list[Tensor]]:
+        """Return (data loss, that + penalties by gradient, exact gradients in the order of `names`)."""
+        with ExitStack() as stack:
+            total = self._total(stack)
+            tensors = self.tensors()
+            if not total.requires_grad:
+                raise PenaltyError(
+                    "loss() has no graph to the model's parameters: compute it from model(x) itself, without "
+                    "torch.no_grad(), .detach() or .item()"
+                )
+            found = torch.autograd.grad(total, tensors, allow_unused=True)
+        gradients = [torch.zeros_like(t) if g is None else g for g, t in zip(found, tensors, strict=True)]
+        gradients = [exact(g.to_dense() if g.is_sparse else g).detach() for g in gradients]
+        return self.last_loss, float(total.detach()), gradients
+
+    def _total(self, stack: ExitStack) -> Tensor:
+        stack.enter_context(parametrize.cached())
+        evaluation = stack.enter_context(Evaluation(self.bounds, self.model).attached())
+        loss = self._called()
+        self.last_loss = float(loss.detach())
+        self._check_calls(evaluation)
+        terms = [*evaluation.with_graph(), *(penalty(look()) for look, penalty in self.rest.penalties)]
+        for term in terms:
+            loss = loss.to(torch.promote_types(loss.dtype, term.dtype)) + term.to(loss.device)
+        return loss
+
+    def _check_calls(self, evaluation: Evaluation) -> None:
+        """Check that each layer under rules was called once."""
+        for bound in self.bounds:
+            for recorder in bound.recorders:
+                calls = evaluation.counts.get(id(recorder), 0)
+                if calls == 0 and not bound.rule.optional:
+                    raise NeverFiredError(f"{bound.key!r}: loss() never called {recorder.point.name!r} of the model")
+                if evaluation.forwards > 1 or (calls > 1 and recorder in bound.penalty_recorders):
+                    raise HowError(
+                        f"{bound.key!r}: loss() called {recorder.point.name!r} {calls} times; a certificate knows "
+                        "penalties on activations for one call: run the model once, on all the data"
+                    )
