@@ -19,6 +19,7 @@ from restrain.versions import check as _check
 if TYPE_CHECKING:
     from restrain.compaction import compact
     from restrain.models import Autoencoder, Classifier, Regressor, load
+    from restrain.paths import path
 
 _check(_torch.__version__)
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
@@ -227,6 +228,7 @@ __all__ = [
     "norms",
     "operations",
     "outputs",
+    "path",
     "recording",
     "regularized",
     "sampling",
@@ -235,10 +237,11 @@ __all__ = [
     "weights",
 ]
 
-# imported when they are first used: models need scikit-learn, compaction loads torch's exporter
+# imported when they are first used: models need scikit-learn, compaction loads torch's exporter, paths tempfile
 _LATER = {
     **dict.fromkeys(("Autoencoder", "Classifier", "Regressor", "load"), "restrain.models"),
     "compact": "restrain.compaction",
+    "path": "restrain.paths",
 }
 
 if not TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Plots of learned features, zeros by layer and loss curves, for the demo. Needs matplotlib."""
+"""Plots of learned features, zeros by layer, loss curves and paths. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from restrain import storage
 from restrain.errors import FileError
 from restrain.extras import needing
+
+_MOST_LINES = 200  # groups drawn of each tensor
 
 
 def _pyplot() -> Any:
@@ -138,3 +141,44 @@ def study(gains: Sequence[Any], points: Sequence[tuple[float, float, float]], pa
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     return _written(figure, path)
+
+
+def path(points: Sequence[Any], lengths: Sequence[Mapping[str, Tensor]], chosen: Mapping[str, Any], file: Path) -> Path:
+    """Plot group lengths over the strength; scores and numbers of groups below; return the file.
+
+    Args:
+        points: the points, in the order of the walk (see `paths.Point`).
+        lengths: {tensor: lengths of its groups} of each point.
+        chosen: title → point, marked by a line.
+        file: the file to write and return.
+    """
+    plt = _pyplot()
+    figure, (above, below) = plt.subplots(2, 1, figsize=(8, 6), layout="constrained", sharex=True)
+    counts = below.twinx()
+    for way, style in (("up", "-"), ("down", "--")):
+        own = [number for number, one in enumerate(points) if one.direction == way]
+        x = [points[number].strength for number in own]
+        for color, name in enumerate(lengths[0] if own else ()):
+            lines = torch.stack([lengths[number][name].flatten() for number in own])
+            drawn = lines[:, lines.amax(0).argsort(descending=True)[:_MOST_LINES]]
+            above.plot(x, drawn.numpy(), style, color=f"C{color % 10}", lw=0.8, alpha=0.7)
+        if own:
+            scores = [points[number].score for number in own]
+            errors = [_error(points[number].scores) for number in own]
+            below.errorbar(x, scores, errors, fmt=f"o{style}", ms=3, lw=1, color="C0", label=f"score, {way}")
+            counts.plot(x, [points[number].selected for number in own], style, color="C2", lw=1, label=f"groups, {way}")
+    for number, (title, point) in enumerate(chosen.items()):
+        for axis in (above, below):
+            axis.axvline(point.strength, color=f"C{3 + number}", lw=1, label=title if axis is below else None)
+    above.set(xscale="log", ylabel="length of each group")
+    below.set(xlabel="strength", ylabel="score")
+    counts.set_ylabel("groups that aren't zero")
+    below.legend(fontsize=8, frameon=False, loc="lower left")
+    for axis in (above, below, counts):
+        axis.spines["top"].set_visible(False)
+    return _written(figure, file)
+
+
+def _error(scores: Tensor | None) -> float:
+    """Return the standard error of a mean score; zero for a single number."""
+    return 0.0 if scores is None or len(scores) < 2 else float(scores.std()) / len(scores) ** 0.5

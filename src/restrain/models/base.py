@@ -14,9 +14,9 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from restrain import registry
+from restrain import progress, registry
 from restrain.errors import FileError, PlanError
-from restrain.models import checkpoints, files, keywords, optimizers, progress, settings
+from restrain.models import checkpoints, files, keywords, optimizers, settings
 from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
 from restrain.models.layers import Network, outputs_of
 from restrain.models.monitors import Monitors

@@ -1,4 +1,4 @@
-"""The progress bar of a training."""
+"""The progress bar of a training or a path."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from restrain.extras import needing
 
 
-def bar(epochs: int, wanted: bool | None) -> Any:
-    """Return a progress bar over epochs; `wanted=None` shows it if stderr is a terminal."""
+def bar(total: int, wanted: bool | None, unit: str = "epochs") -> Any:
+    """Return a progress bar over `total` units; `wanted=None` shows it if stderr is a terminal."""
     show = sys.stderr is not None and sys.stderr.isatty() if wanted is None else wanted
     if not show:
         return _NoBar()
     with needing("models", "the progress bar"):
         from tqdm import tqdm
 
-    return tqdm(total=epochs, unit=" epochs", file=sys.stderr)
+    return tqdm(total=total, unit=f" {unit}", file=sys.stderr)
 
 
 class _NoBar:

@@ -1,0 +1,202 @@
+"""The least strength at which all penalised groups are zero: the end of a path.
+
+At the origin, where the penalised groups are zero and everything else is fitted, a group stays zero
+if and only if -∇ lies in the strength times its subdifferential, which is where the proximal step
+gives zero. For a norm this is the dual norm of the gradient: the greatest |∇| for L1, ‖∇_g‖ / √n_g
+for a group lasso, the greatest singular value for a nuclear norm.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine import Attachment, PenalisedTensor, attach
+from restrain.errors import PlanError, RestrainWarning
+from restrain.penalties import Penalty
+from restrain.penalties.shrink import exact
+from restrain.rules import Rule
+
+_INFINITE = 1e12  # times the greatest entry: a strength that makes everything zero that it can
+_ROUNDS = 60  # of bisection
+_EXACT, _ROUNDED = 1e-8, 1e-4  # relative gradients of what is fitted at the origin, by dtype
+_SADDLE = 1e-2  # relative gradient below which the origin is a saddle
+_STEPS = 3000  # most proximal steps at the origin
+_DOUBLINGS, _BISECTIONS = 60, 3
+
+
+@dataclass(frozen=True)
+class Greatest:
+    """The greatest strength of a path, and how it was found: "dual norm", "search" or "given"."""
+
+    strength: float
+    found: str
+
+
+def least_strength(penalty: Penalty, x: Tensor) -> float:
+    """Return the least s at which prox(x) of s · penalty is what it is at infinite strength.
+
+    For a norm it is the dual norm of x; NaN if no strength makes entries of x zero.
+
+    >>> round(least_strength(rs.Norm(2), torch.tensor([3.0, 4.0])), 6)
+    5.0
+    """
+    x = exact(x)
+    size = float(x.abs().max()) if x.numel() else 0.0
+    if size == 0:
+        return 0.0
+    held = origin(penalty, x)
+    if held is None:
+        return math.nan
+
+    def holds(s: float) -> bool:
+        return bool(((s * penalty).prox(x) - held).abs().max() <= 1e-14 * size)
+
+    high = size
+    while not holds(high):
+        high *= 2
+    while high > 1e-30 * size and holds(high / 2):
+        high /= 2
+    low = high / 2
+    for _ in range(_ROUNDS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def origin(penalty: Penalty, w: Tensor) -> Tensor | None:
+    """Return w with zeros where the penalty makes zeros; None if it makes none.
+
+    Entries in no group, or with a weight of zero, stay.
+    """
+    x = exact(w)
+    size = float(x.abs().max()) if x.numel() else 0.0
+    held = ((_INFINITE * max(size, 1.0)) * penalty).prox(x)
+    zero = held == 0
+    return torch.where(zero, 0, x).to(w.dtype) if bool((zero | (held == x)).all()) and bool(zero.any()) else None
+
+
+def in_loss(rules: Sequence[Rule], strength: float = 1.0) -> list[Rule]:
+    """Return penalties as rules of the loss, times a strength."""
+    return [replace(strength * rule, how="loss") for rule in rules]
+
+
+def check_rules(model: nn.Module, rules: Sequence[Rule]) -> list[PenalisedTensor]:
+    """Return the tensors that a path's rules penalise.
+
+    Raises:
+        PlanError: a rule isn't a penalty on parameters with a prox that makes zeros.
+    """
+    reg = attach(model, in_loss(rules))
+    reg.detach()
+    tensors = penalised_by(reg)
+    for one in tensors:
+        w = one.tensor.detach()
+        if not one.penalty.has_prox or origin(one.penalty, torch.ones_like(w)) is None:
+            raise PlanError(
+                f"{one.penalty!r} makes no zeros in {one.name!r}, so no strength ends its path: take a penalty such as "
+                "rs.L1() or rs.GroupLasso(), put this one into fixed=, or give the strengths= yourself"
+            )
+    return tensors
+
+
+def penalised_by(reg: Attachment) -> list[PenalisedTensor]:
+    """Return the trained tensors under an attachment's penalties."""
+    found = reg.penalised()
+    if not found:
+        raise PlanError("every tensor that the rules select is frozen: a path needs one that is trained")
+    return found
+
+
+def at_origin(tensors: Sequence[PenalisedTensor]) -> None:
+    """Set the penalised groups to zero."""
+    with torch.no_grad():
+        for one in tensors:
+            held = origin(one.penalty, one.tensor)
+            if held is not None:
+                one.tensor.copy_(held)
+
+
+def by_dual_norm(
+    model: nn.Module, rules: Sequence[Rule], fixed: Sequence[Rule], loss: Callable[[], Tensor]
+) -> float | None:
+    """Return the greatest strength by the dual norm; None where that isn't the answer.
+
+    It leaves the model at the origin, with everything else fitted. The origin is a saddle, and no
+    answer, if a tensor's gradient vanishes there because other penalised tensors are zero.
+
+    Args:
+        model: the model.
+        rules: the penalties of the path.
+        fixed: penalties of a fixed strength.
+        loss: the data loss.
+    """
+    tensors = check_rules(model, rules)
+    alone = _alone(tensors, model, rules, loss) if len(tensors) > 1 else {}
+    at_origin(tensors)
+    infinite = _INFINITE * max(1.0, *(float(t.detach().abs().max()) for t in model.parameters() if t.numel()))
+    with attach(model, [*in_loss(rules, infinite), *in_loss(fixed)]) as reg:
+        slope = max(float(g.abs().max()) for g in reg.gradients(loss).values() if g.numel())
+        rounded = any(p.dtype.itemsize < 8 for p in model.parameters() if p.requires_grad)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RestrainWarning)  # flat directions, which don't move the gradient
+            share = _ROUNDED if rounded else _EXACT
+            reg.certificate(loss, polish=True, steps=_STEPS, tolerance=share * max(slope, 1e-30))
+        gradients = reg.gradients(loss)
+    for name, before in alone.items():
+        if float(gradients[name].abs().max()) <= _SADDLE * before:
+            return None
+    found = max(least_strength(one.penalty, exact(one.tensor.detach()) - gradients[one.name]) for one in tensors)
+    return found * (1 + 10 * share) if found > 0 else None  # else rounding leaves groups at the end
+
+
+def _alone(
+    tensors: Sequence[PenalisedTensor], model: nn.Module, rules: Sequence[Rule], loss: Callable[[], Tensor]
+) -> dict[str, float]:
+    """Return {name: greatest |∇|} of each tensor at its origin, the others as they are."""
+    found = {}
+    for one in tensors:
+        before = one.tensor.detach().clone()
+        at_origin([one])
+        with attach(model, in_loss(rules)) as reg:
+            found[one.name] = float(reg.gradients(loss)[one.name].abs().max())
+        with torch.no_grad():
+            one.tensor.copy_(before)
+    return found
+
+
+def by_search(start: float, fit: Callable[[float], bool], keep: Callable[[], Callable[[], None]]) -> float:
+    """Return the least strength at which a fit makes all zero, within 10 %: doubled, then bisected.
+
+    Args:
+        start: the first strength.
+        fit: fits the model at a strength from its current weights; True if all is zero then.
+        keep: notes the current weights; returns a function that restores them.
+
+    Raises:
+        PlanError: there is no such strength.
+    """
+    high, restore = start, keep()
+    for _ in range(_DOUBLINGS):
+        if fit(high):
+            break
+        high, restore = 2 * high, keep()
+    else:
+        raise PlanError(
+            f"at the strength {high:g} penalised groups still aren't zero: give the strengths= yourself, "
+            "or see whether fit calls reg.use(optimizer) with the optimizer of all penalised parameters"
+        )
+    low = high / 2
+    for _ in range(_BISECTIONS):
+        restore()
+        middle = math.sqrt(low * high)
+        if fit(middle):
+            high = middle
+        else:
+            low, restore = middle, keep()
+    return high

@@ -1,0 +1,302 @@
+"""Regularisation paths of any model: from strength to strength, with warm starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from restrain import progress, storage
+from restrain.engine import attach
+from restrain.errors import PlanError
+from restrain.fields import brief, is_number, is_whole
+from restrain.named_tensors import checked_module, unwrap
+from restrain.paths import greatest
+from restrain.paths.greatest import Greatest
+from restrain.paths.points import Folder, Point, Temporary, checked_settings
+from restrain.paths.result import Path
+from restrain.paths.walk import Walk, Weights
+from restrain.penalties import Penalty
+from restrain.penalties.stateful import Weighted
+from restrain.plans import Plan
+from restrain.rules import Rule
+
+Direction = Literal["up", "down", "both"]
+
+
+def path(
+    model: nn.Module,
+    rules: Any,
+    fit: Callable[..., Any],
+    *,
+    loss: Callable[[nn.Module], Tensor],
+    score: Callable[[nn.Module], Any],
+    points: int = 50,
+    ratio: float = 1e-3,
+    direction: Direction = "up",
+    strengths: Iterable[float] | None = None,
+    fixed: Any = None,
+    optimizer: Callable[[nn.Module], Any] | None = None,
+    refit: bool = False,
+    patience: int | None = None,
+    certificate: bool = True,
+    polish: bool = False,
+    folder: str | FilePath | None = None,
+    random_state: int | None = None,
+    progress: bool | None = None,
+) -> Path:
+    """Fit a model at many strengths of its rules, each from the weights of the one before.
+
+    The strengths are a geometric grid from `ratio` times the greatest to the greatest, the least at
+    which all penalised groups are zero: the dual norm of the loss gradient at the origin, where the
+    rest of the model is fitted. Where the origin is a saddle, as if every layer is penalised, or
+    under fixed constraints, it is searched for by fits, doubled and then bisected. If groups are
+    left at the end of the way up, the grid goes on.
+
+    A fit begins with the weights and buffers of the point before, a new optimizer, and a seed of
+    its own for torch's generators; on the way down the first begins at the origin. The model is
+    worked on in place, and has its own weights again at the end.
+
+    Args:
+        model: any module.
+        rules: penalties on parameters whose strengths move together, such as
+            `rs.GroupLasso(per="in").on("0.weight", how="proximal")`.
+        fit: trains the model at one point: `fit(model, reg)` makes an optimizer, calls
+            `reg.use(optimizer)`, and runs its loop, in which `reg` is the attachment. With
+            `optimizer=` it is called as `fit(model, reg, optimizer)`.
+        loss: `loss(model)`, the data loss on the training data, the same at each call.
+        score: `score(model)` on validation data, higher is better: one number, or one a sample.
+            The model is in eval() then, without gradients.
+        points: the number of strengths.
+        ratio: the least strength / the greatest.
+        direction: "up" from the least strength, "down" from the greatest, or "both": up, then down.
+        strengths: the strengths themselves, in place of a grid.
+        fixed: rules of a fixed strength, for every fit.
+        optimizer: a function of the model that makes a new optimizer.
+        refit: fit each point again without the penalties, zeros kept, and score that model.
+        patience: end a way after so many points in a row below the best score.
+        certificate: take `residual` of each point by `reg.certificate`.
+        polish: polish each point by full-batch proximal steps.
+        folder: where points are saved as they are found; a path that was broken off goes on from
+            its files. None: a temporary folder that goes with the result.
+        random_state: the seed; None draws one from torch's generator.
+        progress: show a progress bar; None: if stderr is a terminal.
+
+    Raises:
+        PlanError: rules that make no zeros, invalid settings, `fit` that never used its rules, or a
+            folder with another path.
+        PenaltyError: `loss` is random.
+
+    Source: Friedman, Hastie and Tibshirani (2010) for grid and warm starts; Lemhadri and others
+    (2021) for the way from dense to sparse.
+    """
+    root = unwrap(checked_module(model))
+    grid = Grid.checked(points, ratio, direction, strengths, patience)
+    plan = list(Plan.of(rules))
+    _check_rules(plan, grid.given)
+    names, temporary = _by_name(root, plan), Temporary() if folder is None else None
+    files = Folder(storage.as_path(folder if temporary is None else temporary.name))
+    others = list(Plan.of(fixed))
+    walk = Walk(root, names, others, fit, loss, score, optimizer, refit, certificate, polish, 0, files)
+    settings = _settings(walk, grid, random_state)
+    walk.seed = settings["seed"]
+    with walk.lent():
+        walk.tensors = _tensors(walk)
+        if "greatest" not in settings:
+            settings = _begun(walk, grid, settings)
+        found = _Ways(walk, grid, settings, progress).run()
+    top = Greatest(settings["greatest"], settings["found"])
+    return Path(found, top, files, model, lambda point: _debiased(walk, model, point), temporary)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The strengths of a path; see `path` for the fields."""
+
+    points: int
+    ratio: float
+    direction: Direction
+    given: list[float] | None
+    patience: int | None
+
+    @classmethod
+    def checked(cls, points: Any, ratio: Any, direction: Any, strengths: Any, patience: Any) -> Grid:
+        """Return the grid of the settings.
+
+        Raises:
+            PlanError: a setting isn't allowed.
+        """
+        _check(points, ratio, direction, patience)
+        given = None if strengths is None else _checked_strengths(strengths)
+        return cls(points, float(ratio), direction, given, patience)
+
+
+def _settings(walk: Walk, grid: Grid, seed: int | None) -> dict[str, Any]:
+    """Return the settings of a path, those in its folder if there are any.
+
+    Raises:
+        PlanError: the path in the folder is another one.
+    """
+    root = walk.model
+    wanted = {
+        "rules": _text(root, walk.rules),
+        "shapes": {name: list(t.shape) for name, t in root.state_dict().items() if isinstance(t, Tensor)},
+        "fixed": [repr(rule.what) for rule in walk.fixed],
+        "grid": [grid.points, grid.ratio, grid.direction, grid.given],
+        "how": [walk.refit, walk.certificate, walk.polish, grid.patience],
+    } | ({} if seed is None else {"seed": seed})
+    return checked_settings(walk.folder, wanted) or {**wanted, "seed": _new_seed() if seed is None else seed}
+
+
+def _begun(walk: Walk, grid: Grid, settings: dict[str, Any]) -> dict[str, Any]:
+    """Find the greatest strength and write the path's settings; return them."""
+    origin: Weights | None = None
+    if grid.given is None:
+        top, origin = walk.greatest()
+    else:
+        top = Greatest(max(grid.given), "given")
+    settings = {**settings, "greatest": top.strength, "found": top.found, "origin": origin}
+    walk.folder.write_settings(settings)
+    return settings
+
+
+def _tensors(walk: Walk) -> Any:
+    reg = attach(walk.model, greatest.in_loss(walk.rules))
+    reg.detach()
+    return greatest.penalised_by(reg)
+
+
+class _Ways:
+    """The ways along a path, up and down."""
+
+    def __init__(self, walk: Walk, grid: Grid, settings: dict[str, Any], shown: bool | None) -> None:
+        self.walk, self.grid = walk, grid
+        self.top, self.origin = settings["greatest"], settings["origin"]
+        self.step = grid.ratio ** (1 / (grid.points - 1))
+        total = (grid.points if grid.given is None else len(grid.given)) * (2 if grid.direction == "both" else 1)
+        self.bar = progress.bar(total, shown, "points")
+
+    def run(self) -> list[Point]:
+        """Return all points."""
+        begin, found = self.walk.weights(), list[Point]()
+        try:
+            for way in ("up", "down") if self.grid.direction == "both" else (self.grid.direction,):
+                start = self.origin if way == "down" and self.origin is not None else begin
+                strengths = self._up() if way == "up" else self._down()
+                found += self.walk.points(strengths, way, len(found), start, self._more)
+        finally:
+            self.bar.close()
+        return found
+
+    def _down(self) -> list[float]:
+        if self.grid.given is not None:
+            return self.grid.given[::-1]
+        return [self.top * self.step**k for k in range(self.grid.points)]
+
+    def _up(self) -> Iterator[float]:
+        """Yield the strengths upwards; beyond the grid at most as many again."""
+        yield from self._down()[::-1]
+        if self.grid.given is None:
+            yield from (self.top / self.step**k for k in range(1, self.grid.points + 1))
+
+    def _more(self, found: Sequence[Point]) -> bool:
+        """Show a point; return True if the way goes on."""
+        last = found[-1]
+        self.bar.update(1)
+        self.bar.set_postfix(strength=f"{last.strength:.3g}", score=f"{last.score:.4g}", selected=last.selected)
+        if self.grid.patience is not None:
+            best = max(range(len(found)), key=lambda k: (found[k].score, k))
+            if len(found) - 1 - best >= self.grid.patience:
+                return False
+        return not (self.grid.given is None and last.direction == "up" and last.selected == 0)
+
+
+def _debiased(walk: Walk, model: nn.Module, point: Point) -> tuple[nn.Module, float]:
+    """Return (a copy of the model refitted from a point, its score)."""
+    found = Path([point], Greatest(0.0, "given"), walk.folder, model)
+    with walk.lent():
+        walk.put(walk.folder.warm(point.index))
+        walk.debias(point.index)
+        score, _ = walk.scored()
+        weights = walk.weights()
+    copied = found.model(0)
+    with torch.no_grad():
+        own = copied.state_dict()
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    return copied, score
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check(points: Any, ratio: Any, direction: Any, patience: Any) -> None:
+    if not is_whole(points, 2):
+        raise PlanError(f"points= is the number of strengths, at least 2; got {brief(points)}")
+    if not is_number(ratio) or not 0 < ratio < 1:
+        raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(ratio)}")
+    if direction not in ("up", "down", "both"):
+        raise PlanError(f"direction= is 'up', 'down' or 'both'; got {brief(direction)}")
+    if patience is not None and not is_whole(patience, 1):
+        raise PlanError(f"patience= is a number of points, at least 1, or None; got {brief(patience)}")
+
+
+def _checked_strengths(strengths: Any) -> list[float]:
+    """Return given strengths in increasing order."""
+    found = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else []
+    numbers = [float(one) for one in found if is_number(one) and one >= 0]
+    if not numbers or len(numbers) < len(found) or len(set(numbers)) < len(numbers):
+        raise PlanError(
+            f"strengths= are different numbers, zero or more, such as [0.01, 0.1, 1.0]; got {brief(strengths)}"
+        )
+    return sorted(numbers)
+
+
+def _check_rules(rules: Sequence[Rule], given: list[float] | None) -> None:
+    """Check that rules are penalties on parameters, and can make zeros.
+
+    Raises:
+        PlanError: they aren't, or can't.
+    """
+    if not rules:
+        raise PlanError("rules= are the penalties of the path; got none")
+    for rule in rules:
+        if not isinstance(rule.what, Penalty) or rule.at_places:
+            raise PlanError(
+                f"the strengths of a path are those of penalties on parameters; {rule!r} is no such rule: give it by "
+                "fixed="
+            )
+        if given is None and rule.how != "proximal":
+            raise PlanError(
+                f"{rule!r} makes no exact zeros by how={rule.how!r}, so that no strength ends its path: write "
+                "how='proximal', or give the strengths= yourself"
+            )
+        for _, leaf in rule.what.leaves():
+            if isinstance(leaf, Weighted) and callable(leaf.weights):
+                raise PlanError(
+                    f"the weights of {leaf!r} are a function, and would be others at each point: give it a tensor, or "
+                    "a mapping from names to tensors"
+                )
+
+
+def _by_name(model: nn.Module, rules: Sequence[Rule]) -> list[Rule]:
+    """Return rules that select by name, with a name of their own, so that they bind alike each time."""
+    with attach(model, [replace(rule, how="loss") for rule in rules]) as reg:
+        bound = list(reg.plan)
+    return [
+        replace(rule, where=own.where, name=rule.name or f"path {number}")
+        for number, (rule, own) in enumerate(zip(rules, bound, strict=True))
+    ]
+
+
+def _text(model: nn.Module, rules: Sequence[Rule]) -> list[str]:
+    with attach(model, [replace(rule, how="loss") for rule in rules]) as reg:
+        return [f"{rule.what!r} on {', '.join(one.names)}" for rule, one in zip(rules, reg.rules, strict=True)]
+
+
+def _new_seed() -> int:
+    return int(torch.randint(2**31, (), device="cpu"))

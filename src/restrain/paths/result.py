@@ -1,0 +1,199 @@
+"""What a path found: its points, the choice among them, and their models."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain import plots, storage
+from restrain.errors import FileError, MissingFileError, PlanError
+from restrain.extras import needing
+from restrain.fields import is_whole
+from restrain.paths.greatest import Greatest
+from restrain.paths.points import Folder, Point
+from restrain.text_table import text_table
+
+_COLUMNS = ("strength", "score", "selected", "groups", "loss", "residual", "seconds")
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The points of a path, in the order of the walk; made by `rs.path`.
+
+    Args:
+        points: the points.
+        greatest: the strength that makes all zero, and how it was found.
+        folder: the files.
+        template: the model as given, of which `model` makes copies.
+        debias: refits a point; None for a path from files.
+        temporary: the temporary folder that goes with this object.
+    """
+
+    points: Sequence[Point]
+    greatest: Greatest
+    folder: Folder
+    template: nn.Module | None = field(default=None, repr=False)
+    debias: Callable[[Point], tuple[nn.Module, float]] | None = field(default=None, repr=False)
+    temporary: Any = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __getitem__(self, index: int) -> Point:
+        return self.points[index]
+
+    # ---------------------------------------------------------------- choice
+
+    def best(self) -> Point:
+        """Return the point of the highest score; of equal ones that with the fewest groups."""
+        return max(self.points, key=lambda one: (one.score, -one.selected, one.strength))
+
+    def one_se(self) -> Point:
+        """Return the point with the fewest groups whose score is within one standard error of the best.
+
+        The error is that of the mean of paired differences, sample by sample: sd(best - point) / √n.
+
+        Raises:
+            PlanError: `score` gave one number, of which no error is known.
+
+        Source: Breiman and others (1984), section 3.4.3, there without pairs.
+        """
+        best = self.best()
+        if best.scores is None:
+            raise PlanError(
+                "one_se() needs the score of each validation sample: let score(model) return a tensor with one a "
+                "sample, such as (model(x).argmax(1) == y).double(), or use a model with cv="
+            )
+        near = [one for one in self.points if _within_one_error(best, one)]
+        return min(near, key=lambda one: (one.selected, -one.score))
+
+    def selected(self, at: int | Point | None = None) -> dict[str, Tensor]:
+        """Return {tensor: indices of its groups that aren't zero} at a point; None: the best.
+
+        An index counts along the axis that tells groups apart; with several such axes it is a row
+        with an index for each.
+        """
+        found = {}
+        for name, lengths in self._data(at)["lengths"].items():
+            where = (lengths > 0).nonzero()
+            found[name] = where[:, 0] if where.shape[1] == 1 else where
+        return found
+
+    def model(self, at: int | Point | None = None) -> nn.Module:
+        """Return a copy of the model with the weights of a point, in eval(); None: the best.
+
+        Raises:
+            PlanError: the path was loaded without a model.
+        """
+        if self.template is None:
+            raise PlanError("this path was loaded without its model: write Path.load(folder, model)")
+        found = copy.deepcopy(self.template)
+        weights = self._data(at)["weights"]
+        with torch.no_grad():
+            own = found.state_dict()
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+        return found.eval()
+
+    def refit(self, at: int | Point | None = None) -> tuple[nn.Module, float]:
+        """Fit a point's model again without the path's penalties, zeros kept; return it and its score.
+
+        Raises:
+            PlanError: the path comes from files, so that `fit` isn't known.
+        """
+        if self.debias is None:
+            raise PlanError(
+                "a path from files doesn't know fit: call rs.path(..., folder=) again, which fits no point anew"
+            )
+        return self.debias(self._point(at))
+
+    def _point(self, at: int | Point | None) -> Point:
+        if isinstance(at, Point):
+            return at
+        if at is None:
+            return self.best()
+        if not is_whole(at) or not -len(self.points) <= at < len(self.points):
+            raise PlanError(f"a point is a number from 0 to {len(self.points) - 1}, or one of path.points; got {at!r}")
+        return self.points[at]
+
+    def _data(self, at: int | Point | None) -> dict[str, Any]:
+        index = self._point(at).index
+        found = self.folder.read(index)
+        if found is None:
+            raise MissingFileError(f"no file {self.folder.point(index)}: expected a point of this path")
+        return found
+
+    # ---------------------------------------------------------------- tables, pictures, files
+
+    def __str__(self) -> str:
+        rows = [["", *_COLUMNS]]
+        for one in self.points:
+            numbers = [one.strength, one.score, one.selected, one.groups, one.loss, one.residual, one.seconds]
+            rows.append([str(one.index), *(f"{number:.4g}" for number in numbers)])
+        head = f"{len(self)} points, greatest strength {self.greatest.strength:.4g} by {self.greatest.found}"
+        return f"{head}\n{text_table(rows, set(range(8)))}"
+
+    def to_frame(self) -> Any:
+        """Return a pandas table with a row for each point."""
+        with needing("cli", "a table of a path"):
+            import pandas
+
+        return pandas.DataFrame([one.row for one in self.points]).set_index("index")
+
+    def plot(self, file: str | FilePath) -> FilePath:
+        """Draw lengths of groups, scores and numbers of groups over the strength; return the file.
+
+        The best point and that within one standard error are marked.
+        """
+        lengths = [self._data(one)["lengths"] for one in self.points]
+        chosen = {"best": self.best()}
+        if self.best().scores is not None:
+            chosen["one standard error"] = self.one_se()
+        return plots.path(self.points, lengths, chosen, FilePath(file))
+
+    def save(self, folder: str | FilePath) -> FilePath:
+        """Copy the path's files to a folder, in which `load` and `rs.path(..., folder=)` find it."""
+        target = Folder(storage.as_path(folder))
+        storage.make_folder(target.path)
+        for one in self.points:
+            storage.write(target.point(one.index), storage.read(self.folder.point(one.index)))
+        storage.write(target.path / "path.pt", storage.read(self.folder.path / "path.pt"))  # last: it makes it a path
+        return target.path
+
+    @classmethod
+    def load(cls, folder: str | FilePath, model: nn.Module | None = None) -> Path:
+        """Return the path in a folder.
+
+        Args:
+            folder: the folder that `save` or `rs.path(..., folder=)` wrote.
+            model: a model of the same kind, for `model`.
+
+        Raises:
+            FileError: there is no path in the folder, or a file is damaged.
+        """
+        files = Folder(storage.as_path(folder))
+        settings = files.settings()
+        if settings is None:
+            raise MissingFileError(f"no path in {files.path}: expected its file path.pt")
+        points: list[Point] = []
+        while (point := files.known(len(points))) is not None:
+            points.append(point)
+        if not points:
+            raise FileError(f"the path in {files.path} has no points yet: call rs.path(..., folder=) again")
+        return cls(points, Greatest(settings["greatest"], settings["found"]), files, model)
+
+
+def _within_one_error(best: Point, one: Point) -> bool:
+    """Return True if a score is within one standard error of paired differences from the best."""
+    if best.scores is None or one.scores is None or best.scores.shape != one.scores.shape:
+        return one is best
+    difference = best.scores - one.scores
+    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
+    return float(difference.mean()) <= error

@@ -1,0 +1,254 @@
+"""Walking a path: fits from strength to strength, each from the weights of the one before.
+
+The state at each point, whatever came before it:
+
+* weights, buffers (running statistics too) and the gradients' flags are those at the end of the
+  point before; the first point begins with the model as given, or on the way down at the origin.
+* `fit` makes a new optimizer, so no moments are carried on.
+* torch's generators are seeded by the path's seed and the point's number, and restored afterwards.
+
+So a path that continues from its files is the one that wasn't interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine import Attachment, PenalisedTensor, attach
+from restrain.errors import PlanError, RestrainWarning
+from restrain.named_tensors import device_of
+from restrain.paths import greatest
+from restrain.paths.greatest import Greatest
+from restrain.paths.points import Folder, Point, as_scores
+from restrain.paths.waiting import Waiting
+from restrain.penalties import Penalty
+from restrain.rules import Rule
+from restrain.transforms import Fixed
+
+Weights = dict[str, Tensor]
+
+
+@dataclass
+class Walk:
+    """A path's model, rules and functions, and what to do at each point."""
+
+    model: nn.Module
+    rules: Sequence[Rule]
+    fixed: Sequence[Rule]
+    fit: Callable[..., Any]
+    loss: Callable[[nn.Module], Tensor]
+    score: Callable[[nn.Module], Any]
+    optimizer: Callable[[nn.Module], Any] | None
+    refit: bool
+    certificate: bool
+    polish: bool
+    seed: int
+    folder: Folder
+    modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
+    tensors: list[PenalisedTensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.modes = [(module, module.training) for module in self.model.modules()]
+
+    def data_loss(self) -> Tensor:
+        """Return the data loss of the model as it is."""
+        return self.loss(self.model)
+
+    # ---------------------------------------------------------------- weights
+
+    def weights(self) -> Weights:
+        """Return copies of the model's parameters and buffers."""
+        return {name: t.detach().clone() for name, t in self.model.state_dict().items() if isinstance(t, Tensor)}
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Give the model these parameters and buffers, in place."""
+        with torch.no_grad():
+            own = self.model.state_dict()
+            for name, tensor in weights.items():
+                own[name].copy_(tensor)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """Restore the model's weights, buffers and modes after the block."""
+        before = self.weights()
+        try:
+            yield
+        finally:
+            self.put(before)
+            for module, training in self.modes:
+                module.training = training
+
+    # ---------------------------------------------------------------- one fit
+
+    @contextmanager
+    def fitted(self, rules: Sequence[Rule], seed: int) -> Iterator[Attachment]:
+        """Fit the model under rules; within the block they are still attached.
+
+        Raises:
+            PlanError: `fit` never used the rules.
+        """
+        for module, training in self.modes:
+            module.training = training
+        waiting, device = Waiting(self.model, rules), device_of(self.model)
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "after .* is all zeros", RestrainWarning)  # the end of every path
+                torch.manual_seed(seed)
+                given = () if self.optimizer is None else (self.optimizer(self.model),)
+                self.fit(self.model, waiting, *given)
+            if waiting.attached is None:
+                raise PlanError(
+                    "fit(model, reg) never used reg: call reg.use(optimizer) before the loop (for rules in the loss "
+                    "reg.loss(loss) is enough)"
+                )
+            yield waiting.attached
+        finally:
+            waiting.detach()
+
+    def at(self, strength: float) -> list[Rule]:
+        """Return the rules at a strength, and the fixed ones."""
+        return [*(strength * rule for rule in self.rules), *self.fixed]
+
+    def settle(self, strength: float) -> bool:
+        """Fit at a strength; True if all penalised groups are zero then."""
+        with self.fitted(self.at(strength), self.seed):
+            return not self.selected()
+
+    def selected(self) -> int:
+        """Return the number of groups that aren't zero."""
+        return sum(int((one.lengths() > 0).sum()) for one in self.tensors)
+
+    # ---------------------------------------------------------------- the greatest strength
+
+    def greatest(self) -> tuple[Greatest, Weights]:
+        """Return the least strength that makes all zero, and weights at the origin.
+
+        The dual norm knows penalties; under other fixed rules it is searched for.
+        """
+        before, found = self.weights(), None
+        if all(isinstance(rule.what, Penalty) and not rule.at_places for rule in self.fixed):
+            found = greatest.by_dual_norm(self.model, self.rules, self.fixed, self.data_loss)
+            origin = self.weights()
+            self.put(before)
+        if found is not None:
+            return Greatest(found, "dual norm"), origin
+        high = greatest.by_search(self._start(), self.settle, self._keep)
+        with self.fitted(self.at(high), self.seed):
+            origin = self.weights()
+        self.put(before)
+        return Greatest(high, "search"), origin
+
+    def _start(self) -> float:
+        """Return the strength from which the search doubles: the dual norm at the current weights, / 16."""
+        with attach(self.model, greatest.in_loss(self.rules)) as reg:
+            gradients = reg.gradients(self.data_loss)
+        slopes = [greatest.least_strength(one.penalty, gradients[one.name]) for one in self.tensors]
+        return max([slope for slope in slopes if slope > 0], default=1e-3) / 16
+
+    def _keep(self) -> Callable[[], None]:
+        weights = self.weights()
+        return lambda: self.put(weights)
+
+    # ---------------------------------------------------------------- points
+
+    def points(
+        self, strengths: Iterable[float], way: str, first: int, begin: Weights, more: Callable[[list[Point]], bool]
+    ) -> list[Point]:
+        """Return the points of one way along the path; those with files aren't fitted again.
+
+        Args:
+            strengths: the strengths in the order of the walk.
+            way: "up" or "down".
+            first: the number of the first point.
+            begin: the weights at the beginning.
+            more: called with the points so far; False ends the walk.
+        """
+        found: list[Point] = []
+        follows = False  # the model has the weights of the point before
+        for index, strength in enumerate(strengths, first):
+            known = self.folder.known(index)
+            if known is None:
+                if not follows:
+                    self.put(self.folder.warm(index - 1) if index > first else begin)
+                known, follows = self.point(index, strength, way), True
+            found.append(known)
+            if not more(found):
+                break
+        return found
+
+    def point(self, index: int, strength: float, way: str) -> Point:
+        """Fit at a strength, write the point's files, and return the point."""
+        started = time.perf_counter()
+        with self.fitted(self.at(strength), self.seed + index + 1) as reg:
+            seconds = time.perf_counter() - started
+            loss, residual = self._certified(reg)
+        weights = self.weights()
+        selected = self.selected()
+        lengths = {one.name: one.lengths() for one in self.tensors}
+        shrunk, scores = self.scored()
+        mean, again = shrunk, 0.0
+        if self.refit:
+            started = time.perf_counter()
+            self.debias(index)
+            again = time.perf_counter() - started
+            mean, scores = self.scored()
+        groups = sum(one.numel() for one in lengths.values())
+        point = Point(index, strength, way, mean, scores, selected, groups, loss, residual, seconds + again, shrunk)
+        refitted = self.weights() if self.refit else weights
+        self.folder.write(point, refitted, lengths, weights if self.refit else None)
+        self.put(weights)
+        return point
+
+    def _certified(self, reg: Attachment) -> tuple[float, float]:
+        """Return (data loss, residual), after polishing if that is asked for."""
+        if not (self.certificate or self.polish):
+            return self._plain_loss(), float("nan")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RestrainWarning)  # the residual says it
+            found = reg.certificate(self.data_loss, polish=self.polish)
+        return found.loss, found.residual
+
+    def _plain_loss(self) -> float:
+        with self._evaluation():
+            return float(self.data_loss())
+
+    def scored(self) -> tuple[float, Tensor | None]:
+        """Return (mean score, score of each sample or None) of the model as it is."""
+        with self._evaluation():
+            return as_scores(self.score(self.model))
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        for module, _ in self.modes:
+            module.training = False
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in self.modes:
+                module.training = training
+
+    def debias(self, index: int) -> None:
+        """Fit without the path's penalties; groups that are zero stay zero.
+
+        Raises:
+            PlanError: a penalty's zeros aren't entries or groups.
+        """
+        masks = []
+        for number, one in enumerate(self.tensors):
+            zero = one.entries(one.lengths() == 0)
+            if bool(zero.any()):
+                masks.append(Fixed(zero, values=0.0).on([one.name], name=f"support {number}"))
+        rules = [*masks, *self.fixed]
+        if not rules:  # nothing is zero: fit under a penalty of strength zero, as attach takes no empty plan
+            rules = [replace(0.0 * rule, how="loss") for rule in self.rules]
+        with self.fitted(rules, self.seed + index + 1):
+            pass

@@ -1,0 +1,365 @@
+"""Paths of any model: points against scikit-learn, warm starts, choice, files, refusals."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Lasso
+from torch import nn
+from torch.nn import functional as F
+
+import restrain as rs
+from restrain.errors import FileError, MissingFileError, OptimizerError, PenaltyError, PlanError
+from restrain.paths import Path
+
+RNG = np.random.default_rng(0)
+x = RNG.standard_normal((90, 12))
+y = x[:, :4].sum(1) + RNG.standard_normal(90)
+X, Y, V, U = (torch.from_numpy(a) for a in (x[:60], y[:60, None], x[60:], y[60:, None]))
+RULE = rs.L1().on("weight", how="proximal")
+
+
+def loss(model):
+    return (model(X) - Y).square().mean() / 2
+
+
+def score(model):
+    return -(model(V) - U).square()[:, 0]
+
+
+def fit(model, reg, steps=150):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
+    reg.use(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        reg.loss(loss(model)).backward()
+        optimizer.step()
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(12, 1).double()
+
+
+def path(model=None, rules=RULE, fit=fit, **given):
+    given = {"loss": loss, "score": score, "points": 6, "ratio": 1e-2, "random_state": 0, **given}
+    return rs.path(linear() if model is None else model, rules, fit, **given)
+
+
+@pytest.mark.parametrize("direction", ["up", "down", "both"])
+def test_every_point_is_the_lasso_of_scikit_learn(direction):
+    found = path(direction=direction, fit=lambda model, reg: fit(model, reg, 400))
+    ways = [point.direction for point in found.points]
+    assert ways == {"up": ["up"] * 6, "down": ["down"] * 6, "both": ["up"] * 6 + ["down"] * 6}[direction]
+    strengths = [point.strength for point in found.points[:6]]
+    assert strengths == sorted(strengths, reverse=direction == "down")
+    assert max(strengths) / min(strengths) == pytest.approx(100)
+    for point in found.points:
+        best = Lasso(alpha=point.strength, tol=1e-12, max_iter=100_000).fit(x[:60], y[:60])
+        w = found.model(point).weight.detach().numpy()[0]
+        np.testing.assert_allclose(w, best.coef_, atol=1e-6)
+        assert point.selected == np.count_nonzero(best.coef_)
+        assert found.selected(point)["weight"][:, 1].tolist() == np.flatnonzero(best.coef_).tolist()
+        assert point.residual < 1e-6
+        assert point.score == pytest.approx(-np.square(best.predict(x[60:]) - y[60:]).mean(), rel=1e-6)
+    point = found[2]
+    wrong = Lasso(alpha=1.001 * point.strength, tol=1e-12).fit(x[:60], y[:60]).coef_
+    assert np.abs(found.model(point).weight.detach().numpy()[0] - wrong).max() > 1e-6
+
+
+def test_the_model_is_as_it_was():
+    model = linear()
+    model.eval()
+    before, seed = [p.clone() for p in model.parameters()], torch.get_rng_state()
+    path(model, points=3)
+    assert all(map(torch.equal, before, model.parameters()))
+    assert not model.training
+    assert not model._forward_hooks
+    assert torch.equal(torch.get_rng_state(), seed)
+
+    def broken(model, reg):
+        fit(model, reg, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        path(model, fit=broken)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_warm_starts_begin_where_the_point_before_ended():
+    begun, ended = [], []
+
+    def watched(model, reg):
+        begun.append(model.weight.detach().clone())
+        fit(model, reg, 5)
+        ended.append(model.weight.detach().clone())
+
+    path(fit=watched, points=4, polish=False)
+    assert len(begun) >= 4
+    assert all(map(torch.equal, begun[1:], ended))
+    begun.clear()
+    path(fit=watched, points=3, direction="down")
+    assert begun[0].count_nonzero() == 0
+
+
+def test_seeds_of_points_do_not_depend_on_what_came_before():
+    drawn = []
+
+    def noisy(model, reg):
+        drawn.append(torch.rand(1).item())
+        fit(model, reg, 2)
+
+    path(fit=noisy, points=3)
+    first = drawn.copy()
+    drawn.clear()
+    torch.rand(7)
+    path(fit=noisy, points=3)
+    assert drawn == first
+    assert len(set(first)) == len(first)
+
+
+def test_running_statistics_are_carried_on():
+    model = nn.Sequential(nn.Linear(12, 1), nn.BatchNorm1d(1)).double()
+    found = path(model, rs.L1().on("0.weight", how="proximal"), lambda m, reg: fit(m, reg, 3), points=3)
+    counts = [int(found.model(point)[1].num_batches_tracked) for point in found.points]
+    assert counts == [3 * (k + 1) for k in range(len(counts))]
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_the_way_up_goes_on_until_all_is_zero():
+    """Too few steps leave groups at the greatest strength."""
+    found = path(fit=lambda m, reg: fit(m, reg, 1), points=4)
+    assert len(found) > 4
+    assert found.points[-1].selected == 0
+    assert all(point.selected for point in found.points[:-1])
+    assert found.points[4].strength > found.greatest.strength
+
+
+def test_given_strengths_and_rules_without_zeros():
+    found = path(rules=rs.L2().on("weight"), strengths=[0.1, 1.0, 0.01])
+    assert [point.strength for point in found.points] == [0.01, 0.1, 1.0]
+    w = found.model(2).weight.detach().numpy()[0]
+    xc, yc = x[:60] - x[:60].mean(0), y[:60] - y[:60].mean()
+    np.testing.assert_allclose(w, np.linalg.solve(xc.T @ xc / 60 + 2 * np.eye(12), xc.T @ yc / 60), atol=1e-8)
+    assert found.greatest.found == "given"
+
+
+def test_optimizer_and_patience():
+    seen = []
+
+    def given(model, reg, optimizer):
+        seen.append(optimizer)
+        reg.use(optimizer)
+        for _ in range(50):
+            optimizer.zero_grad()
+            reg.loss(loss(model)).backward()
+            optimizer.step()
+
+    found = path(fit=given, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.2), patience=2, points=8)
+    best = found.best().index
+    assert len(found) == best + 3
+    assert len({id(one) for one in seen}) == len(seen)
+
+
+# ---------------------------------------------------------------- refit and choice
+
+
+def test_refits_are_least_squares_on_the_support():
+    found = path(refit=True, points=4, fit=lambda m, reg: fit(m, reg, 400))
+    for point in found.points:
+        where = found.selected(point)["weight"][:, 1].numpy()
+        w = found.model(point).weight.detach().numpy()[0]
+        xc, yc = x[:60][:, where] - x[:60][:, where].mean(0), y[:60] - y[:60].mean()
+        np.testing.assert_allclose(w[where], np.linalg.lstsq(xc, yc, rcond=None)[0], atol=1e-6)
+        assert np.count_nonzero(w) == len(where)
+    again = path(points=4, fit=lambda m, reg: fit(m, reg, 400))
+    model, value = again.refit(1)
+    np.testing.assert_allclose(model.weight.detach(), found.model(1).weight.detach(), atol=1e-8)
+    assert value == pytest.approx(found[1].score)
+    assert again[1].score == found[1].shrunk_score
+
+
+def test_one_standard_error_by_paired_differences():
+    found = path(points=8)
+    scores = np.stack([point.scores.numpy() for point in found.points])
+    best = scores.mean(1).argmax()
+    assert found.best().index == best
+    differences = scores[best] - scores
+    near = differences.mean(1) <= differences.std(1, ddof=1) / 30**0.5
+    fewest = min(np.flatnonzero(near), key=lambda k: (found[k].selected, -scores[k].mean()))
+    assert found.one_se().index == fewest
+    with pytest.raises(PlanError, match="one a sample"):
+        path(score=lambda m: float(score(m).mean())).one_se()
+
+
+def test_table_frame_and_picture(tmp_path):
+    found = path(points=4, direction="both")
+    assert "by dual norm" in str(found)
+    frame = found.to_frame()
+    assert frame.index.tolist() == list(range(len(found)))
+    assert frame["selected"].tolist() == [point.selected for point in found.points]
+    assert found.plot(tmp_path / "path.png").stat().st_size > 10_000
+
+
+def test_groups_of_a_network_are_counted():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    rule = rs.GroupLasso(per="in").on("0.weight", how="proximal")
+    found = path(model, rule, lambda m, reg: fit(m, reg, 20), points=4)
+    for point in found.points:
+        alive = found.model(point)[0].weight.detach().abs().sum(0) > 0
+        assert point.groups == 12
+        assert point.selected == int(alive.sum())
+        assert found.selected(point)["0.weight"].tolist() == alive.nonzero()[:, 0].tolist()
+
+
+def test_refit_of_groups_holds_them_at_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    per = {"in": [[0, 1, 2], [3, 4], [5, 6, 7, 8]]}  # the last three inputs are in no group
+    rule = 5.0 * rs.GroupLasso(per=per).on("0.weight", how="proximal")
+    found = path(model, rule, lambda m, reg: fit(m, reg, 20), points=4, refit=True)
+    for point in found.points:
+        alive = found.model(point)[0].weight.detach().abs().sum(0) > 0
+        groups = [bool(alive[list(members)].all()) for members in per["in"]]
+        assert [bool(alive[list(members)].any()) for members in per["in"]] == groups
+        assert sum(groups) == point.selected
+        assert alive[9:].all()
+    assert found.points[-1].selected == 0
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_path_goes_on_from_its_files(tmp_path):
+    whole = path(folder=tmp_path / "whole")
+    count = []
+
+    def counted(model, reg):
+        if len(count) == 3:
+            raise RuntimeError("broken off")
+        count.append(1)
+        fit(model, reg)
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        path(fit=counted, folder=tmp_path / "part")
+    assert len(Path.load(tmp_path / "part")) == 3
+    count.clear()
+
+    def rest(model, reg):
+        count.append(1)
+        fit(model, reg)
+
+    found = path(fit=rest, folder=tmp_path / "part")
+    assert len(count) == len(whole) - 3
+    for a, b in zip(whole.points, found.points, strict=True):
+        assert torch.equal(whole.model(a).weight, found.model(b).weight)
+        assert a.score == b.score
+    count.clear()
+    path(fit=rest, folder=tmp_path / "part")
+    assert count == []
+
+
+def test_save_and_load(tmp_path):
+    found = path(points=3)
+    found.save(tmp_path / "copy")
+    loaded = Path.load(tmp_path / "copy", linear())
+    assert [point.row for point in loaded.points] == [point.row for point in found.points]
+    assert loaded.greatest == found.greatest
+    assert torch.equal(loaded.model().weight, found.model().weight)
+    assert loaded.one_se().index == found.one_se().index
+    with pytest.raises(PlanError, match="without its model"):
+        Path.load(tmp_path / "copy").model()
+    with pytest.raises(PlanError, match="doesn't know fit"):
+        loaded.refit()
+    with pytest.raises(MissingFileError, match="no path"):
+        Path.load(tmp_path / "nothing")
+
+
+def test_damaged_and_other_files_are_refused(tmp_path):
+    path(points=3, folder=tmp_path)
+    with pytest.raises(PlanError, match="another one: grid"):
+        path(points=4, folder=tmp_path)
+    with pytest.raises(PlanError, match="another one: rules"):
+        path(rules=2 * RULE, points=3, folder=tmp_path)
+    content = (tmp_path / "point-0001.pt").read_bytes()
+    (tmp_path / "point-0001.pt").write_bytes(content[: len(content) // 2])
+    with pytest.raises(FileError, match="point-0001"):
+        path(points=3, folder=tmp_path)
+
+
+SCRIPT = """
+import sys, torch, restrain as rs
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(40, 6).double(); y = x[:, :2].sum(1, keepdim=True)
+model = nn.Linear(6, 1).double()
+loss = lambda m: (m(x) - y).square().mean()
+def fit(m, reg):
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+    reg.use(optimizer)
+    for _ in range(300):
+        optimizer.zero_grad(); reg.loss(loss(m)).backward(); optimizer.step()
+    print("fitted", flush=True)
+rs.path(model, rs.L1().on("weight", how="proximal"), fit, loss=loss, score=lambda m: 0.0, points=200,
+        folder=sys.argv[1], random_state=0)
+"""
+
+
+def test_a_killed_path_goes_on(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ}) as run:
+        for _ in range(4):
+            run.stdout.readline()
+        time.sleep(0.05)
+        run.send_signal(signal.SIGKILL)
+    found = Path.load(tmp_path)
+    assert len(found) >= 3
+    assert all(point.strength > 0 for point in found.points)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"points": 1}, "points="),
+        ({"ratio": 1.0}, "ratio="),
+        ({"direction": "sideways"}, "direction="),
+        ({"patience": 0}, "patience="),
+        ({"strengths": [1.0, 1.0]}, "strengths="),
+        ({"strengths": "12"}, "strengths="),
+        ({"rules": []}, "got none"),
+        ({"rules": rs.L1().on("weight")}, "how='proximal'"),
+        ({"rules": rs.NonNegative().on("weight")}, "fixed="),
+        ({"rules": rs.L1().on(rs.outputs())}, "fixed="),
+        ({"rules": rs.Weighted(rs.L1(), lambda w: w.abs()).on("weight", how="proximal")}, "function"),
+        ({"score": lambda m: float("nan")}, "score"),
+        ({"score": lambda m: "good"}, "score"),
+        ({"fit": lambda m, reg: None}, "never used reg"),
+    ],
+)
+def test_wrong_settings_are_refused(given, match):
+    with pytest.raises(PlanError, match=match):
+        path(**{"points": 3, **given})
+
+
+def test_random_losses_and_forgotten_optimizers_are_refused():
+    with pytest.raises(PenaltyError, match="and then"):
+        path(loss=lambda m: F.dropout(m(X), 0.5).square().mean())
+    with pytest.raises(OptimizerError, match=r"calls reg\.use"):
+        path(fit=lambda m, reg: reg.loss(loss(m)))
+
+    def twice(model, reg):
+        fit(model, reg)
+        reg.use(torch.optim.SGD(model.parameters(), lr=0.1))
+
+    with pytest.raises(PlanError, match="once"):
+        path(fit=twice)
