@@ -237,7 +237,7 @@ __all__ = [
     "weights",
 ]
 
-# imported when they are first used: models need scikit-learn, compaction loads torch's exporter, paths tempfile
+# imported when they are first used: models need scikit-learn, compaction loads torch's exporter
 _LATER = {
     **dict.fromkeys(("Autoencoder", "Classifier", "Regressor", "load"), "restrain.models"),
     "compact": "restrain.compaction",

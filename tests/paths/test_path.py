@@ -128,7 +128,7 @@ def test_running_statistics_are_carried_on():
     model = nn.Sequential(nn.Linear(12, 1), nn.BatchNorm1d(1)).double()
     found = path(model, rs.L1().on("0.weight", how="proximal"), lambda m, reg: fit(m, reg, 3), points=3)
     counts = [int(found.model(point)[1].num_batches_tracked) for point in found.points]
-    assert counts == [3 * (k + 1) for k in range(len(counts))]
+    assert counts == [3 * (k + 2) for k in range(len(counts))]
     assert int(model[1].num_batches_tracked) == 0
 
 
@@ -242,7 +242,7 @@ def test_a_path_goes_on_from_its_files(tmp_path):
     count = []
 
     def counted(model, reg):
-        if len(count) == 3:
+        if len(count) == 4:
             raise RuntimeError("broken off")
         count.append(1)
         fit(model, reg)

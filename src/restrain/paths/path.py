@@ -57,9 +57,10 @@ def path(
     under fixed constraints, it is searched for by fits, doubled and then bisected. If groups are
     left at the end of the way up, the grid goes on.
 
-    A fit begins with the weights and buffers of the point before, a new optimizer, and a seed of
-    its own for torch's generators; on the way down the first begins at the origin. The model is
-    worked on in place, and has its own weights again at the end.
+    The way up begins with a fit at strength zero, from whose weights the greatest strength is found
+    too: it depends on the layers behind. A fit begins with the weights and buffers of the point
+    before, a new optimizer, and a seed of its own for torch's generators; on the way down the first
+    begins at the origin. The model is worked on in place, and has its own weights again at the end.
 
     Args:
         model: any module.
@@ -155,10 +156,15 @@ def _settings(walk: Walk, grid: Grid, seed: int | None) -> dict[str, Any]:
 def _begun(walk: Walk, grid: Grid, settings: dict[str, Any]) -> dict[str, Any]:
     """Find the greatest strength and write the path's settings; return them."""
     origin: Weights | None = None
-    if grid.given is None:
-        top, origin = walk.greatest()
-    else:
+    if grid.given is not None:
         top = Greatest(max(grid.given), "given")
+    else:
+        if grid.direction != "down":
+            with walk.fitted(walk.at(0.0), walk.seed):
+                pass
+        begin = walk.weights()
+        top, origin = walk.greatest()
+        settings = {**settings, "begin": begin}
     settings = {**settings, "greatest": top.strength, "found": top.found, "origin": origin}
     walk.folder.write_settings(settings)
     return settings
@@ -176,13 +182,15 @@ class _Ways:
     def __init__(self, walk: Walk, grid: Grid, settings: dict[str, Any], shown: bool | None) -> None:
         self.walk, self.grid = walk, grid
         self.top, self.origin = settings["greatest"], settings["origin"]
+        self.begin = settings.get("begin")
         self.step = grid.ratio ** (1 / (grid.points - 1))
         total = (grid.points if grid.given is None else len(grid.given)) * (2 if grid.direction == "both" else 1)
         self.bar = progress.bar(total, shown, "points")
 
     def run(self) -> list[Point]:
         """Return all points."""
-        begin, found = self.walk.weights(), list[Point]()
+        begin = self.walk.weights() if self.begin is None else self.begin
+        found = list[Point]()
         try:
             for way in ("up", "down") if self.grid.direction == "both" else (self.grid.direction,):
                 start = self.origin if way == "down" and self.origin is not None else begin
@@ -284,7 +292,7 @@ def _check_rules(rules: Sequence[Rule], given: list[float] | None) -> None:
 
 
 def _by_name(model: nn.Module, rules: Sequence[Rule]) -> list[Rule]:
-    """Return rules that select by name, with a name of their own, so that they bind alike each time."""
+    """Return rules that select by name and have a name, so that they bind alike each time."""
     with attach(model, [replace(rule, how="loss") for rule in rules]) as reg:
         bound = list(reg.plan)
     return [

@@ -56,9 +56,9 @@ class Path:
         return max(self.points, key=lambda one: (one.score, -one.selected, one.strength))
 
     def one_se(self) -> Point:
-        """Return the point with the fewest groups whose score is within one standard error of the best.
+        """Return the point of the fewest groups within one standard error of the best score.
 
-        The error is that of the mean of paired differences, sample by sample: sd(best - point) / √n.
+        The error is that of the mean of paired differences, by sample: sd(best - point) / √n.
 
         Raises:
             PlanError: `score` gave one number, of which no error is known.
@@ -103,7 +103,7 @@ class Path:
         return found.eval()
 
     def refit(self, at: int | Point | None = None) -> tuple[nn.Module, float]:
-        """Fit a point's model again without the path's penalties, zeros kept; return it and its score.
+        """Return (a point's model fitted again without the penalties, zeros kept; its score).
 
         Raises:
             PlanError: the path comes from files, so that `fit` isn't known.
@@ -159,7 +159,7 @@ class Path:
         return plots.path(self.points, lengths, chosen, FilePath(file))
 
     def save(self, folder: str | FilePath) -> FilePath:
-        """Copy the path's files to a folder, in which `load` and `rs.path(..., folder=)` find it."""
+        """Copy the path's files to a folder, for `load` and `rs.path(..., folder=)`."""
         target = Folder(storage.as_path(folder))
         storage.make_folder(target.path)
         for one in self.points:

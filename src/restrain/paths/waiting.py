@@ -25,7 +25,7 @@ class Waiting:
         self.attached: Attachment | None = None
 
     def use(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> Attachment:
-        """Attach the rules to the optimizer (or a list of them) of this point; return the attachment.
+        """Attach the rules to the optimizer (or a list of them); return the attachment.
 
         Raises:
             PlanError: they are attached already.

@@ -3,7 +3,7 @@
 The state at each point, whatever came before it:
 
 * weights, buffers (running statistics too) and the gradients' flags are those at the end of the
-  point before; the first point begins with the model as given, or on the way down at the origin.
+  point before; the way up begins with a fit at strength zero, the way down at the origin.
 * `fit` makes a new optimizer, so no moments are carried on.
 * torch's generators are seeded by the path's seed and the point's number, and restored afterwards.
 
@@ -147,7 +147,7 @@ class Walk:
         return Greatest(high, "search"), origin
 
     def _start(self) -> float:
-        """Return the strength from which the search doubles: the dual norm at the current weights, / 16."""
+        """Return where the search begins: the dual norm at the current weights, / 16."""
         with attach(self.model, greatest.in_loss(self.rules)) as reg:
             gradients = reg.gradients(self.data_loss)
         slopes = [greatest.least_strength(one.penalty, gradients[one.name]) for one in self.tensors]

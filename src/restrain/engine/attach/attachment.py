@@ -481,8 +481,8 @@ class Attachment:
         statistics. Modes, `.grad`, buffers and random states are as before afterwards.
 
         Args:
-            loss: a function without arguments that runs the model on the data and returns the scalar
-                data loss. It is called three times and must give the same each time.
+            loss: a function without arguments that runs the model on the data and returns the
+                scalar data loss. It is called three times and must give the same each time.
             polish: first take full-batch proximal steps on all trained tensors (of the given
                 optimizers, if any), until the residual is at most 0.02 of each rule's strength.
             tolerance: another residual at which polishing ends.

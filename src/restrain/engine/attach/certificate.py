@@ -40,7 +40,7 @@ class Returning:
 
 @dataclass(frozen=True)
 class RuleCertificate:
-    """What a certificate says of a rule: its residual, that of each tensor, groups that re-enter."""
+    """Part of a certificate: residual of a rule and of its tensors, groups that re-enter."""
 
     residual: float
     tensors: dict[str, float]
@@ -134,7 +134,7 @@ def _greatest(tensors: Sequence[Tensor]) -> float:
 
 
 def _step(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
-    """Return the default t: 1/1000 of the step that the greatest gradient would move a tensor by."""
+    """Return the default t: 1/1000 of max |w| / max |∇|."""
     size, slope = _greatest(tensors), _greatest(gradients)
     return 1e-3 * size / slope if 0 < size < math.inf and 0 < slope < math.inf else 1.0
 
@@ -180,7 +180,7 @@ class _Polish:
         return one.free <= self.free and all(rule.residual <= self.bounds[key] for key, rule in one.rules.items())
 
     def run(self, steps: int) -> Certificate:
-        """Take at most `steps` steps and return the last certificate, with a warning if it is large."""
+        """Take at most `steps` steps; return the last certificate, and warn if it is large."""
         count = 0
         if not self.settled(self.found):
             count = self._run(steps)
@@ -222,7 +222,7 @@ class _Polish:
     def _backtracked(
         self, y: Sequence[Tensor], value: float, gradients: Sequence[Tensor]
     ) -> tuple[list[Tensor], float]:
-        """Return (tensors after the step, their value with all penalties); t is halved as needed."""
+        """Return (tensors after a step, their value with all penalties); t is halved if needed."""
         self.t *= _GROWTH
         while True:
             z = self._stepped(y, gradients)

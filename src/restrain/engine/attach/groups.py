@@ -31,7 +31,7 @@ def groups_of(penalty: Penalty, w: Tensor) -> Grouping | None:
 
 
 def lengths(w: Tensor, groups: Grouping | None) -> Tensor:
-    """Return the length of each group, over the axes that tell groups apart; |w| if there are none."""
+    """Return the length of each group, over the axes that tell groups apart; |w| if None."""
     if groups is None:
         return w.abs()
     norms = group_norms(w, groups)
@@ -42,7 +42,7 @@ def lengths(w: Tensor, groups: Grouping | None) -> Tensor:
 
 @dataclass(frozen=True)
 class PenalisedTensor:
-    """A trained tensor with the sum of its penalties, axes resolved; made by `Attachment.penalised`."""
+    """A trained tensor with the sum of its penalties; made by `Attachment.penalised`."""
 
     name: str
     handle: Handle
@@ -60,7 +60,7 @@ class PenalisedTensor:
         return all(leaf.entrywise or leaf.groupwise or leaf.soft_after for _, leaf in self.penalty.leaves())
 
     def lengths(self) -> Tensor:
-        """Return the length of each group, over the axes that tell groups apart; of each entry if none."""
+        """Return the length of each group, over the axes that tell groups apart, or of entries."""
         w = exact(self.tensor.detach())
         return lengths(w, groups_of(self.penalty, w))
 
@@ -86,7 +86,7 @@ class PenalisedTensor:
 
 
 def penalised(bounds: Sequence[Bound], root: nn.Module) -> list[PenalisedTensor]:
-    """Return the trained tensors under penalties on parameters, each with the sum of its penalties."""
+    """Return the trained tensors under penalties, each with the sum of its penalties."""
     found: dict[str, list[tuple[Handle, Penalty]]] = {}
     for bound in bounds:
         standing = {handle.name for handle, _, _ in bound.standing(root)} if bound.parameters else set()

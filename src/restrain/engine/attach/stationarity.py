@@ -164,7 +164,7 @@ def _check_bound(bound: Bound, root: nn.Module) -> None:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Set a model to eval() within the block; then restore modes, buffers and torch's generators."""
+    """Set a model to eval() in the block; then restore modes, buffers and generators."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
     device = device_of(model)
@@ -262,7 +262,7 @@ class Objective:
             return float(self._total(stack).detach())
 
     def evaluate(self) -> tuple[float, float, list[Tensor]]:
-        """Return (data loss, that + penalties by gradient, exact gradients in the order of `names`)."""
+        """Return (data loss, that + penalties by gradient, gradients in the order of `names`)."""
         with ExitStack() as stack:
             total = self._total(stack)
             tensors = self.tensors()
@@ -294,7 +294,8 @@ class Objective:
                 calls = evaluation.counts.get(id(recorder), 0)
                 if calls == 0 and not bound.rule.optional:
                     raise NeverFiredError(f"{bound.key!r}: loss() never called {recorder.point.name!r} of the model")
-                if evaluation.forwards > 1 or (calls > 1 and recorder in bound.penalty_recorders):
+                mean = recorder in bound.penalty_recorders and recorder.point.place.call is None
+                if evaluation.forwards > 1 or (calls > 1 and mean):
                     raise HowError(
                         f"{bound.key!r}: loss() called {recorder.point.name!r} {calls} times; a certificate knows "
                         "penalties on activations for one call: run the model once, on all the data"
