@@ -159,6 +159,7 @@ def _begun(walk: Walk, grid: Grid, settings: dict[str, Any]) -> dict[str, Any]:
     if grid.given is not None:
         top = Greatest(max(grid.given), "given")
     else:
+        greatest.check_rules(walk.model, walk.rules)
         if grid.direction != "down":
             with walk.fitted(walk.at(0.0), walk.seed):
                 pass
