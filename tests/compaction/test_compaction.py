@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.compaction import compaction
-from restrain.compaction.attention import Attention
+from restrain.connections.attention import Attention
 from restrain.errors import CompactionError
 
 

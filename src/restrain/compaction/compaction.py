@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isfinite
@@ -15,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.compaction import attention, surgery
-from restrain.compaction.graph import Graph, Read
+from restrain.compaction import surgery
 from restrain.compaction.report import Layer, Report, measured
-from restrain.compaction.trees import leaves, mapped
+from restrain.connections import Graph, Read, attention, leaves, mapped, without_cache
 from restrain.engine import structures
 from restrain.errors import CompactionError
 
@@ -153,7 +151,7 @@ def compact(
     if not any(isinstance(one, Tensor) for one in leaves(args)):
         raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
     large, _ = _copied(model, None)
-    with _without_cache(large):
+    with without_cache(large):
         reference = [(given, _run(large, given)) for given in _batches(args)]
         if not all(outputs for _, outputs in reference):
             raise CompactionError(f"{type(model).__name__} gives no tensor that could be compared: return tensors")
@@ -161,7 +159,7 @@ def compact(
         attention.replaced(large)
         graph = Graph(large, args)
     plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference)
-    with _without_cache(small):
+    with without_cache(small):
         report = Report(_layers(graph, plan, small), before, measured(small, args), difference, plan.changed)
     if inplace:
         attention.replaced(model, fewer)
@@ -170,20 +168,6 @@ def compact(
     for name, module in model.named_modules():
         small.get_submodule(name).training = module.training
     return Compaction(small, other, report)
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Context in which a model of transformers doesn't return its keys and values as outputs."""
-    config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", False)
-    if before:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if before:
-            config.use_cache = before
 
 
 Small: TypeAlias = "tuple[nn.Module, Optimizer | None, list[str]]"
@@ -234,7 +218,7 @@ def _smaller(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan: 
 def _compared(model: nn.Module, reference: Reference) -> tuple[float, str | None]:
     """Return (difference of outputs, None), or (inf, message) if the model raises an error."""
     try:
-        with _without_cache(model):
+        with without_cache(model):
             return max(_difference(_run(model, given), outputs) for given, outputs in reference), None
     except Exception as error:  # a model's code may raise any error for a size that it can't take
         told = (str(error).strip() or "-").splitlines()[0][:200]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.compaction.attention import Attention
+from restrain.connections import attention
 from restrain.errors import CompactionError
 
 
@@ -144,7 +144,7 @@ SIZES: dict[type[nn.Module], Callable[[Any], None]] = {
     **dict.fromkeys(_NORMALISATIONS, _batch_norm),
     nn.Embedding: _embedding,
     nn.PReLU: _prelu,
-    Attention: _attention,
+    attention.Attention: _attention,
 }
 """Functions that update the size attributes of a layer from its tensors, by type."""
 

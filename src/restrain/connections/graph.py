@@ -3,7 +3,7 @@
 The exported graph is run once on the example, with three values for each tensor:
 
 * the tensor itself, for shapes;
-* labels: the label of each entry's unit (`units`), as a tensor that broadcasts to the shape; None
+* labels: the label of each entry's unit (`labels`), as a tensor that broadcasts to the shape; None
   for tensors without units, such as inputs;
 * constants: the value of each entry that doesn't depend on the inputs, NaN for other entries, as a
   tensor that broadcasts to the shape; None if all entries depend on the inputs.
@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from restrain.compaction.trees import leaves, mapped
-from restrain.compaction.units import FIXED, Labels
+from restrain.connections.labels import FIXED, Labels
+from restrain.connections.trees import leaves, mapped
 from restrain.errors import CompactionError
 
 aten = torch.ops.aten
