@@ -142,6 +142,22 @@ class Grouping:
         along = self.lists.along
         return x.movedim(along, tuple(range(-len(along), 0))).flatten(-len(along)).index_select(-1, first)
 
+    def spread(self, mask: Tensor) -> Tensor:
+        """Return a mask of groups, one row in the order of `once`, for the entries in `shape`.
+
+        It is true for entries in no group.
+        """
+        kept = [self.shape[dim] if dim in self.keep else 1 for dim in range(len(self.shape))]
+        if self.lists is None:
+            return mask.reshape(kept)
+        along = self.lists.along
+        others = [length for dim, length in enumerate(kept) if dim not in along]
+        rows = mask.reshape(*others, len(self.lists.members))
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+        ids = torch.tensor(self.lists.ids, device=mask.device, dtype=torch.long)
+        spread = rows.index_select(-1, ids).reshape(*others, *[self.shape[dim] for dim in along])
+        return spread.movedim(tuple(range(-len(along), 0)), along)
+
     def sizes(self, x: Tensor) -> float | Tensor:
         """Return the number of entries per group, at least 1: a float if equal, else a tensor."""
         # A list: Dynamo can't trace a generator here
@@ -172,8 +188,12 @@ def _greatest(zeros: Tensor, ids: Tensor, entries: Tensor) -> Tensor:
     return zeros.scatter_reduce(-1, ids.expand_as(entries), entries, "amax")
 
 
+class AcrossTensors:
+    """Base of groups of entries of several tensors; `rs.units` makes them."""
+
+
 Dim: TypeAlias = str | int | Grouping
-Per: TypeAlias = str | int | Grouping | Iterable[Any] | Mapping[Any, Any]
+Per: TypeAlias = str | int | Grouping | AcrossTensors | Iterable[Any] | Mapping[Any, Any]
 
 
 def checked(per: Per) -> Per:
@@ -182,8 +202,8 @@ def checked(per: Per) -> Per:
     Raises:
         PenaltyError: `per` isn't valid, or groups overlap.
     """
-    if isinstance(per, Grouping) or _is_axis(per):
-        return per if isinstance(per, str | Grouping) else int(per)  # type: ignore[arg-type]
+    if isinstance(per, Grouping | AcrossTensors) or _is_axis(per):
+        return per if isinstance(per, str | Grouping | AcrossTensors) else int(per)  # type: ignore[arg-type]
     if isinstance(per, Mapping) and len(per) == 1:
         per = next(iter(per.items()))
     if isinstance(per, Iterable) and not isinstance(per, str | Mapping | Tensor):
@@ -296,6 +316,11 @@ class _Place:
 
 def _grouping(per: Per, at: _Place) -> Grouping:
     per = checked(per)
+    if isinstance(per, AcrossTensors):
+        raise PenaltyError(
+            f"per={per!r} are groups across the tensors of a model, and here is one tensor of shape {at.shape}{at}: "
+            "attach a rule with them"
+        )
     return per if isinstance(per, Grouping) else dataclasses.replace(_groups(per, at), said=per)
 
 

@@ -33,6 +33,7 @@ from restrain.penalties.keras_objects import Forms
 from restrain.rules import Rule, What
 from restrain.schedule import (
     Cosine,
+    Cubic,
     Exponential,
     Linear,
     Steps,
@@ -48,6 +49,7 @@ _OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
 FORMS: dict[str, type[Strength]] = {
     "linear": Linear,
     "cosine": Cosine,
+    "cubic": Cubic,
     "exponential": Exponential,
     "warmup": WarmUp,
     "steps": Steps,
@@ -168,7 +170,9 @@ def _built(cls: type, name: str, fields: Mapping[Any, Any]) -> Any:
 
 
 def _read_field(value: Any) -> Any:
-    """Return a setting: plain data, a selection of activations, or a penalty."""
+    """Return a setting: plain data, a selection of activations, a penalty, or a schedule."""
+    if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {*FORMS, "times"}:
+        return read_strength(value)
     if isinstance(value, Mapping) and set(value) & _OF_PLACES:
         return _read_where(value)
     return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
@@ -332,6 +336,8 @@ def _write_field(what: Any, value: Any) -> Any:
         return _write_what(value)
     if isinstance(value, Places):
         return _write_where(value)
+    if isinstance(value, Strength):
+        return write_strength(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
     return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value

@@ -44,6 +44,8 @@ class What:
     by_entry: bool = False  # any part of a tensor can be treated alone
     has_tangent: bool = False  # a constraint with a formula for `tangent`
     takes_outputs: ClassVar[bool] = False  # called with named parameters and named outputs
+    joint: bool = False  # acts on all tensors of its rule together
+    over_units: bool = False  # its groups are units across tensors
 
     def __init_subclass__(cls, register: bool = True, **others: Any) -> None:
         super().__init_subclass__(**others)
@@ -104,7 +106,8 @@ class What:
 
     def selected(self, where: Any) -> tuple[What, Where | Places]:
         """Return (what, selection) for the first argument of `on`."""
-        return self, where if isinstance(where, Places) else as_where(weights if where is None else where)
+        everything = "*" if self.over_units else weights
+        return self, where if isinstance(where, Places) else as_where(everything if where is None else where)
 
     def state(self) -> dict[str, Tensor]:
         """Return tensors kept from step to step, for `reg.state_dict()`; loading fills them."""

@@ -49,6 +49,11 @@ class Strength(ABC):
         """Return the factors of the product: a number, and strengths that aren't products."""
         return 1.0, (self,)
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Return (least, greatest) of the strengths over all steps; None if they aren't known."""
+        return None
+
     @abstractmethod
     def at(self, step: int, epoch: int = 0) -> float:
         """Return the strength at a step in an epoch, both counted from zero.
@@ -97,6 +102,14 @@ class Times(Strength):
     def parts(self) -> tuple[float, tuple[Strength, ...]]:
         return self.number, self.members
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        found = [member.bounds for member in self.members]
+        known = [pair for pair in found if pair is not None]
+        if len(known) < len(found):
+            return None
+        return self.number * prod(low for low, _ in known), self.number * prod(high for _, high in known)
+
     def at(self, step: int, epoch: int = 0) -> float:
         return self.number * prod(member.at(step, epoch) for member in self.members)
 
@@ -130,6 +143,10 @@ class _Ramp(Schedule):
         _check_count("steps", self.steps, 1)
         _check_count("begin", self.begin, 0)
         _check_unit(self.unit)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return min(self.start, self.end), max(self.start, self.end)
 
     def value(self, t: int) -> float:
         part = (t - self.begin) / self.steps
@@ -187,6 +204,24 @@ class Exponential(_Ramp):
 
 
 @dataclass(frozen=True, repr=False)
+class Cubic(_Ramp):
+    """Cubic ramp, fast at first: end + (start - end) (1 - t / steps)³, then `end`.
+
+    As the fraction that a constraint keeps, it removes many weights while most are redundant, and
+    fewer and fewer later: `rs.TopK(rs.schedules.Cubic(1.0, 0.1, steps=1000))`.
+
+    Source: Zhu and Gupta (2017), "To prune, or not to prune", eq. 1, for the fraction removed; the
+    fraction kept, one minus it, follows the same formula.
+
+    >>> [rs.schedules.Cubic(1.0, 0.5, steps=4).at(step) for step in (0, 2, 4)]
+    [1.0, 0.5625, 0.5]
+    """
+
+    def between(self, part: float) -> float:
+        return self.end + (self.start - self.end) * (1 - part) ** 3
+
+
+@dataclass(frozen=True, repr=False)
 class WarmUp(Schedule):
     """Factor t / steps, then 1: for products such as `1e-3 * rs.schedules.WarmUp(500)`.
 
@@ -205,6 +240,10 @@ class WarmUp(Schedule):
     def __post_init__(self) -> None:
         _check_count("steps", self.steps, 1)
         _check_unit(self.unit)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return 0.0, 1.0
 
     def value(self, t: int) -> float:
         return min(t / self.steps, 1.0)
@@ -239,6 +278,10 @@ class Steps(Schedule):
         if not growing or len(self.values) != len(self.milestones) + 1:
             raise PenaltyError(f"Steps needs growing milestones and one more of values than of these; got {self!r}")
         _check_unit(self.unit)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        return min(self.values), max(self.values)
 
     def value(self, t: int) -> float:
         return self.values[bisect_right(self.milestones, t)]

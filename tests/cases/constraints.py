@@ -71,6 +71,20 @@ def keep_largest(k):
     return rule
 
 
+def keep_longest(k, axis):
+    """Rows (axis 0) or columns (axis 1), one after the other; the first of equally long ones."""
+
+    def rule(w):
+        rows = np.moveaxis(np.asarray(w), axis, 0)
+        z, lengths = np.zeros_like(rows), np.sqrt((np.abs(rows.reshape(len(rows), -1)) ** 2).sum(1))
+        for _ in range(min(k(len(rows)) if callable(k) else k, len(rows))):
+            i = lengths.argmax()
+            z[i], lengths[i] = rows[i], -1
+        return np.moveaxis(z, 0, axis)
+
+    return rule
+
+
 def n_of_m(n, m):
     """In each column."""
     return ref.project_groups(lambda v: np.concatenate([keep_largest(n)(part) for part in v.reshape(-1, m)]), 1)
@@ -117,6 +131,10 @@ CONSTRAINTS = {
     "TopK": [
         Case(rs.TopK(4), whole(keep_largest(4))),
         Case(rs.TopK(0.5, per="row"), ref.project_groups(keep_largest(lambda n: (n + 1) // 2), 0), any_rank=False),
+    ],
+    "TopGroups": [
+        Case(rs.TopGroups(2), keep_longest(2, 0), any_rank=False),
+        Case(rs.TopGroups(0.5, per="in"), keep_longest(lambda n: (n + 1) // 2, 1), any_rank=False),
     ],
     "NM": [Case(rs.NM(1, 2, dim=0), n_of_m(1, 2), any_rank=False, fits=lambda shape: (2 * shape[0], *shape[1:]))],
 }

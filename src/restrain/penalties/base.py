@@ -559,6 +559,14 @@ class _Combined(Combination[Penalty], Penalty, register=False):
     def by_token(self) -> bool:
         return all(member.by_token for member in self.members)
 
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        return any(member.joint for member in self.members)
+
+    @property
+    def over_units(self) -> bool:  # type: ignore[override]
+        return any(member.over_units for member in self.members)
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         first, *others = [member.moments(at_places) for member in self.members]
         return tuple(how for how in first if all(how in other for other in others))

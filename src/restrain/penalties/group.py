@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import (
+    AcrossTensors,
     Grouping,
     Per,
     check_place,
@@ -111,9 +112,20 @@ class GroupPenalty(Penalty, register=False):
     per: Per
     groupwise = True
     shrinks = True
+    alone = True  # acts on each group alone
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "per", checked(self.per))
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """True if it acts on several tensors together."""
+        return self.over_units
+
+    @property
+    def over_units(self) -> bool:  # type: ignore[override]
+        """True if its groups are units across tensors."""
+        return isinstance(self.per, AcrossTensors)
 
     @abstractmethod
     def over(self, w: Tensor, groups: Grouping) -> Tensor:

@@ -12,7 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from restrain.axes import Per, checked, checked_dim, grouping, grouping_at
+from restrain.axes import AcrossTensors, Per, checked, checked_dim, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
@@ -263,6 +263,16 @@ class SparseGroupLasso(Named):
         checked_strength(self.l1)
         checked_strength(self.group)
         object.__setattr__(self, "per", checked(self.per))
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """True if it acts on several tensors together."""
+        return self.over_units
+
+    @property
+    def over_units(self) -> bool:  # type: ignore[override]
+        """True if its groups are units across tensors."""
+        return isinstance(self.per, AcrossTensors)
 
     @property
     def parts(self) -> Penalty:

@@ -6,7 +6,7 @@ from restrain.transforms.entries import Box, Fixed, NonNegative, Signs
 from restrain.transforms.matrices import LowRank, NuclearBall, Orthogonal, SpectralBall, Symmetric
 from restrain.transforms.noise import GaussianNoise, GradientNoise, UniformNoise
 from restrain.transforms.sets import L1Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
-from restrain.transforms.sparsity import NM, TopK
+from restrain.transforms.sparsity import NM, TopGroups, TopK
 from restrain.transforms.weights import DropConnect, SpectralNormalization, WeightNormalization, WeightStandardization
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "SpectralBall",
     "SpectralNormalization",
     "Symmetric",
+    "TopGroups",
     "TopK",
     "Transform",
     "UniformNoise",

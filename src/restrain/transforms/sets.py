@@ -10,12 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.axes import AcrossTensors, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
 from restrain.penalties.shrink import exact, unsigned_zeros
 from restrain.penalties.unfold import from_matrix, to_matrix
+from restrain.rules import How
 from restrain.transforms.base import Constraint, checked_number, slack, wide
 from restrain.transforms.metric import cut_to_sum, fit_lengths
 
@@ -26,10 +27,30 @@ class ByGroup(Constraint, register=False):
     """Base of constraints on each group of entries; with `per=None` the whole tensor is a group."""
 
     per: Any
+    alone = True  # acts on each group alone
 
     def __post_init__(self) -> None:
         if self.per is not None:
             object.__setattr__(self, "per", checked(self.per))
+
+    @property
+    def joint(self) -> bool:  # type: ignore[override]
+        """True if it acts on several tensors together."""
+        return self.over_units
+
+    @property
+    def over_units(self) -> bool:  # type: ignore[override]
+        """True if its groups are units across tensors."""
+        return isinstance(self.per, AcrossTensors)
+
+    @property
+    def has_tangent(self) -> bool:  # type: ignore[override]
+        """True if `tangent` has a formula; none is known for several tensors together."""
+        return not self.joint and type(self).tangent is not Constraint.tangent
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        found = Constraint.moments(self, at_places)
+        return ("project",) if self.joint else found
 
     def groups(self, w: Tensor) -> Grouping:
         """Return the groups of a tensor."""

@@ -85,6 +85,10 @@ PLANS = {
         rs.Box(-0.2, 0.3).on("head.weight"),
     ],
     "constraints of matrices": [rs.SpectralBall(0.5).on("head.weight"), rs.TopK(6).on("first.weight")],
+    "constraints by size": [
+        rs.TopGroups(2, per="out").on("first.weight"),
+        rs.TopGroups(rs.schedules.Linear(1.0, 0.3, steps=3), per="in").on("head.weight"),
+    ],
     "outputs": [0.1 * rs.L1().on(rs.outputs("relu")), 0.1 * rs.Decorrelation().on(rs.outputs("first"))],
     "moving": [
         rs.schedules.WarmUp(3) * rs.L2().on(W),

@@ -170,7 +170,15 @@ def test_the_minimiser_over_each_set_of_matrices_is_reached(kind, name):
     np.testing.assert_allclose(matrix(constraint, OPTIMIZERS[name])[0], right, rtol=0, atol=1e-5)
 
 
-NOT_CONVEX = [rs.Orthogonal(), rs.LowRank(2), rs.TopK(5), rs.NM(2, 4), rs.UnitNorm("row"), rs.Signs([1, -1, 1, 0])]
+NOT_CONVEX = [
+    rs.Orthogonal(),
+    rs.LowRank(2),
+    rs.TopK(5),
+    rs.TopGroups(2, "row"),
+    rs.NM(2, 4),
+    rs.UnitNorm("row"),
+    rs.Signs([1, -1, 1, 0]),
+]
 
 
 @pytest.mark.parametrize("constraint", NOT_CONVEX, ids=repr)

@@ -39,6 +39,7 @@ EVERY = {
     "NuclearBall": rs.NuclearBall(0.5),
     "LowRank": rs.LowRank(1),
     "TopK": rs.TopK(3),
+    "TopGroups": rs.TopGroups(2),
     "NM": rs.NM(1, 2),
     "Symmetric": rs.Symmetric(),
     "Fixed": rs.Fixed([True, False, True, False], 0.3),

@@ -26,6 +26,7 @@ EDGES = [  # schedule, {step: value}
     (s.Linear(0.3, 0.1, steps=2, begin=3), {0: 0.3, 3: 0.3, 4: 0.2, 5: 0.1, 6: 0.1}),
     (s.Cosine(1.0, 0.2, steps=4), {0: 1.0, 1: 0.2 + 0.4 * (1 + 0.5**0.5), 2: 0.6, 4: 0.2, 9: 0.2}),
     (s.Exponential(1e-4, 1e-2, steps=4), {0: 1e-4, 1: 10**-3.5, 2: 1e-3, 4: 1e-2, 5: 1e-2}),
+    (s.Cubic(1.0, 0.2, steps=4), {0: 1.0, 1: 0.2 + 0.8 * 0.75**3, 2: 0.3, 4: 0.2, 9: 0.2}),
     (s.WarmUp(4), {0: 0, 1: 0.25, 4: 1, 9: 1}),
     (s.Steps([0.3, 0.2, 0.1], milestones=[2, 5]), {0: 0.3, 1: 0.3, 2: 0.2, 4: 0.2, 5: 0.1, 99: 0.1}),
     (s.Function(halving), {0: 1, 3: 0.125}),
@@ -50,7 +51,7 @@ strengths = st.floats(1e-6, 1e6)
 
 
 @given(
-    st.sampled_from([s.Linear, s.Cosine, s.Exponential]),
+    st.sampled_from([s.Linear, s.Cosine, s.Exponential, s.Cubic]),
     strengths,
     strengths,
     st.integers(1, 1000),
@@ -155,7 +156,7 @@ def test_text_forms(tmp_path):
 @pytest.mark.parametrize(
     ("strength", "words"),
     [
-        ({"lineer": {"start": 0}}, "linear, cosine, exponential, warmup, steps, target, times"),
+        ({"lineer": {"start": 0}}, "linear, cosine, cubic, exponential, warmup, steps, target, times"),
         ({"linear": {"start": 0}}, "missing"),
         ({"linear": {"start": 0, "end": 1, "steps": 0}}, "steps= is a whole number"),
         ({"linear": 3}, "a number, or a dict"),

@@ -122,14 +122,14 @@ def of_rows(what: Any, shape: tuple[int, ...], rows: int) -> Any:
             or 0 not in groups.keep
         ):
             return None
-    if not all(leaf.by_entry or isinstance(leaf, GroupPenalty | ByGroup) for leaf in leaves):
+    if not all(leaf.by_entry or (isinstance(leaf, GroupPenalty | ByGroup) and leaf.alone) for leaf in leaves):
         return None
     return _regrouped(what, lambda groups: (rows, *shape[1:]))
 
 
 def _within(leaf: Any, t: Any) -> bool:
     """Return True if a penalty or constraint acts by group and no group of `t` is split."""
-    groups = leaf.per if isinstance(leaf, GroupPenalty | ByGroup) else None
+    groups = leaf.per if isinstance(leaf, GroupPenalty | ByGroup) and leaf.alone else None
     return isinstance(groups, Grouping) and _own_view(groups, t) is not None
 
 

@@ -26,6 +26,7 @@ from restrain.penalties.functorch import as_plain
 from restrain.rules import Rule
 from restrain.schedule import Strength, Target
 from restrain.torch_private import outside_functorch, transforming
+from restrain.transforms import Transform
 
 _SLOWEST = 1 / 4  # least rate, as a fraction of the greatest
 _PATIENCE = 50  # measurements at a bound before a warning
@@ -226,7 +227,8 @@ class Moving:
 
     def __str__(self) -> str:
         told = [f"{c.target.kind} was {float(c.measured):.4g}" for c in self.controllers if not c.measured.isnan()]
-        return f"{self.key}: its strength {self.source!r} is now {float(self.now):.4g}{''.join(', ' + t for t in told)}"
+        word = "setting" if isinstance(self.rule.what, Transform) else "strength"
+        return f"{self.key}: its {word} {self.source!r} is now {float(self.now):.4g}{''.join(', ' + t for t in told)}"
 
 
 def tensor_of(source: Strength, known: list[Moving], rule: Rule, key: str, device: torch.device) -> Tensor:
