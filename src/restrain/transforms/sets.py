@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import AcrossTensors, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.errors import HowError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
@@ -50,7 +51,9 @@ class ByGroup(Constraint, register=False):
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         found = Constraint.moments(self, at_places)
-        return ("project",) if self.joint else found
+        if self.joint:
+            raise HowError(f"{self!r} would act on several tensors together, which no rule does yet: budget='each'")
+        return found
 
     def groups(self, w: Tensor) -> Grouping:
         """Return the groups of a tensor."""
