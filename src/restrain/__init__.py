@@ -121,6 +121,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
         WeightStandardization,
     )
     from restrain.transforms.normalization import RobustScale, Standardize
+    from restrain.unit_sets import units
 
 moved.install()
 _register_with_keras(Penalty)
@@ -236,6 +237,7 @@ __all__ = [
     "sampling",
     "schedules",
     "scope",
+    "units",
     "weights",
 ]
 

@@ -43,6 +43,7 @@ from restrain.schedule import (
     WarmUp,
 )
 from restrain.selections import ROLES, Glob, Joined, Names, OfType, Regex, Role, Where, as_where, spine
+from restrain.unit_sets import Units, units
 
 _Scalable = (Penalty, NetworkPenalty, OnDerivatives)
 _OF_PLACES = {"outputs", "inputs", "and", "or", "minus"}
@@ -173,9 +174,20 @@ def _read_field(value: Any) -> Any:
     """Return a setting: plain data, a selection of activations, a penalty, or a schedule."""
     if isinstance(value, Mapping) and len(value) == 1 and set(value) <= {*FORMS, "times"}:
         return read_strength(value)
+    if isinstance(value, Mapping) and set(value) == {"units"}:
+        return _read_units(value["units"])
     if isinstance(value, Mapping) and set(value) & _OF_PLACES:
         return _read_where(value)
     return _read_scaled(value) if isinstance(value, Mapping) and "what" in value else _number(value)
+
+
+def _read_units(data: Any) -> Units:
+    sets = [data] if isinstance(data, Mapping) else data
+    if not isinstance(sets, (list, tuple)) or not all(isinstance(one, Mapping) for one in sets):
+        raise PlanError(
+            f"units are a dict of members, {{name of a parameter: per}}, or a list of such dicts; got {brief(data)}"
+        )
+    return units(*sets)
 
 
 def _read_sum(data: Mapping[str, Any]) -> What:
@@ -338,9 +350,22 @@ def _write_field(what: Any, value: Any) -> Any:
         return _write_where(value)
     if isinstance(value, Strength):
         return write_strength(value)
+    if isinstance(value, Units):
+        return _write_units(value)
     if isinstance(value, torch.Tensor) or callable(value) or (isinstance(value, Mapping) and value):
         raise PlanError(f"{what!r} can't be written: it holds a {type(value).__name__}; give a file of tensors instead")
     return [_write_field(what, member) for member in value] if isinstance(value, tuple) else value
+
+
+def _write_units(value: Units) -> dict[str, Any]:
+    if value.example is not None:
+        raise PlanError(
+            f"{value!r} can't be written: it holds an input of the model; write value.named(model), or reg.plan of an "
+            "attached plan, which name the members"
+        )
+    if any(len(dict(members)) < len(members) for members in value.sets):
+        raise PlanError(f"{value!r} can't be written: a parameter is twice in a set of units")
+    return {"units": [{name: _write_field(None, per) for name, per in members} for members in value.sets]}
 
 
 def write_strength(strength: Any) -> Any:

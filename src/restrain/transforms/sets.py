@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from restrain.axes import AcrossTensors, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
-from restrain.errors import HowError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
@@ -51,9 +50,7 @@ class ByGroup(Constraint, register=False):
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         found = Constraint.moments(self, at_places)
-        if self.joint:
-            raise HowError(f"{self!r} would act on several tensors together, which no rule does yet: budget='each'")
-        return found
+        return ("project",) if self.joint else found
 
     def groups(self, w: Tensor) -> Grouping:
         """Return the groups of a tensor."""

@@ -41,7 +41,7 @@ from restrain.engine.binding import (
 from restrain.engine.core import Root, eagerly
 from restrain.engine.distributed import ranks, shards
 from restrain.engine.forward import Forwards, Parts, forget_compiled_code
-from restrain.engine.step import Clock, ParameterRules, Stepper, hold_from_now
+from restrain.engine.step import Clock, ParameterRules, Stepper, check_alone, hold_from_now, project_from_now
 from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -189,7 +189,10 @@ class Attachment:
             folds = not self._strengths.by_gradients
             self._steppers = [Stepper(one, self._works, self._model_at_step, compile, folds) for one in optimizers]
             self._clock.on_real.append(UnknownOptimizers(known, self._works).after)
-        notes = hold_from_now([(work.handle.find(model), work.handle.name, work.project) for work in self._works])
+        together = project_from_now([bound.joint for bound in self._bounds if bound.joint is not None], model)
+        notes = together | hold_from_now(
+            [(work.handle.find(model), work.handle.name, work.project) for work in self._works]
+        )
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])
 
@@ -197,12 +200,16 @@ class Attachment:
         """Return the rules at the optimizer's step, by parameter."""
         works: dict[str, ParameterRules] = {}
         for bound in self._bounds:
-            if bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
+            if bound.joint is not None and bound.rule.how != "loss":
+                for handle in bound.joint.handles:
+                    works.setdefault(handle.name, ParameterRules(handle)).joint.append(bound.joint)
+            elif bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
                 kind = "noise" if isinstance(bound.rule.what, GradientNoise) else bound.rule.how
                 for handle, what in at_steps(bound, model):
                     if handle.name not in works:
                         works[handle.name] = ParameterRules(handle)
                     getattr(works[handle.name], kind).append((bound.rule, what))
+        check_alone(works.values())
         return list(works.values())
 
     def _stepped(self, optimizer: Optimizer, root: nn.Module) -> None:

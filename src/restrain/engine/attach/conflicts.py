@@ -73,8 +73,8 @@ def _refuse_order(earlier: ParameterRules, later: ParameterRules) -> None:
 def _refuse_twice(earlier: ParameterRules, later: ParameterRules) -> None:
     """Refuse a rule on gradients that another attachment has on the parameter and optimizer."""
     for kind in ("gradient", "noise"):
-        for rule, _ in getattr(later, kind):
-            for other, _ in getattr(earlier, kind):
+        for rule, _ in later.at(kind):
+            for other, _ in earlier.at(kind):
                 if rule.what == other.what and (rule.every, rule.start) == (other.every, other.start):
                     raise HowError(
                         f"another attachment has the same rule {rule.what!r} on {later.handle.name!r} at the same "
@@ -84,9 +84,11 @@ def _refuse_twice(earlier: ParameterRules, later: ParameterRules) -> None:
 
 
 def _clashes(earlier: ParameterRules, later: ParameterRules) -> list[tuple[str, str]]:
-    found = [pair for pair in _CLASHES if getattr(earlier, pair[0]) and getattr(later, pair[1])]
-    sets = [what for _, what in earlier.project + later.project]
-    return [pair for pair in found if pair != ("project", "project") or any(one != sets[0] for one in sets)]
+    found = [pair for pair in _CLASHES if earlier.at(pair[0]) and later.at(pair[1])]
+    sets = [what for _, what in earlier.at("project") + later.at("project")]
+    joint = [one for one in earlier.joint + later.joint if one.rule.how == "project"]
+    apart = bool(joint) or any(one != sets[0] for one in sets)
+    return [pair for pair in found if pair != ("project", "project") or apart]
 
 
 def leave(owner: object) -> None:

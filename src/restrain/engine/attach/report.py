@@ -127,9 +127,16 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
             row.append(f"{numbers[bound.key]:.6g}" if bound.key in numbers else "-")
         rows.append(row)
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
-    notes = [note for bound in bounds for note in (*bound.notes, *map(str, bound.moving))]
+    notes = [note for bound in bounds for note in (*_units(bound), *bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
     return "\n".join([text_table(rows, {2, 3, 4, 6}), *notes])
+
+
+def _units(bound: Bound, shown: int = 4) -> list[str]:
+    """Return notes on the units of a rule, at most `shown` and their number."""
+    told = () if bound.joint is None else bound.joint.told
+    more = [f"... and of {len(told) - shown} more sets"] if len(told) > shown else []
+    return [f"{bound.key}: {text}" for text in (*told[:shown], *more)]
 
 
 def _frozen(bound: Bound, root: nn.Module) -> list[str]:

@@ -16,10 +16,12 @@ from torch.nn.parameter import is_lazy
 from restrain import operations
 from restrain.activation_points import Place, Places, Target, select_places
 from restrain.engine.backends import Compile
+from restrain.engine.binding.blocks import joint_of, members_of, named_units
 from restrain.engine.core import Overrides
 from restrain.engine.distributed import shards
 from restrain.engine.forward import Derivative, PenaltyRecorder, Point, Recorder, blank, masks
 from restrain.engine.loss import AtPlace
+from restrain.engine.ops import Joint
 from restrain.engine.strengths import Moving, tensor_of
 from restrain.engine.weights import Use, check_computable, uses_of
 from restrain.errors import DetachedError, HowError, RestrainError, SelectionError
@@ -50,6 +52,7 @@ class Bound:
     output_recorders: list[Recorder] = field(default_factory=list)
     noisy: list[tuple[Use, Noise]] = field(default_factory=list)  # weights with noise in forwards
     derivative: Derivative | None = None
+    joint: Joint | None = None  # how it acts on its parameters together
     notes: list[str] = field(default_factory=list)  # notes for the report's table
     moving: list[Moving] = field(default_factory=list)  # moving strengths of the rule
     what: Any = None  # the rule's `what`, with tensors for moving strengths
@@ -268,6 +271,8 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     rule = bound.rule
     _check_declared(rule.what)
     bound.what = rule.what.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, index.device))
+    if rule.what.joint and not isinstance(rule.where, Places):
+        return _bind_joint(bound, rule, index)
     if isinstance(rule.where, Places):
         targets = _targets(rule, rule.where, index)
         bound.points = targets.points
@@ -294,6 +299,29 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     )
     by_name = None if outputs is None else outputs.where
     bound.rule = replace(rule, where=chosen.where, outputs=by_name, name=bound.key)
+    return bound
+
+
+def _bind_joint(bound: Bound, rule: Rule, index: _ModelIndex) -> Bound:
+    """Bind a rule that acts on its parameters together; its units are named member by member."""
+    assert not isinstance(rule.where, Places)
+    model, chosen = index.layers[0].module, index.chosen(rule.where, rule.optional)
+    named, slots = rule.what, chosen.slots
+    if named.over_units:
+        named, bound.what = named_units(named, model), named_units(bound.what, model)
+        members = members_of(named)
+        slots = [slot for slot in slots if slot.name in members]
+    if not slots and not rule.optional:
+        raise SelectionError(
+            f"{rule.label}: none of the units' members is selected by {rule.where!r}: {brief(members)}"
+        )
+    for slot in slots:
+        _resolve(rule, bound.what, slot, True, False, index)
+    names = Names(tuple([slot.name for slot in slots]))
+    bound.rule = bound.given = replace(rule, what=named, where=names if slots else rule.where, name=bound.key)
+    if slots:
+        bound.joint = joint_of(bound.rule, bound.what, slots, {slot.name: index.location(slot) for slot in slots})
+        bound.parameters = [(handle, bound.what) for handle in bound.joint.handles]
     return bound
 
 
@@ -480,6 +508,7 @@ class Followed:
     bound: Bound
     parameters: list[tuple[Handle, Any]]
     points: dict[tuple[str, Place], Point]  # by name and place
+    joint: Joint | None = None
 
     @property
     def paths(self) -> dict[tuple[str, ...], tuple[str, ...]]:
@@ -494,7 +523,7 @@ class Followed:
     def adopt(self) -> None:
         """Apply the changes to the bound rule."""
         bound = self.bound
-        bound.parameters = self.parameters
+        bound.parameters, bound.joint = self.parameters, self.joint
         bound.points = [self.now(point) for point in bound.points]
         for recorder in bound.recorders:
             recorder.point = self.now(recorder.point)
@@ -519,6 +548,9 @@ def followed(bounds: Sequence[Bound], model: nn.Module, known: Mapping[str, Wher
     index, found = _ModelIndex(model), []
     for bound in bounds:
         try:
+            if bound.joint is not None:
+                found.append(_joint_again(bound, index))
+                continue
             parameters = _again(bound, index, known)
             if isinstance(bound.rule.what, NetworkPenalty):
                 bound.what.check({handle.name: handle.find(model) for handle, _ in parameters})
@@ -580,6 +612,15 @@ def _again(bound: Bound, index: _ModelIndex, known: Mapping[str, Whereabouts | N
     if bound.rule.how == "forward" and {s for slot in slots for s in uses_of(slot)} != {s for s, _ in bound.noisy}:
         raise _left_behind(bound, "its weights are used at other places now")
     return found
+
+
+def _joint_again(bound: Bound, index: _ModelIndex) -> Followed:
+    """Return the changes for a rule that acts on its parameters together, bound again."""
+    before = {handle.name for handle, _ in bound.parameters}
+    given = replace(bound.given or bound.rule, name=bound.rule.name)
+    now = _bind_joint(Bound(given, bound.key, moving=bound.moving, what=bound.what), given, index)
+    _compare(bound, before, [[handle.name] for handle, _ in now.parameters])
+    return Followed(bound, now.parameters, {}, now.joint)
 
 
 def _state(what: Any) -> Mapping[str, Tensor]:

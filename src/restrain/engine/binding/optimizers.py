@@ -54,6 +54,8 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     for bound in bounds:
         _check_bound(bound, standing, computed)
         _warn_of_rounding(bound, [h.name for h, _ in bound.parameters if h.name in low] if low else [], standing)
+    for bound in bounds:
+        _check_one_optimizer(bound, standing)
     _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
     for bound in bounds:
         if (
@@ -113,6 +115,21 @@ def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, 
                 "model, so none would be counted: train the model's own parameters, or use a constant strength, and "
                 "no running means"
             )
+
+
+def _check_one_optimizer(bound: Bound, standing: dict[str, _Standing]) -> None:
+    """Check that one optimizer holds all parameters of a rule that acts on them together at its step."""
+    if bound.joint is None or bound.rule.how == "loss":
+        return
+    found: dict[int, str] = {}
+    for handle, _ in bound.parameters:
+        found.setdefault(id(standing[handle.name].holder), handle.name)
+    if len(found) > 1:
+        raise OptimizerError(
+            f"{bound.key!r} acts on its tensors together, but several optimizers hold them "
+            f"({', '.join(found.values())}), whose steps come one after the other: give them one optimizer, or use "
+            "how='loss'"
+        )
 
 
 def _decays(what: Any) -> bool:
@@ -205,19 +222,19 @@ def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> No
 
 def _check_proximal(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> None:
     """Check the sum of proximal rules on each parameter, once for parameters that are alike."""
-    together: dict[str, list[Penalty]] = {}
+    together: dict[tuple[str, str], list[Penalty]] = {}  # joint rules are alone, see `check_alone`
     measured = set[str]()
     for bound in bounds:
         pairs = [(handle.name, what) for handle, what in bound.parameters if standing[handle.name].holder is not None]
         for name, what in pairs:
-            together.setdefault(name, []).append(what)
+            together.setdefault((name, "" if bound.joint is None else bound.key), []).append(what)
         holders = {id(holder): holder for name, _ in pairs if (holder := standing[name].holder) is not None}
         own = {type(holder).__name__ for holder in holders.values() if not known(holder)}
         if own:
             bound.notes = [f"{bound.key}: the steps of {', '.join(sorted(own))} are measured"]
         measured |= own
     seen = set()
-    for name, penalties in together.items():
+    for (name, _), penalties in together.items():
         at = standing[name]
         key = (at.alike, at.p.shape, *map(id, penalties))
         if key not in seen and at.holder is not None:

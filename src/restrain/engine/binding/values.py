@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from restrain.engine.binding.binding import Bound
-from restrain.engine.distributed import totals, whole
+from restrain.engine.distributed import Term, totals, whole
 from restrain.engine.loss import parameters
+from restrain.engine.step import check_whole
 from restrain.named_tensors import Handle
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.base import joined
@@ -24,10 +25,24 @@ def parameter_values(bounds: Sequence[Bound], root: nn.Module, frozen: bool = Fa
     means = [bound.rule.reduce == "mean" for bound in bounds]
     tensors = [bound.tensors(root, frozen) for bound in bounds]
     terms = [
-        parameters.values(own, mean, bound.compile) for bound, own, mean in zip(bounds, tensors, means, strict=True)
+        parameters.values(own, mean, bound.compile) if bound.joint is None else joint_terms(bound, root, frozen)
+        for bound, own, mean in zip(bounds, tensors, means, strict=True)
     ]
     counts = [len(own) if mean and own else 1 for own, mean in zip(tensors, means, strict=True)]
     return [value if count == 1 else value / count for value, count in zip(totals(terms), counts, strict=True)]
+
+
+def joint_terms(bound: Bound, root: nn.Module, frozen: bool = False) -> list[Term]:
+    """Return the value of a rule on several parameters together; none if all are frozen.
+
+    Raises:
+        HowError: some of them are frozen.
+    """
+    tensors = {handle.name: whole(p) for handle, p, _ in bound.standing(root, frozen)}
+    if bound.joint is None or not tensors:
+        return []
+    check_whole(bound.joint, tensors)
+    return [(bound.joint.value(tensors), ())]
 
 
 class LossRules:
@@ -48,14 +63,15 @@ class LossRules:
         bounds = [bound for bound in self.bounds if bound.key in due]
         if not bounds:
             return None
-        summed = [bound for bound in bounds if bound.rule.reduce != "mean"]
+        summed = [bound for bound in bounds if bound.rule.reduce != "mean" and bound.joint is None]
+        joints = [term for bound in bounds if bound.joint is not None for term in joint_terms(bound, root)]
         terms = parameters.values(self._pairs(summed, root), compile=bounds[0].compile) if summed else []
         for bound in bounds:
             if bound.rule.reduce == "mean":
                 own = bound.tensors(root)
                 found = parameters.values(own, True, bound.compile)
                 terms += [(value / len(own), ranks) for value, ranks in found]
-        return totals([terms])[0]
+        return totals([terms + joints])[0]
 
     def _pairs(self, bounds: Sequence[Bound], root: nn.Module) -> list[tuple[Tensor, Penalty]]:
         """Return the trained tensors, each with the sum of its penalties."""

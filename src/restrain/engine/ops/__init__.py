@@ -19,6 +19,7 @@ from restrain.engine.ops.instructions import (
     lower,
     rows_of,
 )
+from restrain.engine.ops.joint import Block, Joint, Piece, overlapping
 from restrain.engine.ops.optimizers import (
     ENDLESS,
     OPTIMIZERS,
@@ -38,6 +39,7 @@ from restrain.engine.ops.optimizers import (
 
 __all__ = [
     "Batch",
+    "Block",
     "Change",
     "Decay",
     "ENDLESS",
@@ -45,10 +47,12 @@ __all__ = [
     "Gradient",
     "Group",
     "Instruction",
+    "Joint",
     "Lengths",
     "Lowered",
     "Metric",
     "OPTIMIZERS",
+    "Piece",
     "Project",
     "Prox",
     "RootedShrink",
@@ -70,6 +74,7 @@ __all__ = [
     "looks_before",
     "lower",
     "metric_of",
+    "overlapping",
     "plain",
     "put",
     "rows_of",

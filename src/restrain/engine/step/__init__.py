@@ -4,6 +4,19 @@ from restrain.engine.step.clock import Clock
 from restrain.engine.step.intersections import nearest
 from restrain.engine.step.projection import hold_from_now, in_metric, in_tangent
 from restrain.engine.step.stepper import Stepper
+from restrain.engine.step.together import check_alone, check_whole, project_from_now
 from restrain.engine.step.worklist import ParameterRules, total
 
-__all__ = ["Clock", "ParameterRules", "Stepper", "hold_from_now", "in_metric", "in_tangent", "nearest", "total"]
+__all__ = [
+    "Clock",
+    "ParameterRules",
+    "Stepper",
+    "check_alone",
+    "check_whole",
+    "hold_from_now",
+    "in_metric",
+    "in_tangent",
+    "nearest",
+    "project_from_now",
+    "total",
+]

@@ -49,7 +49,7 @@ class Masters:
         if not self._looks:
             return
         self._looks -= 1
-        works = [(work.handle.name, p) for work, p, _ in members if work.decoupled or work.proximal or work.project]
+        works = [(work.handle.name, p) for work, p, _ in members if work.changes_weights]
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         shapes = {p.shape for _, p in works if not is_sharded(p)}
         found = [t for t in _tensors(optimizer) if id(t) not in own and t.shape in shapes]

@@ -51,6 +51,7 @@ from restrain.engine.step.folded import Fold, Folding, stand_in
 from restrain.engine.step.intersections import APART
 from restrain.engine.step.masters import Masters
 from restrain.engine.step.projection import Timed, hold, in_metric, not_nearest, single
+from restrain.engine.step.together import Together, add_gradients, decay, full, project, shrink, together
 from restrain.engine.step.unfinished import Again, Made, Unfinished
 from restrain.engine.step.worklist import Member, ParameterRules, Task, Worklist
 from restrain.errors import HowError, OptimizerError, RestrainWarning
@@ -163,8 +164,9 @@ class Stepper:
         self._looks = looks_before(optimizer)
         self.renew()
         self._seed = agreed_seed() if self._noisy else None
-        self._masters = Masters(optimizer, any(w.decoupled or w.proximal or w.project for w in works))
-        before = any(w.gradient or w.noise or w.decoupled or w.of("tangent", self._by_metric) for w in works)
+        self._masters = Masters(optimizer, any(w.changes_weights for w in works))
+        before = any(w.at("gradient") or w.noise or w.at("decoupled") for w in works)
+        before = before or any(w.of("tangent", self._by_metric) for w in works)
         before = before or self._masters.watches
         if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
@@ -232,7 +234,7 @@ class Stepper:
         fold: Fold | Again | None = None
         if rest is not None:
             again = self._unfinished.fold
-            fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps), self.steps)
+            fold = again or self._folding(optimizer, self._worklist.tasks(_ALL, self.steps, folds=True), self.steps)
         self._done = () if fold is None else fold.done
         value = self._before(optimizer, works, kinds, with_value)
         self._masters.changed()
@@ -248,6 +250,11 @@ class Stepper:
         standing = self._unfinished.standing()  # of an interrupted step, which is called again
         made = [Made("gradient", self._add_noises(works, scale, standing))] if "gradient" in kinds else []
         moves = "decoupled" in kinds and real_step(optimizer)
+        joints = self._joints(works)
+        for joint, members in joints["gradient"] if "gradient" in kinds else ():
+            _refuse_sparse([(work, p) for work, p, _ in members])
+            made.append(Made("gradient", add_gradients(joint, members, scale, standing)))
+            values += [(joint.value(full(members)), ())] if with_value else []
         batches = []
         for task in self._worklist.tasks(kinds, self.steps):
             members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]
@@ -263,12 +270,21 @@ class Stepper:
             made += [Made("gradient", [grad for _, grad in left])] if adds else []
             made += [Made("decay", [p for p, _ in left])] if len(changes) > len(adds) else []
         self._act(batches)
+        made += [Made("decay", decay(*one, standing)) for one in (joints["decoupled"] if moves else ())]
         for one in made:
             one.look()
         self._unfinished.note(made, ("gradient", "decay") if "decoupled" in kinds else ("gradient",))
         if moves and self._looks:
             self._remember(works, scale)
         return totals([values])[0]
+
+    def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:
+        """Return the due joint rules on the optimizer's parameters by their kind."""
+        found: dict[str, list[Together]] = {"gradient": [], "decoupled": [], "proximal": [], "project": []}
+        for one in together(works):
+            if one[0].rule.due(self.steps):
+                found[one[0].rule.how].append(one)
+        return found
 
     def _add_noises(
         self, works: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
@@ -286,7 +302,7 @@ class Stepper:
         """Store weights and gradients before the step, for metrics that need them."""
         for work, p, group in works:
             if id(work) in self._followed and p.grad is not None and group["lr"] != 0:
-                if not work.proximal and (p.grad.is_sparse or is_sharded(p) or p.is_complex()):
+                if not work.at("proximal") and (p.grad.is_sparse or is_sharded(p) or p.is_complex()):
                     continue  # projected as under SGD
                 work.before = (p.clone(), p.grad.clone() if scale is None else p.grad / scale.to(p.grad.dtype))
 
@@ -337,7 +353,9 @@ class Stepper:
         works = self._worklist.by(optimizer)
         self._masters.check()
         self._masters.look(optimizer, works)
-        metrics = self._metrics(optimizer, works)
+        metrics, joints = self._metrics(optimizer, works), self._joints(works)
+        for one in joints["proximal"]:
+            shrink(*one, metrics)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
@@ -348,6 +366,8 @@ class Stepper:
             constraints = [(rule, constraint) for rule, constraint in work.project if rule.due(self.steps)]
             if constraints and not single(constraints):
                 self._hold(work, p, constraints, optimizer.state.get(p, {}), metrics.get(id(p)))
+        for one in joints["project"]:
+            project(*one)
         self._masters.changed()
         self.steps += 1
         if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
@@ -376,9 +396,9 @@ class Stepper:
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
         for work, p, group in works:
             left = id(work) in self._followed and id(p) not in self._done
-            if not left or (grad := p.grad) is None or group["lr"] == 0 or (p.is_complex() and not work.proximal):
+            if not left or (grad := p.grad) is None or group["lr"] == 0 or (p.is_complex() and not work.at("proximal")):
                 continue
-            if grad.is_sparse and work.proximal:
+            if grad.is_sparse and work.at("proximal"):
                 _refuse_sparse([(work, p)])
             before = None
             if self._looks:
@@ -396,11 +416,11 @@ class Stepper:
     def _warn_of_empty(self) -> None:
         """Warn once of each weight that proximal rules and constraints have made zero."""
         root = self.root()
-        looked = [(work, work.handle.find(root)) for work in self.works if work.proximal or work.project]
+        looked = [(work, work.handle.find(root)) for work in self.works if work.at("proximal") or work.at("project")]
         looked = [(work, p) for work, p in looked if p.dim() > 1]
         counts = totals([[(local(p).count_nonzero(), ranks_of(p))] for _, p in looked])
         for (work, _), count in zip(looked, counts, strict=True):
-            changes = work.proximal + work.project
+            changes = work.at("proximal") + work.at("project")
             empty = 0 if count else self._empty.get(work.handle, 0) + 1
             self._empty[work.handle] = max(empty, self._empty.get(work.handle, 0))
             if empty == 2:  # twice in a row: weights may begin at zero

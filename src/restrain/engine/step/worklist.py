@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.ops import Change
+from restrain.engine.ops import Change, Joint
 from restrain.engine.step.projection import in_metric, in_tangent, single
 from restrain.errors import DetachedError
 from restrain.named_tensors import Handle, fully_sharded, is_sharded
@@ -35,6 +35,7 @@ class ParameterRules:
     decoupled: list[tuple[Rule, Penalty]] = field(default_factory=list)
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
+    joint: list[Joint] = field(default_factory=list)  # rules on it and other parameters together
     kept: dict[str, Any] = field(default_factory=dict)  # state of the metric
     # weights and gradient before the step, if the metric needs them
     before: tuple[Tensor, Tensor] | None = None
@@ -45,9 +46,19 @@ class ParameterRules:
             return [(rule, what) for rule, what in self.project if in_tangent(rule, what, by_metric)]
         return getattr(self, kind)  # type: ignore[no-any-return]
 
+    def at(self, kind: str) -> list[tuple[Rule, Any]]:
+        """Return the rules of a kind, joint rules included."""
+        found = [(joint.rule, joint.rule.what) for joint in self.joint if joint.rule.how == kind]
+        return [*getattr(self, kind), *found]
+
+    @property
+    def changes_weights(self) -> bool:
+        """True if a rule changes the weights, not only the gradient."""
+        return any(self.at(kind) for kind in ("decoupled", "proximal", "project"))
+
     def follows_metric(self, by_metric: bool) -> bool:
         """Return True if the optimizer's metric is needed."""
-        return bool(self.proximal) or any(in_metric(rule, what, by_metric) for rule, what in self.project)
+        return bool(self.at("proximal")) or any(in_metric(rule, what, by_metric) for rule, what in self.project)
 
 
 Member: TypeAlias = tuple[ParameterRules, nn.Parameter, dict[str, Any]]  # with its parameter group
@@ -97,15 +108,19 @@ class Worklist:
             self._found = self._find(root, optimizer)
         return self._found
 
-    def tasks(self, kinds: tuple[str, ...], step: int) -> list[Task]:
-        """Return the changes by rules of these kinds at a step, counted from zero."""
+    def tasks(self, kinds: tuple[str, ...], step: int, folds: bool = False) -> list[Task]:
+        """Return the changes by rules of these kinds at a step, counted from zero.
+
+        With `folds`, parameters with joint rules are left out: these act between the others.
+        """
         if kinds not in self._rules:
             found = [work.of(kind, self.by_metric) for work, _, _ in self._found for kind in kinds]
             timed = [rule for rules in found for rule, _ in rules]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
-        key = (kinds, *[rule.due(step) for rule in self._rules[kinds]])
+        key = (kinds, folds, *[rule.due(step) for rule in self._rules[kinds]])
         if key not in self._tasks:
-            self._tasks[key] = _tasks(self._found, kinds, step, self.by_metric)
+            members = [member for member in self._found if not (folds and member[0].joint)]
+            self._tasks[key] = _tasks(members, kinds, step, self.by_metric)
         return self._tasks[key]
 
     def _as_seen(self, root: nn.Module, optimizer: Optimizer) -> bool:

@@ -256,7 +256,7 @@ def _check(target: Target, rule: Rule) -> None:
         raise HowError(f"{target!r} is for rules on {what}, not for {rule!r}: use a target by {other}")
     if target.kind == "zeros" and rule.how != "proximal":
         raise HowError(f"{target!r} needs how='proximal': by how={rule.how!r} no entry becomes exactly zero")
-    if target.kind == "gradient_share" and not isinstance(rule.what, Penalty):
+    if target.kind == "gradient_share" and (rule.what.joint or not isinstance(rule.what, Penalty)):
         raise HowError(
             f"{target!r} isn't known for a penalty on the whole network, {rule.what!r}: use norm=, or a number"
         )

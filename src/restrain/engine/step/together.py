@@ -1,0 +1,157 @@
+"""Rules on several parameters together, around an optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restrain.engine.distributed import local, part, whole
+from restrain.engine.ops import Joint, Metric, put
+from restrain.engine.step.worklist import Member, ParameterRules
+from restrain.errors import HowError
+from restrain.penalties.shrink import at_least_float32
+from restrain.rules import Rule
+
+Together = tuple[Joint, list[Member]]
+
+
+def together(held: Iterable[Member]) -> list[Together]:
+    """Return the joint rules on parameters, each with its members.
+
+    Raises:
+        HowError: some members of a rule aren't trained, so that its units can't be changed.
+    """
+    found: dict[int, Together] = {}
+    for member in held:
+        for joint in member[0].joint:
+            found.setdefault(id(joint), (joint, []))[1].append(member)
+    for joint, members in found.values():
+        check_whole(joint, {work.handle.name for work, _, _ in members})
+    return list(found.values())
+
+
+def check_whole(joint: Joint, trained: Collection[str]) -> None:
+    """Check that all members of a joint rule are trained.
+
+    Raises:
+        HowError: some aren't.
+    """
+    missing = [handle.name for handle in joint.handles if handle.name not in trained]
+    if missing:
+        raise HowError(
+            f"{joint.rule.label}: {', '.join(map(repr, missing))} isn't trained (frozen, or in no given optimizer), "
+            "while other members of its units are, so these units can't change as a whole: freeze or train all of "
+            "them, or leave it out of the units"
+        )
+
+
+def full(members: Sequence[Member]) -> dict[str, Tensor]:
+    """Return the members' parameters by name, gathered if they are sharded."""
+    return {work.handle.name: whole(p.detach()) for work, p, _ in members}
+
+
+def replace(members: Sequence[Member], new: Mapping[str, Tensor]) -> None:
+    """Set the parameters; entries where only the new value isn't finite stay."""
+    for work, p, _ in members:
+        put(local(p), part(new[work.handle.name], p))
+
+
+def add_gradients(
+    joint: Joint, members: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
+) -> list[Tensor]:
+    """Add the gradient of a joint penalty to the members that have a gradient; return their gradients."""
+    gradients = joint.gradients(full(members))
+    found = []
+    for work, p, _ in members:
+        if p.grad is None:
+            continue
+        found.append(p.grad)
+        if ("gradient", id(p.grad)) not in standing:
+            added = part(gradients[work.handle.name], p.grad)
+            local(p.grad).add_(added if scale is None else added * scale.to(added.dtype))
+    return found
+
+
+def decay(joint: Joint, members: Sequence[Member], standing: Collection[tuple[str, int]]) -> list[Tensor]:
+    """Decay the members that have a gradient and a learning rate; return them."""
+    moved = [(work, p, group) for work, p, group in members if p.grad is not None and group["lr"] != 0]
+    if moved and ("decay", id(moved[0][1])) not in standing:
+        rates = {work.handle.name: 0.0 for work, _, _ in members}
+        rates |= {work.handle.name: group["lr"] for work, _, group in moved}
+        replace(moved, joint.decayed(full(members), rates))
+    return [p for _, p, _ in moved]
+
+
+def shrink(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric]) -> None:
+    """Apply the prox of a joint penalty; members that didn't move have steps of zero, and stay."""
+    if not any(id(p) in metrics for _, p, _ in members):
+        return
+    steps: dict[str, Any] = {}
+    for work, p, _ in members:
+        metric = metrics.get(id(p))
+        steps[work.handle.name] = 0.0 if metric is None else metric.steps(*map(whole, metric.moments))
+    replace(members, joint.shrunk(full(members), steps))
+
+
+def project(joint: Joint, members: Sequence[Member]) -> None:
+    """Project the members on a joint constraint."""
+    replace(members, joint.projected(full(members)))
+
+
+@torch.no_grad()
+def project_from_now(joints: Iterable[Joint], model: nn.Module) -> dict[str, list[str]]:
+    """Project when rules are attached, and return notes for the table by rule label.
+
+    Raises:
+        HowError: a parameter isn't finite.
+    """
+    notes: dict[str, list[str]] = {}
+    for joint in joints:
+        found = [(ParameterRules(handle), handle.find(model), dict[str, Any]()) for handle in joint.handles]
+        if joint.rule.how != "project" or joint.rule.start or not all(p.requires_grad for _, p, _ in found):
+            continue
+        for work, p, _ in found:
+            if not bool(p.isfinite().all()):
+                raise HowError(
+                    f"{work.handle.name!r}, which {joint.rule.what!r} is to hold for, has NaN or infinite entries"
+                )
+        members: Any = found
+        before = {name: at_least_float32(w).clone() for name, w in full(members).items()}
+        project(joint, members)
+        after = full(members)
+        way = sum(float((after[name] - w).abs().square().sum()) for name, w in before.items())
+        size = sum(float(w.abs().square().sum()) for w in before.values())
+        if way > 1e-10 * size:
+            share = 100 * (way / size) ** 0.5
+            notes[joint.rule.label] = [
+                f"{joint.rule.label}: attaching moved its {len(found)} tensors by {share:.2g} % of their length"
+            ]
+    return notes
+
+
+_ALONE = ("decoupled", "proximal", "project")
+
+
+def check_alone(works: Iterable[ParameterRules]) -> None:
+    """Check that no other rule of the same kind acts at the step on a member of a joint rule.
+
+    Raises:
+        HowError: one does; together they aren't one after the other.
+    """
+    for work in works:
+        for joint in work.joint:
+            kind = joint.rule.how
+            others: list[Rule] = [rule for rule, _ in work.at(kind) if rule is not joint.rule]
+            if kind in _ALONE and others:
+                sums = (
+                    "Add up the penalties of one rule, as in (rs.GroupLasso(per=units) + rs.L1()).on(), or give one of "
+                    "them how='loss' or how='gradient'"
+                )
+                raise HowError(
+                    f"{work.handle.name!r}: {joint.rule.label!r} acts on it together with other tensors, and "
+                    f"{others[0].label!r} acts on it, too, both with how={kind!r}; one after the other, they don't "
+                    f"give what both mean. {'Leave it out of one of them' if kind == 'project' else sums}"
+                )
