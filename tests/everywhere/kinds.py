@@ -63,6 +63,14 @@ KINDS = {
         Kind(
             "projection", rules(rs.MaxNorm(0.5).on("first.weight"), rs.NonNegative().on("head.weight")), at_steps=True
         ),
+        Kind(
+            "units and common budgets",
+            rules(
+                (0.1 * rs.GroupLasso(per=rs.units({"*.weight": "out"}))).on(how="proximal"),
+                rs.TopGroups(4, per="out", budget="all").on(W),
+            ),
+            at_steps=True,
+        ),
         Kind("parametrisation", rules(rs.NonNegative().on("head.weight", how="parametrize"))),
         Kind("weight noise", rules(rs.DropConnect(0.3).on("first.weight")), random=True),
         Kind(

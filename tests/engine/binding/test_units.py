@@ -606,7 +606,8 @@ def test_plans_name_the_members():
 def test_a_plan_file_has_units(tmp_path):
     path = tmp_path / "plan.yaml"
     path.write_text(
-        "rules:\n  - what: {name: grouplasso, per: {units: {0.weight: out, 0.bias: 0, 2.weight: in}}}\n    strength: 1e-1\n"
+        "rules:\n  - what: {name: grouplasso, per: {units: {0.weight: out, 0.bias: 0, 2.weight: in}}}\n"
+        "    strength: 1e-1\n"
     )
     rule = rs.Plan.load(path).rules[0]
     assert rule.what == 0.1 * rs.GroupLasso(per=PER)
@@ -697,7 +698,7 @@ def test_a_replaced_layer_is_followed():
     model[0] = nn.Linear(4, 6).double()
     assert reg.values()["u"] == pytest.approx(float(formula(dict(model.named_parameters())).detach()), rel=1e-12)
     model[2] = nn.Linear(5, 3).double()
-    with pytest.raises(DetachedError, match="different numbers of units: '0.weight' 6, '0.bias' 6, '2.weight' 5"):
+    with pytest.raises(DetachedError, match=r"different numbers of units: '0.weight' 6, '0.bias' 6, '2.weight' 5"):
         reg.values()
 
 
@@ -774,7 +775,7 @@ def test_tensors_that_cannot_change_together():
     for rule in ((0.1 * rs.GroupLasso(PER)).on(how="proximal"), rs.TopGroups(2, PER).on()):
         with pytest.raises(OptimizerError, match="several optimizers hold them"):
             rs.attach(model, rule, many)
-    with pytest.raises(OptimizerError, match="no given optimizer holds '2.weight'"):
+    with pytest.raises(OptimizerError, match=r"no given optimizer holds '2.weight'"):
         rs.attach(model, rs.TopGroups(2, PER).on(), many[0])
 
 
@@ -783,10 +784,10 @@ def test_a_member_that_is_frozen_later():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     reg = rs.attach(model, [(0.1 * rs.GroupLasso(PER)).on(name="u"), rs.TopGroups(3, PER).on()], optimizer)
     model[2].weight.requires_grad_(False)
-    with pytest.raises(HowError, match="'2.weight' isn't trained"):
+    with pytest.raises(HowError, match=r"'2.weight' isn't trained"):
         reg.loss(data_loss(model))
     data_loss(model).backward()
-    with pytest.raises(HowError, match="'2.weight' isn't trained"):
+    with pytest.raises(HowError, match=r"'2.weight' isn't trained"):
         optimizer.step()
     model[0].requires_grad_(False)  # all members: left out, as any frozen tensor
     assert reg.values()["u"] == 0
@@ -795,7 +796,10 @@ def test_a_member_that_is_frozen_later():
 
 def test_two_rules_on_one_tensor():
     first = (0.1 * rs.GroupLasso(PER)).on(how="proximal")
-    both = r"'0.weight': .* acts on it together with other tensors, and .* acts on it, too, both with how='proximal'.*\(rs.GroupLasso\(per=units\) \+ rs.L1\(\)\)"
+    both = (
+        r"'0.weight': .* acts on it together with other tensors, and .* acts on it, too, both with how='proximal'.*"
+        r"\(rs.GroupLasso\(per=units\) \+ rs.L1\(\)\)"
+    )
     refused(HowError, both, [first, rs.L1().on("0.weight", how="proximal")])
     refused(
         HowError,
@@ -816,7 +820,7 @@ def test_two_rules_on_one_tensor():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     rs.attach(model, rs.TopGroups(2, PER).on(), optimizer)
-    with pytest.raises(HowError, match="another attachment acts on '0.weight'"):
+    with pytest.raises(HowError, match=r"another attachment acts on '0.weight'"):
         rs.attach(model, rs.TopGroups(2, PER).on(), optimizer)
 
 

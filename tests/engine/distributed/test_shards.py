@@ -56,6 +56,9 @@ SPECTRAL = 0.1 * rs.NuclearNorm()
 WEIGHTED = 0.1 * rs.Weighted(rs.L1(), lambda w: 1 / w.abs())
 MOVING = 0.1 * rs.Distance(decay=0.5)
 W = "*.weight"
+UNITS = rs.units(
+    {"first.weight": "out", "first.bias": 0, "thin.weight": "in", "head.weight": ("in", [[0], [1], [2], [3], [4]])}
+)
 PLANS = {
     "loss": [(0.1 * rs.L1() + rs.LogSum()).on("*"), GROUPED.on(W), CROSSING.on(W), SPECTRAL.on("first.weight")],
     "loss of the whole": [
@@ -89,6 +92,15 @@ PLANS = {
         rs.TopGroups(2, per="out").on("first.weight"),
         rs.TopGroups(rs.schedules.Linear(1.0, 0.3, steps=3), per="in").on("head.weight"),
     ],
+    "units": [
+        (0.05 * rs.GroupLasso(per=UNITS)).on(how="proximal"),
+        rs.TopK(9, budget="all").on(["thin.bias", "head.bias"]),
+    ],
+    "units by size": [0.01 * rs.GroupLasso(per=UNITS).on(), rs.TopGroups(3, per=UNITS).on()],
+    "units as gradient": [
+        0.1 * rs.GroupLasso(per=UNITS).on(how="gradient"),
+        0.1 * rs.GroupLasso(per=UNITS).on(how="decoupled"),
+    ],
     "outputs": [0.1 * rs.L1().on(rs.outputs("relu")), 0.1 * rs.Decorrelation().on(rs.outputs("first"))],
     "moving": [
         rs.schedules.WarmUp(3) * rs.L2().on(W),
@@ -118,7 +130,7 @@ class Pair(rs.NetworkPenalty):
 
 PLANS["spread"] = [0.1 * Even().on("*")]
 PLANS["network"] = [0.1 * Pair().on(["first.weight", "head.weight"])]
-FAST = [(plan, "SGD") for plan in PLANS] + [("proximal", "Adam"), ("proximal across", "Adam")]
+FAST = [(plan, "SGD") for plan in PLANS] + [("proximal", "Adam"), ("proximal across", "Adam"), ("units", "Adam")]
 SLOW = [(plan, optimizer) for plan in PLANS for optimizer in OPTIMIZERS if (plan, optimizer) not in FAST]
 
 
