@@ -67,7 +67,7 @@ class Units(AcrossTensors):
         sets = [found for members in self.sets for found in _by_stars(members, names)]
         if self.example is not None:
             sets += self._in_graph(root)
-        return Units(tuple(sets))
+        return Units(tuple(dict.fromkeys(sets)))
 
     def _in_graph(self, model: nn.Module) -> list[Members]:
         """Return the sets of units that the graph of the model has."""
@@ -175,14 +175,14 @@ def _by_stars(members: Members, names: Mapping[str, str]) -> list[Members]:
             raise SelectionError(f"{name!r}, a member of units, is no parameter{near(name, list(names))}")
         for own, stars in matches:
             found.setdefault(stars, []).append((names[own], per))
-    for stars, own in found.items():
-        if len(own) < len(members):
-            missing = members[len(own)][0] if stars else next(name for name, _ in members if "*" in name)
+    for stars, some in found.items():
+        if len(some) < len(members):
             raise SelectionError(
-                f"the units of {[name for name, _ in own]} lack members: {missing!r} has none for the text "
-                f"{'*'.join(stars)!r}. Write names with the same stars into one mapping, others into one of their own"
+                f"the members {[name for name, _ in members]} don't all match for the text {'*'.join(stars)!r}, only "
+                f"{[name for name, _ in some]} do: write names with the same stars into one mapping, others into one "
+                "of their own"
             )
-    return [tuple(own) for own in found.values()]
+    return [tuple(some) for some in found.values()]
 
 
 def _per(dim: int, indices: list[list[int]], shape: tuple[int, ...]) -> Any:

@@ -102,7 +102,7 @@ class Kept(ByGroup, register=False):
 
     @abstractmethod
     def keep(self, w: Tensor, mask: Tensor) -> Tensor:
-        """Return the tensor with zeros in the place of candidates; `mask` is true for the others."""
+        """Return the tensor with zeros where `mask`, a row of the candidates, is false."""
 
     @staticmethod
     def project_together(bound: Sequence[Kept], tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -743,7 +743,7 @@ def test_units_that_do_not_fit_the_model():
     with pytest.raises(SelectionError, match=r"torch.export can't follow .* Name the members"):
         rs.units(example=torch.ones(2, 9)).named(net())
     stars = rs.units({"h.*.mlp.up.weight": "out", "h.*.norm.weight": 0, "head.weight": 1})
-    refused(SelectionError, "Write names with the same stars into one mapping", lasso(stars).on(), Blocks())
+    refused(SelectionError, "write names with the same stars into one mapping", lasso(stars).on(), Blocks())
 
 
 def test_rules_that_units_cannot_have():
@@ -789,6 +789,8 @@ def test_a_member_that_is_frozen_later():
     data_loss(model).backward()
     with pytest.raises(HowError, match=r"'2.weight' isn't trained"):
         optimizer.step()
+    reg.detach()
+    reg = rs.attach(model, [(0.1 * rs.GroupLasso(PER)).on("0.*", name="u")], optimizer)
     model[0].requires_grad_(False)  # all members: left out, as any frozen tensor
     assert reg.values()["u"] == 0
     optimizer.step()

@@ -46,7 +46,6 @@ def joint_of(rule: Rule, what: What, slots: Sequence[Slot], locations: Mapping[s
         PenaltyError: members of units have different numbers of units.
         HowError: the parameters can't be changed together.
     """
-    _check_together(rule, slots, locations)
     if isinstance(what, Constraint) and not what.over_units:
         blocks = [Block((Piece(slot.name),), what.bound_to(locations[slot.name])) for slot in slots]
         return Joint(rule, tuple(slot.handle for slot in slots), tuple(blocks), (tuple(range(len(blocks))),))
@@ -62,6 +61,8 @@ def joint_of(rule: Rule, what: What, slots: Sequence[Slot], locations: Mapping[s
         budgets += [tuple(range(len(blocks), len(blocks) + len(new)))] if new else []
         blocks += new
         told += [_told(new, own)] if new else []
+    for block in blocks:
+        _check_together(rule, block, locations)
     handles = {slot.name: slot.handle for slot in slots}
     used = tuple(handle for name, handle in handles.items() if any(name == p.name for b in blocks for p in b.pieces))
     if rule.how not in _OVERLAPS:
@@ -116,26 +117,24 @@ def _one_units(rule: Rule, what: Any) -> Units:
     return found[0]
 
 
-def _check_together(rule: Rule, slots: Sequence[Slot], locations: Mapping[str, Location]) -> None:
-    """Check that parameters can be changed together.
+def _check_together(rule: Rule, block: Block, locations: Mapping[str, Location]) -> None:
+    """Check that the members of a block can be changed together.
 
     Raises:
         HowError: they lie on different devices; some are frozen, or complex.
     """
-    tensors = {slot.name: locations[slot.name].tensor for slot in slots}
-    for told, key in (
-        ("lie on several devices", lambda t: str(t.device)),
-        ("are partly frozen", lambda t: "trained" if t.requires_grad else "frozen"),
-        ("are partly complex", lambda t: "complex" if t.is_complex() else "real"),
+    tensors = {piece.name: locations[piece.name].tensor for piece in block.pieces}
+    for told, kinds in (
+        ("lie on several devices", {name: str(t.device) for name, t in tensors.items()}),
+        ("are partly frozen", {name: "trained" if t.requires_grad else "frozen" for name, t in tensors.items()}),
+        ("are partly complex", {name: "complex" if t.is_complex() else "real" for name, t in tensors.items()}),
     ):
-        found: dict[str, str] = {}
-        for name, tensor in tensors.items():
-            found.setdefault(key(tensor), name)
+        found = {kind: name for name, kind in reversed(kinds.items())}
         if len(found) > 1:
-            shown = ", ".join(f"{name!r} {kind}" for kind, name in found.items())
+            shown = ", ".join(f"{name!r} {kind}" for kind, name in reversed(found.items()))
             raise HowError(
-                f"{rule.label} acts on its tensors together, but they {told}: {shown}. Move, freeze or train them "
-                "alike, or leave some out by .on(...)"
+                f"{rule.label} acts on the members of a unit together, but they {told}: {shown}. Move, freeze or train "
+                "them alike, or leave some out by .on(...)"
             )
 
 

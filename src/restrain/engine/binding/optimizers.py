@@ -118,18 +118,33 @@ def _check_counted(bounds: Sequence[Bound], root: nn.Module, holders: dict[int, 
 
 
 def _check_one_optimizer(bound: Bound, standing: dict[str, _Standing]) -> None:
-    """Check that one optimizer holds all parameters of a rule that acts on them together at its step."""
+    """Check that one optimizer holds all parameters of a rule that acts on them together."""
     if bound.joint is None or bound.rule.how == "loss":
         return
-    found: dict[int, str] = {}
-    for handle, _ in bound.parameters:
-        found.setdefault(id(standing[handle.name].holder), handle.name)
-    if len(found) > 1:
-        raise OptimizerError(
-            f"{bound.key!r} acts on its tensors together, but several optimizers hold them "
-            f"({', '.join(found.values())}), whose steps come one after the other: give them one optimizer, or use "
-            "how='loss'"
-        )
+    blocks = [[piece.name for piece in block.pieces] for block in bound.joint.blocks]
+    shares = [[name for number in own for name in blocks[number]] for own in bound.joint.budgets]
+    for names in shares or blocks:
+        found: dict[int, str] = {}
+        for at, name in [(standing[name], name) for name in names if standing[name].p.requires_grad]:
+            found.setdefault(id(at.holder), name)
+        if len(found) > 1:
+            raise OptimizerError(
+                f"{bound.key!r} acts on tensors together, but several optimizers hold them "
+                f"({', '.join(found.values())}), whose steps come one after the other: give them one optimizer, or use "
+                "how='loss'"
+            )
+        _check_not_split(bound, names, standing)
+
+
+def _check_not_split(bound: Bound, names: Sequence[str], standing: dict[str, _Standing]) -> None:
+    """Check that the optimizer steps all parameters of a unit in this process, unlike ZeRO's."""
+    for name in names:
+        at = standing[name]
+        if at.holder is not None and not any(p is at.p for group in at.holder.param_groups for p in group["params"]):
+            raise OptimizerError(
+                f"{bound.key!r} acts on tensors together, but the optimizer steps {name!r} in another process "
+                "(ZeroRedundancyOptimizer): train by FSDP2, or use how='loss'"
+            )
 
 
 def _decays(what: Any) -> bool:

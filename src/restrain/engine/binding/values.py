@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from restrain.engine.binding.binding import Bound
 from restrain.engine.distributed import Term, totals, whole
 from restrain.engine.loss import parameters
-from restrain.engine.step import check_whole
 from restrain.named_tensors import Handle
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.base import joined
@@ -41,8 +40,8 @@ def joint_terms(bound: Bound, root: nn.Module, frozen: bool = False) -> list[Ter
     tensors = {handle.name: whole(p) for handle, p, _ in bound.standing(root, frozen)}
     if bound.joint is None or not tensors:
         return []
-    check_whole(bound.joint, tensors)
-    return [(bound.joint.value(tensors), ())]
+    joint = bound.joint.of(tensors)
+    return [(joint.value(tensors), ())] if joint.blocks else []
 
 
 class LossRules:

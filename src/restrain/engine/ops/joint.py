@@ -7,7 +7,7 @@ diagonal metric and projections are exact for units, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from restrain.axes import Grouping
 from restrain.engine.ops.instructions import decayed
+from restrain.errors import HowError
 from restrain.named_tensors import Handle
 from restrain.penalties.base import unchecked_prox
 from restrain.penalties.shrink import at_least_float32
@@ -114,6 +115,35 @@ class Joint:
     budgets: tuple[tuple[int, ...], ...] = ()
     told: tuple[str, ...] = ()
 
+    def of(self, trained: Collection[str]) -> Joint:
+        """Return the rule on the blocks whose members are trained; others are left out.
+
+        Raises:
+            HowError: some members of a unit are trained, and some aren't.
+        """
+        left = [self._trained(block, trained) for block in self.blocks]
+        if all(left):
+            return self
+        numbers = [number for number, whole in enumerate(left) if whole]
+        budgets = [tuple([numbers.index(number) for number in own if left[number]]) for own in self.budgets]
+        blocks, handles = [self.blocks[number] for number in numbers], self.handles
+        return Joint(self.rule, handles, tuple(blocks), tuple([own for own in budgets if own]), self.told)
+
+    def holds(self, name: str) -> bool:
+        """Return True if a parameter is a member of a block."""
+        return any(piece.name == name for block in self.blocks for piece in block.pieces)
+
+    def _trained(self, block: Block, trained: Collection[str]) -> bool:
+        """Return True if all members of a block are trained, False if none is."""
+        missing = [piece.name for piece in block.pieces if piece.name not in trained]
+        if missing and len(missing) < len(block.pieces):
+            raise HowError(
+                f"{self.rule.label}: {', '.join(map(repr, missing))} isn't trained (frozen, or in no given optimizer), "
+                "while other members of its units are, so these units can't change as a whole: freeze or train all of "
+                "them, or leave it out of the units"
+            )
+        return not missing
+
     def value(self, tensors: Named) -> Tensor:
         """Return the value, differentiable."""
         terms = [block.what(block.gather(tensors)) for block in self.blocks]
@@ -130,7 +160,7 @@ class Joint:
         return found
 
     def decayed(self, tensors: Named, rates: Steps) -> dict[str, Tensor]:
-        """Return w - rate · gradient for each tensor; entries stop at zero if the penalty shrinks."""
+        """Return w - rate · gradient for each tensor; see `decayed` of one tensor."""
         return self._changed(tensors, lambda block, x: decayed(x, block.what, block.steps(rates, tensors)))
 
     def shrunk(self, tensors: Named, steps: Steps) -> dict[str, Tensor]:

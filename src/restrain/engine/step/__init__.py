@@ -4,7 +4,7 @@ from restrain.engine.step.clock import Clock
 from restrain.engine.step.intersections import nearest
 from restrain.engine.step.projection import hold_from_now, in_metric, in_tangent
 from restrain.engine.step.stepper import Stepper
-from restrain.engine.step.together import check_alone, check_whole, project_from_now
+from restrain.engine.step.together import check_alone, project_from_now
 from restrain.engine.step.worklist import ParameterRules, total
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "ParameterRules",
     "Stepper",
     "check_alone",
-    "check_whole",
     "hold_from_now",
     "in_metric",
     "in_tangent",

@@ -251,10 +251,10 @@ class Stepper:
         made = [Made("gradient", self._add_noises(works, scale, standing))] if "gradient" in kinds else []
         moves = "decoupled" in kinds and real_step(optimizer)
         joints = self._joints(works)
-        for joint, members in joints["gradient"] if "gradient" in kinds else ():
-            _refuse_sparse([(work, p) for work, p, _ in members])
-            made.append(Made("gradient", add_gradients(joint, members, scale, standing)))
-            values += [(joint.value(full(members)), ())] if with_value else []
+        for joint, own in joints["gradient"] if "gradient" in kinds else ():
+            _refuse_sparse([(work, p) for work, p, _ in own])
+            made.append(Made("gradient", add_gradients(joint, own, scale, standing)))
+            values += [(joint.value(full(own)), ())] if with_value else []
         batches = []
         for task in self._worklist.tasks(kinds, self.steps):
             members = [(p, grad) for _, p in task.members if (grad := p.grad) is not None]

@@ -18,34 +18,18 @@ from restrain.rules import Rule
 Together = tuple[Joint, list[Member]]
 
 
-def together(held: Iterable[Member]) -> list[Together]:
+def together(works: Iterable[Member]) -> list[Together]:
     """Return the joint rules on parameters, each with its members.
 
     Raises:
-        HowError: some members of a rule aren't trained, so that its units can't be changed.
+        HowError: some members of a unit aren't trained, so that it can't be changed.
     """
     found: dict[int, Together] = {}
-    for member in held:
+    for member in works:
         for joint in member[0].joint:
             found.setdefault(id(joint), (joint, []))[1].append(member)
-    for joint, members in found.values():
-        check_whole(joint, {work.handle.name for work, _, _ in members})
-    return list(found.values())
-
-
-def check_whole(joint: Joint, trained: Collection[str]) -> None:
-    """Check that all members of a joint rule are trained.
-
-    Raises:
-        HowError: some aren't.
-    """
-    missing = [handle.name for handle in joint.handles if handle.name not in trained]
-    if missing:
-        raise HowError(
-            f"{joint.rule.label}: {', '.join(map(repr, missing))} isn't trained (frozen, or in no given optimizer), "
-            "while other members of its units are, so these units can't change as a whole: freeze or train all of "
-            "them, or leave it out of the units"
-        )
+    trained = [(joint.of([work.handle.name for work, _, _ in members]), members) for joint, members in found.values()]
+    return [(joint, [one for one in members if joint.holds(one[0].handle.name)]) for joint, members in trained]
 
 
 def full(members: Sequence[Member]) -> dict[str, Tensor]:
@@ -62,7 +46,7 @@ def replace(members: Sequence[Member], new: Mapping[str, Tensor]) -> None:
 def add_gradients(
     joint: Joint, members: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
 ) -> list[Tensor]:
-    """Add the gradient of a joint penalty to the members that have a gradient; return their gradients."""
+    """Add the gradient of a joint penalty to the members' gradients, and return these."""
     gradients = joint.gradients(full(members))
     found = []
     for work, p, _ in members:
@@ -111,8 +95,10 @@ def project_from_now(joints: Iterable[Joint], model: nn.Module) -> dict[str, lis
     notes: dict[str, list[str]] = {}
     for joint in joints:
         found = [(ParameterRules(handle), handle.find(model), dict[str, Any]()) for handle in joint.handles]
-        if joint.rule.how != "project" or joint.rule.start or not all(p.requires_grad for _, p, _ in found):
+        found = [member for member in found if member[1].requires_grad]
+        if joint.rule.how != "project" or joint.rule.start or not found:
             continue
+        joint = joint.of([work.handle.name for work, _, _ in found])
         for work, p, _ in found:
             if not bool(p.isfinite().all()):
                 raise HowError(
