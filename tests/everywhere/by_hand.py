@@ -11,6 +11,7 @@ from everywhere.training import STEPS, batch, fresh, seed
 from restrain.engine.ops.optimizers import Taken, by_metric, metric_of
 
 PROXIMAL = ("proximal-penalty", "proximal-group-penalty", "target")
+WITH_PROX = (*PROXIMAL, "units-across-tensors")
 
 
 class Hand:
@@ -96,6 +97,8 @@ class Hand:
                 kept = self.kept.setdefault(id(w), {})
                 metric = metric_of(optimizer)(Taken(group, optimizer.state[w], w, kept, before))
                 self.prox(w, torch.as_tensor(metric.steps(*metric.moments), dtype=w.dtype).expand(w.shape))
+            if self.name == "units-across-tensors":
+                self.prox_of_units(held)
             self.project(self.lengths(held))
         self.steps += 1
 
@@ -116,7 +119,27 @@ class Hand:
         else:
             w.copy_(torch.stack([shrink(*row, 0.1 * w.shape[1] ** 0.5) for row in zip(w, lengths, strict=True)]))
 
+    def units(self, first, head):
+        """A row for each unit, of tensors like the two weights."""
+        return torch.cat([first, head.T], 1)
+
+    def prox_of_units(self, held):
+        """A weight that has no gradient has steps of zero."""
+        steps = [torch.zeros_like(w) for w in self.matrices]
+        for optimizer, group, w, before in held:
+            kept = self.kept.setdefault(id(w), {})
+            metric = metric_of(optimizer)(Taken(group, optimizer.state[w], w, kept, before))
+            own = torch.as_tensor(metric.steps(*metric.moments), dtype=w.dtype)
+            steps[0 if w is self.first.weight else 1].copy_(own.expand(w.shape))
+        x, t = self.units(*self.matrices), self.units(*steps)
+        x = torch.stack([shrink(*row, 0.1 * x.shape[1] ** 0.5) for row in zip(x, t, strict=True)])
+        self.first.weight.copy_(x[:, : self.first.weight.shape[1]])
+        self.head.weight.copy_(x[:, self.first.weight.shape[1] :].T)
+
     def project(self, lengths=None):
+        if self.name == "units-across-tensors":
+            short = self.units(*self.matrices).norm(dim=1).argsort(descending=True, stable=True)[4:]
+            self.first.weight[short], self.head.weight[:, short] = 0, 0
         if self.name == "projection":
             w = self.first.weight
             if lengths is None:

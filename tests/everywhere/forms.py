@@ -119,7 +119,10 @@ class OfPacked(nn.Module):
         return given._replace(data=self.layer(given.data)) if isinstance(given, PackedSequence) else self.layer(given)
 
 
-ALIKE = {"Jacobian-penalty": "packed sequence can't be told apart, .* use estimator='vjp'"}
+ALIKE = {
+    "Jacobian-penalty": "packed sequence can't be told apart, .* use estimator='vjp'",
+    "units-across-tensors": "different numbers of units: 'first.weight_ih_l0' 24, 'head.layer.weight' 6",
+}
 
 
 @column("packed sequences: an LSTM as `first`", GROUP, fast=True, refuses=ALIKE)
@@ -164,7 +167,14 @@ class Sparse(Run):
 
 SGD = partial(torch.optim.SGD, lr=0.3)
 DENSE = "'first.weight' has sparse gradients .* needs dense ones: use how='loss'"
-AT_STEP = ("parameter-penalty-as-gradient", "decoupled-decay", "proximal-penalty", "proximal-group-penalty", "target")
+AT_STEP = (
+    "parameter-penalty-as-gradient",
+    "decoupled-decay",
+    "proximal-penalty",
+    "proximal-group-penalty",
+    "units-across-tensors",
+    "target",
+)
 NEED_DENSE = dict.fromkeys(AT_STEP, DENSE) | {
     "weight-noise": "'first.weight' has sparse gradients .* make the layer with sparse=False",
     "Jacobian-penalty": "doesn't depend on the place of wrt=",  # no derivative by token ids

@@ -41,6 +41,7 @@ AT_STEPS = (
     "proximal-penalty",
     "proximal-group-penalty",
     "projection",
+    "units-across-tensors",
     "target",
 )
 UNHELD = dict.fromkeys(AT_STEPS, NOT_HELD)

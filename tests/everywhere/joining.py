@@ -63,7 +63,8 @@ def two_the_other_way(kind):
 
 
 CLASH = dict.fromkeys(
-    ("decoupled-decay", "proximal-penalty", "proximal-group-penalty", "target"), ORDER["decoupled-decay"]
+    ("decoupled-decay", "proximal-penalty", "proximal-group-penalty", "units-across-tensors", "target"),
+    ORDER["decoupled-decay"],
 ) | {
     "parametrisation": "is parametrised",
     "weight-noise": "another attachment has noise on the weights of 'first'.* put both into one plan",

@@ -33,6 +33,7 @@ def rules(*made):
 
 PENALTY = 0.1 * rs.L1() + 0.05 * rs.L2()
 GROUPS = 0.1 * rs.GroupLasso(per="out")
+UNITS = rs.units({"first.weight": "out", "head.weight": "in"})
 HIDDEN = rs.outputs("act")
 
 KINDS = {
@@ -64,11 +65,8 @@ KINDS = {
             "projection", rules(rs.MaxNorm(0.5).on("first.weight"), rs.NonNegative().on("head.weight")), at_steps=True
         ),
         Kind(
-            "units and common budgets",
-            rules(
-                (0.1 * rs.GroupLasso(per=rs.units({"*.weight": "out"}))).on(how="proximal"),
-                rs.TopGroups(4, per="out", budget="all").on(W),
-            ),
+            "units across tensors",
+            rules((0.1 * rs.GroupLasso(per=UNITS)).on(how="proximal"), rs.TopGroups(4, per=UNITS).on()),
             at_steps=True,
         ),
         Kind("parametrisation", rules(rs.NonNegative().on("head.weight", how="parametrize"))),

@@ -7,7 +7,7 @@ from torch import nn, optim
 from torch.nn import functional as F
 
 import restrain as rs
-from everywhere.by_hand import PROXIMAL, Hand, hand
+from everywhere.by_hand import WITH_PROX, Hand, hand
 from everywhere.column import column
 from everywhere.training import DEVICE, PROGRESS, STEPS, Net, Run, Several, adam, batch, fresh, seed
 
@@ -52,7 +52,7 @@ SETTINGS = {
     "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True},
 }
 FUSED = ("Adagrad", "Adam", "AdamW", "SGD")
-SETTLES_NOT = dict.fromkeys(PROXIMAL, "Rprop follows the sign.* Use another optimizer, or how='loss'")
+SETTLES_NOT = dict.fromkeys(WITH_PROX, "Rprop follows the sign.* Use another optimizer, or how='loss'")
 
 
 def implementations(name):
@@ -85,7 +85,7 @@ for name in SETTINGS:
 
 # Closures
 
-CLOSURES = dict.fromkeys(("decoupled-decay", *PROXIMAL), "LBFGS calls its closure several times.* Use how='loss'")
+CLOSURES = dict.fromkeys(("decoupled-decay", *WITH_PROX), "LBFGS calls its closure several times.* Use how='loss'")
 
 
 def lbfgs(model):
@@ -182,7 +182,12 @@ def sparse_adam(kind):
     return found, hand(kind, sparse_and_adam, Embedded, strengths)
 
 
-@column("two optimizers, a layer each", GROUP, fast=True)
+@column(
+    "two optimizers, a layer each",
+    GROUP,
+    fast=True,
+    refuses={"units-across-tensors": "several optimizers hold them .* give them one optimizer"},
+)
 def two_optimizers(kind):
     return compared(kind, halves)
 

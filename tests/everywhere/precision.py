@@ -195,6 +195,13 @@ class ByHand:
             for p in (w, head):
                 length = (p.abs() ** 2).sum(1, keepdim=True).sqrt()
                 p.copy_(p * (1 - 0.05 * p.shape[1] ** 0.5 / length).clamp(min=0))
+        if self.kind == "units-across-tensors":
+            units = torch.cat([w, head.T], 1)
+            length = (units.abs() ** 2).sum(1, keepdim=True).sqrt()
+            units = units * (1 - 0.05 * units.shape[1] ** 0.5 / length).clamp(min=0)
+            units[(units.abs() ** 2).sum(1).argsort(descending=True, stable=True)[4:]] = 0
+            w.copy_(units[:, : w.shape[1]])
+            head.copy_(units[:, w.shape[1] :].T)
         if self.kind == "target":
             w.copy_(w / w.abs() * (w.abs() - 0.5 * self.strengths[0]).clamp(min=0))
             w.nan_to_num_(0.0)

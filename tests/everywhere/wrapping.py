@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import restrain as rs
-from everywhere.by_hand import PROXIMAL, Hand
+from everywhere.by_hand import WITH_PROX, Hand
 from everywhere.column import column
 from everywhere.optimizing import GROUP, compared
 from everywhere.training import PROGRESS, STEPS, Net, adam, batch, fresh, plain, seed
@@ -78,7 +78,7 @@ AVERAGED = "SGDScheduleFree (holds|evaluates) .* can't be right: (use|for)"
     GROUP,
     fast=True,
     rounding=1e-9,
-    refuses=dict.fromkeys(("decoupled-decay", "projection", *PROXIMAL), AVERAGED),
+    refuses=dict.fromkeys(("decoupled-decay", "projection", *WITH_PROX), AVERAGED),
 )
 def schedule_free(kind):
     return compared(kind, lambda model: [SGDScheduleFree(model.parameters(), lr=0.1)])
