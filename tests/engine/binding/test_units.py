@@ -527,10 +527,65 @@ def test_what_rules_make_zero_is_what_compaction_removes():
                 assert after[name].shape[dim] == 2 < before[name].shape[dim]
 
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.mlp(self.norm(x))
+
+
 def test_heads_of_attention():
-    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
-    found = rs.units("linear1", "linear2", example=torch.randn(2, 3, 8)).named(model).sets
-    assert [dict(members) for members in found] == [{"linear1.weight": 0, "linear1.bias": 0, "linear2.weight": 1}]
+    """A head has rows of queries, keys and values, their biases, and columns of the output."""
+    model, x = Attending(), torch.randn(2, 3, 8)
+    heads = rs.units("attention", example=x)
+    rows = tuple(tuple(part + 2 * head + i for part in (0, 8, 16) for i in (0, 1)) for head in range(4))
+    assert [dict(members) for members in heads.named(model).sets] == [
+        {
+            "attention.in_proj_weight": (0, rows),
+            "attention.in_proj_bias": (0, rows),
+            "attention.out_proj.weight": (8, 2),
+        }
+    ]
+    with torch.no_grad():
+        model.attention.in_proj_bias.normal_()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    plan = [rs.TopGroups(3, per=heads).on(), (0.5 * rs.GroupLasso(per=rs.units("mlp", example=x))).on(how="proximal")]
+    rs.attach(model, plan, optimizer)
+    lengths = [
+        float(
+            torch.cat([model.attention.in_proj_weight[list(own)].flatten(), model.attention.in_proj_bias[list(own)]])
+            .norm()
+            .detach()
+        )
+        for own in rows
+    ]
+    assert sum(length == 0 for length in lengths) == 1
+    small = rs.compact(model, x).model
+    assert small.attention.num_heads == 3
+    torch.testing.assert_close(small(x), model.eval()(x))
+
+
+def test_channels_through_residual_additions():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b, self.head = nn.Linear(3, 5), nn.Linear(5, 7), nn.Linear(7, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = self.stem(x)
+            return self.head(h + self.b(F.relu(self.a(h))))
+
+    found = [dict(members) for members in rs.units(example=torch.randn(2, 3)).named(Residual()).sets]
+    stream = {"stem.weight": 0, "stem.bias": 0, "a.weight": 1, "b.weight": 0, "b.bias": 0, "head.weight": 1}
+    assert found == [stream, {"a.weight": 0, "a.bias": 0, "b.weight": 1}]
+    made = {"stem.weight": 0, "stem.bias": 0, "b.weight": 0, "b.bias": 0}
+    alone = rs.units(example=torch.randn(2, 3), readers=False).named(Residual()).sets
+    assert [dict(members) for members in alone] == [made, {"a.weight": 0, "a.bias": 0}]
 
 
 def test_overlapping_units_are_summed_in_the_loss_and_refused_in_a_prox():

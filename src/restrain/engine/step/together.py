@@ -28,7 +28,7 @@ def together(works: Iterable[Member]) -> list[Together]:
     for member in works:
         for joint in member[0].joint:
             found.setdefault(id(joint), (joint, []))[1].append(member)
-    trained = [(joint.of([work.handle.name for work, _, _ in members]), members) for joint, members in found.values()]
+    trained = [(joint.of({work.handle.name for work, _, _ in members}), members) for joint, members in found.values()]
     return [(joint, [one for one in members if joint.holds(one[0].handle.name)]) for joint, members in trained]
 
 
@@ -98,7 +98,7 @@ def project_from_now(joints: Iterable[Joint], model: nn.Module) -> dict[str, lis
         found = [member for member in found if member[1].requires_grad]
         if joint.rule.how != "project" or joint.rule.start or not found:
             continue
-        joint = joint.of([work.handle.name for work, _, _ in found])
+        joint = joint.of({work.handle.name for work, _, _ in found})
         for work, p, _ in found:
             if not bool(p.isfinite().all()):
                 raise HowError(
