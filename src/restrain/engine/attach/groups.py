@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from restrain.axes import Grouping, group_norms
 from restrain.engine.binding import Bound, at_steps
+from restrain.errors import HowError
 from restrain.named_tensors import Handle
 from restrain.penalties import Penalty
 from restrain.penalties.base import joined
@@ -86,9 +87,18 @@ class PenalisedTensor:
 
 
 def penalised(bounds: Sequence[Bound], root: nn.Module) -> list[PenalisedTensor]:
-    """Return the trained tensors under penalties, each with the sum of its penalties."""
+    """Return the trained tensors under penalties, each with the sum of its penalties.
+
+    Raises:
+        HowError: a penalty of several tensors together.
+    """
     found: dict[str, list[tuple[Handle, Penalty]]] = {}
     for bound in bounds:
+        if bound.joint is not None and bound.is_penalty:
+            raise HowError(
+                f"{bound.key!r}: groups across tensors (rs.units) aren't known here, only groups of each tensor: write "
+                "per= of a tensor, such as per='out'"
+            )
         standing = {handle.name for handle, _, _ in bound.standing(root)} if bound.parameters else set()
         for handle, what in at_steps(bound, root) if standing else ():
             if isinstance(what, Penalty) and handle.name in standing:

@@ -155,6 +155,11 @@ def _check_bound(bound: Bound, root: nn.Module) -> None:
         )
     if any(is_sharded(handle.find(root)) for handle, _ in bound.parameters):
         raise HowError(f"{bound.key!r}: a certificate needs whole parameters, and these are sharded: gather them first")
+    if bound.joint is not None:
+        raise HowError(
+            f"{bound.key!r}: a certificate isn't known for rules on several tensors together (rs.units, budget='all'); "
+            "attach the other rules alone, and add its value to loss()"
+        )
     if bound.derivative is not None:
         raise HowError(
             f"{bound.key!r}: a certificate isn't known for penalties on derivatives; attach the other rules alone, and "

@@ -264,7 +264,7 @@ def _check(target: Target, rule: Rule) -> None:
 
 def _sums(*parts: Sequence[Term]) -> list[float]:
     """Return sums of 0-d tensors, over all processes for shards; waits for the device once."""
-    return torch.stack(totals(parts)).tolist()  # type: ignore[no-any-return]
+    return torch.stack(totals(parts)).tolist()
 
 
 def _square(w: Tensor) -> Tensor:
