@@ -77,9 +77,9 @@ def train_ddp(name, wrapping=None, backend=None, order=None, first=False, divide
     return result_of(run.steps())
 
 
-def ddp(title, ranks, name, fast=(), **how):
+def ddp(title, ranks, name, fast=(), refuses=None, **how):
     """A column."""
-    refuses = {} if how.get("first") else {"parametrisation": SEVERAL}
+    refuses = ({} if how.get("first") else {"parametrisation": SEVERAL}) | (refuses or {})
 
     @column(title, GROUP, name, refuses=refuses, fast=fast)
     def run(kind):
@@ -91,7 +91,10 @@ for number in (2, 4):
     unused = {"find_unused_parameters": True}
     ddp(f"DDP with find_unused_parameters, {number} processes", number, f"ddp_unused_{number}", wrapping=unused)
     ddp(f"DDP with static_graph, {number} processes", number, f"ddp_static_{number}", wrapping={"static_graph": True})
-ddp("DDP with `ZeroRedundancyOptimizer`, 2 processes", 2, "ddp_zero", divided=True)
+APART = {
+    "units-across-tensors": r"the optimizer steps .* in another process \(ZeroRedundancyOptimizer\): train by FSDP2"
+}
+ddp("DDP with `ZeroRedundancyOptimizer`, 2 processes", 2, "ddp_zero", divided=True, refuses=APART)
 ddp("rules attached before DDP", 2, "ddp_after", first=True)
 ddp("torch.compile(DDP(model)), aot_eager", 2, "ddp_compiled", backend="aot_eager", order="outside")
 ddp("DDP(torch.compile(model)), aot_eager", 2, "ddp_of_compiled", backend="aot_eager", order="inside")

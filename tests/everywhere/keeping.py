@@ -214,7 +214,12 @@ def rebuilt(kind):
     return again.steps(STEPS - 2, 2).result(), plain(kind)
 
 
-@column("a parameter group added after attaching", GROUP, fast=True)
+@column(
+    "a parameter group added after attaching",
+    GROUP,
+    fast=True,
+    refuses={"units-across-tensors": "members of a unit together, but they are partly frozen"},
+)
 def grown(kind):
     """The head is frozen at first; the reference holds it in its optimizer from the beginning."""
 

@@ -134,19 +134,22 @@ def waiting(kind, until):
 
 
 EVER = 10**6
+TOGETHER = {
+    "units-across-tensors": "members of a unit together, but they are partly frozen.*freeze or train them alike"
+}
 
 
-@column("frozen `first.weight` and `head.bias`", GROUP, fast=True)
+@column("frozen `first.weight` and `head.bias`", GROUP, fast=True, refuses=TOGETHER)
 def frozen_for_ever(kind):
     return frozen(kind, {"first.weight": EVER, "head.bias": EVER})
 
 
-@column("frozen `head.weight`", GROUP, fast=True)
+@column("frozen `head.weight`", GROUP, fast=True, refuses=TOGETHER)
 def frozen_head(kind):
     return frozen(kind, {"head.weight": EVER})
 
 
-@column("gradual unfreezing: head, then `first.bias`, then `first.weight`", GROUP, fast=True)
+@column("gradual unfreezing: head, then `first.bias`, then `first.weight`", GROUP, fast=True, refuses=TOGETHER)
 def unfreezing(kind):
     return frozen(kind, {"first.bias": 1, "first.weight": 2})
 

@@ -148,6 +148,8 @@ class ByHand:
     def __init__(self, kind):
         self.kind, self.model = kind.name, complex_net()
         self.strengths = [0.05, 0.05]
+        if self.kind == "units-across-tensors":
+            self.keep_four(self.model.first.weight, self.model.head.weight)
         self.controllers = [Controller(rule.what.strength.parts[1][0]) for rule in kind.make() if kind.name == "target"]
 
     def penalties(self, x, w, head):
@@ -199,15 +201,20 @@ class ByHand:
             units = torch.cat([w, head.T], 1)
             length = (units.abs() ** 2).sum(1, keepdim=True).sqrt()
             units = units * (1 - 0.05 * units.shape[1] ** 0.5 / length).clamp(min=0)
-            units[(units.abs() ** 2).sum(1).argsort(descending=True, stable=True)[4:]] = 0
             w.copy_(units[:, : w.shape[1]])
             head.copy_(units[:, w.shape[1] :].T)
+            self.keep_four(w, head)
         if self.kind == "target":
             w.copy_(w / w.abs() * (w.abs() - 0.5 * self.strengths[0]).clamp(min=0))
             w.nan_to_num_(0.0)
             for controller, found in zip(self.controllers, (float((w == 0).double().mean()), self.active), strict=True):
                 controller.update(found)
             self.strengths = [float(controller.log.exp()) for controller in self.controllers]
+
+    @torch.no_grad()
+    def keep_four(self, w, head):
+        short = (torch.cat([w, head.T], 1).abs() ** 2).sum(1).argsort(descending=True, stable=True)[4:]
+        w[short], head[:, short] = 0, 0
 
 
 def complex_net():
