@@ -211,3 +211,27 @@ def test_other_copies_of_weights_are_no_reason_to_refuse(how):
     if how != "proximal":  # whose steps are measured
         right = stepped(lambda params: torch.optim.SGD(params, lr=0.1), RULES[how], dtype=torch.float64)
         torch.testing.assert_close(found, right)
+
+
+class SOAP(torch.optim.Adam):
+    """The name is what counts here."""
+
+    def step(self, closure=None):
+        return torch.optim.Adam.step(self, closure)
+
+
+def attached_silently(make, rule):
+    model = nn.Linear(4, 3, bias=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rs.attach(model, rule, make(model.parameters()))
+    return [str(one.message) for one in told]
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Muon(p, lr=0.1, weight_decay=0.0), SOAP], ids=["Muon", "SOAP"])
+def test_rules_by_entry_are_warned_of_where_the_optimizer_moves_entries_together(make):
+    for rule in (rs.Box(0, 1).on("weight"), 0.1 * rs.L1().on("weight", how="proximal")):
+        told = attached_silently(make, rule)
+        assert any("moves entries together" in one and "use Adam or SGD" in one for one in told), told
+    for rule in (rs.UnitNorm(per="out").on("weight"), 0.1 * rs.L1().on("weight", how="gradient")):
+        assert not attached_silently(make, rule)

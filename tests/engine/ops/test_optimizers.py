@@ -48,6 +48,7 @@ def test_a_lasso_is_solved_in_the_metric_and_in_no_other_way(name):
     assert in_loss.zeros == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*moves entries together")  # Muon
 @pytest.mark.parametrize("name", MEASURED)
 def test_strangers_come_near_by_measuring(name):
     with pytest.warns(RestrainWarning, match="measured"):
@@ -102,6 +103,21 @@ def test_a_lasso_under_schedules(name, schedule):
         rate.step()
     assert error(model.w0) < 1e-6
     assert ((model.w0.detach().numpy() == 0) == (SOLUTION == 0)).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_measured_steps_follow_the_learning_rate(schedule):
+    """Averages of movements that kept the lengths of earlier steps would end about 0.1 away."""
+    model = holder(torch.zeros(50, dtype=torch.float64))
+    optimizer = MEASURED["Adam, as a stranger"](model.parameters())
+    rate = SCHEDULES[schedule](optimizer)
+    with pytest.warns(RestrainWarning, match="measured"):
+        rs.attach(model, STRENGTH * rs.L1().on("*", how="proximal"), optimizer)
+    for _ in range(1200):
+        model.w0.grad = GRAM @ model.w0.detach() - CORRELATION
+        optimizer.step()
+        rate.step()
+    assert error(model.w0) < 0.02
 
 
 def test_groups_and_optimizers_of_their_own():

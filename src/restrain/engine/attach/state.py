@@ -17,8 +17,9 @@ from restrain.named_tensors import is_sharded
 from restrain.plans import Plan
 
 VERSION = 1
-_MEASURED = ("movement", "movement_square", "gradient", "gradient_square")  # of a measured metric
-_NUMBERS = ("gain", "eta")  # of SGD with momentum, of ASGD
+_OLD = ("movement", "movement_square", "gradient", "gradient_square")  # of a measured metric of version 0.1
+_MEASURED = (*_OLD, "rate")
+_NUMBERS = ("gain", "eta", "rate")  # of SGD with momentum, of ASGD, of a measured metric
 
 
 def by_new_names(state: Any) -> Any:
@@ -224,7 +225,7 @@ def _checked_metrics(
         if name not in mine:
             raise PlanError(f"this state belongs to other rules: it has metrics of {name!r}, on which none acts here")
         tensor, names = mine[name]
-        if set(kept) not in ({"gain"}, {"eta"}, set(_MEASURED), set()):
+        if set(kept) not in ({"gain"}, {"eta"}, set(_MEASURED), set(_OLD), set()):
             raise PlanError(
                 f"metrics of {name!r} in this state are {brief(dict(kept))}; load what reg.state_dict() gave"
             )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from restrain.engine.binding.binding import Bound
 from restrain.engine.binding.wrappers import Unwrapped
-from restrain.engine.ops import by_metric, diagonal, known, looks_before
+from restrain.engine.ops import by_metric, diagonal, known, looks_before, mixes
 from restrain.engine.step import in_metric, in_tangent, total
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning
 from restrain.fields import level_of_caller
@@ -183,10 +183,28 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
     joins = acts or (how == "loss" and p.requires_grad)
     if joins and bound.is_penalty and group.get("maximize"):
         raise OptimizerError(ASCENDS.format(rule=bound.key))
+    if acts and mixes(holder) and how in ("proximal", "project"):
+        _warn_of_mixing(bound, holder)
     if how == "project":
         bound.notes = _notes_on_metric(bound, p, holder)
     if bound.rule.momentum == "tangent" and not (group.get("momentum") or group.get("betas")):
         _warn(f"{bound.key!r} has momentum='tangent', but {type(holder).__name__} keeps none as it is set")
+
+
+def _warn_of_mixing(bound: Bound, holder: Optimizer) -> None:
+    """Warn that the weights end elsewhere than at the minimum under a rule by entry."""
+    rule, name = bound.rule, type(holder).__name__
+    what: Any = rule.what
+    if rule.how == "proximal":
+        way = "its zeros are exact but may be others; for the lasso's use Adam or SGD, or how='gradient' without zeros"
+    elif in_tangent(rule, what, by_metric(holder)):
+        return
+    else:
+        way = "the weights stay in the set; for the constrained minimum use Adam or SGD, or how='parametrize'"
+    _warn(
+        f"{bound.key!r}: {name} moves entries together, and no prox or projection in its metric is known, so training "
+        f"ends near the minimum (docs/how.md has figures): {way}"
+    )
 
 
 def _notes_on_metric(bound: Bound, p: Tensor, holder: Optimizer) -> list[str]:

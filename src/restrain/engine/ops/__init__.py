@@ -33,6 +33,7 @@ from restrain.engine.ops.optimizers import (
     known,
     looks_before,
     metric_of,
+    mixes,
     plain,
     state_names,
 )
@@ -74,6 +75,7 @@ __all__ = [
     "looks_before",
     "lower",
     "metric_of",
+    "mixes",
     "overlapping",
     "plain",
     "put",

@@ -231,10 +231,16 @@ def _measured(taken: Taken) -> Metric:
 
     The average of the gradient goes through the same filter as that of the movement, so that the
     quotient is the length itself where that and the gradient are steady, and little less under
-    noise, if the optimizer's own memory is short beside this one's.
+    noise, if the optimizer's own memory is short beside this one's. When the learning rate changes,
+    so do the movements of earlier steps: they would lag behind it.
     """
     assert taken.before is not None
-    kept, (w, gradient) = taken.kept, map(at_least_float32, taken.before)
+    kept, (w, gradient), rate = taken.kept, map(at_least_float32, taken.before), float(taken.group.get("lr") or 1.0)
+    change = rate / kept.get("rate", rate)
+    if change != 1 and "movement" in kept:
+        kept["movement"].mul_(change)
+        kept["movement_square"].mul_(change**2)
+    kept["rate"] = rate
     for name, now in (("movement", taken.w.detach() - w), ("gradient", gradient)):
         mean = kept.setdefault(name, torch.zeros_like(now))
         square = kept.setdefault(f"{name}_square", torch.zeros_like(now))
@@ -387,6 +393,17 @@ def looks_before(optimizer: Optimizer) -> bool:
 def diagonal(optimizer: Optimizer) -> bool:
     """Whether its metric differs from entry to entry."""
     return metric_of(optimizer) not in (_sgd, _asgd)
+
+
+_MIXING = ("Muon", "Shampoo", "SOAP", "Kron", "KFAC", "SPlus")
+
+
+def mixes(optimizer: Optimizer) -> bool:
+    """Return True if the class, or a base, is named like an optimizer that moves entries together.
+
+    Its step is a matrix times the gradient, for which no prox and no projection by entry is right.
+    """
+    return any(word in base.__name__ for base in type(optimizer).__mro__ for word in _MIXING)
 
 
 def by_metric(optimizer: Optimizer) -> bool:
