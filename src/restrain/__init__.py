@@ -82,6 +82,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
     from restrain.plans import Plan
     from restrain.rules import Rule
     from restrain.sampling import sampling
+    from restrain.scale_invariance import scale_invariant
     from restrain.schedule import Target
     from restrain.selections import biases, embeddings, glob, norms, weights
     from restrain.transforms import (
@@ -98,15 +99,18 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
         GaussianDropout,
         GaussianNoise,
         GradientNoise,
+        Hyperball,
         L1Ball,
         LowRank,
         MaxNorm,
         MinMaxNorm,
+        MomentumSharpness,
         Noise,
         NonNegative,
         NuclearBall,
         Orthogonal,
         Reparametrization,
+        Sharpness,
         Signs,
         Simplex,
         SpectralBall,
@@ -161,6 +165,7 @@ __all__ = [
     "GroupLasso",
     "Hoyer",
     "Huber",
+    "Hyperball",
     "Invariance",
     "JacobianNorm",
     "KLSparsity",
@@ -175,6 +180,7 @@ __all__ = [
     "MCP",
     "MaxNorm",
     "MinMaxNorm",
+    "MomentumSharpness",
     "NM",
     "NetworkPenalty",
     "Noise",
@@ -195,6 +201,7 @@ __all__ = [
     "SCAD",
     "SIGReg",
     "SLOPE",
+    "Sharpness",
     "Signs",
     "Simplex",
     "SoftBox",
@@ -235,6 +242,7 @@ __all__ = [
     "recording",
     "regularized",
     "sampling",
+    "scale_invariant",
     "schedules",
     "scope",
     "units",

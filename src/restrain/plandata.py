@@ -35,6 +35,7 @@ from restrain.schedule import (
     Cosine,
     Cubic,
     Exponential,
+    LearningRate,
     Linear,
     Steps,
     Strength,
@@ -54,10 +55,11 @@ FORMS: dict[str, type[Strength]] = {
     "exponential": Exponential,
     "warmup": WarmUp,
     "steps": Steps,
+    "learningrate": LearningRate,
     "target": Target,
 }
 _PLACE_OPTIONS = ("index", "batch_dim", "calls", "mask", "lengths", "average", "call")
-_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum", "metric", "gradient")
+_OPTIONS = ("how", "reduce", "name", "every", "start", "optional", "momentum", "metric", "gradient", "cautious")
 
 
 def read_rule(data: Any) -> Rule:

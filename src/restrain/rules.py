@@ -130,6 +130,7 @@ class What:
         outputs: Places | None = None,
         metric: Literal["optimizer", "euclidean"] = "optimizer",
         gradient: Literal["keep", "tangent"] | None = None,
+        cautious: bool = False,
     ) -> Rule:
         """Return the rule that applies this to `where`.
 
@@ -154,6 +155,9 @@ class What:
             gradient: for constraints, "tangent" removes from the gradient, before each step, the
                 part that leads out of the set. None: only if `metric="optimizer"` needs it, for
                 UnitNorm, Orthogonal and LowRank under optimizers such as Adam.
+            cautious: with how="decoupled", decay only entries that the optimizer's own step moves
+                towards zero or not at all: those with w · u ≥ 0, u = w before - w after that step.
+                Chen and others (2025), Cautious weight decay, arXiv 2510.12402.
 
         Raises:
             HowError: a `how` that is impossible for it.
@@ -165,7 +169,9 @@ class What:
         if how is not None and not (isinstance(how, str) and how in moments):
             raise HowError(f"{self!r} acts there by how={' or '.join(map(repr, moments))}, got how={brief(how)}")
         moment = how or moments[0]
-        rule = Rule(what, selection, moment, reduce, name, every, start, optional, momentum, outputs, metric, gradient)
+        rule = Rule(
+            what, selection, moment, reduce, name, every, start, optional, momentum, outputs, metric, gradient, cautious
+        )
         _check(rule)
         return rule
 
@@ -186,6 +192,7 @@ class Rule:
     outputs: Places | None = None
     metric: Literal["optimizer", "euclidean"] = "optimizer"
     gradient: Literal["keep", "tangent"] | None = None
+    cautious: bool = False
 
     def due(self, step: int) -> bool:
         """Return True if the rule acts at a step; steps are counted from zero."""
@@ -228,6 +235,7 @@ class Rule:
         given += [f"outputs={self.outputs!r}"] * (self.outputs is not None)
         given += [f"metric={self.metric!r}"] * (self.metric != "optimizer")
         given += [f"gradient={self.gradient!r}"] * (self.gradient is not None)
+        given += ["cautious=True"] * self.cautious
         what = f"({self.what!r})" if " " in repr(self.what) else repr(self.what)
         return f"{what}.on({', '.join(given)})"
 
@@ -246,6 +254,12 @@ def _check(rule: Rule) -> None:
         raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
     if not isinstance(rule.optional, bool):
         raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
+    if not isinstance(rule.cautious, bool):
+        raise PlanError(f"cautious= is True or False (in a file true or false), got {brief(rule.cautious)}")
+    if rule.cautious and rule.how != "decoupled":
+        raise PlanError(f"cautious=True goes with how='decoupled'; {what!r} acts by how={rule.how!r}")
+    if rule.cautious and what.joint:
+        raise PlanError(f"cautious=True isn't known for {what!r}, which acts on several tensors together")
     for key, known in _WORDS.items():
         value = getattr(rule, key)
         if (value is not None or key != "gradient") and not (isinstance(value, str) and value in known):

@@ -312,6 +312,57 @@ class Function(Schedule):
 
 
 @dataclass(frozen=True, repr=False)
+class LearningRate(Strength):
+    """Factor (γ / γ_max)^power that follows the learning rate γ of the optimizer's step.
+
+    Decoupled decay by a strength λ shrinks a weight by γ λ at each step. With power 1 this is
+    corrected decay, γ² λ / γ_max, for weights whose scale the network ignores, where plain decay
+    ends a schedule with growing gradients; with power -1 it is independent decay, γ_max λ, whatever
+    the learning rate. For how="decoupled", "gradient" and "proximal".
+
+    Args:
+        power: 1 for corrected, -1 for independent decay.
+        peak: γ_max; by default the `max_lr` or `initial_lr` that a scheduler has put into the
+            parameter group, or else its learning rate before the first step.
+
+    Raises:
+        PenaltyError: an invalid setting; a learning rate above the peak; a rule on parameter groups
+            with different ratios.
+
+    Source: Defazio (2025), Why gradients rapidly increase near the end of training, arXiv
+    2506.02285, AdamC; Loshchilov and Hutter (2019), AdamW, for independent decay.
+
+    >>> 0.1 * rs.schedules.LearningRate() * rs.L2().on(rs.weights, how="decoupled")
+    0.1 * schedules.LearningRate(power=1.0) * L2().on(rs.weights, how='decoupled')
+    """
+
+    power: float = 1.0
+    peak: float | None = None
+
+    def __post_init__(self) -> None:
+        if not is_number(self.power):
+            raise PenaltyError(f"power= is a finite number, such as 1 or -1; got {shown_number(self.power)}")
+        if self.peak is not None and not (is_number(self.peak) and self.peak > 0):
+            raise PenaltyError(f"peak= is a learning rate above zero; got {shown_number(self.peak)}")
+
+    def at(self, step: int, epoch: int = 0) -> float:
+        raise PenaltyError(f"{self!r} is known at a rate, not at a step: attach a rule with it")
+
+    def at_rate(self, rate: float, greatest: float) -> float:
+        """Return the factor at a learning rate, given the greatest one.
+
+        Raises:
+            PenaltyError: the rate is above the greatest, or not above zero.
+        """
+        if not 0 < rate <= greatest * (1 + 1e-9):
+            raise PenaltyError(
+                f"{self!r}: a learning rate of {rate:g} is above peak={greatest:g}: write the greatest rate of the "
+                f"schedule, rs.schedules.LearningRate(peak={rate:g})"
+            )
+        return float((min(rate / greatest, 1.0)) ** self.power)
+
+
+@dataclass(frozen=True, repr=False)
 class Target(Strength):
     """Strength that a controller adjusts in training until a measured quantity has a given value.
 

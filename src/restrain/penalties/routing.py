@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from restrain.errors import PenaltyError
-from restrain.fields import brief, is_whole, shown_number
+from restrain.errors import PenaltyError, RestrainWarning
+from restrain.fields import brief, is_whole, level_of_caller, shown_number
 from restrain.penalties.all_reduce import over_processes
 from restrain.penalties.base import Penalty, Tensors, batch_size, checked_flag, in_float32
 from restrain.penalties.functorch import as_plain
@@ -142,6 +143,20 @@ class LoadBalance(Penalty):
                     f"{self!r} takes a router's logits, got probabilities, whose softmax would be nearly flat: say "
                     "rs.outputs(..., via=torch.log), or another index= of the router's output"
                 )
+
+    def bound_in(self, model: nn.Module) -> Penalty:
+        """Return the penalty; warn if a Hugging Face model adds a balance loss of its own."""
+        config = getattr(model, "config", None)
+        weight = getattr(config, "router_aux_loss_coef", None)
+        if getattr(config, "output_router_logits", False) is True and weight:
+            warnings.warn(
+                f"{self!r}: the model's config has output_router_logits=True, so its own loss includes a balance loss "
+                f"(router_aux_loss_coef={weight:g}), and routers would be balanced twice: set one of them to zero or "
+                "False",
+                RestrainWarning,
+                stacklevel=level_of_caller(),
+            )
+        return self
 
     def bound_at_place(self) -> Penalty:
         return _LoadBalanceAtPlace(self, _Counts(self.statistics == "batch"))

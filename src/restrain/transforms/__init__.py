@@ -3,9 +3,11 @@
 from restrain.transforms.base import Constraint, Noise, Reparametrization, Transform
 from restrain.transforms.dropout import AlphaDropout, BlockDropout, Dropout, DropPath, EmbeddingDropout, GaussianDropout
 from restrain.transforms.entries import Box, Fixed, NonNegative, Signs
+from restrain.transforms.hyperball import Hyperball
 from restrain.transforms.matrices import LowRank, NuclearBall, Orthogonal, SpectralBall, Symmetric
 from restrain.transforms.noise import GaussianNoise, GradientNoise, UniformNoise
 from restrain.transforms.sets import L1Ball, MaxNorm, MinMaxNorm, Simplex, UnitNorm
+from restrain.transforms.sharpness import MomentumSharpness, Sharpness
 from restrain.transforms.sparsity import NM, TopGroups, TopK
 from restrain.transforms.weights import DropConnect, SpectralNormalization, WeightNormalization, WeightStandardization
 
@@ -22,16 +24,19 @@ __all__ = [
     "GaussianDropout",
     "GaussianNoise",
     "GradientNoise",
+    "Hyperball",
     "L1Ball",
     "LowRank",
     "MaxNorm",
     "MinMaxNorm",
+    "MomentumSharpness",
     "NM",
     "Noise",
     "NonNegative",
     "NuclearBall",
     "Orthogonal",
     "Reparametrization",
+    "Sharpness",
     "Signs",
     "Simplex",
     "SpectralBall",

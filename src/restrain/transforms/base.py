@@ -243,6 +243,7 @@ class Noise(Transform, register=False):
 
     on_places: ClassVar[bool] = True  # may act on outputs and inputs of layers
     on_weights: ClassVar[bool] = False  # may act on parameters
+    random: ClassVar[bool] = True  # draws random numbers
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def test_text_forms(tmp_path):
 @pytest.mark.parametrize(
     ("strength", "words"),
     [
-        ({"lineer": {"start": 0}}, "linear, cosine, cubic, exponential, warmup, steps, target, times"),
+        ({"lineer": {"start": 0}}, "linear, cosine, cubic, exponential, warmup, steps, learningrate, target, times"),
         ({"linear": {"start": 0}}, "missing"),
         ({"linear": {"start": 0, "end": 1, "steps": 0}}, "steps= is a whole number"),
         ({"linear": 3}, "a number, or a dict"),

@@ -41,7 +41,15 @@ from restrain.engine.binding import (
 from restrain.engine.core import Root, eagerly
 from restrain.engine.distributed import ranks, shards
 from restrain.engine.forward import Forwards, Parts, forget_compiled_code
-from restrain.engine.step import Clock, ParameterRules, Stepper, check_alone, hold_from_now, project_from_now
+from restrain.engine.step import (
+    Clock,
+    ParameterRules,
+    Stepper,
+    ascend,
+    check_alone,
+    hold_from_now,
+    project_from_now,
+)
 from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
@@ -51,7 +59,7 @@ from restrain.named_tensors import Handle, checked_module, device_of, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
 from restrain.rules import Rule, What
-from restrain.transforms import GradientNoise, Noise
+from restrain.transforms import GradientNoise, Hyperball, MomentumSharpness, Noise, Sharpness
 
 # Layers whose declared rules belong to an existing attachment; another doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -100,6 +108,14 @@ def attach(
         return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
 
 
+def _kind_at_steps(rule: Rule) -> str:
+    """Return the list of `ParameterRules` that a rule at the optimizer's step enters."""
+    for cls, kind in ((GradientNoise, "noise"), (Sharpness, "sharp"), (Hyperball, "held")):
+        if isinstance(rule.what, cls):
+            return kind
+    return "cautious" if rule.cautious else rule.how
+
+
 @dataclass(frozen=True)
 class BoundRule:
     """A bound rule: its key in `values()`, the names it acts on, and whether it has a value."""
@@ -140,7 +156,7 @@ class Attachment:
         self._clock = Clock(self._model, counting, self._keep_up, beside)
         self._tripwire = Tripwire(self._loss_rules, self._forwards, self._clock)
         self._parametrized, self._weight_noise, self._parts = Parametrized(), WeightNoise(), Parts()
-        self._strengths, self._steppers = Strengths(self._bounds), list[Stepper]()
+        self._strengths, self._steppers, self._rate_hooks = Strengths(self._bounds), list[Stepper](), list[Any]()
         self._keeping = [(what, handle) for _, _, what, handle in self._keepers()]
         self._works = list[ParameterRules]()  # rules at steps, shared by the steppers
         self._surgery = threading.RLock()
@@ -164,7 +180,8 @@ class Attachment:
             forget_compiled_code()
             self._hooks.first(Look(lambda module: self._look(module, begins=True)), model)
         self._attach_steps(model, optimizers, known, compile)
-        if any(isinstance(bound.rule.what, Noise) and (bound.points or bound.noisy) for bound in self._bounds):
+        noises = [b for b in self._bounds if isinstance(b.rule.what, Noise) and (b.points or b.noisy)]
+        if any(not isinstance(bound.rule.what, MomentumSharpness) for bound in noises):
             ranks.warn_of_shared_random_state()
 
     def _begin_parts(self, model: nn.Module) -> None:
@@ -178,6 +195,7 @@ class Attachment:
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
+        self._clock.on_real += [ascend(b) for b in self._bounds if isinstance(b.rule.what, MomentumSharpness)]
 
     def _attach_steps(
         self, model: nn.Module, optimizers: list[Optimizer], known: list[Optimizer], compile: Compile
@@ -185,16 +203,22 @@ class Attachment:
         """Install the rules at optimizer steps; project constrained parameters now."""
         self._works += self._rules_at_steps(model)
         join(self, self._works, model, optimizers)
+        if self._strengths.follow_rates:
+            self._rate_hooks = [one.register_step_pre_hook(self._follow_rates) for one in optimizers]
         if self._works:
             folds = not self._strengths.by_gradients
             self._steppers = [Stepper(one, self._works, self._model_at_step, compile, folds) for one in optimizers]
             self._clock.on_real.append(UnknownOptimizers(known, self._works).after)
         together = project_from_now([bound.joint for bound in self._bounds if bound.joint is not None], model)
-        notes = together | hold_from_now(
-            [(work.handle.find(model), work.handle.name, work.project) for work in self._works]
-        )
+        held = [(work.handle.find(model), work.handle.name, [*work.project, *work.held]) for work in self._works]
+        notes = together | hold_from_now(held)
         for bound in self._bounds:
             bound.notes += notes.get(bound.key, [])
+
+    def _follow_rates(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Update strengths that follow the learning rate, before a step."""
+        with torch.no_grad():
+            self._strengths.before(optimizer, self.model)
 
     def _rules_at_steps(self, model: nn.Module) -> list[ParameterRules]:
         """Return the rules at the optimizer's step, by parameter."""
@@ -204,7 +228,7 @@ class Attachment:
                 for handle in bound.joint.handles:
                     works.setdefault(handle.name, ParameterRules(handle)).joint.append(bound.joint)
             elif bound.rule.how in ("gradient", "decoupled", "proximal", "project"):
-                kind = "noise" if isinstance(bound.rule.what, GradientNoise) else bound.rule.how
+                kind = _kind_at_steps(bound.rule)
                 for handle, what in at_steps(bound, model):
                     if handle.name not in works:
                         works[handle.name] = ParameterRules(handle)
@@ -562,8 +586,8 @@ class Attachment:
         """Remove every hook and restore the model. Further calls do nothing."""
         self._hooks.remove()
         self._parts.end()
-        for stepper in self._steppers:
-            stepper.remove()
+        for hook in (*self._rate_hooks, *self._steppers):
+            hook.remove()
         model = self._model()
         self._weight_noise.end()
         if model is not None:

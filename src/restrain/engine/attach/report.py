@@ -17,6 +17,7 @@ from restrain.named_tensors import is_sharded, parameters
 from restrain.penalties import NetworkPenalty, Penalty, Scaled
 from restrain.penalties.base import ScaledNetwork, at_hand
 from restrain.penalties.derivative import OnDerivatives, ScaledDerivative
+from restrain.scales import ignored as ignored_scales
 from restrain.text_table import text_table
 from restrain.transforms import Noise
 
@@ -129,6 +130,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     frozen = [name for bound in bounds for name in _frozen(bound, root)]
     notes = [note for bound in bounds for note in (*_units(bound), *bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
+    notes += [note for bound in bounds for note in _of_ignored_scales(bound, root)]
     return "\n".join([text_table(rows, {2, 3, 4, 6}), *notes])
 
 
@@ -137,6 +139,20 @@ def _units(bound: Bound, shown: int = 4) -> list[str]:
     told = () if bound.joint is None else bound.joint.told
     more = [f"... and of {len(told) - shown} more sets"] if len(told) > shown else []
     return [f"{bound.key}: {text}" for text in (*told[:shown], *more)]
+
+
+def _of_ignored_scales(bound: Bound, root: nn.Module) -> list[str]:
+    """Return a note on decays of weights whose scale the network ignores."""
+    what, ignored = bound.rule.what, ignored_scales(root)
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    names = [handle.name for handle, _ in bound.parameters if handle.name in ignored]
+    if not names or not any(leaf.elastic is not None and leaf.elastic[1] for leaf in leaves):
+        return []
+    return [
+        f"{bound.key}: the network ignores the scale of {_short(names)}; a decay there sets the length of the "
+        "optimizer's steps relative to the weight. rs.Hyperball() holds the norm instead, "
+        "rs.schedules.LearningRate() corrects the decay"
+    ]
 
 
 def _frozen(bound: Bound, root: nn.Module) -> list[str]:

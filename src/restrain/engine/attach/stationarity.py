@@ -26,7 +26,7 @@ from restrain.named_tensors import Handle, device_of, is_sharded
 from restrain.penalties import Penalty
 from restrain.penalties.base import joined
 from restrain.penalties.shrink import exact
-from restrain.transforms import Constraint
+from restrain.transforms import Constraint, Sharpness
 
 Loss = Callable[[], Tensor]
 
@@ -152,6 +152,11 @@ def _check_bound(bound: Bound, root: nn.Module) -> None:
         raise HowError(
             f"{bound.key!r} acts on every {bound.rule.every}th step only, so it belongs to no fixed objective that a "
             "certificate could be of: attach it with every=1 and a strength divided by that number"
+        )
+    if bound.rule.cautious or isinstance(bound.rule.what, Sharpness):
+        raise HowError(
+            f"{bound.key!r} depends on the optimizer's steps, so it belongs to no fixed objective that a certificate "
+            "could be of: attach the other rules alone for it"
         )
     if any(is_sharded(handle.find(root)) for handle, _ in bound.parameters):
         raise HowError(f"{bound.key!r}: a certificate needs whole parameters, and these are sharded: gather them first")

@@ -14,11 +14,13 @@ from torch.optim import Optimizer
 from restrain.engine.binding.binding import Bound
 from restrain.engine.binding.wrappers import Unwrapped
 from restrain.engine.ops import by_metric, diagonal, known, looks_before, mixes
-from restrain.engine.step import in_metric, in_tangent, total
+from restrain.engine.step import has_direction, in_metric, in_tangent, total
 from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.named_tensors import is_sharded
 from restrain.penalties import Penalty
+from restrain.transforms.hyperball import HeldNorm
+from restrain.transforms.sharpness import MomentumSharpness, Sharpness
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def check_optimizers(bounds: Sequence[Bound], root: nn.Module, optimizers: Seque
     for bound in bounds:
         _check_one_optimizer(bound, standing)
     _check_proximal([bound for bound in bounds if bound.rule.how == "proximal"], standing)
+    _check_held(bounds, standing)
     for bound in bounds:
         if (
             bound.is_penalty
@@ -236,6 +239,11 @@ def _check_kind(bound: Bound, optimizer: Optimizer, group: dict[str, Any]) -> No
             f"{bound.key!r}: {name} calls its closure several times a step and searches along a line, which "
             f"how={how!r} knows nothing of. Use how='loss' or how='gradient', whose value and gradient join each call"
         )
+    if isinstance(bound.rule.what, Sharpness) and isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(
+            f"{bound.key!r}: {name} calls its closure several times a step and searches along a line of one loss; use "
+            "another optimizer"
+        )
     if how == "proximal" and isinstance(optimizer, torch.optim.Rprop):
         raise OptimizerError(
             f"{bound.key!r}: {name} follows the sign of the data's gradient alone, and lengthens its steps as long as "
@@ -278,6 +286,65 @@ def _check_proximal(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> 
             f"how='proximal' with {', '.join(sorted(measured))}: no formula is known for the steps that it takes, so "
             "they are measured, as movement / gradient of each entry, averaged over about 50 steps. That is right "
             "where the optimizer settles, for weight_decay=0, and an estimate before (docs/how.md)"
+        )
+
+
+def _check_held(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> None:
+    """Check the parameters whose norm and update Hyperball holds.
+
+    Raises:
+        HowError: another rule changes the weight at the step.
+        OptimizerError: the direction of the optimizer isn't known.
+    """
+    held = {handle.name: bound for bound in bounds for handle, what in bound.parameters if isinstance(what, HeldNorm)}
+    for bound in bounds if held else ():
+        for handle, _ in bound.parameters:
+            first = held.get(handle.name, bound)
+            if first is not bound and bound.rule.how in ("decoupled", "proximal", "project", "parametrize"):
+                raise HowError(
+                    f"{first.key!r} holds the norm of {handle.name!r} and of its update, and {bound.key!r} "
+                    f"(how={bound.rule.how!r}) would change it after that: leave one of them out"
+                )
+    for bound in bounds:
+        for handle, what in bound.parameters if isinstance(bound.rule.what, MomentumSharpness) else ():
+            _check_momentum(bound, what, handle.name, standing[handle.name])
+    for name, bound in held.items():
+        at = standing[name]
+        if at.holder is None or at.group is None or not at.p.requires_grad:
+            continue
+        kind = type(at.holder).__name__
+        if isinstance(at.holder, torch.optim.LBFGS | torch.optim.SparseAdam):
+            raise OptimizerError(f"{bound.key!r}: {kind} has no direction of its own at a step: use Adam, SGD or Muon")
+        if at.p.dtype.itemsize < 4 and not has_direction(at.holder):
+            raise OptimizerError(
+                f"{bound.key!r}: of {kind} only the movement of {name!r} would be known, which {at.p.dtype} rounds "
+                "away: keep the weight in float32, or use SGD, Adam, AdamW or RMSprop"
+            )
+        if at.group.get("weight_decay"):
+            _warn(
+                f"{bound.key!r} holds the norm of {name!r}, so the optimizer's weight_decay does nothing there but, "
+                "where it is coupled, turn the gradient: put the weight into a group with weight_decay=0"
+            )
+            return
+
+
+def _check_momentum(bound: Bound, what: Any, name: str, at: _Standing) -> None:
+    """Check that a parameter's optimizer keeps the momentum that `MomentumSharpness` follows.
+
+    Raises:
+        OptimizerError: it doesn't, or no given optimizer holds the parameter.
+    """
+    if not at.p.requires_grad:
+        return
+    if at.holder is None or at.group is None:
+        raise OptimizerError(
+            f"{bound.key!r} follows an optimizer's momentum, but no given optimizer holds {name!r}: write "
+            "rs.attach(model, plan, optimizer)"
+        )
+    if not (at.group.get("momentum") or at.group.get("betas")):
+        raise OptimizerError(
+            f"{bound.key!r} follows the momentum of {name!r}, and {type(at.holder).__name__} keeps none as it is set: "
+            "use SGD with momentum=0.9, Adam, AdamW or Muon, or rs.Sharpness with a closure"
         )
 
 

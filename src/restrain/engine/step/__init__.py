@@ -1,10 +1,12 @@
 """What happens around an optimizer's step."""
 
+from restrain.engine.step.climbing import ascend
 from restrain.engine.step.clock import Clock
 from restrain.engine.step.intersections import nearest
 from restrain.engine.step.projection import hold_from_now, in_metric, in_tangent
 from restrain.engine.step.stepper import Stepper
 from restrain.engine.step.together import check_alone, project_from_now
+from restrain.engine.step.updates import has_direction
 from restrain.engine.step.worklist import ParameterRules, total
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "ParameterRules",
     "Stepper",
     "check_alone",
+    "ascend",
+    "has_direction",
     "hold_from_now",
     "in_metric",
     "in_tangent",

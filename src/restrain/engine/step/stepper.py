@@ -47,6 +47,7 @@ from restrain.engine.ops import (
     looks_before,
     metric_of,
 )
+from restrain.engine.step import climbing, updates
 from restrain.engine.step.folded import Fold, Folding, stand_in
 from restrain.engine.step.intersections import APART
 from restrain.engine.step.masters import Masters
@@ -157,7 +158,8 @@ class Stepper:
         self._worklist = Worklist(works, root, self._by_metric)
         self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
-        self._folding = Folding(optimizer, compile if folds else False)
+        self._waits = updates.waits(works)
+        self._folding = Folding(optimizer, compile if folds and not self._waits else False)
         self._done: Collection[int] = ()  # ids of the parameters folded in this step
         self._unfinished = Unfinished()
         self._handles = []
@@ -167,7 +169,7 @@ class Stepper:
         self._masters = Masters(optimizer, any(w.changes_weights for w in works))
         before = any(w.at("gradient") or w.noise or w.at("decoupled") for w in works)
         before = before or any(w.of("tangent", self._by_metric) for w in works)
-        before = before or self._masters.watches
+        before = before or self._masters.watches or self._waits or any(w.sharp for w in works)
         if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -204,12 +206,16 @@ class Stepper:
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
+            for what in [what for work in self.works for rule, what in work.sharp if rule.due(self.steps)]:
+                raise climbing.needs_closure(optimizer, what)
             self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest)
             return ((rest, *args[1:]), kwargs) if self._done else None
         calls = itertools.count()
 
         def with_penalties() -> Any:
             loss = closure()
+            if (rules := climbing.sharp(self._worklist.by(optimizer), self.steps)) and real_step(optimizer):
+                climbing.gradient_uphill(rules, optimizer, self.root(), closure)
             if next(calls) == 0:
                 added = self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest, with_value=True)
             else:
@@ -276,6 +282,8 @@ class Stepper:
         self._unfinished.note(made, ("gradient", "decay") if "decoupled" in kinds else ("gradient",))
         if moves and self._looks:
             self._remember(works, scale)
+        if self._waits and "decoupled" in kinds:
+            updates.remember(optimizer, works if moves else (), self.steps)
         return totals([values])[0]
 
     def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:
@@ -353,6 +361,8 @@ class Stepper:
         works = self._worklist.by(optimizer)
         self._masters.check()
         self._masters.look(optimizer, works)
+        if self._waits:
+            updates.finish(optimizer, works, self.steps, self._act)
         metrics, joints = self._metrics(optimizer, works), self._joints(works)
         for one in joints["proximal"]:
             shrink(*one, metrics)

@@ -36,9 +36,14 @@ class ParameterRules:
     proximal: list[tuple[Rule, Penalty]] = field(default_factory=list)
     project: list[tuple[Rule, Constraint]] = field(default_factory=list)
     joint: list[Joint] = field(default_factory=list)  # rules on it and other parameters together
+    cautious: list[tuple[Rule, Penalty]] = field(default_factory=list)  # decoupled, by the update's signs
+    held: list[tuple[Rule, Any]] = field(default_factory=list)  # Hyperball
+    sharp: list[tuple[Rule, Any]] = field(default_factory=list)  # Sharpness
     kept: dict[str, Any] = field(default_factory=dict)  # state of the metric
     # weights and gradient before the step, if the metric needs them
     before: tuple[Tensor, Tensor] | None = None
+    # what rules that depend on the optimizer's update keep from before a step
+    earlier: Any = None
 
     def of(self, kind: str, by_metric: bool) -> list[tuple[Rule, Any]]:
         """Return the rules of a kind; "tangent": constraints that change gradients."""
@@ -54,7 +59,7 @@ class ParameterRules:
     @property
     def changes_weights(self) -> bool:
         """True if a rule changes the weights, not only the gradient."""
-        return any(self.at(kind) for kind in ("decoupled", "proximal", "project"))
+        return any(self.at(kind) for kind in ("decoupled", "proximal", "project", "cautious", "held"))
 
     def follows_metric(self, by_metric: bool) -> bool:
         """Return True if the optimizer's metric is needed."""

@@ -24,7 +24,7 @@ from restrain.penalties import Penalty
 from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import as_plain
 from restrain.rules import Rule
-from restrain.schedule import Strength, Target
+from restrain.schedule import LearningRate, Strength, Target
 from restrain.torch_private import outside_functorch, transforming
 from restrain.transforms import Transform
 
@@ -37,6 +37,9 @@ Tensors = Sequence[tuple[Tensor, Any]]  # (parameter, penalty on it)
 
 def _number(value: float = 0.0) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
+
+
+FOLLOWERS = ("decoupled", "gradient", "proximal")  # moments of rules that can follow the learning rate
 
 
 class Activity:
@@ -119,6 +122,7 @@ class Moving:
     now: Tensor = field(default_factory=_number)
     controllers: list[Controller] = field(default_factory=list)
     activity: Activity | None = None
+    rate: float = 1.0  # of `LearningRate`, at the last step
 
     @classmethod
     def of(cls, rule: Rule, key: str, source: Strength, device: torch.device) -> Moving:
@@ -129,6 +133,11 @@ class Moving:
             PenaltyError: the strength has several targets, or isn't a finite number, zero or more.
         """
         targets = [part for part in source.parts[1] if isinstance(part, Target)]
+        if any(isinstance(part, LearningRate) for part in source.parts[1]) and rule.how not in FOLLOWERS:
+            raise HowError(
+                f"{source!r} follows the optimizer's steps, for how='decoupled', 'gradient' or 'proximal'; got a rule "
+                f"with how={rule.how!r}"
+            )
         for target in targets:
             _check(target, rule)
         if len(targets) > 1:
@@ -187,7 +196,33 @@ class Moving:
     def rest(self, step: int, epoch: int) -> float:
         """Return the strength without targets: number × schedules."""
         number, parts = self.source.parts
-        return number * math.prod(part.at(step, epoch) for part in parts if not isinstance(part, Target))
+        timed = [part for part in parts if not isinstance(part, Target | LearningRate)]
+        return number * self.rate * math.prod(part.at(step, epoch) for part in timed)
+
+    def follow(self, groups: Sequence[Mapping[str, Any]], peaks: Mapping[int, float], step: int, epoch: int) -> None:
+        """Update the strength to the learning rates of the groups that hold the rule's parameters.
+
+        Raises:
+            PenaltyError: a rate above its peak; groups with different ratios.
+        """
+        factor = 1.0
+        for part in self.source.parts[1]:
+            if isinstance(part, LearningRate) and groups:
+                found = [part.at_rate(float(group["lr"]), part.peak or peaks[id(group)]) for group in groups]
+                if max(found) > min(found) * (1 + 1e-9):
+                    raise PenaltyError(
+                        f"{self.key!r}: its parameters are in groups whose learning rates are different parts of their "
+                        f"peaks ({min(found):g} and {max(found):g}): write one rule for each group"
+                    )
+                factor *= found[0]
+        if factor != self.rate:
+            self.rate = factor
+            self.refill(step, epoch)
+
+    @property
+    def follows(self) -> bool:
+        """True if the strength follows the learning rate."""
+        return any(isinstance(part, LearningRate) for part in self.source.parts[1])
 
     def state(self) -> dict[str, Tensor]:
         """Return all tensors that change from step to step, by name."""
@@ -313,6 +348,25 @@ class Strengths:
     def __init__(self, bounds: Sequence[Any]) -> None:
         self.bounds = [bound for bound in bounds if bound.moving]
         self.done = 0  # steps taken
+        self.epoch = 0
+        self._peaks: dict[int, float] = {}  # greatest learning rates, by id of the group
+
+    @property
+    def follow_rates(self) -> bool:
+        """True if a strength follows the learning rate."""
+        return any(moving.follows for moving in self.moving)
+
+    def before(self, optimizer: Any, root: nn.Module) -> None:
+        """Update strengths that follow the learning rate, before a step of an optimizer."""
+        rates = [group for group in optimizer.param_groups if group["lr"] != 0]
+        for group in rates:
+            known = group.get("max_lr", group.get("initial_lr", group["lr"]))
+            self._peaks.setdefault(id(group), float(known))
+        for bound in self.bounds:
+            own = {id(p) for p, _ in bound.tensors(root)} if any(m.follows for m in bound.moving) else set()
+            held = [group for group in rates if any(id(p) in own for p in group["params"])] if own else []
+            for moving in bound.moving if held else ():
+                moving.follow(held, self._peaks, self.done, self.epoch)
 
     @property
     def moving(self) -> list[Moving]:
@@ -331,7 +385,7 @@ class Strengths:
         """
         if steps == self.done:
             return  # of an optimizer that has taken fewer steps than another
-        self.done = steps
+        self.done, self.epoch = steps, epoch
         for bound in self.bounds:
             for moving in bound.moving:
                 moving.control(steps - 1, epoch, lambda bound=bound: bound.tensors(root))
@@ -360,5 +414,5 @@ class Strengths:
         for moving in self.moving:
             for name, tensor in moving.state().items():
                 tensor.copy_(state[moving.key][name].detach())
-        self.done = steps
+        self.done, self.epoch = steps, epoch
         self.refill(steps, epoch)

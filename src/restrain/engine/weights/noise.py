@@ -194,7 +194,7 @@ class Disturb(Draws, Hook):
             if is_sharded(w):
                 raise HowError(NOISE_ON_PARTS.format(whose=f"{use.name!r} is sharded"))
             disturbed: Tensor = w
-            for noise in noises:
+            for noise in noises if module.training else [one for one in noises if one.random]:
                 disturbed = noise.of_weight(disturbed)
             yield use, owner, disturbed
 

@@ -1,0 +1,113 @@
+"""Sharpness-aware gradients: a second call of a step's closure, at weights uphill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from restrain.engine.distributed import local, ranks_of, totals
+from restrain.engine.step.worklist import Member
+from restrain.errors import OptimizerError
+from restrain.penalties.shrink import at_least_float32
+from restrain.transforms.sharpness import Ascended, Sharpness
+
+
+def needs_closure(optimizer: Optimizer, what: Sharpness) -> OptimizerError:
+    """Return the error of a step without a closure."""
+    return OptimizerError(
+        f"{what!r} takes the gradient twice, so {type(optimizer).__name__}.step needs a closure that zeroes gradients, "
+        "runs the model and calls backward: optimizer.step(closure). A GradScaler takes none: train in bfloat16 or "
+        "float32"
+    )
+
+
+def sharp(members: Sequence[Member], step: int) -> dict[int, tuple[Sharpness, list[nn.Parameter]]]:
+    """Return the parameters with a gradient of each rule that is due, by the id of the rule."""
+    found: dict[int, tuple[Sharpness, list[nn.Parameter]]] = {}
+    for work, p, _ in members:
+        for rule, what in work.sharp if p.grad is not None else ():
+            if rule.due(step):
+                found.setdefault(id(rule), (what, []))[1].append(p)
+    return found
+
+
+def gradient_uphill(
+    rules: dict[int, tuple[Sharpness, list[nn.Parameter]]],
+    optimizer: Optimizer,
+    root: nn.Module,
+    closure: Callable[[], Any],
+) -> None:
+    """Call the closure at w + e, so that gradients are those there, and put the weights back."""
+    moved = [(p, p.detach().clone()) for _, parameters in rules.values() for p in parameters]
+    with torch.no_grad():
+        for what, parameters in rules.values():
+            _climb(what, parameters)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+    try:
+        with _still(root), torch.enable_grad():
+            closure()
+    finally:
+        with torch.no_grad():
+            for p, before in moved:
+                p.copy_(before)
+
+
+def _climb(what: Sharpness, parameters: Sequence[nn.Parameter]) -> None:
+    """Add e = ρ T² g / ‖T g‖ to the parameters; nothing where the norm is zero or not finite."""
+    scaled: list[tuple[Tensor, Any, Tensor]] = []
+    for p in parameters:
+        assert p.grad is not None
+        w, g = local(p.detach()), at_least_float32(local(p.grad))
+        factor = what.metric(at_least_float32(w))
+        scaled.append((w, factor, g * factor))
+    squares = [(one.abs().square().sum(), ranks_of(p)) for p, (_, _, one) in zip(parameters, scaled, strict=True)]
+    norm = totals([squares])[0].sqrt()
+    if not bool((norm > 0) & norm.isfinite()):
+        return
+    for w, factor, one in scaled:
+        w.add_((one * factor * (what.rho / norm.to(one.device))).to(w.dtype))
+
+
+_MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+def ascend(bound: Any) -> Callable[[Optimizer, nn.Module], None]:
+    """Return the listener that moves the offsets of `MomentumSharpness` after a step."""
+
+    @torch.no_grad()
+    def after(optimizer: Optimizer, root: nn.Module) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        found: list[tuple[Ascended, Tensor]] = []
+        for _, p, what in bound.standing(root):
+            state = optimizer.state.get(p, {}) if id(p) in held else {}
+            own = [state[key] for key in _MOMENTA if isinstance(state.get(key), Tensor)]
+            found += [(what, at_least_float32(v)) for v in own[:1]]
+        if not found:
+            return
+        norm = torch.stack([v.abs().square().sum().to(found[0][1].device) for _, v in found]).sum().sqrt()
+        if bool((norm > 0) & norm.isfinite()):
+            for what, v in found:
+                what.offset.copy_(v * (-what.sharpness.rho / norm.to(v.device)))
+
+    return after
+
+
+@contextmanager
+def _still(root: nn.Module) -> Iterator[None]:
+    """Context after which the running statistics of normalisations are as before."""
+    norms = [module for module in root.modules() if isinstance(module, _NormBase) and module.training]
+    kept = [(t, t.clone()) for module in norms for t in module.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for t, before in kept:
+                t.copy_(before)
