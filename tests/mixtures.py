@@ -157,6 +157,10 @@ def places(kind, padded=False):
     )
 
 
+# of entries in [0, 1], of several rows
+OF_OUTPUTS = rs.KLSparsity | rs.LoadBalance | rs.Variance | rs.Covariance
+
+
 @st.composite
 def penalty_rule(draw, kind):
     strength, how = (
@@ -165,7 +169,7 @@ def penalty_rule(draw, kind):
     )
     if how == "proximal":
         strength = draw(st.one_of(numbers, schedules, zeros))
-    what = draw(st.sampled_from([m for m in members if not isinstance(m, rs.KLSparsity)]))  # of entries in [0, 1]
+    what = draw(st.sampled_from([m for m in members if not isinstance(m, OF_OUTPUTS)]))
     return (strength * what).on(draw(of_parameters(kind)), how=how, **draw(timing))
 
 

@@ -45,6 +45,7 @@ ELSEWHERE = {  # what takes no tensor alone, and the tests that hold it to its f
     "Contractive": "penalties/test_derivative.py",
     "GradientPenalty": "penalties/test_derivative.py",
     "JacobianNorm": "penalties/test_derivative.py",
+    "AttentionEntropy": "penalties/test_routing.py",
     "DecoderL1": "penalties/test_activity.py",
     "ProductNorm": "penalties/test_stateful.py",
     "Hyperball": "engine/step/test_hyperball.py",

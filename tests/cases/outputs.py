@@ -15,9 +15,6 @@ PENALTIES = {
         Case(rs.SIGReg(8, seed=3), ref.sigreg(8, 3), complex=False, zero_at_zero=False),
     ],
     "ZLoss": [Case(rs.ZLoss(), ref.z_loss, complex=False, zero_at_zero=False)],
-    "AttentionEntropy": [
-        Case(rs.AttentionEntropy(1.5), ref.attention_entropy(1.5), complex=False, domain=lambda w: w.softmax(-1)),
-    ],
     "LoadBalance": [
         Case(rs.LoadBalance(1), ref.load_balance(1), complex=False, zero_at_zero=False, any_rank=False),
         Case(

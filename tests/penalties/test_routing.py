@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import references as ref
 import restrain as rs
-from restrain.errors import PenaltyError
+from restrain.errors import PenaltyError, SelectionError
 
 
 def logits(*shape, seed=0):
@@ -161,6 +161,12 @@ def test_attention_entropy():
     torch.testing.assert_close(rs.AttentionEntropy(1.0)(weights), (1 - kept).clamp_min(0).mean())
     with pytest.raises(PenaltyError, match=r"sums to 1\.25.*after dropout"):
         rs.AttentionEntropy(1.0)(torch.tensor([[1.25, 0.0], [0.5, 0.5]]))
+    p = logits(5, 4).softmax(-1).requires_grad_()
+    np.testing.assert_allclose(rs.AttentionEntropy(1.2)(p).detach(), ref.attention_entropy(1.2)(p.detach().numpy()))
+    assert abs(rs.AttentionEntropy(1.2)(p).item() - ref.attention_entropy(1.25)(p.detach().numpy())) > 1e-3
+    assert torch.autograd.gradcheck(rs.AttentionEntropy(1.2), p)
+    with pytest.raises(SelectionError, match="of attention weights"):
+        rs.AttentionEntropy(1.0).on("*")
     one_hot = torch.eye(3, requires_grad=True)
     rs.AttentionEntropy(1.0)(one_hot).backward()
     assert one_hot.grad.isfinite().all()

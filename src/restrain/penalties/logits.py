@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restrain.errors import PenaltyError
+from restrain.errors import PenaltyError, SelectionError
 from restrain.penalties.base import Penalty, Tensors, checked_axis, checked_setting, in_float32
 from restrain.penalties.functorch import as_plain
 from restrain.penalties.statistics import unit_axis
+from restrain.rules import How
 
 
 def mean_of_kept(values: Tensor, kept: Tensor | None) -> Tensor:
@@ -108,6 +109,11 @@ class AttentionEntropy(Penalty):
 
     def __post_init__(self) -> None:
         checked_setting("floor", self.floor, 0)
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places:
+            raise SelectionError(f"{self!r} is of attention weights: write .on(rs.outputs('attention', index=1))")
+        return ("loss",)
 
     def __call__(self, w: Tensors) -> Tensor:
         """Return the mean over all rows of a tensor."""
