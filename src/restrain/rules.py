@@ -248,18 +248,23 @@ _WORDS = {
 }
 
 
-def _check(rule: Rule) -> None:
+def _check_cautious(rule: Rule) -> None:
     what = rule.what
-    if rule.name is not None and not isinstance(rule.name, str):
-        raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
-    if not isinstance(rule.optional, bool):
-        raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
     if not isinstance(rule.cautious, bool):
         raise PlanError(f"cautious= is True or False (in a file true or false), got {brief(rule.cautious)}")
     if rule.cautious and rule.how != "decoupled":
         raise PlanError(f"cautious=True goes with how='decoupled'; {what!r} acts by how={rule.how!r}")
     if rule.cautious and what.joint:
         raise PlanError(f"cautious=True isn't known for {what!r}, which acts on several tensors together")
+
+
+def _check(rule: Rule) -> None:
+    what = rule.what
+    if rule.name is not None and not isinstance(rule.name, str):
+        raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
+    if not isinstance(rule.optional, bool):
+        raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
+    _check_cautious(rule)
     for key, known in _WORDS.items():
         value = getattr(rule, key)
         if (value is not None or key != "gradient") and not (isinstance(value, str) and value in known):
