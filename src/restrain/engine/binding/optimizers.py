@@ -19,7 +19,7 @@ from restrain.errors import HowError, NoProxError, OptimizerError, RestrainWarni
 from restrain.fields import level_of_caller
 from restrain.named_tensors import is_sharded
 from restrain.penalties import Penalty
-from restrain.transforms.hyperball import HeldNorm
+from restrain.transforms.hyperball import HeldNorm, Hyperball
 from restrain.transforms.sharpness import MomentumSharpness, Sharpness
 
 
@@ -186,6 +186,8 @@ def _check_holder(bound: Bound, name: str, at: _Standing) -> None:
     joins = acts or (how == "loss" and p.requires_grad)
     if joins and bound.is_penalty and group.get("maximize"):
         raise OptimizerError(ASCENDS.format(rule=bound.key))
+    if isinstance(bound.rule.what, Hyperball):
+        return  # it moves the weight by the optimizer's own direction
     if acts and mixes(holder) and how in ("proximal", "project"):
         _warn_of_mixing(bound, holder)
     if how == "project":
