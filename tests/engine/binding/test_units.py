@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 from itertools import combinations
 
 import numpy as np
@@ -799,6 +800,26 @@ def test_units_that_do_not_fit_the_model():
         rs.units(example=torch.ones(2, 9)).named(net())
     stars = rs.units({"h.*.mlp.up.weight": "out", "h.*.norm.weight": 0, "head.weight": 1})
     refused(SelectionError, "write names with the same stars into one mapping", lasso(stars).on(), Blocks())
+
+
+def test_units_that_are_missing_may_be_optional():
+    model = net()
+    rules = [rs.GroupLasso(rs.units({"9.weight": 0})).on(optional=True, name="none"), rs.GroupLasso(PER).on(name="u")]
+    reg = rs.attach(model, rules)
+    assert reg.values()["none"] == 0
+    assert reg.values()["u"] > 0
+
+
+def test_a_graph_is_made_once_for_all_rules_of_a_plan(monkeypatch):
+    from restrain import connections
+
+    made = []
+    monkeypatch.setattr(connections, "removable", lambda *given: made.append(1) or found(*given))
+    found = sys.modules["restrain.connections.found"].removable
+    model, per = net(), rs.units(example=X[:2])
+    plan = [(0.1 * rs.GroupLasso(per)).on(how="proximal"), rs.TopGroups(3, rs.units(example=X[:2].clone())).on()]
+    rs.attach(model, plan, torch.optim.SGD(model.parameters(), 0.1))
+    assert made == [1]
 
 
 def test_rules_that_units_cannot_have():

@@ -75,14 +75,7 @@ class PenalisedTensor:
         groups = groups_of(self.penalty, w)
         if groups is None:
             return chosen
-        if groups.lists is None:
-            shape = [n if dim in groups.keep else 1 for dim, n in enumerate(groups.shape)]
-            spread = chosen.reshape(shape).expand(groups.shape)
-        else:
-            along = [n if dim in groups.lists.along else 1 for dim, n in enumerate(groups.shape)]
-            ids = torch.tensor(groups.lists.ids, device=w.device)
-            values = torch.cat([chosen.reshape(-1), chosen.new_zeros(1)])[ids]
-            spread = values.reshape(along).expand(groups.shape)
+        spread = groups.spread(chosen).expand(groups.shape)
         return groups.restore(spread.to(w.real.dtype), torch.zeros_like(w.real)) == 1
 
 

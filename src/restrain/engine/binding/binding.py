@@ -33,6 +33,7 @@ from restrain.penalties.functorch import trained
 from restrain.rules import Rule, What
 from restrain.selections import Names, Object, Parameters, Where
 from restrain.transforms.base import Constraint, Noise
+from restrain.unit_sets import Units
 
 
 @dataclass
@@ -162,6 +163,7 @@ class _ModelIndex:
         self._locations: dict[str, Location] = {}
         self._points: dict[Any, Point] = {}
         self._recorders: dict[Any, dict[int, PenaltyRecorder]] = {}
+        self._units: dict[Units, Units] = {}  # named member by member
 
     def chosen(self, where: Where, optional: bool) -> _Chosen:
         """Return the parameters of a selection."""
@@ -176,6 +178,22 @@ class _ModelIndex:
         tensor = self.location(slot).tensor
         known = not (tensor.is_meta or is_lazy(tensor) or is_sharded(tensor) or id(tensor) in self.flattened)
         return known and getattr(slot.owner, "sparse", False) is not True
+
+    def with_units(self, rule: Rule) -> tuple[What, Collection[str] | None]:
+        """Return (what, members) of a rule, its units named; members None for a rule without units.
+
+        Raises:
+            SelectionError: units that the model doesn't have, unless the rule is optional.
+        """
+        if not rule.what.over_units:
+            return rule.what, None
+        try:
+            named = named_units(rule.what, self.layers[0].module, self._units)
+        except SelectionError:
+            if rule.optional:
+                return rule.what, ()
+            raise
+        return named, members_of(named)
 
     def location(self, slot: Slot) -> Location:
         """Return the parameter's location, for `bound_to`."""
@@ -305,16 +323,14 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
 def _bind_joint(bound: Bound, rule: Rule, index: _ModelIndex) -> Bound:
     """Bind a rule that acts on its parameters together; its units are named member by member."""
     assert not isinstance(rule.where, Places)
-    model, chosen = index.layers[0].module, index.chosen(rule.where, rule.optional)
-    named, slots = rule.what, chosen.slots
-    if named.over_units:
-        named, bound.what = named_units(named, model), named_units(bound.what, model)
-        members = members_of(named)
-        slots = [slot for slot in slots if slot.name in members]
+    slots = index.chosen(rule.where, rule.optional).slots
+    named, members = index.with_units(rule)
+    slots = slots if members is None else [slot for slot in slots if slot.name in members]
     if not slots and not rule.optional:
         raise SelectionError(
             f"{rule.label}: none of the units' members is selected by {rule.where!r}: {brief(members)}"
         )
+    bound.what = named.with_strengths(lambda source: tensor_of(source, bound.moving, rule, bound.key, index.device))
     for slot in slots:
         _resolve(rule, bound.what, slot, True, False, index)
     names = Names(tuple([slot.name for slot in slots]))

@@ -23,9 +23,21 @@ from restrain.unit_sets import Units
 _OVERLAPS = ("loss", "gradient")  # moments that add up, so that units may share entries
 
 
-def named_units(what: Any, model: nn.Module) -> Any:
-    """Return a penalty or constraint with its units named member by member."""
-    return _mapped(what, lambda per: per.named(model))
+def named_units(what: Any, model: nn.Module, known: dict[Units, Units]) -> Any:
+    """Return a penalty or constraint with its units named member by member.
+
+    Args:
+        what: the penalty or constraint.
+        model: the model.
+        known: the named units so far, by units; those of a graph take long to find.
+    """
+
+    def named(per: Units) -> Units:
+        if per not in known:
+            known[per] = per.named(model)
+        return known[per]
+
+    return _mapped(what, named)
 
 
 def members_of(what: Any) -> list[str]:
