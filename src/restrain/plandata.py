@@ -184,10 +184,11 @@ def _read_field(value: Any) -> Any:
 
 
 def _read_units(data: Any) -> Units:
-    sets = [data] if isinstance(data, Mapping) else data
-    if not isinstance(sets, (list, tuple)) or not all(isinstance(one, Mapping) for one in sets):
+    sets = [data] if isinstance(data, Mapping | str) else data
+    if not isinstance(sets, (list, tuple)) or not all(isinstance(one, Mapping | str) for one in sets):
         raise PlanError(
-            f"units are a dict of members, {{name of a parameter: per}}, or a list of such dicts; got {brief(data)}"
+            "units are a dict of members, {name of a parameter: per}, a glob over known layers, or a list of these; "
+            f"got {brief(data)}"
         )
     return units(*sets)
 
@@ -367,7 +368,8 @@ def _write_units(value: Units) -> dict[str, Any]:
         )
     if any(len(dict(members)) < len(members) for members in value.sets):
         raise PlanError(f"{value!r} can't be written: a parameter is twice in a set of units")
-    return {"units": [{name: _write_field(None, per) for name, per in members} for members in value.sets]}
+    named = [{name: _write_field(None, per) for name, per in members} for members in value.sets]
+    return {"units": [*named, *value.where]}
 
 
 def write_strength(strength: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from restrain.axes import AcrossTensors, Per, checked
 from restrain.errors import CompactionError, PenaltyError, SelectionError
 from restrain.fields import brief, setting
+from restrain.known_units import known_units
 from restrain.named_tensors import near, parameters, unwrap
 
 Members: TypeAlias = tuple[tuple[str, Any], ...]
@@ -30,7 +31,8 @@ class Units(AcrossTensors):
 
     Args:
         sets: the members of each set, by exact names or by globs with `*`.
-        where: globs over layers and parameters, whose units are found in the graph of the model.
+        where: globs over layers and parameters, whose units are found in the graph of the model, or
+            without an example, of known layers.
         example: the model's input for this graph, or a tuple of its inputs.
         readers: False to leave out the weights that read the units.
     """
@@ -67,6 +69,8 @@ class Units(AcrossTensors):
         sets = [found for members in self.sets for found in _by_stars(members, names)]
         if self.example is not None:
             sets += self._in_graph(root)
+        elif self.where:
+            sets += self._of_known_layers(root)
         return Units(tuple(dict.fromkeys(sets)))
 
     def _in_graph(self, model: nn.Module) -> list[Members]:
@@ -99,6 +103,26 @@ class Units(AcrossTensors):
             for own in sets.values()
         ]
 
+    def _of_known_layers(self, model: nn.Module) -> list[Members]:
+        """Return the sets of units of the layers that restrain knows."""
+        own = {id(p): slot.name for slot in parameters(model) for p in slot.handle.stored(model)}
+        sets: list[Members] = []
+        kinds: dict[str, str] = {}
+        for name, members in known_units(model):
+            layer = model.get_submodule(name)
+            named = {own[id(layer.get_parameter(key))]: per for key, per in members.items()}
+            if all(map(self._takes, named)):
+                sets.append(tuple(named.items()))
+            kinds.setdefault(type(layer).__name__, name)
+        if not sets:
+            known = ", ".join(f"{kind} such as {name!r}" for kind, name in kinds.items()) or "none in this model"
+            raise SelectionError(
+                f"{self!r}: no layer in there has units that are known without an input of the model ({known}): give "
+                "example=, an input, or name the members, as in "
+                "rs.units({'fc1.weight': 'out', 'fc1.bias': 0, 'fc2.weight': 'in'})"
+            )
+        return sets
+
     def _takes(self, name: str) -> bool:
         return not self.where or any(fnmatchcase(name, one) or fnmatchcase(name, f"{one}.*") for one in self.where)
 
@@ -115,9 +139,11 @@ def units(*members: str | Mapping[str, Per], example: Any = None, readers: bool 
     Args:
         members: a mapping {name of a parameter: `per`} for each set of units: the i-th groups of
             all members are a unit. A `*` in names makes a set for each text that it stands for. Or
-            globs over layers and parameters, with `example`: units that lie wholly in these; none
+            globs over layers and parameters: units that lie wholly in these; none, with `example`,
             for all units that `rs.compact` could remove.
-        example: the model's input, or a tuple of its inputs, by which its graph is found.
+        example: the model's input, or a tuple of its inputs, by which its graph is found. Without
+            it, globs find the units of known layers: hidden features of torch's transformer layers
+            and of the MLPs of GPT-2, BERT, Llama, Mistral and Qwen 2, and of the last three heads.
         readers: with `example`, False to leave out the weights that read the units, so that the
             units of successive layers don't overlap.
 
@@ -139,12 +165,13 @@ def units(*members: str | Mapping[str, Per], example: Any = None, readers: bool 
             "units are named by mappings, as in rs.units({'fc1.weight': 'out', 'fc2.weight': 'in'}), or by globs with "
             f"example=; got {brief(wrong)}"
         )
-    if (globs or not sets) and example is None:
+    if not members and example is None:
         raise SelectionError(
-            f"to find the units in {', '.join(map(repr, globs)) or 'a model'}, its graph is needed: give example=, an "
-            "input of the model, or name the members, as in rs.units({'fc1.weight': 'out', 'fc1.bias': 0, "
-            "'fc2.weight': 'in'})"
+            "to find all units of a model, its graph is needed: give example=, an input of the model, or name the "
+            "members, as in rs.units({'fc1.weight': 'out', 'fc1.bias': 0, 'fc2.weight': 'in'})"
         )
+    if example is None and not readers:
+        raise SelectionError("readers=False goes with example=; of named units, leave out the weights that read them")
     if sets and example is not None:
         raise SelectionError("units are named by mappings or found with example=, not both: write one rule for each")
     if not all(sets):

@@ -589,6 +589,58 @@ def test_channels_through_residual_additions():
     assert [dict(members) for members in alone] == [made, {"a.weight": 0, "a.bias": 0}]
 
 
+def hugging_face(kind):
+    import transformers
+
+    sizes = {
+        "vocab_size": 20,
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 12,
+    }
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        return transformers.GPT2Model(
+            transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+        )
+    if kind == "bert":
+        return transformers.BertModel(transformers.BertConfig(**sizes))
+    return transformers.LlamaModel(transformers.LlamaConfig(**sizes, num_key_value_heads=2))
+
+
+KNOWN = {
+    "torch": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2), "layers.*"),
+    "gpt2": (lambda: hugging_face("gpt2"), "h.*.mlp"),
+    "bert": (lambda: hugging_face("bert"), ("encoder.layer.*.intermediate", "encoder.layer.*.output")),
+    "llama": (lambda: hugging_face("llama"), "layers.*.mlp"),
+    "llama's heads": (lambda: hugging_face("llama"), "layers.*.self_attn"),
+}
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_units_of_known_layers_are_those_of_the_graph(kind):
+    make, where = KNOWN[kind]
+    where, model = (where,) if isinstance(where, str) else where, make()
+    example = torch.randn(2, 3, 8) if kind == "torch" else torch.randint(20, (2, 5))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    found = []
+    for per in (rs.units(*where), rs.units(*where, example=example)):
+        reg = rs.attach(model, [rs.GroupLasso(per).on(name="u"), rs.ExclusiveLasso(per).on(name="v")])
+        found.append((reg.values(), {frozenset(name for name, _ in members) for members in per.named(model).sets}))
+        reg.detach()
+    assert found[0][1] == {
+        names for names in found[1][1] if kind != "torch" or not any("attn" in name for name in names)
+    }
+    if kind != "torch":
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert rs.Plan.from_dict(rs.Plan.of(rs.GroupLasso(rs.units(*where)).on()).to_dict()).rules[0].what.per == rs.units(
+        *where
+    )
+
+
 def test_overlapping_units_are_summed_in_the_loss_and_refused_in_a_prox():
     model = Convolutions()
     per = rs.units(example=IMAGE)
@@ -926,11 +978,12 @@ def test_a_prox_after_the_data_and_before_a_projection():
     ("make", "error", "told"),
     [
         (
-            lambda: rs.units("h.*.mlp"),
+            lambda: rs.units("h.*.mlp").named(Blocks()),
             SelectionError,
-            r"to find the units in 'h.\*.mlp', its graph is needed: give example=",
+            r"no layer in there has units that are known .*\(none in this model\): give example=, an input",
         ),
-        (rs.units, SelectionError, "to find the units in a model, its graph is needed"),
+        (lambda: rs.units("0", readers=False), SelectionError, "readers=False goes with example="),
+        (rs.units, SelectionError, "to find all units of a model, its graph is needed: give example="),
         (lambda: rs.units({}), SelectionError, "an empty mapping"),
         (lambda: rs.units(OUT, example=X), SelectionError, "not both"),
         (lambda: rs.units(["0.weight"]), SelectionError, r"named by mappings, .* got \['0.weight'\]"),
