@@ -221,6 +221,7 @@ def test_a_keyword_of_the_models():
     [
         (lambda: rs.TopK(rs.Target(zeros=0.9)), "a target adjusts the strength of a penalty"),
         (lambda: rs.TopK(CUBIC * rs.Target(zeros=0.9)), "a target adjusts the strength of a penalty"),
+        (lambda: rs.TopK(s.LearningRate()), "a schedule of the step; a target adjusts .* and so does LearningRate"),
         (lambda: rs.TopK(s.Linear(1.0, 0.0, steps=5)), r"above 0 and up to 1 at each step; .* goes from 0 to 1"),
         (lambda: rs.TopGroups(s.Linear(20, 5, steps=5)), r"goes from 5 to 20. A number of entries is written as"),
         (lambda: rs.TopGroups(2 * CUBIC), "goes from 0.4 to 2"),

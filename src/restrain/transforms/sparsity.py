@@ -17,7 +17,7 @@ from restrain.errors import TransformError
 from restrain.fields import brief, is_whole, renamed
 from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
-from restrain.schedule import Strength, Target
+from restrain.schedule import Schedule, Strength
 from restrain.transforms.base import Constraint, wide
 from restrain.transforms.sets import ByGroup, MaybePer
 
@@ -125,10 +125,11 @@ def _check_schedule(k: Strength) -> None:
     Raises:
         TransformError: it isn't.
     """
-    if any(isinstance(part, Target) for part in k.parts[1]):
+    if not all(isinstance(part, Schedule) for part in k.parts[1]):
         raise TransformError(
-            f"k= takes a number or a schedule; a target adjusts the strength of a penalty, got {k!r}: write the "
-            "fraction that it aims at, or rs.Target(zeros=...) * rs.L1() with how='proximal'"
+            f"k= takes a number or a schedule of the step; a target adjusts the strength of a penalty, and so does "
+            f"LearningRate, got {k!r}: write a fraction, rs.schedules.Cubic(1.0, 0.1, steps=1000), or "
+            "rs.Target(zeros=...) * rs.L1() with how='proximal'"
         )
     if k.bounds is not None and not (k.bounds[0] > 0 and k.bounds[1] <= 1):
         raise TransformError(

@@ -891,6 +891,13 @@ def test_rules_that_units_cannot_have():
     )
 
 
+def test_cautious_decay_is_of_entries():
+    cautious = rs.L2().on("0.bias", how="decoupled", cautious=True)
+    with pytest.raises(PlanError, match="cautious=True isn't known for .* acts on several tensors together"):
+        rs.GroupLasso(PER).on(how="decoupled", cautious=True)
+    refused(HowError, "both with how='decoupled'", [rs.GroupLasso(PER).on(how="decoupled"), cautious])
+
+
 def test_certificates_and_paths_are_of_each_tensor():
     model = net()
     reg = rs.attach(model, (0.1 * rs.GroupLasso(per=PER)).on(how="loss"))

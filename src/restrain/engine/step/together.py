@@ -130,7 +130,8 @@ def check_alone(works: Iterable[ParameterRules]) -> None:
     for work in works:
         for joint in work.joint:
             kind = joint.rule.how
-            others: list[Rule] = [rule for rule, _ in work.at(kind) if rule is not joint.rule]
+            own = [*work.at(kind), *(work.cautious if kind == "decoupled" else ())]
+            others: list[Rule] = [rule for rule, _ in own if rule is not joint.rule]
             if kind in _ALONE and others:
                 sums = (
                     "Add up the penalties of one rule, as in (rs.GroupLasso(per=units) + rs.L1()).on(), or give one of "
