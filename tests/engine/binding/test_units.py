@@ -893,7 +893,7 @@ def test_rules_that_units_cannot_have():
 
 def test_cautious_decay_is_of_entries():
     cautious = rs.L2().on("0.bias", how="decoupled", cautious=True)
-    with pytest.raises(PlanError, match="cautious=True isn't known for .* acts on several tensors together"):
+    with pytest.raises(PlanError, match=r"cautious=True isn't known for .* acts on several tensors together"):
         rs.GroupLasso(PER).on(how="decoupled", cautious=True)
     refused(HowError, "both with how='decoupled'", [rs.GroupLasso(PER).on(how="decoupled"), cautious])
 
