@@ -18,7 +18,7 @@ from restrain.versions import check as _check
 
 if TYPE_CHECKING:
     from restrain.compaction import compact
-    from restrain.models import Autoencoder, Classifier, Regressor, load
+    from restrain.models import Autoencoder, Classifier, ClassifierCV, Regressor, RegressorCV, load
     from restrain.paths import path
 
 _check(_torch.__version__)
@@ -140,6 +140,7 @@ __all__ = [
     "BlockDropout",
     "Box",
     "Classifier",
+    "ClassifierCV",
     "Confidence",
     "Constraint",
     "Contractive",
@@ -195,6 +196,7 @@ __all__ = [
     "Plan",
     "ProductNorm",
     "Regressor",
+    "RegressorCV",
     "Reparametrization",
     "RobustScale",
     "Rule",
@@ -251,7 +253,9 @@ __all__ = [
 
 # imported when they are first used: models need scikit-learn, compaction loads torch's exporter
 _LATER = {
-    **dict.fromkeys(("Autoencoder", "Classifier", "Regressor", "load"), "restrain.models"),
+    **dict.fromkeys(
+        ("Autoencoder", "Classifier", "ClassifierCV", "Regressor", "RegressorCV", "load"), "restrain.models"
+    ),
     "compact": "restrain.compaction",
     "path": "restrain.paths",
 }

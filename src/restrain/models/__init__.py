@@ -3,8 +3,18 @@
 from restrain.extras import needing
 
 with needing("models", __name__):
+    from restrain.models.cross_validation import ClassifierCV, RegressorCV
     from restrain.models.data import held_back, warn_of_unheld
     from restrain.models.estimators import Autoencoder, Classifier, Regressor
     from restrain.models.loading import load
 
-__all__ = ["Autoencoder", "Classifier", "Regressor", "held_back", "load", "warn_of_unheld"]
+__all__ = [
+    "Autoencoder",
+    "Classifier",
+    "ClassifierCV",
+    "Regressor",
+    "RegressorCV",
+    "held_back",
+    "load",
+    "warn_of_unheld",
+]

@@ -270,6 +270,19 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _scale(self) -> Scale | None:
         return None if self.input_scale_ is None else Scale(self.input_scale_, self.target_scale_ or self.input_scale_)
 
+    def tensors(self, X: Any, y: Any = None) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets as the fitted network and its loss see them, scaled."""
+        check_is_fitted(self, "module_")
+        samples = self._samples(X, y, None, reset=False)
+        samples.scale, samples.dtype = self._scale, self._dtype
+        x, target, *_ = samples.batch(np.arange(len(samples)))
+        return x, x if target is None else target
+
+    def data_loss(self, X: Any, y: Any = None) -> Tensor:
+        """Return the data loss of the fitted network, averaged over samples, with its graph."""
+        x, target = self.tensors(X, y)
+        return self._task().losses(self.module_(x), target).mean()
+
     # ---------------------------------------------------------------- the network
 
     def _build(self, samples: Samples, chosen: Settings, place: Plain) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -25,7 +26,13 @@ class Init:
     """Descriptor for an `__init__` whose signature lists the keywords known at the time of access.
 
     scikit-learn reads the parameters of an estimator from this signature.
+
+    Args:
+        others: further keywords with their defaults, or other defaults of known ones.
     """
+
+    def __init__(self, **others: Any) -> None:
+        self.others = others
 
     def __get__(self, instance: Any, owner: Any) -> Any:
         def init(*args: Any, **given: Any) -> None:
@@ -40,18 +47,18 @@ class Init:
             for name, value in list(bound.arguments.items())[1:]:
                 setattr(args[0], name, value)
 
-        signature = _signature()
+        signature = _signature(self.others)
         init.__signature__ = signature  # type: ignore[attr-defined]
         init.__name__, init.__qualname__ = "__init__", f"{owner.__name__}.__init__"
         return init if instance is None else MethodType(init, instance)
 
 
-def _signature() -> inspect.Signature:
+def _signature(others: Mapping[str, Any]) -> inspect.Signature:
     kinds = inspect.Parameter
     parameters = [
         kinds("self", kinds.POSITIONAL_OR_KEYWORD),
         kinds("layers", kinds.POSITIONAL_OR_KEYWORD, default=None),
     ]
-    rest = {**DEFAULTS, **dict.fromkeys(keywords.names(tuple(DEFAULTS)))}
+    rest = {**DEFAULTS, **dict.fromkeys(keywords.names((*DEFAULTS, *others))), **others}
     del rest["layers"]
     return inspect.Signature([*parameters, *(kinds(n, kinds.KEYWORD_ONLY, default=v) for n, v in rest.items())])

@@ -1,7 +1,8 @@
 """Regularisation paths: fits of a model from strength to strength, and the choice among them."""
 
+from restrain.paths.greatest import by_dual_norm, in_loss, least_strength
 from restrain.paths.path import path
 from restrain.paths.points import Point
 from restrain.paths.result import Path
 
-__all__ = ["Path", "Point", "path"]
+__all__ = ["Path", "Point", "by_dual_norm", "in_loss", "least_strength", "path"]

@@ -1,0 +1,342 @@
+"""Estimators that choose the strength of one keyword by cross-validation along a path."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
+from sklearn.model_selection import check_cv
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+
+from restrain.errors import PlanError
+from restrain.fields import brief, is_number, is_whole
+from restrain.models import keywords
+from restrain.models.base import KeywordModel
+from restrain.models.estimators import Classifier, Regressor
+from restrain.models.keywords import Context
+from restrain.models.linear import Linear
+from restrain.models.signature import Init
+from restrain.paths import by_dual_norm
+from restrain.penalties import SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, Penalty
+from restrain.rules import Rule
+
+_DEFAULT = {"weight_l1": {"how": "proximal"}}
+_CONVEX = (SLOPE, GroupLasso, GroupLInf, NuclearNorm, Norm)  # and Σ|w|, Σw²
+_OWN = {
+    "hidden": (),
+    "path": None,
+    "points": 50,
+    "ratio": 1e-3,
+    "strengths": None,
+    "cv": 5,
+    "choice": "best",
+    "n_jobs": None,
+}
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How the models of a path are made: a model, a keyword with its options, exact or trained."""
+
+    model: KeywordModel
+    keyword: str
+    options: Mapping[str, Any]
+    exact: bool
+
+    def given(self, strength: float) -> dict[str, Any]:
+        """Return the keyword at a strength."""
+        return {self.keyword: {**self.options, "strength": strength}}
+
+    def begun(self, x: Any, y: Any) -> KeywordModel:
+        """Return a new model, fitted without the penalty (if exact, only built)."""
+        found: KeywordModel = type(self.model)(**self.model.get_params())
+        found.fit(x, y, **({"epochs": 1, "checkpoint": None} if self.exact else {}))  # type: ignore[attr-defined]
+        return found
+
+    def rules(self, model: KeywordModel) -> list[Rule]:
+        """Return the rule of the keyword at strength 1."""
+        return keywords.rules(self.given(1.0), Context(model.layers_, model.how))
+
+    def greatest(self, x: Any, y: Any) -> float:
+        """Return the least strength that makes all zero.
+
+        Raises:
+            PlanError: it isn't known, as at a saddle.
+        """
+        model = self.begun(x, y)
+        rules = self.rules(model)
+        if self.exact:
+            return _problem(model, x, y).greatest(_penalty(rules))
+        found = by_dual_norm(model.module_, rules, (), lambda: model.data_loss(x, y))
+        if found is None:
+            raise PlanError(
+                f"the gradient vanishes where the weights under {self.keyword} are zero, so the greatest strength "
+                "isn't known from it: give the strengths= yourself, or penalise one layer, as in on='hid1.weight'"
+            )
+        return found
+
+    def points(self, x: Any, y: Any, strengths: Sequence[float]) -> Any:
+        """Yield (model, weights of its first layer) at each strength; the model goes on."""
+        model = self.begun(x, y)
+        if self.exact:
+            found = _problem(model, x, y).path(_penalty(self.rules(model)), strengths)
+            for w, b in found:
+                _put(model, w, b)
+                yield model, w.numpy()
+            return
+        for strength in strengths:
+            model.train((x, y), **self.given(strength))
+            yield model, next(p for p in model.module_.parameters() if p.dim() > 1).detach().numpy()
+
+    def scores(self, x: Any, y: Any, train: Any, test: Any, strengths: Sequence[float]) -> list[float]:
+        """Return the score on the test rows of the model at each strength."""
+        found = []
+        for model, _ in self.points(x[train], y[train], strengths):
+            predicted = np.asarray(model.predict(x[test])) if isinstance(model, Classifier | Regressor) else None
+            right = predicted == y[test] if isinstance(model, Classifier) else -np.square(predicted - y[test])
+            found.append(float(np.mean(right)))
+        return found
+
+
+def _problem(model: KeywordModel, x: Any, y: Any) -> Linear:
+    inputs, targets = model.tensors(x, y)
+    return Linear.of(inputs, targets, len(model.classes_) if isinstance(model, Classifier) else 0)
+
+
+def _penalty(rules: Sequence[Rule]) -> Penalty:
+    what = rules[0].what
+    assert isinstance(what, Penalty)
+    return what
+
+
+@torch.no_grad()
+def _put(model: KeywordModel, w: Tensor, b: Tensor) -> None:
+    """Give a model without hidden layers its weights and intercept."""
+    weight, bias = model.module_.parameters()
+    weight.copy_(w)
+    bias.copy_(b)
+
+
+class _Chosen(BaseEstimator):  # type: ignore[misc]
+    """Base of RegressorCV and ClassifierCV."""
+
+    if TYPE_CHECKING:
+
+        def __init__(self, layers: Any = None, **keywords: Any) -> None: ...
+
+    else:
+        __init__ = Init(**_OWN)
+
+    _model: ClassVar[type[KeywordModel]]
+    strength_: float
+    strengths_: Any
+    scores_: Any
+    path_: list[dict[str, float]]
+    selected_features_: Any
+    estimator_: Any
+
+    def fit(self, X: Any, y: Any) -> Self:
+        """Fit paths on the folds, choose the strength, and fit on all data; return self.
+
+        Raises:
+            PlanError: a setting isn't allowed, or the greatest strength isn't known.
+        """
+        x, y = self._checked(X, y)
+        way = self._way()
+        self.strengths_ = self._strengths(way, x, y)
+        folds = list(check_cv(self.cv, y, classifier=is_classifier(self)).split(x, y))
+        jobs = [delayed(way.scores)(x, y, train, test, self.strengths_) for train, test in folds]
+        self.scores_ = np.array(Parallel(n_jobs=self.n_jobs)(jobs)).T
+        at = self._chosen()
+        self.strength_ = float(self.strengths_[at])
+        self._finish(way, x, y, at)
+        return self
+
+    def predict(self, X: Any) -> Any:
+        """Return the predictions of the model at the chosen strength."""
+        return self.estimator_.predict(self._given(X))
+
+    def _given(self, X: Any) -> Any:
+        check_is_fitted(self, "estimator_")
+        return validate_data(self, X, reset=False, dtype="numeric")
+
+    def _checked(self, X: Any, y: Any) -> tuple[Any, Any]:
+        if y is None:
+            raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
+        x, y = validate_data(self, X, y, multi_output=not is_classifier(self), dtype="numeric")
+        if is_classifier(self):
+            check_classification_targets(y)
+            self.classes_ = np.unique(y)
+        else:
+            y = y.astype(np.result_type(y, np.float32) if y.dtype.kind == "f" else np.float64)
+        return x, y
+
+    def _way(self) -> _Way:
+        """Return how the path's models are made, after checks of the settings."""
+        for name, least in (("points", 2),):
+            if not is_whole(getattr(self, name), least):
+                raise PlanError(f"{name}= is a whole number, at least {least}; got {brief(getattr(self, name))}")
+        if not is_number(self.ratio) or not 0 < self.ratio < 1:
+            raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(self.ratio)}")
+        if self.choice not in ("best", "1se"):
+            raise PlanError(f"choice= is 'best' or '1se'; got {brief(self.choice)}")
+        given = _DEFAULT if self.path is None else self.path
+        if not isinstance(given, Mapping) or len(given) != 1:
+            raise PlanError(f"path= is one keyword with its options, as in {_DEFAULT}; got {brief(self.path)}")
+        ((keyword, options),) = given.items()
+        if not isinstance(options, Mapping) or "strength" in options or keyword == "regularizers":
+            raise PlanError(
+                f"path= has the options of a keyword, without its strength, as in {_DEFAULT}; got {brief(self.path)}"
+            )
+        params = {name: value for name, value in self.get_params(deep=False).items() if name not in _OWN}
+        if params.get(keyword) is not None:
+            raise PlanError(
+                f"{keyword}= is the keyword of the path, whose strengths it tries: leave it out beside path="
+            )
+        model = self._model(hidden=self.hidden, **params)
+        return _Way(model, keyword, options, _is_exact(model, keyword, options))
+
+    def _strengths(self, way: _Way, x: Any, y: Any) -> Any:
+        """Return the strengths in the order of the walk: downwards if exact, else upwards."""
+        if self.strengths is not None:
+            found = np.array(sorted(float(one) for one in self.strengths))
+            if not len(found) or not np.isfinite(found).all() or (found <= 0).any():
+                raise PlanError(f"strengths= are numbers above zero; got {brief(self.strengths)}")
+        else:
+            top = way.greatest(x, y)
+            found = max(top, 1e-300) * np.geomspace(self.ratio, 1.0, self.points)
+        return found[::-1].copy() if way.exact else found
+
+    def _chosen(self) -> int:
+        """Return the number of the chosen strength; of equal scores the greatest strength wins."""
+        means = self.scores_.mean(1)
+        best = int(np.flatnonzero(means == means.max())[np.argmax(self.strengths_[means == means.max()])])
+        if self.choice == "best":
+            return best
+        differences = self.scores_[best] - self.scores_
+        errors = differences.std(1, ddof=1) / math.sqrt(differences.shape[1])
+        near = np.flatnonzero(differences.mean(1) <= errors)
+        return int(near[np.argmax(self.strengths_[near])])
+
+    def _finish(self, way: _Way, x: Any, y: Any, at: int) -> None:
+        """Fit on all data as far as the chosen strength, and note the points."""
+        errors = self.scores_.std(1, ddof=1) / math.sqrt(self.scores_.shape[1])
+        counts = []
+        for number, (model, w) in enumerate(way.points(x, y, self.strengths_)):
+            counts.append(int((w != 0).any(0).sum()))
+            if number == at:
+                self.estimator_ = copy.deepcopy(model)
+                self.selected_features_ = np.flatnonzero((w != 0).any(0))
+                if not way.exact:  # exact points cost little, and are all in the table
+                    break
+        self._describe(way.exact)
+        rows = zip(self.strengths_, self.scores_.mean(1), errors, counts, strict=False)
+        names = ("strength", "score", "error", "selected")
+        self.path_ = [dict(zip(names, map(float, row), strict=True)) for row in rows]
+
+    def _describe(self, linear: bool) -> None:
+        """Set `coef_` and `intercept_` of a linear model, in the units of the data."""
+        if not linear:
+            return
+        at_zero, slopes = self._outputs(np.zeros((1, self.n_features_in_))), np.eye(self.n_features_in_)
+        slopes = self._outputs(slopes) - at_zero
+        kept = np.isin(np.arange(self.n_features_in_), self.selected_features_)
+        slopes = np.where(kept[:, None], slopes, 0.0).T  # differences of zeros aren't exact
+        self.coef_, self.intercept_ = self._shaped(slopes), self._shaped(at_zero[0])
+
+    def _outputs(self, x: Any) -> Any:
+        raise NotImplementedError
+
+    def _shaped(self, rows: Any) -> Any:
+        return rows
+
+
+class RegressorCV(RegressorMixin, _Chosen):  # type: ignore[misc]
+    """Regressor whose strength of one keyword is chosen by cross-validation along a path.
+
+    Without hidden layers and other rules the paths are exact: those of the lasso, elastic nets,
+    group lassos and others, for mean squared error + strength × penalty. scikit-learn's alpha of a
+    lasso is half of such a strength. Networks are trained from strength to strength, upwards, each
+    for `epochs`, after a training without the penalty.
+
+    Args:
+        hidden: the hidden layers; () for a linear model.
+        path: {keyword: options without a strength}; None for {"weight_l1": {"how": "proximal"}}.
+        points, ratio: the grid, from ratio × the greatest strength to the greatest.
+        strengths: the strengths, in place of the grid.
+        cv: folds, as scikit-learn's; n_jobs: processes or what `joblib.parallel_config` says.
+        choice: "best" score, or "1se": the greatest strength within one standard error of paired
+            differences, over folds.
+
+    Further keywords as in `Regressor`. Attributes: `strength_`, `strengths_`, `scores_` (strengths,
+    folds; minus the squared error), `path_` (a dict per point), `estimator_`,
+    `selected_features_`, and of linear models `coef_` and `intercept_`.
+
+    >>> X = torch.randn(60, 5, dtype=torch.float64).numpy()
+    >>> model = rs.RegressorCV(points=20).fit(X, 3 * X[:, 1])
+    >>> model.selected_features_.tolist()
+    [1]
+    """
+
+    _model = Regressor
+
+    def _outputs(self, x: Any) -> Any:
+        found = np.asarray(self.estimator_.predict(x))
+        return found.reshape(len(found), -1)
+
+    def _shaped(self, rows: Any) -> Any:
+        return rows[0] if self.estimator_.is_flat_ else rows
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class ClassifierCV(ClassifierMixin, _Chosen):  # type: ignore[misc]
+    """Classifier whose strength of one keyword is chosen by cross-validation along a path.
+
+    Arguments and attributes as in `RegressorCV`; `scores_` are accuracies. Linear models are exact
+    multinomial logistic regressions, for the mean cross-entropy + strength × penalty; of two
+    classes `coef_` has one row, as scikit-learn's.
+
+    >>> X = torch.randn(60, 5, dtype=torch.float64).numpy()
+    >>> rs.ClassifierCV(points=5, choice="1se").fit(X, X[:, 1] > 0).selected_features_.tolist()
+    [1]
+    """
+
+    _model = Classifier
+    classes_: Any
+
+    def predict_proba(self, X: Any) -> Any:
+        """Return the probability of each class, in the order of `classes_`."""
+        return self.estimator_.predict_proba(self._given(X))
+
+    def _outputs(self, x: Any) -> Any:
+        found = list(self.estimator_.activations(x).values())[-1]
+        return found[:, 1:] - found[:, :1] if found.shape[1] == 2 else found
+
+
+def _is_exact(model: KeywordModel, keyword: str, options: Mapping[str, Any]) -> bool:
+    """Return True for a linear model under one convex penalty, and nothing else."""
+    linear = model.layers is None and model.hidden in ((), []) and not set(options) & {"on", "every", "optional"}
+    of_rules = model.split_keywords({})[1]
+    others = [name for name, value in of_rules.items() if value is not None and value is not False]
+    if not linear or others or model.valid is not None or options.get("reduce", "sum") != "sum":
+        return False
+    what = keywords.rules({keyword: {**options, "strength": 1.0}}, Context(_LAYERS))[0].what
+    leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []
+    known = all(leaf.elastic is not None or isinstance(leaf, _CONVEX) for leaf in leaves)
+    return bool(leaves) and known and isinstance(what, Penalty) and what.has_prox
+
+
+_LAYERS: Any = [{"name": "in", "form": "input"}, {"name": "out", "form": "ff"}]
