@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -17,7 +18,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
-from restrain.errors import PlanError
+from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import brief, is_number, is_whole
 from restrain.models import keywords
 from restrain.models.base import KeywordModel
@@ -75,7 +76,10 @@ class _Way:
         model = self.begun(x, y)
         rules = self.rules(model)
         if self.exact:
-            return _problem(model, x, y).greatest(_penalty(rules))
+            top = _problem(model, x, y).greatest(_penalty(rules))
+            if math.isnan(top):
+                raise PlanError(f"{self.keyword} makes no zeros, so no strength ends its path: give the strengths=")
+            return top
         found = by_dual_norm(model.module_, rules, (), lambda: model.data_loss(x, y))
         if found is None:
             raise PlanError(
@@ -94,7 +98,9 @@ class _Way:
                 yield model, w.numpy()
             return
         for strength in strengths:
-            model.train((x, y), **self.given(strength))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".* has emptied ", RestrainWarning)  # the end of every path
+                model.train((x, y), **self.given(strength))
             yield model, next(p for p in model.module_.parameters() if p.dim() > 1).detach().numpy()
 
     def scores(self, x: Any, y: Any, train: Any, test: Any, strengths: Sequence[float]) -> list[float]:
@@ -163,7 +169,8 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> Any:
         """Return the predictions of the model at the chosen strength."""
-        return self.estimator_.predict(self._given(X))
+        x = self._given(X)
+        return self.estimator_.predict(x)
 
     def _given(self, X: Any) -> Any:
         check_is_fitted(self, "estimator_")
@@ -319,7 +326,8 @@ class ClassifierCV(ClassifierMixin, _Chosen):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> Any:
         """Return the probability of each class, in the order of `classes_`."""
-        return self.estimator_.predict_proba(self._given(X))
+        x = self._given(X)
+        return self.estimator_.predict_proba(x)
 
     def _outputs(self, x: Any) -> Any:
         found = list(self.estimator_.activations(x).values())[-1]

@@ -92,8 +92,9 @@ class Linear:
             penalty: a convex penalty on the weights (outputs, features) with a prox.
             strengths: factors of the penalty, best in decreasing order.
         """
-        if not self.classes and penalty.elastic is not None and penalty.elastic[0]:
-            return self._elastic(*penalty.elastic, strengths)
+        l1, l2, others = penalty.split()
+        if not self.classes and l1 and not others:
+            return self._elastic(l1, l2, strengths)
         w, b = self.x.new_zeros(self.y.shape[1], self.x.shape[1]), self.intercept()
         scale = float(self.gradient(w, b)[0].abs().max())
         found = []
