@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,11 +74,9 @@ class Linear:
         mean = self.y.mean(0)
         return mean.clamp_min(1e-300).log() if self.classes else mean
 
-    def curvature(self, features: Tensor) -> float:
-        """Return a bound of the loss's second derivative by w and b, over some features."""
-        x = torch.cat([self.x[:, features], self.x.new_ones(len(self.x), 1)], 1)
-        top = float(torch.linalg.matrix_norm(x, 2)) ** 2 / len(x)
-        return top / 2 if self.classes else 2 * top / self.y.shape[1]
+    def spread(self, features: Tensor) -> float:
+        """Return σ² / n, of the greatest singular value of some features."""
+        return float(torch.linalg.matrix_norm(self.x[:, features], 2)) ** 2 / len(self.x) if len(features) else 0.0
 
     def greatest(self, penalty: Penalty) -> float:
         """Return the least strength at which all weights are zero."""
@@ -95,12 +93,14 @@ class Linear:
         l1, l2, others = penalty.split()
         if not self.classes and l1 and not others:
             return self._elastic(l1, l2, strengths)
+        mean = self.x.mean(0)
+        centred = replace(self, x=self.x - mean)  # the intercept is then apart from the weights
         w, b = self.x.new_zeros(self.y.shape[1], self.x.shape[1]), self.intercept()
-        scale = float(self.gradient(w, b)[0].abs().max())
+        scale = float(centred.gradient(w, b)[0].abs().max())
         found = []
         for strength in strengths:
-            w, b = _Solver(self, strength * penalty, _TOLERANCE * scale).solve(w, b)
-            found.append((w, b))
+            w, b = _Solver(centred, strength * penalty, _TOLERANCE * scale).solve(w, b)
+            found.append((w, b - w @ mean))
         return found
 
     def _elastic(self, l1: float, l2: float, strengths: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
@@ -149,15 +149,20 @@ class _Solver:
         return moved > 10 * self.tolerance
 
     def _on(self, features: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Minimise over some features and the intercept."""
-        t, theta = 1 / max(self.problem.curvature(features), 1e-300), 1.0
+        """Minimise over some features and the intercept.
+
+        The intercept is b = √s β with s the spread of the features, which balances both.
+        """
+        s = self.problem.spread(features) or 1.0
+        share = 0.5 if self.problem.classes else 2 / self.problem.y.shape[1]
+        t, theta = 1 / (share * s), 1.0
         x, c = w[:, features], b
         y, d = x, c
         for _ in range(_STEPS):
             gw, gb = self.problem.gradient(y, d, features)
-            z, e = self._prox(y - t * gw, features, w, t), d - t * gb
-            residual = max(_greatest(y - z), _greatest(d - e)) / t
-            turned = float(((y - z) * (z - x)).sum() + ((d - e) * (e - c)).sum()) > 0
+            z, e = self._prox(y - t * gw, features, w, t), d - t * s * gb
+            residual = max(_greatest(y - z) / t, _greatest(d - e) / (t * math.sqrt(s)))
+            turned = float(((y - z) * (z - x)).sum() + ((d - e) * (e - c)).sum() / s) > 0
             following = 1.0 if turned else (1 + math.sqrt(1 + 4 * theta**2)) / 2
             momentum = 0.0 if turned else (theta - 1) / following
             y, d = z + momentum * (z - x), e + momentum * (e - c)
