@@ -60,7 +60,7 @@ class _Way:
     def begun(self, x: Any, y: Any) -> KeywordModel:
         """Return a new model, fitted without the penalty (if exact, only built)."""
         found: KeywordModel = type(self.model)(**self.model.get_params())
-        found.fit(x, y, **({"epochs": 1, "checkpoint": None} if self.exact else {}))  # type: ignore[attr-defined]
+        found.fit(x, y, **({"epochs": 1, "checkpoint": None} if self.exact else {}))
         return found
 
     def rules(self, model: KeywordModel) -> list[Rule]:
