@@ -333,7 +333,7 @@ class LearningRate(Strength):
     2506.02285, AdamC; Loshchilov and Hutter (2019), AdamW, for independent decay.
 
     >>> 0.1 * rs.schedules.LearningRate() * rs.L2().on(rs.weights, how="decoupled")
-    0.1 * schedules.LearningRate(power=1.0) * L2().on(rs.weights, how='decoupled')
+    (0.1 * schedules.LearningRate(power=1.0) * L2()).on(rs.weights, how='decoupled')
     """
 
     power: float = 1.0
