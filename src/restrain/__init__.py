@@ -19,7 +19,7 @@ from restrain.versions import check as _check
 if TYPE_CHECKING:
     from restrain.compaction import compact
     from restrain.models import Autoencoder, Classifier, ClassifierCV, Regressor, RegressorCV, load
-    from restrain.paths import path
+    from restrain.paths.path import path
 
 _check(_torch.__version__)
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
@@ -130,7 +130,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
 moved.install()
 _register_with_keras(Penalty)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AlphaDropout",
