@@ -8,10 +8,10 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-cuda matrix bench dist lint format clean
+.PHONY: help demo test test-all test-cuda test-torch test-torches matrix bench dist lint format clean
 
 help:  ## list these commands
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
 
 demo: .venv/.demo  ## a tour on the digits data; pictures go to demo-output/
 	$(PY) -m restrain.demo
@@ -24,6 +24,17 @@ test-all: lint  ## the same, with the slow tests
 
 test-cuda: .venv/.test  ## on a GPU: every rule in every way of running, and the models
 	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest tests/test_everywhere.py tests/models/test_devices.py
+
+test-torch:  ## on a release of torch: make test-torch TORCH=2.15.0 [PYTHON=python3.13]; its environment is taken away
+	$(PYTHON) docs/versions.py run $(TORCH) --python $(PYTHON) -n $(JOBS) $(TESTS)
+
+TORCHES := 2.10.0 2.12.1 2.13.0 2.15.0
+test-torches:  ## on each supported release; rewrites docs/versions.md
+	@rm -rf build/versions; mkdir -p build/versions
+	@for torch in $(TORCHES); do echo "== torch $$torch"; \
+	  $(PYTHON) docs/versions.py run $$torch --python $(PYTHON) -n $(JOBS) $(TESTS) || touch build/versions/failed; done
+	@$(PYTHON) docs/versions.py page
+	@test ! -e build/versions/failed
 
 matrix: .venv/.test  ## every rule in every way of running, on 2 and 4 processes too; rewrites docs/matrix.md
 	rm -f build/outcomes.jsonl; mkdir -p build

@@ -44,7 +44,8 @@ def note(request):
 
 
 @pytest.mark.parametrize(("kind", "column"), cells())
-def test_equal_or_refused(kind, column, note):
+def test_equal_or_refused(kind, column, note, record_property):
+    record_property("group", column.group)  # of docs/versions.md
     if column.cuda and DEVICE != "cuda":
         pytest.skip("on a GPU only")
     if kind.name in column.senseless:

@@ -156,6 +156,34 @@ def test_every_part_says_what_to_install(tmp_path):
     assert {kind for kind, _ in said.values()} == {"MissingExtraError", "PlanError", "SystemExit"}
 
 
+README = """
+import contextlib, inspect, io, re, pathlib
+blocks = re.findall(r"^```python\\n(.*?)^```", pathlib.Path(FILE).read_text("utf-8"), re.M | re.S)
+names, ran = {"__name__": "example"}, 0
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    for block in blocks:
+        try:
+            exec(compile(block, "README.md", "exec"), names)
+        except ImportError as error:
+            missing = error.name
+            break
+        ran += 1
+rs = names["rs"]
+assert hasattr(rs, "Classifier") and all(hasattr(rs, name) for name in rs.__all__)
+print(json.dumps([ran, len(blocks), missing, len(shown.getvalue()), len(inspect.getmembers(rs))]))
+"""
+
+
+def test_readmes_page_runs_with_torch_alone():
+    """All but the last block, which fits models to scikit-learn's digits."""
+    packages = {name for names in PACKAGES.values() for name in names}
+    ran, blocks, missing, shown, members = without(packages, README.replace("FILE", repr(str(ROOT / "README.md"))))
+    assert (ran, missing) == (blocks - 1, "sklearn.datasets")
+    assert ran > 3
+    assert shown > 1000
+    assert members > len(rs.__all__)
+
+
 def test_only_missing_packages_of_others_are_relabelled():
     with pytest.raises(MissingExtraError, match=r"^it needs no_such: pip install 'restrain\[cli\]'$"):  # noqa: SIM117
         with needing("cli", "it"):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.errors import VersionError
+from restrain.versions import number
 
 SEEN = ("2.13.0",)
 
@@ -178,6 +179,12 @@ TABLE = {
         ":MultiheadAttention._qkv_same_embed_dim",
         "a TransformerEncoderLayer that calls its attention, not a fused operation in its place",
         "compaction leaves the heads of MultiheadAttention",
+    ),
+    "exporting": Private(
+        "compiler._is_exporting_flag",
+        "whether torch.export runs; in compiled code of torch 2.10, torch.compiler.is_exporting() is always True",
+        "torch.compiler.is_exporting(), refused in torch 2.10",
+        "leave layers with noise out of torch.compile",
     ),
     "module_compiled": Private(
         "nn.Module._compiled_call_impl",
@@ -595,6 +602,8 @@ DispatchMode: Any = object if (_mode := _bind("dispatch_mode")) is None else _mo
 _F = TypeVar("_F", bound=Callable[..., Any])
 _disable = _bind("never_compiled")
 _bind("module_compiled")  # only notes in MISSING: the class attribute is None
+_bind("exporting")  # the same: it is False
+_FOLDS = number(torch.__version__) < (2, 12)  # torch.compiler.is_exporting() to a constant, in compiled code
 
 
 def never_compiled(function: _F) -> _F:
@@ -645,6 +654,19 @@ def undone(function: Callable[..., None], *args: Any) -> None:
 def module_compiled(module: nn.Module) -> bool:
     """Return True if `module.compile()` was called; False if not known."""
     return "module_compiled" not in MISSING and module._compiled_call_impl is not None
+
+
+def compiled_for_export() -> bool:
+    """Return True if torch.export runs, for compiled code.
+
+    Raises:
+        VersionError: this torch lacks the capability, and its public function is wrong.
+    """
+    if "exporting" not in MISSING:
+        return torch.compiler._is_exporting_flag
+    if _FOLDS:
+        refuse("exporting")
+    return torch.compiler.is_exporting()
 
 
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import nn
 
-from restrain.torch_private import symbolic_tracing
+from restrain.torch_private import compiled_for_export, symbolic_tracing
 
 
 class _Sampling(threading.local):
@@ -24,7 +24,7 @@ class _Sampling(threading.local):
 def exporting() -> bool:
     """True while a model is exported or traced; hooks then do nothing, so rules are left out."""
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting()
+        return compiled_for_export()
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return tracing or symbolic_tracing()
 
