@@ -12,6 +12,7 @@ from restrain.activation_points import Places, outputs, select_places
 from restrain.engine import Hook, Point, forget_compiled_code, paused, structures
 from restrain.named_tensors import checked_module, layers, unwrap
 from restrain.selections import as_where
+from restrain.torch_private import put_first
 
 
 class _Begins(Hook):
@@ -86,7 +87,7 @@ def recording(model: nn.Module, where: Any, *, copy: bool = True) -> Iterator[di
     seen: dict[str, Tensor] = {}
     places = where if isinstance(where, Places) else outputs(as_where(where))
     with ExitStack() as stack:
-        stack.callback(root.register_forward_pre_hook(_Begins(seen), prepend=True).remove)
+        stack.callback(put_first(root, _Begins(seen)).remove)
         for target in select_places(places, list(layers(root))):
             hook, module = _Records(seen, Point.of(target), copy), target.layer.module
             if target.place.kind == "inputs":

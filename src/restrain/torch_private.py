@@ -26,11 +26,12 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from restrain.errors import VersionError
 from restrain.versions import number
 
-SEEN = ("2.13.0",)
+SEEN = ("2.10.0", "2.12.1", "2.13.0", "2.15.0")
 
 DE_FACTO = frozenset(
     {
@@ -355,8 +356,14 @@ def recomputing_saved_tensors() -> bool:
 
     for code in _codes_in_backward() or ():
         if code.co_filename == checkpoint.__file__ and not code.co_qualname.startswith("checkpoint_sequential"):
-            return code.co_qualname not in ("checkpoint", "CheckpointFunction.forward", "CheckpointFunction.backward")
+            return code.co_qualname not in _FIRST_RUNS
     return False
+
+
+_FIRST_RUNS = {
+    *("checkpoint", "CheckpointFunction.forward", "CheckpointFunction.backward"),
+    *("_checkpoint_impl", "_CheckpointedFunction.__call__"),  # of torch 2.15
+}
 
 
 def checkpoint_frame() -> Any:
@@ -603,7 +610,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _disable = _bind("never_compiled")
 _bind("module_compiled")  # only notes in MISSING: the class attribute is None
 _bind("exporting")  # the same: it is False
-_FOLDS = number(torch.__version__) < (2, 12)  # torch.compiler.is_exporting() to a constant, in compiled code
+_OLD_DYNAMO = number(torch.__version__) < (2, 12)  # see `compiled_for_export` and `put_first`
 
 
 def never_compiled(function: _F) -> _F:
@@ -664,9 +671,23 @@ def compiled_for_export() -> bool:
     """
     if "exporting" not in MISSING:
         return torch.compiler._is_exporting_flag
-    if _FOLDS:
+    if _OLD_DYNAMO:  # always True
         refuse("exporting")
     return torch.compiler.is_exporting()
+
+
+def put_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> RemovableHandle:
+    """Register a pre-hook before a module's other pre-hooks; return its handle.
+
+    Dynamo of torch 2.10 and 2.11 numbers hooks in the order in which they were added, so all are
+    added anew.
+    """
+    handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=with_kwargs)
+    if _OLD_DYNAMO:
+        hooks = module._forward_pre_hooks
+        for key in list(hooks):
+            hooks[key] = hooks.pop(key)
+    return handle
 
 
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:

@@ -7,8 +7,8 @@ import warnings
 
 from restrain.errors import RestrainWarning, VersionError
 
-OLDEST = (2, 13)
-TESTED = (2, 13)  # the newest version on which the tests were run
+OLDEST = (2, 10)
+TESTED = (2, 15)  # the newest version on which the tests were run
 
 
 def number(version: str) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from restrain.engine.core import Overrides
 from restrain.engine.forward import Forwards, InputHook, LayerHook, Point, RootBegins, RootEnds, positional
 from restrain.errors import DetachedError, HowError
 from restrain.named_tensors import follow
+from restrain.torch_private import put_first
 from restrain.transforms import Noise
 
 
@@ -38,7 +39,7 @@ class Hooks:
             padded = any(recorder.point.place.padded for bound in bounds for recorder in bound.penalty_recorders)
             self.forwards.names = positional(model) if padded else None
             begins = RootBegins(self.forwards)
-            self._handles.append(model.register_forward_pre_hook(begins, prepend=True, with_kwargs=padded))
+            self._handles.append(put_first(model, begins, with_kwargs=padded))
         for bound in bounds:
             if bound.derivative is not None:
                 bound.derivative.bind(self.forwards, _timer(bound, steps), weakref.ref(model))
@@ -111,7 +112,7 @@ class Hooks:
 
     def first(self, hook: Callable[..., Any], model: nn.Module) -> None:
         """Register a pre-hook of the model before its other hooks."""
-        self._handles.append(model.register_forward_pre_hook(hook, prepend=True))
+        self._handles.append(put_first(model, hook))
 
     def moves(self, moved: Mapping[tuple[str, ...], tuple[str, ...]], model: nn.Module) -> list[Move]:
         """Return the hooks of layers, each with its current layer.

@@ -26,7 +26,7 @@ from restrain.engine.core import Draws, Hook
 from restrain.engine.distributed import NOISE_ON_PARTS
 from restrain.errors import DetachedError, HowError, NeverFiredError
 from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
-from restrain.torch_private import keep_flat, undone
+from restrain.torch_private import keep_flat, put_first, undone
 from restrain.transforms.base import Noise
 
 
@@ -312,10 +312,10 @@ class WeightNoise:
                 del hooks[key]
         # before other hooks: the old weight_norm reads the noisy tensor; but after FSDP2's
         # gathering
-        first = not fully_sharded([module])
+        put: Any = nn.Module.register_forward_pre_hook if fully_sharded([module]) else put_first
         self.modules[path] = weakref.ref(module)
         self.handles[path] = [
-            module.register_forward_pre_hook(self.hooks[path], prepend=first),
+            put(module, self.hooks[path]),
             module.register_forward_hook(Restore(self.hooks[path])),
         ]
 
