@@ -43,11 +43,11 @@ GROUPS = {  # title: beginnings of the tests' ids; the first that fits
 }
 HEAD = """# Releases of torch and Python
 
-What the tests found, release by release. This page is written by `make test-torches`; `make test-torch TORCH=2.15.0` runs
-one release, in an environment of its own.
+What the tests found, release by release. This page is written by `make test-torches`; `make test-torch TORCH=2.15.0`
+runs one release, in an environment of its own.
 
-`=` equal: all tests passed, so many · `R` refused, by a `VersionError` that names the release which has it · **F** failed
-· empty: not run
+`=` equal: so many tests passed · `R` refused, by a `VersionError` that names the releases which can · **F** failed ·
+empty: not run
 
 """
 
@@ -75,8 +75,8 @@ def environment(torch, python):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def tested(python, torch, arguments):
-    """Run the tests by this Python; write what they gave, and return whether none failed."""
+def run_tests(python, torch, arguments, add=False):
+    """Run the tests by this Python; write what they gave, or add it, and return whether none failed."""
     FOUND.mkdir(parents=True, exist_ok=True)
     about = "import json, platform, torch; print(json.dumps([torch.__version__, platform.python_version()]))"
     versions = json.loads(subprocess.run([python, "-c", about], check=True, capture_output=True, text=True).stdout)
@@ -87,6 +87,12 @@ def tested(python, torch, arguments):
     with_paths = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=ROOT, env=with_paths, check=False)
     tests, refused = outcomes(ElementTree.parse(report))
+    path = FOUND / f"{torch}-{'.'.join(versions[1].split('.')[:2])}.json"
+    if add and path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        refused = Counter(refused) + Counter(before["refused"])
+        for title, counts in before["tests"].items():
+            tests[title] = Counter(counts) + tests.get(title, Counter())
     data = {
         "torch": versions[0],
         "python": versions[1],
@@ -96,7 +102,6 @@ def tested(python, torch, arguments):
         "refused": refused,
         "missing": missing(python, with_paths),
     }
-    path = FOUND / f"{torch}-{'.'.join(versions[1].split('.')[:2])}.json"
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", "utf-8")
     report.unlink()
     return done.returncode == 0
@@ -181,6 +186,7 @@ def main():
     parser.add_argument("torch", nargs="?", help="a release, such as 2.15.0")
     parser.add_argument("--python", default=sys.executable, help="the interpreter, such as python3.13")
     parser.add_argument("--environment", help="a Python that has it all already; it stays")
+    parser.add_argument("--add", action="store_true", help="to what earlier runs of this version gave")
     given, arguments = parser.parse_known_args()
     if given.what == "page":
         write_page()
@@ -190,7 +196,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the environment is taken away
     ready = contextlib.nullcontext(given.environment) if given.environment else environment(given.torch, given.python)
     with ready as python:
-        passed = tested(python, given.torch, arguments)
+        passed = run_tests(python, given.torch, arguments, given.add)
     sys.exit(not passed)
 
 

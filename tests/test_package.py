@@ -4,10 +4,12 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from restrain.torch_private import SEEN
 from restrain.versions import OLDEST, TESTED, number
 
 ROOT = Path(__file__).parent.parent
@@ -63,7 +65,8 @@ def test_numbers_of_versions(version, found):
 
 def test_an_old_torch_is_refused_and_a_new_one_warned_of_at_import():
     code = "import torch; torch.__version__ = {!r}; import restrain as rs; print(rs.L1())"
-    old, new, tested = (imported(code.format(version)) for version in ("1.13.1", "9.0.0", ".".join(map(str, TESTED))))
+    newest = ".".join(map(str, TESTED[-1]))
+    old, new, tested = (imported(code.format(version)) for version in ("1.13.1", "9.0.0", newest))
     assert old.returncode == 1
     assert "VersionError: restrain needs torch" in old.stderr
     assert "pip install 'torch>=" in old.stderr
@@ -71,6 +74,14 @@ def test_an_old_torch_is_refused_and_a_new_one_warned_of_at_import():
     assert new.stderr.count("restrain was tested up to torch") == 1
     assert new.stderr.startswith("<string>:1: RestrainWarning")  # the line of the user
     assert tested.stderr == ""
+
+
+def test_the_least_torch_is_written_alike_everywhere():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert settings["dependencies"] == [f"torch>={'.'.join(map(str, OLDEST))}"]
+    assert list(TESTED) == sorted(TESTED)
+    releases = re.search(r"^TORCHES := (.+)", (ROOT / "Makefile").read_text("utf-8"), re.M)[1].split()
+    assert tuple(map(number, releases)) == TESTED == tuple(map(number, SEEN))
 
 
 def imported(code):

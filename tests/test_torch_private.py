@@ -603,6 +603,68 @@ def test_processes():
     assert public.tensor_parallel(nn.Linear(2, 2))
 
 
+# Versions before torch 2.12
+
+
+class Told(nn.Module):
+    """Adds 1 if it is exported."""
+
+    def forward(self, x):
+        return x + int(private.compiled_for_export())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_code_knows_whether_it_is_exported(backend):
+    torch.compiler.reset()
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(Told(), fullgraph=True, backend=backend)(x), x)
+    for strict in (False, True):
+        assert torch.equal(torch.export.export(Told(), (x,), strict=strict).module()(x), x + 1)
+    assert torch.equal(torch.compile(Told(), fullgraph=True, backend=backend)(x), x)
+
+
+def test_the_public_flag_of_export_is_refused_where_it_is_wrong(monkeypatch):
+    monkeypatch.setattr(public, "_OLD", False)
+    assert public.compiled_for_export() is False
+    monkeypatch.setattr(public, "_OLD", True)
+    with pytest.raises(VersionError, match=r"lacks torch.compiler._is_exporting_flag .*: leave layers with noise"):
+        public.compiled_for_export()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_hooks_put_first(monkeypatch, old):
+    monkeypatch.setattr(private, "_OLD", old)
+    called, layer = [], nn.Linear(2, 2)
+    layer.register_forward_pre_hook(lambda *_: called.append("a"))
+    layer.register_forward_pre_hook(lambda *_: called.append("b"))
+    private.put_first(layer, lambda *_: called.append("second"))
+    handle = private.put_first(layer, lambda module, args, kwargs: called.append("first"), with_kwargs=True)
+    layer(torch.ones(2))
+    assert called == ["first", "second", "a", "b"]
+    numbers = list(layer._forward_pre_hooks)
+    assert (list(dict.keys(layer._forward_pre_hooks)) == numbers) is old  # as Dynamo counts
+    handle.remove()
+    layer(torch.ones(2))
+    assert called[4:] == ["second", "a", "b"]
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1,), (0, 2), (1, 1)])
+def test_gradients_of_parts_of_a_dtensor_lie_as_the_part_does(monkeypatch, shape):
+    monkeypatch.setattr(private, "_OLD", True)
+    w, seen = torch.ones(shape, **X), []
+    w.register_hook(lambda gradient: seen.append(gradient.stride()))
+    (3 * private.dense_gradient(w.view_as(w)).sum()).backward()
+    assert torch.equal(w.grad, torch.full(shape, 3.0))
+    assert seen == [w.stride()]
+    (first,) = torch.autograd.grad(private.dense_gradient(w * w).pow(2).sum(), w, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), w)
+    torch.testing.assert_close(second, 12 * w.detach() ** 2)
+    monkeypatch.setattr(private, "_OLD", False)
+    w.grad = None
+    (3 * private.dense_gradient(w.view_as(w)).sum()).backward()
+    assert seen[-1] != w.stride()  # a torch that takes any strides gets what there is
+
+
 # The suite without them
 
 REFUSING = {"queue_callback", "life", "outside_functorch", "checkpoints"}

@@ -31,9 +31,11 @@ REPORT = """<testsuites><testsuite>
 <testcase classname="tests.penalties.test_a" name="x"/>
 <testcase classname="src.restrain.penalties.entrywise" name="doctest"/>
 <testcase classname="tests.test_matrix" name="y"><failure message="no">trace</failure></testcase>
-<testcase classname="tests.test_everywhere" name="c"><properties><property name="group" value="Compiled"/></properties>
+<testcase classname="tests.test_everywhere" name="c">
+  <properties><property name="group" value="Compiled"/></properties>
   <skipped type="pytest.skip" message="refused: torch 2.10 lacks it">here</skipped></testcase>
-<testcase classname="tests.test_everywhere" name="d"><properties><property name="group" value="Optimizers"/></properties>
+<testcase classname="tests.test_everywhere" name="d">
+  <properties><property name="group" value="Optimizers"/></properties>
 </testcase>
 <testcase classname="tests.models.test_b" name="z"><skipped message="needs a GPU"/></testcase>
 <testcase classname="tests.nowhere" name="z"><error message="broken"/></testcase>
@@ -72,7 +74,7 @@ def test_the_page(versions):
     assert sum("a sample" in line for line in lines) == 1
 
 
-class Refused(Exception):
+class NoReleaseError(Exception):
     """pip found no such release."""
 
 
@@ -86,14 +88,14 @@ def test_the_environment_is_taken_away(versions, monkeypatch, fails):
         assert folder.is_dir()
         assert (folder / "constraints.txt").read_text() == "# why\nnumpy==2.0\ntorchao==0.1\ntorch==9.0.0\n"
         if fails and "pip" in ran[-1]:
-            raise Refused
+            raise NoReleaseError
 
     monkeypatch.setattr(versions.subprocess, "run", run)
     try:
         with versions.environment("9.0.0", "python3") as python:
             assert python.parts[-4:-2] == ("torch-9.0.0-python3", "env")
             assert not fails
-    except Refused:
+    except NoReleaseError:
         assert fails
     assert ran[1][-3:] == ["torch==9.0.0", "-e", f"{versions.ROOT}[test]"]
     assert not (versions.ROOT / "build" / "torch-9.0.0-python3").exists()
@@ -105,12 +107,14 @@ def test_a_run_by_an_environment_that_is_there(versions, monkeypatch):
     (versions.ROOT / "tests" / "refusals.py").write_text("")
     (versions.ROOT / "src").symlink_to(ROOT / "src")
     (versions.ROOT / "tests" / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    assert not versions.tested(sys.executable, "9.0.0", ["tests/test_x.py", "-o", "addopts="])
-    assert versions.tested(sys.executable, "9.0.0", ["tests/test_x.py::test_a", "-o", "addopts="])
+    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-o", "addopts="])
+    assert versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py::test_a", "-o", "addopts="])
     (path,) = versions.FOUND.iterdir()
     data = json.loads(path.read_text())
     assert data["tests"] == {"the rest": {"equal": 1}}
     assert data["all"] is False
+    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-o", "addopts="], add=True)
+    assert json.loads(path.read_text())["tests"] == {"the rest": {"equal": 2, "failed": 1}}
     assert len(data["missing"]) == len(MISSING)
 
 

@@ -73,7 +73,8 @@ class What:
             return object.__hash__(self)
         if not made.frozen:
             raise TypeError(f"{type(self).__name__} can be changed, so it has no hash")
-        values = [getattr(self, f.name) for f in fields(self) if f.compare]  # type: ignore[arg-type]
+        # None: Dynamo up to torch 2.12 hashes what it is making
+        values = [getattr(self, f.name, None) for f in fields(self) if f.compare]  # type: ignore[arg-type]
         return hash((type(self), *[value for value in values if not isinstance(value, Tensor)]))
 
     def moments(self, at_places: bool) -> tuple[How, ...]:

@@ -610,7 +610,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _disable = _bind("never_compiled")
 _bind("module_compiled")  # only notes in MISSING: the class attribute is None
 _bind("exporting")  # the same: it is False
-_OLD_DYNAMO = number(torch.__version__) < (2, 12)  # see `compiled_for_export` and `put_first`
+_OLD = number(torch.__version__) < (2, 12)  # see `compiled_for_export`, `put_first`, `dense_gradient`
 
 
 def never_compiled(function: _F) -> _F:
@@ -671,7 +671,7 @@ def compiled_for_export() -> bool:
     """
     if "exporting" not in MISSING:
         return torch.compiler._is_exporting_flag
-    if _OLD_DYNAMO:  # always True
+    if _OLD:  # always True
         refuse("exporting")
     return torch.compiler.is_exporting()
 
@@ -683,7 +683,7 @@ def put_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = F
     added anew.
     """
     handle = module.register_forward_pre_hook(hook, prepend=True, with_kwargs=with_kwargs)
-    if _OLD_DYNAMO:
+    if _OLD:
         hooks = module._forward_pre_hooks
         for key in list(hooks):
             hooks[key] = hooks.pop(key)
@@ -832,6 +832,17 @@ def static_graph(node: Any) -> bool:
     if "static_graph" in MISSING:
         return torch.distributed.is_available() and torch.distributed.is_initialized()
     return bool(node.name() == "_DDPSinkBackward" and node.ddp_weakref().static_graph)
+
+
+def dense_gradient(t: Tensor) -> Tensor:
+    """Return a DTensor's part or whole, whose gradient lies in memory as it does.
+
+    torch 2.10 and 2.11 gather a leaf's gradient of other strides, and keep it whole.
+    """
+    if _OLD and t.requires_grad:
+        size, stride = t.size(), t.stride()
+        t.register_hook(lambda g: g if g.stride() == stride else g.new_empty_strided(size, stride).copy_(g))
+    return t
 
 
 def tensor_parallel(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Versions of torch: the oldest supported and the newest tested version."""
+"""Versions of torch: those on which the tests were run, the oldest of which is the least supported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import warnings
 
 from restrain.errors import RestrainWarning, VersionError
 
-OLDEST = (2, 10)
-TESTED = (2, 15)  # the newest version on which the tests were run
+TESTED = ((2, 10), (2, 12), (2, 13), (2, 15))  # see docs/versions.md
+OLDEST = TESTED[0]
 
 
 def number(version: str) -> tuple[int, int]:
@@ -22,12 +22,16 @@ def number(version: str) -> tuple[int, int]:
 
 
 def untested(version: str) -> bool:
-    """Return True if a version of torch is newer than the tested versions."""
-    return number(version) > TESTED
+    """Return True if the tests weren't run on a version of torch.
+
+    >>> untested("2.14.1"), untested("2.15.0+cpu")
+    (True, False)
+    """
+    return number(version) not in TESTED
 
 
 def check(version: str) -> None:
-    """Check the version of torch: raise an error if it is too old, warn if it is untested.
+    """Check the version of torch: raise an error if it is too old, warn if it is too new to be tested.
 
     Args:
         version: `torch.__version__`.
@@ -37,13 +41,13 @@ def check(version: str) -> None:
 
     >>> check("2.1.2")
     Traceback (most recent call last):
-    restrain.errors.VersionError: restrain needs torch 2.13 or newer, this is 2.1.2: ...
+    restrain.errors.VersionError: restrain needs torch 2.10 or newer, this is 2.1.2: ...
     """
     oldest = ".".join(map(str, OLDEST))
     if number(version) < OLDEST:
         raise VersionError(f"restrain needs torch {oldest} or newer, this is {version}: pip install 'torch>={oldest}'")
-    if untested(version):
-        tested = ".".join(map(str, TESTED))
+    if number(version) > TESTED[-1]:
+        tested = ".".join(map(str, TESTED[-1]))
         warnings.warn(
             f"restrain was tested up to torch {tested}, this is {version}: compiled code is compared with the formulas "
             "before it is used; for the rest, see whether there is a newer restrain",

@@ -288,3 +288,23 @@ def test_total_variation_and_rows_are_pyproximals():
     ours = 0.5 / 4**0.5 * rs.GroupLasso("row")
     assert abs(plain(rows.T.numpy().ravel()) - ours(rows)) < 1e-12
     np.testing.assert_allclose(ours.prox(rows, 0.6).numpy(), plain.prox(rows.T.numpy().ravel(), 0.6).reshape(4, 3).T)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: rs.FusedLasso(s, 2 * s),
+        lambda s: s * rs.FusedLasso(0.1, 0.2),
+        lambda s: rs.SparseGroupLasso(s, 2 * s, per=0),
+        lambda s: s * rs.SparseGroupLasso(0.1, 0.2, per=0),
+    ],
+)
+def test_further_strengths_in_compiled_code(make):
+    """From the second on, torch.compile takes a number of Python for one that changes."""
+    torch.compiler.reset()
+    made = torch.compile(lambda w, s: make(s)(w), fullgraph=True, backend="aot_eager")
+    given = torch.compile(lambda w, penalty: penalty(w), fullgraph=True, backend="aot_eager")
+    w = torch.randn(4, 6)
+    for s in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(made(w, s), make(s)(w))
+        torch.testing.assert_close(given(w, make(s)), make(s)(w))

@@ -77,8 +77,8 @@ class Algebra(What, ABC, Generic[K], register=False):
         return self._rescaled(lambda own: own / number)
 
     def __add__(self, other: K) -> K:
-        total = self._forms()[1]
-        if total is not None and isinstance(other, Algebra) and other._forms() == self._forms():
+        multiple, total = self._forms()
+        if total is not None and isinstance(other, Algebra) and other._forms()[0] is multiple:
             return total((*self._terms(), *other._terms()))  # type: ignore[return-value]
         if self.apart and isinstance(other, What):
             raise PenaltyError(f"{self!r} {self.apart} and can't be added to {other!r}: write a rule for each")

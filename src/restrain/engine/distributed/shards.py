@@ -26,7 +26,7 @@ from restrain.named_tensors import Location, Slot, fully_sharded, is_sharded
 from restrain.penalties import NetworkPenalty, Penalty
 from restrain.penalties.group import GroupPenalty
 from restrain.rules import Rule, What
-from restrain.torch_private import version
+from restrain.torch_private import dense_gradient, version
 from restrain.transforms import Noise
 from restrain.transforms.sets import ByGroup
 
@@ -62,7 +62,7 @@ def local(t: Any) -> Tensor:
 
     Differentiable.
     """
-    return t.to_local() if is_sharded(t) else t  # type: ignore[no-any-return]
+    return dense_gradient(t.to_local()) if is_sharded(t) else t
 
 
 def whole(t: Any) -> Tensor:
@@ -70,7 +70,7 @@ def whole(t: Any) -> Tensor:
 
     Differentiable, if all processes compute the same from it.
     """
-    return t.full_tensor() if is_sharded(t) else t  # type: ignore[no-any-return]
+    return dense_gradient(t.full_tensor()) if is_sharded(t) else t
 
 
 def part(full: Tensor, like: Any) -> Tensor:

@@ -420,7 +420,9 @@ class InputHook(LayerHook):
             return None
         given = structures.arguments(args, kwargs)
         result = self.act(module, given, args, kwargs)
-        if result is given:
+        if all(
+            [result[key] is one for key, one in given.items()]
+        ):  # Dynamo of torch 2.10 doesn't compare dicts by `is`
             return None
         return tuple(result[i] for i in range(len(args))), {key: result[key] for key in kwargs}
 
