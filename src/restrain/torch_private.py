@@ -608,6 +608,7 @@ DispatchMode: Any = object if (_mode := _bind("dispatch_mode")) is None else _mo
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _disable = _bind("never_compiled")
+_NOISE = number(torch.__version__) < (2, 13)  # see `check_compiled_noise`
 _bind("module_compiled")  # only notes in MISSING: the class attribute is None
 _bind("exporting")  # the same: it is False
 _OLD = number(torch.__version__) < (2, 12)  # see `compiled_for_export`, `put_first`, `dense_gradient`
@@ -656,6 +657,36 @@ def undone(function: Callable[..., None], *args: Any) -> None:
             call(function, *args)
             return
     function(*args)
+
+
+def _refuse_compiled_noise() -> NoReturn:
+    raise VersionError(
+        f"noise on weights in compiled code needs torch 2.13 or newer, this is {torch.__version__}, whose compiler "
+        "doesn't take the noise away: call such layers outside of torch.compile, or put noise on their inputs"
+    )
+
+
+_refused_when_run = never_compiled(_refuse_compiled_noise)
+
+
+def check_compiled_noise() -> None:
+    """Refuse noise on weights in compiled code, where this torch has it wrong.
+
+    The compiler of torch 2.12 deletes the parameter, that of 2.10 breaks the graph amid the layer's
+    call. With `fullgraph=True` torch refuses to compile it; else the error comes when the code runs.
+
+    Raises:
+        VersionError: torch is older than 2.13.
+    """
+    if not _NOISE:
+        return
+    if torch.compiler.is_compiling():
+        _refused_when_run()
+    frame = sys._getframe(1)
+    while frame is not None:  # between two graphs
+        if frame.f_code.co_name == "compile_wrapper":
+            _refuse_compiled_noise()
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def module_compiled(module: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
-from restrain.errors import HowError, NeverFiredError, SelectionError, TransformError
+from restrain import torch_private
+from restrain.errors import HowError, NeverFiredError, SelectionError, TransformError, VersionError
+from restrain.versions import number
 
 GAUSSIAN = rs.GaussianNoise(0.3)
 
@@ -94,6 +97,33 @@ def test_recomputed_with_the_same_noise(reentrant):
         assert not hidden(model)
 
 
+COMPILED = number(torch.__version__) >= (2, 13)
+NEWER = pytest.mark.skipif(not COMPILED, reason="refused by torch 2.12 and older")
+
+
+@pytest.mark.parametrize("old", [True] if not COMPILED else [False, True])
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+def test_compiled_code_of_an_old_torch_is_refused(monkeypatch, old, fullgraph):
+    """torch 2.12 would delete the parameter."""
+    if COMPILED:
+        monkeypatch.setattr(torch_private, "_NOISE", old)
+    model, x = network(), torch.randn(5, 4)
+    rs.attach(model, GAUSSIAN.on(rs.weights))
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    error, said = (torch._dynamo.exc.Unsupported, "_refuse_compiled_noise") if fullgraph else (VersionError, "2.13 or")
+    try:
+        with pytest.raises(error, match=said) if old else nullcontext():
+            compiled(x)
+        assert not hidden(model)
+        assert len(list(model.parameters())) == 4
+        model.eval()
+        torch.testing.assert_close(compiled(x), model(x))
+    finally:
+        torch._dynamo.reset()
+
+
+@NEWER
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled(recomputed):
     model, x = network(), torch.randn(5, 4)
@@ -111,6 +141,7 @@ def test_compiled(recomputed):
     assert not hidden(model)
 
 
+@NEWER
 @pytest.mark.slow
 def test_compiled_by_inductor():
     model, x = network(), torch.randn(5, 4)

@@ -420,9 +420,8 @@ class InputHook(LayerHook):
             return None
         given = structures.arguments(args, kwargs)
         result = self.act(module, given, args, kwargs)
-        if all(
-            [result[key] is one for key, one in given.items()]
-        ):  # Dynamo of torch 2.10 doesn't compare dicts by `is`
+        # key by key: Dynamo of torch 2.10 doesn't compare dicts by `is`
+        if all(result[key] is one for key, one in given.items()):
             return None
         return tuple(result[i] for i in range(len(args))), {key: result[key] for key in kwargs}
 

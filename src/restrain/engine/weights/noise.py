@@ -26,7 +26,7 @@ from restrain.engine.core import Draws, Hook
 from restrain.engine.distributed import NOISE_ON_PARTS
 from restrain.errors import DetachedError, HowError, NeverFiredError
 from restrain.named_tensors import Layer, Slot, follow, fully_sharded, is_sharded
-from restrain.torch_private import keep_flat, put_first, undone
+from restrain.torch_private import check_compiled_noise, keep_flat, put_first, undone
 from restrain.transforms.base import Noise
 
 
@@ -163,6 +163,7 @@ class Disturb(Draws, Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
             if self.draws(module):
+                check_compiled_noise()
                 self.calls.add_(1)
                 for use, owner, disturbed in self._disturbed(module):
                     _set(owner, use.attribute, disturbed)
@@ -172,6 +173,7 @@ class Disturb(Draws, Hook):
         self.restore(module, frame.f_back)
         if not self.draws(module):
             return
+        check_compiled_noise()
         self.fired = True
         one = _Disturbance(Call(frame, module))
         with _several_threads:
