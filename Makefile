@@ -22,8 +22,8 @@ test: lint  ## lint, types, doctests and tests
 test-all: lint  ## the same, with the slow tests
 	$(PYTEST)
 
-test-cuda: .venv/.test  ## on a GPU: every rule in every way of running, and the models
-	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest tests/test_everywhere.py tests/models/test_devices.py
+test-cuda: .venv/.test  ## on a GPU: a sample of the matrix, models, graphs, waiting, memory
+	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" tests/test_cuda.py tests/test_everywhere.py tests/models/test_devices.py
 
 test-torch:  ## on a release of torch: make test-torch TORCH=2.15.0 [PYTHON=python3.13]; its environment is taken away
 	$(PYTHON) docs/versions.py run $(TORCH) --python $(PYTHON) -n $(JOBS) $(TESTS)

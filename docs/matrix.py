@@ -17,7 +17,7 @@ Each cell is a test in `tests/everywhere/`: a short training in that way of runn
 process, eager, float64) in its weights, its losses and the values of its rules. This page is written by `make matrix`.
 
 Where a way of running rounds more than that, its name says so, or the column in its file. `make matrix` takes a few
-minutes; `make test` runs a fixed sample of the cells, `make test-cuda` all of them on a GPU.
+minutes; `make test` runs a fixed sample of the cells, `make test-cuda` that sample on a GPU.
 
 `=` equal to stated rounding · `R` refused when attached, with the way out · `r` refused in the first forward, as no
 attachment can know of it before · `–` nothing to run

@@ -3,11 +3,12 @@
     python docs/versions.py run 2.15.0 [--python python3.13] [pytest's arguments]
     python docs/versions.py page
 
-`run` makes the environment in build/ and takes it away, also when something fails or is interrupted. Without arguments
-for pytest the whole fast suite is run, with the sample of the matrix. pip takes the build of torch that its
-configuration gives: for the CPU's alone, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; where a
-configuration caps torch, PIP_CONFIG_FILE=/dev/null. `make test-torch` and `make test-torches` call this script, which
-needs nothing but Python.
+`run` makes the environment in build/ and takes it away, also when something fails or is
+interrupted. Without arguments for pytest the whole fast suite is run, with the sample of the
+matrix. pip takes the build of torch that its configuration gives: for the CPU's alone,
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu; where a configuration caps torch,
+PIP_CONFIG_FILE=/dev/null. `make test-torch` and `make test-torches` call this script, which needs
+nothing but Python.
 """
 
 import argparse
@@ -57,7 +58,7 @@ empty: not run
 
 @contextlib.contextmanager
 def environment(torch, python):
-    """The Python of a new environment with a release of torch and all that the tests need; removed at the end."""
+    """The Python of a new environment with a release of torch and the tests' needs."""
     folder = ROOT / "build" / f"torch-{torch}-{Path(python).name}"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
     folder.mkdir(parents=True)
@@ -76,12 +77,13 @@ def environment(torch, python):
 
 
 def run_tests(python, torch, arguments, add=False):
-    """Run the tests by this Python; write what they gave, or add it, and return whether none failed."""
+    """Run the tests by this Python; write or add the counts, return whether none failed."""
     FOUND.mkdir(parents=True, exist_ok=True)
     about = "import json, platform, torch; print(json.dumps([torch.__version__, platform.python_version()]))"
     versions = json.loads(subprocess.run([python, "-c", about], check=True, capture_output=True, text=True).stdout)
     report = FOUND / f"{torch}.xml"
     command = [python, "-m", "pytest", "-m", "not slow", "-p", "refusals", f"--junitxml={report}"]
+    command += ["-o", "junit_family=xunit1"]  # the one with the group of a cell
     command += ["-W", "ignore:restrain was tested up to torch", *arguments]  # a newer release is tried by this
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
     with_paths = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
@@ -125,7 +127,7 @@ def outcomes(report):
 
 
 def title_of(place, group):
-    """The group to which a test belongs: by the group of its column in the matrix, or by its place."""
+    """The group of a test: by its column in the matrix, or by its place."""
     place = place.replace("src.restrain", "tests")  # doctests
     fits = (title for title, starts in GROUPS.items() if group and group in starts)
     by_place = (title for title, starts in GROUPS.items() if place.startswith(starts))
@@ -133,7 +135,7 @@ def title_of(place, group):
 
 
 def missing(python, variables):
-    """[(what it stands for, what happens without it)] of the capabilities that this torch lacks, as far as is known."""
+    """[(what it stands for, what happens without it)] of capabilities that this torch lacks."""
     code = (
         "import json, warnings; warnings.simplefilter('ignore'); import restrain.torch_private as p; "
         "print(json.dumps([p.TABLE[name][1:3] for name in p.TABLE if name in p.MISSING]))"

@@ -106,15 +106,17 @@ def test_a_run_by_an_environment_that_is_there(versions, monkeypatch):
     (versions.ROOT / "tests").mkdir()
     (versions.ROOT / "tests" / "refusals.py").write_text("")
     (versions.ROOT / "src").symlink_to(ROOT / "src")
-    (versions.ROOT / "tests" / "test_x.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
-    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-o", "addopts="])
-    assert versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py::test_a", "-o", "addopts="])
+    (versions.ROOT / "tests" / "test_x.py").write_text(
+        'def test_a(record_property): record_property("group", "Compiled")\ndef test_b(): assert 0\n'
+    )
+    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-W", "error"])
+    assert versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py::test_a", "-W", "error"])
     (path,) = versions.FOUND.iterdir()
     data = json.loads(path.read_text())
-    assert data["tests"] == {"the rest": {"equal": 1}}
+    assert data["tests"] == {"compiled": {"equal": 1}}
     assert data["all"] is False
-    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-o", "addopts="], add=True)
-    assert json.loads(path.read_text())["tests"] == {"the rest": {"equal": 2, "failed": 1}}
+    assert not versions.run_tests(sys.executable, "9.0.0", ["tests/test_x.py", "-W", "error"], add=True)
+    assert json.loads(path.read_text())["tests"] == {"compiled": {"equal": 2}, "the rest": {"failed": 1}}
     assert len(data["missing"]) == len(MISSING)
 
 

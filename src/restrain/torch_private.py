@@ -673,7 +673,7 @@ def check_compiled_noise() -> None:
     """Refuse noise on weights in compiled code, where this torch has it wrong.
 
     The compiler of torch 2.12 deletes the parameter, that of 2.10 breaks the graph amid the layer's
-    call. With `fullgraph=True` torch refuses to compile it; else the error comes when the code runs.
+    call. With `fullgraph=True` torch refuses to compile it; else the error comes when it runs.
 
     Raises:
         VersionError: torch is older than 2.13.

@@ -1,4 +1,4 @@
-"""Versions of torch: those on which the tests were run, the oldest of which is the least supported."""
+"""Versions of torch: those on which the tests were run, the least supported first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def untested(version: str) -> bool:
 
 
 def check(version: str) -> None:
-    """Check the version of torch: raise an error if it is too old, warn if it is too new to be tested.
+    """Raise an error if the version of torch is too old, warn if it is newer than the tested ones.
 
     Args:
         version: `torch.__version__`.

@@ -376,6 +376,7 @@ import builtins, pickle
 import torch
 from restrain.models import files
 import safetensors.torch
+import torch.fx.experimental.symbolic_shapes  # as torch 2.10 does on the meta device
 with torch.device("meta"):  # imports what it needs
     pass
 from tests.plans.test_files import CLASSES

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from restrain.engine.distributed import local, ranks_of, totals
 from restrain.engine.step.worklist import Member
 from restrain.errors import OptimizerError
 from restrain.penalties.shrink import at_least_float32
+from restrain.torch_private import NORMALIZATIONS
 from restrain.transforms.sharpness import Ascended, Sharpness
 
 
@@ -103,7 +103,7 @@ def ascend(bound: Any) -> Callable[[Optimizer, nn.Module], None]:
 @contextmanager
 def _still(root: nn.Module) -> Iterator[None]:
     """Context after which the running statistics of normalisations are as before."""
-    norms = [module for module in root.modules() if isinstance(module, _NormBase) and module.training]
+    norms = [module for module in root.modules() if isinstance(module, NORMALIZATIONS) and module.training]
     kept = [(t, t.clone()) for module in norms for t in module.buffers(recurse=False)]
     try:
         yield
