@@ -1,6 +1,6 @@
 """The engine, which binds rules to a model and carries them out, and its front door."""
 
-from restrain.engine.attach import Attachment, Certificate, Evaluation, PenalisedTensor, attach
+from restrain.engine.attach import Attachment, Certificate, Evaluation, History, PenalisedTensor, attach, checked_track
 from restrain.engine.core import Draws, Hook, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
 from restrain.engine.ops import OPTIMIZERS, state_names
@@ -11,10 +11,12 @@ __all__ = [
     "Certificate",
     "Draws",
     "Evaluation",
+    "History",
     "Hook",
     "PenalisedTensor",
     "Point",
     "attach",
+    "checked_track",
     "forget_compiled_code",
     "paused",
     "state_names",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain import storage
+from restrain.engine import History
 from restrain.errors import FileError, PlanError, RestrainWarning
 from restrain.extras import needing
 from restrain.fields import brief, level_of_caller
@@ -35,12 +36,16 @@ class RestrainCallback(TrainerCallback):
     `train()` on the same model continues from the first; with another model (`model_init`) the
     rules begin anew. When `train()` ends, also by an exception, the rules are detached.
 
+    Args:
+        plan: as in `rs.attach`.
+        track: keep a history with a row for each k-th step, in `callback.history`; see `reg.track`.
+
     >>> from restrain.integrations.huggingface import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
     """
 
-    def __init__(self, plan: Any) -> None:
-        self._session = Session(plan)
+    def __init__(self, plan: Any, *, track: int | None = None) -> None:
+        self._session = Session(plan, track)
         self._trainer: weakref.ref[Trainer] | None = None  # the trainer while it trains
         self._join: Around | None = None
         self._resumes: Any = None  # argument resume_from_checkpoint
@@ -51,6 +56,11 @@ class RestrainCallback(TrainerCallback):
     def reg(self) -> Any:
         """The attachment; None outside of a training."""
         return self._session.reg
+
+    @property
+    def history(self) -> History:
+        """The history of the fit that runs, else of the last one; see `reg.track`."""
+        return self._session.history
 
     def add_to(self, trainer: Trainer) -> RestrainCallback:
         """Insert it first among the trainer's callbacks, so that later callbacks report its values.

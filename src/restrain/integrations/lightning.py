@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from restrain.engine import History
 from restrain.errors import PlanError
 from restrain.extras import needing
 from restrain.integrations.session import Around, Session
@@ -34,13 +35,14 @@ class RestrainCallback(Callback):
         share: in manual optimization, the part of the penalties for each `manual_backward`: 1/4 if
             each loss is divided by four that are accumulated, 1 if they are summed. By default all
             of them, and a second backward before the optimizer's step is an error.
+        track: keep a history with a row for each k-th step, in `callback.history`; see `reg.track`.
 
     >>> from restrain.integrations.lightning import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
     """
 
-    def __init__(self, plan: Any, share: float | None = None) -> None:
-        self._session = Session(plan)
+    def __init__(self, plan: Any, share: float | None = None, *, track: int | None = None) -> None:
+        self._session = Session(plan, track)
         self._share = share
         self._joins: Around | None = None
         self._passes: _Passes | None = None
@@ -49,6 +51,11 @@ class RestrainCallback(Callback):
     def reg(self) -> Any:
         """The attachment; None outside of a fit."""
         return self._session.reg
+
+    @property
+    def history(self) -> History:
+        """The history of the fit that runs, else of the last one; see `reg.track`."""
+        return self._session.history
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if pl_module.automatic_optimization and self._share is not None:

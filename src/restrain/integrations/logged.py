@@ -10,6 +10,8 @@ from torch import Tensor
 
 from restrain.engine import Attachment
 
+_TRACKED = ("shares", "zeros", "zero_groups", "dead", "norms")  # of a tracked step
+
 
 def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, float]:
     """Return the values of the rules for a logger: `accelerator.log(logs(reg, loss), step)`.
@@ -21,8 +23,10 @@ def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, 
     Returns:
         "data_loss", "penalty" (all rules together), "penalties/<rule>" (strength × value; nan
             before a penalty on activations has a first value, which the sum leaves out) and
-            "strengths/<rule>" for moving strengths. In the names of rules, everything but letters,
-            digits, dots and dashes becomes "_", as MLflow and others require.
+            "strengths/<rule>" for moving strengths. If steps are tracked (`reg.track`), also
+            "norms", "zeros", "zero_groups" and "dead" of tensors and "shares" of rules at the last
+            tracked step. In the names of rules, everything but letters, digits, dots and dashes
+            becomes "_", as MLflow and others require.
 
     >>> from restrain.integrations import logs
     >>> model = nn.Linear(3, 2)
@@ -33,7 +37,12 @@ def logs(reg: Attachment, data_loss: float | Tensor | None = None) -> dict[str, 
     values = reg.values()
     found = {} if data_loss is None else {"data_loss": float(data_loss)}
     found["penalty"] = sum(value for value in values.values() if not math.isnan(value))
-    return {**found, **_under("penalties", values), **_under("strengths", reg.strengths())}
+    found |= {**_under("penalties", values), **_under("strengths", reg.strengths())}
+    row = reg.history[-1] if reg.tracks and len(reg.history) else {}
+    for kind in _TRACKED:
+        own = {key.removeprefix(f"{kind}/"): value for key, value in row.items() if key.startswith(f"{kind}/")}
+        found |= _under(kind, {key: value for key, value in own.items() if not math.isnan(value)})
+    return found
 
 
 def _under(folder: str, values: Mapping[str, float]) -> dict[str, float]:

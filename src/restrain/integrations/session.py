@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine import Attachment, attach
+from restrain.engine import Attachment, History, attach, checked_track
 from restrain.errors import PlanError
 from restrain.integrations.logged import logs
 
@@ -59,10 +59,22 @@ class Session:
     A fit continues from a state that was loaded before it, or from the last fit if that had the
     same model; with another model it begins anew. So do the epochs of schedules, whichever number
     the trainer's epochs begin with.
+
+    Args:
+        plan: the rules.
+        track: track each k-th step, as in `rs.attach`; None: no history.
+
+    Raises:
+        PlanError: an invalid `track`.
     """
 
-    def __init__(self, plan: Any) -> None:
-        self.plan = plan
+    track: int | None = None  # here for pickles of version 0.1, as the next
+    _history: History | None = None  # of the last fit
+
+    def __init__(self, plan: Any, track: int | None = None) -> None:
+        if track is not None:
+            checked_track(track)
+        self.plan, self.track = plan, track
         self.reg: Attachment | None = None
         self._state: dict[str, Any] = {}  # loaded, or of the last fit
         # model of the state; None for a loaded state
@@ -82,7 +94,7 @@ class Session:
         """
         self.end()
         self.data_loss()  # drop the losses of an interrupted fit
-        reg = attach(model, self.plan, list(optimizers))
+        reg = attach(model, self.plan, list(optimizers), track=self.track)
         self._first, self._epoch, self._ended, state = None, None, False, self._state
         try:
             if state and (self._fitted is None or self._fitted() is reg.model):
@@ -112,9 +124,22 @@ class Session:
             reg = self.reg
             try:
                 self._state, self._fitted = self.state_dict(), weakref.ref(reg.model)
+                self._history = reg.history if reg.tracks else None
             finally:
                 self.reg = None
                 reg.detach()
+
+    @property
+    def history(self) -> History:
+        """The history of the fit that runs, else of the last one.
+
+        Raises:
+            PlanError: nothing is tracked, or there was no fit.
+        """
+        found = self._history if self.reg is None else self.reg.history
+        if found is None:
+            raise PlanError("there is no history: write RestrainCallback(plan, track=10), then fit")
+        return found
 
     def epoch_begins(self, number: int) -> None:
         """Begin the trainer's epoch `number`; schedules follow, also over skipped epochs."""
@@ -175,6 +200,7 @@ class Session:
         return dict(zip(found, mean(torch.tensor(list(found.values()), device="cpu")).tolist(), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = vars(Session(self.plan))
+        fresh = vars(Session(self.plan, self.track))
         # a copied model is another object, but the same model
-        return {**fresh, "_state": self.state_dict()}
+        history = self._history if self.reg is None or not self.reg.tracks else self.reg.history
+        return {**fresh, "_history": history, "_state": self.state_dict()}

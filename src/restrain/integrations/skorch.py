@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Hook
+from restrain.engine import History, Hook
 from restrain.errors import PlanError
 from restrain.extras import needing
 from restrain.integrations.session import Around, Session
@@ -27,20 +27,31 @@ class RestrainCallback(Callback):  # type: ignore[misc]
     and `partial_fit` continues from it; `Checkpoint(f_rules="rules.pt")` saves it. Another plan
     (`set_params`) begins anew. When the fit ends, also by an exception, the rules are detached.
 
+    Args:
+        plan: as in `rs.attach`.
+        track: keep a history with a row for each k-th step, in `callback.rule_history_`; see
+            `reg.track`.
+
     >>> from restrain.integrations.skorch import RestrainCallback
     >>> callback = RestrainCallback([1e-4 * rs.L2().on("*.weight")])
     """
 
     join_: _Join | None = None  # during a fit
     around_: Around | None = None
+    track: int | None = None  # for pickles of version 0.1
 
-    def __init__(self, plan: Any) -> None:
-        self.plan = plan
+    def __init__(self, plan: Any, track: int | None = None) -> None:
+        self.plan, self.track = plan, track
 
     def initialize(self) -> RestrainCallback:
         if not hasattr(self, "session_"):
-            self.session_ = Session(self.plan)
+            self.session_ = Session(self.plan, self.track)
         return self
+
+    @property
+    def rule_history_(self) -> History:
+        """The history of the fit that runs, else of the last one; see `reg.track`."""
+        return self.session_.history
 
     def on_train_begin(self, net: NeuralNet, X: Any = None, y: Any = None, **kwargs: Any) -> None:
         if sum(isinstance(callback, RestrainCallback) for _, callback in net.callbacks_) > 1:
@@ -52,7 +63,8 @@ class RestrainCallback(Callback):  # type: ignore[misc]
             )
         # another plan, or a net without history
         if self.session_.plan is not self.plan or not net.history:
-            self.session_ = Session(self.plan)
+            self.session_ = Session(self.plan, self.track)
+        self.session_.track = self.track
         net.rules_ = self.session_  # skorch saves this attribute for f_rules=
         if self.around_ is not None:  # left by a fit interrupted before its loop
             self.around_.remove()

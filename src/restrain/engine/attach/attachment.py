@@ -19,10 +19,20 @@ from restrain.engine.attach.certificate import Certificate, certify
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.groups import PenalisedTensor, penalised
+from restrain.engine.attach.history import History
 from restrain.engine.attach.installation import Hooks
-from restrain.engine.attach.state import VERSION, DetachedAttachment, by_new_names, checked, fill, metric_names
+from restrain.engine.attach.state import (
+    VERSION,
+    DetachedAttachment,
+    by_new_names,
+    checked,
+    fill,
+    metric_names,
+    split_history,
+)
 from restrain.engine.attach.stationarity import Loss, Objective, as_found
 from restrain.engine.attach.structure import Look, Structure
+from restrain.engine.attach.tracking import POINTS, Tracker, checked_track
 from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
@@ -71,6 +81,7 @@ def attach(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     compile: Compile = "auto",
+    track: int | None = None,
 ) -> Attachment:
     """Bind a plan and the rules declared by layers to a model and its optimizer.
 
@@ -89,7 +100,7 @@ def attach(
     Raises:
         SelectionError: a rule matches nothing.
         HowError, OptimizerError, NoProxError: a rule that can't be carried out as written.
-        PlanError: nothing to attach; an invalid `compile`.
+        PlanError: nothing to attach; an invalid `compile` or `track`.
 
     >>> model = nn.Linear(3, 2)
     >>> with rs.attach(model, 0.1 * rs.L2().on("weight")) as reg:
@@ -98,6 +109,8 @@ def attach(
     checked_module(model)
     if compile != "auto" and not isinstance(compile, bool):
         raise PlanError(f"compile= is True, False or 'auto', got {compile!r}")
+    if track is not None:
+        checked_track(track)
     declared, modules = declared_rules(model, skip=_claimed)
     rules = Plan.of(plan) + Plan(tuple(declared))
     refuse_wrapped(model, rules)
@@ -105,7 +118,10 @@ def attach(
         raise PlanError("nothing to attach: the plan is empty and no layer of the model declares a rule")
     with uncollected(), torch.inference_mode(False):  # training goes on with the tensors that are made here
         flat = shards.flattened(model)
-        return Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
+        reg = Attachment(unwrap(model), rules, given_optimizers(optimizer), modules, declared, compile, flat)
+    if track is not None:
+        reg.track(track)
+    return reg
 
 
 def _kind_at_steps(rule: Rule) -> str:
@@ -128,6 +144,8 @@ class BoundRule:
 
 class Attachment:
     """A plan bound to a model. Made by `attach`; references the model weakly."""
+
+    _tracker: Tracker | None = None
 
     def __init__(
         self,
@@ -309,6 +327,8 @@ class Attachment:
             work.kept = metrics.get(work.handle.name, {})
         for stepper in self._steppers:
             stepper.renew()
+        if self._tracker is not None:
+            self._tracker.renew()
         self._structure.remember(model)
         self._whereabouts = whereabouts(self._bounds, model)
 
@@ -352,6 +372,8 @@ class Attachment:
             raise PenaltyError(
                 f"reg.loss takes the scalar data loss, got {came}: average it first, as in losses.mean()"
             )
+        if self._tracker is not None:
+            self._tracker.collect(loss, share, self._clock.steps)
         all_of_it = isinstance(share, float | int) and share == 1
         direct, hidden = self._terms(loss if all_of_it else loss / share)
         for term, factor in direct:
@@ -559,6 +581,67 @@ class Attachment:
         """Return the trained tensors under penalties, with their groups; see `PenalisedTensor`."""
         return penalised(self._bounds, self._as_it_is())
 
+    def track(self, every: int = 10, *, points: int = POINTS, shares: bool = False) -> History:
+        """Keep a history with a row for each k-th step, and return it; also `attach(track=k)`.
+
+        Columns: "step"; "data_loss", the mean of the losses that `reg.loss` got since the step
+        before (nan without any), of this process; "penalties/<rule>", strength × value;
+        "strengths/<rule>"; and of each tensor under a rule "norms/<name>", and as fractions
+        "zeros/<name>" (entries), "zero_groups/<name>" (of its first rule by group) and
+        "dead/<name>" (units without an incoming weight that isn't zero). The loss is of the weights
+        before the step, penalties on activations too, everything else of those after it.
+
+        Steps that don't count (skipped by a loss scaler, learning rate zero) have no row. The
+        history is in `reg.state_dict()`, goes on after `load_state_dict`, and can be read after
+        `detach`. Called again, it goes on with other settings.
+
+        Args:
+            every: k.
+            points: the greatest number of rows; when they are full, every second one goes and k
+                doubles.
+            shares: also measure "shares/<rule>" of penalties on single parameters:
+                ‖g‖ / (‖g‖ + ‖r‖), g the rule's gradient, r the rest of `.grad` after the step.
+                This waits for the device, and steps aren't folded with rules, which changes
+                results by rounding.
+
+        Raises:
+            PlanError: `every` or `points` isn't a whole number, at least 1 and 2.
+            DetachedError: the rules were detached.
+
+        >>> model = nn.Linear(3, 2)
+        >>> reg = rs.attach(model, rs.L1().on("weight", name="l1"))
+        >>> reg.track(every=5)
+        <History of 0 tracked steps, 2 columns>
+        """
+        checked_track(every, points)
+        if self._detached:
+            raise DetachedError("these rules were detached, and no step is seen any more: attach the plan again")
+        if self._tracker is None:
+            self._tracker = Tracker(self._bounds, History(every, points))
+        self._tracker.history.change(every, points)
+        self._tracker.shares = shares
+        for stepper in self._steppers if shares else ():
+            stepper.keep_gradients()
+        return self._tracker.history
+
+    @property
+    def history(self) -> History:
+        """The history of tracked steps.
+
+        Raises:
+            PlanError: nothing is tracked.
+        """
+        if self._tracker is None:
+            raise PlanError(
+                "there is no history, as no step is tracked: write rs.attach(..., track=10), or reg.track(every=10)"
+            )
+        return self._tracker.history
+
+    @property
+    def tracks(self) -> bool:
+        """True if there is a history."""
+        return self._tracker is not None
+
     def forget(self) -> None:
         """Forget all forwards since the last step, as if they had never run."""
         self._forwards.clear()
@@ -610,7 +693,9 @@ class Attachment:
                     yield f"{bound.key}: {name}", states[id(what)], what, handle
 
     def _keep_up(self, root: nn.Module) -> None:
-        """Update the state of rules and moving strengths after a training step."""
+        """Track a training step, then update the state of rules and moving strengths."""
+        if self._tracker is not None:
+            self._tracker.stepped(self._clock.steps, root)
         if self._keeping or self._strengths.bounds:
             with torch.no_grad():
                 for what, handle in self._keeping:
@@ -631,7 +716,7 @@ class Attachment:
             "metrics": tuple((work.handle.name, dict(work.kept)) for work in self._works if work.kept),
             "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
             "strengths": self._strengths.state(),
-        }
+        } | ({} if self._tracker is None else {"history": self._tracker.history.state()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.
@@ -645,15 +730,23 @@ class Attachment:
 
     def _load(self, state: dict[str, Any]) -> None:
         mine = self.state_dict()
+        mine.pop("history", None)
+        state, history = split_history(state)
         metrics = {work.handle.name: self._metric_of(work.handle) for work in self._works}
         whole = checked(by_new_names(state), mine, metrics)
         self._strengths.check(whole["strengths"], whole["steps"], whole["epochs"])
+        told = None if history is None else History.of(history, whole["steps"])
         before = {**mine, "kept": {name: {k: t.clone() for k, t in own.items()} for name, own in mine["kept"].items()}}
         try:
             self._resume(whole, mine["kept"])
         except BaseException:  # an interrupt
             self._resume(before, mine["kept"])
             raise
+        if told is not None:  # the only change of an attachment that doesn't track
+            self._tracker = self._tracker or Tracker(self._bounds, told)
+            self._tracker.history.replace(told)
+        elif self._tracker is not None:
+            self._tracker.history.since(whole["steps"])
 
     def _metric_of(self, handle: Handle) -> tuple[Tensor, tuple[str, ...]]:
         """Return a parameter and the names of its optimizer's metric state."""

@@ -110,16 +110,11 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
     rows = [head]
     for bound in bounds:
-        what = bound.what
         elements = sum(p.numel() for p, _ in bound.tensors(root)) if bound.parameters else "-"
         row = [
             bound.key,
             bound.rule.how,
-            f"{float(at_hand(what.strength, what)):g}"
-            if isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative))
-            else "1"
-            if bound.is_penalty
-            else "-",
+            f"{strength_of(bound):g}" if bound.is_penalty else "-",
             str(len(bound.names)),
             f"{elements:,}" if isinstance(elements, int) else elements,
             _short([name or "(the model)" for name in bound.names]),
@@ -132,6 +127,13 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
     notes += [note for bound in bounds for note in _of_ignored_scales(bound, root)]
     return "\n".join([text_table(rows, {2, 3, 4, 6}), *notes])
+
+
+def strength_of(bound: Bound) -> float:
+    """Return the current strength of a penalty; 1 of a sum, whose parts have strengths."""
+    what = bound.what
+    scaled = isinstance(what, (Scaled, ScaledNetwork, ScaledDerivative))
+    return float(at_hand(what.strength, what)) if scaled else 1.0
 
 
 def _units(bound: Bound, shown: int = 4) -> list[str]:

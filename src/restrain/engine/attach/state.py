@@ -35,6 +35,13 @@ def by_new_names(state: Any) -> Any:
     return {**state, "rules": [text_by_new_names(key) for key in rules], **named}
 
 
+def split_history(state: Any) -> tuple[Any, Any]:
+    """Return (a saved state without its history, the history or None); states may be without."""
+    if not isinstance(state, Mapping):
+        return state, None
+    return {key: value for key, value in state.items() if key != "history"}, state.get("history")
+
+
 def checked(
     state: Any, mine: Mapping[str, Any], metrics: Mapping[str, tuple[Tensor, tuple[str, ...]]]
 ) -> dict[str, Any]:

@@ -179,6 +179,10 @@ class Stepper:
         for handle in self._handles:
             handle.remove()
 
+    def keep_gradients(self) -> None:
+        """Fold no more steps: afterwards `.grad` has the gradients of rules, too."""
+        self._folding.possible = False
+
     def renew(self) -> None:
         """Rebuild the list of parameters, after `works` has changed."""
         self._worklist.forget()
