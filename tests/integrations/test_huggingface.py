@@ -503,3 +503,14 @@ def test_a_damaged_state_in_a_checkpoint_is_told_with_its_file(tmp_path):
             other.train(resume_from_checkpoint=str(file.parent))
         with pytest.raises(FileError, match=said):
             callback.load(file.parent)
+
+
+def test_its_history_has_the_mean_loss_of_each_update(tmp_path):
+    run = trainer(gpt2(), tmp_path, data=rows(4), gradient_accumulation_steps=2, max_steps=3)
+    callback = RestrainCallback(PLAN, track=1).add_to(run)
+    run.train()
+    assert callback.history["step"] == [1, 2, 3]
+    assert callback.history["data_loss"] == pytest.approx(
+        [row["data_loss"] for row in run.state.log_history[:3]], rel=1e-5
+    )
+    assert run.state.log_history[2]["norms/transformer.h.0.mlp.c_proj.weight"] > 0

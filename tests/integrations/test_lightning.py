@@ -493,3 +493,29 @@ def test_copies_and_files_of_a_module_in_training_are_free(tmp_path):
         plain.load_state_dict(found.state_dict())
         torch.testing.assert_close(found(X), plain(X), rtol=0, atol=0)
         trainer(tmp_path, max_steps=1).fit(found, batches())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_its_history_is_that_of_a_loop_by_hand(tmp_path, accumulate):
+    module, callback = Module(), RestrainCallback(PLAN, track=1)
+    trainer(tmp_path, accumulate_grad_batches=accumulate, callbacks=[callback]).fit(module, batches())
+    other = Module()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.05)
+    reg = rs.attach(other, PLAN, optimizer, track=1)
+    for _ in range(2):
+        for i, (x,) in enumerate(batches()):
+            (reg.loss(F.mse_loss(other(x).squeeze(1), x.sum(1))) / accumulate).backward()
+            if (i + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert len(callback.history) == 8 // accumulate
+    names = [name for name in reg.history.columns if accumulate == 1 or name != "penalties/sparse"]
+    for name in names:
+        assert callback.history[name] == pytest.approx(reg.history[name], rel=1e-5), name
+    assert len(pickle.loads(pickle.dumps(callback)).history) == 8 // accumulate
+    trainer(tmp_path, callbacks=[callback]).fit(module, batches())
+    assert callback.history["step"][-1] == 8 // accumulate + 8
+    with pytest.raises(PlanError, match="there is no history: write RestrainCallback"):
+        _ = RestrainCallback(PLAN).history
+    with pytest.raises(PlanError, match="track every k-th step"):
+        RestrainCallback(PLAN, track=0)

@@ -243,3 +243,16 @@ def test_accelerate(tmp_path, kind):
     accelerator.end_training()
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert_logged(tmp_path, kind, STEPS)
+
+
+def test_tracked_steps_are_among_the_logged_values():
+    model = nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, 0.1 * rs.GroupLasso(per="out").on("weight", name="rows"), optimizer, track=2)
+    for _ in range(2):
+        assert list(logs(reg)) == ["penalty", "penalties/rows"]
+        reg.loss(model(X).sum()).backward()
+        optimizer.step()
+    found = logs(reg)
+    assert list(found)[2:] == ["zeros/weight", "zero_groups/weight", "dead/weight", "norms/weight"]
+    assert found["norms/weight"] == pytest.approx(model.weight.norm().item())

@@ -31,7 +31,7 @@ def module():
     return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 1))
 
 
-def net(plan=PLAN, **options):
+def net(plan=PLAN, track=None, **options):
     given = {
         "max_epochs": 3,
         "lr": 0.1,
@@ -40,7 +40,8 @@ def net(plan=PLAN, **options):
         "verbose": 0,
         "train_split": None,
     }
-    return skorch.NeuralNetRegressor(module(), callbacks=[("rules", RestrainCallback(plan))], **{**given, **options})
+    callbacks = [("rules", RestrainCallback(plan, track))]
+    return skorch.NeuralNetRegressor(module(), callbacks=callbacks, **{**given, **options})
 
 
 def by_hand(epochs=3, plan=PLAN):
@@ -334,3 +335,14 @@ def test_accumulated_batches_are_one_big_batch():
     parts = Accumulating(**{**options, "callbacks": [("rules", RestrainCallback(PLAN))]}).fit(X, Y)
     for a, b in zip(parts.module_.parameters(), big.module_.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_it_tracks_steps():
+    found = net(track=2).fit(X, Y)
+    callback = dict(found.callbacks_)["rules"]
+    steps = 3 * -(-len(X) // 10)
+    assert callback.rule_history_["step"] == list(range(2, steps + 1, 2))
+    tracked = [name for name in found.history[-1] if name.startswith("norms/")]
+    assert found.history[-1][tracked[0]] == callback.rule_history_[-1]["norms/0.weight"]
+    again = pickle.loads(pickle.dumps(found))
+    assert len(dict(again.callbacks_)["rules"].rule_history_) == steps // 2
