@@ -22,8 +22,8 @@ _ROUNDS, _ROUNDS_COMPILED = 100, 12  # no random group of up to 30,000 entries n
 
 
 def unsigned_zeros(x: Tensor) -> Tensor:
-    """Return a tensor with +0.0 in the place of -0.0."""
-    return x + 0.0 if _adds(x) else torch.where(x == 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
+    """Return a tensor with +0.0 in the place of -0.0; the gradient passes, also at zeros."""
+    return x + 0.0 if _adds(x) else torch.where(x == 0, x - x.detach(), x)
 
 
 def unsign_zeros_(x: Tensor) -> Tensor:
