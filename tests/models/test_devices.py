@@ -48,6 +48,7 @@ def test_what_fabric_is_needed_for_without_it(monkeypatch):
         rs.Classifier(precision="bf16-mixed").fit(X, Y)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Fabric's own
 def test_mixed_precision():
     pytest.importorskip("lightning_fabric")
@@ -83,6 +84,7 @@ def test_on_a_gpu():
     np.testing.assert_allclose(there.predict_proba(X), here.predict_proba(X), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     pytest.importorskip("lightning_fabric")
     (tmp_path / "script.py").write_text(SCRIPT)

@@ -285,6 +285,7 @@ def compiled_equals(given, data=(X, Y), kind=rs.Classifier, rtol=1e-9):
     assert_same(one, fitted(kind, False, data, **{"learning_rate": None, **given}), rtol)
 
 
+@pytest.mark.slow
 def test_compiled(tmp_path):
     compiled_equals({"hidden": (20,), "weight_l1": 1e-3, "hidden_l1": 1e-3})
 

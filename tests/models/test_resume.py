@@ -149,6 +149,7 @@ def killed(kills, folder):
     return count, finished
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills, tmp_path):
     run = subprocess.run(

@@ -48,6 +48,7 @@ def model(**given):
     return rs.Classifier(hidden=(8,), epochs=2, batch_size=50, random_state=0, **given)
 
 
+@pytest.mark.slow
 def test_worker_processes_train_with_the_formula_of_the_class():
     _, _, unregistered = own_classes()
     models = [model(strong=1e-3), model(very_strong=1e-3), model(direct=1e-3)]
