@@ -10,6 +10,7 @@ from typing import Any
 from restrain import datafiles
 from restrain.errors import PlanError, RestrainError
 from restrain.fields import brief, is_whole
+from restrain.html_table import html_table
 from restrain.layouts import NONE, Layouts, read_layouts, write_layouts
 from restrain.plandata import read_rule, write_rule
 from restrain.rules import Rule, What
@@ -102,6 +103,10 @@ class Plan:
             FileAccessError: no such folder, no space or no permission; the old file is unchanged.
         """
         datafiles.save(self.to_dict(), path)
+
+    def _repr_html_(self) -> str:
+        rows = [[rule.name or "", brief(rule.what), rule.how, brief(rule.where)] for rule in self.rules]
+        return html_table([["name", "what", "how", "where"], *rows])
 
     def __iter__(self) -> Iterator[Rule]:
         return iter(self.rules)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from restrain.html_table import html_table
 from restrain.text_table import text_table
 
 _COSTS = ("", "before", "after", "×")
@@ -98,15 +98,7 @@ class Report:
 
     def to_html(self) -> str:
         """Return the tables as HTML."""
-        parts = []
-        for head, rows in (
-            (_COSTS, self._costs()),
-            (_LAYERS, self._rows()),
-        ):
-            cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-            lines = ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
-            parts.append(f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table>")
-        return "\n".join(parts)
+        return "\n".join([html_table([_COSTS, *self._costs()]), html_table([_LAYERS, *self._rows()])])
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -16,11 +16,13 @@ from restrain import plots, storage
 from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.extras import needing
 from restrain.fields import is_whole
+from restrain.html_table import html_table
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point
 from restrain.text_table import text_table
 
 _COLUMNS = ("strength", "score", "selected", "groups", "loss", "residual", "seconds")
+_RIGHT = range(len(_COLUMNS) + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,12 +135,20 @@ class Path:
     # ---------------------------------------------------------------- tables, pictures, files
 
     def __str__(self) -> str:
+        return f"{self._head()}\n{text_table(self._rows(), _RIGHT)}"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), _RIGHT, [self._head()])
+
+    def _head(self) -> str:
+        return f"{len(self)} points, greatest strength {self.greatest.strength:.4g} by {self.greatest.found}"
+
+    def _rows(self) -> list[list[str]]:
         rows = [["", *_COLUMNS]]
         for one in self.points:
             numbers = [one.strength, one.score, one.selected, one.groups, one.loss, one.residual, one.seconds]
             rows.append([str(one.index), *(f"{number:.4g}" for number in numbers)])
-        head = f"{len(self)} points, greatest strength {self.greatest.strength:.4g} by {self.greatest.found}"
-        return f"{head}\n{text_table(rows, set(range(8)))}"
+        return rows
 
     def to_frame(self) -> Any:
         """Return a pandas table with a row for each point."""

@@ -64,6 +64,7 @@ from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
 from restrain.garbage import uncollected
+from restrain.html_table import html_table
 from restrain.layouts import attach_layouts
 from restrain.named_tensors import Handle, checked_module, device_of, unwrap
 from restrain.penalties import NetworkPenalty
@@ -779,6 +780,12 @@ class Attachment:
 
     def __str__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str | None:
+        if self._model() is None:
+            return None  # notebooks show repr instead
+        rows, notes = report.cells(self._bounds, self._as_it_is(), None)
+        return html_table(rows, report.RIGHT, notes)
 
     def __repr__(self) -> str:
         model = self._model()

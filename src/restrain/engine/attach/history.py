@@ -14,6 +14,7 @@ from torch import Tensor
 from restrain.errors import PlanError
 from restrain.extras import needing
 from restrain.fields import brief, is_whole
+from restrain.html_table import html_table
 from restrain.text_table import text_table
 
 _WAITING = 64  # rows left on the device until they are read
@@ -158,6 +159,10 @@ class History:
     def __str__(self) -> str:
         cells = self.cells()
         return f"{self.summary()}\n{text_table(cells, range(len(cells[0])))}"
+
+    def _repr_html_(self) -> str:
+        cells = self.cells()
+        return html_table(cells, range(len(cells[0])), [self.summary()])
 
     def __repr__(self) -> str:
         return f"<History of {len(self)} tracked steps, {len(self._columns)} columns>"

@@ -105,8 +105,19 @@ def _gradient(term: Tensor, trained: Sequence[Tensor]) -> list[Term]:
     return [(local(g).abs().double().square().sum(), ranks_of(g)) for g in gradients if g is not None]
 
 
+RIGHT = (2, 3, 4, 6)  # columns of numbers in the table of rules
+
+
 def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None) -> str:
     """Return a table with a line per rule, and notes; `numbers` are the values, if known."""
+    rows, notes = cells(bounds, root, numbers)
+    return "\n".join([text_table(rows, RIGHT), *notes])
+
+
+def cells(
+    bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | None
+) -> tuple[list[list[str]], list[str]]:
+    """Return (the rows of the table of rules, head first; the notes below it)."""
     head = ["rule", "how", "strength", "tensors", "elements", "where"] + ["value"] * (numbers is not None)
     rows = [head]
     for bound in bounds:
@@ -126,7 +137,7 @@ def table(bounds: Sequence[Bound], root: nn.Module, numbers: dict[str, float] | 
     notes = [note for bound in bounds for note in (*_units(bound), *bound.notes, *map(str, bound.moving))]
     notes += [f"left out while frozen: {_short(frozen)}"] if frozen else []
     notes += [note for bound in bounds for note in _of_ignored_scales(bound, root)]
-    return "\n".join([text_table(rows, {2, 3, 4, 6}), *notes])
+    return rows, notes
 
 
 def strength_of(bound: Bound) -> float:
