@@ -49,7 +49,8 @@ class Structure:
         found = self._identities()
         if found is None or found[0] != self._modules or declarations.count != self._declared:
             return True
-        if found[1] == self._parameters and (torch.jit.is_tracing() or _shapes(self._own()) == self._shapes):
+        traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        if found[1] == self._parameters and (traced or _shapes(self._own()) == self._shapes):
             return False  # `p.data = ...` can resize a parameter in place; in a trace, sizes are tensors
         if self._pattern_now() != self._pattern:
             return True
