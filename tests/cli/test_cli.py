@@ -345,7 +345,7 @@ def test_models_are_not_overwritten_unasked(here):
 
 
 def test_help_shows_examples():
-    for arguments in ((), ("fit",), ("predict",), ("explain",), ("demo",)):
+    for arguments in ((), ("fit",), ("predict",), ("explain",), ("path",), ("demo",)):
         text = run(*arguments, "--help").stdout
         assert f"restrain {arguments[0] if arguments else 'fit'} " in text.partition("Example")[2]
         assert "Exit codes: 0 fine, 1 failed" in text
@@ -354,7 +354,7 @@ def test_help_shows_examples():
 
 def test_examples_of_the_help_are_command_lines(here):
     """Each example parses, with files that exist."""
-    for name in ("fit", "predict", "explain", "demo"):
+    for name in ("fit", "predict", "explain", "path", "demo"):
         text = run(name, "--help").stdout.partition("Example")[2].partition("Options:")[0].replace("\\\n", " ")
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith("restrain ")]
         assert lines

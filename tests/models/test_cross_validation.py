@@ -28,6 +28,15 @@ def test_scikit_learns_own_checks(estimator, check):
 # ---------------------------------------------------------------- exact paths
 
 
+def test_weights_of_every_point():
+    model = rs.RegressorCV(points=6).fit(X, Y)
+    for strength, w, b in zip(model.strengths_, *model.weights_.values(), strict=True):
+        best = Lasso(alpha=strength / 2, tol=1e-13, max_iter=100_000).fit(X, Y)
+        np.testing.assert_allclose(w[0], best.coef_, atol=1e-8)
+        assert float(b[0]) == pytest.approx(best.intercept_, abs=1e-8)
+    assert [name.partition(".")[2] for name in model.weights_] == ["weight", "bias"]
+
+
 def strengths(problem, penalty, ratio=1e-2, points=8):
     return problem.greatest(penalty) * np.geomspace(1, ratio, points)
 

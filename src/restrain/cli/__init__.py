@@ -1,4 +1,4 @@
-"""Command line: `restrain fit`, `predict`, `explain` and `demo`.
+"""Command line: `restrain fit`, `predict`, `explain`, `path` and `demo`.
 
 It needs `pip install 'restrain[cli]'`.
 """

@@ -19,6 +19,7 @@ with needing("cli", __name__):
     import numpy as np
 
     from restrain.cli import explain as explaining
+    from restrain.cli import inputs as of_inputs
     from restrain.cli import jobs, options, tables
     from restrain.cli.tables import Marks, counted
     from restrain.models import Autoencoder, Classifier, Regressor, files
@@ -67,6 +68,7 @@ def restrain() -> None:
           --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
       restrain predict run/ new.csv --out predictions.csv
       restrain explain run/ --picture curves.png
+      restrain path data.csv --target y --select inputs
       restrain demo
     """
 
@@ -158,6 +160,97 @@ def fit(data: Path, **given: Any) -> None:
     for name, score in notes["scores"].items():
         click.echo(f"{jobs.measure(given['model'])} in {name}: {score:.4f}")
     _finish(model, file, notes)
+
+
+_LINEAR, _NETWORK = ("cv", "jobs"), ("activation", "valid", "epochs", "learning_rate", "batch_size")
+
+
+@restrain.command("path", epilog=_CODES)
+@click.argument("data", type=_READABLE)
+@click.option("--target", multiple=True, required=True, help="The column to predict; several for a regressor.")
+@click.option("--select", type=click.Choice(["inputs"]), default="inputs", show_default=True, help="What to select.")
+@click.option(
+    "--model",
+    type=click.Choice(["classifier", "regressor"]),
+    help="Needed for a target of few whole numbers; else text is classified, and numbers are regressed.",
+)
+@click.option("--hidden", type=options.Hidden(), default="none", help="Hidden layers, as in 100,50; none: linear.")
+@click.option("--points", type=click.IntRange(min=2), default=50, show_default=True, help="Strengths to try.")
+@click.option(
+    "--ratio",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=1e-3,
+    show_default=True,
+    help="The least strength / the greatest.",
+)
+@click.option("--cv", type=click.IntRange(min=2), help="Folds of a linear model; 5, unless given.")
+@click.option("--jobs", type=int, help="Processes for the folds; -1 for all cores.")
+@click.option(
+    "--valid",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="The part of the rows to validate a network with; 0.2, unless given.",
+)
+@click.option("--activation", help="Of a network's hidden layers; relu, unless given.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Of a network at each strength; 20, unless given.")
+@click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Adam's; 1e-3, unless given.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows a step of a network; 64, unless given.")
+@click.option("--normalize/--no-normalize", default=True, help="Standardise inputs (and a regressor's targets).")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
+@click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories.")
+@click.option(
+    "--missing",
+    type=click.Choice(["error", "fill"]),
+    default="error",
+    show_default=True,
+    help="Missing values: refuse them, or take a number's mean, and a value of its own for a category.",
+)
+@options.marks_options
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The folder for tables and picture.")
+@click.option("--overwrite", is_flag=True, help="Replace a path that is there already.")
+def path_of(data: Path, **given: Any) -> None:
+    """Select the input columns of the table DATA: a path of models from all columns to none.
+
+    A linear model's path is exact: a lasso, or where a column has several weights (classes,
+    several targets, the values of a category) a group lasso, so that each column is used as a whole
+    or not at all; scores are over folds. Networks (--hidden) are trained from strength to strength
+    under a group lasso on each column's weights, and scored on a part of the rows.
+
+    Shown are the best point, and the point of the fewest columns whose score is within one standard
+    error of that. --out takes points.csv, inputs.csv, path.png and the path, which
+    restrain.paths.Path.load reads.
+
+    \b
+    Examples:
+      restrain path data.csv --target y --select inputs
+      restrain path houses.parquet --target price --cv 10 --jobs -1 --out path/
+      restrain path data.csv --target y --hidden 100 --points 20 --valid 0.3 --out path/
+    """
+    other = [name for name in (_LINEAR if given["hidden"] else _NETWORK) if given[name] is not None]
+    if other:
+        kind = "linear models, which --hidden excludes" if given["hidden"] else "networks: write --hidden, as in 100"
+        raise click.UsageError(f"--{other[0].replace('_', '-')} is for {kind}")
+    out = given["out"]
+    if out is not None and (out / "path.pt").exists() and not given["overwrite"]:
+        raise click.UsageError(f"{out} has a path already: write --overwrite, or another --out")
+    marks = options.marks_of(given)
+    if given["model"] is None:
+        table = tables.read(data, [], marks)
+        wanted = options.chosen("--target", given["target"], list(table.columns), str(data))
+        given["model"] = of_inputs.kind_of(table, wanted)
+    table, features, notes = _features(data, given, marks)
+    y, classes = jobs.targets(table, given["model"], notes["targets"]), given["model"] == "classifier"
+    chosen = {"categories": notes["categories"], "missing": given["missing"]}
+    ready = jobs.prepare(table, features, y, valid=None, seed=given["seed"], classes=classes, **chosen)
+    settings = {name: given[name] for name in ("hidden", "points", "ratio", "normalize", "seed")}
+    settings |= {name: given[name] for name in (*_LINEAR, *_NETWORK) if given[name] is not None}
+    path = of_inputs.find(ready.x, y, of_inputs.groups_of(ready.encoding), of_inputs.Settings(classes, **settings))
+    kind = f"a network of hidden layers {given['hidden']}" if given["hidden"] else "a linear model"
+    click.echo(f"{data}: {counted(len(table), 'row')}, {counted(len(features), 'column')}; {kind}, {given['model']}")
+    click.echo(of_inputs.text(path, features, classes))
+    if out is not None:
+        of_inputs.write(path, features, out)
+        click.echo(f"written: {out}")
 
 
 def _finish(model: Any, file: Path, notes: dict[str, Any]) -> None:

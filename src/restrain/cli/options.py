@@ -113,6 +113,15 @@ class Sizes(click.ParamType[Any]):
         return (int(size), activation) if activation else int(size)
 
 
+class Hidden(Sizes):
+    """Hidden layers as in `Sizes`; 0 or none for a linear model."""
+
+    name = "sizes|none"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return () if value in ("0", "none") else super().convert(value, param, ctx)
+
+
 class Valid(click.ParamType[Any]):
     """A fraction of the rows, or a file."""
 

@@ -148,6 +148,7 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
     scores_: Any
     path_: list[dict[str, float]]
     selected_features_: Any
+    weights_: dict[str, Any]
     estimator_: Any
 
     def fit(self, X: Any, y: Any) -> Self:
@@ -237,14 +238,16 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
     def _finish(self, way: _Way, x: Any, y: Any, at: int) -> None:
         """Fit on all data as far as the chosen strength, and note the points."""
         errors = self.scores_.std(1, ddof=1) / math.sqrt(self.scores_.shape[1])
-        counts = []
+        counts, states = [], []
         for number, (model, w) in enumerate(way.points(x, y, self.strengths_)):
             counts.append(int((w != 0).any(0).sum()))
+            states.append({name: tensor.numpy().copy() for name, tensor in model.module_.state_dict().items()})
             if number == at:
                 self.estimator_ = copy.deepcopy(model)
                 self.selected_features_ = np.flatnonzero((w != 0).any(0))
                 if not way.exact:  # exact points cost little, and are all in the table
                     break
+        self.weights_ = {name: np.stack([state[name] for state in states]) for name in states[0]}
         self._describe(way.exact)
         rows = zip(self.strengths_, self.scores_.mean(1), errors, counts, strict=False)
         names = ("strength", "score", "error", "selected")
@@ -285,8 +288,9 @@ class RegressorCV(RegressorMixin, _Chosen):  # type: ignore[misc]
             differences, over folds.
 
     Further keywords as in `Regressor`. Attributes: `strength_`, `strengths_`, `scores_` (strengths,
-    folds; minus the squared error), `path_` (a dict per point), `estimator_`,
-    `selected_features_`, and of linear models `coef_` and `intercept_`.
+    folds; minus the squared error), `path_` (a dict per point), `weights_` (the network's tensors
+    by name, an axis of points first), `estimator_`, `selected_features_`, and of linear models
+    `coef_` and `intercept_`. Networks are fitted as far as the chosen point: so far go these two.
 
     >>> X = torch.randn(60, 5, dtype=torch.float64).numpy()
     >>> model = rs.RegressorCV(points=20).fit(X, 3 * X[:, 1])

@@ -3,6 +3,6 @@
 from restrain.paths.greatest import by_dual_norm, in_loss, least_strength
 from restrain.paths.path import path
 from restrain.paths.points import Point
-from restrain.paths.result import Path
+from restrain.paths.result import Path, of_points
 
-__all__ = ["Path", "Point", "by_dual_norm", "in_loss", "least_strength", "path"]
+__all__ = ["Path", "Point", "by_dual_norm", "in_loss", "least_strength", "of_points", "path"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -18,7 +18,7 @@ from restrain.extras import needing
 from restrain.fields import is_whole
 from restrain.html_table import html_table
 from restrain.paths.greatest import Greatest
-from restrain.paths.points import Folder, Point
+from restrain.paths.points import Folder, Point, Temporary
 from restrain.text_table import text_table
 
 _COLUMNS = ("strength", "score", "selected", "groups", "loss", "residual", "seconds")
@@ -198,6 +198,24 @@ class Path:
         if not points:
             raise FileError(f"the path in {files.path} has no points yet: call rs.path(..., folder=) again")
         return cls(points, Greatest(settings["greatest"], settings["found"]), files, model)
+
+
+def of_points(
+    points: Sequence[Point], weights: Sequence[Mapping[str, Tensor]], lengths: Sequence[Mapping[str, Tensor]]
+) -> Path:
+    """Return a path of points that were found elsewhere, its files in a temporary folder.
+
+    Args:
+        points: the points, numbered from 0.
+        weights: a model's parameters at each point.
+        lengths: the lengths of the penalised groups at each point, by tensor.
+    """
+    temporary = Temporary()
+    files, top = Folder(FilePath(temporary.name)), Greatest(max(one.strength for one in points), "given")
+    files.write_settings({"greatest": top.strength, "found": top.found})
+    for point, state, sizes in zip(points, weights, lengths, strict=True):
+        files.write(point, state, sizes)
+    return Path(points, top, files, temporary=temporary)
 
 
 def _within_one_error(best: Point, one: Point) -> bool:
