@@ -21,6 +21,7 @@ from restrain.cli.tables import Table, counted
 from restrain.errors import DataError
 from restrain.models import Classifier, ClassifierCV, Regressor, RegressorCV
 from restrain.paths import Path, Point, of_points
+from restrain.paths import path as along
 from restrain.text_table import text_table
 
 _FEW = 20  # whole numbers with so many values at most may be classes or quantities
@@ -158,7 +159,7 @@ def _of_network(x: Any, y: Any, groups: list[list[int]], s: Settings) -> Path:
             return torch.as_tensor(found == y[held], device="cpu").double()
         return -torch.as_tensor(np.square(found - y[held]).reshape(len(found), -1).mean(1), device="cpu")
 
-    return rs.path(
+    return along(
         model.module_,
         rs.GroupLasso(per={"in": groups}).on(weight, how="proximal"),
         lambda network, reg: _train(network, reg, inputs, targets, s),

@@ -26,7 +26,7 @@ from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
 from restrain.models.linear import Linear
 from restrain.models.signature import Init
-from restrain.paths import by_dual_norm
+from restrain.paths import Stability, by_dual_norm, stability_selection
 from restrain.penalties import SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, Penalty
 from restrain.rules import Rule
 
@@ -103,6 +103,12 @@ class _Way:
                 model.train((x, y), **self.given(strength))
             yield model, next(p for p in model.module_.parameters() if p.dim() > 1).detach().numpy()
 
+    def used(self, x: Any, y: Any, strengths: Sequence[float], most: int) -> Any:
+        """Return which inputs are used (strengths, inputs), until more than `most` have been."""
+        found = np.stack([(w != 0).any(0) for _, w in self.points(x, y, strengths)])
+        kept: Any = np.logical_or.accumulate(found).sum(1, keepdims=True) <= most
+        return found & kept
+
     def scores(self, x: Any, y: Any, train: Any, test: Any, strengths: Sequence[float]) -> list[float]:
         """Return the score on the test rows of the model at each strength."""
         found = []
@@ -167,6 +173,42 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         self.strength_ = float(self.strengths_[at])
         self._finish(way, x, y, at)
         return self
+
+    def stability(
+        self,
+        X: Any,
+        y: Any,
+        *,
+        most: int | None = None,
+        pairs: int = 50,
+        threshold: float = 0.75,
+        random_state: int | None = None,
+    ) -> Stability:
+        """Return how often each input is used on halves of the data, at each of `strengths_`.
+
+        Args:
+            X, y: the data.
+            most: each half's path ends before more inputs than these were used; None: the square
+                root of (2 threshold - 1) inputs, so that at most one false input is to be expected.
+            pairs, threshold, random_state: see `restrain.paths.stability_selection`.
+
+        Raises:
+            PlanError: invalid settings, or a network: its path doesn't begin where nothing is used.
+        """
+        self._given(X)  # the inputs of `fit`
+        x, y = copy.copy(self)._checked(X, y)
+        way = self._way()
+        if not way.exact:
+            raise PlanError(
+                "stability selection is for exact linear paths, which begin where nothing is used; a network's paths "
+                "lead upwards: write restrain.paths.stability_selection(select, samples) with your own fits"
+            )
+        if most is not None and not is_whole(most, 1):
+            raise PlanError(f"most= is a whole number, at least 1, or None; got {brief(most)}")
+        given = {"pairs": pairs, "threshold": threshold, "random_state": random_state, "n_jobs": self.n_jobs}
+        share = 2 * threshold - 1 if is_number(threshold) else 0.0  # else refused below
+        top = max(1, int(math.sqrt(max(share, 0.0) * x.shape[1]))) if most is None else most
+        return stability_selection(lambda rows: way.used(x[rows], y[rows], self.strengths_, top), len(x), **given)
 
     def predict(self, X: Any) -> Any:
         """Return the predictions of the model at the chosen strength."""
