@@ -195,8 +195,8 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         Raises:
             PlanError: invalid settings, or a network: its path doesn't begin where nothing is used.
         """
-        self._given(X)  # the inputs of `fit`
-        x, y = copy.copy(self)._checked(X, y)
+        check_is_fitted(self, "strengths_")
+        x, y = self._checked(X, y, reset=False)
         way = self._way()
         if not way.exact:
             raise PlanError(
@@ -219,13 +219,13 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "estimator_")
         return validate_data(self, X, reset=False, dtype="numeric")
 
-    def _checked(self, X: Any, y: Any) -> tuple[Any, Any]:
+    def _checked(self, X: Any, y: Any, reset: bool = True) -> tuple[Any, Any]:
         if y is None:
             raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
-        x, y = validate_data(self, X, y, multi_output=not is_classifier(self), dtype="numeric")
+        x, y = validate_data(self, X, y, reset=reset, multi_output=not is_classifier(self), dtype="numeric")
         if is_classifier(self):
             check_classification_targets(y)
-            self.classes_ = np.unique(y)
+            self.classes_ = np.unique(y) if reset else self.classes_
         else:
             y = y.astype(np.result_type(y, np.float32) if y.dtype.kind == "f" else np.float64)
         return x, y
