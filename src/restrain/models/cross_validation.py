@@ -155,6 +155,7 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
     path_: list[dict[str, float]]
     selected_features_: Any
     weights_: dict[str, Any]
+    classes_: Any
     estimator_: Any
 
     def fit(self, X: Any, y: Any) -> Self:
