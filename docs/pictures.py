@@ -279,8 +279,31 @@ def normalization():
     return figure
 
 
+def paths():
+    """The lasso of the diabetes data: weights over the strength, scores by cross-validation."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True)
+    model = rs.RegressorCV(normalize=True, points=40).fit(x, y)
+    sparse = rs.RegressorCV(normalize=True, points=40, choice="1se").fit(x, y).strength_
+    figure, axes = panels(2, 2, 4.2, 2.6)
+    axes[0].semilogx(model.strengths_, model.weights_["out.weight"][:, 0], lw=0.9)
+    axes[0].set_title("weights of the standardised inputs", fontsize=8)
+    scores, errors = ([point[name] for point in model.path_] for name in ("score", "error"))
+    axes[1].errorbar(model.strengths_, scores, errors, fmt=".-", color=BLUE, lw=0.8, ms=4)
+    axes[1].set_title("minus the squared error, over five folds", fontsize=8)
+    axes[1].set_xscale("log")
+    for ax in axes:
+        ax.axvline(model.strength_, color=ORANGE, lw=0.9, label="best")
+        ax.axvline(sparse, color=GREY, lw=0.9, ls="--", label="one standard error")
+        ax.set_xlabel("strength", fontsize=7)
+        ax.tick_params(labelsize=6)
+    axes[1].legend(fontsize=6)
+    return figure
+
+
 DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
-DRAWN += (reparametrization, normalization)
+DRAWN += (reparametrization, normalization, paths)
 PICTURES = {function.__name__: function for function in DRAWN}
 
 
