@@ -279,7 +279,9 @@ def test_loss_scalers_and_accumulation():
 
 
 @pytest.mark.parametrize(
-    "penalty", [rs.GroupLInf, rs.ExclusiveLasso, lambda per: rs.SparseGroupLasso(0.3, 0.2, per=per)], ids=str
+    "penalty",
+    [rs.GroupLInf, rs.ExclusiveLasso, lambda per: rs.SparseGroupLasso(0.3, 0.2, per=per)],
+    ids=["l-inf", "exclusive", "sparse"],
 )
 def test_other_penalties_of_groups(penalty):
     """Value and prox by SGD are those of the matrix of units."""
