@@ -684,13 +684,13 @@ def suite(*arguments, missing="all"):
 def test_a_sample_of_the_suite():
     passed, failed, refused, said = suite("tests/test_everywhere.py", "-k", f"equal_or_refused and ({COLUMNS})")
     assert failed == 0, said
-    assert passed > 40
-    assert 0 < refused < 40  # penalties on outputs are refused without the order of nodes
+    assert passed > 20
+    assert 0 < refused < 20  # penalties on outputs are refused without the order of nodes
 
 
 def test_a_wrong_way_without_them_is_noticed():
     cell = "inplace-Jacobian-penalty or inplace-proximal-penalty"
-    *counts, said = suite("tests/test_everywhere.py", "-k", cell, "-p", "wrong_fallback", missing="version")
+    *counts, said = suite("tests/test_everywhere.py", "-m", "", "-k", cell, "-p", "wrong_fallback", missing="version")
     assert counts == [1, 1, 0], said
 
 

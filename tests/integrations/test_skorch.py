@@ -277,8 +277,8 @@ def test_a_search_over_plans():
         one = net(plan).fit(X[20:], Y[20:])
         assert score == pytest.approx(one.score(X[:20], Y[:20]))
     again = clone(search.best_estimator_)
-    assert set(dict(again.callbacks)["rules"].get_params()) == {"plan"}
-    assert set(dict(search.best_estimator_.callbacks)["rules"].get_params()) == {"plan"}
+    assert set(dict(again.callbacks)["rules"].get_params()) == {"plan", "track"}
+    assert set(dict(search.best_estimator_.callbacks)["rules"].get_params()) == {"plan", "track"}
 
 
 def test_a_loss_of_several_calls_of_the_criterion_is_refused():

@@ -19,6 +19,7 @@ Y = X[:, :3].sum(1) + 2 + RNG.standard_normal(80)
 LABELS = np.array(["a", "b", "c"])[(X[:, 0] > 0.3).astype(int) + (X[:, 1] > 0)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # scikit-learn's checks make warnings of their own
 @parametrize_with_checks([rs.RegressorCV(points=4, cv=3), rs.ClassifierCV(points=2, cv=2, ratio=0.5)])
 def test_scikit_learns_own_checks(estimator, check):
