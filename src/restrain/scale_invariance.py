@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from restrain import scales
-from restrain.engine import paused
+from restrain.engine import paused, restored
 from restrain.errors import CaptureError, PenaltyError
 from restrain.named_tensors import checked_module, is_sharded, parameters, unwrap
 
@@ -122,13 +121,6 @@ def _perturb(found: Mapping[str, Tensor], own: Mapping[str, Tensor], generator: 
 def _as_it_was(root: nn.Module) -> Iterator[None]:
     """Context after which parameters, buffers and random states are as before."""
     tensors = [*root.parameters(), *root.buffers()]
-    kept: list[tuple[Tensor, Any]] = [(t, t.detach().clone()) for t in tensors]
     devices = sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for t, before in kept:
-                    t.copy_(before)
+    with torch.random.fork_rng(devices=devices), restored(tensors):
+        yield

@@ -1,7 +1,7 @@
 """The engine, which binds rules to a model and carries them out, and its front door."""
 
 from restrain.engine.attach import Attachment, Certificate, Evaluation, History, PenalisedTensor, attach, checked_track
-from restrain.engine.core import Draws, Hook, structures
+from restrain.engine.core import Draws, Hook, restored, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
 from restrain.engine.ops import OPTIMIZERS, state_names
 
@@ -19,6 +19,7 @@ __all__ = [
     "checked_track",
     "forget_compiled_code",
     "paused",
+    "restored",
     "state_names",
     "structures",
 ]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Attachment, PenalisedTensor, attach
+from restrain.engine import Attachment, PenalisedTensor, attach, restored
 from restrain.errors import PlanError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.penalties.shrink import exact
@@ -161,12 +161,10 @@ def _alone(
     """Return {name: greatest |∇|} of each tensor at its origin, the others as they are."""
     found = {}
     for one in tensors:
-        before = one.tensor.detach().clone()
-        at_origin([one])
-        with attach(model, in_loss(rules)) as reg:
-            found[one.name] = float(reg.gradients(loss)[one.name].abs().max())
-        with torch.no_grad():
-            one.tensor.copy_(before)
+        with restored([one.tensor]):
+            at_origin([one])
+            with attach(model, in_loss(rules)) as reg:
+                found[one.name] = float(reg.gradients(loss)[one.name].abs().max())
     return found
 
 

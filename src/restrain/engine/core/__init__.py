@@ -6,6 +6,7 @@ from restrain.engine.core.injection import Inject, Root
 from restrain.engine.core.memory import BLOCK, alike, dense, flattened, fresh, in_blocks, scratch, simple, stretches
 from restrain.engine.core.overrides import Overrides
 from restrain.engine.core.randomness import Draws, exporting
+from restrain.engine.core.restoring import restored
 
 __all__ = [
     "BLOCK",
@@ -21,6 +22,7 @@ __all__ = [
     "flattened",
     "fresh",
     "in_blocks",
+    "restored",
     "scratch",
     "simple",
     "stretches",

@@ -520,7 +520,7 @@ class Forwards:
 
     def _drained(self, recorder: PenaltyRecorder, forwards: Sequence[Forward]) -> Collected:
         """Return the weighted value of a recorder at these forwards."""
-        records = recorder.of_call([record for forward in forwards for record in forward.records.get(recorder, ())])
+        records = _records(recorder, forwards)
         recorder.check(records)
         direct, hidden = [r for r in records if r.graph], [r for r in records if not r.graph]
         calls: Any = sum([record.calls for record in records]) if recorder.point.place.calls == "mean" else 1
@@ -588,10 +588,15 @@ def _of_torch(hook: Any) -> bool:
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
 
 
+def _records(recorder: Recorder, forwards: Sequence[Forward]) -> Sequence[Record]:
+    """Return a recorder's records of these forwards, of the calls that it asks for."""
+    return recorder.of_call([record for forward in forwards for record in forward.records.get(recorder, ())])
+
+
 def _outputs(output_recorders: Sequence[Recorder], forwards: Sequence[Forward]) -> dict[str, dict[str, Tensor]]:
     outputs: dict[str, dict[str, Tensor]] = {}
     for recorder in output_recorders:
-        records = recorder.of_call([record for forward in forwards for record in forward.records.get(recorder, ())])
+        records = _records(recorder, forwards)
         recorder.check(records)
         named = outputs.setdefault(recorder.rule, {})
         for call, record in enumerate(records):

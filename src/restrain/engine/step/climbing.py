@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from restrain.engine.core import restored
 from restrain.engine.distributed import local, ranks_of, totals
 from restrain.engine.step.worklist import Member
 from restrain.errors import OptimizerError
@@ -44,20 +44,15 @@ def gradient_uphill(
     closure: Callable[[], Any],
 ) -> None:
     """Call the closure at w + e, so that gradients are those there, and put the weights back."""
-    moved = [(p, p.detach().clone()) for _, parameters in rules.values() for p in parameters]
-    with torch.no_grad():
-        for what, parameters in rules.values():
-            _climb(what, parameters)
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
-    try:
-        with _still(root), torch.enable_grad():
-            closure()
-    finally:
+    with restored([p for _, parameters in rules.values() for p in parameters]):
         with torch.no_grad():
-            for p, before in moved:
-                p.copy_(before)
+            for what, parameters in rules.values():
+                _climb(what, parameters)
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        with restored(_running_statistics(root)), torch.enable_grad():
+            closure()
 
 
 def _climb(what: Sharpness, parameters: Sequence[nn.Parameter]) -> None:
@@ -100,14 +95,7 @@ def ascend(bound: Any) -> Callable[[Optimizer, nn.Module], None]:
     return after
 
 
-@contextmanager
-def _still(root: nn.Module) -> Iterator[None]:
-    """Context after which the running statistics of normalisations are as before."""
+def _running_statistics(root: nn.Module) -> list[Tensor]:
+    """Return the buffers of normalisations in training."""
     norms = [module for module in root.modules() if isinstance(module, NORMALIZATIONS) and module.training]
-    kept = [(t, t.clone()) for module in norms for t in module.buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for t, before in kept:
-                t.copy_(before)
+    return [t for module in norms for t in module.buffers(recurse=False)]

@@ -169,7 +169,7 @@ class Stepper:
         self._masters = Masters(optimizer, any(w.changes_weights for w in works))
         before = any(w.at("gradient") or w.noise or w.at("decoupled") for w in works)
         before = before or any(w.of("tangent", self._by_metric) for w in works)
-        before = before or self._masters.watches or self._waits or any(w.sharp for w in works)
+        before = before or self._masters.watches or self._waits or bool(self._sharp)
         if before or self._folding.possible or (self._followed and self._looks):
             self._handles.append(optimizer.register_step_pre_hook(self.before))
         self._handles.append(optimizer.register_step_post_hook(self.after))
@@ -188,6 +188,8 @@ class Stepper:
         self._worklist.forget()
         self._followed = {id(work) for work in self.works if work.follows_metric(self._by_metric)}
         self._noisy = any(work.noise for work in self.works)
+        self._sharp = [work for work in self.works if work.sharp]
+        self._has_joints = any(work.joint for work in self.works)
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Return True if no foreign hook is between ours and the step, so folding is unseen."""
@@ -210,7 +212,7 @@ class Stepper:
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            for what in [what for work in self.works for rule, what in work.sharp if rule.due(self.steps)]:
+            for what in [what for work in self._sharp for rule, what in work.sharp if rule.due(self.steps)]:
                 raise climbing.needs_closure(optimizer, what)
             self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest)
             return ((rest, *args[1:]), kwargs) if self._done else None
@@ -293,7 +295,7 @@ class Stepper:
     def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:
         """Return the due joint rules on the optimizer's parameters by their kind."""
         found: dict[str, list[Together]] = {"gradient": [], "decoupled": [], "proximal": [], "project": []}
-        for one in together(works):
+        for one in together(works) if self._has_joints else ():
             if one[0].rule.due(self.steps):
                 found[one[0].rule.how].append(one)
         return found
