@@ -192,6 +192,22 @@ class AcrossTensors:
     """Base of groups of entries of several tensors; `rs.units` makes them."""
 
 
+class Grouped:
+    """Base of penalties and constraints on groups, which may be units across tensors."""
+
+    per: Any
+
+    @property
+    def joint(self) -> bool:
+        """True if it acts on several tensors together."""
+        return self.over_units
+
+    @property
+    def over_units(self) -> bool:
+        """True if its groups are units across tensors."""
+        return isinstance(self.per, AcrossTensors)
+
+
 Dim: TypeAlias = str | int | Grouping
 Per: TypeAlias = str | int | Grouping | AcrossTensors | Iterable[Any] | Mapping[Any, Any]
 

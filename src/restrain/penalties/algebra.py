@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from restrain.errors import PenaltyError
-from restrain.rules import What
+from restrain.rules import How, What
 from restrain.schedule import Strength, checked_divisor, checked_number
 
 K = TypeVar("K", bound="Algebra[Any]")
@@ -101,6 +101,10 @@ class Combination(Algebra[K], register=False):
     @abstractmethod
     def mapped(self, change: Callable[[K], K]) -> Any:
         """Return the same combination of the changed members."""
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        first, *others = [member.moments(at_places) for member in self.members]
+        return tuple(how for how in first if all(how in other for other in others))
 
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
         return self.mapped(lambda member: member.with_strengths(live))

@@ -567,10 +567,6 @@ class _Combined(Combination[Penalty], Penalty, register=False):
     def over_units(self) -> bool:  # type: ignore[override]
         return any(member.over_units for member in self.members)
 
-    def moments(self, at_places: bool) -> tuple[How, ...]:
-        first, *others = [member.moments(at_places) for member in self.members]
-        return tuple(how for how in first if all(how in other for other in others))
-
     def bound_to(self, at: Location) -> Penalty:
         return self.mapped(lambda member: member.bound_to(at))  # type: ignore[no-any-return]
 
@@ -802,10 +798,6 @@ class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
 
 class _CombinedNetwork(Combination[NetworkPenalty], NetworkPenalty, register=False):
     """Base of multiples and sums of penalties on a network."""
-
-    def moments(self, at_places: bool) -> tuple[How, ...]:
-        first, *_ = [member.moments(at_places) for member in self.members]
-        return first
 
     @property
     def takes_frozen(self) -> bool:  # type: ignore[override]

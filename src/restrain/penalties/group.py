@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from restrain.axes import (
-    AcrossTensors,
+    Grouped,
     Grouping,
     Per,
     check_place,
@@ -99,7 +99,7 @@ def _norms(rows: Tensor, p: float) -> Tensor:
     return torch.where(zero, 0.0, unit * torch.where(zero, 1.0, powers).pow(1 / p))
 
 
-class GroupPenalty(Penalty, register=False):
+class GroupPenalty(Grouped, Penalty, register=False):  # type: ignore[override]
     """Base of penalties Σ_g f(x_g) over groups g of entries; `per` says how entries are grouped.
 
     On outputs, `per` is a dim of the layer's output (or blocks, or lists of indices of a dim). Then
@@ -116,16 +116,6 @@ class GroupPenalty(Penalty, register=False):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "per", checked(self.per))
-
-    @property
-    def joint(self) -> bool:  # type: ignore[override]
-        """True if it acts on several tensors together."""
-        return self.over_units
-
-    @property
-    def over_units(self) -> bool:  # type: ignore[override]
-        """True if its groups are units across tensors."""
-        return isinstance(self.per, AcrossTensors)
 
     @abstractmethod
     def over(self, w: Tensor, groups: Grouping) -> Tensor:

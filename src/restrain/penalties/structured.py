@@ -12,7 +12,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from restrain.axes import AcrossTensors, Per, checked, checked_dim, grouping, grouping_at
+from restrain.axes import Grouped, Per, checked, checked_dim, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
 from restrain.fields import is_number
 from restrain.named_tensors import Location
@@ -230,7 +230,7 @@ class Named(Penalty, register=False):
 
 
 @dataclass(frozen=True)
-class SparseGroupLasso(Named):
+class SparseGroupLasso(Grouped, Named):  # type: ignore[override]
     """l1 Σ|x| + group Σ_g √n_g ‖x_g‖₂: whole groups become zero, and entries within the others.
 
     The same as `l1 * L1() + group * GroupLasso(per)`. Simon and others write strength · ((1 - α)
@@ -263,16 +263,6 @@ class SparseGroupLasso(Named):
         checked_strength(self.l1)
         checked_strength(self.group)
         object.__setattr__(self, "per", checked(self.per))
-
-    @property
-    def joint(self) -> bool:  # type: ignore[override]
-        """True if it acts on several tensors together."""
-        return self.over_units
-
-    @property
-    def over_units(self) -> bool:  # type: ignore[override]
-        """True if its groups are units across tensors."""
-        return isinstance(self.per, AcrossTensors)
 
     @property
     def parts(self) -> Penalty:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from restrain.axes import AcrossTensors, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.axes import Grouped, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
@@ -23,7 +23,7 @@ from restrain.transforms.metric import cut_to_sum, fit_lengths
 MaybePer = Per | None
 
 
-class ByGroup(Constraint, register=False):
+class ByGroup(Grouped, Constraint, register=False):  # type: ignore[override]
     """Base of constraints on each group of entries; with `per=None` the whole tensor is a group."""
 
     per: Any
@@ -32,16 +32,6 @@ class ByGroup(Constraint, register=False):
     def __post_init__(self) -> None:
         if self.per is not None:
             object.__setattr__(self, "per", checked(self.per))
-
-    @property
-    def joint(self) -> bool:  # type: ignore[override]
-        """True if it acts on several tensors together."""
-        return self.over_units
-
-    @property
-    def over_units(self) -> bool:  # type: ignore[override]
-        """True if its groups are units across tensors."""
-        return isinstance(self.per, AcrossTensors)
 
     @property
     def has_tangent(self) -> bool:  # type: ignore[override]
