@@ -83,18 +83,7 @@ def restrain() -> None:
 @click.option("--activation", help="Of hidden layers that say none; relu, unless given.")
 @click.option("--layers", type=options.Json(), help="All layers in JSON, the input first, instead of --hidden.")
 @click.option("--valid", type=options.Valid(), help="The part of the rows to validate with, or a file of others.")
-@click.option("--normalize/--no-normalize", default=True, help="Standardise inputs (and a regressor's targets).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
-@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
-@click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories.")
-@click.option(
-    "--missing",
-    type=click.Choice(["error", "fill"]),
-    default="error",
-    show_default=True,
-    help="Missing values: refuse them, or take a number's mean, and a value of its own for a category.",
-)
-@options.marks_options
+@options.table_options
 @click.option("--plan", type=_READABLE, help="Rules in a .yaml, .toml or .json file.")
 @click.option(
     "--how", type=click.Choice(["loss", "gradient", "decoupled", "proximal"]), help="When penalties on weights act."
@@ -194,18 +183,7 @@ _LINEAR, _NETWORK = ("cv", "jobs"), ("activation", "valid", "epochs", "learning_
 @click.option("--epochs", type=click.IntRange(min=1), help="Of a network at each strength; 20, unless given.")
 @click.option("--learning-rate", type=click.FloatRange(0, min_open=True), help="Adam's; 1e-3, unless given.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Rows a step of a network; 64, unless given.")
-@click.option("--normalize/--no-normalize", default=True, help="Standardise inputs (and a regressor's targets).")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random.")
-@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
-@click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories.")
-@click.option(
-    "--missing",
-    type=click.Choice(["error", "fill"]),
-    default="error",
-    show_default=True,
-    help="Missing values: refuse them, or take a number's mean, and a value of its own for a category.",
-)
-@options.marks_options
+@options.table_options
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="The folder for tables and picture.")
 @click.option("--overwrite", is_flag=True, help="Replace a path that is there already.")
 def path_of(data: Path, **given: Any) -> None:

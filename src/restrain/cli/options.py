@@ -210,6 +210,24 @@ def marks_options(command: Command) -> Command:
     return command
 
 
+def table_options(command: Command) -> Command:
+    """Add the options that say how a table is read and encoded for training to a command."""
+    missing = "Missing values: refuse them, or take a number's mean, and a value of its own for a category."
+    ways = click.Choice(["error", "fill"])
+    command = marks_options(command)
+    for option in (
+        click.option("--missing", type=ways, default="error", show_default=True, help=missing),
+        click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories."),
+        click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is random."),
+        click.option(
+            "--normalize/--no-normalize", default=True, help="Standardise inputs (and a regressor's targets)."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def marks_of(given: dict[str, Any]) -> Marks:
     """Return the characters of a CSV file that are given as options.
 
