@@ -6,34 +6,15 @@ The issues are named by project and number; the faulty formulas are written anew
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import restrain as rs
 from everywhere.workers import together
+from routers import fresh
 
-EXPERTS, TOP = 6, 2
-
-
-class Moe(nn.Module):
-    """A body, and a router behind it."""
-
-    def __init__(self, reentrant=None):
-        super().__init__()
-        self.body, self.router, self.reentrant = nn.Linear(4, 5), nn.Linear(5, EXPERTS), reentrant
-
-    def block(self, x):
-        return self.router(torch.tanh(self.body(x)))
-
-    def forward(self, x):
-        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
-
-
-def fresh(reentrant=None):
-    torch.manual_seed(1)
-    return Moe(reentrant).double()
+TOP = 2
 
 
 def samples():

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import references as ref
 import restrain as rs
 from restrain.errors import PenaltyError, SelectionError
+from routers import fresh
 
 
 def logits(*shape, seed=0):
@@ -57,23 +56,6 @@ def test_of_sequences():
     assert abs(kept - np.mean(wanted)) > 1e-3
     with pytest.raises(PenaltyError, match=r"unflatten\(0"):
         penalty(z.flatten(0, 1))
-
-
-class Moe(nn.Module):
-    def __init__(self, reentrant=None):
-        super().__init__()
-        self.body, self.router, self.reentrant = nn.Linear(4, 5), nn.Linear(5, 6), reentrant
-
-    def block(self, x):
-        return self.router(torch.tanh(self.body(x)))
-
-    def forward(self, x):
-        return self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
-
-
-def fresh(reentrant=None):
-    torch.manual_seed(1)
-    return Moe(reentrant).double()
 
 
 def counted(z, k=2):

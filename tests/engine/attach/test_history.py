@@ -1,8 +1,6 @@
 """Tracked steps: numbers against NumPy, which steps have a row, bounded memory, states, and what isn't disturbed."""
 
 import copy
-import io
-import json
 import math
 import pickle
 import threading
@@ -17,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import restrain as rs
 from restrain.engine.attach import tracking
 from restrain.errors import DetachedError, PlanError
+from saving import saved
 
 RULES = [
     0.02 * rs.L1().on("0.weight", how="proximal", name="l1"),
@@ -276,15 +275,6 @@ def test_a_change_of_settings_keeps_the_rows():
 
 
 # ---------------------------------------------------------------- states
-
-
-def saved(way, state):
-    if way == "json":
-        return json.loads(json.dumps(state))
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def equal(one, other):

@@ -1,8 +1,6 @@
 """What an attachment tells: values, shares of the gradient, the table, the plan, and what it has counted."""
 
 import copy
-import io
-import json
 import re
 
 import numpy as np
@@ -13,6 +11,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.errors import NotCollectedError, PlanError
+from saving import saved
 
 
 class ReportCube(rs.Penalty):
@@ -324,15 +323,6 @@ def train(model, optimizer, reg, steps):
         optimizer.zero_grad()
         reg.loss(F.cross_entropy(model(x), y)).backward()
         optimizer.step()
-
-
-def saved(way, state):
-    if way == "json":
-        return json.loads(json.dumps(state))
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize(("before", "way"), [(0, "json"), (1, "torch"), (4, "json"), (5, "torch")])
