@@ -104,6 +104,13 @@ class Grouping:
         """The dims inside a group."""
         return tuple([dim for dim in range(len(self.shape)) if dim not in self.keep])
 
+    @property
+    def count(self) -> int:
+        """The number of groups."""
+        along = () if self.lists is None else self.lists.along
+        members = 1 if self.lists is None else len(self.lists.members)
+        return members * prod([self.shape[dim] for dim in self.keep if dim not in along])
+
     def view(self, w: Tensor) -> Tensor:
         """Return the tensor in `shape`, in which groups are whole dims; 0 for entries in no group.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -122,10 +121,10 @@ class Tracker:
             terms[f"zeros/{name}"], sizes[f"zeros/{name}"] = [(counts.sum(), ranks)], _entries(p)
             if groups is not None:
                 terms[f"zero_groups/{name}"] = [_zero_groups(p, groups)]
-                sizes[f"zero_groups/{name}"] = _number_of(groups)
+                sizes[f"zero_groups/{name}"] = groups.count
             if units is not None:
                 terms[f"dead/{name}"] = [((counts == 0).sum(), ranks) if whole else _zero_groups(p, units)]
-                sizes[f"dead/{name}"] = _number_of(units)
+                sizes[f"dead/{name}"] = units.count
         return terms, sizes
 
     def _find_units(self, tensors: set[tuple[str, tuple[int, ...]]], root: nn.Module) -> None:
@@ -212,12 +211,6 @@ def _nonzero(w: Tensor, groups: Grouping) -> Tensor:
     ones = torch.empty(parts[0].shape, device="cpu")
     found = [torch.ne(part, 0, out=ones[: len(part)]).sum(reduced, keepdim=True).double() for part in parts]
     return torch.stack(found).sum(0) if 0 in reduced else torch.cat(found)
-
-
-def _number_of(groups: Grouping) -> int:
-    along = () if groups.lists is None else groups.lists.along
-    members = 1 if groups.lists is None else len(groups.lists.members)
-    return members * prod(groups.shape[dim] for dim in groups.keep if dim not in along)
 
 
 def _finished(name: str, number: float, size: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -154,7 +153,7 @@ def _groups(name: str, per: Any, at: Location) -> tuple[Grouping, list[tuple[int
     """Return (groups of a member without lists, the numbers of each unit's groups)."""
     groups = grouping_at(0 if isinstance(per, str) and at.tensor.dim() == 1 else per, at)
     if groups.lists is None:
-        return groups, [(i,) for i in range(_count(groups))]
+        return groups, [(i,) for i in range(groups.count)]
     if groups.stack:
         raise PenaltyError(
             f"{name!r}: lists of indices aren't known as units of several matrices, {at.axes}: name a dim"
@@ -180,27 +179,15 @@ def _blocks(what: Any, members: Sequence[tuple[str, Any]], locations: Mapping[st
         pieces = []
         for name, groups, lists in found:
             rows = [lists[unit] for unit in numbers]
-            every = [(i,) for i in range(len(rows))] == rows and len(rows) == _count(groups)
+            every = [(i,) for i in range(len(rows))] == rows and len(rows) == groups.count
             pieces.append(Piece(name, groups, None if every else torch.tensor(rows, device="cpu")))
-        width = sum(_entries(piece, locations[piece.name]) for piece in pieces)
+        width = sum(piece.width(locations[piece.name].tensor) for piece in pieces)
         matrix = Grouping((len(numbers), width), (0,))
         yield Block(tuple(pieces), _mapped(what, lambda per, matrix=matrix: matrix))
 
 
-def _count(groups: Grouping | None) -> int:
-    """Return the number of groups."""
-    return prod([groups.shape[dim] for dim in groups.keep]) if groups is not None else 1
-
-
-def _entries(piece: Piece, at: Location) -> int:
-    """Return the number of entries that a unit has in a member."""
-    each = at.tensor.numel() // max(_count(piece.groups), 1)
-    return each if piece.index is None else each * piece.index.shape[1]
-
-
 def _told(blocks: Sequence[Block], members: Sequence[tuple[str, Any]]) -> str:
-    first = [block.pieces[0] for block in blocks]
-    count = sum(len(one.index) if one.index is not None else _count(one.groups) for one in first)
+    count = sum(block.pieces[0].units for block in blocks)
     return f"{count:,} units over {', '.join(f'{name} ({per})' for name, per in members)}"
 
 

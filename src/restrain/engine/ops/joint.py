@@ -48,6 +48,20 @@ class Piece:
         index = self.index.to(w.device)
         return matrix[index.flatten()].reshape(len(index), index.shape[1] * matrix.shape[1])
 
+    @property
+    def units(self) -> int:
+        """The number of units; a whole tensor is one."""
+        if self.index is not None:
+            return len(self.index)
+        return 1 if self.groups is None else self.groups.count
+
+    def width(self, w: Tensor) -> int:
+        """Return the number of entries of the tensor in each unit."""
+        if self.groups is None:
+            return w.numel()
+        each = w.numel() // max(self.groups.count, 1)
+        return each if self.index is None else each * self.index.shape[1]
+
     def put(self, rows: Tensor, w: Tensor) -> Tensor:
         """Return the tensor with its entries replaced: the inverse of `rows`."""
         if self.groups is None:
@@ -76,7 +90,7 @@ class Block:
         if len(self.pieces) == 1:
             parts: Sequence[Tensor] = [x]
         else:
-            parts = x.split([piece.rows(tensors[piece.name]).shape[1] for piece in self.pieces], 1)
+            parts = x.split([piece.width(tensors[piece.name]) for piece in self.pieces], 1)
         for piece, part in zip(self.pieces, parts, strict=True):
             old = tensors[piece.name]
             tensors[piece.name] = piece.put(part.to(old.dtype), old)
