@@ -113,7 +113,7 @@ class _Way:
         """Return the score on the test rows of the model at each strength."""
         found = []
         for model, _ in self.points(x[train], y[train], strengths):
-            predicted = np.asarray(model.predict(x[test])) if isinstance(model, Classifier | Regressor) else None
+            predicted = np.asarray(model.predict(x[test]))
             right = predicted == y[test] if isinstance(model, Classifier) else -np.square(predicted - y[test])
             found.append(float(np.mean(right)))
         return found
@@ -233,9 +233,8 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
 
     def _way(self) -> _Way:
         """Return how the path's models are made, after checks of the settings."""
-        for name, least in (("points", 2),):
-            if not is_whole(getattr(self, name), least):
-                raise PlanError(f"{name}= is a whole number, at least {least}; got {brief(getattr(self, name))}")
+        if not is_whole(self.points, 2):
+            raise PlanError(f"points= is a whole number, at least 2; got {brief(self.points)}")
         if not is_number(self.ratio) or not 0 < self.ratio < 1:
             raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(self.ratio)}")
         if self.choice not in ("best", "1se"):
