@@ -77,7 +77,7 @@ KINDS = {
     "matrices, in the loss": Kind(rs.NuclearNorm(), INTO, gathers=GATHERED),
     "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 2}),  # and what Adam keeps
     "outputs": Kind(rs.L1(), rs.outputs("*.mlp.relu")),
-    "target of zeros": Kind(rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers=TOLD | {"step": (8,)}),
+    "target of zeros": Kind(rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers=TOLD | {"step": (16,)}),
     "target of activity": Kind(
         rs.Target(active=0.5, every=1) * rs.L1(), rs.outputs("*.mlp.relu"), numbers={"step": (16,)}
     ),
