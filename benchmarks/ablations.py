@@ -192,7 +192,7 @@ def made(name, shapes):
     jobs = {
         "L1 at the step": lambda: at_step(rs.L1(), "*", shapes),
         "MCP at the step": lambda: at_step(rs.MCP(), "*", shapes),
-        "max-norm at the step": lambda: at_step(rs.MaxNorm(0.5, "out"), "w*", shapes),
+        "max-norm at the step": lambda: at_step(rs.MaxNorm(0.5, "row"), "w*", shapes),
         "L1 in the loss": lambda: in_loss(rs.L1(), "*", shapes),
         "group lasso in the loss": lambda: in_loss(rs.GroupLasso("row"), "w*", shapes),
         "Adam, L1 proximal": lambda: whole(shapes),
