@@ -114,6 +114,16 @@ def test_graphs_of_kernels_give_the_same(plan):
 
 
 @GPU
+def test_a_graph_captured_by_hand_is_refused():
+    model = network("cuda")
+    x, _ = batch("cuda")
+    with rs.attach(model, LOSS):
+        model(x)
+        with pytest.raises(rs.errors.CaptureError, match="reduce-overhead"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            model(x)
+
+
+@GPU
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_under_autocast_are_float32s(dtype):
     model = network("cuda")

@@ -50,7 +50,7 @@ class NeverFiredError(RestrainError, RuntimeError):
 
 
 class CaptureError(RestrainError, RuntimeError):
-    """The output or input of a layer can't be recorded."""
+    """A layer's output or input can't be recorded, or a CUDA graph records a step with rules."""
 
 
 class DetachedError(RestrainError, RuntimeError):

@@ -48,7 +48,7 @@ from restrain.engine.binding import (
     parametrized,
     whereabouts,
 )
-from restrain.engine.core import Root, eagerly
+from restrain.engine.core import Root, eagerly, refuse_capture
 from restrain.engine.distributed import ranks, shards
 from restrain.engine.forward import Forwards, Parts, forget_compiled_code
 from restrain.engine.step import (
@@ -368,6 +368,7 @@ class Attachment:
         """
         if torch.compiler.is_compiling():  # the whole step is compiled
             return eagerly(self.loss, loss, share=share)  # type: ignore[no-any-return]
+        refuse_capture("a loss with rules")
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PenaltyError(

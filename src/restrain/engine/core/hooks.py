@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from restrain.errors import ExportError
+import torch
+
+from restrain.errors import CaptureError, ExportError
 from restrain.torch_private import never_compiled
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,6 +41,23 @@ def eagerly(call: Any, *args: Any, **kwargs: Any) -> Any:
     What a call adds to the loss or does at a step depends on the state left by earlier forwards.
     """
     return call(*args, **kwargs)
+
+
+def refuse_capture(what: str) -> None:
+    """Refuse `what` while a CUDA graph is captured by hand: its replays would run no rule's Python.
+
+    Strengths would stay, steps be uncounted and penalties on activations be those of the capture.
+    Graphs that torch.compile makes hold compiled code alone, and never come here.
+
+    Raises:
+        CaptureError: a CUDA graph is being captured.
+    """
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise CaptureError(
+            f"{what} while a CUDA graph is captured, whose replays don't run the rules again: use "
+            "torch.compile(model, mode='reduce-overhead'), which makes graphs of the kernels and leaves the rules "
+            "outside, or capture a model without rules (reg.detach())"
+        )
 
 
 class DeadHook(Hook):

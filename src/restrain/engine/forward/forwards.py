@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain.callstack import Block, Call
-from restrain.engine.core import Hook, Overrides, exporting
+from restrain.engine.core import Hook, Overrides, exporting, refuse_capture
 from restrain.engine.forward.marks import Mark, marks_before
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.forward.recording import PenaltyRecorder, Recorder
@@ -229,6 +229,7 @@ class Forwards:
         if not nested and not _paused.on:
             self.overridden.look(model)
             if trains and not in_backward():
+                refuse_capture("a forward of a model with rules")
                 self.began()
                 self.ran = True
                 self._tidy()

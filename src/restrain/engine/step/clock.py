@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from restrain.engine.core import eagerly
+from restrain.engine.core import eagerly, refuse_capture
 from restrain.engine.step.stepper import nested, real_step
 
 Listener = Callable[[Optimizer, nn.Module], None]
@@ -71,6 +71,7 @@ class Clock:
         known = self._of(optimizer)
         if known not in self._given and not known.trains(root):
             return
+        refuse_capture("a step of an optimizer with rules")
         for listener in self.on_step:
             listener(optimizer, root)
         known.came = True

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.backends import Compile, Executor
-from restrain.engine.core import eagerly
+from restrain.engine.core import eagerly, refuse_capture
 from restrain.engine.distributed import (
     Term,
     acting,
@@ -208,6 +208,7 @@ class Stepper:
             return eagerly(self.before, optimizer, args, kwargs, folds=False)
         if nested(optimizer):
             return None
+        refuse_capture("a step of an optimizer with rules")
         self._done = ()
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
