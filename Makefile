@@ -22,8 +22,9 @@ test: lint  ## lint, types, doctests and tests
 test-all: lint  ## the same, with the slow tests
 	$(PYTEST)
 
-test-cuda: .venv/.test  ## on a GPU: a sample of the matrix, models, graphs, waiting, memory
+test-cuda: .venv/.test  ## on a GPU: a sample of the matrix, models, graphs, waiting, memory; what rules cost
 	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" tests/test_cuda.py tests/test_everywhere.py tests/models/test_devices.py
+	$(PY) benchmarks/rules.py --device cuda
 
 test-torch:  ## on a release of torch: make test-torch TORCH=2.15.0 [PYTHON=python3.13]; its environment is taken away
 	$(PYTHON) docs/versions.py run $(TORCH) --python $(PYTHON) -n $(JOBS) $(TESTS)

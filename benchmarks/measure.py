@@ -24,7 +24,15 @@ PACKAGES = ("torch", "numpy", "keras", "jax", "optax", "torchao", "transformers"
 PACKAGES += ("skorch", "lightning")
 
 
-def paired(jobs, rounds, budget=None, before=lambda name: None, clock=time.perf_counter):
+def now():
+    """Seconds, when all work that waits on the default device is done."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_default_device().type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def paired(jobs, rounds, budget=None, before=lambda name: None, clock=now):
     """{job: seconds of each round}, the jobs taking turns, A B A B, after one round that isn't counted.
 
     Args:
@@ -136,6 +144,9 @@ def machine():
     found = {"processor": processor(), "cores": cores(), "system": platform.platform(terse=True)}
     with contextlib.suppress(ValueError, OSError, AttributeError):
         found["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["card"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -36,7 +36,8 @@ def about(sections):
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     minutes = sum(section["seconds"] for section in sections) / 60
     memory = f", {last['memory']}" if "memory" in last else ""
-    where = f"{last['processor']}, {last['cores']} cores{memory}, {last['system']}"
+    card = f", {last['card']}" if "card" in last else ""
+    where = f"{last['processor']}, {last['cores']} cores{memory}{card}, {last['system']}"
     return f"\n* machine: {where}\n* versions: {versions}\n* date: {last['date']}; {minutes:.0f} minutes in all\n"
 
 

@@ -1,6 +1,6 @@
 """What rules on parameters cost: in the loss, at the step, by hand, by peers; against one pass over memory.
 
-    python benchmarks/rules.py [--quick] [--out folder]
+    python benchmarks/rules.py [--quick] [--out folder] [--device cuda]
 
 Parameter lists of GPT-2 small, ResNet-50 and an MLP 784-1000-1000-10. A rule at the step is timed as the hooks that it
 hangs on the optimizer, whole steps of optimizers are timed after that. The floor is one pass over the bytes that must
@@ -8,7 +8,8 @@ be read and written, in the same rounds and over the very memory that the rule w
 speed: the weights of a list lie in one flat tensor, their gradients in another. It is `a += b` for rules that read
 weights and change gradients (a: gradients, b: weights), `a *= c` for those that change weights (a: weights), and
 `a += v` for the prox after Adam, which reads second moments besides (a: weights, v: the moments). The numbers are such
-that nothing changes: b and v times 1e-30, c = 1.
+that nothing changes: b and v times 1e-30, c = 1. On another device than the CPU the peers and the process without a
+C++ compiler are left out; times are taken when the device's work is done.
 """
 
 import functools
@@ -308,7 +309,12 @@ def keras_peers(section, quick):
 
 
 def main():
-    given = options(__doc__, ("--part", {"choices": ("inplace",), "help": "what a child of this script does"}))
+    given = options(
+        __doc__,
+        ("--part", {"choices": ("inplace",), "help": "what a child of this script does"}),
+        ("--device", {"default": "cpu", "help": "where the lists lie: cpu, cuda"}),
+    )
+    torch.set_default_device(given.device)
     warnings.simplefilter("ignore", rs.errors.RestrainWarning)  # weights that max-norm and L1 empty in many rounds
     torch.manual_seed(0)
     torch.set_num_threads(given.threads)
@@ -318,19 +324,22 @@ def main():
         print(json.dumps(inplace_only(given.quick)))
         return
     text = (
-        f"{given.threads} threads. A rule at the step is timed as the hooks that it hangs on the optimizer. × floor: "
+        f"{given.threads} threads, on {given.device}. A rule at the step is timed as the hooks that it hangs on the optimizer. × floor: "
         "over one pass at the machine's bandwidth, measured in the same rounds."
     )
     section = Section(__file__, "Rules on parameters", text)
     lists = {title: tiny(shapes) if given.quick else shapes for title, shapes in LISTS.items()}
     for title, shapes in lists.items():
         over_list(section, title, shapes, given.quick)
-    without_compiler(section, given.quick)
+    on_cpu = given.device == "cpu"
+    if on_cpu:
+        without_compiler(section, given.quick)
     for title in ("GPT-2 small", "ResNet-50"):
         two_rules(section, title, lists[title], given.quick)
         whole_steps(section, title, lists[title], given.quick)
     many_small(section, given.quick)
-    keras_peers(section, given.quick)
+    if on_cpu:
+        keras_peers(section, given.quick)
     section.finish(given.out, given.quick)
 
 
