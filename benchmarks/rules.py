@@ -324,8 +324,8 @@ def main():
         print(json.dumps(inplace_only(given.quick)))
         return
     text = (
-        f"{given.threads} threads, on {given.device}. A rule at the step is timed as the hooks that it hangs on the optimizer. × floor: "
-        "over one pass at the machine's bandwidth, measured in the same rounds."
+        f"{given.threads} threads, on {given.device}. A rule at the step is timed as the hooks that it hangs on the "
+        "optimizer. × floor: over one pass at the machine's bandwidth, measured in the same rounds."
     )
     section = Section(__file__, "Rules on parameters", text)
     lists = {title: tiny(shapes) if given.quick else shapes for title, shapes in LISTS.items()}

@@ -14,8 +14,8 @@ from restrain.errors import CaptureError
 @contextmanager
 def capture():
     with (
-        mock.patch("torch.cuda.is_initialized", lambda: True),
-        mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
+        mock.patch("torch.cuda.is_initialized", return_value=True),
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
     ):
         yield
 
@@ -40,7 +40,7 @@ X = torch.ones(4, 3)
 
 def test_forwards_that_are_recorded_are_refused(capturing):
     model, _, _ = attached("loss")
-    with pytest.raises(CaptureError, match="a forward of a model with rules while a CUDA graph is captured.*reduce-overhead"):
+    with pytest.raises(CaptureError, match=r"a forward of a model with rules while a CUDA .*reduce-overhead"):
         model(X)
     model.eval()
     model(X)

@@ -227,7 +227,8 @@ class Stepper:
                 added = self._begin(optimizer, ("gradient", "tangent", "decoupled"), rest, with_value=True)
             else:
                 added = self._begin(optimizer, ("gradient", "tangent"), with_value=True)
-            return loss if loss is None else loss + added.to(loss) if isinstance(loss, Tensor) else loss + float(added)
+            value = totals([added])[0]
+            return loss if loss is None else loss + value.to(loss) if isinstance(loss, Tensor) else loss + float(value)
 
         kept = {key: value for key, value in kwargs.items() if key != "closure"}
         return (args[0] if rest is None else rest, with_penalties, *args[2:]), kept
@@ -236,8 +237,8 @@ class Stepper:
     @uncollected()
     def _begin(
         self, optimizer: Optimizer, kinds: tuple[str, ...], rest: Optimizer | None = None, with_value: bool = False
-    ) -> Tensor:
-        """Do the changes before the step; return the value of gradient penalties if `with_value`.
+    ) -> list[Term]:
+        """Do the changes before the step; return the values of gradient penalties if `with_value`.
 
         With a stand-in `rest`, also do the folded step, last, so that nothing has moved if a rule
         fails. `rest` keeps the other parameters.
@@ -258,7 +259,7 @@ class Stepper:
 
     def _before(
         self, optimizer: Optimizer, works: Sequence[Member], kinds: tuple[str, ...], with_value: bool
-    ) -> Tensor:
+    ) -> list[Term]:
         scale, values = getattr(optimizer, "grad_scale", None), list[Term]()
         standing = self._unfinished.standing()  # of an interrupted step, which is called again
         made = [Made("gradient", self._add_noises(works, scale, standing))] if "gradient" in kinds else []
@@ -291,7 +292,7 @@ class Stepper:
             self._remember(works, scale)
         if self._waits and "decoupled" in kinds:
             updates.remember(optimizer, works if moves else (), self.steps)
-        return totals([values])[0]
+        return values
 
     def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:
         """Return the due joint rules on the optimizer's parameters by their kind."""
