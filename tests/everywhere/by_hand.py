@@ -22,6 +22,9 @@ class Hand:
         self.strengths, self.steps = strengths, 0
         self.first, self.head = model.first, model.head
         self.kept = {}
+        self.radii = [w.detach().norm() for w in self.matrices]
+        self.uphill = [torch.zeros_like(w) for w in self.matrices]
+        self.directions = rs.SIGReg(directions=16).bound_at_place()
         with torch.no_grad():
             self.project()
             if self.name == "parametrisation":
@@ -43,11 +46,11 @@ class Hand:
         """The model's output, and what joins the loss."""
         if hasattr(self.model, "embedded"):
             x = x + self.model.embedded(x)
-        w = self.first.weight
+        w = self.first.weight + self.uphill[0]
         before = F.linear(x, rs.DropConnect(0.3).of_weight(w) if self.name == "weight-noise" else w, self.first.bias)
         hidden = torch.tanh(before)
         noise = {"noise": rs.GaussianNoise(0.3), "dropout": rs.Dropout(0.4)}.get(self.name, lambda h: h)
-        out = F.linear(noise(hidden), self.head_weight(), self.head.bias)
+        out = F.linear(noise(hidden), self.head_weight() + self.uphill[1], self.head.bias)
         return out, self.penalty(before, hidden, out)
 
     def penalty(self, before, hidden, out):
@@ -64,6 +67,12 @@ class Hand:
         if self.name == "statistic-of-the-batch":
             units = 0.3 * rs.KLSparsity(0.2)(before.sigmoid()) + 0.1 * rs.Decorrelation()(hidden)
             return units + 0.3 * rs.LoadBalance(1)(out) + 0.1 * rs.ZLoss()(out)
+        if self.name == "embeddings-and-views":
+            spread = (
+                0.3 * rs.Variance()(hidden) + 0.1 * rs.Covariance()(hidden) + 0.1 * self.directions.over_batch(hidden)
+            )
+            views = {"a": before, "b": hidden}
+            return spread + 0.3 * rs.Invariance()({}, views) + 0.1 * rs.CrossCorrelation(0.1)({}, views)
         if self.name == "Jacobian-penalty":
             return 0.3 * ((1 - hidden.square()).square() @ self.first.weight.square().sum(1)).mean()
         if self.name == "target":
@@ -87,8 +96,7 @@ class Hand:
             acts = [(o, group, p) for o, group, p in acts if p is self.first.weight]
         with torch.no_grad():
             for _, group, w in acts if self.name == "decoupled-decay" else ():
-                moved = w - group["lr"] * (0.1 * w.sign() + 0.1 * w)
-                w.copy_(torch.where(moved * w < 0, 0.0, moved))
+                w.copy_(decayed(w, group["lr"]))
             held = [(o, group, w, (w.clone(), w.grad.clone())) for o, group, w in acts]
         for optimizer in self.optimizers:
             optimizer.step(*[closure] * (closure is not None))
@@ -99,8 +107,32 @@ class Hand:
                 self.prox(w, torch.as_tensor(metric.steps(*metric.moments), dtype=w.dtype).expand(w.shape))
             if self.name == "units-across-tensors":
                 self.prox_of_units(held)
+            for optimizer, group, w, (before, _) in held:
+                if self.name == "cautious-decay":
+                    towards = before * (before - w) >= 0
+                    w.add_(torch.where(towards, decayed(before, group["lr"]) - before, 0))
+                if self.name == "norms-held":
+                    turn = before * decay_of(optimizer, group) - w
+                    w.copy_(before - group["lr"] * self.radius(w) * turn / turn.norm())
+                    w.mul_(self.radius(w) / w.norm())
             self.project(self.lengths(held))
+            if self.name == "sharpness":
+                self.climb()
+        self.directions.stepped(None)
         self.steps += 1
+
+    def radius(self, w):
+        return self.radii[0 if w is self.first.weight else 1]
+
+    def climb(self):
+        """Against the momentum, with one norm for the weights of an optimizer."""
+        for optimizer in self.optimizers:
+            kept = [optimizer.state.get(w, {}) for w in self.matrices]
+            found = [state.get("exp_avg", state.get("momentum_buffer")) for state in kept]
+            norm = sum(v.square().sum() for v in found if v is not None) ** 0.5
+            for number, v in enumerate(found):
+                if v is not None and norm > 0:
+                    self.uphill[number] = -0.2 * v / norm
 
     def lengths(self, held):
         """The steps of the first layer's entries, where a projection is in their metric."""
@@ -147,6 +179,18 @@ class Hand:
             else:
                 w.copy_(torch.stack([within(*row, 0.5) for row in zip(w, lengths, strict=True)]))
             self.head.weight.clamp_min_(0)
+
+
+def decayed(w, rate):
+    """A decoupled step of the elastic net, not past zero."""
+    moved = w - rate * (0.1 * w.sign() + 0.1 * w)
+    return torch.where(moved * w < 0, 0.0, moved)
+
+
+def decay_of(optimizer, group):
+    """The factor of an optimizer's own decoupled decay."""
+    decoupled = isinstance(optimizer, (torch.optim.AdamW, torch.optim.Muon))
+    return 1 - group["lr"] * group.get("weight_decay", 0) if decoupled else 1.0
 
 
 def within(w, lengths, radius):

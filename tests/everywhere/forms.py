@@ -170,12 +170,15 @@ DENSE = "'first.weight' has sparse gradients .* needs dense ones: use how='loss'
 AT_STEP = (
     "parameter-penalty-as-gradient",
     "decoupled-decay",
+    "cautious-decay",
     "proximal-penalty",
     "proximal-group-penalty",
     "units-across-tensors",
     "target",
 )
 NEED_DENSE = dict.fromkeys(AT_STEP, DENSE) | {
+    "norms-held": "has got a sparse gradient.* make the layer with sparse=False",
+    "sharpness": "'first.weight' has sparse gradients .* make the layer with sparse=False",
     "weight-noise": "'first.weight' has sparse gradients .* make the layer with sparse=False",
     "Jacobian-penalty": "doesn't depend on the place of wrt=",  # no derivative by token ids
 }
@@ -215,6 +218,9 @@ class LazilyMoved(torch.optim.Optimizer):
 
 LOSS_IS_DENSE = "SparseAdam takes sparse gradients; how='loss' makes them dense: use Adam"
 NO_DENSE = dict.fromkeys(("parameter-penalty-in-the-loss", "group-penalty-in-the-loss"), LOSS_IS_DENSE)
+
+
+NO_DENSE["norms-held"] = "SparseAdam has no direction of its own"
 
 
 @column("the same with SparseAdam", GROUP, fast=True, refuses=NEED_DENSE | NO_DENSE)
@@ -284,7 +290,8 @@ def parametrised(kind, parametrise, size=4):
 
 
 COMPUTED = "'first.weight' is parametrised: it is computed anew at each use"
-AT_FIRST = dict.fromkeys((*AT_STEP, "projection", "weight-noise"), COMPUTED)
+ON_STORED = (*AT_STEP, "projection", "norms-held", "weight-noise", "sharpness")
+AT_FIRST = dict.fromkeys(ON_STORED, COMPUTED)
 
 
 @column("`weight_norm` on `first`, before attach", GROUP, fast=True, refuses=AT_FIRST)
@@ -322,9 +329,7 @@ def lazy_after(kind):
 
 
 NO_SHAPE = "has no shape yet .*run one forward before attaching"
-SHAPELESS = dict.fromkeys(
-    (*AT_STEP, "group-penalty-in-the-loss", "projection", "parametrisation", "weight-noise"), NO_SHAPE
-)
+SHAPELESS = dict.fromkeys((*ON_STORED, "group-penalty-in-the-loss", "parametrisation"), NO_SHAPE)
 
 
 @column("lazy layers, attached before the first forward", GROUP, fast=True, refuses=SHAPELESS)

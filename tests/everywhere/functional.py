@@ -38,9 +38,13 @@ class Functional(Run):
 AT_STEPS = (
     "parameter-penalty-as-gradient",
     "decoupled-decay",
+    "cautious-decay",
     "proximal-penalty",
     "proximal-group-penalty",
     "projection",
+    "norms-held",
+    "sharpness",
+    "embeddings-and-views",  # new directions at each step
     "units-across-tensors",
     "target",
 )
@@ -110,7 +114,7 @@ class PerSampleWithOneDraw(PerSample):
     "per-sample gradients: `vmap` of `grad` over the batch, then their mean",
     GROUP,
     fast=True,
-    refuses={"Jacobian-penalty": PROBES},
+    refuses={"Jacobian-penalty": PROBES, "embeddings-and-views": "got a single sample: use batches of two or more"},
 )
 def per_sample(kind):
     """Statistics of a batch are those of single samples; noise on weights is drawn once, as in the plain run."""

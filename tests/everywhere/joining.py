@@ -54,7 +54,7 @@ def two(kind):
 
 
 NOISE = dict.fromkeys(("noise", "dropout"), "another attachment has noise at 'act'.* put both into one plan")
-ORDER = {"decoupled-decay": "another attachment acts on .* Put them into one plan"}
+ORDER = dict.fromkeys(("decoupled-decay", "norms-held"), "another attachment acts on .* Put them into one plan")
 
 
 @column("the same in the other order", GROUP, fast=True, refuses=ORDER | PARAMETRISED | NOISE)
@@ -63,11 +63,20 @@ def two_the_other_way(kind):
 
 
 CLASH = dict.fromkeys(
-    ("decoupled-decay", "proximal-penalty", "proximal-group-penalty", "units-across-tensors", "target"),
+    (
+        "decoupled-decay",
+        "cautious-decay",
+        "proximal-penalty",
+        "proximal-group-penalty",
+        "units-across-tensors",
+        "target",
+        "norms-held",
+    ),
     ORDER["decoupled-decay"],
 ) | {
     "parametrisation": "is parametrised",
     "weight-noise": "another attachment has noise on the weights of 'first'.* put both into one plan",
+    "sharpness": "another attachment has noise on the weights of 'first'.* put both into one plan",
 }
 
 

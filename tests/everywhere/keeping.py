@@ -240,7 +240,10 @@ def grown(kind):
 # Materialised, moved and cast
 
 
-ON_META = dict.fromkeys((*STEP_KINDS, "parametrisation"), "on the meta device.* make the optimizer, then attach")
+ON_META = dict.fromkeys(
+    (*STEP_KINDS, "parametrisation", "sharpness"),
+    "on the meta device.* to_empty.*load, (make the optimizer, )?then attach",
+)
 
 
 @column("attached to a model on the meta device, materialised later", GROUP, fast=True, refuses=ON_META)

@@ -35,6 +35,7 @@ PENALTY = 0.1 * rs.L1() + 0.05 * rs.L2()
 GROUPS = 0.1 * rs.GroupLasso(per="out")
 UNITS = rs.units({"first.weight": "out", "head.weight": "in"})
 HIDDEN = rs.outputs("act")
+VIEWS = rs.outputs("first") | rs.outputs("act")
 
 KINDS = {
     kind.name: kind
@@ -42,6 +43,7 @@ KINDS = {
         Kind("parameter penalty in the loss", rules(PENALTY.on(W), 0.1 * rs.LogSum().on("first.*"))),
         Kind("parameter penalty as gradient", rules(PENALTY.on(W, how="gradient")), at_steps=True),
         Kind("decoupled decay", rules(PENALTY.on(W, how="decoupled")), at_steps=True),
+        Kind("cautious decay", rules(PENALTY.on(W, how="decoupled", cautious=True)), at_steps=True),
         Kind("proximal penalty", rules(PENALTY.on(W, how="proximal")), at_steps=True),
         Kind("group penalty in the loss", rules(GROUPS.on(W), 0.1 * rs.GroupLasso(per="in").on("head.weight"))),
         Kind("proximal group penalty", rules(GROUPS.on(W, how="proximal")), at_steps=True),
@@ -68,6 +70,20 @@ KINDS = {
             "units across tensors",
             rules((0.1 * rs.GroupLasso(per=UNITS)).on(how="proximal"), rs.TopGroups(4, per=UNITS).on()),
             at_steps=True,
+        ),
+        Kind("norms held", rules(rs.Hyperball().on(W)), at_steps=True),
+        Kind("sharpness", rules(rs.MomentumSharpness(0.2).on(W))),
+        Kind(
+            "embeddings and views",
+            rules(
+                0.3 * rs.Variance().on(HIDDEN),
+                0.1 * rs.Covariance().on(HIDDEN),
+                0.1 * rs.SIGReg(directions=16).on(HIDDEN),
+                0.3 * rs.Invariance().on(VIEWS),
+                0.1 * rs.CrossCorrelation(0.1).on(VIEWS),
+            ),
+            of_batch=True,
+            on_outputs=True,
         ),
         Kind("parametrisation", rules(rs.NonNegative().on("head.weight", how="parametrize"))),
         Kind("weight noise", rules(rs.DropConnect(0.3).on("first.weight")), random=True),

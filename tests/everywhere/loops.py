@@ -16,6 +16,11 @@ GROUP = "Training loops"
 SGD = partial(torch.optim.SGD, lr=0.3)  # Adam hardly sees the size of a gradient
 
 
+def sgd(kind):
+    """SGD, with momentum for the rule that follows one."""
+    return partial(SGD, momentum=0.5) if kind.name == "sharpness" else SGD
+
+
 @dataclass
 class Clipped(Run):
     """Clips between backward and step, as PyTorch's documentation has it."""
@@ -44,7 +49,7 @@ def clipped(kind, theirs, by_hand):
     """A penalty as gradient comes after the clipping; it is written out here."""
 
     def run(kind, clip):
-        return Clipped(**vars(attached(kind, fresh(), SGD)), clip=clip).steps().result()
+        return Clipped(**vars(attached(kind, fresh(), sgd(kind))), clip=clip).steps().result()
 
     def with_penalty(parameters):
         by_hand(parameters)
@@ -179,6 +184,22 @@ class OneLayer(Tied):
         return self.head(h) + F.linear(h.flip(1), self.head.weight, self.tail.bias)
 
 
+class TwoUses(nn.Linear):
+    """Both uses of a weight in one call of its layer, which is where rules on forwards change it."""
+
+    def forward(self, x, bias):
+        return super().forward(x) + F.linear(x.flip(1), self.weight, bias)
+
+
+class InOneCall(OneLayer):
+    def __init__(self):
+        super().__init__()
+        self.first.__class__ = self.head.__class__ = TwoUses
+
+    def forward(self, x):
+        return self.head(self.act(self.first(x, self.other.bias)), self.tail.bias)
+
+
 class TwoDraws(OneLayer):
     """With noise on the weight by hand, drawn for each of the layers that use it."""
 
@@ -200,7 +221,7 @@ def tied(kind):
     found = attached(kind, fresh(Tied)).steps().result()
     if kind.name == "weight-noise":
         return found, plain(replace(kind, make=lambda: [0 * rs.L2().on("*")]), TwoDraws) | {"values": found["values"]}
-    return found, plain(kind, OneLayer)
+    return found, plain(kind, InOneCall if kind.name == "sharpness" else OneLayer)
 
 
 class Reused(Net):
@@ -239,7 +260,10 @@ def unrolled(kind):
     return replace(kind, make=lambda: [double(rule) for rule in kind.make()])
 
 
-@column("`first` and `act` called twice", GROUP, fast=True)
+CALLS = {"embeddings-and-views": "compares two views, got 4 outputs: first, first#2, act, act#2"}
+
+
+@column("`first` and `act` called twice", GROUP, fast=True, refuses=CALLS)
 def reused(kind):
     return attached(kind, fresh(Reused)).steps().result(), plain(unrolled(kind), Unrolled)
 
@@ -266,7 +290,9 @@ class Preserving(Overwriting):
     inplace = False
 
 
-OVERWRITTEN = {"Jacobian-penalty": r"overwritten by a later in-place op, .* \(inplace=False\)"}
+OVERWRITTEN = dict.fromkeys(
+    ("Jacobian-penalty", "embeddings-and-views"), r"overwritten by a later in-place op, .* \(inplace=False\)"
+)
 
 
 @column("an in-place ReLU after each layer", GROUP, fast=True, refuses=OVERWRITTEN)

@@ -85,7 +85,9 @@ for name in SETTINGS:
 
 # Closures
 
-CLOSURES = dict.fromkeys(("decoupled-decay", *WITH_PROX), "LBFGS calls its closure several times.* Use how='loss'")
+CLOSURES = dict.fromkeys(
+    ("decoupled-decay", "cautious-decay", *WITH_PROX), "LBFGS calls its closure several times.* Use how='loss'"
+) | {"norms-held": "LBFGS has no direction of its own", "sharpness": "LBFGS keeps none as it is set"}
 
 
 def lbfgs(model):
@@ -172,6 +174,9 @@ SPARSE = {
     "decoupled-decay": "'words.weight' has sparse gradients",
     "proximal-penalty": "'words.weight' has sparse gradients",
     "proximal-group-penalty": "'words.weight' has sparse gradients",
+    "cautious-decay": "'words.weight' has sparse gradients",
+    "norms-held": "SparseAdam has no direction of its own",
+    "sharpness": "'words.weight' has sparse gradients",
 }
 
 

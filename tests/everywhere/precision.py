@@ -19,6 +19,11 @@ GROUP = "Precision"
 SGD = partial(torch.optim.SGD, lr=0.5)  # Adam's first steps are as long for a gradient that is rounding as for any
 
 
+def sgd(kind):
+    """SGD, with momentum for the rule that follows one."""
+    return partial(SGD, momentum=0.5) if kind.name == "sharpness" else SGD
+
+
 class InDouble(TorchFunctionMode):
     """Random numbers are drawn in float64, whatever precision they are asked for in."""
 
@@ -54,8 +59,8 @@ class Rounded(Run):
 
 
 def rounded(kind, dtype=torch.float32, autocast=None):
-    run = Rounded(**vars(attached(kind, fresh(dtype=dtype), SGD)), autocast=autocast, computed=autocast or dtype)
-    return run.steps().result(), plain(kind, optimizer=SGD)
+    run = Rounded(**vars(attached(kind, fresh(dtype=dtype), sgd(kind))), autocast=autocast, computed=autocast or dtype)
+    return run.steps().result(), plain(kind, optimizer=sgd(kind))
 
 
 @column("float32", GROUP, fast=True, rounding=1e-4)
@@ -63,7 +68,13 @@ def in_float32(kind):
     return rounded(kind)
 
 
-@column("bfloat16 parameters", GROUP, fast=True, rounding=8e-3)
+@column(
+    "bfloat16 parameters",
+    GROUP,
+    fast=True,
+    rounding=8e-3,
+    senseless={"cautious-decay": "rounding decides where a step goes, and so where it decays"},
+)
 def in_bfloat16(kind):
     return rounded(kind, torch.bfloat16)
 
@@ -112,20 +123,20 @@ def scaled(kind, optimizer, clips):
     options = {"autocast": torch.float16, "computed": torch.float16, "scaler": scaler, "clips": clips}
     found = Scaled(**vars(attached(kind, fresh(dtype=torch.float32), optimizer)), **options).steps().result()
     if not clips:
-        return found, plain(kind, optimizer=SGD)
-    return found, Clipped(**vars(attached(kind, fresh(), SGD)), clip=norm_by_hand).steps().result()
+        return found, plain(kind, optimizer=sgd(kind))
+    return found, Clipped(**vars(attached(kind, fresh(), sgd(kind))), clip=norm_by_hand).steps().result()
 
 
 @column(
     "autocast to float16, GradScaler with `unscale_` and clipping, one skipped step", GROUP, fast=True, rounding=5e-4
 )
 def autocast_float16(kind):
-    return scaled(kind, SGD, clips=True)
+    return scaled(kind, sgd(kind), clips=True)
 
 
 @column("the same with a fused optimizer, without `unscale_`", GROUP, fast=True, rounding=1e-3)
 def autocast_float16_fused(kind):
-    return scaled(kind, partial(SGD, fused=True), clips=False)
+    return scaled(kind, partial(sgd(kind), fused=True), clips=False)
 
 
 # Complex parameters, with everything written out
@@ -143,17 +154,20 @@ def groups(w, dim):
 
 
 class ByHand:
-    """The training of a complex net with one kind of rule, written out: SGD with learning rate 0.5."""
+    """The training of a complex net with one kind of rule, written out: SGD of `sgd`."""
 
     def __init__(self, kind):
         self.kind, self.model = kind.name, complex_net()
         self.strengths = [0.05, 0.05]
+        self.velocities, self.uphill = {}, [0, 0]
+        self.sizes = [w.detach().norm() for w in (self.model.first.weight, self.model.head.weight)]
         if self.kind == "units-across-tensors":
             self.keep_four(self.model.first.weight, self.model.head.weight)
         self.controllers = [Controller(rule.what.strength.parts[1][0]) for rule in kind.make() if kind.name == "target"]
 
     def penalties(self, x, w, head):
         kind, net = self.kind, self.model
+        w, head = w + self.uphill[0], head + self.uphill[1]
         first = w if kind != "weight-noise" else w * torch.empty_like(w.real).bernoulli_(0.7) / 0.7
         h = torch.tanh(x @ first.T + net.first.bias)
         seen = h + 0.3 * torch.randn_like(h) if kind == "noise" else h
@@ -185,7 +199,22 @@ class ByHand:
             for p, g, pull in zip(parameters, gradients, pulls, strict=True):
                 if self.kind == "decoupled-decay":  # not past zero
                     p.copy_(torch.where(0.5 * pull.abs() < p.abs(), p - 0.5 * pull, 0 * p))
-                p -= 0.5 * (g + pull if self.kind == "parameter-penalty-as-gradient" else g)
+                g = g + pull if self.kind == "parameter-penalty-as-gradient" else g
+                v = self.velocities[p] = g + (0.5 * self.velocities.get(p, 0) if self.kind == "sharpness" else 0)
+                if self.kind == "cautious-decay":  # real and imaginary parts apart
+                    aim = torch.where(0.5 * pull.abs() < p.abs(), -0.5 * pull, -p)
+                    p += torch.complex(
+                        *[torch.where(a * b >= 0, c, 0) for a, b, c in zip(*map(parts, (p, v, aim)), strict=True)]
+                    )
+                p -= 0.5 * v
+            if self.kind == "norms-held":
+                for q, size in zip((w, head), self.sizes, strict=True):
+                    v = self.velocities[q]
+                    q.copy_(q + 0.5 * v - 0.5 * size * v / v.norm())
+                    q.mul_(size / q.norm())
+            if self.kind == "sharpness":
+                v = [self.velocities[q] for q in (w, head)]
+                self.uphill = [-0.2 * one / torch.cat([x.flatten() for x in v]).norm() for one in v]
             self.after(w, head)
         return loss.item()
 
@@ -217,6 +246,10 @@ class ByHand:
         w[short], head[:, short] = 0, 0
 
 
+def parts(z):
+    return z.real, z.imag
+
+
 def complex_net():
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # "Complex modules are a new feature"
         model = fresh(dtype=torch.complex128)
@@ -232,13 +265,14 @@ NO_ORDER = {
     "weight-noise": "needs a real floating-point weight",
     "statistic-of-the-batch": "is for real activations",
     "Jacobian-penalty": "derivatives are of real tensors",
+    "embeddings-and-views": "compares with a real Gaussian",
 }
 
 
 @column("complex parameters, compared with a training written out", GROUP, fast=True, refuses=NO_ORDER)
 def complex_parameters(kind):
     model = complex_net()
-    run = attached(kind, model, SGD, call=lambda x: model(x).abs()).steps()
+    run = attached(kind, model, sgd(kind), call=lambda x: model(x).abs()).steps()
     written = ByHand(kind)
     losses = [written.step(step) for step in range(STEPS)]
     found = run.result()

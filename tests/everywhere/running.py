@@ -30,7 +30,10 @@ def checkpointed(reentrant):
     return Checkpointed
 
 
-NO_GRAPH = {"Jacobian-penalty": "inside a reentrant checkpoint, where they have no graph; use checkpoint"}
+NO_GRAPH = dict.fromkeys(
+    ("Jacobian-penalty", "embeddings-and-views"),
+    "inside a reentrant checkpoint, where they have no graph; use checkpoint",
+)
 
 
 @column("activation checkpointing, non-reentrant", GROUP, fast=True)

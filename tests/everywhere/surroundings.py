@@ -199,7 +199,8 @@ class Tied(Two):
     "weights that are tied after attach",
     GROUP,
     fast=True,
-    refuses={"weight-noise": "its weights are used at other places now"},
+    refuses=dict.fromkeys(("norms-held", "sharpness"), "are one tensor now, and it keeps a state of each")
+    | {"weight-noise": "its weights are used at other places now"},
 )
 def tied_after_attach(kind):
     model = fresh(Two)

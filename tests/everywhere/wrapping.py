@@ -78,7 +78,8 @@ AVERAGED = "SGDScheduleFree (holds|evaluates) .* can't be right: (use|for)"
     GROUP,
     fast=True,
     rounding=1e-9,
-    refuses=dict.fromkeys(("decoupled-decay", "projection", *WITH_PROX), AVERAGED),
+    refuses=dict.fromkeys(("decoupled-decay", "cautious-decay", "projection", "norms-held", *WITH_PROX), AVERAGED)
+    | {"sharpness": "SGDScheduleFree keeps none as it is set"},
 )
 def schedule_free(kind):
     return compared(kind, lambda model: [SGDScheduleFree(model.parameters(), lr=0.1)])

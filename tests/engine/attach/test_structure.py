@@ -182,6 +182,63 @@ def test_what_is_kept_of_a_parameter_stays_with_its_name():
     assert reg.penalty().item() == pytest.approx(np.square(array(model.last.weight) - start).sum(), rel=1e-5)
 
 
+def replaced(model, optimizer, scale=1.0):
+    """Another layer in the place of `first`, its parameters in the optimizer."""
+    old, model.first = model.first, nn.Linear(4, 8)
+    with torch.no_grad():
+        model.first.weight.mul_(scale)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    for was, now in zip(old.parameters(), model.first.parameters(), strict=True):
+        if was in optimizer.state:
+            optimizer.state[now] = optimizer.state.pop(was)
+    return old
+
+
+def step(model, reg, optimizer):
+    optimizer.zero_grad()
+    reg.loss(model(torch.randn(3, 4)).square().mean()).backward()
+    optimizer.step()
+
+
+def test_entries_that_are_fixed_keep_their_values_in_another_layer():
+    model = Net()
+    mask, values = torch.zeros(8, 4, dtype=torch.bool), model.first.weight.detach().clone()
+    mask[2] = True
+    optimizer = sgd(model)
+    reg = trained(model, rs.Fixed(mask).on("first.weight"), optimizer)
+    replaced(model, optimizer)
+    step(model, reg, optimizer)
+    assert model.first.weight[2].equal(values[2])
+    assert not model.first.weight[3].equal(values[3])
+
+
+def test_a_norm_that_is_held_is_held_in_another_layer():
+    model = Net()
+    norm = model.first.weight.detach().norm().item()
+    optimizer = sgd(model)
+    reg = trained(model, rs.Hyperball().on("first.weight"), optimizer)
+    replaced(model, optimizer, scale=3.0)
+    step(model, reg, optimizer)
+    assert model.first.weight.norm().item() == pytest.approx(norm, rel=1e-6)
+
+
+def test_forwards_of_another_layer_are_at_the_offset_of_the_momentum():
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    reg = trained(model, rs.MomentumSharpness(0.5).on("first.weight"), optimizer)
+    for _ in range(2):  # another layer each time
+        replaced(model, optimizer)
+        v = optimizer.state[model.first.weight]["momentum_buffer"]
+        seen, x = [], torch.randn(3, 4)
+        handle = model.first.register_forward_hook(lambda module, given, out, seen=seen: seen.append(out.detach()))
+        reg.loss(model(x).square().mean()).backward()
+        handle.remove()
+        expected = x @ (model.first.weight - 0.5 * v / v.norm()).T + model.first.bias
+        torch.testing.assert_close(seen[0], expected.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_what_is_kept_of_a_parameter_is_refused_for_another_shape():
     model = Net()
     reg = rs.attach(model, rs.Distance().on("last.weight", name="stay"), sgd(model))

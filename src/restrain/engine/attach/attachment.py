@@ -311,7 +311,7 @@ class Attachment:
         for change in changes:
             change.adopt()
         self._hooks.move(moves)
-        self._weight_noise.move(model)
+        self._weight_noise.move(noisy(self._bounds), model)
         if needed and self._parts.handles:
             self._parts.end()
             self._begin_parts(model)

@@ -23,14 +23,27 @@ class _Living:
 
 
 _living: weakref.WeakKeyDictionary[object, _Living] = weakref.WeakKeyDictionary()
-# `how` in (earlier, later) attachment: one plan would apply them in another order, or joined
+_ON_WEIGHTS = ("decoupled", "proximal", "project", "cautious")
+# kinds in (earlier, later) attachment: one plan would apply them in another order, or joined
 _CLASHES = {
     ("decoupled", "gradient"),
     ("decoupled", "decoupled"),
     ("proximal", "proximal"),
     ("project", "proximal"),
     ("project", "project"),
+    # cautious decay reads how the optimizer alone moved the weights, and acts before a prox
+    ("decoupled", "cautious"),
+    ("cautious", "decoupled"),
+    ("cautious", "cautious"),
+    ("proximal", "cautious"),
+    ("project", "cautious"),
+    # a held norm reads weights and gradient before the step, and replaces the step
+    ("held", "gradient"),
+    ("held", "held"),
+    *[("held", kind) for kind in _ON_WEIGHTS],
+    *[(kind, "held") for kind in _ON_WEIGHTS],
 }
+_SAID = {"held": "Hyperball", "cautious": "how='decoupled', cautious=True"}
 
 
 def join(owner: object, works: Sequence[ParameterRules], model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -62,11 +75,11 @@ def _found(work: ParameterRules, root: nn.Module | None) -> Tensor | None:
 
 def _refuse_order(earlier: ParameterRules, later: ParameterRules) -> None:
     if clash := _clashes(earlier, later):
-        first, second = min(clash)
+        first, second = [_SAID.get(kind, f"how={kind!r}") for kind in min(clash)]
         raise HowError(
-            f"another attachment acts on {later.handle.name!r} with how={first!r}, and this one with "
-            f"how={second!r}: one after the other, they don't give what both rules together mean. Put them into "
-            "one plan: first.detach(), then rs.attach(model, [*first.plan, ...], optimizer)"
+            f"another attachment acts on {later.handle.name!r} with {first}, and this one with {second}: "
+            "one after the other, they don't give what both rules together mean. Put them into one plan: "
+            "first.detach(), then rs.attach(model, [*first.plan, ...], optimizer)"
         )
 
 

@@ -540,6 +540,8 @@ class Followed:
         """Apply the changes to the bound rule."""
         bound = self.bound
         bound.parameters, bound.joint = self.parameters, self.joint
+        whats = {handle.name: what for handle, what in self.parameters}
+        bound.noisy = [(use, whats[use.name]) for use, _ in bound.noisy]
         bound.points = [self.now(point) for point in bound.points]
         for recorder in bound.recorders:
             recorder.point = self.now(recorder.point)
@@ -640,7 +642,7 @@ def _joint_again(bound: Bound, index: _ModelIndex) -> Followed:
 
 
 def _state(what: Any) -> Mapping[str, Tensor]:
-    return what.state() if isinstance(what, Penalty) else {}
+    return what.state() if isinstance(what, What) else {}
 
 
 def _replaced(bound: Bound, slot: Slot, before: Any, index: _ModelIndex) -> Any:

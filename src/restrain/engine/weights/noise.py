@@ -325,8 +325,12 @@ class WeightNoise:
         """Return the paths whose module has been replaced."""
         return [path for path in self.hooks if follow(root, path) is not self.modules[path]()]
 
-    def move(self, root: nn.Module) -> None:
-        """Move the hooks to the current modules of their paths."""
+    def move(self, noisy: Iterable[tuple[Use, Noise, bool]], root: nn.Module) -> None:
+        """Move the hooks to the current modules of their paths, with the current noises."""
+        for disturb in self.hooks.values():
+            disturb.noises = []
+        for use, noise, _ in noisy:
+            self.hooks[use.caller].add(use, noise)
         for path in self.moves(root):
             before, now = self.modules[path](), follow(root, path)
             for handle in self.handles[path]:
