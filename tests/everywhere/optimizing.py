@@ -55,6 +55,10 @@ FUSED = ("Adagrad", "Adam", "AdamW", "SGD")
 SETTLES_NOT = dict.fromkeys(WITH_PROX, "Rprop follows the sign.* Use another optimizer, or how='loss'")
 
 
+WITHOUT_MOMENTUM = ("ASGD", "Adadelta", "Adafactor", "Adagrad", "Rprop")
+STANDS_STILL = {"sharpness": "follows the momentum of .* keeps none as it is set"}
+
+
 def implementations(name):
     """The ways to make an optimizer: torch's choice, one tensor after the other, all together, fused."""
     cls, settings = getattr(optim, name), SETTINGS[name]
@@ -75,7 +79,7 @@ def optimizer_column(name):
         GROUP,
         fast=FAST if name == "SGD" else FAST[:1],
         rounding=1e-7 if name == "ASGD" else 1e-9,  # torch keeps its foreach rate in float32
-        refuses=SETTLES_NOT if name == "Rprop" else {},
+        refuses=(SETTLES_NOT if name == "Rprop" else {}) | (STANDS_STILL if name in WITHOUT_MOMENTUM else {}),
     )(run)
 
 
