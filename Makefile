@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-cuda test-torch test-torches matrix bench dist lint format clean
+.PHONY: help demo style test test-all test-cuda test-torch test-torches matrix bench dist lint format clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -16,8 +16,8 @@ help:  ## list these commands
 demo: .venv/.demo  ## a tour on the digits data; pictures go to demo-output/
 	$(PY) -m restrain.demo
 
-test: lint  ## lint, types, doctests and tests
-	$(PYTEST) -m "not slow"
+test: style  ## lint, types, doctests and tests; types are checked beside the tests
+	@$(PY) -m mypy & types=$$!; $(PYTEST) -m "not slow"; tests=$$?; wait $$types && exit $$tests
 
 test-all: lint  ## the same, with the slow tests
 	$(PYTEST)
@@ -55,9 +55,11 @@ dist: .venv/.dist  ## sdist and wheel in dist/, checked as a package index will
 	$(PY) -m twine check --strict dist/*
 	.venv/bin/check-wheel-contents dist/*.whl
 
-lint: .venv/.test  ## ruff and mypy
+style: .venv/.test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+
+lint: style  ## ruff and mypy
 	$(PY) -m mypy
 
 format: .venv/.test  ## rewrite the files as ruff wants them

@@ -1,3 +1,4 @@
+import collections
 import os
 import sys
 
@@ -16,6 +17,19 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--outcomes", help="append what each cell of test_everywhere.py gave to this file")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what -m says
+def pytest_collection_modifyitems(items):
+    """Mark the cases that `thinned` leaves out of the fast tests as slow."""
+    seen = collections.Counter()
+    for item in items:
+        thinned = item.get_closest_marker("thinned")
+        if thinned is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % thinned.args[0]:
+                item.add_marker("slow")
+            seen[name] += 1
 
 
 @pytest.fixture(autouse=True)

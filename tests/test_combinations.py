@@ -97,6 +97,7 @@ def can(penalty, how, optimizer):
     return how != "proximal" or (penalty.has_prox and (optimizer != "Adam" or penalty.entrywise or penalty.groupwise))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", flat(PENALTIES))
 @pytest.mark.parametrize("how", ["loss", "gradient", "decoupled", "proximal"])
 @each_optimizer
@@ -145,6 +146,7 @@ def attach_at(model, rule, optimizer):
     return rs.attach(model, rule, optimizer)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", flat(CONSTRAINTS))
 @pytest.mark.parametrize("how", ["project", "parametrize"])
 @pytest.mark.parametrize("start", ["random", "zeros", "ones", "signs"])

@@ -71,6 +71,7 @@ def test_the_recipe_names_five_places():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_copy_passes_what_is_asked_of_a_penalty(copy):
     out = ran(copy, "pytest", "-vv", "-n", "0", "-p", "no:cacheprovider", "-k", "Cauchy or public or docstring", *TESTS)
     assert len(re.findall(r"test_matrix.*Cauchy.* PASSED", out)) > 15

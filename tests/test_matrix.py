@@ -112,6 +112,7 @@ def test_value_oracle():
     assert value_fault(Case(rs.L2(), ref.l1), torch.ones(2, 2) * 3) > 1
 
 
+@pytest.mark.thinned(3)
 @each_penalty
 @pytest.mark.parametrize("dtype", HALF + REAL + COMPLEX)
 def test_gradient_is_autograds(case, dtype):
@@ -158,6 +159,7 @@ def test_prox_is_the_brute_minimizer(case, step):
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.thinned(2)
 @each_prox
 @pytest.mark.parametrize("step", [0.05, 0.4, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -168,6 +170,7 @@ def test_prox_is_the_minimizer_in_every_direction(case, step, dtype):
         assert ref.prox_excess(case.reference, w.detach().numpy(), step, z.numpy(), convex=case.convex) < 1e-14
 
 
+@pytest.mark.thinned(2)
 @each_prox
 @pytest.mark.parametrize("spread", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
@@ -232,6 +235,7 @@ def test_at_zero(case):
     assert case.member.gradient(w).isfinite().all()
 
 
+@pytest.mark.thinned(2)
 @each_penalty
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), ()])
 def test_empty_and_0d(case, shape):
@@ -338,6 +342,7 @@ def test_noise_oracle():
     assert noise_fault(wrong, torch.randn(3, 4, dtype=torch.float64)) > 4.5
 
 
+@pytest.mark.thinned(3)
 @each_noise
 @pytest.mark.parametrize("dtype", HALF + REAL)
 @pytest.mark.parametrize("shape", [(3, 4), (0, 3), (), None])
@@ -375,6 +380,7 @@ def _fresh_compiler():
     torch._dynamo.reset()  # compiled code makes `attach` warn, in tests to come
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("case", flat(PENALTIES | TRANSFORMS, others=pytest.mark.slow))
 @pytest.mark.usefixtures("_fresh_compiler")
 def test_compiled(case):

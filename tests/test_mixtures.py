@@ -295,6 +295,7 @@ def _fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("title", BY_HAND)
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.usefixtures("_fresh_compiler")

@@ -257,6 +257,7 @@ def fit_diabetes(make, plan, steps=6000):
     return model.weight.detach().numpy()[0], x.numpy(), y.numpy()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     "name",
     [one if one in ("SGD", "Adam", "RMSprop") else pytest.param(one, marks=pytest.mark.slow) for one in OPTIMIZERS],

@@ -101,6 +101,7 @@ def test_the_environment_is_taken_away(versions, monkeypatch, fails):
     assert not (versions.ROOT / "build" / "torch-9.0.0-python3").exists()
 
 
+@pytest.mark.slow
 def test_a_run_by_an_environment_that_is_there(versions, monkeypatch):
     """The tests are run by this Python: one that passes, one that fails."""
     (versions.ROOT / "tests").mkdir()

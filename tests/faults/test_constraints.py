@@ -100,6 +100,7 @@ def minimised(constraint, make, curve, steps=600):
     return model.p.detach()
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in OPTIMIZERS])
 def test_the_constrained_minimiser_is_reached(kind, name):
     constraint, project = KINDS[kind]

@@ -488,6 +488,7 @@ HOSTILE = {
 HANGING = ("aliases.yaml", "or.yaml")
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in HANGING)) for name in HOSTILE],

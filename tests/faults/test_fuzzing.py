@@ -45,6 +45,7 @@ def test_mutated_files_and_random_calls(kind):
     assert faults(kind, 0, COUNTS[kind]) == []
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", COUNTS)
 def test_a_few_of_them(kind):
     assert faults(kind, 0, 12) == []

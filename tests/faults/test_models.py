@@ -64,6 +64,7 @@ def test_a_penalty_of_ones_own_has_its_formula_in_parallel_workers(name, tmp_pat
     assert found == pytest.approx([right] * 4)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["strong", "direct"])
 def test_a_penalty_of_ones_own_has_its_formula_after_its_class_was_unpickled(name):
     done = alone(IN_ONE_PROCESS, name, seconds=120)

@@ -47,6 +47,7 @@ def test_steps_are_right_with_the_machines_compiler():
 SLOW = pytest.mark.slow  # ten seconds each
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     "given",
     ['gcc "x', "no-such-compiler", *(pytest.param(one, marks=SLOW) for one in ("  ", "/", "gcc 'a b"))],

@@ -206,6 +206,7 @@ def test_hooks_go_with_a_training_that_breaks_off_in_hugging_face(tmp_path, erro
     assert not left_behind(model)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("kept", [True, False], ids=["trainer kept", "trainer gone"])
 def test_a_cell_that_is_run_again_after_an_interrupt_adds_the_penalty_once_in_hugging_face(tmp_path, kept):
     trainers = []

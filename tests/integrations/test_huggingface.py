@@ -185,6 +185,7 @@ def raising(error):
 ENDS = [RuntimeError("the user's"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()]
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("event", ["on_train_begin", "on_pre_optimizer_step", "on_step_end"])
 @pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
 def test_however_a_training_ends_nothing_is_left(tmp_path, event, error):
@@ -208,6 +209,7 @@ def test_however_a_training_ends_nothing_is_left(tmp_path, event, error):
     assert_same(model, by_hand(2))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("error", ENDS, ids=lambda error: type(error).__name__)
 def test_the_same_trainer_goes_on_after_an_interrupt(tmp_path, error):
     """An interrupt inside of a forward: the update that broke off never was."""
@@ -255,6 +257,7 @@ BY_EPOCH = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_schedules_in_epochs(tmp_path, accumulate):
     """Six rows, or twelve, are three updates of two, or four."""
@@ -273,6 +276,7 @@ def test_schedules_in_epochs(tmp_path, accumulate):
     assert again.state.log_history[0]["strengths/decay"] == 0  # another callback begins anew
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("strategy", "step"), [("epoch", 3), ("epoch", 6), ("steps", 2), ("steps", 3), ("steps", 4)])
 def test_a_resumed_training_goes_on_in_its_epoch(tmp_path, strategy, step):
     """By strategy "epoch" the checkpoint is saved after the epoch's end, by "steps" 3 just before it."""

@@ -352,6 +352,7 @@ def test_schedules_in_epochs(tmp_path, accumulate):
     assert logged == pytest.approx([x for x in (0, 0.05, 0.1, 0.1) for _ in range(4 // accumulate)])
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("when", [{"every_n_train_steps": 2}, {"every_n_train_steps": 4}, {"every_n_epochs": 1}])
 @pytest.mark.parametrize("validating", [False, True])
 def test_a_resumed_fit_goes_on_in_its_epoch(tmp_path, when, validating):

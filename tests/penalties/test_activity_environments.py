@@ -58,6 +58,7 @@ def _nothing_compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize(
     ("backend", "reentrant"),
     [

@@ -141,6 +141,7 @@ def test_work_is_done_only_when_it_is_due():
     assert len(seen) == 4 + 2
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("estimator", ["exact", "vjp", "jvp", "difference"])
 @pytest.mark.parametrize("end", ["step", "exception", "clear", "detach"])
 def test_inputs_are_let_go(estimator, end):

@@ -111,6 +111,7 @@ def violation(x, y, w, lists, strength):
     return max(worst, np.abs(slope[left]).max(initial=0))
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize("kind", ["SGD", "momentum", "Adam"])
 @pytest.mark.parametrize(
     "lists", [[[4, 0], [2], [6, 1, 5], [8, 9, 10, 11]], [[2 * i, 2 * i + 1] for i in range(6)]], ids=["lists", "pairs"]

@@ -96,6 +96,7 @@ def compiled(net, backend):
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("reentrant", [None, False, True])

@@ -215,6 +215,7 @@ def test_memory_is_flat_over_ten_thousand_steps(reentrant, compiled):
     assert marks[9999][1] - marks[1000][1] < 2e6, "bytes"
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_no_tensor_is_left_over_by_a_step(reentrant):
     counts = [live_tensors() for step in long_training(60, reentrant=reentrant) if step % 10 == 9]

@@ -201,6 +201,7 @@ def minimiser(x, y, strength, rounds=20_000):
     return w.T
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["Adam", "SGD"])
 def test_training_ends_at_the_convex_minimiser(name):
     draws = np.random.default_rng(3)

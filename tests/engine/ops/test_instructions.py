@@ -130,6 +130,7 @@ def test_half_precision_is_computed_wide(small_blocks):
         compare(SHAPES, (torch.bfloat16,), torch.optim.SGD, {how: rs.ElasticNet(0.2, 0.3)}, compile=how == "proximal")
 
 
+@pytest.mark.thinned(5)
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 @pytest.mark.parametrize(
     "penalty", [penalty if i in (0, 2, 4) else pytest.param(penalty, marks=pytest.mark.slow) for i, penalty in

@@ -107,6 +107,7 @@ def trained(constraints, make, steps=(300, 200), **options):
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_minimiser_over_each_set_is_reached_to_six_digits(name):
     found = trained(CONSTRAINTS, OPTIMIZERS[name])
@@ -160,6 +161,7 @@ def matrix(constraint, make, **options):
     return weight, stiff * (weight - wanted)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["SGD", "Adam", pytest.param("Adagrad", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", MATRICES)
 def test_the_minimiser_over_each_set_of_matrices_is_reached(kind, name):

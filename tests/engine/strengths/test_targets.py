@@ -106,6 +106,7 @@ def attached(name, start):
     return model, optimizer, loss, measured
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(("name", "start"), CASES)
 def test_targets_are_reached(name, start):
     _, optimizer, loss, measured = attached(name, start)
