@@ -1,6 +1,8 @@
 """Draws the pictures of these pages into docs/images: python docs/pictures.py [name ...]."""
 
+import io
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from PIL import Image
 import restrain as rs
 
 IMAGES = Path(__file__).parent / "images"
-BLUE, ORANGE, GREY = "#2b6cb0", "#c05621", "#a0aec0"
+BLUE, ORANGE, GREY = *rs.plots.COLORS[:2], "#a0aec0"
 
 
 def panels(count, columns, width=2.2, height=2.2):
@@ -31,21 +33,13 @@ def title(ax, member):
     ax.tick_params(labelsize=6)
 
 
-def curves(members, step=1.0):
+def curves(members):
     """Value and prox of one entry."""
-    x = torch.linspace(-4, 4, 801, dtype=torch.float64)
     figure, axes = panels(len(members), 3, 2.6, 2.0)
     for ax, member in zip(axes, members, strict=True):
+        rs.plots.penalty(member, ax)
         title(ax, member)
-        ax.axhline(0, color=GREY, lw=0.5)
-        ax.plot(x, x, color=GREY, lw=0.5, ls=":")
-        ax.plot(x, [float(member(one)) for one in x], color=BLUE, label="value")
-        prox = member.prox(x, step)
-        jumps = (prox.diff().abs() > 0.1).nonzero().flatten() + 1
-        for piece_x, piece in zip(x.tensor_split(jumps), prox.tensor_split(jumps), strict=True):
-            ax.plot(piece_x, piece, color=ORANGE)
-        ax.plot([], [], color=ORANGE, label=f"prox, step {step:g}")
-        ax.set_ylim(-3, 4)
+        ax.get_legend().remove()
     axes[0].legend(fontsize=6, loc="lower right")
     return figure
 
@@ -59,28 +53,12 @@ def relations():
     return curves([rs.Distance(rs.L1(), to=1.5), rs.Distance(rs.L2(), to=1.5), rs.Distance(rs.MCP(2.0), to=1.5)])
 
 
-def planes(members, step=0.6):
+def planes(members):
     """Level lines of a value of two entries, and where its prox takes points: to the thick ends."""
-    grid = torch.linspace(-2, 2, 161, dtype=torch.float64)
     figure, axes = panels(len(members), 3, 2.5, 2.5)
     for ax, (member, shape) in zip(axes, members, strict=True):
-        title(ax, member)
-        values = [[float(member(torch.stack([x, y]).reshape(shape))) for x in grid] for y in grid]
-        ax.contour(grid, grid, values, levels=6, colors=GREY, linewidths=0.6)
-        arrows(ax, lambda w, member=member, shape=shape: member.prox(w.reshape(shape), step).flatten())
+        title(rs.plots.penalty(member, ax, step=0.6, shape=shape), member)
     return figure
-
-
-def arrows(ax, move, reach=1.9):
-    """Lines from points of a grid to where they are moved."""
-    points = torch.cartesian_prod(*[torch.linspace(-reach, reach, 9, dtype=torch.float64)] * 2)
-    for start in points:
-        end = move(start)
-        ax.plot([start[0], end[0]], [start[1], end[1]], color=ORANGE, lw=0.6)
-        ax.plot(*end, ".", color=ORANGE, ms=3)
-    ax.set_xlim(-2.1, 2.1)
-    ax.set_ylim(-2.1, 2.1)
-    ax.set_aspect("equal")
 
 
 def groups():
@@ -117,8 +95,7 @@ def constraints():
     flat += [rs.MinMaxNorm(0.7, 1.4, per="row"), rs.Simplex(), rs.L1Ball(1.2), rs.TopK(1)]
     figure, axes = panels(12, 4, 2.2, 2.2)
     for ax, member in zip(axes, flat, strict=False):
-        title(ax, member)
-        arrows(ax, lambda w, member=member: member.project(w.reshape(1, 2)).flatten())
+        title(rs.plots.constraint(member, ax), member)
     torch.manual_seed(0)
     w = torch.randn(8, 8)
     for ax, member in zip(axes[8:], (rs.NM(2, 4), rs.LowRank(1), rs.Symmetric(), rs.Orthogonal()), strict=True):
@@ -260,7 +237,7 @@ def reparametrization():
         ax.plot(v, member.from_free(v), color=BLUE)
     for ax, member in zip(axes[2:], [rs.UnitNorm("row"), rs.MaxNorm(1.0, "row")], strict=True):
         title(ax, member)
-        arrows(ax, lambda w, member=member: member.from_free(w.reshape(1, 2))[0])
+        rs.plots.moves(lambda w, member=member: member.from_free(w.reshape(1, 2))[0], ax)
     return figure
 
 
@@ -285,35 +262,58 @@ def paths():
 
     x, y = load_diabetes(return_X_y=True)
     model = rs.RegressorCV(normalize=True, points=40).fit(x, y)
-    sparse = rs.RegressorCV(normalize=True, points=40, choice="1se").fit(x, y).strength_
     figure, axes = panels(2, 2, 4.2, 2.6)
-    axes[0].semilogx(model.strengths_, model.weights_["out.weight"][:, 0], lw=0.9)
-    axes[0].set_title("weights of the standardised inputs", fontsize=8)
-    scores, errors = ([point[name] for point in model.path_] for name in ("score", "error"))
-    axes[1].errorbar(model.strengths_, scores, errors, fmt=".-", color=BLUE, lw=0.8, ms=4)
-    axes[1].set_title("minus the squared error, over five folds", fontsize=8)
-    axes[1].set_xscale("log")
+    rs.plots.path(model, axes[0]).set_title("weights of the standardised inputs", fontsize=8)
+    rs.plots.scores(model, axes[1]).set_title("minus the squared error, over five folds", fontsize=8)
     for ax in axes:
-        ax.axvline(model.strength_, color=ORANGE, lw=0.9, label="best")
-        ax.axvline(sparse, color=GREY, lw=0.9, ls="--", label="one standard error")
         ax.set_xlabel("strength", fontsize=7)
         ax.tick_params(labelsize=6)
-    axes[1].legend(fontsize=6)
+    axes[0].get_legend().remove()
     return figure
 
 
+def report():
+    """The head of a report on digits, and its explorer, light and dark, as a browser shows them."""
+    from tempfile import TemporaryDirectory
+
+    from playwright.sync_api import sync_playwright
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = x[:600] / 16
+    model = rs.ClassifierCV(path={"group_lasso": {"how": "proximal", "per": "in"}}, points=30, cv=3, choice="1se")
+    names = [f"{row}, {column}" for row in range(8) for column in range(8)]
+    with TemporaryDirectory() as folder, sync_playwright() as driver:
+        file = model.fit(x, y[:600]).report(Path(folder) / "report.html", images=(8, 8), inputs=names)
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        shots = [shot(browser, file, scheme) for scheme in ("light", "dark")]
+    both = Image.new("RGB", (sum(one.width for one in shots), max(one.height for one in shots)), "white")
+    for number, one in enumerate(shots):
+        both.paste(one, (number * one.width, 0))
+    return both
+
+
+def shot(browser, file, scheme):
+    """A picture of the top of a page."""
+    page = browser.new_page(viewport={"width": 820, "height": 1100}, color_scheme=scheme)
+    page.goto(file.as_uri())
+    return Image.open(io.BytesIO(page.screenshot()))
+
+
 DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
-DRAWN += (reparametrization, normalization, paths)
+DRAWN += (reparametrization, normalization, paths, report)
 PICTURES = {function.__name__: function for function in DRAWN}
 
 
 def main(names):
     for name in names or PICTURES:
-        figure = PICTURES[name]()
-        figure.tight_layout()
-        path = IMAGES / f"{name}.png"
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
+        drawn, path = PICTURES[name](), IMAGES / f"{name}.png"
+        if isinstance(drawn, Image.Image):
+            drawn.save(path)
+        else:
+            drawn.tight_layout()
+            drawn.savefig(path, dpi=100)
+            plt.close(drawn)
         Image.open(path).convert("P", palette=Image.Palette.ADAPTIVE, colors=48).save(path, optimize=True)
         print(path)
 

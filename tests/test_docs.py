@@ -18,7 +18,8 @@ def blocks(page, language):
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 @pytest.mark.filterwarnings("ignore:.*compiled before these hooks:restrain.errors.RestrainWarning")
-def test_examples_run_as_printed(page, capsys, monkeypatch):
+def test_examples_run_as_printed(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # for the files that they write
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))  # a page's own classes end with it
     namespace = {"__name__": "example"}
     for block in blocks(page, "python"):

@@ -21,7 +21,7 @@ PACKAGES = {
     "lightning": ("lightning",),
     "huggingface": ("transformers", "accelerate"),
     "skorch": ("skorch",),
-    "demo": ("matplotlib",),
+    "plots": ("matplotlib",),
     "plans": ("yaml", "tomli_w"),
 }
 MODELS = ["Autoencoder", "Classifier", "Regressor", "load"]
@@ -114,14 +114,14 @@ for name in ("models", "demo", "cli.commands", *("integrations." + s for s in ("
     note(name, lambda: importlib.import_module("restrain." + name))
 import torch
 import restrain as rs
-import restrain.cli, restrain.plots
+import restrain.cli
 
 class Table:
     def __array__(self, *args, **kwargs):
         raise AssertionError
 
 note("RobustScale", lambda: rs.RobustScale().fit(Table()))
-note("pictures", lambda: restrain.plots.curves({}, None))
+note("pictures", lambda: rs.plots.penalty(rs.L1()))
 note("yaml", lambda: rs.Plan.load("tests/x.yaml"))
 try:
     restrain.cli.main(["--help"])
@@ -144,7 +144,7 @@ def test_every_part_says_what_to_install(tmp_path):
         "integrations.huggingface": "huggingface",
         "integrations.skorch": "skorch",
         "RobustScale": "models",
-        "pictures": "demo",
+        "pictures": "plots",
         "yaml": "plans",
         "cli": "cli",
     }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _check(_torch.__version__)
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
-    from restrain import errors, moved, operations
+    from restrain import errors, moved, operations, plots
     from restrain import schedule as schedules
     from restrain.activation_points import inputs, outputs
     from restrain.declare import regularized, scope
@@ -241,6 +241,7 @@ __all__ = [
     "operations",
     "outputs",
     "path",
+    "plots",
     "recording",
     "regularized",
     "sampling",

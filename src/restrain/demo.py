@@ -159,7 +159,36 @@ def run(out: Path, seeds: int, epochs: int) -> Iterator[str]:
     yield "\nsparse autoencoder, 100 relu features: exact zeros in the code against the squared error of a pixel"
     for strength, zeros, error in points:
         yield f"  hidden_l1={strength:<7g} {zeros:6.1%} zeros   error {error:.4f}"
-    yield f"pictures:\n  {plots.study(found, points, out / 'study.png')}"
+    yield f"pictures:\n  {draw_comparison(found, points, out / 'study.png')}"
+
+
+def draw_comparison(found: Sequence[Gain], points: Sequence[tuple[float, float, float]], path: Path) -> Path:
+    """Draw accuracy gains, a point a seed and mean ± 2 standard errors; and error against zeros.
+
+    Args:
+        found: the gains.
+        points: (strength, fraction of zeros, error) of each autoencoder.
+        path: the file to write and return.
+    """
+    figure, (left, right) = plots.panels(2, 2, (5.5, 3.6))
+    blue, red, *_ = plots.COLORS
+    for at, gain in enumerate(found):
+        left.plot([at] * len(gain.differences), [100 * d for d in gain.differences], "o", color=blue, alpha=0.25)
+        left.errorbar(at, 100 * gain.mean, 200 * gain.error, fmt="o", color=red, capsize=5)
+    left.axhline(0, color="0.6", lw=1)
+    left.set_xticks(range(len(found)), [gain.kind for gain in found])
+    left.set(ylabel="test accuracy minus plain (%)", title="pairs by seed; mean ± 2 standard errors")
+    right.plot([100 * zeros for _, zeros, _ in points], [error for _, _, error in points], "o-", color=blue)
+    for strength, zeros, error in points:
+        right.annotate(f"{strength:g}", (100 * zeros, error), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    right.set(
+        xlabel="exact zeros in the code (%)",
+        ylabel="squared error of a pixel",
+        title="sparse autoencoder, by hidden_l1",
+    )
+    for ax in (left, right):
+        ax.spines[["top", "right"]].set_visible(False)
+    return plots.save(figure, path)
 
 
 BATCH = 64
@@ -251,7 +280,7 @@ def train(title: str, model: nn.Module, plan: list[rs.Rule], data: Digits, loss_
             optimizer.step()
             optimizer.zero_grad()
             total += data_loss.item() * len(rows)
-        run.curves.setdefault("data loss", []).append(total / len(data.x))
+        run.curves.setdefault("data_loss", []).append(total / len(data.x))
         for name, value in (reg.values() if reg is not None else {}).items():
             run.curves.setdefault(name, []).append(value)
         bar.update()
@@ -348,14 +377,23 @@ def draw(runs: list[Run], data: Digits, out: Path) -> Iterator[Path]:
     usage = rs.activations(sparse.model, data.x)["relu"].mean(0)
     decoder = sparse.model.get_parameter("decoder.weight").T
     features["sparse autoencoder (decoder), its most used features"] = decoder[usage.argsort(descending=True)]
-    yield plots.features(features, (8, 8), out / "features.png")
-    yield plots.zeros_by_layer(
-        {run.title: list(zeros(run.model)) for run in (plain, in_loss, proximal)}, out / "zeros.png"
-    )
-    yield plots.curves({run.title: run.curves for run in runs}, out / "curves.png")
+    yield draw_features(features, out / "features.png")
+    yield plots.save(plots.zeros({run.title: run.model for run in (plain, in_loss, proximal)}), out / "zeros.png")
+    figure, axes = plots.panels(len(runs), 2, (5.5, 3.3))
+    for ax, run in zip(axes, runs, strict=True):
+        plots.curves(run.curves, ax).set_title(run.title, fontsize=10, loc="left")
+    yield plots.save(figure, out / "curves.png")
     with torch.no_grad():
         rebuilt = sparse.model(data.x_test[:20])
-    yield plots.features({"digits": data.x_test[:20], "rebuilt from few features": rebuilt}, (8, 8), out / "digits.png")
+    yield draw_features({"digits": data.x_test[:20], "rebuilt from few features": rebuilt}, out / "digits.png")
+
+
+def draw_features(weights: dict[str, Tensor], path: Path) -> Path:
+    """Draw rows of matrices as digits of 8 × 8 pixels, one matrix above the other."""
+    figure, axes = plots.panels(len(weights), 1, (12.0, 1.7 if len(next(iter(weights.values()))) > 20 else 1.1))
+    for ax, (title, w) in zip(axes, weights.items(), strict=True):
+        plots.features(w, (8, 8), ax).set_title(title, fontsize=10, loc="left")
+    return plots.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ with needing("cli", __name__):
 
     from restrain.cli import explain as explaining
     from restrain.cli import inputs as of_inputs
-    from restrain.cli import jobs, options, tables
+    from restrain.cli import jobs, options, reporting, tables
     from restrain.cli.tables import Marks, counted
     from restrain.models import Autoencoder, Classifier, Regressor, files
 
@@ -68,6 +68,7 @@ def restrain() -> None:
           --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
       restrain predict run/ new.csv --out predictions.csv
       restrain explain run/ --picture curves.png
+      restrain report run/
       restrain path data.csv --target y --select inputs
       restrain demo
     """
@@ -359,6 +360,39 @@ def explain(model: Path, picture: Path | None, plain: bool) -> None:
     click.echo(explaining.explain(run, plain or not _can_write("▁█…")))
     if picture is not None:
         click.echo(f"\nwritten: {explaining.draw(run, picture)}")
+
+
+@restrain.command("report", epilog=_CODES)
+@click.argument("folder", type=_FOLDER)
+@click.option(
+    "--out", type=click.Path(dir_okay=False, path_type=Path), help="The page; FOLDER/report.html, unless given."
+)
+@click.option(
+    "--path", type=click.Path(exists=True, file_okay=False, path_type=Path), help="The folder of a path to show, too."
+)
+@click.option("--images", type=click.IntRange(min=1), nargs=2, help="Height and width, where the inputs are images.")
+@click.option("--overwrite", is_flag=True, help="Replace a page that is there already.")
+def report_of(
+    folder: Path, out: Path | None, path: Path | None, images: tuple[int, int] | None, overwrite: bool
+) -> None:
+    """Write a page about the model, or the path, in FOLDER: one HTML file that loads nothing.
+
+    It shows rules, curves, zeros by layer, histograms, features and warnings; of a path a slider
+    with scores, weights and the selected columns.
+
+    \b
+    Examples:
+      restrain report run/
+      restrain report run/ --path path/ --out report.html
+      restrain report digits/ --images 8 8
+    """
+    if path is not None and reporting.has_path(folder):
+        raise click.UsageError(f"{folder} is a path itself: leave out --path")
+    file = (folder.parent if folder.is_file() else folder) / "report.html" if out is None else out
+    if file.exists() and not overwrite:
+        raise click.UsageError(f"{file} is there already: write --overwrite, or another --out")
+    reporting.write(folder, file, path, images)
+    click.echo(f"written: {file}")
 
 
 def _can_write(text: str) -> bool:

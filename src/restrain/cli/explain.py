@@ -7,13 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import restrain as rs
 from restrain.cli.encoding import Feature
 from restrain.cli.jobs import Run, measure
 from restrain.cli.tables import counted
-from restrain.models import keywords
 from restrain.text_table import text_table
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -75,16 +71,8 @@ def layers(model: Any) -> str:
 
 def rules(model: Any) -> str:
     """Return the table of rules and the parameters or outputs that they act on."""
-    _, given, how = model.split_keywords({})
-    made = keywords.rules(given, keywords.Context(model.layers_, how))
-    if not made:
-        return "no rules"
-    module = model.module_
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    with rs.attach(module, made, torch.optim.SGD(module.parameters(), lr=0.0)) as reg:
-        text = reg.table()
-    module.load_state_dict(before)  # attaching a constraint projects
-    return text
+    with model.attached() as reg:
+        return "no rules" if reg is None else reg.table()
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:
@@ -124,9 +112,18 @@ def draw(run: Run, path: Path) -> Path:
     """Draw the curves of training and validation into a file; return its path."""
     from restrain import plots
 
-    panels: dict[str, dict[str, list[float]]] = {}
-    for name, values in series(run.model.history_).items():
-        title = "validation" if name.startswith("valid_") else "training"
-        label = name.removeprefix("valid_").replace("data_loss", "data loss")
-        panels.setdefault(title, {})[label] = values
-    return plots.curves(panels, path)
+    columns = series(run.model.history_)
+    parts = {
+        title: {name.removeprefix("valid_"): values for name, values in columns.items() if held == _is_held(name)}
+        for title, held in (("training", False), ("validation", True))
+    }
+    drawn = {title: part for title, part in parts.items() if part}
+    figure, axes = plots.panels(len(drawn), 2, (5.5, 3.3))
+    for ax, (title, part) in zip(axes, drawn.items(), strict=True):
+        plots.curves(part, ax).set_title(title, fontsize=10, loc="left")
+    return plots.save(figure, path)
+
+
+def _is_held(name: str) -> bool:
+    """Return True for a curve of the validation data."""
+    return name.startswith("valid_")

@@ -1,6 +1,15 @@
 """The engine, which binds rules to a model and carries them out, and its front door."""
 
-from restrain.engine.attach import Attachment, Certificate, Evaluation, History, PenalisedTensor, attach, checked_track
+from restrain.engine.attach import (
+    Attachment,
+    Certificate,
+    Evaluation,
+    History,
+    PenalisedTensor,
+    attach,
+    checked_track,
+    contents_of,
+)
 from restrain.engine.core import Draws, Hook, restored, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
 from restrain.engine.ops import OPTIMIZERS, state_names
@@ -17,6 +26,7 @@ __all__ = [
     "Point",
     "attach",
     "checked_track",
+    "contents_of",
     "forget_compiled_code",
     "paused",
     "restored",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -15,6 +17,7 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from torch import Tensor
 
 from restrain import progress, registry
+from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
 from restrain.models import checkpoints, files, keywords, optimizers, settings
 from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
@@ -25,6 +28,7 @@ from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
 from restrain.models.specs import RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Task, Training
+from restrain.report import write
 from restrain.transforms.normalization import Standardize
 
 _AT_ONCE = 2**18  # numbers read at a time outside of training
@@ -349,6 +353,54 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
                 "Classifier or Regressor, or keep module_.state_dict()"
             )
         return files.save(self, path)
+
+    @contextmanager
+    def attached(self) -> Iterator[Attachment | None]:
+        """Return a context with the rules of the keywords attached to `module_`; None without any.
+
+        It serves to look at them: `reg.table()`, `reg.values()`. The network stays as it is.
+        """
+        check_is_fitted(self, "module_")
+        _, given, how = self.split_keywords({})
+        rules = keywords.rules(given, keywords.Context(self.layers_, how))
+        if not rules:
+            yield None
+            return
+        before = {name: tensor.clone() for name, tensor in self.module_.state_dict().items()}
+        try:
+            with attach(self.module_, rules, torch.optim.SGD(self.module_.parameters(), lr=0.0)) as reg:
+                yield reg
+        finally:
+            self.module_.load_state_dict(before)  # attaching a constraint projects
+
+    def report(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        path: Any = None,
+        images: Any = None,
+        inputs: Any = None,
+        title: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Write a page about the model, its rules and its training into one HTML file; return it.
+
+        Args:
+            file: the file, which ends in .html.
+            path, images, inputs, title, facts: as in `Attachment.report`.
+
+        Raises:
+            PlanError, FileError, MissingExtraError: as in `Attachment.report`.
+            NotFittedError: the model isn't fitted.
+        """
+        given = {"path": path, "images": images, "inputs": inputs, "facts": facts}
+        given["title"] = f"Report on {type(self).__name__}" if title is None else title
+        with self.attached() as reg:
+            if reg is None:
+                found = contents_of(self.module_, rows=self.history_, **given)
+            else:
+                found = reg.contents(history=self.history_, **given)
+            return write(replace(found, trained="estimator", code=repr(self)), file)
 
     def _forward(self, x: Any) -> Tensor:
         """Return the network's output for all samples of x."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
@@ -26,6 +28,7 @@ from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
 from restrain.models.linear import Linear
 from restrain.models.signature import Init
+from restrain.path_view import PathView
 from restrain.paths import Stability, by_dual_norm, stability_selection
 from restrain.penalties import SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, Penalty
 from restrain.rules import Rule
@@ -210,6 +213,67 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         share = 2 * threshold - 1 if is_number(threshold) else 0.0  # else refused below
         top = max(1, int(math.sqrt(max(share, 0.0) * x.shape[1]))) if most is None else most
         return stability_selection(lambda rows: way.used(x[rows], y[rows], self.strengths_, top), len(x), **given)
+
+    def view(self) -> PathView:
+        """Return the numbers of the path that `rs.plots.path`, `rs.plots.scores` and reports show.
+
+        The lines are the weights of the inputs in the first layer: signed if the layer has one
+        output, else their lengths over the outputs.
+        """
+        check_is_fitted(self, "path_")
+        name, weights = next((name, values) for name, values in self.weights_.items() if values.ndim == 3)
+        lines = weights[:, 0] if weights.shape[1] == 1 else np.linalg.norm(weights, axis=1)
+        names = vars(self).get("feature_names_in_", range(lines.shape[1]))
+        best, sparse = self._marks()
+        return PathView(
+            [point["strength"] for point in self.path_],
+            [point["score"] for point in self.path_],
+            [point["error"] for point in self.path_],
+            [int(point["selected"]) for point in self.path_],
+            {name: torch.as_tensor(lines, device="cpu")},
+            {name: [str(one) for one in names]},
+            best,
+            sparse,
+            ["down" if self.strengths_[0] > self.strengths_[-1] else "up"] * len(lines),
+        )
+
+    def _marks(self) -> tuple[int, int | None]:
+        """Return the numbers of the best point, and of the sparsest within one standard error.
+
+        They are among the points of `path_`: networks are fitted as far as the chosen one.
+        """
+        count = len(self.path_)
+        chosen = int(np.flatnonzero(self.strengths_[:count] == self.strength_)[0])
+        scores = self.scores_[:count]
+        if scores.shape[1] < 2 or not np.isfinite(scores).all():
+            return chosen, None
+        best = chosen if self.choice == "best" else int(scores.mean(1).argmax())
+        if self.choice == "1se":
+            return best, chosen
+        differences = scores[best] - scores
+        near = differences.mean(1) <= differences.std(1, ddof=1) / math.sqrt(scores.shape[1])
+        used = [(self.path_[i]["selected"], -self.strengths_[i], i) for i in np.flatnonzero(near)]
+        return best, int(min(used)[2])
+
+    def report(
+        self,
+        file: str | os.PathLike[str],
+        *,
+        images: Any = None,
+        inputs: Any = None,
+        title: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> FilePath:
+        """Write a page about the path, to explore by a slider, and the chosen model; return it.
+
+        Arguments and errors as in `Classifier.report`.
+        """
+        check_is_fitted(self, "path_")
+        name = f"Report on {type(self).__name__}" if title is None else title
+        told = {"chosen strength": f"{self.strength_:.4g}", "selected": str(len(self.selected_features_))}
+        given = {"images": images, "inputs": inputs, "title": name, "facts": {**told, **(facts or {})}}
+        found: FilePath = self.estimator_.report(file, path=self, **given)
+        return found
 
     def predict(self, X: Any) -> Any:
         """Return the predictions of the model at the chosen strength."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.extras import needing
 from restrain.fields import is_whole
 from restrain.html_table import html_table
+from restrain.path_view import PathView
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point, Temporary
 from restrain.text_table import text_table
@@ -157,16 +159,45 @@ class Path:
 
         return pandas.DataFrame([one.row for one in self.points]).set_index("index")
 
+    def view(self) -> PathView:
+        """Return the numbers that `rs.plots.path`, `rs.plots.scores` and reports show."""
+        found: dict[str, list[Tensor]] = {}
+        labels: dict[str, list[str]] = {}
+        for one in self.points:
+            data = self._data(one)
+            for name, lengths in data["lengths"].items():
+                weights = data["weights"].get(name)
+                single = weights is not None and weights.shape == lengths.shape and weights.is_floating_point()
+                found.setdefault(name, []).append((weights if single else lengths).detach().flatten().cpu())
+                labels.setdefault(name, _labels(lengths.shape))
+        return PathView(
+            [one.strength for one in self.points],
+            [one.score for one in self.points],
+            [_error(one.scores) for one in self.points],
+            [one.selected for one in self.points],
+            {name: torch.stack(lines) for name, lines in found.items()},
+            labels,
+            self.best().index,
+            self._sparse(),
+            [one.direction for one in self.points],
+        )
+
+    def _sparse(self) -> int | None:
+        """Return the number of the point of `one_se`; None where no error is known."""
+        scores = [one.scores for one in self.points if one.scores is not None and len(one.scores) > 1]
+        paired = len(scores) == len(self.points) and len({len(one) for one in scores}) == 1
+        return self.one_se().index if paired else None
+
     def plot(self, file: str | FilePath) -> FilePath:
-        """Draw lengths of groups, scores and numbers of groups over the strength; return the file.
+        """Draw weights or lengths of groups, and scores, over the strength; return the file.
 
         The best point and that within one standard error are marked.
         """
-        lengths = [self._data(one)["lengths"] for one in self.points]
-        chosen = {"best": self.best()}
-        if self.best().scores is not None:
-            chosen["one standard error"] = self.one_se()
-        return plots.path(self.points, lengths, chosen, FilePath(file))
+        view = self.view()
+        figure, (above, below) = plots.panels(2, 1, (8.0, 3.0))
+        plots.path(view, above)
+        plots.scores(view, below)
+        return plots.save(figure, file)
 
     def save(self, folder: str | FilePath) -> FilePath:
         """Copy the path's files to a folder, for `load` and `rs.path(..., folder=)`."""
@@ -225,3 +256,14 @@ def _within_one_error(best: Point, one: Point) -> bool:
     difference = best.scores - one.scores
     error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
     return float(difference.mean()) <= error
+
+
+def _error(scores: Tensor | None) -> float:
+    """Return the standard error of a mean score; zero for a single number."""
+    return 0.0 if scores is None or len(scores) < 2 else float(scores.std()) / math.sqrt(len(scores))
+
+
+def _labels(shape: Sequence[int]) -> list[str]:
+    """Return the names of groups, or entries, by their index: "3", or "3, 5" along two axes."""
+    indices = itertools.product(*[range(size) for size in shape])
+    return [", ".join(map(str, index)) for index in indices]

@@ -3,8 +3,18 @@
 from restrain.engine.attach.attachment import Attachment, attach
 from restrain.engine.attach.certificate import Certificate
 from restrain.engine.attach.evaluation import Evaluation
+from restrain.engine.attach.facts import contents_of
 from restrain.engine.attach.groups import PenalisedTensor
 from restrain.engine.attach.history import History
 from restrain.engine.attach.tracking import checked_track
 
-__all__ = ["Attachment", "Certificate", "Evaluation", "History", "PenalisedTensor", "attach", "checked_track"]
+__all__ = [
+    "Attachment",
+    "Certificate",
+    "Evaluation",
+    "History",
+    "PenalisedTensor",
+    "attach",
+    "checked_track",
+    "contents_of",
+]

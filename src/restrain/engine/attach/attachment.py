@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any, Self
 
 import torch
@@ -18,6 +19,7 @@ from restrain.engine.attach import report
 from restrain.engine.attach.certificate import Certificate, certify
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
+from restrain.engine.attach.facts import contents_of, same_parameters
 from restrain.engine.attach.groups import PenalisedTensor, penalised
 from restrain.engine.attach.history import History
 from restrain.engine.attach.installation import Hooks
@@ -69,6 +71,7 @@ from restrain.layouts import attach_layouts
 from restrain.named_tensors import Handle, checked_module, device_of, unwrap
 from restrain.penalties import NetworkPenalty
 from restrain.plans import Plan
+from restrain.report import Content, write
 from restrain.rules import Rule, What
 from restrain.transforms import GradientNoise, Hyperball, MomentumSharpness, Noise, Sharpness
 
@@ -666,6 +669,65 @@ class Attachment:
     def table(self, values: bool = False) -> str:
         """Return a table of rules: how, strength, tensors, elements, names; optionally values."""
         return report.table(self._bounds, self._as_it_is(), self.values() if values else None)
+
+    def contents(
+        self,
+        *,
+        model: nn.Module | None = None,
+        path: Any = None,
+        history: Any = None,
+        images: Any = None,
+        inputs: Sequence[str] | None = None,
+        title: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Content:
+        """Return what `report` shows, as plain data. Arguments and errors as there."""
+        root = self._as_it_is() if model is None else same_parameters(unwrap(checked_module(model)), self.model)
+        rows = self.history if history is None and self._tracker is not None else history
+        given = {"rows": rows, "path": path, "images": images, "inputs": inputs, "title": title, "facts": facts}
+        found = contents_of(root, self._bounds, self.plan, **given)
+        code = 'reg = rs.attach(model, rs.Plan.load("plan.json"), optimizer)' if found.data else ""
+        return replace(found, trained="attachment", code=code)
+
+    def report(
+        self,
+        file: str | FilePath,
+        *,
+        model: nn.Module | None = None,
+        path: Any = None,
+        history: Any = None,
+        images: Any = None,
+        inputs: Sequence[str] | None = None,
+        title: str | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> FilePath:
+        """Write a page about the training and its rules into one HTML file; return its path.
+
+        It shows who gets what, curves, shares of the gradient, zeros by layer, lengths of groups,
+        histograms, features, a path with a slider, warnings with the line to write, the plan and
+        the environment, and loads nothing from elsewhere.
+
+        Args:
+            file: the file, which ends in .html.
+            model: a model with the same parameters, whose weights are shown instead, such as an
+                averaged one.
+            path: the result of `rs.path`, or a fitted `RegressorCV` or `ClassifierCV`.
+            history: rows of numbers by step or epoch; None: `reg.history`, if steps are tracked.
+            images: (height, width) of the images that a weight's inputs or outputs are, or
+                {name: (height, width)}; filters with one or three channels need no such word.
+            inputs: names of the path's groups, such as those of the inputs.
+            title: the title of the page.
+            facts: further facts for its head, such as {"test accuracy": "97 %"}.
+
+        Raises:
+            PlanError: an argument of another kind, or parameters that are sharded.
+            FileError: the name doesn't end in .html.
+            FileAccessError: there is no such folder, no space or no permission.
+            MissingExtraError: matplotlib isn't installed.
+            DetachedError: the model no longer exists.
+        """
+        given = {"model": model, "path": path, "history": history, "images": images}
+        return write(self.contents(**given, inputs=inputs, title=title, facts=facts), file)  # type: ignore[arg-type]
 
     def detach(self) -> None:
         """Remove every hook and restore the model. Further calls do nothing."""

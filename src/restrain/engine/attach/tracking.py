@@ -111,7 +111,7 @@ class Tracker:
         """Return ({column: terms of its raw number}, {column: greatest number}) of the tensors."""
         terms: dict[str, list[Term]] = {}
         sizes: dict[str, int] = {}
-        tensors = _tensors(self.bounds, root)
+        tensors = tensors_of(self.bounds, root)
         self._find_units({(name, tuple(p.shape)) for name, (p, _) in tensors.items()}, root)
         for name, (p, groups) in tensors.items():
             w, ranks, units = local(p), ranks_of(p), self._units[name, tuple(p.shape)]
@@ -133,11 +133,11 @@ class Tracker:
         for slot in parameters(root) if new else ():
             if slot.name in new:
                 location = slot.location()
-                self._units[slot.name, tuple(location.tensor.shape)] = _into_units(location)
+                self._units[slot.name, tuple(location.tensor.shape)] = into_units(location)
         self._units |= dict.fromkeys(tensors - set(self._units))
 
 
-def _into_units(location: Any) -> Grouping | None:
+def into_units(location: Any) -> Grouping | None:
     """Return the groups of weights into one unit; None where an entry is a group, or none known."""
     try:
         groups = grouping_at("out", location)
@@ -146,7 +146,7 @@ def _into_units(location: Any) -> Grouping | None:
     return groups if groups.lists is None and groups.reduced else None
 
 
-def _tensors(bounds: Sequence[Bound], root: nn.Module) -> dict[str, tuple[Tensor, Grouping | None]]:
+def tensors_of(bounds: Sequence[Bound], root: nn.Module) -> dict[str, tuple[Tensor, Grouping | None]]:
     """Return {name: (tensor, groups of its first rule by group)} of the tensors with rules.
 
     Frozen tensors are among them. Groups across tensors aren't.

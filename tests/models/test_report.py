@@ -1,0 +1,90 @@
+"""Reports of estimators, and their diagrams in notebooks."""
+
+import re
+
+import numpy as np
+import pytest
+from sklearn.exceptions import NotFittedError
+
+import restrain as rs
+from report.pages import Reader
+
+pytest.importorskip("matplotlib")
+
+X = np.random.default_rng(0).standard_normal((60, 4))
+Y = X[:, 0] + 0.1 * X[:, 1]
+
+
+def titles(text):
+    return re.findall(r"<h2[^>]*>([^<]*)<", text)
+
+
+def test_a_report_of_a_classifier(tmp_path):
+    given = {"weight_l1": {"strength": 1e-3, "how": "proximal"}, "max_norm": 2.0}
+    model = rs.Classifier(hidden=(8,), epochs=4, random_state=0, progress=False, **given).fit(X, Y > 0, valid=0.3)
+    before = {name: tensor.clone() for name, tensor in model.module_.state_dict().items()}
+    text = model.report(tmp_path / "a.html", images=(2, 2)).read_text("utf-8")
+    assert Reader(text).faults == []
+    assert titles(text) == [
+        "Warnings",
+        "Who gets what",
+        "Training",
+        "Weights",
+        "Learned features",
+        "To do it again",
+        "Environment",
+    ]
+    found = Reader(text)
+    for caption in ("Loss and rules in training", "Loss and rules in validation", "Accuracy"):
+        assert caption in found.texts["figcaption"]
+    assert "Classifier(" in text
+    assert "track=10" not in text
+    assert all(tensor.equal(before[name]) for name, tensor in model.module_.state_dict().items())
+    assert not model.module_.training
+
+
+def test_a_report_without_rules(tmp_path):
+    model = rs.Regressor(hidden=(3,), epochs=2, progress=False).fit(X, Y)
+    text = model.report(tmp_path / "a.html", title="Mine & yours").read_text("utf-8")
+    assert "<h1>Mine &amp; yours</h1>" in text
+    assert "No rules" in text
+    with model.attached() as reg:
+        assert reg is None
+
+
+def test_rules_of_a_model_are_attached_for_a_look():
+    model = rs.Regressor(hidden=(3,), epochs=1, progress=False, weight_l2=0.5).fit(X, Y)
+    with model.attached() as reg:
+        (value,) = reg.values().values()
+    expected = 0.5 * sum(float(p.detach().square().sum()) for p in model.module_.parameters() if p.dim() > 1)
+    assert value == pytest.approx(expected)
+    with pytest.raises(NotFittedError), rs.Regressor().attached():
+        pass
+
+
+@pytest.mark.parametrize("hidden", [(), (3,)])
+def test_a_report_of_a_path_has_the_inputs_names(tmp_path, hidden):
+    pandas = pytest.importorskip("pandas")
+    given = {} if not hidden else {"epochs": 2, "progress": False, "strengths": [0.01, 0.1]}
+    model = rs.RegressorCV(hidden=hidden, points=5, cv=2, **given).fit(pandas.DataFrame(X, columns=list("abcd")), Y)
+    text = model.report(tmp_path / "a.html").read_text("utf-8")
+    assert titles(text)[1] == "Path"
+    assert '"labels":["a","b","c","d"]' in text
+    view = model.view()
+    name = next(iter(view.lines))
+    assert view.lines[name].shape == (len(model.path_), 4)
+    assert view.strengths[view.best] == model.strength_
+    assert [int(one) for one in (view.lines[name] != 0).sum(1)] == view.selected
+
+
+def test_unfitted_models_have_no_report(tmp_path):
+    for model in (rs.Classifier(), rs.RegressorCV()):
+        with pytest.raises(NotFittedError):
+            model.report(tmp_path / "a.html")
+
+
+@pytest.mark.parametrize("make", [rs.Classifier, rs.Regressor, rs.Autoencoder, rs.ClassifierCV, rs.RegressorCV])
+def test_scikit_learns_diagram_is_kept(make):
+    text = make()._repr_html_()
+    assert "sk-" in text
+    assert make.__name__ in text

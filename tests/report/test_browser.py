@@ -1,0 +1,209 @@
+"""A report in Chromium, without a network: no errors, the slider, the keyboard, contrast, narrow and wide screens."""
+
+import shutil
+
+import pytest
+import torch
+
+from report.pages import NAME, lasso, names, trained
+
+sync_api = pytest.importorskip(
+    "playwright.sync_api", reason="pages are opened by playwright: pip install 'restrain[test]'"
+)
+pytest.importorskip("matplotlib")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip("there is no Chromium here: apt-get install chromium")
+    with sync_api.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=program, args=FLAGS)
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(0)
+    model, reg = trained()
+    file = tmp_path_factory.mktemp("report") / "report.html"
+    reg.report(file, path=lasso(), images={"<script>.weight": (8, 8)}, inputs=names())
+    assert reg.model is model
+    return file
+
+
+class Opened:
+    """A page that is open, and what it said and asked for."""
+
+    def __init__(self, browser, file, width=1400, scheme="light", **options):
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **options
+        )
+        self.page, self.said, self.asked = self.context.new_page(), [], []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.goto(file.as_uri())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.context.close()
+
+
+# Ratio of contrast of each text to the nearest ground that isn't transparent, where it is below 4.5
+FAINT = """() => {
+  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const light = ([r, g, b]) => {
+    const part = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  };
+  const ground = (node) => {
+    for (let one = node; one; one = one.parentElement) {
+      const color = parse(getComputedStyle(one).backgroundColor);
+      if (color.length === 3 || color[3] > 0) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  let count = 0;
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    const box = node.getBoundingClientRect();
+    if (!walker.currentNode.textContent.trim() || !box.width || ["SCRIPT", "STYLE"].includes(node.tagName)) continue;
+    const style = getComputedStyle(node);
+    const [one, other] = [light(parse(node.ownerSVGElement ? style.fill : style.color)), light(ground(node))];
+    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
+    count += 1;
+    if (ratio < 4.5) found.push([walker.currentNode.textContent.trim(), ratio]);
+  }
+  return [count, found];
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_opens_quietly_and_its_texts_have_contrast(browser, file, scheme):
+    with Opened(browser, file, scheme=scheme) as one:
+        count, faint = one.page.evaluate(FAINT)
+        assert one.said == []
+        assert one.asked == [file.as_uri()]
+        assert count > 150
+        assert faint == []
+        dark = one.page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+        assert dark == (scheme == "dark")
+        one.page.add_style_tag(content=".told { color: #888; background: #999 }")
+        assert one.page.evaluate(FAINT)[1]
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_is_wider_than_the_screen_and_texts_are_legible(browser, file, width):
+    with Opened(browser, file, width) as one:
+        for details in one.page.query_selector_all("summary"):
+            details.click()
+        assert one.page.evaluate("document.documentElement.scrollWidth") <= width
+        sizes = one.page.evaluate(
+            """() => [...document.querySelectorAll("svg text")].map((node) => {
+              const svg = node.ownerSVGElement;
+              const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+              return scale * parseFloat(getComputedStyle(node).fontSize);
+            })"""
+        )
+        assert len(sizes) > 100
+        assert min(sizes) >= 8
+        columns = one.page.evaluate("getComputedStyle(document.querySelector('.charts')).gridTemplateColumns")
+        assert len(columns.split()) == (1 if width == 400 else 3)
+        one.page.evaluate(
+            "document.body.append(Object.assign(document.createElement('pre'), {style: 'width: 2000px'}))"
+        )
+        assert one.page.evaluate("document.documentElement.scrollWidth") > width
+
+
+STATE = """() => ({
+  text: document.getElementById("point-now").textContent,
+  marks: [...document.querySelectorAll("line.marker")].map((line) => [line.getAttribute("x1"), line.dataset.x]),
+  bars: [...document.querySelectorAll("#path-bars li")].map((row) => [
+    row.querySelector(".name").textContent, parseFloat(row.querySelector(".fill").style.width),
+    row.querySelector(".value").textContent]),
+  alive: document.querySelectorAll("#path-left .alive").length,
+  names: document.getElementById("path-names").textContent,
+  said: document.getElementById("point").getAttribute("aria-valuetext"),
+})"""
+
+
+def test_the_slider_moves_all_of_it_by_the_keyboard(browser, file):
+    view = lasso().view().named(names())
+    order = sorted(range(len(view.strengths)), key=lambda at: view.strengths[at])
+    (weights,) = view.lines.values()
+    with Opened(browser, file) as one:
+        page = one.page
+        page.focus("#point")
+        page.keyboard.press("Home")
+        for place, at in enumerate(order):
+            found = page.evaluate(STATE)
+            assert found["text"].startswith(f"strength {float(f'{view.strengths[at]:.4g}'):g}")
+            assert f"{view.selected[at]} of 9 left, {9 - view.selected[at]} zero" in found["text"]
+            assert found["said"] == found["text"]
+            assert ("(best)" in found["text"]) == (at == view.best)
+            assert all(x == places.split()[place] for x, places in found["marks"])
+            assert len(found["marks"]) == 2
+            assert found["alive"] == view.selected[at]
+            used = [names()[number] for number in range(9) if weights[at, number] != 0]
+            assert found["names"] == (", ".join(used) or "none")
+            for name, width, value in found["bars"]:
+                weight = float(weights[at, names().index(name)])
+                assert width == pytest.approx(100 * abs(weight) / float(weights.abs().max()), abs=0.1)
+                assert float(value) == pytest.approx(weight, rel=1e-3)
+            page.keyboard.press("ArrowRight")
+        assert NAME in {name for name, _, _ in found["bars"]}
+        page.click("button[data-point] >> nth=0")
+        assert "(best)" in page.evaluate(STATE)["text"]
+        page.click("button[data-point] >> nth=1")
+        assert "(one standard error)" in page.evaluate(STATE)["text"]
+        assert one.said == []
+
+
+def test_the_keyboard_reaches_everything(browser, file):
+    reached = """() => { const one = document.activeElement;
+      return one.id || one.dataset.point && "button" || one.getAttribute("href") || one.tagName; }"""
+    with Opened(browser, file) as one:
+        wanted = one.page.evaluate("document.querySelectorAll('a, button, input, summary, [tabindex=\"0\"]').length")
+        found = []
+        for _ in range(wanted + 2):
+            one.page.keyboard.press("Tab")
+            found.append(one.page.evaluate(reached))
+        assert {"#rules", "point", "button", "SUMMARY", "PRE"} <= set(found)
+        outline = one.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none" or one.page.evaluate("document.activeElement.tagName") == "BODY"
+
+
+def test_without_scripts_the_numbers_are_there(browser, file):
+    with Opened(browser, file, java_script_enabled=False) as one:
+        assert "the table of all points" in one.page.inner_text("noscript >> nth=0")
+        assert one.page.locator("#path table tr").count() == 13
+
+
+def test_printed_it_is_dark_on_white(browser, file):
+    with Opened(browser, file, scheme="dark") as one:
+        one.page.emulate_media(media="print", color_scheme="dark")
+        colors = one.page.evaluate(
+            "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+        )
+        assert colors == ["rgb(255, 255, 255)", "rgb(0, 0, 0)"]
+        one.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert one.page.evaluate("[...document.querySelectorAll('details')].every((one) => one.open)")
+        assert len(one.page.pdf()) > 20_000
