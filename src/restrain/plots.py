@@ -6,7 +6,7 @@ figure is kept and no window opens. Colors are those of Okabe and Ito (2008), wh
 colour-blind tell apart, and lines beyond seven differ by their dashes.
 
 >>> ax = rs.plots.penalty(rs.L1())
->>> [line.get_label() for line in ax.lines]
+>>> ax.get_legend_handles_labels()[1]
 ['value', 'prox, step 1']
 """
 
@@ -96,7 +96,8 @@ def save(drawn: Any, file: str | Path) -> Path:
         from matplotlib.figure import FigureBase
     if not isinstance(drawn, Drawn | FigureBase):
         raise PlanError(f"expected matplotlib's axes or a figure, as rs.plots returns them; got {brief(drawn)}")
-    path, figure = storage.as_path(file), drawn.figure
+    path = storage.as_path(file)
+    figure: Any = drawn.figure
     kind, known = path.suffix.removeprefix(".").lower(), figure.canvas.get_supported_filetypes()
     if kind not in known:
         raise FileError(f"a picture ends in .{', .'.join(sorted(known))}; got {path.name!r}")
@@ -383,7 +384,7 @@ def zeros(weights: Any, ax: Axes | None = None) -> Axes:
     Raises:
         PlanError: something else, or nothing to count.
 
-    >>> rs.plots.zeros({"w": torch.tensor([0.0, 1.0])}).patches[0].get_width()
+    >>> float(rs.plots.zeros({"w": torch.tensor([0.0, 1.0])}).patches[0].get_width())
     50.0
     """
     runs = _runs(weights)

@@ -47,7 +47,7 @@ def test_pages_of_a_model_and_of_its_path(here):
     run(*path)
     assert "written: path/report.html" in run("report", "path").stdout
     text = (here / "path/report.html").read_text("utf-8")
-    assert re.findall(r"<h2[^>]*>([^<]*)<", text) == ["Path", "Environment"]
+    assert re.findall(r"<h2[^>]*>([^<]*)<", text) == ["Warnings", "Path", "Environment"]
     assert '"labels":["a","\\u003cb\\u003e","c","d"]' in text
     run("report", "path", "--images", "2", "2", "--out", "images.html")
     assert '"columns":2' in (here / "images.html").read_text("utf-8")

@@ -20,7 +20,7 @@ from restrain.report.content import Content, TensorFacts
 
 _INK, _PALE = "#1b1b1f", "#d9d9e0"
 _SIZE = (4.8, 3.0)  # inches: narrow, so that text is legible on a phone
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
     "axes.facecolor": "none",
     "axes.formatter.use_mathtext": False,
@@ -76,7 +76,7 @@ def drawn(
     with needing("plots", "a report"):
         import matplotlib
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):  # type: ignore[arg-type]
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure, axes = plots.panels(count, 2, size)
         figure.set_dpi(72)
         draw(axes)

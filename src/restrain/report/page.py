@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,7 +21,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 _RIGHT = (2, 3, 4, 6)  # columns of numbers in the table of rules
 
 
-def write(content: Content, file: str | Path) -> Path:
+def write(content: Content, file: str | os.PathLike[str]) -> Path:
     """Write a report, whole or not at all; return its path.
 
     Raises:

@@ -727,7 +727,7 @@ class Attachment:
             DetachedError: the model no longer exists.
         """
         given = {"model": model, "path": path, "history": history, "images": images}
-        return write(self.contents(**given, inputs=inputs, title=title, facts=facts), file)  # type: ignore[arg-type]
+        return write(self.contents(**given, inputs=inputs, title=title, facts=facts), file)
 
     def detach(self) -> None:
         """Remove every hook and restore the model. Further calls do nothing."""
