@@ -69,6 +69,7 @@ def test_a_report_of_a_path_has_the_inputs_names(tmp_path, hidden):
     model = rs.RegressorCV(hidden=hidden, points=5, cv=2, **given).fit(pandas.DataFrame(X, columns=list("abcd")), Y)
     text = model.report(tmp_path / "a.html").read_text("utf-8")
     assert titles(text)[1] == "Path"
+    assert ("Training" in titles(text)) == bool(hidden)  # linear models are solved, not trained
     assert '"labels":["a","b","c","d"]' in text
     view = model.view()
     name = next(iter(view.lines))

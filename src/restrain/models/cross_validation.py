@@ -272,7 +272,10 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         name = f"Report on {type(self).__name__}" if title is None else title
         told = {"chosen strength": f"{self.strength_:.4g}", "selected": str(len(self.selected_features_))}
         given = {"images": images, "inputs": inputs, "title": name, "facts": {**told, **(facts or {})}}
-        found: FilePath = self.estimator_.report(file, path=self, **given)
+        model = copy.copy(self.estimator_)
+        if "coef_" in vars(self):  # solved exactly: its only epoch served to build it
+            model.history_ = []
+        found: FilePath = model.report(file, path=self, **given)
         return found
 
     def predict(self, X: Any) -> Any:
