@@ -48,14 +48,18 @@ def test_links_lead_somewhere():
 
 
 def test_the_demo_prints_and_draws(tmp_path, capsys):
-    demo.main(["--out", str(tmp_path), "--epochs", "2", "--seeds", "2"])
+    demo.main(["--out", str(tmp_path), "--epochs", "2", "--seeds", "2", "--points", "2"])
     out = capsys.readouterr().out
     for title in ("without rules", "rules in the loss", "proximal rules", "sparse autoencoder"):
         assert title in out
     assert len(re.findall(r"minus plain .*±", out)) == 5
     assert len(re.findall(r"hidden_l1=.*% zeros", out)) == 6
     assert len(re.findall(r"test accuracy \d\d\.\d\d%", out)) == 3
-    for name in ("features.png", "zeros.png", "curves.png", "digits.png", "study.png"):
+    assert len(re.findall(r"strength 0\.\d+: +\d+ units, +\d+\.\d+%", out)) == 2
+    assert re.search(r"ms a forward +\d", out)
+    before, after = re.search(r"correct: (\S+) before, (\S+) after", out).groups()
+    assert before == after
+    for name in ("features.png", "zeros.png", "curves.png", "digits.png", "study.png", "path.png"):
         path = tmp_path / name
         assert str(path) in out
         assert path.read_bytes().startswith(b"\x89PNG")

@@ -2,7 +2,8 @@
 
 Part 1 compares keyword models on 200 training images. Part 2 is a training loop in plain PyTorch:
 one network without rules, with rules in the loss and with proximal rules, and a sparse autoencoder.
-Results are printed and drawn.
+Part 3 walks along a path of strengths, and takes the zero units out of the chosen network. Results
+are printed and drawn.
 """
 
 from __future__ import annotations
@@ -322,18 +323,67 @@ def report(run: Run) -> str:
     return "\n".join([*lines, *(["", run.table] if run.table else [])])
 
 
+# ---------------------------------------------------------------- a path, and a smaller network
+
+
+def shrinking(out: Path, points: int, epochs: int) -> Iterator[str]:
+    """Run part 3: yield the lines to print, and draw the path into the folder `out`.
+
+    A path of a group lasso on whole units, the point of the fewest units within one standard error
+    of the best, and its network without the units that are zero.
+    """
+    data, model = Digits.load(), network()
+    x, y, x_valid, y_valid = data.x[:700], data.y[:700], data.x[700:], data.y[700:]
+    units = rs.units(example=x[:2], readers=False)
+
+    def fit(model: nn.Module, reg: Any) -> None:
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        reg.use(optimizer)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(x)).split(175):
+                optimizer.zero_grad()
+                reg.loss(F.cross_entropy(model(x[rows]), y[rows])).backward()
+                optimizer.step()
+
+    path = rs.path(
+        model,
+        rs.GroupLasso(per=units).on(how="proximal"),
+        fit,
+        loss=lambda model: F.cross_entropy(model(x), y),
+        score=lambda model: (model(x_valid).argmax(1) == y_valid).double(),
+        strengths=torch.logspace(-4, -1.3, points).tolist(),
+        random_state=0,
+    )
+    yield f"\nA path: group lasso on the {path[0].groups} units of 64-128-64-10, chosen on {len(x_valid)} digits"
+    best, one = path.best(), path.one_se()
+    for point in path.points:
+        told = " best" * (point is best) + " one standard error" * (point is one)
+        yield f"  strength {point.strength:.4f}: {point.selected:3} units, {point.score:.2%}{told}"
+    large = path.model(one)
+    result = rs.compact(large, data.x_test)
+    yield f"without the units that are zero, on {len(data.x_test)} test digits:"
+    yield str(result.report)
+    with torch.no_grad():
+        found = [float((model(data.x_test).argmax(1) == data.y_test).float().mean()) for model in (large, result.model)]
+    yield f"correct: {found[0]:.2%} before, {found[1]:.2%} after"
+    yield f"picture:\n  {path.plot(out / 'path.png')}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the demo; see `--help`."""
     parser = argparse.ArgumentParser(prog="restrain.demo", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the pictures")
     parser.add_argument("--seeds", type=int, default=20, help="seeds of the comparison on few images")
     parser.add_argument("--epochs", type=int, default=200, help="passes over the data of each training")
+    parser.add_argument("--points", type=int, default=12, help="strengths of the path")
     given = parser.parse_args(arguments)
     started = time.perf_counter()
     storage.make_folder(given.out)
     for line in demo.run(given.out, given.seeds, min(given.epochs, 30)):
         print(line, flush=True)
     own_networks(given.out, given.epochs)
+    for line in shrinking(given.out, given.points, min(given.epochs, 60)):
+        print(line, flush=True)
     print(f"{time.perf_counter() - started:.1f} s in all")
 
 

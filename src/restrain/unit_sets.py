@@ -6,7 +6,7 @@ A set of units is a list of members (parameter, `per`): the i-th groups of all m
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -99,7 +99,7 @@ class Units(AcrossTensors):
         for unit in taken:
             sets.setdefault(frozenset(unit), []).append(unit)
         return [
-            tuple((names[name], _per(dim, [unit[name, dim] for unit in own], shapes[name])) for name, dim in own[0])
+            tuple((names[name], per_of(dim, [unit[name, dim] for unit in own], shapes[name])) for name, dim in own[0])
             for own in sets.values()
         ]
 
@@ -212,8 +212,15 @@ def _by_stars(members: Members, names: Mapping[str, str]) -> list[Members]:
     return [tuple(some) for some in found.values()]
 
 
-def _per(dim: int, indices: list[list[int]], shape: tuple[int, ...]) -> Any:
-    """Return the `per` of units along a dim: the dim, blocks, or lists of indices."""
+def per_of(dim: int, indices: Sequence[Sequence[int]], shape: tuple[int, ...]) -> Any:
+    """Return the `per` of groups along a dim: the dim, blocks, or lists of indices.
+
+    Args:
+        dim: the dim of a tensor.
+        indices: the indices of each group along it.
+        shape: the tensor's shape.
+    """
+    indices = list(map(list, indices))
     if indices == [[i] for i in range(shape[dim])]:
         return dim
     size = len(indices[0])

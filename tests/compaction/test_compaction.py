@@ -568,7 +568,8 @@ def test_rules_go_on_with_a_model_made_smaller_in_place():
         model[0].weight[:2] = 0
         model[0].bias[:2] = 0
     x = torch.randn(3, 4).double()
-    assert len(rs.compact(model, x, optimizer).optimizer._optimizer_step_post_hooks) == 0  # copies are without rules
+    copied = rs.compact(model, x, optimizer, rules=False)
+    assert (len(copied.optimizer._optimizer_step_post_hooks), copied.attachment) == (0, None)
     rs.compact(model, x, optimizer, inplace=True)
     assert model[0].weight.shape == (4, 4)
     loss = model(x).square().mean()

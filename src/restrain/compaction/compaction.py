@@ -14,21 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.compaction import surgery
+from restrain.compaction import attached, surgery
 from restrain.compaction.report import Layer, Report, measured
+from restrain.compaction.uniform import NO_NUMBER, Uniform, configure, loads
 from restrain.connections import Graph, Read, attention, leaves, mapped, without_cache
-from restrain.engine import structures
+from restrain.engine import Attachment, structures
 from restrain.errors import CompactionError
 
 _CLOSE = 1e-5  # largest difference of outputs, relative to their scale
 
 
 class Compaction(NamedTuple):
-    """The result of `compact`: the smaller model, its optimizer, and the report."""
+    """The result of `compact`: smaller model, its optimizer, report, and the attached rules."""
 
     model: nn.Module
     optimizer: Optimizer | None
     report: Report
+    attachment: Attachment | None = None
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Search:
         tensors: parameters and buffers by name.
         model: the model, whose layers determine where a bias can be added.
         fixed: {unit: reason} of units that stay besides those that the graph fixes.
+        adds: True if layers without a bias may get one.
     """
 
     graph: Graph
     tensors: Mapping[str, Tensor]
     model: nn.Module
     fixed: Mapping[int, str]
+    adds: bool = True
 
     @cached_property
     def _dropped(self) -> set[int]:
@@ -101,7 +105,7 @@ class Search:
             return None
         if read.folds:
             return f"it gives the constant {level:.3g}, and {read.folds} ({read.weight})"
-        if read.bias is None and not surgery.may_have_bias(self.model, read.weight):
+        if read.bias is None and not (self.adds and surgery.may_have_bias(self.model, read.weight)):
             return f"it gives the constant {level:.3g}, and {read.weight} has no bias to add it to"
         return None
 
@@ -113,6 +117,8 @@ def compact(
     mode: Literal["eval"] = "eval",
     *,
     inplace: bool = False,
+    rules: bool = True,
+    uniform: bool = False,
 ) -> Compaction:
     """Remove units that don't contribute, and return a smaller model with the same outputs.
 
@@ -130,14 +136,19 @@ def compact(
             settings.
         mode: "eval": outputs are the same in evaluation.
         inplace: True to change the given model and optimizer instead of copies.
+        rules: False to leave attached rules out. Else they go along, with their state, as
+            `result.attachment`; rules with an optimizer only if it is given here.
+        uniform: True for a model of transformers (GPT-2, BERT, Llama, Mistral, Qwen 2) to keep as
+            many units in each layer as in the widest, and to write the numbers into its
+            configuration, so that `save_pretrained` and `from_pretrained` work.
 
     Returns:
-        `Compaction` with `model`, `optimizer` and `report`.
+        `Compaction` with `model`, `optimizer`, `report` and `attachment`.
 
     Raises:
         CompactionError: torch.export can't follow the model; its output holds no tensor; the
             outputs would differ by more than 1e-5 of their scale; an optimizer's state doesn't have
-            the parameter's shape.
+            the parameter's shape; attached rules can't go along.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> with torch.no_grad(): model[0].weight[3:] = 0
@@ -145,11 +156,8 @@ def compact(
     >>> result.model[0].weight.shape, result.model[2].weight.shape
     (torch.Size([3, 4]), torch.Size([2, 3]))
     """
-    args = example if isinstance(example, tuple) else (example,)
-    if mode != "eval":
-        raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
-    if not any(isinstance(one, Tensor) for one in leaves(args)):
-        raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
+    args = _checked(example, mode)
+    reg = attached.attachment_of(model, optimizer) if rules else None
     large, _ = _copied(model, None)
     with without_cache(large):
         reference = [(given, _run(large, given)) for given in _batches(args)]
@@ -158,16 +166,34 @@ def compact(
         before = measured(large, args)
         attention.replaced(large)
         graph = Graph(large, args)
-    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference)
+    widths = Uniform(graph, model) if uniform else None
+    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths)
     with without_cache(small):
-        report = Report(_layers(graph, plan, small), before, measured(small, args), difference, plan.changed)
+        report = Report(
+            _layers(graph, plan, small), before, measured(small, args), difference, plan.changed, _notes(small, plan)
+        )
+    carried = None if reg is None else attached.carried(reg, model, graph, plan.keep)
+    attachment = None if carried is None else carried.bound(small, other)
     if inplace:
         attention.replaced(model, fewer)
         _carry_out(model, optimizer, graph, plan)
         small, other = model, optimizer
+        if carried is not None and attachment is not None:
+            attachment.detach()
+            attachment = carried.rebind()
     for name, module in model.named_modules():
         small.get_submodule(name).training = module.training
-    return Compaction(small, other, report)
+    return Compaction(small, other, report, attachment)
+
+
+def _checked(example: Any, mode: str) -> tuple[Any, ...]:
+    """Return the inputs as a tuple."""
+    args = example if isinstance(example, tuple) else (example,)
+    if mode != "eval":
+        raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
+    if not any(isinstance(one, Tensor) for one in leaves(args)):
+        raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")
+    return args
 
 
 Small: TypeAlias = "tuple[nn.Module, Optimizer | None, list[str]]"
@@ -175,7 +201,7 @@ Reference: TypeAlias = "list[tuple[tuple[Any, ...], list[Tensor]]]"
 
 
 def _attempted(
-    model: nn.Module, optimizer: Optimizer | None, graph: Graph, reference: Reference
+    model: nn.Module, optimizer: Optimizer | None, graph: Graph, reference: Reference, widths: Uniform | None
 ) -> tuple[Plan, Small, float]:
     """Return (plan, smaller copies, difference of outputs).
 
@@ -184,7 +210,7 @@ def _attempted(
     """
     fixed: dict[int, str] = {}
     for attempt in range(2):
-        plan = _plan(graph, model, fixed)
+        plan = _plan(graph, model, fixed, widths)
         small = _smaller(model, optimizer, graph, plan)
         difference, error = _compared(small[0], reference)
         if error is None and difference <= _CLOSE:
@@ -247,6 +273,8 @@ class Plan(NamedTuple):
     stays: dict[int, str]
     changed: int
     """Number of removed units whose constant differs in training, by a batch normalisation."""
+    widths: Mapping[str, int] = {}
+    """{number in the configuration: width} if all layers keep one width."""
 
 
 def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
@@ -256,13 +284,19 @@ def _copied(model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, O
     return small.eval(), copy.deepcopy(optimizer, memo)
 
 
-def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
+def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str], widths: Uniform | None = None) -> Plan:
     """Return the plan in which units in `fixed` and at least one index of each axis stay."""
     named = [*model.named_parameters(), *model.named_buffers()]
     tensors, fixed = dict(named), dict(fixed)
+    if widths is not None:
+        others = {graph.labels.unit(label) for axes in graph.axes.values() for one in axes for label in one.tolist()}
+        fixed = {**dict.fromkeys(others - widths.units, NO_NUMBER), **fixed}
     while True:
-        search = Search(graph, tensors, model, fixed)
+        search = Search(graph, tensors, model, fixed, widths is None)
         gone, stays = search.gone()
+        if widths is not None and (more := widths.missing(gone)):
+            fixed.update(more)
+            continue
         keep, last = dict[str, dict[int, Tensor]](), set[int]()
         for name, axes in graph.axes.items():
             for dim, labels in enumerate(axes):
@@ -274,7 +308,9 @@ def _plan(graph: Graph, model: nn.Module, fixed: Mapping[int, str]) -> Plan:
                         last.add(units[0])
         if not last:
             normalised = {graph.labels.unit(label) for label in graph.normalised}
-            return Plan(keep, list(_folded(graph, tensors, gone)), gone, stays, len(gone & search.read() & normalised))
+            changed = len(gone & search.read() & normalised)
+            chosen = {} if widths is None else widths.widths(gone)
+            return Plan(keep, list(_folded(graph, tensors, gone)), gone, stays, changed, chosen)
         fixed.update(dict.fromkeys(last, "it is the last of its layer"))
 
 
@@ -310,6 +346,20 @@ def _carry_out(model: nn.Module, optimizer: Optimizer | None, graph: Graph, plan
             named[bias] = model.get_parameter(bias)
         named[bias].add_(shift.to(named[bias].dtype))
     surgery.cut(model, optimizer, keep)
+    configure(model, plan.widths)
+
+
+def _notes(model: nn.Module, plan: Plan) -> list[str]:
+    """Return what to know about saving a smaller model of transformers."""
+    loaded = loads(model) if plan.gone else None
+    if loaded is None:
+        return []
+    if loaded:
+        return ["save_pretrained and from_pretrained work: the configuration says the widths"]
+    return [
+        "the configuration can't say these widths, so from_pretrained would not load what save_pretrained writes: "
+        "compact with uniform=True, or torch.save(model, path)"
+    ]
 
 
 def _batches(args: tuple[Any, ...]) -> list[tuple[Any, ...]]:

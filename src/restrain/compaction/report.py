@@ -49,6 +49,7 @@ class Report:
         difference: the largest measured difference of outputs, relative to their scale.
         changed: the number of removed units whose constant differs in training, where a batch
             normalisation uses the batch's statistics. If 0, training is exact, too.
+        notes: what else to know.
     """
 
     layers: Sequence[Layer]
@@ -56,6 +57,7 @@ class Report:
     after: Cost
     difference: float
     changed: int = 0
+    notes: Sequence[str] = ()
 
     @property
     def training_exact(self) -> bool:
@@ -89,16 +91,20 @@ class Report:
     def __str__(self) -> str:
         costs = text_table([_COSTS, *self._costs()])
         layers = text_table([_LAYERS, *self._rows()])
+        return "\n\n".join([costs, layers, "\n".join(self._told())])
+
+    def _told(self) -> list[str]:
         training = (
             "the same in training"
             if self.training_exact
             else f"in training {self.changed} units gave other constants, by batch normalisation"
         )
-        return f"{costs}\n\n{layers}\n\nlargest difference of outputs: {self.difference:.1e} of their scale; {training}"
+        return [f"largest difference of outputs: {self.difference:.1e} of their scale; {training}", *self.notes]
 
     def to_html(self) -> str:
         """Return the tables as HTML."""
-        return "\n".join([html_table([_COSTS, *self._costs()]), html_table([_LAYERS, *self._rows()])])
+        costs, layers = [_COSTS, *self._costs()], [_LAYERS, *self._rows()]
+        return "\n".join([html_table(costs, {1, 2, 3}), html_table(layers, {1, 2}, self._told())])
 
     def _repr_html_(self) -> str:
         return self.to_html()

@@ -134,6 +134,7 @@ class Graph(fx.Interpreter):
         reads: the reads of features by weights, in the order of the forward.
         dropped: labels of constants other than zero that pass through dropout.
         normalised: labels of the channels of batch normalisations.
+        given: {path of a module: (shape, labels) of its output at each call}.
 
     Raises:
         CompactionError: torch.export can't follow the model.
@@ -145,6 +146,8 @@ class Graph(fx.Interpreter):
         self.labels, self.reads = Labels(), list[Read]()
         self.dropped, self.normalised = set[int](), set[int]()
         self.axes: dict[str, list[Tensor]] = {}
+        self.given: dict[str, list[tuple[tuple[int, ...], Tensor | None]]] = {}
+        self._calls: dict[str, Held] = {}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         first: dict[int, str] = {}
         self._names = {name: first.setdefault(id(tensor), name) for name, tensor in named}
@@ -159,6 +162,16 @@ class Graph(fx.Interpreter):
         inputs = iter(leaves((args, kwargs or {})))
         with torch.no_grad():
             self.run(*self._placeholders(program.graph_signature, inputs), enable_io_processing=False)
+        for call, one in self._calls.items():
+            self.given.setdefault(call.partition("@")[0], []).append((tuple(one.value.shape), one.labels))
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Return the result of a node, and note it as the latest of the modules that it is in."""
+        found = super().run_node(n)
+        if isinstance(found, Held):
+            for call, _ in (n.meta.get("nn_module_stack") or {}).values():
+                self._calls[call] = found
+        return found
 
     def _placeholders(self, signature: Any, inputs: Iterator[Any]) -> list[Any]:
         sources = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -5,10 +5,12 @@ from restrain.engine.attach import (
     Certificate,
     Evaluation,
     History,
-    PenalisedTensor,
+    Penalised,
     attach,
+    attached_to,
     checked_track,
     contents_of,
+    continued,
 )
 from restrain.engine.core import Draws, Hook, restored, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
@@ -22,11 +24,13 @@ __all__ = [
     "Evaluation",
     "History",
     "Hook",
-    "PenalisedTensor",
+    "Penalised",
     "Point",
     "attach",
+    "attached_to",
     "checked_track",
     "contents_of",
+    "continued",
     "forget_compiled_code",
     "paused",
     "restored",

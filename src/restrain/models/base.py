@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,16 +18,17 @@ from sklearn.utils.validation import _check_sample_weight, check_consistent_leng
 from torch import Tensor
 
 from restrain import progress, registry
+from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
 from restrain.models import checkpoints, files, keywords, optimizers, settings
 from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
-from restrain.models.layers import Network, outputs_of
+from restrain.models.layers import Dense, Network, outputs_of
 from restrain.models.monitors import Monitors
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.signature import DEFAULTS, Init
-from restrain.models.specs import RECURRENT, LayerData, as_list, forms, hidden, resolve
+from restrain.models.specs import NORMS, RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Task, Training
 from restrain.report import write
 from restrain.transforms.normalization import Standardize
@@ -402,6 +404,44 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
                 found = reg.contents(history=self.history_, **given)
             return write(replace(found, trained="estimator", code=repr(self)), file)
 
+    def compact(self) -> Report:
+        """Take out hidden units that contribute nothing, as `rs.compact` does; return its report.
+
+        Outputs stay the same up to rounding, `layers_` has the new sizes, and `train` goes on with
+        the optimizer's state, where this has a number for each entry of a weight.
+
+        Raises:
+            CompactionError: see `rs.compact`.
+
+        >>> net = rs.Classifier([4, 8, 2], random_state=0)
+        >>> net = net.train((np.eye(4), [0, 1, 0, 1]), epochs=1, progress=False)
+        >>> with torch.no_grad(): net.module_.hid1.weight[3:] = 0
+        >>> _ = net.compact()
+        >>> [layer["size"] for layer in net.layers_]
+        [4, 3, 2]
+        """
+        check_is_fitted(self, "module_")
+        steps = any(layer["form"] in RECURRENT for layer in self.layers_)
+        example = torch.randn(
+            (2, 3, self.n_features_in_) if steps else (2, self.n_features_in_),
+            generator=torch.Generator().manual_seed(0),
+            dtype=self._dtype,
+            device="cpu",
+        ).to(next(self.module_.parameters()).device)
+        own, known = list(self.module_.parameters()), vars(self).get("_optimizer")
+        state = {} if known is None else known[1].get("state", {})
+        carries = set(state) <= set(range(len(own))) and all(_by_entry(state[i], own[i]) for i in state)
+        carrier = torch.optim.SGD(own)
+        carrier.state.update({own[i]: dict(one) for i, one in state.items()} if carries else {})
+        report = compact(self.module_, example, carrier, inplace=True, rules=False).report
+        if known is not None and carries:
+            self._optimizer = (known[0], {**known[1], "state": {i: carrier.state[own[i]] for i in state}})
+        else:
+            self.__dict__.pop("_optimizer", None)
+        for before, layer in pairwise(self.layers_):
+            layer["size"] = _size(self.module_.get_submodule(layer["name"]), layer, before["size"])
+        return report
+
     def _forward(self, x: Any) -> Tensor:
         """Return the network's output for all samples of x."""
         return torch.cat([self.module_(batch) for batch in self._ready(x)])
@@ -471,6 +511,18 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if name not in names:
             raise PlanError(f"no layer is called {name!r}; there are: {', '.join(names)}")
         return name
+
+
+def _by_entry(state: Mapping[str, Any], p: Tensor) -> bool:
+    """Return True if an optimizer's tensors of a parameter have its shape, or one entry."""
+    return all(one.shape == p.shape or one.numel() == 1 for one in state.values() if isinstance(one, Tensor))
+
+
+def _size(module: Any, layer: LayerData, before: int) -> int:
+    """Return the number of outputs of a layer, given that of the layer before."""
+    if isinstance(module, Dense):
+        return module.out_features
+    return before if layer["form"] in (*NORMS, "last") else int(layer["size"])
 
 
 def _rows(array: Any) -> int:

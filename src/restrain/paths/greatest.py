@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Attachment, PenalisedTensor, attach, restored
+from restrain.engine import Attachment, Penalised, attach, restored
 from restrain.errors import PlanError, RestrainWarning
 from restrain.penalties import Penalty
 from restrain.penalties.shrink import exact
@@ -86,7 +86,7 @@ def in_loss(rules: Sequence[Rule], strength: float = 1.0) -> list[Rule]:
     return [replace(strength * rule, how="loss") for rule in rules]
 
 
-def check_rules(model: nn.Module, rules: Sequence[Rule]) -> list[PenalisedTensor]:
+def check_rules(model: nn.Module, rules: Sequence[Rule]) -> list[Penalised]:
     """Return the tensors that a path's rules penalise.
 
     Raises:
@@ -96,8 +96,7 @@ def check_rules(model: nn.Module, rules: Sequence[Rule]) -> list[PenalisedTensor
     reg.detach()
     tensors = penalised_by(reg)
     for one in tensors:
-        w = one.tensor.detach()
-        if not one.penalty.has_prox or origin(one.penalty, torch.ones_like(w)) is None:
+        if not one.penalty.has_prox or origin(one.penalty, torch.ones_like(one.now())) is None:
             raise PlanError(
                 f"{one.penalty!r} makes no zeros in {one.name!r}, so no strength ends its path: take a penalty such as "
                 "rs.L1() or rs.GroupLasso(), put this one into fixed=, or give the strengths= yourself"
@@ -105,7 +104,7 @@ def check_rules(model: nn.Module, rules: Sequence[Rule]) -> list[PenalisedTensor
     return tensors
 
 
-def penalised_by(reg: Attachment) -> list[PenalisedTensor]:
+def penalised_by(reg: Attachment) -> list[Penalised]:
     """Return the trained tensors under an attachment's penalties."""
     found = reg.penalised()
     if not found:
@@ -113,13 +112,12 @@ def penalised_by(reg: Attachment) -> list[PenalisedTensor]:
     return found
 
 
-def at_origin(tensors: Sequence[PenalisedTensor]) -> None:
+def at_origin(tensors: Sequence[Penalised]) -> None:
     """Set the penalised groups to zero."""
-    with torch.no_grad():
-        for one in tensors:
-            held = origin(one.penalty, one.tensor)
-            if held is not None:
-                one.tensor.copy_(held)
+    for one in tensors:
+        held = origin(one.penalty, one.now())
+        if held is not None:
+            one.put(held)
 
 
 def by_dual_norm(
@@ -137,7 +135,7 @@ def by_dual_norm(
         loss: the data loss.
     """
     tensors = check_rules(model, rules)
-    alone = _alone(tensors, model, rules, loss) if len(tensors) > 1 else {}
+    alone = _alone(tensors, model, rules, loss) if sum(len(one.handles) for one in tensors) > 1 else {}
     at_origin(tensors)
     infinite = _INFINITE * max(1.0, *(float(t.detach().abs().max()) for t in model.parameters() if t.numel()))
     with attach(model, [*in_loss(rules, infinite), *in_loss(fixed)]) as reg:
@@ -148,23 +146,32 @@ def by_dual_norm(
             share = _ROUNDED if rounded else _EXACT
             reg.certificate(loss, polish=True, steps=_STEPS, tolerance=share * max(slope, 1e-30))
         gradients = reg.gradients(loss)
-    for name, before in alone.items():
-        if float(gradients[name].abs().max()) <= _SADDLE * before:
+    for one in tensors:
+        if float(one.gathered(gradients).abs().max()) <= _SADDLE * alone.get(one.name, -1.0):
             return None
-    found = max(least_strength(one.penalty, exact(one.tensor.detach()) - gradients[one.name]) for one in tensors)
+    found = max(least_strength(one.penalty, one.now() - one.gathered(gradients)) for one in tensors)
     return found * (1 + 10 * share) if found > 0 else None  # else rounding leaves groups at the end
 
 
 def _alone(
-    tensors: Sequence[PenalisedTensor], model: nn.Module, rules: Sequence[Rule], loss: Callable[[], Tensor]
+    tensors: Sequence[Penalised], model: nn.Module, rules: Sequence[Rule], loss: Callable[[], Tensor]
 ) -> dict[str, float]:
-    """Return {name: greatest |∇|} of each tensor at its origin, the others as they are."""
-    found = {}
+    """Return {name: greatest |∇|} with one tensor at its origin, all others as they are.
+
+    Of units, the greatest of their tensors, each of which is set to zero alone.
+    """
+    found: dict[str, float] = {}
     for one in tensors:
-        with restored([one.tensor]):
-            at_origin([one])
-            with attach(model, in_loss(rules)) as reg:
-                found[one.name] = float(reg.gradients(loss)[one.name].abs().max())
+        for name, tensor in one.tensors.items():
+            with restored([tensor]):
+                if len(one.handles) > 1:
+                    with torch.no_grad():
+                        tensor.zero_()
+                else:
+                    at_origin([one])
+                with attach(model, in_loss(rules)) as reg:
+                    own = float(reg.gradients(loss)[name].abs().max())
+            found[one.name] = max(found.get(one.name, 0.0), own)
     return found
 
 

@@ -293,11 +293,16 @@ def _check_rules(rules: Sequence[Rule], given: list[float] | None) -> None:
 
 
 def _by_name(model: nn.Module, rules: Sequence[Rule]) -> list[Rule]:
-    """Return rules that select by name and have a name, so that they bind alike each time."""
+    """Return rules that select by name and have a name, so that they bind alike each time.
+
+    Units that are found in the model's graph are named, too.
+    """
     with attach(model, [replace(rule, how="loss") for rule in rules]) as reg:
         bound = list(reg.plan)
     return [
-        replace(rule, where=own.where, name=rule.name or f"path {number}")
+        replace(
+            own if rule.what.over_units else rule, where=own.where, how=rule.how, name=rule.name or f"path {number}"
+        )
         for number, (rule, own) in enumerate(zip(rules, bound, strict=True))
     ]
 

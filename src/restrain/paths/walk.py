@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Attachment, PenalisedTensor, attach
+from restrain.engine import Attachment, Penalised, attach
 from restrain.errors import PlanError, RestrainWarning
 from restrain.named_tensors import device_of
 from restrain.paths import greatest
@@ -53,7 +53,7 @@ class Walk:
     seed: int
     folder: Folder
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
-    tensors: list[PenalisedTensor] = field(default_factory=list)
+    tensors: list[Penalised] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.modes = [(module, module.training) for module in self.model.modules()]
@@ -150,7 +150,7 @@ class Walk:
         """Return where the search begins: the dual norm at the current weights, / 16."""
         with attach(self.model, greatest.in_loss(self.rules)) as reg:
             gradients = reg.gradients(self.data_loss)
-        slopes = [greatest.least_strength(one.penalty, gradients[one.name]) for one in self.tensors]
+        slopes = [greatest.least_strength(one.penalty, one.gathered(gradients)) for one in self.tensors]
         return max([slope for slope in slopes if slope > 0], default=1e-3) / 16
 
     def _keep(self) -> Callable[[], None]:
@@ -242,11 +242,15 @@ class Walk:
         Raises:
             PlanError: a penalty's zeros aren't entries or groups.
         """
-        masks = []
-        for number, one in enumerate(self.tensors):
-            zero = one.entries(one.lengths() == 0)
-            if bool(zero.any()):
-                masks.append(Fixed(zero, values=0.0).on([one.name], name=f"support {number}"))
+        zeros: dict[str, Tensor] = {}
+        for one in self.tensors:
+            for name, zero in one.entries(one.lengths() == 0).items():
+                zeros[name] = zeros[name] | zero if name in zeros else zero
+        masks = [
+            Fixed(zero, values=0.0).on([name], name=f"support {number}")
+            for number, (name, zero) in enumerate(zeros.items())
+            if bool(zero.any())
+        ]
         rules = [*masks, *self.fixed]
         if not rules:  # nothing is zero: fit under a penalty of strength zero, as attach takes no empty plan
             rules = [replace(0.0 * rule, how="loss") for rule in self.rules]

@@ -104,7 +104,7 @@ class Weighted(_Kept):
         weights = self.kept
         if weights is None:
             at = Location(x.detach())
-            weights = _checked_weights(_given(self, self.weights, at), at)
+            weights = _checked_weights(given_tensor(self, self.weights, at), at)
         return _fitting(weights.to(x.real), x, f"weights{_origin(self.weights)}")
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -120,7 +120,7 @@ class Weighted(_Kept):
         return unchecked_prox(self.penalty, x, self._for(x) * as_step(step, x)).to(w.dtype)
 
     def bound_to(self, at: Location) -> Weighted:
-        weights = _given(self, self.weights, at).to(at.tensor.real, copy=True)  # whoever gave them may change them
+        weights = given_tensor(self, self.weights, at).to(at.tensor.real, copy=True)
         bound = dataclasses.replace(self, kept=weights)
         bound._for(at.tensor)  # raises if they don't fit
         _checked_weights(weights, at)
@@ -184,7 +184,7 @@ class Distance(_Kept):
         if reference is None and self.to is None:
             raise PenaltyError(f"{self!r} takes its reference from a parameter at attach; here give one by to=")
         if reference is None:
-            reference = _given(self, self.to, Location(x.detach()))
+            reference = given_tensor(self, self.to, Location(x.detach()))
         return _fitting(reference.to(x), x, "a reference")
 
     def __call__(self, w: Tensors) -> Tensor:
@@ -205,7 +205,7 @@ class Distance(_Kept):
         now = at.tensor.detach().clone()
         reference = now
         if self.to is not None:
-            reference = _fitting(_given(self, self.to, at).to(now), now, f"a reference{_origin(self.to)}").clone()
+            reference = _fitting(given_tensor(self, self.to, at).to(now), now, f"a reference{_origin(self.to)}").clone()
         if not bool(reference.isfinite().all()):
             whose = "the values at attach" if self.to is None else f"the given ones{_origin(self.to)}"
             raise PenaltyError(
@@ -258,7 +258,7 @@ def _origin(given: Any) -> str:
     return f" from {given}" if isinstance(given, (str, Path)) else ""
 
 
-def _given(penalty: Penalty, given: Any, at: Location) -> Tensor:
+def given_tensor(penalty: Penalty, given: Any, at: Location) -> Tensor:
     """Return the tensor given for a parameter: read from a file, looked up by name, or computed."""
     kind = type(penalty).__name__ + _origin(given)
     if isinstance(given, (str, Path)):

@@ -901,15 +901,6 @@ def test_cautious_decay_is_of_entries():
     refused(HowError, "both with how='decoupled'", [rs.GroupLasso(PER).on(how="decoupled"), cautious])
 
 
-def test_certificates_and_paths_are_of_each_tensor():
-    model = net()
-    reg = rs.attach(model, (0.1 * rs.GroupLasso(per=PER)).on(how="loss"))
-    with pytest.raises(HowError, match="a certificate isn't known for rules on several tensors together"):
-        reg.certificate(lambda: data_loss(model))
-    with pytest.raises(HowError, match="groups across tensors"):
-        reg.penalised()
-
-
 def test_tensors_that_cannot_change_together():
     model = net()
     model[2].weight.requires_grad_(False)

@@ -1,10 +1,10 @@
 """The attachment: what a person holds while training, and what it tells."""
 
-from restrain.engine.attach.attachment import Attachment, attach
+from restrain.engine.attach.attachment import Attachment, attach, attached_to, continued
 from restrain.engine.attach.certificate import Certificate
 from restrain.engine.attach.evaluation import Evaluation
 from restrain.engine.attach.facts import contents_of
-from restrain.engine.attach.groups import PenalisedTensor
+from restrain.engine.attach.groups import Penalised
 from restrain.engine.attach.history import History
 from restrain.engine.attach.tracking import checked_track
 
@@ -13,8 +13,10 @@ __all__ = [
     "Certificate",
     "Evaluation",
     "History",
-    "PenalisedTensor",
+    "Penalised",
     "attach",
+    "attached_to",
     "checked_track",
     "contents_of",
+    "continued",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
@@ -20,7 +21,7 @@ from restrain.engine.attach.certificate import Certificate, certify
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
 from restrain.engine.attach.facts import contents_of, same_parameters
-from restrain.engine.attach.groups import PenalisedTensor, penalised
+from restrain.engine.attach.groups import Penalised, penalised
 from restrain.engine.attach.history import History
 from restrain.engine.attach.installation import Hooks
 from restrain.engine.attach.state import (
@@ -52,7 +53,7 @@ from restrain.engine.binding import (
 )
 from restrain.engine.core import Root, eagerly, refuse_capture
 from restrain.engine.distributed import ranks, shards
-from restrain.engine.forward import Forwards, Parts, forget_compiled_code
+from restrain.engine.forward import Forwards, Parts, Point, forget_compiled_code
 from restrain.engine.step import (
     Clock,
     ParameterRules,
@@ -77,6 +78,9 @@ from restrain.transforms import GradientNoise, Hyperball, MomentumSharpness, Noi
 
 # Layers whose declared rules belong to an existing attachment; another doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# The attachments that aren't detached, by the order in which they were made.
+_attached: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+_order = itertools.count()
 
 
 def attach(
@@ -128,6 +132,35 @@ def attach(
     return reg
 
 
+def attached_to(model: nn.Module) -> list[Attachment]:
+    """Return the attachments of a model, or of the model in a wrapper, as they were made."""
+    root = unwrap(model)
+    return [reg for _, reg in sorted(_attached.items()) if reg.belongs_to(root)]
+
+
+def continued(
+    reg: Attachment, model: nn.Module, plan: Plan, optimizer: Optimizer | None, state: Mapping[str, Any]
+) -> Attachment:
+    """Return an attachment that goes on for a copy of a model where another one stands.
+
+    Args:
+        reg: the other attachment.
+        model: the copy, whose tensors may have other shapes.
+        plan: the rules for the copy, with the keys of `reg`.
+        optimizer: the copy's optimizer, or None.
+        state: the state of `reg`, with tensors of the copy's shapes.
+    """
+    declared, modules = declared_rules(model, skip=_claimed)
+    with uncollected(), torch.inference_mode(False):
+        new = Attachment(unwrap(model), plan, given_optimizers(optimizer), modules, declared, reg.compile)
+    try:
+        new.take_over(reg.tracker, state)
+    except BaseException:
+        new.detach()
+        raise
+    return new
+
+
 def _kind_at_steps(rule: Rule) -> str:
     """Return the list of `ParameterRules` that a rule at the optimizer's step enters."""
     for cls, kind in ((GradientNoise, "noise"), (Sharpness, "sharp"), (Hyperball, "held")):
@@ -144,12 +177,15 @@ class BoundRule:
     rule: Rule
     names: tuple[str, ...]
     is_penalty: bool
+    points: tuple[Point, ...] = ()
+    """The activations among what it acts on."""
 
 
 class Attachment:
     """A plan bound to a model. Made by `attach`; references the model weakly."""
 
     _tracker: Tracker | None = None
+    _number = -1
 
     def __init__(
         self,
@@ -161,6 +197,25 @@ class Attachment:
         compile: Compile,
         flattened: Collection[int] = (),
     ) -> None:
+        self._begin(model, plan, given, declaring, declared, compile, flattened)
+        self._register()
+
+    def _register(self) -> None:
+        self._number = next(_order)
+        _attached[self._number] = self
+
+    def _begin(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        given: list[Unwrapped],
+        declaring: list[nn.Module],
+        declared: list[Rule],
+        compile: Compile,
+        flattened: Collection[int] = (),
+    ) -> None:
+        """Bind the plan and install its hooks."""
+        self.compile, self._given = compile, [weakref.ref(one.outer) for one in given]
         optimizers, counting = [one.optimizer for one in given], [one.counts for one in given]
         self._model, self._optimizers = weakref.ref(model), [weakref.ref(optimizer) for optimizer in optimizers]
         self._layouts = plan.layouts
@@ -168,9 +223,8 @@ class Attachment:
         self._bounds = bind(plan, model, compile, flattened)
         check_optimizers(self._bounds, model, given)
         report.note_gathered(self._bounds, model)
-        self._forwards = Forwards()
+        self._forwards, self._detached = Forwards(), False
         self._hooks = Hooks(self._forwards)
-        self._detached = False
         self._declaring, self._declared = [weakref.ref(module) for module in declaring], declared
         self._loss_rules = [b for b in self._bounds if b.rule.how == "loss" and (b.parameters or b.recorders)]
         self._on_parameters = LossRules(self._loss_rules)
@@ -348,6 +402,20 @@ class Attachment:
             raise DetachedError("the model of this attachment doesn't exist any more; attach the plan to the new one")
         return model
 
+    def belongs_to(self, model: nn.Module) -> bool:
+        """Return True if the rules are attached to a model, given without wrappers."""
+        return self._model() is model
+
+    @property
+    def optimizers(self) -> list[Any]:
+        """The optimizers as given; those that no longer exist are left out."""
+        return [one for reference in self._given if (one := reference()) is not None]
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """What fills the history; None if nothing is tracked."""
+        return self._tracker
+
     @property
     def plan(self) -> Plan:
         """The plan as bound, with every selection as a list of names."""
@@ -492,7 +560,10 @@ class Attachment:
     @property
     def rules(self) -> list[BoundRule]:
         """The bound rules: key, rule, and names it acts on."""
-        return [BoundRule(bound.key, bound.rule, tuple(bound.names), bound.is_penalty) for bound in self._bounds]
+        return [
+            BoundRule(bound.key, bound.rule, tuple(bound.names), bound.is_penalty, tuple(bound.points))
+            for bound in self._bounds
+        ]
 
     def latest(self) -> dict[str, Tensor]:
         """Return {rule: strength × value} of every penalty as tensors, without synchronising.
@@ -582,8 +653,8 @@ class Attachment:
             objective.check()
             return dict(zip(objective.names, objective.evaluate()[2], strict=True))
 
-    def penalised(self) -> list[PenalisedTensor]:
-        """Return the trained tensors under penalties, with their groups; see `PenalisedTensor`."""
+    def penalised(self) -> list[Penalised]:
+        """Return the trained tensors and units under penalties, with their groups."""
         return penalised(self._bounds, self._as_it_is())
 
     def track(self, every: int = 10, *, points: int = POINTS, shares: bool = False) -> History:
@@ -743,6 +814,7 @@ class Attachment:
         for module in filter(None, (reference() for reference in self._declaring)):
             _claimed.discard(module)
         self._steppers, self._detached = [], True
+        _attached.pop(self._number, None)
         leave(self)
         self._forwards.clear()
 
@@ -781,6 +853,49 @@ class Attachment:
             "kept": {name: dict(state) for name, state, _, _ in self._keepers()},
             "strengths": self._strengths.state(),
         } | ({} if self._tracker is None else {"history": self._tracker.history.state()})
+
+    def resized(self, change: Callable[[str | Point, str, Tensor], Tensor]) -> dict[str, Any]:
+        """Return the state with a function applied to the tensors that rules keep.
+
+        Args:
+            change: gets the name of a parameter or the activation, the key of the tensor, and the
+                tensor.
+        """
+        state = self.state_dict()
+        points = {f"{b.key}: {r.point.key}": r.point for b in self._bounds for r in b.penalty_recorders}
+        kept = {}
+        for name, tensors, _, handle in self._keepers():
+            whose = points[name] if handle is None else handle.name
+            kept[name] = {key: change(whose, key, tensor) for key, tensor in tensors.items()}
+        metrics = [
+            (name, {key: change(name, key, one) if isinstance(one, Tensor) else one for key, one in own.items()})
+            for name, own in state["metrics"]
+        ]
+        return {**state, "kept": kept, "metrics": tuple(metrics)}
+
+    def rebind(self, plan: Plan, state: Mapping[str, Any]) -> None:
+        """Bind other rules to the model, whose tensors have other shapes now, and go on.
+
+        Args:
+            plan: the rules, with the same keys.
+            state: the state by `resized`.
+        """
+        model, given, tracker = self.model, self.optimizers, self._tracker
+        declaring = [module for reference in self._declaring if (module := reference()) is not None]
+        self.detach()
+        self._tracker = None
+        with uncollected(), torch.inference_mode(False):
+            self._begin(model, plan, given_optimizers(given), declaring, self._declared, self.compile)
+        self._register()
+        if tracker is not None:
+            self._tracker = Tracker(self._bounds, tracker.history)
+        self.take_over(tracker, state)
+
+    def take_over(self, tracker: Tracker | None, state: Mapping[str, Any]) -> None:
+        """Load a state, and track steps as another attachment does."""
+        self.load_state_dict(dict(state))
+        if tracker is not None:
+            self.track(tracker.history.every, points=tracker.history.points, shares=tracker.shares)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned.

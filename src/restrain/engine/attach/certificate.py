@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from restrain.engine.attach.groups import groups_of, lengths
-from restrain.engine.attach.stationarity import Member, Objective, as_found
+from restrain.engine.attach.stationarity import Objective, Part, as_found
 from restrain.errors import HowError, NoProxError, PlanError, RestrainWarning
 from restrain.fields import brief, is_number, is_whole, level_of_caller
 from restrain.penalties.shrink import exact
@@ -27,9 +26,9 @@ class Returning:
     """The zero groups of a tensor that the next proximal step would move away from zero.
 
     Args:
-        name: the tensor.
+        name: the tensor; of units across tensors the names of all, joined by " + ".
         groups: the groups' indices along the axes that tell groups apart, shape (groups, axes); of
-            an entrywise penalty the indices of entries.
+            an entrywise penalty the indices of entries, of units their numbers.
         excess: ‖z_g‖ / t of each, the length by which its gradient exceeds what holds it at zero.
     """
 
@@ -89,7 +88,7 @@ def certify(objective: Objective, polish: bool, step: float | None, steps: int, 
         raise PlanError(f"step= is the length of the proximal step, a number above zero; got {brief(step)}")
     if not is_whole(steps, 1):
         raise PlanError(f"steps= is a whole number of proximal steps, at least 1; got {brief(steps)}")
-    if not objective.members and objective.rest.left_out:
+    if not objective.parts and objective.rest.left_out:
         why = "; ".join(f"{key}: {why}" for key, why in objective.rest.left_out.items())
         raise NoProxError(f"there is no rule to certify, as none has a known prox or a convex set: {why}")
     with as_found(objective.model):
@@ -103,7 +102,7 @@ def certify(objective: Objective, polish: bool, step: float | None, steps: int, 
 def _certificate(objective: Objective, step: float | None) -> Certificate:
     loss, _, gradients = objective.evaluate()
     tensors = [exact(tensor.detach()) for tensor in objective.tensors()]
-    t = _step(tensors[: len(objective.members)], gradients) if step is None else float(step)
+    t = _step(tensors[: objective.held], gradients) if step is None else float(step)
     return _at(objective, tensors, gradients, t, loss)
 
 
@@ -112,25 +111,27 @@ def _at(
 ) -> Certificate:
     """Return the certificate of exact tensors with given gradients."""
     rules: dict[str, RuleCertificate] = {}
-    for member, w, gradient in zip(objective.members.values(), tensors, gradients, strict=False):
-        z = member.moved(w, gradient, t)
-        own = _greatest([(w - z) / t])
-        returning = _returning(member, w, z, t)
-        for key in member.keys:
+    for (part, ws), (_, own) in zip(objective.split(tensors), objective.split(gradients), strict=True):
+        zs = part.moved(ws, own, t)
+        residuals = {name: _greatest([(w - z) / t]) for name, w, z in zip(part.names, ws, zs, strict=True)}
+        returning = _returning(part, ws, zs, t)
+        for key in part.keys:
             known = rules.get(key, RuleCertificate(0.0, {}))
-            back = returning if key in dict(member.penalties) else ()
-            rules[key] = RuleCertificate(
-                max(known.residual, own), {**known.tensors, member.name: own}, (*known.returning, *back)
-            )
-    free = _greatest(gradients[len(objective.members) :])
-    residual = max([free, *(one.residual for one in rules.values())])
-    residual = math.nan if any(math.isnan(one) for one in (free, *(r.residual for r in rules.values()))) else residual
+            back = returning if key in part.penalised_by else ()
+            most = _most([known.residual, *residuals.values()])
+            rules[key] = RuleCertificate(most, {**known.tensors, **residuals}, (*known.returning, *back))
+    free = _greatest(gradients[objective.held :])
+    residual = _most([free, *(one.residual for one in rules.values())])
     return Certificate(residual, rules, free, t, loss, objective.rest.left_out)
 
 
 def _greatest(tensors: Sequence[Tensor]) -> float:
-    found = [float(tensor.abs().max()) for tensor in tensors if tensor.numel()]
-    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+    return _most([float(tensor.abs().max()) for tensor in tensors if tensor.numel()])
+
+
+def _most(numbers: Sequence[float]) -> float:
+    """Return the greatest number; NaN if one is, 0 if there are none."""
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers, default=0.0)
 
 
 def _step(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
@@ -139,16 +140,16 @@ def _step(tensors: Sequence[Tensor], gradients: Sequence[Tensor]) -> float:
     return 1e-3 * size / slope if 0 < size < math.inf and 0 < slope < math.inf else 1.0
 
 
-def _returning(member: Member, w: Tensor, z: Tensor, t: float) -> tuple[Returning, ...]:
-    """Return the zero groups of a member that aren't zero after the step; () if there are none."""
-    if member.penalty is None or not w.numel():
-        return ()
-    groups = groups_of(member.penalty, w)
-    excess = lengths(z, groups) / t
-    back = (lengths(w, groups) == 0) & (excess > 0)
-    if not bool(back.any()):
-        return ()
-    return (Returning(member.name, back.nonzero(), excess[back]),)
+def _returning(part: Part, ws: Sequence[Tensor], zs: Sequence[Tensor], t: float) -> tuple[Returning, ...]:
+    """Return the zero groups of a part that aren't zero after the step; () if there are none."""
+    found = []
+    for (name, before, numbers), (_, after, _) in zip(part.groups(ws), part.groups(zs), strict=True):
+        excess = after / t
+        back = (before == 0) & (excess > 0)
+        if bool(back.any()):
+            where = back.nonzero()
+            found.append(Returning(name, where if numbers is None else numbers.to(where.device)[where], excess[back]))
+    return tuple(found)
 
 
 class _Polish:
@@ -160,7 +161,7 @@ class _Polish:
     """
 
     def __init__(self, objective: Objective, begin: Certificate, tolerance: float | None) -> None:
-        computed = [member.name for member in objective.members.values() if member.computed]
+        computed = [part.names[0] for part in objective.parts if part.computed]
         if computed:
             raise HowError(
                 f"polish=True moves parameters themselves, and {computed[0]!r} is computed by a parametrisation: give "
@@ -170,7 +171,7 @@ class _Polish:
         self.tensors = objective.tensors()
         self.t = begin.step * 100
         self.slack = 64 * torch.finfo(self.tensors[0].dtype).eps
-        strengths = {key: s for member in objective.members.values() for key, s in _strengths(member)}
+        strengths = {key: s for part in objective.parts for key, s in part.strengths}
         least = min(strengths.values(), default=_NO_STRENGTH / _SHARE * begin.residual)
         self.bounds = {key: tolerance or _SHARE * strengths.get(key, least) for key in begin.rules}
         self.free = tolerance or _SHARE * least
@@ -237,15 +238,10 @@ class _Polish:
             self.t /= 2
 
     def _stepped(self, y: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-        members = list(self.objective.members.values())
-        own = [m.moved(w, g, self.t) for m, w, g in zip(members, y, gradients, strict=False)]
-        rest = zip(y[len(members) :], gradients[len(members) :], strict=True)
-        return [*own, *(w - self.t * g for w, g in rest)]
+        return self.objective.moved(y, gradients, self.t)
 
     def _penalties(self, tensors: Sequence[Tensor]) -> float:
-        members = self.objective.members.values()
-        pairs = [(m.penalty, w) for m, w in zip(members, tensors, strict=False)]
-        return sum(float(penalty(w)) for penalty, w in pairs if penalty is not None)
+        return sum(part.value(ws) for part, ws in self.objective.split(tensors))
 
     def _certificate(self, tensors: Sequence[Tensor]) -> Certificate:
         loss, _, gradients = self._evaluate(tensors)
@@ -262,12 +258,3 @@ class _Polish:
     def _put(self, tensors: Sequence[Tensor]) -> None:
         for tensor, value in zip(self.tensors, tensors, strict=True):
             tensor.copy_(value)
-
-
-def _strengths(member: Member) -> list[tuple[str, float]]:
-    """Return (rule, least strength above zero of its terms) of a member's penalties."""
-    found = []
-    for key, penalty in member.penalties:
-        strengths = [float(strength) for strength, _ in penalty.leaves() if float(strength) > 0]
-        found += [(key, min(strengths))] if strengths else []
-    return found

@@ -12,7 +12,7 @@ from restrain.engine.binding.binding import (
     whereabouts,
 )
 from restrain.engine.binding.optimizers import ASCENDS, ascends, check_optimizers
-from restrain.engine.binding.values import LossRules, at_steps, network_value, parameter_values
+from restrain.engine.binding.values import LossRules, at_steps, joint_terms, network_value, parameter_values
 from restrain.engine.binding.wrappers import Unwrapped, given_optimizers
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_optimizers",
     "followed",
     "given_optimizers",
+    "joint_terms",
     "network_value",
     "noisy",
     "parameter_values",

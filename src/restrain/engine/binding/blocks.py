@@ -183,7 +183,7 @@ def _blocks(what: Any, members: Sequence[tuple[str, Any]], locations: Mapping[st
             pieces.append(Piece(name, groups, None if every else torch.tensor(rows, device="cpu")))
         width = sum(piece.width(locations[piece.name].tensor) for piece in pieces)
         matrix = Grouping((len(numbers), width), (0,))
-        yield Block(tuple(pieces), _mapped(what, lambda per, matrix=matrix: matrix))
+        yield Block(tuple(pieces), _mapped(what, lambda per, matrix=matrix: matrix), tuple(numbers))
 
 
 def _told(blocks: Sequence[Block], members: Sequence[tuple[str, Any]]) -> str:

@@ -2,27 +2,35 @@
 
 The entries of the units are gathered as rows of a matrix, with the rows of all members side by
 side. The groups of one tensor's formulas are then the rows, so values, gradients, proxes in a
-diagonal metric and projections are exact for units, too.
+diagonal metric and projections are exact for units, too. Where units are only shortened or set to
+zero, their lengths are taken tensor by tensor, and nothing is gathered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from restrain.axes import Grouping
-from restrain.engine.ops.instructions import decayed
+from restrain.engine.ops.groups import Lengths, ShrinkRows
+from restrain.engine.ops.instructions import Change, Gradient, StepScalars, decayed, lower
+from restrain.engine.ops.optimizers import Metric
 from restrain.errors import HowError
 from restrain.named_tensors import Handle
 from restrain.penalties.base import unchecked_prox
 from restrain.penalties.shrink import at_least_float32
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.rules import Rule
-from restrain.transforms.sparsity import Kept
+from restrain.transforms.sparsity import Kept, TopGroups
+
+LONGEST = 4096  # entries whose squares are summed in sequence, without loss of precision
+_LEAST = 1e-11  # of lengths: parts whose squares underflow are far below it
 
 Named: TypeAlias = Mapping[str, Tensor]
 Steps: TypeAlias = Mapping[str, "float | Tensor"]
@@ -62,6 +70,40 @@ class Piece:
         each = w.numel() // max(self.groups.count, 1)
         return each if self.index is None else each * self.index.shape[1]
 
+    def view(self, w: Tensor) -> Tensor | None:
+        """Return a view of the tensor in which each group is an index of some dims, or None."""
+        plain = self.groups is not None and self.groups.lists is None and w.is_contiguous()
+        return w.view(self.groups.shape) if self.groups is not None and plain else None
+
+    def lengths(self, view: Tensor) -> Tensor | None:
+        """Return the length of each unit's part; None if rounding could add up."""
+        assert self.groups is not None
+        size, dims = view, self.groups.reduced
+        if any(view.shape[dim] > LONGEST for dim in dims):
+            return None
+        at_once = prod([view.shape[dim] for dim in dims]) <= LONGEST
+        for some in [dims] * bool(dims) if at_once else [(dim,) for dim in reversed(dims)]:
+            size = torch.linalg.vector_norm(size, dim=some, keepdim=True)
+        size = size.abs().reshape(-1)
+        return size if self.index is None else torch.linalg.vector_norm(size[self.index.to(size.device)], dim=1)
+
+    def factors(self, view: Tensor, factor: Tensor, other: float) -> Tensor:
+        """Return a factor for each group, in the shape that broadcasts to the view.
+
+        Args:
+            view: the tensor by `view`.
+            factor: the factor of each unit.
+            other: that of groups in no unit.
+        """
+        assert self.groups is not None
+        kept = [size if dim in self.groups.keep else 1 for dim, size in enumerate(view.shape)]
+        if self.index is None:
+            return factor.reshape(kept)
+        found = factor.new_full((self.groups.count,), other)
+        index = self.index.to(factor.device)
+        found[index.flatten()] = factor.repeat_interleave(index.shape[1])
+        return found.reshape(kept)
+
     def put(self, rows: Tensor, w: Tensor) -> Tensor:
         """Return the tensor with its entries replaced: the inverse of `rows`."""
         if self.groups is None:
@@ -79,6 +121,13 @@ class Block:
 
     pieces: tuple[Piece, ...]
     what: Any
+    numbers: tuple[int, ...] = ()
+    """The number of each unit in its set of units; empty for whole tensors."""
+
+    @property
+    def name(self) -> str:
+        """The names of the tensors, joined."""
+        return " + ".join(piece.name for piece in self.pieces)
 
     def gather(self, tensors: Named) -> Tensor:
         """Return the matrix of the units; a single whole tensor as it is."""
@@ -94,6 +143,41 @@ class Block:
         for piece, part in zip(self.pieces, parts, strict=True):
             old = tensors[piece.name]
             tensors[piece.name] = piece.put(part.to(old.dtype), old)
+
+    def views(self, tensors: Named) -> list[Tensor] | None:
+        """Return views of tensors in which units can be changed in place; None without these."""
+        own = [tensors[piece.name] for piece in self.pieces]
+        plain = all(type(w) in (Tensor, Parameter) and w.dtype in (torch.float32, torch.float64) for w in own)
+        if not plain or len({w.dtype for w in own}) > 1 or len({w.device for w in own}) > 1:
+            return None
+        views = [piece.view(w) for piece, w in zip(self.pieces, own, strict=True)]
+        return None if any(view is None for view in views) else views  # type: ignore[return-value]
+
+    def lengths(self, views: Sequence[Tensor]) -> Tensor | None:
+        """Return the length of each unit; None if it isn't exact enough."""
+        parts = [piece.lengths(view) for piece, view in zip(self.pieces, views, strict=True)]
+        found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
+        return found[0] if len(found) == 1 else torch.linalg.vector_norm(torch.stack(found), dim=0)
+
+    def scale_(self, views: Sequence[Tensor], factor: Tensor) -> None:
+        """Multiply each unit by a factor, in place; -0.0 becomes +0.0."""
+        for piece, view in zip(self.pieces, views, strict=True):
+            torch.addcmul(view.new_zeros(()), view, piece.factors(view, factor, 1.0), out=view)
+
+    def like(self, views: Sequence[Tensor]) -> Tensor:
+        """Return a tensor without entries, in the shape of the matrix of the units."""
+        width = sum(piece.width(view) for piece, view in zip(self.pieces, views, strict=True))
+        return views[0].new_empty((self.pieces[0].units, width), device="meta")
+
+    def cut(self, kind: Any, scalars: StepScalars, views: Sequence[Tensor]) -> float | None:
+        """Return the number by which a change shortens each unit; None for other changes."""
+        lowered = lower([Change(kind, self.what)], scalars, self.like(views))
+        if lowered is None or len(lowered) != 1 or not isinstance(lowered[0][0], ShrinkRows):
+            return None
+        number = float(lowered[0][1][0])
+        return number if _LEAST < number < float("inf") else None
 
     def steps(self, steps: Steps, tensors: Named) -> float | Tensor:
         """Return the step of all entries: a number if all members have the same, else a matrix."""
@@ -180,6 +264,79 @@ class Joint:
     def shrunk(self, tensors: Named, steps: Steps) -> dict[str, Tensor]:
         """Return the prox of all tensors together, in the metric of their steps."""
         return self._changed(tensors, lambda block, x: unchecked_prox(block.what, x, block.steps(steps, tensors)))
+
+    def shorten(self, tensors: Named, steps: Steps, kind: str) -> bool:
+        """Change units in place, without gathering them, if a change shortens them by a number.
+
+        Args:
+            tensors: the parameters.
+            steps: the step of each, or the rate of a decay.
+            kind: "prox" or "decay".
+
+        Returns:
+            False if the change is another one; then nothing is changed.
+        """
+        made = []
+        for block in self.blocks:
+            own = {steps[piece.name] if not isinstance(steps[piece.name], Tensor) else None for piece in block.pieces}
+            step = own.pop()
+            views = block.views(tensors) if not own and step is not None else None
+            if views is None or step is None:
+                return False
+            scalars = StepScalars(step) if kind == "decay" else StepScalars(metric=Metric(step))
+            cut, lengths = block.cut(kind, scalars, views), block.lengths(views)
+            if cut is None or lengths is None or bool(lengths.isinf().any()):
+                return False
+            scale = (1 - torch.full((), cut, dtype=lengths.dtype, device=lengths.device) / lengths).clamp_min_(0)
+            made.append((block, views, torch.where(scale.isnan(), 1, scale)))
+        for block, views, scale in made:
+            block.scale_(views, scale)
+        return True
+
+    def add_slopes(self, tensors: Named, gradients: Named, scale: Tensor | None) -> bool:
+        """Add the gradient of a sum of units' lengths to gradients, in place; see `shorten`.
+
+        Args:
+            tensors: the parameters.
+            gradients: their gradients by name.
+            scale: the scale of the gradients, or None.
+        """
+        made = []
+        for block in self.blocks:
+            views, into = block.views(tensors), block.views(gradients)
+            if views is None or into is None or views[0].dtype != into[0].dtype:
+                return False
+            lowered = lower([Change("gradient", block.what)], StepScalars(scale=scale), block.like(views))
+            if lowered is None or len(lowered) != 1 or lowered[0][0] != Gradient(False, False, (Lengths(),)):
+                return False
+            lengths = block.lengths(views)
+            if lengths is None or not bool((lengths.isfinite() & ((lengths == 0) | (lengths > _LEAST))).all()):
+                return False
+            made.append((block, views, into, float(lowered[0][1][0]) / torch.where(lengths == 0, 1, lengths)))
+        for block, views, into, factor in made:
+            for piece, view, gradient in zip(block.pieces, views, into, strict=True):
+                gradient.addcmul_(view, piece.factors(view, factor, 0.0))
+        return True
+
+    def keep(self, tensors: Named) -> bool:
+        """Set the units to zero that a budget doesn't keep, in place; see `shorten`."""
+        made = []
+        for numbers in self.budgets:
+            blocks = [self.blocks[number] for number in numbers]
+            found = [(views, block.lengths(views)) for block in blocks if (views := block.views(tensors)) is not None]
+            sizes = [size for _, size in found if size is not None]
+            if len(sizes) < len(blocks) or not all(isinstance(block.what, TopGroups) for block in blocks):
+                return False
+            dtype = torch.promote_types(sizes[0].dtype, torch.float32)
+            every = torch.cat([size.to(sizes[0].device, dtype) for size in sizes])
+            if not (bool(every.isfinite().all()) and float(every.max()) > _LEAST):
+                return False
+            masks = blocks[0].what.kept(every).split([len(size) for size in sizes])
+            made += [(block, views, mask) for block, (views, _), mask in zip(blocks, found, masks, strict=True)]
+        for block, views, mask in made:
+            if not bool(mask.all()):
+                block.scale_(views, mask.to(views[0]))
+        return True
 
     def _changed(self, tensors: Named, change: Callable[[Block, Tensor], Tensor]) -> dict[str, Tensor]:
         found = dict(tensors)

@@ -12,6 +12,7 @@ from restrain.engine.distributed import local, part, whole
 from restrain.engine.ops import Joint, Metric, put
 from restrain.engine.step.worklist import Member, ParameterRules
 from restrain.errors import HowError
+from restrain.named_tensors import is_sharded
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
 
@@ -47,6 +48,10 @@ def add_gradients(
     joint: Joint, members: Sequence[Member], scale: Tensor | None, standing: Collection[tuple[str, int]]
 ) -> list[Tensor]:
     """Add the gradient of a joint penalty to the members' gradients, and return these."""
+    own = {work.handle.name: p.grad for work, p, _ in members if p.grad is not None}
+    plain = len(own) == len(members) and not standing and not _sharded(members)
+    if plain and joint.add_slopes(full(members), own, scale):
+        return list(own.values())
     gradients = joint.gradients(full(members))
     found = []
     for work, p, _ in members:
@@ -65,7 +70,8 @@ def decay(joint: Joint, members: Sequence[Member], standing: Collection[tuple[st
     if moved and ("decay", id(moved[0][1])) not in standing:
         rates = {work.handle.name: 0.0 for work, _, _ in members}
         rates |= {work.handle.name: group["lr"] for work, _, group in moved}
-        replace(moved, joint.decayed(full(members), rates))
+        if _sharded(members) or not joint.shorten(full(members), rates, "decay"):
+            replace(moved, joint.decayed(full(members), rates))
     return [p for _, p, _ in moved]
 
 
@@ -77,12 +83,18 @@ def shrink(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric
     for work, p, _ in members:
         metric = metrics.get(id(p))
         steps[work.handle.name] = 0.0 if metric is None else metric.steps(*map(whole, metric.moments))
-    replace(members, joint.shrunk(full(members), steps))
+    if _sharded(members) or not joint.shorten(full(members), steps, "prox"):
+        replace(members, joint.shrunk(full(members), steps))
 
 
 def project(joint: Joint, members: Sequence[Member]) -> None:
     """Project the members on a joint constraint."""
-    replace(members, joint.projected(full(members)))
+    if _sharded(members) or not joint.keep(full(members)):
+        replace(members, joint.projected(full(members)))
+
+
+def _sharded(members: Sequence[Member]) -> bool:
+    return any(is_sharded(p) for _, p, _ in members)
 
 
 @torch.no_grad()
