@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from math import inf
@@ -115,6 +115,11 @@ def shown_number(value: Any) -> str:
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
     """True if the value is an int, at least `least`, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_one_of(value: Any, words: Container[str]) -> bool:
+    """True if the value is one of some words; arrays and tensors, whose == has no truth, aren't."""
+    return isinstance(value, str) and value in words
 
 
 # Renamed settings

@@ -91,9 +91,10 @@ for number in (2, 4):
     unused = {"find_unused_parameters": True}
     ddp(f"DDP with find_unused_parameters, {number} processes", number, f"ddp_unused_{number}", wrapping=unused)
     ddp(f"DDP with static_graph, {number} processes", number, f"ddp_static_{number}", wrapping={"static_graph": True})
-APART = {
-    "units-across-tensors": r"the optimizer steps .* in another process \(ZeroRedundancyOptimizer\): train by FSDP2"
-}
+APART = dict.fromkeys(
+    ("units-across-tensors", "sharpness"),
+    r"the optimizer steps .* in another process \(ZeroRedundancyOptimizer\): train by FSDP2",
+)
 ddp("DDP with `ZeroRedundancyOptimizer`, 2 processes", 2, "ddp_zero", divided=True, refuses=APART)
 ddp("rules attached before DDP", 2, "ddp_after", first=True)
 ddp("torch.compile(DDP(model)), aot_eager", 2, "ddp_compiled", backend="aot_eager", order="outside")
@@ -120,7 +121,7 @@ def train_fsdp1(name, **ours):
 
 
 FLAT = "FullyShardedDataParallel gives each process a flat part.*fully_shard"
-BY_ENTRY = ("parameter-penalty-as-gradient", "decoupled-decay", "proximal-penalty", "target")
+BY_ENTRY = ("parameter-penalty-as-gradient", "decoupled-decay", "cautious-decay", "proximal-penalty", "target")
 IN_PARTS = {kind: FLAT for kind, made in KINDS.items() if not made.on_outputs and kind not in BY_ENTRY}
 IN_PARTS["parametrisation"] = SEVERAL
 
@@ -190,10 +191,12 @@ def shards(
 
 
 JACOBIAN = {"Jacobian-penalty": "can't be differentiated twice: use estimator='jvp', or estimator='difference'"}
-REFUSED = JACOBIAN | {"parametrisation": SEVERAL}
-AT_STEPS = {kind: "no given optimizer holds" for kind, made in KINDS.items() if made.at_steps}
+SHARDED = {"sharpness": "'first.weight' is sharded, and forwards use it whole"}
+REFUSED = JACOBIAN | SHARDED | {"parametrisation": SEVERAL}
+AT_STEPS = {kind: "no given optimizer holds" for kind, made in KINDS.items() if made.at_steps or kind == "sharpness"}
 PARTS = {kind: "one process's part of a tensor" for kind, made in KINDS.items() if made.on_outputs}
 PARTS |= {"weight-noise": "by tensor parallelism", "parametrisation": "use how='project'"}
+PARTS |= {"sharpness": "by tensor parallelism|is sharded, and forwards use it whole"}
 MIXED = {"dtype": torch.float32, "mixed": True, "optimizer": sgd, "rounding": 2e-2}
 
 for number in (2, 4):

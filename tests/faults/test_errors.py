@@ -25,6 +25,27 @@ def net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
 
+# C: arrays and text where a word, a number or a model belongs
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: rs.Orthogonality(power=np.array([1, 2])),
+        lambda: rs.Orthogonality(power=torch.tensor([1, 2])),
+        lambda: rs.Orthogonality(of=np.array(["rows", "x"])),
+        lambda: rs.TopK(torch.tensor([1.0, 2.0])),
+        lambda: rs.TopK(2, budget=np.array([1, 2])),
+        lambda: rs.compact("model", torch.ones(2)),
+        lambda: rs.compact(net(), torch.ones(1, 4), "adam"),
+        lambda: rs.compact(net(), torch.ones(1, 4), mode=np.array([1, 2])),
+    ],
+)
+def test_settings_of_another_type_are_told(make):
+    with pytest.raises(RestrainError, match=r"got (array|tensor|str)"):
+        make()
+
+
 # C: penalties of a user's that hold a tensor
 
 

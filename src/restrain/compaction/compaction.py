@@ -20,6 +20,7 @@ from restrain.compaction.uniform import NO_NUMBER, Uniform, configure, loads
 from restrain.connections import Graph, Read, attention, leaves, mapped, without_cache
 from restrain.engine import Attachment, structures
 from restrain.errors import CompactionError
+from restrain.fields import is_one_of
 
 _CLOSE = 1e-5  # largest difference of outputs, relative to their scale
 
@@ -156,7 +157,7 @@ def compact(
     >>> result.model[0].weight.shape, result.model[2].weight.shape
     (torch.Size([3, 4]), torch.Size([2, 3]))
     """
-    args = _checked(example, mode)
+    args = _checked(model, example, optimizer, mode)
     reg = attached.attachment_of(model, optimizer) if rules else None
     large, _ = _copied(model, None)
     with without_cache(large):
@@ -186,10 +187,14 @@ def compact(
     return Compaction(small, other, report, attachment)
 
 
-def _checked(example: Any, mode: str) -> tuple[Any, ...]:
+def _checked(model: Any, example: Any, optimizer: Any, mode: Any) -> tuple[Any, ...]:
     """Return the inputs as a tuple."""
     args = example if isinstance(example, tuple) else (example,)
-    if mode != "eval":
+    if not isinstance(model, nn.Module):
+        raise CompactionError(f"a torch.nn.Module can be compacted, got {type(model).__name__}")
+    if not isinstance(optimizer, Optimizer | None):
+        raise CompactionError(f"optimizer= is the model's torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if not is_one_of(mode, ("eval",)):
         raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
     if not any(isinstance(one, Tensor) for one in leaves(args)):
         raise CompactionError(f"example is a tensor or a tuple of inputs, got {type(example).__name__}")

@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from restrain.errors import PlanError, RestrainWarning
-from restrain.fields import brief, is_number, is_whole
+from restrain.fields import brief, is_number, is_one_of, is_whole
 from restrain.models import keywords
 from restrain.models.base import KeywordModel
 from restrain.models.estimators import Classifier, Regressor
@@ -304,7 +304,7 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
             raise PlanError(f"points= is a whole number, at least 2; got {brief(self.points)}")
         if not is_number(self.ratio) or not 0 < self.ratio < 1:
             raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(self.ratio)}")
-        if self.choice not in ("best", "1se"):
+        if not is_one_of(self.choice, ("best", "1se")):
             raise PlanError(f"choice= is 'best' or '1se'; got {brief(self.choice)}")
         given = _DEFAULT if self.path is None else self.path
         if not isinstance(given, Mapping) or len(given) != 1:

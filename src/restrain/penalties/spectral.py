@@ -11,6 +11,7 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
+from restrain.fields import is_number, is_one_of
 from restrain.named_tensors import Location
 from restrain.penalties.base import Penalty, Tensors, checked_flag
 from restrain.penalties.shrink import cut_groups, one_step, shrink_entries
@@ -183,9 +184,9 @@ class Orthogonality(_OfMatrix):
 
     def __post_init__(self) -> None:
         _OfMatrix.__post_init__(self)
-        if self.of not in ("rows", "columns"):
+        if not is_one_of(self.of, ("rows", "columns")):
             raise PenaltyError(f"of= is 'rows' or 'columns', got {self.of!r}")
-        if self.power not in (1, 2) or isinstance(self.power, bool):
+        if not is_number(self.power) or self.power not in (1, 2):
             raise PenaltyError(f"power= is 2 (squares) or 1 (absolute values), got {self.power!r}")
         object.__setattr__(self, "power", int(self.power))
         checked_flag("off_diagonal", self.off_diagonal)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from restrain.axes import Dim, Grouping, Per, checked_dim, group_norms, grouping, grouping_at
 from restrain.errors import TransformError
-from restrain.fields import brief, is_whole, renamed
+from restrain.fields import brief, is_one_of, is_whole, renamed
 from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.schedule import Schedule, Strength
@@ -52,12 +52,16 @@ class Kept(ByGroup, register=False):
     def __post_init__(self) -> None:
         if isinstance(self.k, Strength):
             _check_schedule(self.k)
-        elif not (isinstance(self.k, Tensor) or is_whole(self.k, 1) or (isinstance(self.k, float) and 0 < self.k < 1)):
+        elif not (
+            (isinstance(self.k, Tensor) and self.k.numel() == 1)
+            or is_whole(self.k, 1)
+            or (isinstance(self.k, float) and 0 < self.k < 1)
+        ):
             raise TransformError(
                 "k= is a whole number, one or more, a fraction between 0 and 1, or a schedule of the fraction; "
                 f"got {self.k!r}"
             )
-        if self.budget not in ("each", "all"):
+        if not is_one_of(self.budget, ("each", "all")):
             raise TransformError(f"budget= is 'each' or 'all', got {brief(self.budget)}")
         ByGroup.__post_init__(self)
 

@@ -140,7 +140,7 @@ def _check_one_optimizer(bound: Bound, standing: dict[str, _Standing]) -> None:
 
 
 def _check_not_split(bound: Bound, names: Sequence[str], standing: dict[str, _Standing]) -> None:
-    """Check that the optimizer steps all parameters of a unit in this process, unlike ZeRO's."""
+    """Check that the optimizer steps all of these parameters in this process, unlike ZeRO's."""
     for name in names:
         at = standing[name]
         if at.holder is not None and not any(p is at.p for group in at.holder.param_groups for p in group["params"]):
@@ -308,6 +308,8 @@ def _check_held(bounds: Sequence[Bound], standing: dict[str, _Standing]) -> None
                     f"(how={bound.rule.how!r}) would change it after that: leave one of them out"
                 )
     for bound in bounds:
+        if isinstance(bound.rule.what, Sharpness | MomentumSharpness):  # one norm of all
+            _check_not_split(bound, [handle.name for handle, _ in bound.parameters], standing)
         for handle, what in bound.parameters if isinstance(bound.rule.what, MomentumSharpness) else ():
             _check_momentum(bound, what, handle.name, standing[handle.name])
     for name, bound in held.items():
@@ -335,9 +337,15 @@ def _check_momentum(bound: Bound, what: Any, name: str, at: _Standing) -> None:
 
     Raises:
         OptimizerError: it doesn't, or no given optimizer holds the parameter.
+        HowError: the parameter is sharded.
     """
     if not at.p.requires_grad:
         return
+    if is_sharded(at.p):
+        raise HowError(
+            f"{bound.key!r}: {name!r} is sharded, and forwards use it whole, where each process has its part of the "
+            "momentum alone: train by DDP, or use rs.Sharpness with a closure"
+        )
     if at.holder is None or at.group is None:
         raise OptimizerError(
             f"{bound.key!r} follows an optimizer's momentum, but no given optimizer holds {name!r}: write "
