@@ -36,6 +36,7 @@ def resnet(monkeypatch):
     return model.double(), x.double()
 
 
+@pytest.mark.slow
 def test_half_of_the_inner_channels_of_resnet_18(resnet):
     model, x = resnet
     result = rs.compact(model, x)
