@@ -198,6 +198,13 @@ def test_long_histories_are_thinned():
     assert "13 more" in trainings(many)[0].told
 
 
+def test_histograms_that_are_left_out_are_told():
+    model = nn.ModuleList([nn.Linear(2, 2) for _ in range(15)])
+    found = rs.attach(model, rs.L2().on("0.weight")).contents()
+    assert "3 more tensors aren't drawn" in page(found).replace("&#x27;", "'")
+    assert "aren't drawn" not in page(replace(found, tensors=found.tensors[:12])).replace("&#x27;", "'")
+
+
 def test_names_of_charts_keep_their_ends():
     assert short("transformer.h.11.attn.c_attn.weight", 24) == "transfor…n.c_attn.weight"
     assert len(short("x" * 99, 24)) == 24

@@ -268,9 +268,8 @@ def _histograms(tensors: Sequence[TensorFacts]) -> list[Chart]:
             ax.locator_params(nbins=4)
             ax.spines[["top", "right"]].set_visible(False)
 
-    told = "Entries that are exactly zero are left out." + (
-        f" {len(own) - len(shown)} more tensors are left out." if len(shown) < len(own) else ""
-    )
+    more = sum(len(one.shape) > 1 and one.zeros < one.entries for one in tensors) - len(shown)
+    told = "Entries that are exactly zero are left out." + (f" {more} more tensors aren't drawn." if more > 0 else "")
     title = "Histograms of weights"
     svg, _ = drawn("histograms", title, draw, (_SIZE[0] / 2 if len(shown) > 1 else _SIZE[0], 1.5), len(shown))
     return [Chart("histograms", title, svg, told)]
