@@ -18,11 +18,11 @@ def needs(*packages):
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
-def run(name, tmp_path, *, launch=()):
+def run(name, tmp_path, *, launch=(), arguments=()):
     """What the example prints, run by a user who is somewhere else."""
     source = str(EXAMPLES.parent / "src")
     done = subprocess.run(
-        [sys.executable, *launch, str(EXAMPLES / name)],
+        [sys.executable, *launch, str(EXAMPLES / name), *arguments],
         capture_output=True,
         text=True,
         timeout=300,
@@ -111,11 +111,16 @@ def test_keras_layer(tmp_path):
 
 
 @pytest.mark.slow
-def test_sparse_autoencoder(tmp_path):
-    text = run("sparse_autoencoder.py", tmp_path)
-    assert numbers(text, "active in a sample: # of 64 units")[0] < 10
-    assert numbers(text, "explained: #")[0] > 0.85
-    assert numbers(text, "directions found: # of 32")[0] > 20
+@needs("transformers", "matplotlib")
+def test_sae(tmp_path):
+    text = run("sae.py", tmp_path, arguments=["--quick"])
+    for method in ("TopK", "BatchTopK", "JumpReLU", "L1"):
+        lines = [line for line in text.splitlines() if line.startswith(method)]
+        found = [numbers(line, f"{method}: L0 #, error #, loss recovered #, dead # of 128") for line in lines]
+        assert [l0 for l0, *_ in found] == pytest.approx([4, 12], rel=0.25)
+        assert found[1][1] < found[0][1] < 1  # the error falls with L0
+        assert all(recovered > 0.3 for _, _, recovered, _ in found)
+    assert (tmp_path / "sae.png").stat().st_size > 1000
 
 
 @pytest.mark.slow

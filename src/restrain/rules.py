@@ -101,6 +101,17 @@ class What:
         """Return the object bound to an activation, with its state allocated."""
         return self
 
+    def meet(self, activation: Any) -> Callable[[Tensor], Tensor] | None:
+        """Take the activation function at the same place, or None, after `bound_at_place`.
+
+        Returns:
+            What a target measures of the place's tensor; None for the tensor itself.
+
+        Raises:
+            SelectionError: it needs another one.
+        """
+        return None
+
     def with_strengths(self, live: Callable[[Strength], Tensor]) -> Any:
         """Return the object with each moving strength replaced by the 0-d tensor that holds it."""
         return self

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from everywhere.column import column
-from everywhere.kinds import KINDS, PROJECTED
+from everywhere.kinds import CODES, KINDS, PROJECTED
 from everywhere.running import checkpointed
 from everywhere.training import Net, Run, adam, attached, fresh, plain, sgd
 from everywhere.workers import together
@@ -27,7 +27,7 @@ SAMPLE = (
     "noise",
 )
 
-OTHERS = {PROJECTED.name: PROJECTED}
+OTHERS = CODES | {PROJECTED.name: PROJECTED}
 
 
 def result_of(run):
@@ -164,7 +164,7 @@ def train_tensor_parallel(name, rank, ranks, replicas=1):
     parallelize_module(model, mesh["tensor"], {"first": ColwiseParallel(), "head": RowwiseParallel()})
     if replicas > 1:
         fully_shard(model, mesh=mesh["data"])
-    run = attached(KINDS[name], model, rank=mesh.get_local_rank(0), ranks=replicas)
+    run = attached((KINDS | OTHERS)[name], model, rank=mesh.get_local_rank(0), ranks=replicas)
     return result_of(run.steps())
 
 

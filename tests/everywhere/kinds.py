@@ -99,6 +99,23 @@ KINDS = {
     )
 }
 
+# No rows of the tables, sampled by tests/test_codes_everywhere.py
+CODES = {
+    kind.name: kind
+    for kind in (
+        Kind("TopK", rules(rs.TopK(2).on(HIDDEN)), on_outputs=True),
+        Kind("BatchTopK", rules(rs.BatchTopK(2, momentum=0.5).on(HIDDEN)), of_batch=True, on_outputs=True),
+        Kind(
+            "JumpReLU",
+            rules(
+                rs.JumpReLU(0.3, 0.8).on(rs.outputs("first")),
+                0.1 * rs.L0("learned").on(rs.outputs("first"), name="l0"),
+            ),
+            on_outputs=True,
+        ),
+    )
+}
+
 # No row of the tables: what takes the place of a kind that is refused somewhere
 PROJECTED = Kind(
     "Jacobian penalty by random projections", rules(0.3 * rs.Contractive(estimator="jvp").on(HIDDEN)), random=True

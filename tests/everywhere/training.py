@@ -129,7 +129,10 @@ def attached(kind, model, optimizer=adam, **options):
     """A run of this model with the rules of a kind attached."""
     opt = optimizer(model.parameters())
     torch.manual_seed(5)  # of the rules' own draws at attach
-    return Run(model, opt, rs.attach(model, kind.make(), opt), **options)
+    reg = rs.attach(model, kind.make(), opt)
+    if learned := list(reg.parameters()):
+        opt.add_param_group({"params": learned})
+    return Run(model, opt, reg, **options)
 
 
 def plain(kind, make=Net, optimizer=adam, parts=1, steps=STEPS):

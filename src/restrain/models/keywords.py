@@ -53,9 +53,11 @@ from restrain.transforms import (
     Noise,
     NonNegative,
     Reparametrization,
+    TopK,
     Transform,
     UniformNoise,
 )
+from restrain.transforms.activation import Activation
 
 OPTIONS = ("strength", "on", "how", "reduce", "name", "every", "optional")
 WEIGHTS: dict[str, type[What]] = {"weight_l1": L1, "weight_l2": L2, "weight_decay": L2}
@@ -199,6 +201,12 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
         except (RestrainError, TypeError) as error:
             kind = type(error) if isinstance(error, RestrainError) else PlanError
             raise kind(f"{keyword}={value!r}: {error}") from error
+    for rule in made:
+        if rule.at_places and isinstance(rule.what, Activation | TopK):
+            raise PlanError(
+                f"{rule.label}: the fitted model wouldn't have this activation function, which is a rule's; build the "
+                "network in torch and attach the rule to it"
+            )
     return made
 
 

@@ -2,6 +2,7 @@
 
 from restrain.penalties.activity import L0, Confidence, DecoderL1, Entropy, Hoyer
 from restrain.penalties.base import NetworkPenalty, Penalty, Scaled, Sum
+from restrain.penalties.dead_features import AuxK
 from restrain.penalties.embeddings import Covariance, SIGReg, Variance
 from restrain.penalties.entrywise import L1, L2, MCP, SCAD, ElasticNet, Huber, LogSum, Lp, SoftBox
 from restrain.penalties.group import ExclusiveLasso, GroupLasso, GroupLInf, Norm
@@ -18,6 +19,7 @@ from restrain.penalties.views import CrossCorrelation, Invariance
 
 __all__ = [
     "AttentionEntropy",
+    "AuxK",
     "Confidence",
     "Contractive",
     "Covariance",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -142,43 +144,113 @@ class Confidence(_OfDistributions):
 class L0(Penalty):
     """Σ 1[x > threshold]: the number of entries above a threshold, with the gradient of a ramp.
 
-    The gradient of an entry is 1 / bandwidth where |x - threshold| < bandwidth / 2, else zero: that
-    of a ramp of this width around the threshold. Rajamanoharan and others use it, with the other
-    sign, for the learned threshold of JumpReLU units; here the threshold is a number, and the
-    activations before the jump are pushed below it. For signed activations use via=torch.abs.
+    With a number as the threshold, the gradient of an entry is 1 / bandwidth where
+    |x - threshold| < bandwidth / 2, else zero: that of a ramp of this width. The activations are
+    pushed below the threshold. For signed activations use via=torch.abs.
+
+    `L0("learned")` counts by the thresholds θ of `rs.JumpReLU` at the same place, and only these
+    get a gradient: -1 / bandwidth for each entry with |x - θ| < bandwidth / 2.
 
     Args:
-        threshold: zero or more, so that zeros don't count.
-        bandwidth: width of the ramp, in units of the activation. A narrow ramp gives few entries a
-            gradient; a wide ramp gives a biased gradient.
+        threshold: zero or more, so that zeros don't count; or "learned".
+        bandwidth: width of the ramp, in units of the activation; with "learned" by default that of
+            the JumpReLU. A narrow ramp gives few entries a gradient; a wide ramp gives a biased
+            gradient.
 
     Raises:
-        PenaltyError: complex entries.
+        PenaltyError: complex entries; a number without a bandwidth; "learned" for a plain tensor.
+        SelectionError: "learned" without a JumpReLU at the same place.
 
-    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders; the kernel
-    is a rectangle.
+    Source: Rajamanoharan and others (2024), Jumping ahead: JumpReLU sparse autoencoders, arXiv
+    2407.14435, eq. 9 and 12; the kernel is a rectangle.
 
     >>> h = torch.tensor([0.0, 0.5, 0.52, 3.0])
     >>> rs.L0(0.5, 0.1)(h), rs.L0(0.5, 0.1).gradient(h)
     (tensor(2.), tensor([ 0., 10., 10.,  0.]))
     """
 
-    threshold: float
-    bandwidth: float
+    threshold: float | Literal["learned"]
+    bandwidth: float | None = None
 
-    entrywise = True
     at_outputs = True
 
     def __post_init__(self) -> None:
-        checked_setting("threshold", self.threshold, 0, closed=True)
-        checked_setting("bandwidth", self.bandwidth, 0)
+        if self.threshold != "learned":
+            checked_setting("threshold", self.threshold, 0, closed=True)
+        if self.threshold != "learned" and self.bandwidth is None:
+            raise PenaltyError("L0 with a number as the threshold needs bandwidth=, the width of its ramp")
+        if self.bandwidth is not None:
+            checked_setting("bandwidth", self.bandwidth, 0)
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        """True with a number as the threshold."""
+        return self.threshold != "learned"
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places and not self.entrywise:
+            raise SelectionError(f"{self!r} is of activations: write .on(rs.outputs('encoder'))")
+        return Penalty.moments(self, at_places)
+
+    def bound_at_place(self) -> Penalty:
+        return self if self.entrywise else _LearnedL0(self)
 
     def __call__(self, w: Tensors) -> Tensor:
+        if self.threshold == "learned" or self.bandwidth is None:
+            raise PenaltyError(
+                f"{self!r} takes the thresholds of rs.JumpReLU at the same place: rs.attach(model, [rs.JumpReLU(...)"
+                f".on(rs.outputs('encoder')), {self!r}.on(rs.outputs('encoder'))])"
+            )
         if w.is_complex():
             raise PenaltyError(f"L0 compares with a threshold, which {w.dtype} can't; penalise via=torch.abs")
         ramp = ((w - self.threshold) / self.bandwidth + 0.5).clamp(0, 1)
         count: Tensor = (w > self.threshold).to(w.dtype) + (ramp - ramp.detach())
         return count.sum()
+
+
+class Thresholds(Protocol):
+    """An activation function with thresholds by unit; implemented by `transforms.JumpAtLayer`."""
+
+    of: Any
+
+    def thresholds(self, x: Tensor) -> Tensor:
+        """Return the thresholds, with their gradient."""
+
+    def jumped(self, z: Tensor) -> Tensor:
+        """Return the activation without a gradient of the thresholds."""
+
+
+class _LearnedL0(Penalty, register=False):
+    """`L0("learned")` at one place, with the JumpReLU there."""
+
+    takes_mask = True
+    jump: Thresholds
+
+    def __init__(self, penalty: L0) -> None:
+        self.penalty = penalty
+
+    def __repr__(self) -> str:
+        return repr(self.penalty)
+
+    def meet(self, activation: Any) -> Callable[[Tensor], Tensor] | None:
+        if not callable(getattr(activation, "thresholds", None)):
+            raise SelectionError(
+                f"{self!r} takes the thresholds of a JumpReLU, and there is none at the same place: add "
+                "rs.JumpReLU(threshold, bandwidth).on(...) with the same selection to the plan"
+            )
+        self.jump = activation
+        return self.jump.jumped
+
+    def __call__(self, w: Tensors) -> Tensor:
+        x, threshold = w.detach(), self.jump.thresholds(w)
+        width = self.penalty.bandwidth or self.jump.of.bandwidth
+        held = threshold.detach()
+        near = ((x - held).abs() < width / 2).to(held.dtype).flatten(0, -2).sum(0)
+        count = (x > held).sum().to(held.dtype)
+        return count - ((threshold - held) * near).sum() / width
+
+    def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, h, -math.inf)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Sums over the processes of a distributed training, for penalties of batch statistics."""
+"""Sums over the processes of a distributed training, and means of gradients, differentiable."""
 
 from __future__ import annotations
 
@@ -47,3 +47,24 @@ def over_processes(own: Tensor) -> Tensor:
     if not several_processes():
         return own
     return _Sum.apply(own)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Averaged(torch.autograd.Function):
+    """A tensor that is equal on all processes; backward averages its gradient over them."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        return own.view_as(own)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        mean = gradient / dist.get_world_size()
+        dist.all_reduce(mean)
+        return mean
+
+
+def averaged_gradient(own: Tensor) -> Tensor:
+    """Return a parameter whose gradient is the mean over processes, as DDP makes it for others."""
+    if not several_processes():
+        return own
+    return _Averaged.apply(own)  # type: ignore[no-untyped-call, no-any-return]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain import registry
+from restrain.activation_points import Places
 from restrain.errors import NoProxError, PenaltyError, SelectionError
 from restrain.fields import is_number, is_whole, shown_number
 from restrain.named_tensors import Location
@@ -783,6 +784,17 @@ class NetworkPenalty(Algebra["NetworkPenalty"], register=False):
             SelectionError, PenaltyError: a parameter is unfit, for example of a wrong shape.
         """
 
+    def parameter_names(self) -> tuple[str, ...]:
+        """Return the names of parameters that it takes if its rule selects outputs."""
+        return ()
+
+    def further_places(self) -> tuple[Places, ...]:
+        """Return the activations that it takes after those that its rule selects."""
+        return ()
+
+    def bound_at_place(self) -> NetworkPenalty:
+        return self
+
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:
             raise SelectionError(
@@ -806,6 +818,20 @@ class _CombinedNetwork(Combination[NetworkPenalty], NetworkPenalty, register=Fal
     def check(self, parameters: Mapping[str, Tensor]) -> None:
         for member in self.members:
             member.check(parameters)
+
+    def parameter_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for member in self.members for name in member.parameter_names()))
+
+    def further_places(self) -> tuple[Places, ...]:
+        return tuple(dict.fromkeys(place for member in self.members for place in member.further_places()))
+
+    def bound_at_place(self) -> NetworkPenalty:
+        bound: NetworkPenalty = self.mapped(lambda member: member.bound_at_place())
+        return bound
+
+    def meet(self, activation: Any) -> None:
+        for member in self.members:
+            member.meet(activation)
 
 
 @dataclass(frozen=True, repr=False)

@@ -173,7 +173,7 @@ class KLSparsity(Penalty):
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         return in_float32(lambda x: self.of_samples(Samples.of(x, self.per, dim, mask), None), h)
 
-    def of_samples(self, samples: Samples, memory: _Memory | None) -> Tensor:
+    def of_samples(self, samples: Samples, memory: RunningMean | None) -> Tensor:
         """Return the value; a running mean in `memory` is used and updated."""
         _check_unit_interval(samples.x, self)
         mean, size = samples.mean()
@@ -216,7 +216,7 @@ def resting() -> Block:
     return _resting
 
 
-class _Memory:
+class RunningMean:
     """Exponential moving average over optimizer steps, and the sum of means since the last step.
 
     Tensors are sized by the first batch. The average changes after the step, not in the forward, so
@@ -240,6 +240,10 @@ class _Memory:
             self.count = mean.new_zeros(1)
         self.pending.add_(torch.where(good, mean, 0))
         self.count.add_(good.to(self.count.dtype))
+
+    def mean(self) -> Tensor | None:
+        """Return the running mean; None before the first step."""
+        return self.total / self.weight if self.total.numel() else None
 
     def mixed(self, mean: Tensor, momentum: float) -> Tensor:
         """Return the running mean updated by a batch's mean, without storing it.
@@ -289,7 +293,7 @@ class _KLAtPlace(Statistic, register=False):
     """`KLSparsity` of one layer output: over all processes, with its running mean."""
 
     penalty: KLSparsity
-    memory: _Memory = field(default_factory=_Memory)
+    memory: RunningMean = field(default_factory=RunningMean)
 
     def over_batch(self, h: Tensor, dim: int | None = 0, mask: Tensor | None = None) -> Tensor:
         memory = self.memory if self.penalty.momentum else None

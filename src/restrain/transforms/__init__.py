@@ -1,5 +1,6 @@
 """Transforms: tensor → tensor of the same shape."""
 
+from restrain.transforms.activation import BatchTopK, Firings, JumpReLU
 from restrain.transforms.base import Constraint, Noise, Reparametrization, Transform
 from restrain.transforms.dropout import AlphaDropout, BlockDropout, Dropout, DropPath, EmbeddingDropout, GaussianDropout
 from restrain.transforms.entries import Box, Fixed, NonNegative, Signs
@@ -13,6 +14,7 @@ from restrain.transforms.weights import DropConnect, SpectralNormalization, Weig
 
 __all__ = [
     "AlphaDropout",
+    "BatchTopK",
     "BlockDropout",
     "Box",
     "Constraint",
@@ -20,11 +22,13 @@ __all__ = [
     "DropPath",
     "Dropout",
     "EmbeddingDropout",
+    "Firings",
     "Fixed",
     "GaussianDropout",
     "GaussianNoise",
     "GradientNoise",
     "Hyperball",
+    "JumpReLU",
     "L1Ball",
     "LowRank",
     "MaxNorm",

@@ -241,6 +241,7 @@ class Noise(Transform, register=False):
     tensor([1., 1., 1., 1.])
     """
 
+    lasting: ClassVar[bool] = False  # acts in evaluation, too
     on_places: ClassVar[bool] = True  # may act on outputs and inputs of layers
     on_weights: ClassVar[bool] = False  # may act on parameters
     random: ClassVar[bool] = True  # draws random numbers

@@ -23,6 +23,7 @@ class Layout:
     sequences: int = 0  # number of packed sequences
     owner: nn.Module | None = None  # the layer
     given: Mapping[Any, Any] = field(default_factory=dict)  # the layer's arguments
+    training: bool = True  # the layer is in training mode, and isn't being exported
 
 
 PLAIN = Layout()

@@ -10,15 +10,18 @@ from math import floor, inf
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restrain.axes import Dim, Grouping, Per, checked_dim, group_norms, grouping, grouping_at
 from restrain.errors import TransformError
 from restrain.fields import brief, is_one_of, is_whole, renamed
 from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
+from restrain.rules import How
 from restrain.schedule import Schedule, Strength
+from restrain.transforms.activation import AtLayer, checked_code, hits_of, sizes, taken
 from restrain.transforms.base import Constraint, wide
+from restrain.transforms.layout import Layout
 from restrain.transforms.sets import ByGroup, MaybePer
 
 
@@ -83,9 +86,15 @@ class Kept(ByGroup, register=False):
         n = size.shape[-1]
         if isinstance(self.k, Tensor) and torch.compiler.is_compiling():
             return first_in_order(size, (self.k.to(size.device) * n + 0.5).floor().clamp_min(1))
-        if is_whole(self.k):
-            return largest(size, self.k)
-        return largest(size, max(floor(self._fraction() * n + 0.5), 1))
+        return largest(size, self.number_of(n))
+
+    def number_of(self, n: int) -> int:
+        """Return how many of n candidates stay.
+
+        Raises:
+            TransformError: see `kept`.
+        """
+        return min(self.k if is_whole(self.k) else max(floor(self._fraction() * n + 0.5), 1), n)
 
     def _fraction(self) -> float:
         if isinstance(self.k, Strength):
@@ -147,24 +156,29 @@ class TopK(Kept):
     """At most k nonzero entries in every group: the k largest |x| stay, the others become zero.
 
     Among equally large entries the first stay, in the order of the indices. This is the nearest
-    tensor: the squares of the removed entries are the least. A removed entry still has a gradient:
-    it comes back at a step that makes it larger than an entry that was kept.
+    tensor: the squares of the removed entries are the least. On weights, a removed entry still has
+    a gradient: it comes back at a step that makes it larger than an entry that was kept.
+
+    On `rs.outputs("relu")` or `rs.inputs(...)` it is an activation function, in evaluation as well:
+    of each token, the k units with the largest |x| stay, along the last axis of (tokens, units) or
+    (batch, time, units). The gradient is that of the entries that stay, and of equal entries stay
+    those that torch.topk takes. The TopK of sparse autoencoders follows a ReLU.
 
     Args:
         k: the number of entries, one or more; or a fraction between 0 and 1 of a group's entries,
             rounded to the nearest number and at least one; or a schedule of this fraction, from
             `rs.schedules`, for gradual removal.
         per: the entries that form a group: an axis by its meaning or a dim (see `axes`); None for
-            the whole tensor.
+            the whole tensor, and on outputs for each token.
         budget: "all": the k largest entries of all tensors of the rule together stay, not of each.
 
     Raises:
         TransformError: a `k` of another kind; a schedule that leaves the range above 0 up to 1;
-            `budget="all"` with `per`.
+            `budget="all"` with `per`; on outputs one of these, or other axes than named above.
         PenaltyError: a tensor without this axis.
 
     Source: Blumensath and Davies (2009), iterative hard thresholding; gradually, Zhu and Gupta
-    (2017).
+    (2017); on outputs, Makhzani and Frey (2014), Gao and others (2024), arXiv 2406.04093, eq. 2.
 
     >>> rs.TopK(2).project(torch.tensor([3.0, -4.0, 1.0, 3.0]))
     tensor([ 3., -4.,  0.,  0.])
@@ -183,6 +197,20 @@ class TopK(Kept):
                 f"budget='all' is one budget for all entries, so it takes no per=; got per={self.per!r}: leave one of "
                 "them out, or keep whole groups by rs.TopGroups(k, per=..., budget='all')"
             )
+
+    def moments(self, at_places: bool) -> tuple[How, ...]:
+        if not at_places:
+            return Kept.moments(self, at_places)
+        if self.budget == "all" or self.per is not None:
+            raise TransformError(
+                f"{self!r}: on outputs the k largest of each token stay, so leave per= and budget= out; for a budget "
+                "of all tokens of a batch there is rs.BatchTopK(k)"
+            )
+        return ("forward",)
+
+    def bound_in_layer(self, layer: nn.Module, kind: str, device: torch.device) -> AtLayer:
+        """Return the activation function of one layer's outputs or inputs, with its state."""
+        return _TopKAtLayer(self, True)
 
     def project(self, w: Tensor) -> Tensor:
         return self._keep(wide(w).abs(), w)
@@ -203,6 +231,27 @@ class TopK(Kept):
         groups = self.groups(w)
         mask = self.kept(to_matrix(size, groups))
         return torch.where(from_matrix(mask, groups, tuple(w.shape)), w, 0)
+
+
+class _TopKAtLayer(AtLayer, register=False):
+    """`TopK` of each token of a layer's tensor."""
+
+    of: TopK
+
+    def at(self, x: Tensor, layout: Layout) -> Tensor:
+        checked_code(self.of, x)
+        units = x.shape[-1]
+        if isinstance(self.of.k, Tensor) and torch.compiler.is_compiling():  # its value isn't known
+            y = torch.where(self.of.kept(sizes(x)), x, 0)
+            hits, tokens = hits_of(y)
+        else:
+            indices = sizes(x).topk(self.of.number_of(units), -1, sorted=False).indices
+            y, values = taken(x, indices)
+            alive, tokens = (values != 0).float().flatten(), x.numel() // max(units, 1)
+            hits = x.new_zeros(units, dtype=torch.float32).scatter_add_(0, indices.flatten(), alive)
+        if layout.training:
+            self.counts.add(hits, tokens)
+        return y
 
 
 @dataclass(frozen=True)

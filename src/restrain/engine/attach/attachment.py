@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.declare import declared_rules
-from restrain.engine.attach import report
+from restrain.engine.attach import report, resampling
 from restrain.engine.attach.certificate import Certificate, certify
 from restrain.engine.attach.conflicts import join, leave
 from restrain.engine.attach.evaluation import Evaluation, latest
@@ -36,7 +36,7 @@ from restrain.engine.attach.state import (
 from restrain.engine.attach.stationarity import Loss, Objective, as_found
 from restrain.engine.attach.structure import Look, Structure
 from restrain.engine.attach.tracking import POINTS, Tracker, checked_track
-from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers
+from restrain.engine.attach.tripwire import Tripwire, UnknownOptimizers, Untrained
 from restrain.engine.backends import Compile
 from restrain.engine.binding import (
     LossRules,
@@ -75,6 +75,7 @@ from restrain.plans import Plan
 from restrain.report import Content, write
 from restrain.rules import Rule, What
 from restrain.transforms import GradientNoise, Hyperball, MomentumSharpness, Noise, Sharpness
+from restrain.transforms.activation import AtLayer
 
 # Layers whose declared rules belong to an existing attachment; another doesn't count them again.
 _claimed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -271,6 +272,8 @@ class Attachment:
         self._clock.on_real += [self._tripwire.after] * bool(self._loss_rules)
         self._clock.on_real += [self._parametrized.watch(lambda: self._clock.steps)] * bool(self._parametrized)
         self._clock.on_real += [self._weight_noise.after] * bool(self._weight_noise.hooks)
+        learning = [(point.name, what.parameters()) for point, what in self._activations() if what.parameters()]
+        self._clock.on_real += [Untrained(learning, lambda: self._clock.steps).after] * bool(learning)
         self._clock.on_real += [ascend(b) for b in self._bounds if isinstance(b.rule.what, MomentumSharpness)]
 
     def _attach_steps(
@@ -724,8 +727,72 @@ class Attachment:
         self._tripwire.collected = self._forwards.ran = False
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters that rules learn, such as lengths of `WeightNormalization`."""
-        return self._parametrized.learned()
+        """Yield the parameters that rules learn: lengths of `WeightNormalization`, thresholds."""
+        yield from self._parametrized.learned()
+        for _, what in self._activations():
+            yield from what.parameters()
+
+    def _activations(self) -> Iterator[tuple[Point, AtLayer]]:
+        """Yield the activation functions of the rules, each with its place."""
+        for bound in self._bounds:
+            for point, what in bound.transforms:
+                if isinstance(what, AtLayer):
+                    yield point, what
+
+    def tokens_since_fired(self) -> dict[str, Tensor]:
+        """Return {layer: tokens since each unit was active} of activation functions that rules put.
+
+        Whole numbers, (units,), of training forwards up to the last optimizer step, over all
+        processes, all of which must call this; of no length before the first step. A unit is dead
+        if its number is large.
+
+        >>> sae = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> reg = rs.attach(sae, rs.TopK(2).on(rs.outputs("1")))
+        >>> dead = reg.tokens_since_fired()["1"] > 1_000_000
+        """
+        self._clock.end()
+        return {point.key: what.counts.idle.clone() for point, what in self._activations()}
+
+    def resample(
+        self, code: str, x: Tensor, losses: Tensor, *, encoder: str, decoder: str, dead_after: int, scale: float = 0.2
+    ) -> int:
+        """Begin anew with the dead units of a sparse autoencoder; return their number.
+
+        Each dead unit gets an input that is reconstructed badly: drawn with a probability ∝ loss²,
+        normalised. It becomes the unit's decoder weights, and, times `scale` times the mean norm of
+        the other units' encoder weights, its encoder weights; its bias becomes zero, a learned
+        threshold the first one. Optimizer state of these entries becomes zero, and the unit's count
+        begins anew. Call it between `optimizer.step()` and the next forward, on all processes,
+        which get what process 0 draws.
+
+        Args:
+            code: the layer with the activation function, as in `tokens_since_fired()`.
+            x: inputs of the encoder, (samples, features).
+            losses: the reconstruction errors of these samples, (samples,).
+            encoder: the name of the encoder, an nn.Linear.
+            decoder: the name of the decoder, an nn.Linear.
+            dead_after: the number of tokens after which a unit is dead.
+
+        Raises:
+            PlanError: no activation function of a rule is at this layer.
+            HowError: a layer that isn't an nn.Linear, or is sharded.
+            PenaltyError: shapes that don't fit, or losses that can't be weights.
+
+        Source: Bricken and others (2023), Towards monosemanticity, appendix "neuron resampling".
+        """
+        counted = {point.key: what for point, what in self._activations()}
+        idle = self.tokens_since_fired().get(code)
+        if idle is None:
+            raise PlanError(
+                f"no rule counts at {code!r}; {', '.join(map(repr, counted)) or 'no layer'} has an activation function "
+                "that a rule put (rs.TopK, rs.BatchTopK, rs.JumpReLU, rs.Firings)"
+            )
+        model, dead = self._as_it_is(), idle >= dead_after
+        if not bool(dead.any()):
+            return 0
+        optimizers = [one for reference in self._optimizers if (one := reference()) is not None]
+        resampling.begin_anew(model, counted[code], dead, (x, losses), (encoder, decoder), optimizers, scale)
+        return int(dead.sum())
 
     def strengths(self) -> dict[str, float]:
         """Return {rule: current strength} for moving strengths: schedules and targets."""
@@ -823,6 +890,7 @@ class Attachment:
         for bound in self._bounds:
             acting: list[tuple[str, Any, Handle | None]] = [(h.name, what, h) for h, what in bound.parameters]
             acting += [(recorder.point.key, recorder.penalty, None) for recorder in bound.penalty_recorders]
+            acting += [(point.key, what, None) for point, what in bound.transforms if isinstance(what, AtLayer)]
             states = {id(what): what.state() for what in {id(what): what for _, what, _ in acting}.values()}
             for name, what, handle in acting if any(states.values()) else ():
                 if states[id(what)]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from restrain.engine.binding import Bound, network_value, parameter_values
 from restrain.engine.core import structures
-from restrain.engine.forward import Inputs, PenaltyRecorder, Recorder, positional
+from restrain.engine.forward import Inputs, LayerHook, PenaltyRecorder, Recorder, positional
 from restrain.named_tensors import device_of
 from restrain.penalties import NetworkPenalty
 from restrain.penalties.statistics import resting
@@ -59,9 +59,12 @@ class Evaluation:
                 if place.call in (None, len(calls) - 1):
                     self._seen[id(recorder)] = calls[-1]
 
+        hooks = module._forward_pre_hooks if place.kind == "inputs" else module._forward_hooks
+        # an activation function of ours comes after the penalties
+        first = any(isinstance(hook, LayerHook) and hook.lasting for hook in hooks.values())
         if place.kind == "inputs":
-            return module.register_forward_pre_hook(lambda module, args: keep(dict(enumerate(args))))
-        return module.register_forward_hook(lambda module, args, output: keep(output))
+            return module.register_forward_pre_hook(lambda module, args: keep(dict(enumerate(args))), prepend=first)
+        return module.register_forward_hook(lambda module, args, output: keep(output), prepend=first)
 
     def values(self) -> dict[str, Tensor]:
         """Return {rule: strength × value} of every penalty for the model's last forward.

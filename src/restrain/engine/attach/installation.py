@@ -53,7 +53,7 @@ class Hooks:
         for bound in bounds:
             self._put_at_layers(bound, model, known)
         for hook in self.at_layers.values():
-            others = hook.output_recorders or hook.probes or hook.noises or self.forwards.derived
+            others = hook.output_recorders or hook.probes or hook.transforms or self.forwards.derived
             alone = (
                 len(hook.penalty_recorders) == 1
                 and not others
@@ -83,10 +83,10 @@ class Hooks:
             known[id(recorder.point)].output_recorders.append(recorder)
         for probe in probes:
             known[id(probe.point)].probes.append(probe)
-        if isinstance(bound.rule.what, Noise):
-            for point in bound.points:
-                self._refuse_same_noise(model, point, bound.rule.what)
-                self._at(model, point).noises.append((bound.rule.what, point))
+        for point, what in bound.transforms:
+            if isinstance(what, Noise):
+                self._refuse_same_noise(model, point, what)
+            self._at(model, point).transforms.append((what, point))
 
     def _at(self, model: nn.Module, point: Point) -> LayerHook:
         module, kind = point.find(model), point.place.kind
@@ -103,7 +103,7 @@ class Hooks:
         """Refuse noise that another attachment draws at the same place, as when a cell is rerun."""
         module, own = point.find(model), self.at_layers.values()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            others = hook.noises if isinstance(hook, LayerHook) and all(hook is not one for one in own) else []
+            others = hook.transforms if isinstance(hook, LayerHook) and all(hook is not one for one in own) else []
             if any(other == noise and place == point for other, place in others):
                 raise HowError(
                     f"another attachment has the same noise {noise!r} at the {point}, so it would be drawn twice: "
@@ -198,8 +198,8 @@ def _timer(bound: Bound, steps: Callable[[], int]) -> Callable[[], bool]:
 def _refuse_noise_of_another(model: nn.Module, point: Point) -> None:
     module = point.find(model)
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if isinstance(hook, LayerHook) and hook.noises:
+        if isinstance(hook, LayerHook) and hook.transforms:
             raise HowError(
-                f"another attachment has noise at {point.name!r}, which this one's penalty would see: put both into "
-                "one plan, or attach the noise last"
+                f"another attachment has noise or an activation function at {point.name!r}, which this one's penalty "
+                "would see: put both into one plan, or attach this other one last"
             )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from restrain.engine.binding import ASCENDS, Bound, ascends
 from restrain.engine.forward import Forwards
 from restrain.engine.step import Clock, ParameterRules
-from restrain.errors import NotCollectedError, OptimizerError
+from restrain.errors import NotCollectedError, OptimizerError, RestrainWarning
+from restrain.fields import level_of_caller
 
 
 class Tripwire:
@@ -103,3 +105,25 @@ class UnknownOptimizers:
                 return True
             frame = frame.f_back  # type: ignore[assignment]
         return False
+
+
+class Untrained:
+    """Warn once, after two steps, of learned thresholds that no stepping optimizer holds."""
+
+    def __init__(self, learning: Sequence[tuple[str, Sequence[Tensor]]], steps: Callable[[], int]) -> None:
+        self.learning, self.steps = learning, steps
+        self.held: set[int] = set()
+
+    def after(self, optimizer: Optimizer, root: nn.Module) -> None:
+        """Look at a real step of an optimizer."""
+        if self.steps() > 2:
+            return
+        self.held.update(id(p) for group in optimizer.param_groups for p in group["params"])
+        lost = [name for name, learned in self.learning if not all(id(p) in self.held for p in learned)]
+        if lost and self.steps() == 2:
+            warnings.warn(
+                f"the thresholds that the rules learn at {', '.join(map(repr, lost))} are in no optimizer that took a "
+                "step: write optimizer.add_param_group({'params': list(reg.parameters())})",
+                RestrainWarning,
+                stacklevel=level_of_caller(),
+            )

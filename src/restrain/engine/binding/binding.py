@@ -32,6 +32,7 @@ from restrain.penalties.derivative import OnDerivatives
 from restrain.penalties.functorch import trained
 from restrain.rules import Rule, What
 from restrain.selections import Names, Object, Parameters, Where
+from restrain.transforms.activation import AtLayer
 from restrain.transforms.base import Constraint, Noise
 from restrain.unit_sets import Units
 
@@ -52,6 +53,8 @@ class Bound:
     penalty_recorders: list[PenaltyRecorder] = field(default_factory=list)
     output_recorders: list[Recorder] = field(default_factory=list)
     noisy: list[tuple[Use, Noise]] = field(default_factory=list)  # weights with noise in forwards
+    # noise and activation functions at layers
+    transforms: list[tuple[Point, Noise | AtLayer]] = field(default_factory=list)
     derivative: Derivative | None = None
     joint: Joint | None = None  # how it acts on its parameters together
     notes: list[str] = field(default_factory=list)  # notes for the report's table
@@ -132,6 +135,7 @@ def bind(
         bounds[key] = _bind(Bound(rule, key, compile), index)
         _check_network(bounds[key], model)
     _check_parametrized(list(bounds.values()))
+    introduce(list(bounds.values()))
     return list(bounds.values())
 
 
@@ -298,7 +302,9 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
         if isinstance(rule.what, Penalty):
             bound.penalty_recorders = _penalty_recorders(bound, index)
         if isinstance(rule.what, NetworkPenalty):
-            bound.output_recorders = [Recorder(bound.key, point, rule.optional) for point in bound.points]
+            _bind_of_outputs(bound, index)
+        if rule.how == "forward":
+            bound.transforms = [(point, _at_layer(bound.what, point, index)) for point in bound.points]
         bound.rule = replace(rule, where=targets.where or rule.where, name=bound.key)
         if isinstance(rule.what, OnDerivatives):
             _bind_derivative(bound, targets, index)
@@ -318,6 +324,44 @@ def _bind(bound: Bound, index: _ModelIndex) -> Bound:
     by_name = None if outputs is None else outputs.where
     bound.rule = replace(rule, where=chosen.where, outputs=by_name, name=bound.key)
     return bound
+
+
+def _bind_of_outputs(bound: Bound, index: _ModelIndex) -> None:
+    """Bind a penalty of several outputs, with the parameters that it names."""
+    bound.what = what = bound.what.bound_at_place()
+    further = [point for where in what.further_places() for point in _targets(bound.rule, where, index).points]
+    bound.output_recorders = [Recorder(bound.key, point, bound.rule.optional) for point in (*bound.points, *further)]
+    names = what.parameter_names()
+    slots = index.chosen(Names(names), bound.rule.optional).slots if names else []
+    bound.parameters = [(slot.handle, what) for slot in slots]
+
+
+def _at_layer(what: Any, point: Point, index: _ModelIndex) -> Noise | AtLayer:
+    """Return noise, or an activation function with its state for the layer."""
+    if isinstance(what, Noise):
+        return what
+    bound: AtLayer = what.bound_in_layer(point.find(index.layers[0].module), point.place.kind, index.device)
+    return bound
+
+
+def introduce(bounds: Sequence[Bound]) -> None:
+    """Give penalties at places with an activation function this function.
+
+    Raises:
+        SelectionError: a penalty needs another one.
+    """
+    acting = {_spot(point): what for bound in bounds for point, what in bound.transforms if isinstance(what, AtLayer)}
+    for bound in bounds:
+        for recorder in bound.penalty_recorders:
+            found = acting.get(_spot(recorder.point))
+            for _, leaf in recorder.penalty.leaves():
+                recorder.measured = leaf.meet(found) or recorder.measured
+        if isinstance(bound.rule.what, NetworkPenalty) and bound.points:
+            bound.what.meet(acting.get(_spot(bound.points[0])))
+
+
+def _spot(point: Point) -> tuple[Any, ...]:
+    return point.path, point.place.kind, point.place.index
 
 
 def _bind_joint(bound: Bound, rule: Rule, index: _ModelIndex) -> Bound:
@@ -403,8 +447,10 @@ def _check_caught(target: Target) -> None:
 def _targets(rule: Rule, where: Places, index: _ModelIndex) -> _Targets:
     targets = index.targets(where, rule.optional)
     for target in targets.found if not isinstance(rule.what, Penalty) else ():
-        if isinstance(rule.what, Noise) and target.place.via is not None:
-            raise SelectionError("noise can't act inside the model's own call of via=; without via= it acts before it")
+        if rule.how == "forward" and target.place.via is not None:
+            raise SelectionError(
+                f"{rule.what!r} can't act inside the model's own call of via=; without via= it acts before it"
+            )
         if isinstance(rule.what, Noise):
             rule.what.suits(target.layer.module, target.place.kind)
         if target.place.padded:
@@ -607,7 +653,7 @@ def _again(bound: Bound, index: _ModelIndex, known: Mapping[str, Whereabouts | N
     """Return (handle, what) for the current parameters of a rule, each tensor once."""
     given = bound.given or bound.rule
     if isinstance(given.where, Places):
-        return []
+        return bound.parameters  # read by name
     before = {handle.name: what for handle, what in bound.parameters}
     slots = index.chosen(given.where, given.optional).slots
     _compare(bound, before, [slot.names for slot in slots])

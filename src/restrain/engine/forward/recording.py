@@ -9,9 +9,9 @@ zeros, so nothing is saved. The L1 of an output that is overwritten saves signs,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from restrain.engine.strengths import Activity
 from restrain.errors import CaptureError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.torch_private import MISSING, anything_compiled, recomputing_saved_tensors, version, wrapped
-from restrain.transforms.base import Noise
 from restrain.transforms.layout import Layout
 
 
@@ -157,6 +156,8 @@ class PenaltyRecorder(Recorder):
     ) -> None:
         super().__init__(rule, point, optional)
         self.penalty, self.mean, self.weight, self.activities = at_place.penalty, mean, weight, activities
+        # of which a target counts the active entries; None: the activation itself
+        self.measured: Callable[[Tensor], Tensor] | None = None
         self._at_place = at_place
         self.tokens = point.place.average == "tokens"
         self.simple = not (mean or self.tokens or point.place.padded or point.place.via is not None)
@@ -280,6 +281,15 @@ class Gate(Protocol):
         """Return the inputs of the running forward of the model; None outside of a forward."""
 
 
+class Transforming(Protocol):
+    """Noise, or an activation function bound to a layer."""
+
+    lasting: ClassVar[bool]
+
+    def at(self, x: Tensor, layout: Layout) -> Tensor:
+        """Return the transformed tensor."""
+
+
 class Probe(Protocol):
     """Observer of an activation for a derivative; implemented by `jacobians.Seen` and `Moved`."""
 
@@ -288,9 +298,10 @@ class Probe(Protocol):
 
 
 class LayerHook(Draws, Hook):
-    """Hook on a layer's output: evaluates penalties on the clean tensor, then adds noise.
+    """Hook on a layer's output: evaluates penalties on the clean tensor, then transforms it.
 
-    Inside `rs.sampling` only noise acts, in any mode of the layer.
+    Noise acts in training only, and inside `rs.sampling`, where no penalty does, in any mode of the
+    layer; activation functions always act.
     """
 
     def __init__(self, gate: Gate) -> None:
@@ -299,14 +310,19 @@ class LayerHook(Draws, Hook):
         self.penalty_recorders: list[PenaltyRecorder] = []
         self.output_recorders: list[Recorder] = []
         self.probes: list[Probe] = []
-        self.noises: list[tuple[Noise, Point]] = []
+        self.transforms: list[tuple[Transforming, Point]] = []
         # the only recorder, if it is simple and there is no noise
         self.lone: PenaltyRecorder | None = None
 
     @property
     def random(self) -> bool:
         """True if the hook adds noise."""
-        return bool(self.noises)
+        return not all(what.lasting for what, _ in self.transforms)
+
+    @property
+    def lasting(self) -> bool:
+        """True if the hook acts in evaluation, too."""
+        return any(what.lasting for what, _ in self.transforms)
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self.lone is not None and module.training and type(output) is Tensor and not self.sampling.depth:
@@ -315,10 +331,17 @@ class LayerHook(Draws, Hook):
             if forward is not None and found is not None:
                 forward.keep(self.lone, Record.of(*found[1:]), output)
                 return found[0]
-        return self.act(module, output, args, kwargs) if self.draws(module) else None
+        if not self.draws(module) and not self.lasting:
+            return None
+        return self.act(module, output, args, kwargs)
 
     def act(self, module: nn.Module, structure: Any, args: Any, kwargs: Any) -> Any:
-        """Return the structure with penalties injected and noise added; itself if unchanged."""
+        """Return the structure with penalties injected and transformed; itself if unchanged.
+
+        In evaluation only activation functions act.
+        """
+        if not self.draws(module):
+            return self._transformed(module, structure, structure, args, kwargs)
         result = structure
         if (self.penalty_recorders or self.output_recorders) and not self.sampling.depth:
             mode = self.gate.mode()
@@ -331,7 +354,14 @@ class LayerHook(Draws, Hook):
         if self.probes and not torch.compiler.is_compiling():
             for probe in self.probes:
                 result = probe.act(module, structure, result)
-        for noise, point in self.noises:
+        return self._transformed(module, structure, result, args, kwargs) if self.transforms else result
+
+    def _transformed(self, module: nn.Module, structure: Any, result: Any, args: Any, kwargs: Any) -> Any:
+        """Return the result after noise, if it is drawn now, and activation functions."""
+        drawn = self.draws(module)
+        for what, point in self.transforms:
+            if not (drawn or what.lasting):
+                continue
             way = way_to(structure, point)
             x = structures.get(result, way)
             layout = Layout(
@@ -339,8 +369,10 @@ class LayerHook(Draws, Hook):
                 *structures.rows(structure, way),
                 module,
                 structures.arguments(args, kwargs),
+                drawn and module.training,
             )
-            result = structures.put(result, way, noise.at(x, layout))
+            y = what.at(x, layout)
+            result = result if y is x else structures.put(result, way, y)
         return result
 
     def _penalize(
@@ -384,7 +416,8 @@ class LayerHook(Draws, Hook):
         """Measure the fraction of active entries for targets."""
         with torch.no_grad():  # a checkpoint's recomputation wouldn't build this graph
             for activity in recorder.activities:
-                fraction = activity.of(recorder.point.seen(seen))
+                h = recorder.point.seen(seen)
+                fraction = activity.of(h if recorder.measured is None else recorder.measured(h))
                 if fraction is not None and forward is not None:
                     forward.active.append((activity, fraction))
                 elif fraction is not None:
@@ -416,7 +449,7 @@ class InputHook(LayerHook):
     """Hook on a layer's inputs, keyed by position, or by name for keyword arguments."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:  # type: ignore[override]
-        if not self.draws(module):
+        if not self.draws(module) and not self.lasting:
             return None
         given = structures.arguments(args, kwargs)
         result = self.act(module, given, args, kwargs)
