@@ -83,7 +83,7 @@ def plan_of(method, l0, features):
     """What makes a code sparse, at about so many active features."""
     dead_after = 20_000
     auxiliary = 1 / 32 * rs.AuxK(32, dead_after, target=rs.inputs("encoder"), reconstruction=rs.outputs("decoder"))
-    towards = rs.Target(active=l0 / features, every=10)
+    towards = rs.Target(active=l0 / features, start=0.1, every=5)
     rules = {
         "TopK": [rs.TopK(l0).on(CODE), auxiliary.on(CODE)],
         "BatchTopK": [rs.BatchTopK(l0).on(CODE), auxiliary.on(CODE)],
@@ -152,7 +152,7 @@ def main():
     parser.add_argument("--picture", default="sae.png")
     options = parser.parse_args()
     width, features, sizes, lm_steps, steps = (
-        (32, 128, (4, 12), 150, 150) if options.quick else (64, 512, (4, 8, 16, 32), 600, 1500)
+        (32, 128, (4, 12), 150, 400) if options.quick else (64, 512, (4, 8, 16, 32), 600, 1500)
     )
     torch.manual_seed(0)
     model = language_model(lm_steps, width)

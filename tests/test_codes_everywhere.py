@@ -6,7 +6,7 @@ import pytest
 
 from everywhere import COLUMNS
 from everywhere.column import outcome
-from everywhere.kinds import CODES
+from everywhere.kinds import APART, CODES
 from restrain.errors import RestrainWarning
 
 FAST = (
@@ -41,3 +41,9 @@ def test_equal_to_the_plain_run(kind, column):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RestrainWarning)
         assert outcome(kind, column) == ("equal", "")
+
+
+@pytest.mark.parametrize("kind", APART.values(), ids=APART)
+def test_what_each_process_does_alone_is_seen(kind):
+    with pytest.raises(AssertionError, match="not close"):
+        outcome(kind, COLUMNS["ddp_2"])

@@ -10,6 +10,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from everywhere.column import column
+from everywhere.kinds import APART as OF_EACH
 from everywhere.kinds import CODES, KINDS, PROJECTED
 from everywhere.running import checkpointed
 from everywhere.training import Net, Run, adam, attached, fresh, plain, sgd
@@ -27,7 +28,7 @@ SAMPLE = (
     "noise",
 )
 
-OTHERS = CODES | {PROJECTED.name: PROJECTED}
+OTHERS = CODES | OF_EACH | {PROJECTED.name: PROJECTED}
 
 
 def result_of(run):

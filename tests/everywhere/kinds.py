@@ -116,6 +116,22 @@ CODES = {
     )
 }
 
+# What several processes don't do as one does: the oracle's wrong members
+APART = {
+    kind.name: kind
+    for kind in (
+        Kind("BatchTopK of each process", rules(rs.BatchTopK(2, momentum=0.5, sync=False).on(HIDDEN)), on_outputs=True),
+        Kind(
+            "JumpReLU of each process",
+            rules(
+                rs.JumpReLU(0.3, 0.8, sync=False).on(rs.outputs("first")),
+                0.1 * rs.L0("learned").on(rs.outputs("first"), name="l0"),
+            ),
+            on_outputs=True,
+        ),
+    )
+}
+
 # No row of the tables: what takes the place of a kind that is refused somewhere
 PROJECTED = Kind(
     "Jacobian penalty by random projections", rules(0.3 * rs.Contractive(estimator="jvp").on(HIDDEN)), random=True

@@ -313,7 +313,7 @@ def test_penalties_see_the_output_before_the_activation_function():
 def test_a_target_counts_what_the_jump_leaves():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8))
-    strength = rs.Target(active=0.25, every=1, start=1e-9, gain=1e-9)
+    strength = rs.Target(active=0.25, every=1, start=1e-9, low=1e-10)
     plan = [rs.JumpReLU(0.5, 0.1).on(rs.outputs("0")), strength * rs.L0("learned").on(rs.outputs("0"), name="l0")]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     reg = rs.attach(model, plan, optimizer)

@@ -247,7 +247,8 @@ class _LearnedL0(Penalty, register=False):
         held = threshold.detach()
         near = ((x - held).abs() < width / 2).to(held.dtype).flatten(0, -2).sum(0)
         count = (x > held).sum().to(held.dtype)
-        return count - ((threshold - held) * near).sum() / width
+        value: Tensor = count - ((threshold - held) * near).sum() / width
+        return value
 
     def without_padding(self, h: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, h, -math.inf)

@@ -125,6 +125,7 @@ class AuxK(NetworkPenalty):
 class _CountedAuxK(NetworkPenalty, register=False):
     """`AuxK` with the counts of the activation function at its place."""
 
+    takes_frozen = True
     counted: Counted
 
     def __init__(self, penalty: AuxK) -> None:

@@ -99,7 +99,7 @@ class AtLayer(Transform, register=False):
     """Base of an activation function bound to one layer, with counts of its units' firing."""
 
     of: Transform
-    lasting = True  # acts in evaluation, too
+    lasting: ClassVar[bool] = True  # acts in evaluation, too
 
     def __init__(self, of: Transform, sync: bool) -> None:
         self.of, self.counts = of, FiringCounts(sync)
