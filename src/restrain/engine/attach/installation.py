@@ -199,8 +199,8 @@ def _refuse_noise_of_another(model: nn.Module, point: Point) -> None:
     module = point.find(model)
     for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
         if isinstance(hook, LayerHook) and hook.transforms:
-            what = "noise" if hook.random else "an activation function"
+            what, which = ("noise", "the noise") if hook.random else ("an activation function", "that")
             raise HowError(
                 f"another attachment has {what} at {point.name!r}, which this one's penalty would see: put both into "
-                f"one plan, or attach {what} last"
+                f"one plan, or attach {which} last"
             )
