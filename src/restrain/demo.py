@@ -65,7 +65,7 @@ def digits(seed: int) -> Split:
 def classifier(seed: int, **keywords: Any) -> Classifier:
     """Return an unfitted classifier with the fixed settings of part 1."""
     fixed: dict[str, Any] = {"hidden": (100,), "epochs": 60, "batch_size": 50, "learning_rate": 5e-3, "progress": False}
-    model: Classifier = Classifier(random_state=seed, **fixed, **keywords)
+    model: Classifier = Classifier(random_state=seed, normalize=False, **fixed, **keywords)  # pixels are from 0 to 1
     return model
 
 
@@ -139,7 +139,7 @@ def frontier(epochs: int = 30) -> Iterator[tuple[float, float, float]]:
     held_out = split.test[0][600:]
     for strength in CODE_STRENGTHS:
         fixed = {"epochs": epochs, "batch_size": 50, "learning_rate": 5e-3, "random_state": 0, "progress": False}
-        model = Autoencoder([64, (100, "relu"), 64], hidden_l1=strength, **fixed).fit(x)
+        model = Autoencoder([64, (100, "relu"), 64], hidden_l1=strength, normalize=False, **fixed).fit(x)
         code = model.encode(held_out)
         error = float(np.square(model.decode(code) - held_out).mean())
         yield strength, float((code == 0).mean()), error

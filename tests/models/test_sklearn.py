@@ -21,8 +21,17 @@ X, Y = DIGITS.data[:300] / 16, DIGITS.target[:300]
 
 
 @pytest.mark.filterwarnings("default")  # scikit-learn's checks make warnings of their own
-@parametrize_with_checks([rs.Classifier(), rs.Regressor(), rs.Autoencoder(hidden=(5,))])
+@parametrize_with_checks([rs.Classifier(epochs=100), rs.Regressor(epochs=100), rs.Autoencoder(hidden=(5,), epochs=100)])
 def test_scikit_learns_own_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@parametrize_with_checks(
+    [rs.Classifier(), rs.Regressor(), rs.Autoencoder(), rs.Classifier(hidden=()), rs.Regressor(hidden=())]
+)
+def test_scikit_learns_own_checks_of_what_fit_decides(estimator, check):
     check(estimator)
 
 
@@ -92,8 +101,8 @@ def test_linear_regressor_with_proximal_l1_is_the_lasso(alpha):
     exact = Lasso(alpha=alpha, tol=1e-14, max_iter=100_000).fit(x, y)
     # scikit-learn's data loss is half of ours
     l1 = {"strength": 2 * alpha, "on": "out.weight", "how": "proximal"}
-    model = rs.Regressor(hidden=(), algo="sgd", learning_rate=0.1, batch_size=len(x), epochs=4000, shuffle=False)
-    model.fit(x, y, weight_l1=l1)
+    sgd = {"algo": "sgd", "learning_rate": 0.1, "batch_size": len(x), "epochs": 4000, "shuffle": False}
+    model = rs.Regressor(hidden=(), normalize=False, **sgd).fit(x, y, weight_l1=l1)
     found = model.module_.out.weight.detach().numpy()[0]
     np.testing.assert_allclose(found, exact.coef_, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(found == 0, exact.coef_ == 0)

@@ -67,7 +67,7 @@ def test_two_trainings_are_one_that_is_as_long(algo):
 
 def test_partial_fit_goes_on_for_an_epoch():
     model = rs.Classifier(hidden=(20,), random_state=5, **RULES)
-    once = weights(model.fit(*TRAIN, epochs=3))
+    once = weights(model.set_params(normalize=False).fit(*TRAIN, epochs=3))
     model = rs.Classifier(hidden=(20,), random_state=5, **RULES)
     for _ in range(3):
         model.partial_fit(*TRAIN, classes=range(10))
@@ -85,7 +85,7 @@ def test_every_optimizer_by_its_name(algo):
 
 
 def test_lbfgs_takes_whole_batches():
-    model = rs.Regressor(hidden=(), algo="lbfgs", batch_size=300, weight_l2=0.1, random_state=0)
+    model = rs.Regressor(hidden=(), algo="lbfgs", batch_size=300, weight_l2=0.1, normalize=False, random_state=0)
     x, y = X[:300].astype("f8"), Y[:300].astype("f8")
     model.fit(x, y, epochs=20)
     bias = np.c_[x, np.ones(300)]
@@ -243,7 +243,7 @@ def test_a_part_held_back():
         with pytest.raises(PlanError, match=message):
             rs.Classifier(valid=bad).fit(X, Y)
     with pytest.raises(PlanError, match="patience= needs validation data"):
-        rs.Classifier(patience=3).fit(X, Y)
+        rs.Classifier(epochs=5, patience=3).fit(X, Y)
 
 
 # Data
@@ -281,7 +281,7 @@ def test_weights_of_samples_count_as_repetitions():
     one = rs.Classifier(**given).fit(x, Y[:100], sample_weight=times)
     other = rs.Classifier(**given).fit(x.repeat(times, 0), Y[:100].repeat(times))
     np.testing.assert_allclose(one.predict_proba(x), other.predict_proba(x), rtol=1e-6)
-    third = rs.Classifier(**given).train((x, Y[:100], 5.0 * times))  # their scale doesn't matter
+    third = rs.Classifier(normalize=True, **given).train((x, Y[:100], 5.0 * times))  # their scale doesn't matter
     np.testing.assert_allclose(one.predict_proba(x), third.predict_proba(x), rtol=1e-6)
     with pytest.raises(ValueError, match="egative"):
         rs.Classifier().fit(x, Y[:100], sample_weight=-np.ones(100))

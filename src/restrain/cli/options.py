@@ -21,7 +21,10 @@ TRAINING: dict[str, tuple[Any, str]] = {
     "learning_rate": (click.FloatRange(min=0), "The optimizer's own, unless given."),
     "momentum": (click.FloatRange(0, 1, max_open=True), "For the optimizers that have one."),
     "batch_size": (click.IntRange(min=1), "Rows a step; 64, unless given."),
-    "epochs": (click.IntRange(min=1), "How often each row is seen at most; 100, unless given."),
+    "epochs": (
+        click.IntRange(min=1),
+        "How often each row is seen at most; unless given, until validation stops improving.",
+    ),
     "patience": (click.IntRange(min=1), "Stop after so many validations in a row without improvement."),
     "min_improvement": (click.FloatRange(min=0), "By what part a validation loss must be less to count as better."),
     "validate_every": (click.IntRange(min=1), "Epochs from one validation to the next."),
@@ -289,7 +292,6 @@ def chosen(option: str, names: Sequence[str], there: Sequence[str], source: str)
 
 _IN_PYTHON = {
     "valid=(X, y)": "--valid and a file",
-    "train, a method, which goes on where the model is": "--resume",
     "a dict needs a strength": "settings need a strength",
     "write its settings into a dict": "write its settings, as in strength=...,key=...",
     "is a rule: regularizers=[... ": "is a rule in a file for --plan, as [",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
@@ -21,18 +24,38 @@ from restrain import progress, registry
 from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
-from restrain.models import checkpoints, files, keywords, optimizers, settings
-from restrain.models.data import Samples, Scale, as_numbers, batches, generator, split
+from restrain.fields import brief, is_number, level_of_caller
+from restrain.models import checkpoints, defaults, files, keywords, optimizers, reading, settings
+from restrain.models.data import Samples, Scale, as_numbers, batches, dense, generator, split, standardize
 from restrain.models.layers import Dense, Network, outputs_of
+from restrain.models.losses import Loss, Ordinal, Shifted
 from restrain.models.monitors import Monitors
+from restrain.models.portable import Portable, to_onnx
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
-from restrain.models.signature import DEFAULTS, Init
+from restrain.models.signature import BEFORE, DEFAULTS, RESERVED, Init
 from restrain.models.specs import NORMS, RECURRENT, LayerData, as_list, forms, hidden, resolve
-from restrain.models.training import Task, Training
+from restrain.models.training import Training
 from restrain.report import write
 from restrain.transforms.normalization import Standardize
 
+_OF_NETWORKS = (
+    "algo",
+    "learning_rate",
+    "momentum",
+    "batch_size",
+    "max_gradient_norm",
+    "checkpoint",
+    "device",
+    "how",
+    "patience",
+)
+_MOST = 2**27  # numbers in the inputs of linear models that are fitted at once
+_NEW: dict[str, Any] = {"loss": None, "quantiles": None, "class_weight": None, "warm_start": False}  # not in 0.1
+_HINTS = {
+    **dict.fromkeys(("coef_", "intercept_"), ": only linear models have it (hidden=())"),
+    "feature_importances_": ": call importances(X, y) first, best with data that the model wasn't fitted on",
+}
 _AT_ONCE = 2**18  # numbers read at a time outside of training
 
 
@@ -62,25 +85,29 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     seed_: int
 
     def __getattr__(self, name: str) -> Any:
-        if not name.endswith("_") and name in keywords.names(tuple(DEFAULTS)):
+        if not name.endswith("_") and name in keywords.names(RESERVED):
             return None  # registered after this estimator was made
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        hint = _HINTS.get(name, "") if "module_" in vars(self) else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     def __getstate__(self) -> dict[str, Any]:
         # The user's classes come along, so that another process registers their names before
         # `clone` asks for them.
-        meant = {name: registry.lookup(name) for name in keywords.registered(tuple(DEFAULTS))}
+        meant = {name: registry.lookup(name) for name in keywords.registered(RESERVED)}
         kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
         return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
+        for name in set(_NEW) & set(self._get_param_names()) - set(state):
+            setattr(self, name, _NEW[name])
         for cls in state.get("_meant", ()):
             registry.adopt(cls)
 
     # ---------------------------------------------------------------- overridden by subclasses
 
-    def _task(self) -> Task:
+    def loss_function(self) -> Loss:
+        """Return the data loss."""
         raise NotImplementedError
 
     def _targets(self, x: Any, y: Any, reset: bool) -> Any:
@@ -93,6 +120,10 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def _check_split(self, part: Samples, held: Samples) -> None:
         """Warn of classes that are missing from the validation data."""
+
+    def _class_weights(self, targets: Any, weight: Any, reset: bool) -> Any:
+        """Return the weights of samples times those of their classes; None: all are 1."""
+        return weight
 
     _labels = False
     _has_targets = True
@@ -125,10 +156,39 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         fresh = "module_" not in vars(self)
         return self._run(self._start(*self._unpacked(data), valid, given, fresh=fresh))
 
-    def _fit(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool = True) -> Self:
-        for _ in self._run(self._start(x, y, weight, valid, given, fresh=fresh)):
+    def _fit(
+        self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool = True, offset: Any = None
+    ) -> Self:
+        for _ in self._run(self._start(x, y, weight, valid, given, fresh=fresh, offset=offset)):
             pass
         return self
+
+    def _fit_anew(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], offset: Any = None) -> Self:
+        """Fit with the decisions of `restrain.models.defaults` where the user left them "auto"."""
+        fresh = not (self.warm_start and "module_" in vars(self))
+        training = self._start(x, y, weight, valid, given, fresh=fresh, offset=offset, auto=True)
+        losses: list[float] = []
+        for train, _ in self._run(training):
+            losses.append(train["loss"])
+            if training.settings.algo is defaults.EXACT and defaults.converged(losses):
+                break
+        self._warn_unless_converged(training, losses)
+        return self
+
+    def _warn_unless_converged(self, training: Training, losses: list[float]) -> None:
+        """Warn as scikit-learn does if the loss was still falling when a training of ours ended."""
+        chosen = training.settings
+        if chosen.algo is defaults.EXACT:
+            ended, hint = defaults.converged(losses), "normalize=True or a small weight_l2= would help"
+        else:
+            ended = not training.decided or chosen.patience is None or training.best.worse >= chosen.patience
+            hint = "take a greater learning_rate=, or epochs= for a longer training"
+        if not ended:
+            warnings.warn(
+                f"{type(self).__name__} didn't converge in {training.done} epochs, the loss was still falling: {hint}",
+                ConvergenceWarning,
+                stacklevel=level_of_caller(),
+            )
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
         arrays = isinstance(data, list) and 0 < len(data) < 4 and all(hasattr(member, "shape") for member in data)
@@ -139,38 +199,105 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         x, y, weight = [*members, None, None][:3]
         return x, y, weight
 
-    def _start(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool) -> Training:
-        """Check data and keywords, build the network if `fresh`, and return the Training."""
-        chosen, of_rules, how = self.split_keywords(given)
+    def _start(
+        self,
+        x: Any,
+        y: Any,
+        weight: Any,
+        valid: Any,
+        given: dict[str, Any],
+        *,
+        fresh: bool,
+        offset: Any = None,
+        auto: bool = False,
+    ) -> Training:
+        """Check data and keywords, build the network if `fresh`, and return the Training.
+
+        With `auto`, decide what is left "auto" as `restrain.models.defaults` says.
+        """
+        first, _, _ = self.split_keywords(given)
+        samples = self._samples(x, y, weight, reset=fresh, offset=offset)
+        valid = self.valid if valid is None else valid
+        quiet, auto = isinstance(valid, str) and valid == "auto", auto and not checkpoints.is_of_0_1(first.checkpoint)
+        found, valid = self._decided(samples, given, valid) if auto else ({}, None if quiet else valid)
+        chosen, of_rules, how = self.split_keywords({**given, **found})
         place = running(chosen.device, chosen.precision)
-        samples = self._samples(x, y, weight, reset=fresh)
         if fresh:
-            self._build(samples, chosen, place)
+            self._build(samples, chosen, place, zero=defaults.is_linear(found))
         elif chosen.precision is not None:
             self.module_.to(torch.float64 if chosen.precision == "64" else torch.float32)
-        samples.dtype = next(self.module_.parameters()).dtype
-        part, held = self._split(samples, self.valid if valid is None else valid)
-        if chosen.patience is not None and held is None:
-            raise PlanError("patience= needs validation data: write valid=0.2, or valid=(X, y)")
-        if fresh and self.normalize:
-            self._learn_scales(part)
-        for some in (part, held):
-            if some is not None:
-                some.scale, some.dtype = self._scale, samples.dtype
-        algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
-        known = vars(self).get("_optimizer")
+        part, held = self._parts(samples, valid, fresh, auto, shifted=offset is not None, quiet=quiet)
+        _check_patience(chosen, held)
+        loss, known = self.loss_function(), vars(self).get("_optimizer")
         return Training(
             network=self.module_,
             rules=keywords.rules(of_rules, keywords.Context(self.layers_, how)),
-            task=self._task(),
+            decided=bool(found),
+            task=loss if offset is None or loss.scaled else Shifted(loss),
             train=part,
             valid=held,
             settings=chosen,
             seed=self.seed_,
             before=self.n_iter_,
-            state=known[1] if known is not None and known[0] == (algo, chosen.momentum) else None,
+            state=known[1] if known is not None and known[0] == _identity(chosen) else None,
             place=place,
         )
+
+    def _parts(
+        self, samples: Samples, valid: Any, fresh: bool, auto: bool, *, shifted: bool, quiet: bool
+    ) -> tuple[Samples, Samples | None]:
+        """Return training and validation samples; if `fresh`, learn scales and an intercept."""
+        samples.dtype = next(self.module_.parameters()).dtype
+        part, held = self._split(samples, valid, shifted, quiet=quiet)
+        if fresh and self._normalizes(auto):
+            self._learn_scales(part)
+        if fresh:
+            self._set_intercept(part, shifted)
+        for some in (part, held):
+            if some is not None:
+                some.scale, some.dtype = self._scale, samples.dtype
+        return part, held
+
+    def _normalizes(self, auto: bool) -> bool:
+        """Return whether to standardise; "auto": in `fit`, unless the output has an activation.
+
+        Raises:
+            PlanError: `normalize` is something else.
+        """
+        if self.normalize not in (True, False, "auto", None):
+            raise PlanError(f'normalize= is True, False or "auto", got {brief(self.normalize)}')
+        if self.normalize == "auto":
+            return auto and self.layers_[-1].get("activation", "linear") == "linear"
+        return bool(self.normalize)
+
+    def _decided(self, samples: Samples, given: dict[str, Any], valid: Any) -> tuple[dict[str, Any], Any]:
+        """Return (keywords, validation data) for what is left "auto" in this call."""
+        values, automatic = {**vars(self), **given}, isinstance(valid, str) and valid == "auto"
+        if values["epochs"] != "auto" or "lbfgs" in str(values["algo"]).lower():
+            return {}, None if automatic else valid
+        of_rules = self.split_keywords(given)[1]
+        rules = {name: value for name, value in of_rules.items() if value is not None and value is not False}
+        if self._is_linear:
+            valid = None if automatic else valid
+            ridge = all(name in ("weight_l2", "weight_decay") and is_number(value) for name, value in rules.items())
+            plain = valid is None and ridge and all(values[name] == DEFAULTS[name] for name in _OF_NETWORKS)
+            if plain and math.prod(samples.x.shape) < _MOST:
+                return defaults.linear(len(samples), values["precision"], smooth=self.loss_function().smooth), None
+            rules.setdefault("none by default", True)
+        elif automatic:
+            labels = samples.y if samples.labels and samples.y.ndim == 1 else None
+            valid = defaults.part(labels, len(samples))
+        share = valid if isinstance(valid, float) and 0 < valid < 1 else 0.0
+        sizes = (max(1, round(len(samples) * (1 - share))), values["batch_size"])
+        every = (valid is not None, values["patience"], values["validate_every"])
+        return defaults.network(*sizes, *every, rules=bool(rules)), valid
+
+    @property
+    def _is_linear(self) -> bool:
+        """True if there are no hidden layers."""
+        if self.layers is not None:
+            return len(self.layers) == 2 and all(isinstance(layer, int) for layer in self.layers)
+        return not as_list(self.hidden)
 
     def _run(self, training: Training) -> Iterator[tuple[Monitors, Monitors]]:
         chosen = training.settings
@@ -187,8 +314,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             self.history_ = earlier + training.history
             self.n_iter_ = training.before + training.done
             self.compiled_ = training.said
-            algo = chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo)
-            self._optimizer = ((algo, chosen.momentum), optimizers.method(training.optimizer, "state_dict")())
+            self._optimizer = (_identity(chosen), optimizers.method(training.optimizer, "state_dict")())
 
     def split_keywords(self, given: Mapping[str, Any]) -> tuple[Settings, dict[str, Any], Any]:
         """Return (settings of training, keywords of rules, `how`).
@@ -198,7 +324,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         Raises:
             PlanError: a keyword doesn't exist, or a setting of training isn't allowed.
         """
-        of_rules = keywords.names(tuple(DEFAULTS))
+        of_rules = keywords.names(RESERVED)
         known = (*settings.NAMES, "how", *of_rules)
         wrong = [name for name in given if name not in known]
         if wrong:
@@ -207,12 +333,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         for name in set(of_rules) & {name for name, value in given.items() if value is not None} - {"regularizers"}:
             own.update(dict.fromkeys(keywords.aliases(name, of_rules)))
         values = {**own, **given}
+        usual = {name: BEFORE[name] for name in ("epochs", "patience") if values[name] == "auto"}
+        values.update(usual)
         chosen = Settings(**{name: values[name] for name in settings.NAMES})
         return chosen, {name: values[name] for name in of_rules}, values["how"]
 
     # ---------------------------------------------------------------- data
 
-    def _samples(self, x: Any, y: Any, weight: Any, *, reset: bool) -> Samples:
+    def _samples(self, x: Any, y: Any, weight: Any, *, reset: bool, offset: Any = None) -> Samples:
         x = self._inputs(x, reset)
         if self._has_targets and y is None:
             raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
@@ -220,18 +348,22 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         if weight is not None:
             weight = _check_sample_weight(weight, x, dtype=np.float64, ensure_non_negative=True)
             rows = np.flatnonzero(weight) if not weight.all() else None
-        if rows is not None and len(rows) < len(x) and len(x) == len(np.asarray(y if y is not None else x)):
+        if rows is not None and len(rows) < x.shape[0] and (y is None or x.shape[0] == len(np.asarray(y))):
             x, weight = x[rows], weight[rows]
             y = None if y is None else np.asarray(y)[rows]
+            offset = None if offset is None else offset[rows]
         targets = self._targets(x, y, reset) if self._has_targets else None
         if targets is not None:
-            check_consistent_length(x, targets)
+            check_consistent_length(x, targets, offset)
+            weight = self._class_weights(targets, weight, reset)
+        if offset is not None:
+            targets = _shifted(targets, offset, self.loss_function().scaled)
         return Samples(x, targets, weight, labels=self._labels)
 
     def _inputs(self, x: Any, reset: bool) -> Any:
         """Return X as a checked array; an array of numbers isn't copied."""
         if getattr(x, "ndim", 2) != 3:
-            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric"), "X")
+            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric", accept_sparse="csr"), "X")
             layers = None if reset else self.layers_
             if layers and any(layer["form"] in RECURRENT for layer in layers):
                 raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
@@ -251,13 +383,18 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             )
         return x
 
-    def _split(self, samples: Samples, valid: Any) -> tuple[Samples, Samples | None]:
+    def _split(
+        self, samples: Samples, valid: Any, shifted: bool, *, quiet: bool = False
+    ) -> tuple[Samples, Samples | None]:
         if valid is None or (isinstance(valid, (int, float)) and valid is not False and valid == 0):
             return samples, None
         if isinstance(valid, (int, float, np.floating)):
             part, held = split(samples, float(valid), self.seed_)
-            self._check_split(part, held)
+            if not quiet:
+                self._check_split(part, held)
             return part, held
+        if shifted:
+            raise PlanError("validation data have no offset or exposure of their own: write a part, as in valid=0.2")
         return samples, self._samples(*self._unpacked(valid), reset=False)
 
     def _learn_scales(self, samples: Samples) -> None:
@@ -266,15 +403,18 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
         def chunks(array: Any) -> Iterator[Any]:
             for which in batches(len(samples), _rows(array)):
-                yield array[which if rows is None else rows[which]]
+                yield dense(array[which if rows is None else rows[which]])
 
-        self.input_scale_ = Standardize().fit(chunks(samples.x))
-        if self._has_targets and not self._labels:
-            self.target_scale_ = Standardize().fit(chunks(samples.y))
+        weight = None if samples.weight is None else samples.weight[slice(None) if rows is None else rows]
+        self.input_scale_ = standardize(lambda: chunks(samples.x), weight)
+        if self._has_targets and not self._labels and self.loss_function().scaled:
+            self.target_scale_ = standardize(lambda: chunks(samples.y), weight)
 
     @property
     def _scale(self) -> Scale | None:
-        return None if self.input_scale_ is None else Scale(self.input_scale_, self.target_scale_ or self.input_scale_)
+        if self.input_scale_ is None:
+            return None
+        return Scale(self.input_scale_, self.target_scale_ if self._has_targets else self.input_scale_)
 
     def tensors(self, X: Any, y: Any = None) -> tuple[Tensor, Tensor]:
         """Return inputs and targets as the fitted network and its loss see them, scaled."""
@@ -287,28 +427,52 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def data_loss(self, X: Any, y: Any = None) -> Tensor:
         """Return the data loss of the fitted network, averaged over samples, with its graph."""
         x, target = self.tensors(X, y)
-        return self._task().losses(self.module_(x), target).mean()
+        return self.loss_function().losses(self.module_(x), target).mean()
 
     # ---------------------------------------------------------------- the network
 
-    def _build(self, samples: Samples, chosen: Settings, place: Plain) -> None:
-        """Build a new network from `layers`, or from `hidden` and the sizes of the data."""
+    def _build(self, samples: Samples, chosen: Settings, place: Plain, *, zero: bool = False) -> None:
+        """Build a new network from `layers`, or from `hidden` and the sizes of the data.
+
+        With `zero`, its weights and biases start at zero; the thresholds of classes don't.
+        """
         given = self.layers
         if given is None:
             given = [self.n_features_in_, *as_list(self.hidden), self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
+        if isinstance(self.loss_function(), Ordinal):
+            layers[-1] = {**layers[-1], "form": "ordinal"}
         if samples.x.ndim == 3 and not self._steps:
             layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
         self.seed_ = place.agreed(self._new_seed(chosen))
         with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
+        with torch.no_grad():
+            for name, p in network.named_parameters():
+                if zero and not name.endswith("thresholds"):
+                    p.zero_()
         double = samples.x.dtype == np.float64 and str(chosen.device or "cpu") == "cpu"
         precision = chosen.precision or ("64" if double else "32")
         self.layers_, self.module_ = layers, network.double() if precision == "64" else network.float()
         self.module_.eval()
         self.history_, self.n_iter_, self.input_scale_, self.target_scale_ = [], 0, None, None
-        self.__dict__.pop("_optimizer", None)
+        for name in ("_optimizer", "conformal_", "feature_importances_"):
+            self.__dict__.pop(name, None)
+
+    def _set_intercept(self, samples: Samples, shifted: bool) -> None:
+        """Set the bias of the output to the best constant, if the loss has one and isn't scaled."""
+        bias = getattr(list(self.module_.children())[-1], "bias", None)
+        if self.loss_function().scaled or self._labels or not self._has_targets or not isinstance(bias, Tensor):
+            return
+        rows = slice(None) if samples.rows is None else samples.rows
+        y = np.asarray(samples.y[rows], np.float64)
+        y, offset = (y[..., :-1], y[..., -1:]) if shifted else (y, np.zeros(1))
+        weight = np.ones(1) if samples.weight is None else samples.weight[rows].reshape(-1, *[1] * (y.ndim - 1))
+        best = self.loss_function().constant(y, weight * np.ones(y[..., :1].shape), offset)
+        if best is not None:
+            with torch.no_grad():
+                bias.copy_(torch.as_tensor(best))
 
     @property
     def _steps(self) -> bool:
@@ -442,6 +606,76 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
             layer["size"] = _size(self.module_.get_submodule(layer["name"]), layer, before["size"])
         return report
 
+    @property
+    def coef_(self) -> Any:
+        """Slopes of a linear model in the units of the data, shape (outputs, features).
+
+        For one target of a Regressor (features,); for two classes one row, as of scikit-learn's. Of
+        the link's scale: log odds of classes, log means of counts.
+        """
+        return self._line()[0]
+
+    @property
+    def intercept_(self) -> Any:
+        """Intercept of a linear model; of the loss "ordinal" minus the thresholds θ."""
+        return self._line()[1]
+
+    def _line(self) -> tuple[Any, Any]:
+        if "module_" not in vars(self) or not self._has_targets or not reading.is_linear(self.module_):
+            raise AttributeError("only linear models have coefficients")
+        return self._shaped(*reading.line(self.module_, self.input_scale_, self.target_scale_, self._located()))
+
+    def _located(self) -> int | None:
+        """Return the number of outputs that are predictions; None: all."""
+        return None
+
+    def _shaped(self, slopes: Any, intercepts: Any) -> tuple[Any, Any]:
+        return slopes, intercepts
+
+    @property
+    def selected_features_(self) -> Any:
+        """Indices of the inputs with a weight in the first layer that isn't zero."""
+        check_is_fitted(self, "module_")
+        return reading.selected(self.module_)
+
+    def importances(self, X: Any, y: Any = None, *, repeats: int = 5, random_state: Any = None) -> Any:
+        """Return the fall of the score when a column is shuffled; also `feature_importances_`.
+
+        Args:
+            X, y: data, best such that the model wasn't fitted on.
+            repeats: shuffles per column.
+            random_state: seed of the shuffles.
+        """
+        check_is_fitted(self, "module_")
+        self.feature_importances_ = reading.importances(self, X, y, repeats, random_state)
+        return self.feature_importances_
+
+    def to_torch(self) -> Portable:
+        """Return one module from raw inputs to what `predict` returns, or `predict_proba`.
+
+        It is a copy, in evaluation mode, without gradients. It takes a float tensor (samples,
+        features) and gives the same numbers; of a Classifier with the loss "hinge" outputs.
+        """
+        check_is_fitted(self, "module_")
+        targets = None if self._scale is None or self._labels else self._scale.y
+        return Portable(self.module_, self.input_scale_, targets, *self._finish())
+
+    def to_onnx(self, path: str | os.PathLike[str]) -> Path:
+        """Write the module of `to_torch` as ONNX: input "x", output "prediction"; return the path.
+
+        Raises:
+            MissingExtraError: onnx or onnxscript isn't installed.
+            PlanError: the network reads sequences.
+            FileError: the file can't be written.
+        """
+        if any(layer["form"] in RECURRENT for layer in getattr(self, "layers_", [])):
+            raise PlanError("to_onnx is for tables; of networks that read sequences export to_torch() yourself")
+        return to_onnx(self.to_torch(), path, (self.n_features_in_,))
+
+    def _finish(self) -> tuple[Loss | None, bool]:
+        """Return (loss whose inverse link gives the predictions, whether they have one axis)."""
+        return self.loss_function(), False
+
     def _forward(self, x: Any) -> Tensor:
         """Return the network's output for all samples of x."""
         return torch.cat([self.module_(batch) for batch in self._ready(x)])
@@ -501,7 +735,8 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def _finished(self, output: Tensor) -> Any:
         """Convert the network's output to the user's units, as an array."""
-        return (output if self._scale is None else self._scale.y.inverse(output)).numpy()
+        scale = None if self._scale is None else self._scale.y
+        return (output if scale is None else scale.inverse(output)).numpy()
 
     def _layer(self, name: str | None) -> str:
         names = [layer["name"] for layer in self.layers_[1:]]
@@ -525,6 +760,24 @@ def _size(module: Any, layer: LayerData, before: int) -> int:
     return before if layer["form"] in (*NORMS, "last") else int(layer["size"])
 
 
+def _check_patience(chosen: Settings, held: Samples | None) -> None:
+    if chosen.patience is not None and held is None:
+        raise PlanError("patience= needs validation data: write valid=0.2, or valid=(X, y)")
+
+
+def _identity(chosen: Settings) -> tuple[str, Any]:
+    """Return what must be the same for an optimizer's state to be used again."""
+    return chosen.algo if isinstance(chosen.algo, str) else repr(chosen.algo), chosen.momentum
+
+
+def _shifted(targets: Any, offset: Any, scaled: bool) -> Any:
+    """Return the targets less the offset, or with it as a last column (see `losses.Shifted`)."""
+    column = offset.reshape(-1, *[1] * (targets.ndim - 1))
+    if scaled:
+        return targets - column
+    return np.concatenate([targets, np.broadcast_to(column, (*targets.shape[:-1], 1))], -1)
+
+
 def _rows(array: Any) -> int:
     """Return the number of samples to read at a time (at least 1)."""
-    return int(max(1, _AT_ONCE * len(array) // max(1, array.size)))
+    return int(max(1, _AT_ONCE // max(1, math.prod(array.shape[1:]))))

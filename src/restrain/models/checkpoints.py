@@ -14,6 +14,7 @@ from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.fields import brief, is_whole
 
 VERSION = 1
+_NEW = ("scaled",)  # parts of the identity that version 0.1 didn't write
 _PARTS = ("training", "done", "network", "optimizer", "rules", "best", "history")
 
 
@@ -50,7 +51,8 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
             raise
         raise PlanError(f"{str(path)!r} is not a checkpoint of a training ({error}); name another file") from error
     _check(state, path)
-    other = [key for key in belongs_to if not _same(state["training"].get(key), belongs_to[key])]
+    found = {**{key: belongs_to.get(key) for key in _NEW}, **state["training"]}
+    other = [key for key in belongs_to if not _same(found.get(key), belongs_to[key])]
     if other:
         raise PlanError(
             f"the checkpoint {str(path)!r} is of another training: {', '.join(other)} differ. Delete it to begin "
@@ -128,6 +130,15 @@ def alike(found: Any, wanted: Mapping[str, Tensor]) -> bool:
         and (tensor.shape, tensor.dtype) == (wanted[name].shape, wanted[name].dtype)
         for name, tensor in found.items()
     )
+
+
+def is_of_0_1(path: str | Path | None) -> bool:
+    """True if there is a checkpoint that version 0.1 wrote."""
+    try:
+        found = storage.read_torch(path)["training"] if path else None
+    except (FileError, LookupError, TypeError):  # `read` reports a foreign file later
+        return False
+    return isinstance(found, Mapping) and not set(_NEW) <= set(found)
 
 
 def seed(path: str | Path | None) -> int | None:

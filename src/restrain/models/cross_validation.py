@@ -27,7 +27,7 @@ from restrain.models.base import KeywordModel
 from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
 from restrain.models.linear import Linear
-from restrain.models.signature import Init
+from restrain.models.signature import BEFORE, Init
 from restrain.path_view import PathView
 from restrain.paths import Stability, by_dual_norm, stability_selection
 from restrain.penalties import SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, Penalty
@@ -116,6 +116,9 @@ class _Way:
         """Return the score on the test rows of the model at each strength."""
         found = []
         for model, _ in self.points(x[train], y[train], strengths):
+            if model.loss is not None:
+                found.append(float(model.score(x[test], y[test])))
+                continue
             predicted = np.asarray(model.predict(x[test]))
             right = predicted == y[test] if isinstance(model, Classifier) else -np.square(predicted - y[test])
             found.append(float(np.mean(right)))
@@ -149,7 +152,7 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         def __init__(self, layers: Any = None, **keywords: Any) -> None: ...
 
     else:
-        __init__ = Init(**_OWN)
+        __init__ = Init(**_OWN, **BEFORE)
 
     _model: ClassVar[type[KeywordModel]]
     strength_: float
@@ -396,7 +399,8 @@ class RegressorCV(RegressorMixin, _Chosen):  # type: ignore[misc]
         choice: "best" score, or "1se": the greatest strength within one standard error of paired
             differences, over folds.
 
-    Further keywords as in `Regressor`. Attributes: `strength_`, `strengths_`, `scores_` (strengths,
+    Further keywords as in `Regressor`; with a `loss` the models are trained, not exact, and points
+    have the model's score. Attributes: `strength_`, `strengths_`, `scores_` (strengths,
     folds; minus the squared error), `path_` (a dict per point), `weights_` (the network's tensors
     by name, an axis of points first), `estimator_`, `selected_features_`, and of linear models
     `coef_` and `intercept_`. Networks are fitted as far as the chosen point: so far go these two.
@@ -452,7 +456,9 @@ def _is_exact(model: KeywordModel, keyword: str, options: Mapping[str, Any]) -> 
     linear = model.layers is None and model.hidden in ((), []) and not set(options) & {"on", "every", "optional"}
     of_rules = model.split_keywords({})[1]
     others = [name for name, value in of_rules.items() if value is not None and value is not False]
-    if not linear or others or model.valid is not None or options.get("reduce", "sum") != "sum":
+    if not linear or others or model.loss is not None or model.valid is not None:
+        return False
+    if options.get("reduce", "sum") != "sum":
         return False
     what = keywords.rules({keyword: {**options, "strength": 1.0}}, Context(_LAYERS))[0].what
     leaves = [leaf for _, leaf in what.leaves()] if isinstance(what, Penalty) else []

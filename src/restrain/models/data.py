@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from torch import Tensor
 
 from restrain.errors import PlanError, RestrainWarning
@@ -67,18 +69,47 @@ def _no_numbers(given: Any, name: str) -> PlanError:
 
 @dataclass(frozen=True)
 class Scale:
-    """Standardisation of inputs (`x`) and targets (`y`)."""
+    """Standardisation of inputs (`x`) and, unless None, of targets (`y`)."""
 
     x: Standardize
-    y: Standardize
+    y: Standardize | None
 
     def inputs(self, x: Tensor) -> Tensor:
         """Return the inputs, standardised."""
         return self.x(x)  # type: ignore[no-any-return]
 
     def targets(self, y: Tensor) -> Tensor:
-        """Return the targets, standardised."""
-        return self.y(y)  # type: ignore[no-any-return]
+        """Return the targets, standardised unless `y` is None."""
+        return y if self.y is None else self.y(y)
+
+
+def standardize(chunks: Callable[[], Iterator[Any]], weight: Any) -> Standardize:
+    """Return the standardisation of samples by their mean and deviation, weighted.
+
+    Args:
+        chunks: returns blocks of samples, in order.
+        weight: above zero, of each sample; None: all are equal.
+    """
+    found = Standardize().fit(chunks())
+    if weight is None:
+        return found
+
+    def mean(formula: Callable[[Any], Any]) -> Any:
+        start, total = 0, 0.0
+        for block in chunks():
+            rows = np.asarray(block, np.float64)
+            w = np.asarray(weight[start : start + len(rows)], np.float64).reshape(-1, *[1] * (rows.ndim - 1))
+            total = total + (w * formula(rows)).reshape(-1, rows.shape[-1]).sum(0) / (
+                rows.size / len(rows) / rows.shape[-1]
+            )
+            start += len(rows)
+        return total / np.sum(weight, dtype=np.float64)
+
+    centre = mean(lambda rows: rows)
+    deviation = np.sqrt(mean(lambda rows: np.square(rows - centre)))
+    deviation = np.where(deviation <= 1e-12 * np.abs(centre), 1.0, deviation)
+    found.load_state_dict({"mean": torch.as_tensor(centre), "deviation": torch.as_tensor(deviation)})
+    return found
 
 
 @dataclass
@@ -99,7 +130,7 @@ class Samples:
     tensors: tuple[Tensor, Tensor | None, Tensor | None] | None = None  # all rows, after `load`
 
     def __len__(self) -> int:
-        return len(self.x) if self.rows is None else len(self.rows)
+        return self.x.shape[0] if self.rows is None else len(self.rows)
 
     @property
     def mean_weight(self) -> float:
@@ -120,13 +151,13 @@ class Samples:
         Inputs of dtype uint8 without a scale stay uint8; `batch` converts them.
         """
         some = [array for array in (self.x, self.y, self.weight) if array is not None]
-        size = sum(len(self) * array[:1].size for array in some) * self.dtype.itemsize
+        size = sum(len(self) * math.prod(array.shape[1:]) for array in some) * self.dtype.itemsize
         if self.tensors is not None or size > _LOADED or any(map(_is_mapped, some)):
             return
         if self.scale is not None or self.x.dtype != np.uint8:
             self.tensors = self.batch(slice(None))
         else:
-            x = np.ascontiguousarray(self.x if self.rows is None else self.x[self.rows])
+            x = np.ascontiguousarray(dense(self.x if self.rows is None else self.x[self.rows]))
             self.tensors = (torch.tensor(x, device="cpu"), *replace(self, x=self.x[:, :0]).batch(slice(None))[1:])
 
     def batch(self, which: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -145,6 +176,11 @@ class Samples:
         return x, y, None if self.weight is None else _tensor(self.weight, index, self.dtype)
 
 
+def dense(array: Any) -> Any:
+    """Return a sparse matrix as an array; others as they are."""
+    return array.toarray() if issparse(array) else array
+
+
 def _is_mapped(array: Any) -> bool:
     """True if the array is memory-mapped, or a view of a memory-mapped one."""
     while array is not None and not isinstance(array, np.memmap):
@@ -153,7 +189,7 @@ def _is_mapped(array: Any) -> bool:
 
 
 def _tensor(array: Any, index: Any, dtype: torch.dtype, scale: Any = None) -> Tensor:
-    part = torch.from_numpy(np.array(array[index]))
+    part = torch.from_numpy(np.array(dense(array[index])))
     return (part if scale is None else scale(part.double())).to(dtype)
 
 

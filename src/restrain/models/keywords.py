@@ -115,7 +115,6 @@ WORDS = {
     "activity_regularizer": "hidden_l1=",
     **dict.fromkeys(("clipnorm", "grad_clip", "max_grad_norm", "gradient_clip_val"), "max_gradient_norm="),
     **dict.fromkeys(("standardize", "scale"), "normalize="),
-    "warm_start": "train, a method, which goes on where the model is",
 }
 """Keywords of other libraries, each with the keyword to write instead."""
 

@@ -63,6 +63,31 @@ class Normalized(nn.Module):
         return ACTIVATIONS[self.activation](self.norm(x))  # type: ignore[no-any-return]
 
 
+class Cumulative(nn.Linear):
+    """log P(k) of classes in order, P(class ≤ k) = 1 / (1 + exp(w x - θₖ)).
+
+    The rising θ are `thresholds[0]` plus sums of the exponentials of the others.
+    """
+
+    def __init__(self, before: int, size: int) -> None:
+        super().__init__(before, 1, bias=False)
+        start = (torch.arange(1, size, device=self.weight.device, dtype=torch.float64) / size).logit()  # even classes
+        self.thresholds = nn.Parameter(torch.cat([start[:1], start.diff().log()]).to(self.weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        upper = self.rising() - super().forward(x)  # logits of class ≤ k
+        above, below = F.pad(F.logsigmoid(upper), (0, 1)), F.pad(F.logsigmoid(-upper), (1, 0))
+        step = F.pad((-(-self.thresholds[1:].exp()).expm1()).log(), (1, 1))
+        return above + below + step  # σ(a) - σ(b) = σ(a) σ(-b) (1 - exp(b - a))
+
+    def rising(self) -> Tensor:
+        """Return the θ."""
+        return self.thresholds[:1] + F.pad(self.thresholds[1:].exp().cumsum(0), (1, 0))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} to {len(self.thresholds) + 1} classes in order"
+
+
 class Rnn(nn.RNN):
     """States of all steps of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu."""
 
@@ -116,6 +141,8 @@ class Network(nn.Module):
             return Rnn(before, size, nonlinearity=activation, batch_first=True)
         if form in RECURRENT:
             return (Lstm if form == "lstm" else Gru)(before, size, batch_first=True)
+        if form == "ordinal":
+            return Cumulative(before, size)
         if form == "last":
             return LastStep()
         raise PlanError(f"no form of layer is called {form!r}")

@@ -69,7 +69,12 @@ def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]
     if isinstance(model, Regressor):
         for name in ("is_flat_", "targets_of_steps_"):
             found[name] = ("true or false", lambda v: isinstance(v, bool))
-        found["n_outputs_"] = (f"{last}, the size of the last layer", lambda v: is_whole(v) and v == last)
+        found["n_outputs_"] = (
+            f"a number of targets that needs {last} outputs",
+            lambda v: is_whole(v, 1) and model.loss_function().outputs(v) == last,
+        )
+        targets = vars(model).get("n_outputs_")
+        found["target_scale_"] = (f"None, or what scales {targets} targets", lambda v: _scales(v, targets))
     return found
 
 

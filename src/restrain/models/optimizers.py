@@ -74,9 +74,8 @@ def make(
         options["momentum"] = _checked_momentum(algo, build, momentum)
     if options.get("nesterov") and options["momentum"] == 0:
         raise PlanError("algo='nag' needs a momentum above zero; without momentum it is 'sgd'")
-    build = functools.partial(_light, build) if build in _CLASSES.values() else build
     try:
-        made = build(list(parameters), **options)
+        made = _lightly(build)(list(parameters), **options)
     except (TypeError, ValueError) as error:
         raise PlanError(f"algo={algo!r} can't be made of the parameters and {options}: {error}") from error
     if not isinstance(made, Optimizer):
@@ -128,6 +127,13 @@ def set_rate(optimizer: Optimizer, learning_rate: Any, epoch: int) -> None:
 #
 # torch wraps the methods of its optimizers for torch.compile, and imports the compiler at the
 # first call, which takes nearly a second. No compiled code calls the optimizer of a keyword model.
+
+
+def _lightly(build: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `_light` of a class of `torch.optim`, or of a partial of one; others as they are."""
+    if isinstance(build, functools.partial) and build.func in _CLASSES.values() and not build.args:
+        return functools.partial(_light, build.func, **build.keywords)
+    return functools.partial(_light, build) if build in _CLASSES.values() else build
 
 
 def _light(cls: Any, parameters: list[nn.Parameter], **options: Any) -> Any:

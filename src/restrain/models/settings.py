@@ -23,9 +23,11 @@ class Settings:
             0; None keeps the optimizer's default.
         momentum: for optimizers that have one; None keeps the default.
         batch_size: samples per step.
-        epochs: greatest number of passes over the data.
+        epochs: greatest number of passes over the data; "auto": 100 in `train`, and in `fit` as
+            long as the validation loss falls (see `restrain.models.defaults`).
         shuffle: draw a new order of the samples in each epoch.
-        patience: stop after this number of validations in a row without improvement; None: never.
+        patience: stop after this number of validations in a row without improvement; None: never;
+            "auto": as `epochs` says.
         min_improvement: least decrease that counts, as a fraction of the best validation loss.
         validate_every: epochs from one validation to the next.
         max_gradient_norm: clip the norm of the gradient of all parameters; None: don't.

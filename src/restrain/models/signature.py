@@ -14,12 +14,19 @@ DEFAULTS = {
     "layers": None,
     "hidden": (100,),
     "activation": "relu",
-    "normalize": False,
+    "normalize": "auto",
     "how": None,
+    "loss": None,
     **{name: getattr(Settings, name) for name in settings.NAMES},
-    "valid": None,
+    "epochs": "auto",
+    "patience": "auto",
+    "valid": "auto",
+    "warm_start": False,
     "random_state": None,
 }
+
+BEFORE = {"normalize": False, "epochs": Settings.epochs, "patience": None, "valid": None}  # without decisions of `fit`
+RESERVED = (*DEFAULTS, "quantiles", "class_weight")  # names that no registered penalty takes
 
 
 class Init:
@@ -59,6 +66,6 @@ def _signature(others: Mapping[str, Any]) -> inspect.Signature:
         kinds("self", kinds.POSITIONAL_OR_KEYWORD),
         kinds("layers", kinds.POSITIONAL_OR_KEYWORD, default=None),
     ]
-    rest = {**DEFAULTS, **dict.fromkeys(keywords.names((*DEFAULTS, *others))), **others}
+    rest = {**DEFAULTS, **dict.fromkeys(keywords.names((*RESERVED, *others))), **others}
     del rest["layers"]
     return inspect.Signature([*parameters, *(kinds(n, kinds.KEYWORD_ONLY, default=v) for n, v in rest.items())])

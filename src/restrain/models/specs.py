@@ -100,7 +100,11 @@ def checked(layers: Any) -> list[LayerData]:
     dense: list[str] = []
     for number, layer in enumerate(layers):
         form, size = layer.get("form"), layer.get("size")
-        if form not in (("input",) if not number else (*FORMS, "last")) or not is_whole(size, 1) or size > _LARGEST:
+        if (
+            form not in (("input",) if not number else (*FORMS, "last", "ordinal"))
+            or not is_whole(size, 1)
+            or size > _LARGEST
+        ):
             raise PlanError(f"a layer has a form, and a size from 1 to {_LARGEST:,}; got {brief(layer)}")
         known = {"rnn": ("tanh", "relu")}.get(form, ACTIVATIONS)
         if layer.get("activation", "linear" if known is ACTIVATIONS else None) not in known:

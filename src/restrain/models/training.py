@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from restrain.fields import level_of_caller
 from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
+from restrain.models.losses import Loss
 from restrain.models.monitors import Means, Monitors, evaluating, penalties, training_values
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
@@ -33,16 +34,6 @@ _SOME = 1_000  # updates of a small network from which on recording them pays
 _LONG = 20_000  # updates from which on compiling pays
 _HEAVY = 1e7  # entries × samples for which an update counts twice
 _WAITING = {"recorded": "the training is short", "later": "an eighth of the epochs comes first"}  # why not compiled
-
-
-class Task(Protocol):
-    """Loss and scores of each sample."""
-
-    def losses(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the data loss of each sample, shape (batch,)."""
-
-    def scores(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return further scores by name, each of shape (batch,)."""
 
 
 @dataclass
@@ -78,6 +69,7 @@ class Training:
         state: state of the optimizer to continue with.
         place: where to run.
         history: a dict per epoch, filled during training.
+        decided: the settings are those of `restrain.models.defaults`, not the user's.
 
     Raises:
         PlanError: the optimizer or a rule can't be used here.
@@ -85,7 +77,7 @@ class Training:
 
     network: Network
     rules: list[Rule]
-    task: Task
+    task: Loss
     train: Samples
     valid: Samples | None
     settings: Settings
@@ -94,6 +86,7 @@ class Training:
     state: dict[str, Any] | None = None
     place: Plain = field(default_factory=Plain)
     history: list[dict[str, Any]] = field(default_factory=list)
+    decided: bool = False
 
     def __post_init__(self) -> None:
         self.network.to(self.place.device)
@@ -322,6 +315,7 @@ class Training:
             "validation data": fingerprint(self.valid),
             "seed": self.seed,
             "epochs before": self.before,
+            "scaled": self.train.scale is not None,
         }
 
     def _checkpoint(self) -> None:

@@ -1,0 +1,82 @@
+"""Decisions of `fit` where `epochs="auto"`: length, validation part, patience, a small L2.
+
+Networks are trained for at most `UPDATES` updates, so that small tables are seen more often than
+large ones. A fifth of the samples, of each class in proportion, is held back; training ends when
+the validation loss hasn't fallen for `PATIENCE` updates, and the best weights are restored. Without
+rules of the user's there is a small L2. Linear models (`hidden=()`) are fitted to convergence by
+L-BFGS on all samples, without validation and without a penalty.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+UPDATES, PATIENCE, EVERY = 4_000, 400, 20  # of the optimizer; EVERY: between two validations
+FIXED = 1_000  # updates without validation
+VALID, LEAST = 0.2, 50  # the part held back, if there are so many samples
+L2 = 1e-4
+ROUNDS = 50  # of L-BFGS, each of up to 1,000 iterations
+
+EXACT = functools.partial(
+    torch.optim.LBFGS, max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+)
+
+
+def network(samples: int, batch_size: int, valid: Any, patience: Any, every: int, *, rules: bool) -> dict[str, Any]:
+    """Return the keywords of a network's training.
+
+    Args:
+        samples: number of samples to train on.
+        batch_size: samples per update.
+        valid: True if there are validation data.
+        patience: "auto", or the user's.
+        every: epochs between validations; 1 may be changed.
+        rules: True if the user gave any.
+    """
+    in_epoch = math.ceil(samples / batch_size)
+    found: dict[str, Any] = {} if rules else {"weight_l2": L2}
+    if not valid:
+        return {**found, "epochs": math.ceil(FIXED / in_epoch), "patience": None if patience == "auto" else patience}
+    every = max(1, round(EVERY / in_epoch)) if every == 1 else every
+    allowed = math.ceil(PATIENCE / (every * in_epoch)) if patience == "auto" else patience
+    return {**found, "epochs": math.ceil(UPDATES / in_epoch), "patience": allowed, "validate_every": every}
+
+
+def linear(samples: int, precision: Any, *, smooth: bool) -> dict[str, Any]:
+    """Return the keywords that fit a linear model to convergence on all samples.
+
+    Losses with kinks are minimised by Adam, at a rate that falls to zero.
+    """
+    found = {"batch_size": samples, "shuffle": False, "precision": precision or "64", "patience": None}
+    if smooth:
+        return {**found, "algo": EXACT, "epochs": ROUNDS, "compile": False}
+    return {**found, "learning_rate": _falling, "epochs": FIXED}
+
+
+def is_linear(found: dict[str, Any]) -> bool:
+    """Return True for the keywords of a linear model."""
+    return "shuffle" in found
+
+
+def _falling(epoch: int) -> float:
+    return 0.05 * (1 - epoch / FIXED)
+
+
+def part(labels: Any, samples: int) -> float | None:
+    """Return the part to hold back; None where the samples, or those of classes, are too few."""
+    if samples < LEAST:
+        return None
+    classes = 0 if labels is None else len(np.unique(labels))
+    return VALID if samples - round(VALID * samples) >= classes else None
+
+
+def converged(losses: list[float]) -> bool:
+    """Return True if the last round of L-BFGS changed nothing."""
+    if len(losses) < 2:
+        return False
+    return abs(losses[-2] - losses[-1]) <= 1e-12 * max(abs(losses[-1]), 1e-3)
