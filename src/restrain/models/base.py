@@ -104,6 +104,11 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
         for cls in state.get("_meant", ()):
             registry.adopt(cls)
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
     # ---------------------------------------------------------------- overridden by subclasses
 
     def loss_function(self) -> Loss:
