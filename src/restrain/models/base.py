@@ -106,7 +106,7 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
-        tags.input_tags.sparse = True
+        tags.input_tags.sparse = self._has_targets
         return tags
 
     # ---------------------------------------------------------------- overridden by subclasses
@@ -368,7 +368,8 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     def _inputs(self, x: Any, reset: bool) -> Any:
         """Return X as a checked array; an array of numbers isn't copied."""
         if getattr(x, "ndim", 2) != 3:
-            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, dtype="numeric", accept_sparse="csr"), "X")
+            kinds = {"dtype": "numeric", "accept_sparse": "csr" if self._has_targets else False}
+            x = as_numbers(x, lambda: validate_data(self, x, reset=reset, **kinds), "X")
             layers = None if reset else self.layers_
             if layers and any(layer["form"] in RECURRENT for layer in layers):
                 raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
