@@ -80,7 +80,6 @@ class Restrain:
 
 class SaeLens:
     name = "sae-lens"
-    sparse = False
 
     def __init__(self, rows, batch):
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -88,7 +87,7 @@ class SaeLens:
         from sae_lens.training.sae_trainer import SAETrainer
 
         features, width = rows.shape
-        config = TopKTrainingSAEConfig(d_in=width, d_sae=features, k=K, use_sparse_activations=self.sparse)
+        config = TopKTrainingSAEConfig(d_in=width, d_sae=features, k=K)
         self.sae = TopKTrainingSAE(config)
         with torch.no_grad():
             self.sae.W_dec.copy_(rows)
@@ -104,11 +103,6 @@ class SaeLens:
     def reconstruct(self, x):
         code = self.sae.encode(x)
         return self.sae.decode(code), code.to_dense()
-
-
-class SparseSaeLens(SaeLens):
-    name = "sae-lens, use_sparse_activations"
-    sparse = True
 
 
 class DictionaryLearning:
@@ -136,7 +130,7 @@ class DictionaryLearning:
         return self.trainer.ae(x, output_features=True)
 
 
-LIBRARIES = (Restrain, SaeLens, SparseSaeLens, DictionaryLearning)
+LIBRARIES = (Restrain, SaeLens, DictionaryLearning)
 
 
 def made(rows, batch):
