@@ -5,13 +5,14 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.feature_selection import RFE, SelectFromModel
-from sklearn.linear_model import ElasticNet, Lasso, LassoCV, LogisticRegression
-from sklearn.model_selection import KFold
+from sklearn.linear_model import ElasticNet, Lasso, LassoCV, LogisticRegression, MultiTaskLasso
+from sklearn.model_selection import KFold, ShuffleSplit
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import restrain as rs
 from restrain.errors import PlanError
 from restrain.models.linear import Linear
+from restrain.paths import Point, of_points
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((80, 10))
@@ -61,6 +62,45 @@ def test_every_point_of_an_elastic_net_path():
         alpha = s * (0.7 / 2 + 0.4)
         best = ElasticNet(alpha=alpha, l1_ratio=0.35 * s / alpha, tol=1e-13, max_iter=100_000).fit(X, Y)
         np.testing.assert_allclose(w[0], best.coef_, atol=1e-8)
+
+
+@pytest.mark.parametrize("outputs", [pytest.param(1, marks=pytest.mark.slow), 2])  # 1: numba
+def test_every_point_of_a_group_lasso_path(outputs):
+    """skglm's group lasso; with several outputs scikit-learn's, whose groups are the rows of an input."""
+    y = np.stack([Y, Y - 2 * X[:, 5]], 1)[:, :outputs]
+    problem, groups = Linear.of(X, y, 0), [[0, 1], [2, 3, 4], [5], [6, 7, 8, 9]]
+    penalty = rs.GroupLasso(per={"in": groups} if outputs == 1 else "in")
+    grid = strengths(problem, penalty, points=5)
+    for (w, b), s in list(zip(problem.path(penalty, grid), grid, strict=True))[1:]:
+        if outputs == 1:
+            pytest.importorskip("skglm")
+            best = group_lasso_of_skglm(X - X.mean(0), Y - Y.mean(), groups, s / 2)
+            np.testing.assert_allclose(w[0], best, atol=1e-6)
+            continue
+        best = MultiTaskLasso(alpha=s * 2**0.5, tol=1e-13, max_iter=100_000).fit(X, y)  # of Σ over outputs / (2 n)
+        np.testing.assert_allclose(w, best.coef_, atol=1e-6)
+        np.testing.assert_allclose(b, best.intercept_, atol=1e-6)
+
+
+def group_lasso_of_skglm(x, y, groups, alpha):
+    from skglm.datafits import QuadraticGroup
+    from skglm.penalties import WeightedGroupL2
+    from skglm.solvers import GroupBCD
+
+    starts, order = np.cumsum([0, *map(len, groups)]).astype(np.int32), np.concatenate(groups).astype(np.int32)
+    weights = np.array([len(one) ** 0.5 for one in groups])
+    datafit, penalty = QuadraticGroup(starts, order), WeightedGroupL2(alpha, weights, starts, order)
+    return GroupBCD(max_iter=1000, tol=1e-12).solve(np.asfortranarray(x), y, datafit, penalty)[0]
+
+
+def test_every_point_of_a_logistic_path():
+    problem = Linear.of(X, X[:, 0] + 0.5 * RNG.standard_normal(80) > 0, 2)
+    grid = strengths(problem, rs.L1(), points=4)
+    for (w, b), s in list(zip(problem.path(rs.L1(), grid), grid, strict=True))[1:]:
+        best = LogisticRegression(l1_ratio=1.0, C=1 / (80 * s), solver="saga", tol=1e-11, max_iter=100_000)
+        best.fit(X, problem.y[:, 1].numpy())
+        np.testing.assert_allclose(w[1] - w[0], best.coef_[0], atol=1e-6)
+        assert float(b[1] - b[0]) == pytest.approx(best.intercept_[0], abs=1e-6)
 
 
 def test_every_point_of_a_multinomial_path():
@@ -132,6 +172,39 @@ def test_one_standard_error_takes_a_greater_strength():
     near = differences.mean(1) <= differences.std(1, ddof=1) / 2
     assert one.strength_ == best.strengths_[near].max()
     assert one.strength_ > best.strength_
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_standard_error_is_that_of_a_path(seed):
+    """The rule of Path.one_se, with folds as samples and inputs as groups."""
+    rng = np.random.default_rng(seed)
+    y = 0.5 * X[:, 0] + rng.standard_normal(80)
+    found = rs.RegressorCV(points=15, cv=4, choice="1se").fit(X, y)
+    columns = [[i] for i in range(10)]
+    points = [
+        Point(k, s, "down", row.mean(), torch.as_tensor(row), int(one["selected"]), 10, *[float("nan")] * 4)
+        for k, (s, row, one) in enumerate(zip(found.strengths_, found.scores_, found.path_, strict=True))
+    ]
+    path = of_points(points, [{}] * 15, [{"inputs": torch.zeros(len(columns))}] * 15)
+    assert found.strength_ == path.one_se().strength
+    assert rs.RegressorCV(points=15, cv=4).fit(X, y).strength_ == path.best().strength
+
+
+def test_one_standard_error_of_ridge_and_of_networks():
+    ridge = {"path": {"weight_l2": {}}, "strengths": np.geomspace(1e-3, 10, 8), "cv": 4}
+    best, one = (rs.RegressorCV(choice=choice, **ridge).fit(X, Y) for choice in ("best", "1se"))
+    differences = best.scores_.max(0) * 0 + best.scores_[best.scores_.mean(1).argmax()] - best.scores_
+    near = differences.mean(1) <= differences.std(1, ddof=1) / 2
+    assert one.strength_ == best.strengths_[near].max() > best.strength_
+    path = {"group_lasso": {"how": "proximal", "per": "in", "on": "hid1.weight"}}
+    given = {"path": path, "strengths": [0.003, 0.03, 30.0], "cv": 2, "epochs": 5, "learning_rate": 0.01}
+    found = rs.RegressorCV(hidden=(4,), random_state=0, choice="1se", **given).fit(X, Y)
+    counts = {one["strength"]: one["selected"] for one in found.path_}
+    assert counts[found.strength_] == len(found.selected_features_)
+    with pytest.raises(PlanError, match="two scores or more"):
+        rs.RegressorCV(choice="1se", cv=ShuffleSplit(1, random_state=0), points=3).fit(X, Y)
+    single = rs.RegressorCV(cv=ShuffleSplit(1, random_state=0), points=3).fit(X, Y)
+    assert np.isnan([one["error"] for one in single.path_]).all()
 
 
 def test_in_the_units_of_the_data():

@@ -54,18 +54,57 @@ DUALS = {
     "weighted": (rs.Weighted(rs.L1(), W.abs() + 1), (np.abs(A) / (np.abs(A) + 1)).max()),
     "owl": (rs.SLOPE(weights=tuple(range(48, 0, -1))), top_of_owl(A, range(48, 0, -1))),
     "mcp": (rs.MCP(3.0), np.abs(A).max()),
+    "mcp with an early knee": (rs.MCP(0.01), np.abs(A).max()),
+    "scad": (rs.SCAD(0.01, 0.02), np.abs(A).max()),
+    "log sum": (2 * rs.LogSum(0.1), 0.1 * np.abs(A).max() / 2),
+    "weighted mcp": (rs.Weighted(rs.MCP(0.1), W.abs() + 1), (np.abs(A) / (np.abs(A) + 1)).max()),
 }
 
 
 @pytest.mark.parametrize("name", DUALS)
 def test_least_strength_is_the_dual_norm(name):
     penalty, expected = DUALS[name]
-    if name == "mcp":  # not homogeneous: the slope at zero counts, which a small step sees
-        assert least_strength(penalty, 1e-3 * W) == pytest.approx(1e-3 * expected, rel=1e-6)
-        return
     assert least_strength(penalty, W) == pytest.approx(expected, rel=1e-9)
     assert least_strength(penalty, 7 * W) == pytest.approx(7 * expected, rel=1e-9)
     assert least_strength(penalty, 1.001 * W) != pytest.approx(expected, rel=1e-5)  # the oracle at another tensor
+
+
+@pytest.mark.parametrize("penalty", [rs.Lp(0.5), rs.Lp(0.99), 2 * rs.Lp(0.1)])
+def test_an_infinite_slope_holds_the_origin_at_any_strength(penalty):
+    assert least_strength(penalty, W) == 0
+
+
+@pytest.mark.slow  # numba
+@pytest.mark.parametrize("theirs", ["MCP", "SCAD"])
+def test_zeros_of_mcp_and_scad_begin_where_those_of_skglm_do(theirs):
+    """All of skglm's coefficients are zero from this strength on, and not 1 % below it."""
+    penalties, skglm = pytest.importorskip("skglm.penalties"), pytest.importorskip("skglm")
+    x, y = regression()
+    gradient = x.T @ (y - y.mean()) / len(y)
+    ours = {"MCP": rs.MCP(0.5), "SCAD": rs.SCAD(0.5, 1.0)}[theirs]
+    top = least_strength(ours, torch.from_numpy(gradient))
+    for factor, zero in ((1.0, True), (0.99, False)):
+        s = factor * top
+        penalty = penalties.MCPenalty(s, 3.0) if theirs == "MCP" else penalties.SCAD(s, 3.7)
+        fitted = skglm.GeneralizedLinearEstimator(penalty=penalty).fit(x - x.mean(0), y - y.mean())
+        assert (fitted.coef_ == 0).all() == zero
+
+
+def test_a_path_under_mcp_ends_where_the_origin_is_stationary():
+    x, y = regression()
+    X, Y = torch.from_numpy(x), torch.from_numpy(10 * y)[:, None]
+    loss = lambda m: (m(X) - Y).square().mean() / 2  # noqa: E731
+    found = greatest(nn.Linear(10, 1).double(), rs.MCP(1.0).on("weight", how="proximal"), loss)
+    assert found.found == "dual norm"
+    assert found.strength == pytest.approx(10 * np.abs((x - x.mean(0)).T @ (y - y.mean())).max() / 60, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_where_any_strength_holds_the_origin_the_end_is_searched():
+    x, y = regression()
+    X, Y = torch.from_numpy(x), torch.from_numpy(y)[:, None]
+    loss = lambda m: (m(X) - Y).square().mean() / 2  # noqa: E731
+    assert greatest(nn.Linear(10, 1).double(), rs.Lp(0.5).on("weight", how="proximal"), loss).found == "search"
 
 
 def test_entries_without_a_penalty_stay():

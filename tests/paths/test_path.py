@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.errors import FileError, MissingFileError, OptimizerError, PenaltyError, PlanError
-from restrain.paths import Path
+from restrain.paths import Path, within_one_error
 
 RNG = np.random.default_rng(0)
 x = RNG.standard_normal((90, 12))
@@ -192,10 +192,113 @@ def test_one_standard_error_by_paired_differences():
     assert found.best().index == best
     differences = scores[best] - scores
     near = differences.mean(1) <= differences.std(1, ddof=1) / 30**0.5
-    fewest = min(np.flatnonzero(near), key=lambda k: (found[k].selected, -scores[k].mean()))
+    fewest = min(np.flatnonzero(near), key=lambda k: (found[k].selected, -found[k].strength))
     assert found.one_se().index == fewest
     with pytest.raises(PlanError, match="one a sample"):
         path(score=lambda m: float(score(m).mean())).one_se()
+    with pytest.raises(PlanError, match="two scores or more"):
+        path(points=2, score=lambda m: score(m)[:1]).one_se()
+    calls = []
+    with pytest.raises(PlanError, match="got 28 and 29 of them"):
+        path(points=2, direction="down", score=lambda m: calls.append(1) or score(m)[len(calls) :]).one_se()
+
+
+def within_one_error_in_loops(scores):
+    """Points whose mean difference from one of the best is at most its standard error."""
+    near = set()
+    for best in (row for row in scores if sum(row) == max(map(sum, scores))):
+        for k, row in enumerate(scores):
+            d = [a - b for a, b in zip(best, row, strict=True)]
+            mean = sum(d) / len(d)
+            error = (sum((one - mean) ** 2 for one in d) / (len(d) - 1) / len(d)) ** 0.5
+            near |= {k} if mean <= error else set()
+    return near
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_rule_of_one_standard_error_in_loops(seed):
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal(8)  # what samples have in common doesn't count in pairs
+    scores = 5 * common + 0.3 * rng.standard_normal((12, 8)) - 0.1 * np.arange(12)[:, None]
+    scores[rng.integers(12)] = scores[rng.integers(12)]  # some equals
+    found = set(within_one_error(torch.from_numpy(scores)).nonzero()[:, 0].tolist())
+    assert found == within_one_error_in_loops(scores.tolist())
+    assert 0 < len(found) < 12
+    unpaired = scores.mean(1) >= scores.mean(1).max() - scores[scores.mean(1).argmax()].std(ddof=1) / 8**0.5
+    assert found != set(np.flatnonzero(unpaired).tolist())
+
+
+def test_ridge_paths_have_a_sparsest_point_too():
+    """All points have as many groups: the greatest strength is the simplest."""
+    found = path(rules=rs.L2().on("weight"), strengths=np.geomspace(1e-4, 1e-2, 5).tolist())
+    near = within_one_error(torch.stack([point.scores for point in found.points]))
+    assert near.sum() > 1
+    assert found.one_se().strength == max(found[k].strength for k in near.nonzero()[:, 0].tolist())
+
+
+# ---------------------------------------------------------------- gradual removal
+
+
+def least_squares(where):
+    """Weights of least squares on some columns, and zeros."""
+    w = np.zeros(12)
+    xc, yc = x[:60][:, where] - x[:60][:, where].mean(0), y[:60] - y[:60].mean()
+    w[where] = np.linalg.lstsq(xc, yc, rcond=None)[0]
+    return w
+
+
+def removed_in_loops(counts):
+    """Weights after each removal: least squares on the largest entries of the ones before."""
+    where, found = np.arange(12), []
+    for count in counts:
+        w = least_squares(where)
+        where = np.sort(np.argsort(-np.abs(w), kind="stable")[:count])
+        found.append(least_squares(where))
+    return found
+
+
+def test_gradual_removal_by_hand():
+    found = path(direction="removal", points=6, ratio=0.1, fit=lambda m, reg: fit(m, reg, 400))
+    parts = [0.1 + 0.9 * (1 - k / 5) ** 3 for k in range(6)]
+    counts = sorted({max(1, round(12 * part)) for part in parts}, reverse=True)
+    assert [point.selected for point in found.points] == counts == [12, 7, 4, 2, 1]
+    assert [point.strength for point in found.points] == [1 - count / 12 for count in counts]
+    for point, w in zip(found.points, removed_in_loops(counts), strict=True):
+        np.testing.assert_allclose(found.model(point).weight.detach().numpy()[0], w, atol=1e-8)
+        assert point.residual < 1e-6
+    other = removed_in_loops([12, 1])[-1]
+    assert np.abs(other - removed_in_loops(counts)[1]).max() > 0.1  # the oracle at other counts
+    assert found.greatest.found == "removal"
+    assert "gradual removal" in str(found)
+    assert {point.direction for point in found.points} == {"removal"}
+
+
+def test_counts_of_gradual_removal():
+    found = path(direction="removal", strengths=[0.5, 2, 1.0, 1, 100])
+    assert [point.selected for point in found.points] == [12, 6, 2, 1]
+    for wrong in ([], [0], [1.5], ["a"], 3, [True]):
+        with pytest.raises(PlanError, match="how many groups are kept"):
+            path(direction="removal", strengths=wrong)
+    with pytest.raises(PlanError, match="leave refit= out"):
+        path(direction="removal", refit=True)
+
+
+def test_removal_goes_over_the_groups_of_all_tensors(tmp_path):
+    """Any how, a prox isn't needed; the shortest groups of both layers together go, as TopGroups has it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    rule = rs.GroupLasso(per="in").on("*.weight")
+    given = {"direction": "removal", "strengths": [17, 9, 4], "folder": tmp_path / "a", "fixed": rs.L2().on("0.bias")}
+    found = path(model, rule, lambda m, reg: fit(m, reg, 20), **given)
+    lengths = [
+        torch.cat([w.norm(dim=0) for w in (found.model(k)[0].weight, found.model(k)[2].weight)]) for k in range(3)
+    ]
+    for before, after, count in ((0, 1, 9), (1, 2, 4)):
+        kept = lengths[before].argsort(descending=True)[:count].sort().values
+        assert lengths[after].nonzero()[:, 0].tolist() == kept.tolist()
+    again = path(model, rule, lambda m, reg: pytest.fail("fitted again"), **given)
+    assert again[2].score == found[2].score
+    assert found.plot(tmp_path / "removal.png").stat().st_size > 10_000
 
 
 def test_table_frame_and_picture(tmp_path):
@@ -205,6 +308,8 @@ def test_table_frame_and_picture(tmp_path):
     assert frame.index.tolist() == list(range(len(found)))
     assert frame["selected"].tolist() == [point.selected for point in found.points]
     assert found.plot(tmp_path / "path.png").stat().st_size > 10_000
+    assert "<table" in found._repr_html_()
+    assert found._repr_html_().count("<tr>") == len(found) + 1
 
 
 def test_groups_of_a_network_are_counted():
@@ -332,7 +437,7 @@ def test_a_killed_path_goes_on(tmp_path):
     [
         ({"points": 1}, "points="),
         ({"ratio": 1.0}, "ratio="),
-        ({"direction": "sideways"}, "direction="),
+        ({"direction": "sideways"}, "'both' or 'removal'"),
         ({"patience": 0}, "patience="),
         ({"strengths": [1.0, 1.0]}, "strengths="),
         ({"strengths": "12"}, "strengths="),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from sklearn.linear_model import Lasso
+from sklearn.linear_model import Lasso, LogisticRegression
 
 import restrain as rs
 from restrain.errors import PlanError
@@ -165,3 +165,25 @@ def test_of_estimators():
     assert model.n_features_in_ == 12
     with pytest.raises(PlanError, match="a network's paths lead upwards"):
         rs.RegressorCV(hidden=(2,), strengths=[1e-3], epochs=1, cv=2).fit(X, Y).stability(X, Y)
+
+
+def test_of_classifiers():
+    """By scikit-learn's logistic regression, in loops; classes stay those of the fit."""
+    labels = np.where(Y > 0, "yes", "no")
+    model = rs.ClassifierCV(points=6, cv=2, ratio=0.2).fit(X, labels)
+    found = model.stability(X, labels, most=3, pairs=3, threshold=0.6, random_state=4)
+    seen, draw = np.zeros((6, 12)), torch.Generator().manual_seed(4)
+    for _ in range(3):
+        order = torch.randperm(40, generator=draw).numpy()
+        for rows in (order[:20], order[20:]):
+            used = set()
+            for row, strength in enumerate(model.strengths_):
+                given = {"solver": "saga", "tol": 1e-9, "max_iter": 10**5, "C": 1 / (20 * strength)}
+                coef = LogisticRegression(l1_ratio=1.0, **given).fit(X[rows], labels[rows]).coef_[0]
+                used |= set(np.flatnonzero(coef).tolist())
+                if len(used) <= 3:
+                    seen[row] += coef != 0
+    np.testing.assert_allclose(found.frequencies, seen / 6)
+    assert 0 in found.stable
+    assert found.frequencies.max() > 0.5
+    assert model.classes_.tolist() == ["no", "yes"]

@@ -29,12 +29,20 @@ from restrain.models.keywords import Context
 from restrain.models.linear import Linear
 from restrain.models.signature import BEFORE, Init
 from restrain.path_view import PathView
-from restrain.paths import Stability, by_dual_norm, stability_selection
+from restrain.paths import (
+    Stability,
+    by_dual_norm,
+    check_level,
+    simplicity,
+    stability_selection,
+    within_one_error,
+)
 from restrain.penalties import SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, Penalty
 from restrain.rules import Rule
 
 _DEFAULT = {"weight_l1": {"how": "proximal"}}
 _CONVEX = (SLOPE, GroupLasso, GroupLInf, NuclearNorm, Norm)  # and Σ|w|, Σw²
+_DRAWS = 1000  # targets of the null model
 _OWN = {
     "hidden": (),
     "path": None,
@@ -43,6 +51,7 @@ _OWN = {
     "strengths": None,
     "cv": 5,
     "choice": "best",
+    "level": 0.05,
     "n_jobs": None,
 }
 
@@ -86,10 +95,27 @@ class _Way:
         found = by_dual_norm(model.module_, rules, (), lambda: model.data_loss(x, y))
         if found is None:
             raise PlanError(
-                f"the gradient vanishes where the weights under {self.keyword} are zero, so the greatest strength "
+                f"the gradient says nothing where the weights under {self.keyword} are zero, so the greatest strength "
                 "isn't known from it: give the strengths= yourself, or penalise one layer, as in on='hid1.weight'"
             )
         return found
+
+    def universal(self, x: Any, y: Any, level: float) -> float:
+        """Return the quantile universal threshold.
+
+        Raises:
+            PlanError: a network, or a penalty that makes no zeros.
+        """
+        if not self.exact:
+            raise PlanError(
+                "choice='qut' is for exact linear paths; for a network write the strengths= that "
+                "restrain.paths.universal_threshold(model, rules, loss, null) gives"
+            )
+        self.greatest(x, y)  # it makes zeros
+        model, seed = self.begun(x, y), self.model.random_state
+        seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        draw = torch.Generator(device="cpu").manual_seed(seed)
+        return _problem(model, x, y).universal(_penalty(self.rules(model)), level, _DRAWS, draw)
 
     def points(self, x: Any, y: Any, strengths: Sequence[float]) -> Any:
         """Yield (model, weights of its first layer) at each strength; the model goes on."""
@@ -173,13 +199,22 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         x, y = self._checked(X, y)
         way = self._way()
         self.strengths_ = self._strengths(way, x, y)
-        folds = list(check_cv(self.cv, y, classifier=is_classifier(self)).split(x, y))
-        jobs = [delayed(way.scores)(x, y, train, test, self.strengths_) for train, test in folds]
-        self.scores_ = np.array(Parallel(n_jobs=self.n_jobs)(jobs)).T
-        at = self._chosen()
-        self.strength_ = float(self.strengths_[at])
-        self._finish(way, x, y, at)
+        if self.choice == "qut":
+            candidates = self._insert(way.universal(x, y, self.level))
+            self.scores_ = np.full((len(self.strengths_), 1), np.nan)
+        else:
+            folds = list(check_cv(self.cv, y, classifier=is_classifier(self)).split(x, y))
+            jobs = [delayed(way.scores)(x, y, train, test, self.strengths_) for train, test in folds]
+            self.scores_ = np.array(Parallel(n_jobs=self.n_jobs)(jobs)).T
+            candidates = self._candidates()
+        self._finish(way, x, y, candidates)
         return self
+
+    def _insert(self, strength: float) -> Any:
+        """Put a strength among the others, in their order; return the mask of it."""
+        found = np.sort(np.union1d(self.strengths_, [strength]))[::-1].copy()
+        self.strengths_ = found
+        return found == strength
 
     def stability(
         self,
@@ -253,10 +288,8 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
         best = chosen if self.choice == "best" else int(scores.mean(1).argmax())
         if self.choice == "1se":
             return best, chosen
-        differences = scores[best] - scores
-        near = differences.mean(1) <= differences.std(1, ddof=1) / math.sqrt(scores.shape[1])
-        used = [(self.path_[i]["selected"], -self.strengths_[i], i) for i in np.flatnonzero(near)]
-        return best, int(min(used)[2])
+        near = np.flatnonzero(within_one_error(torch.as_tensor(scores, device="cpu")).numpy())
+        return best, int(min(near, key=lambda i: simplicity(self.path_[i]["selected"], self.strengths_[i])))
 
     def report(
         self,
@@ -307,8 +340,9 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
             raise PlanError(f"points= is a whole number, at least 2; got {brief(self.points)}")
         if not is_number(self.ratio) or not 0 < self.ratio < 1:
             raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(self.ratio)}")
-        if not is_one_of(self.choice, ("best", "1se")):
-            raise PlanError(f"choice= is 'best' or '1se'; got {brief(self.choice)}")
+        if not is_one_of(self.choice, ("best", "1se", "qut")):
+            raise PlanError(f"choice= is 'best', '1se' or 'qut'; got {brief(self.choice)}")
+        check_level(self.level)
         given = _DEFAULT if self.path is None else self.path
         if not isinstance(given, Mapping) or len(given) != 1:
             raise PlanError(f"path= is one keyword with its options, as in {_DEFAULT}; got {brief(self.path)}")
@@ -336,31 +370,32 @@ class _Chosen(BaseEstimator):  # type: ignore[misc]
             found = max(top, 1e-300) * np.geomspace(self.ratio, 1.0, self.points)
         return found[::-1].copy() if way.exact else found
 
-    def _chosen(self) -> int:
-        """Return the number of the chosen strength; of equal scores the greatest strength wins."""
-        means = self.scores_.mean(1)
-        best = int(np.flatnonzero(means == means.max())[np.argmax(self.strengths_[means == means.max()])])
+    def _candidates(self) -> Any:
+        """Return the mask of the strengths among which the simplest model is chosen."""
         if self.choice == "best":
-            return best
-        differences = self.scores_[best] - self.scores_
-        errors = differences.std(1, ddof=1) / math.sqrt(differences.shape[1])
-        near = np.flatnonzero(differences.mean(1) <= errors)
-        return int(near[np.argmax(self.strengths_[near])])
+            means = self.scores_.mean(1)
+            return means == means.max()
+        return within_one_error(torch.as_tensor(self.scores_, device="cpu")).numpy()
 
-    def _finish(self, way: _Way, x: Any, y: Any, at: int) -> None:
-        """Fit on all data as far as the chosen strength, and note the points."""
-        errors = self.scores_.std(1, ddof=1) / math.sqrt(self.scores_.shape[1])
+    def _finish(self, way: _Way, x: Any, y: Any, candidates: Any) -> None:
+        """Fit on all data, note the points, and keep the simplest model of the candidates."""
+        last, simplest = np.flatnonzero(candidates)[-1], (math.inf, 0.0)
         counts, states = [], []
         for number, (model, w) in enumerate(way.points(x, y, self.strengths_)):
-            counts.append(int((w != 0).any(0).sum()))
+            used = (w != 0).any(0)
+            counts.append(int(used.sum()))
             states.append({name: tensor.numpy().copy() for name, tensor in model.module_.state_dict().items()})
-            if number == at:
+            key = simplicity(counts[-1], self.strengths_[number])
+            if candidates[number] and key < simplest:
+                simplest, self.strength_ = key, float(self.strengths_[number])
                 self.estimator_ = copy.deepcopy(model)
-                self.selected_features_ = np.flatnonzero((w != 0).any(0))
-                if not way.exact:  # exact points cost little, and are all in the table
-                    break
+                self.selected_features_ = np.flatnonzero(used)
+            if number == last and not way.exact:  # exact points cost little, and are all in the table
+                break
         self.weights_ = {name: np.stack([state[name] for state in states]) for name in states[0]}
         self._describe(way.exact)
+        folds = self.scores_.shape[1]
+        errors = self.scores_.std(1, ddof=1) / math.sqrt(folds) if folds > 1 else np.full(len(candidates), np.nan)
         rows = zip(self.strengths_, self.scores_.mean(1), errors, counts, strict=False)
         names = ("strength", "score", "error", "selected")
         self.path_ = [dict(zip(names, map(float, row), strict=True)) for row in rows]
@@ -394,16 +429,23 @@ class RegressorCV(RegressorMixin, _Chosen):  # type: ignore[misc]
         hidden: the hidden layers; () for a linear model.
         path: {keyword: options without a strength}; None for {"weight_l1": {"how": "proximal"}}.
         points, ratio: the grid, from ratio × the greatest strength to the greatest.
-        strengths: the strengths, in place of the grid.
+        strengths: the strengths, in place of the grid: `points` and `ratio` don't count then, as
+            `eps` of scikit-learn's `LassoCV` doesn't beside an array of `alphas`.
         cv: folds, as scikit-learn's; n_jobs: processes or what `joblib.parallel_config` says.
-        choice: "best" score, or "1se": the greatest strength within one standard error of paired
-            differences, over folds.
+        choice: "best" score, or "1se": the fewest inputs within one standard error of paired
+            differences over folds, and of equal numbers the greatest strength, as in
+            `Path.one_se`; or "qut": the quantile universal threshold of an exact linear path, which
+            needs no folds (`scores_` are NaN): the least strength at which data without any signal
+            select nothing with probability 1 - `level`. The squared error then counts by its root,
+            as in the square-root lasso, so that the noise's scale needn't be known.
+        level: see `choice`.
 
     Further keywords as in `Regressor`; with a `loss` the models are trained, not exact, and points
     have the model's score. Attributes: `strength_`, `strengths_`, `scores_` (strengths,
     folds; minus the squared error), `path_` (a dict per point), `weights_` (the network's tensors
     by name, an axis of points first), `estimator_`, `selected_features_`, and of linear models
-    `coef_` and `intercept_`. Networks are fitted as far as the chosen point: so far go these two.
+    `coef_` and `intercept_`. Networks are fitted as far as the chosen point, or the last that "1se"
+    may choose: so far go `path_` and `weights_`.
 
     >>> X = torch.randn(60, 5, dtype=torch.float64).numpy()
     >>> model = rs.RegressorCV(points=20).fit(X, 3 * X[:, 1])

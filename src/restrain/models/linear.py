@@ -1,10 +1,10 @@
 """Exact regularisation paths of linear models: the convex case, to the tolerance of float64.
 
 Squared error, or cross-entropy of a softmax, averaged over samples as the estimators do, plus a
-penalty on the weights; the intercept is free. Elastic nets of one output are left to scikit-learn's
-coordinate descent. Else accelerated proximal gradient with restarts runs on the features that
-aren't zero or violate their optimality condition (Beck and Teboulle 2009; O'Donoghue and Candès
-2015), until none does.
+penalty on the weights; the intercept is free. Lasso and elastic net of squared errors go output by
+output, by active sets (`lasso`). Else accelerated proximal gradient with restarts runs on the
+features that aren't zero or violate their optimality condition (Beck and Teboulle 2009; O'Donoghue
+and Candès 2015), until none does.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import enet_path
+from scipy.optimize import brentq
 from torch import Tensor
 
-from restrain.errors import RestrainWarning
+from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import level_of_caller
-from restrain.paths import least_strength
+from restrain.models.lasso import elastic_net_path
+from restrain.models.newton import knows, polished
+from restrain.paths import least_strength, quantile
 from restrain.penalties import Penalty
 
 _TOLERANCE = 1e-9  # of the proximal map, relative to the gradient at the origin
-_GAP = 1e-14  # of scikit-learn's dual gap, relative to ‖y‖²
 _STEPS, _ROUNDS = 50_000, 50
+_SMALL, _POWERS = 30, 20  # features with an exact spread; powers of the others' products
+_NEWTON = [20 * 2**k for k in range(8)]  # proximal steps after which Newton's are tried
+_HALVINGS = 30  # of the strength, in search of the universal threshold
 
 
 @dataclass(frozen=True)
@@ -69,19 +72,85 @@ class Linear:
         error = error / len(x)
         return error.T @ x, error.sum(0)
 
+    def shares(self, w: Tensor, b: Tensor) -> Tensor | None:
+        """Return the probability of each class for each sample; None for numeric targets."""
+        return (self.x @ w.T + b).softmax(1) if self.classes else None
+
     def intercept(self) -> Tensor:
         """Return the best intercept at w = 0."""
         mean = self.y.mean(0)
         return mean.clamp_min(1e-300).log() if self.classes else mean
 
     def spread(self, features: Tensor) -> float:
-        """Return σ² / n, of the greatest singular value of some features."""
-        return float(torch.linalg.matrix_norm(self.x[:, features], 2)) ** 2 / len(self.x) if len(features) else 0.0
+        """Return σ² / n and a little more, of the greatest singular value of some features."""
+        if not len(features):
+            return 0.0
+        x = self.x[:, features]
+        if min(x.shape) <= _SMALL:
+            return float(torch.linalg.matrix_norm(x, 2)) ** 2 / len(x)
+        v, found = x.square().sum(0).sqrt(), 0.0
+        for _ in range(_POWERS):
+            v = v / v.norm()
+            v = x.T @ (x @ v)
+            found = max(found, float(v.norm()))
+        return 1.1 * found / len(x)
 
     def greatest(self, penalty: Penalty) -> float:
         """Return the least strength at which all weights are zero."""
         zero = self.x.new_zeros(self.y.shape[1], self.x.shape[1])
         return least_strength(penalty, self.gradient(zero, self.intercept())[0])
+
+    def universal(self, penalty: Penalty, level: float, draws: int, draw: torch.Generator) -> float:
+        """Return the quantile universal threshold: nothing is selected by chance at 1 - level.
+
+        Classes are drawn with their shares, and the threshold is the quantile of the dual norm of
+        the gradient at the origin. For numbers it is that of the square-root lasso, whose gradient
+        at the origin, ∇ / (2 r) with r² the squared error there, doesn't depend on the noise's
+        scale: with κ its quantile, the strength s at which s = 2 κ r(s), r(s)² the squared error on
+        the path at s. At this strength both have the same minimiser.
+
+        Raises:
+            PlanError: there is no such strength, as the path interpolates the targets.
+
+        Source: Giacobino and others (2017), section 3 and property 3; Belloni, Chernozhukov and
+        Wang (2011) for the square-root lasso, there with one output.
+        """
+        found = torch.tensor([self._null(penalty, draw) for _ in range(draws)], dtype=torch.float64, device="cpu")
+        threshold = quantile(found, level)
+        return threshold if self.classes else self._crossing(penalty, 2 * threshold)
+
+    def _null(self, penalty: Penalty, draw: torch.Generator) -> float:
+        """Return the least strength that makes all zero, of targets drawn from the null model."""
+        if self.classes:
+            labels = torch.multinomial(self.y.mean(0), len(self.y), True, generator=draw)
+            y = torch.nn.functional.one_hot(labels, self.y.shape[1]).double()
+        else:
+            y = torch.randn(self.y.shape, generator=draw, dtype=torch.float64, device="cpu")
+        drawn = replace(self, y=y)
+        return drawn.greatest(penalty) / (1.0 if self.classes else 2 * drawn.error_at_origin())
+
+    def error_at_origin(self) -> float:
+        """Return the root of the mean squared error at w = 0."""
+        return float((self.y - self.y.mean(0)).square().mean().sqrt())
+
+    def _crossing(self, penalty: Penalty, ratio: float) -> float:
+        """Return the strength s with s = ratio · the root of the mean squared error at s."""
+        high = ratio * self.error_at_origin()
+
+        def excess(logarithm: float) -> float:
+            ((w, b),) = self.path(penalty, [math.exp(logarithm)])
+            return logarithm - math.log(ratio) - math.log(max(float(self.loss(w, b)), 1e-300)) / 2
+
+        top = math.log(high)
+        if excess(top) <= 1e-12:  # all weights are zero
+            return high
+        for halvings in range(1, _HALVINGS):
+            if excess(low := top - halvings * math.log(2)) <= 0:
+                return math.exp(brentq(excess, low, low + math.log(2), xtol=1e-11))
+        raise PlanError(
+            "the square-root path reaches its targets before the universal threshold, so that no noise is left to be "
+            "compared with: choose by cross-validation, choice='best'"
+        )
 
     def path(self, penalty: Penalty, strengths: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         """Return (weights, intercept) at each strength; warm starts follow the given order.
@@ -104,20 +173,12 @@ class Linear:
         return found
 
     def _elastic(self, l1: float, l2: float, strengths: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
-        """Return the path of a Σ|w| + c Σw² by coordinate descent, output by output."""
+        """Return the path of a Σ|w| + c Σw², output by output."""
         outputs, mean_x, mean_y = self.y.shape[1], self.x.mean(0), self.y.mean(0)
         x, y = np.asfortranarray((self.x - mean_x).numpy()), (self.y - mean_y).numpy()
-        alphas = np.array([strength * outputs * (l1 / 2 + l2) for strength in strengths])
-        order = np.argsort(-alphas, kind="stable")
-        ws = torch.zeros(len(strengths), outputs, x.shape[1], dtype=torch.float64, device="cpu")
-        share = l1 / 2 / (l1 / 2 + l2)
-        for k in range(outputs):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # 1e-14 may be below rounding
-                column = np.ascontiguousarray(y[:, k])
-                given = {"alphas": alphas[order], "l1_ratio": share, "tol": _GAP, "max_iter": _STEPS}
-                _, coefs, _ = enet_path(x, column, **given)
-            ws[torch.as_tensor(order.copy()), k] = torch.as_tensor(coefs.T.copy())
+        scale = outputs * np.asarray(strengths, dtype=float)  # of the loss / 2
+        columns = [elastic_net_path(x, y[:, k], scale * l1 / 2, scale * l2) for k in range(outputs)]
+        ws = torch.as_tensor(np.stack(columns, 1), device="cpu")
         return [(w, mean_y - w @ mean_x) for w in ws]
 
 
@@ -126,7 +187,7 @@ class _Solver:
 
     def __init__(self, problem: Linear, penalty: Penalty, tolerance: float) -> None:
         self.problem, self.penalty, self.tolerance = problem, penalty, tolerance
-        self.by_feature = _by_feature(penalty)
+        self.by_feature, self.by_newton = _by_feature(penalty), knows(penalty)
 
     def solve(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the minimiser, from a start."""
@@ -158,7 +219,7 @@ class _Solver:
         t, theta = 1 / (share * s), 1.0
         x, c = w[:, features], b
         y, d = x, c
-        for _ in range(_STEPS):
+        for count in range(1, _STEPS + 1):
             gw, gb = self.problem.gradient(y, d, features)
             z, e = self._prox(y - t * gw, features, w, t), d - t * s * gb
             residual = max(_greatest(y - z) / t, _greatest(d - e) / (t * math.sqrt(s)))
@@ -169,11 +230,23 @@ class _Solver:
             x, c, theta = z, e, following
             if residual <= self.tolerance:
                 break
+            if self.by_newton and count in _NEWTON and (found := self._newton(features, x, c, w)) is not None:
+                return found
         else:
             self._warn()
+        return self._whole(features, x, w), c
+
+    def _newton(self, features: Tensor, x: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the minimiser over some features by Newton's steps; None if x isn't near."""
+        found = polished(self.problem, self.penalty, self._whole(features, x, w), c, self.tolerance / 10)
+        if found is None or bool(self._violated(*found)[features].any()):
+            return None
+        return found
+
+    def _whole(self, features: Tensor, x: Tensor, w: Tensor) -> Tensor:
         found = torch.zeros_like(w)
         found[:, features] = x
-        return found, c
+        return found
 
     def _prox(self, moved: Tensor, features: Tensor, w: Tensor, t: float) -> Tensor:
         if len(features) == w.shape[1]:

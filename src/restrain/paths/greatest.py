@@ -4,6 +4,11 @@ At the origin, where the penalised groups are zero and everything else is fitted
 if and only if -∇ lies in the strength times its subdifferential, which is where the proximal step
 gives zero. For a norm this is the dual norm of the gradient: the greatest |∇| for L1, ‖∇_g‖ / √n_g
 for a group lasso, the greatest singular value for a nuclear norm.
+
+Penalties that aren't convex count by their slope at zero, so that the origin is stationary, a local
+minimum, from this strength on (Breheny and Huang 2011, for MCP and SCAD). If the penalty isn't
+r-concave with an r below the curvature of the loss, lower minima may lie elsewhere. Where the slope
+is infinite, as of |x|^p with p < 1, the origin is stationary at every strength: no dual norm.
 """
 
 from __future__ import annotations
@@ -18,10 +23,21 @@ from torch import Tensor, nn
 
 from restrain.engine import Attachment, Penalised, attach, restored
 from restrain.errors import PlanError, RestrainWarning
-from restrain.penalties import Penalty
+from restrain.penalties import (
+    SLOPE,
+    GroupLasso,
+    GroupLInf,
+    Norm,
+    NuclearNorm,
+    Penalty,
+    SparseGroupLasso,
+    SpectralNorm,
+)
 from restrain.penalties.shrink import exact
 from restrain.rules import Rule
 
+_NORMS = (SLOPE, GroupLasso, GroupLInf, Norm, NuclearNorm, SpectralNorm, SparseGroupLasso)
+_SMALL = (1e-8, 1e-12)  # times x: where the slope of a penalty at zero counts alone
 _INFINITE = 1e12  # times the greatest entry: a strength that makes everything zero that it can
 _ROUNDS = 60  # of bisection
 _EXACT, _ROUNDED = 1e-8, 1e-4  # relative gradients of what is fitted at the origin, by dtype
@@ -32,16 +48,20 @@ _DOUBLINGS, _BISECTIONS = 60, 3
 
 @dataclass(frozen=True)
 class Greatest:
-    """The greatest strength of a path, and how it was found: "dual norm", "search" or "given"."""
+    """The greatest strength of a path, and how it was found.
+
+    By "dual norm", by "search", or "given"; of gradual "removal" it is 1, all groups.
+    """
 
     strength: float
     found: str
 
 
 def least_strength(penalty: Penalty, x: Tensor) -> float:
-    """Return the least s at which prox(x) of s · penalty is what it is at infinite strength.
+    """Return the least s at which a small x stays in s times the penalty's subdifferential at zero.
 
-    For a norm it is the dual norm of x; NaN if no strength makes entries of x zero.
+    For a norm it is the dual norm of x, and for MCP and SCAD, whose slope at zero is one, that of
+    L1. NaN if no strength makes entries of x zero; zero if any does, as of |x|^p with p < 1.
 
     >>> round(least_strength(rs.Norm(2), torch.tensor([3.0, 4.0])), 6)
     5.0
@@ -50,6 +70,23 @@ def least_strength(penalty: Penalty, x: Tensor) -> float:
     size = float(x.abs().max()) if x.numel() else 0.0
     if size == 0:
         return 0.0
+    l1, _, others = penalty.split()
+    if l1 and not others:
+        return size / float(l1)
+    found = _threshold(penalty, x, size)
+    if not found > 0 or _is_norm(penalty):
+        return found
+    near, nearer = (_threshold(penalty, c * x, c * size) / c for c in _SMALL)
+    return nearer if abs(near - nearer) <= 1e-3 * near else 0.0
+
+
+def _is_norm(penalty: Penalty) -> bool:
+    """Return True if penalty(s x) = s · penalty(x), as of norms: the length of x doesn't matter."""
+    return all(isinstance(leaf, _NORMS) for _, leaf in penalty.leaves())
+
+
+def _threshold(penalty: Penalty, x: Tensor, size: float) -> float:
+    """Return the least s at which prox(x) of s · penalty is what it is at infinite strength."""
     held = origin(penalty, x)
     if held is None:
         return math.nan

@@ -24,8 +24,9 @@ from restrain.penalties import Penalty
 from restrain.penalties.stateful import Weighted
 from restrain.plans import Plan
 from restrain.rules import Rule
+from restrain.schedule import Cubic
 
-Direction = Literal["up", "down", "both"]
+Direction = Literal["up", "down", "both", "removal"]
 
 
 def path(
@@ -62,6 +63,11 @@ def path(
     before, a new optimizer, and a seed of its own for torch's generators; on the way down the first
     begins at the origin. The model is worked on in place, and has its own weights again at the end.
 
+    `direction="removal"` walks the same groups without penalties: after a fit of the whole model,
+    the shortest groups (of all tensors together) are set to zero and stay so, the rest is fitted
+    again, and so on. The part that is kept falls by a cubic, from all to `ratio`: many groups go
+    while most are redundant, few at the end. It is the plain control for other paths.
+
     Args:
         model: any module.
         rules: penalties on parameters whose strengths move together, such as
@@ -73,9 +79,12 @@ def path(
         score: `score(model)` on validation data, higher is better: one number, or one a sample.
             The model is in eval() then, without gradients.
         points: the number of strengths.
-        ratio: the least strength / the greatest.
-        direction: "up" from the least strength, "down" from the greatest, or "both": up, then down.
-        strengths: the strengths themselves, in place of a grid.
+        ratio: the least strength / the greatest; in removal the part of the groups that is kept at
+            the end, at least one group. `points` and `ratio` don't count beside `strengths`.
+        direction: "up" from the least strength, "down" from the greatest, "both": up, then down; or
+            "removal". A point's strength is then the part of the groups that is gone.
+        strengths: the strengths themselves, in place of a grid; in removal how many groups are
+            kept at each point: whole numbers, or floats up to 1.0 as parts of all.
         fixed: rules of a fixed strength, for every fit.
         optimizer: a function of the model that makes a new optimizer.
         refit: fit each point again without the penalties, zeros kept, and score that model.
@@ -93,12 +102,13 @@ def path(
         PenaltyError: `loss` is random.
 
     Source: Friedman, Hastie and Tibshirani (2010) for grid and warm starts; Lemhadri and others
-    (2021) for the way from dense to sparse.
+    (2021) for the way from dense to sparse; Zhu and Gupta (2017) for gradual removal.
     """
     root = unwrap(checked_module(model))
     grid = Grid.checked(points, ratio, direction, strengths, patience)
+    _check_refit(refit, grid)
     plan = list(Plan.of(rules))
-    _check_rules(plan, grid.given)
+    _check_rules(plan, needs_zeros=grid.given is None and not grid.removes)
     names, temporary = _by_name(root, plan), Temporary() if folder is None else None
     files = Folder(storage.as_path(folder if temporary is None else temporary.name))
     others = list(Plan.of(fixed))
@@ -121,8 +131,22 @@ class Grid:
     points: int
     ratio: float
     direction: Direction
-    given: list[float] | None
+    given: Sequence[float] | None
     patience: int | None
+
+    @property
+    def removes(self) -> bool:
+        """True for gradual removal."""
+        return self.direction == "removal"
+
+    def kept(self, groups: int) -> list[int]:
+        """Return how many of all groups are kept at each point of gradual removal."""
+        if self.given is not None:
+            counts = [one if is_whole(one) else round(one * groups) for one in self.given]
+        else:
+            falling = Cubic(1.0, self.ratio, steps=self.points - 1)
+            counts = [round(falling.at(step) * groups) for step in range(self.points)]
+        return sorted({max(1, min(count, groups)) for count in counts}, reverse=True)
 
     @classmethod
     def checked(cls, points: Any, ratio: Any, direction: Any, strengths: Any, patience: Any) -> Grid:
@@ -132,7 +156,8 @@ class Grid:
             PlanError: a setting isn't allowed.
         """
         _check(points, ratio, direction, patience)
-        given = None if strengths is None else _checked_strengths(strengths)
+        check = _checked_counts if direction == "removal" else _checked_strengths
+        given = None if strengths is None else check(strengths)
         return cls(points, float(ratio), direction, given, patience)
 
 
@@ -156,7 +181,12 @@ def _settings(walk: Walk, grid: Grid, seed: int | None) -> dict[str, Any]:
 def _begun(walk: Walk, grid: Grid, settings: dict[str, Any]) -> dict[str, Any]:
     """Find the greatest strength and write the path's settings; return them."""
     origin: Weights | None = None
-    if grid.given is not None:
+    if grid.removes:
+        top = Greatest(1.0, "removal")
+        with walk.fitted(walk.at(0.0), walk.seed):
+            pass
+        settings = {**settings, "begin": walk.weights()}
+    elif grid.given is not None:
         top = Greatest(max(grid.given), "given")
     else:
         greatest.check_rules(walk.model, walk.rules)
@@ -191,19 +221,25 @@ class _Ways:
     def run(self) -> list[Point]:
         """Return all points."""
         begin = self.walk.weights() if self.begin is None else self.begin
+        ways = ("up", "down") if self.grid.direction == "both" else (self.grid.direction,)
+        of_way = {"up": self._up, "down": self._down, "removal": self._removed}
         found = list[Point]()
         try:
-            for way in ("up", "down") if self.grid.direction == "both" else (self.grid.direction,):
+            for way in ways:
                 start = self.origin if way == "down" and self.origin is not None else begin
-                strengths = self._up() if way == "up" else self._down()
-                found += self.walk.points(strengths, way, len(found), start, self._more)
+                found += self.walk.points(of_way[way](), way, len(found), start, self._more)
         finally:
             self.bar.close()
         return found
 
+    def _removed(self) -> list[float]:
+        """Return the parts of the groups that are gone."""
+        groups = sum(one.lengths().numel() for one in self.walk.tensors)
+        return [1 - count / groups for count in self.grid.kept(groups)]
+
     def _down(self) -> list[float]:
         if self.grid.given is not None:
-            return self.grid.given[::-1]
+            return list(self.grid.given[::-1])
         return [self.top * self.step**k for k in range(self.grid.points)]
 
     def _up(self) -> Iterator[float]:
@@ -248,8 +284,8 @@ def _check(points: Any, ratio: Any, direction: Any, patience: Any) -> None:
         raise PlanError(f"points= is the number of strengths, at least 2; got {brief(points)}")
     if not is_number(ratio) or not 0 < ratio < 1:
         raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(ratio)}")
-    if direction not in ("up", "down", "both"):
-        raise PlanError(f"direction= is 'up', 'down' or 'both'; got {brief(direction)}")
+    if direction not in ("up", "down", "both", "removal"):
+        raise PlanError(f"direction= is 'up', 'down', 'both' or 'removal'; got {brief(direction)}")
     if patience is not None and not is_whole(patience, 1):
         raise PlanError(f"patience= is a number of points, at least 1, or None; got {brief(patience)}")
 
@@ -265,8 +301,24 @@ def _checked_strengths(strengths: Any) -> list[float]:
     return sorted(numbers)
 
 
-def _check_rules(rules: Sequence[Rule], given: list[float] | None) -> None:
-    """Check that rules are penalties on parameters, and can make zeros.
+def _checked_counts(strengths: Any) -> list[float]:
+    """Return how many groups are kept: whole numbers (of groups) or floats (parts of all)."""
+    found = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else []
+    if not found or not all(is_whole(one, 1) or (is_number(one) and 0 < one <= 1) for one in found):
+        raise PlanError(
+            "strengths= of direction='removal' are how many groups are kept: whole numbers, or floats above 0 up to "
+            f"1.0 as parts of all, such as [0.5, 0.2, 10]; got {brief(strengths)}"
+        )
+    return [one if is_whole(one) else float(one) for one in found]
+
+
+def _check_refit(refit: Any, grid: Grid) -> None:
+    if refit and grid.removes:
+        raise PlanError("direction='removal' fits each point without the penalties already: leave refit= out")
+
+
+def _check_rules(rules: Sequence[Rule], needs_zeros: bool) -> None:
+    """Check that rules are penalties on parameters, and if need be that they make zeros.
 
     Raises:
         PlanError: they aren't, or can't.
@@ -279,7 +331,7 @@ def _check_rules(rules: Sequence[Rule], given: list[float] | None) -> None:
                 f"the strengths of a path are those of penalties on parameters; {rule!r} is no such rule: give it by "
                 "fixed="
             )
-        if given is None and rule.how != "proximal":
+        if needs_zeros and rule.how != "proximal":
             raise PlanError(
                 f"{rule!r} makes no exact zeros by how={rule.how!r}, so that no strength ends its path: write "
                 "how='proximal', or give the strengths= yourself"

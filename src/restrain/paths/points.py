@@ -25,8 +25,10 @@ class Point:
 
     Args:
         index: its number in the path.
-        strength: the factor of the rules' own strengths.
-        direction: "up" if the points before it were weaker, "down" if they were stronger.
+        strength: the factor of the rules' own strengths; in removal the part of the groups that is
+            gone.
+        direction: "up" if the points before it were weaker, "down" if they were stronger; or
+            "removal".
         score: the mean score on the validation data, higher is better; of the refitted model if the
             path refits.
         scores: the score of each sample, if `score` gives them.

@@ -19,6 +19,7 @@ from restrain.extras import needing
 from restrain.fields import is_whole
 from restrain.html_table import html_table
 from restrain.path_view import PathView
+from restrain.paths.choice import simplicity, within_one_error
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point, Temporary
 from restrain.text_table import text_table
@@ -56,27 +57,40 @@ class Path:
     # ---------------------------------------------------------------- choice
 
     def best(self) -> Point:
-        """Return the point of the highest score; of equal ones that with the fewest groups."""
-        return max(self.points, key=lambda one: (one.score, -one.selected, one.strength))
+        """Return the point of the highest score; of equal ones the simplest, as in `one_se`."""
+        top = max(one.score for one in self.points)
+        return min((one for one in self.points if one.score == top), key=_simplicity)
 
     def one_se(self) -> Point:
-        """Return the point of the fewest groups within one standard error of the best score.
+        """Return the simplest point whose score is within one standard error of the best.
 
-        The error is that of the mean of paired differences, by sample: sd(best - point) / √n.
+        The error is that of the mean of paired differences, by sample: sd(best - point) / √n. The
+        simplest point has the fewest groups, and of equal numbers the greatest strength.
 
         Raises:
-            PlanError: `score` gave one number, of which no error is known.
+            PlanError: `score` gave one number, of which no error is known, or not the same number
+                of them at each point.
 
         Source: Breiman and others (1984), section 3.4.3, there without pairs.
         """
-        best = self.best()
-        if best.scores is None:
+        if self.points[0].scores is None:
             raise PlanError(
                 "one_se() needs the score of each validation sample: let score(model) return a tensor with one a "
                 "sample, such as (model(x).argmax(1) == y).double(), or use a model with cv="
             )
-        near = [one for one in self.points if _within_one_error(best, one)]
-        return min(near, key=lambda one: (one.selected, -one.score))
+        near = within_one_error(self._scores())
+        return min((one for one, is_near in zip(self.points, near, strict=True) if is_near), key=_simplicity)
+
+    def _scores(self) -> Tensor:
+        """Return the scores (points, samples)."""
+        found = [one.scores for one in self.points if one.scores is not None]
+        counts = sorted({len(scores) for scores in found})
+        if len(counts) > 1 or len(found) < len(self.points):
+            raise PlanError(
+                "differences are paired by sample, so score(model) returns the scores of the same samples at each "
+                f"point; got {' and '.join(map(str, counts))} of them"
+            )
+        return torch.stack(found)
 
     def selected(self, at: int | Point | None = None) -> dict[str, Tensor]:
         """Return {tensor: indices of its groups that aren't zero} at a point; None: the best.
@@ -143,6 +157,8 @@ class Path:
         return html_table(self._rows(), _RIGHT, [self._head()])
 
     def _head(self) -> str:
+        if self.greatest.found == "removal":
+            return f"{len(self)} points of gradual removal, strength: the part of the groups that is gone"
         return f"{len(self)} points, greatest strength {self.greatest.strength:.4g} by {self.greatest.found}"
 
     def _rows(self) -> list[list[str]]:
@@ -249,13 +265,8 @@ def of_points(
     return Path(points, top, files, temporary=temporary)
 
 
-def _within_one_error(best: Point, one: Point) -> bool:
-    """Return True if a score is within one standard error of paired differences from the best."""
-    if best.scores is None or one.scores is None or best.scores.shape != one.scores.shape:
-        return one is best
-    difference = best.scores - one.scores
-    error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else 0.0
-    return float(difference.mean()) <= error
+def _simplicity(one: Point) -> tuple[float, float]:
+    return simplicity(one.selected, one.strength)
 
 
 def _error(scores: Tensor | None) -> float:

@@ -166,7 +166,7 @@ class Walk:
 
         Args:
             strengths: the strengths in the order of the walk.
-            way: "up" or "down".
+            way: "up", "down" or "removal", where a strength is the part of the groups that is gone.
             first: the number of the first point.
             begin: the weights at the beginning.
             more: called with the points so far; False ends the walk.
@@ -187,7 +187,8 @@ class Walk:
     def point(self, index: int, strength: float, way: str) -> Point:
         """Fit at a strength, write the point's files, and return the point."""
         started = time.perf_counter()
-        with self.fitted(self.at(strength), self.seed + index + 1) as reg:
+        rules = self.without(self.shortest(strength)) if way == "removal" else self.at(strength)
+        with self.fitted(rules, self.seed + index + 1) as reg:
             seconds = time.perf_counter() - started
             loss, residual = self._certified(reg)
         weights = self.weights()
@@ -237,14 +238,19 @@ class Walk:
                 module.training = training
 
     def debias(self, index: int) -> None:
-        """Fit without the path's penalties; groups that are zero stay zero.
+        """Fit without the path's penalties; groups that are zero stay zero."""
+        with self.fitted(self.without([one.lengths() == 0 for one in self.tensors]), self.seed + index + 1):
+            pass
 
-        Raises:
-            PlanError: a penalty's zeros aren't entries or groups.
+    def without(self, groups: Sequence[Tensor]) -> list[Rule]:
+        """Return rules that hold groups at zero, in place of the penalties, and the fixed rules.
+
+        Args:
+            groups: a mask of the groups of each tensor, in the shape of their `lengths()`.
         """
         zeros: dict[str, Tensor] = {}
-        for one in self.tensors:
-            for name, zero in one.entries(one.lengths() == 0).items():
+        for one, gone in zip(self.tensors, groups, strict=True):
+            for name, zero in one.entries(gone).items():
                 zeros[name] = zeros[name] | zero if name in zeros else zero
         masks = [
             Fixed(zero, values=0.0).on([name], name=f"support {number}")
@@ -252,7 +258,17 @@ class Walk:
             if bool(zero.any())
         ]
         rules = [*masks, *self.fixed]
-        if not rules:  # nothing is zero: fit under a penalty of strength zero, as attach takes no empty plan
-            rules = [replace(0.0 * rule, how="loss") for rule in self.rules]
-        with self.fitted(rules, self.seed + index + 1):
-            pass
+        # nothing is zero: fit under a penalty of strength zero, as attach takes no empty plan
+        return rules or [replace(0.0 * rule, how="loss") for rule in self.rules]
+
+    def shortest(self, part: float) -> list[Tensor]:
+        """Return masks of the shortest groups, a part of all groups of all tensors together.
+
+        Among groups of equal length the last ones.
+        """
+        lengths = [one.lengths() for one in self.tensors]
+        whole = torch.cat([one.flatten() for one in lengths])
+        mask = torch.zeros_like(whole, dtype=torch.bool)
+        mask[whole.flip(0).argsort(stable=True)[: round(part * len(whole))]] = True
+        sizes = [one.numel() for one in lengths]
+        return [own.reshape(one.shape) for own, one in zip(mask.flip(0).split(sizes), lengths, strict=True)]

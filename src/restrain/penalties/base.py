@@ -258,6 +258,9 @@ class Penalty(Algebra["Penalty"], register=False):
     operations: Terms | None = None
     """Weighted terms that sum to the value, for fast backends; None if there is a formula only."""
 
+    concavity: float = 0.0
+    """The least r, as far as it is known, for which value + r/2 Σ|x|² is convex: r-concave."""
+
     soft_after: bool = False
     """The prox of f + a Σ|x| is the prox of f, then a soft threshold: see `Sum.prox`."""
 
@@ -507,7 +510,7 @@ def _forget_declared(cls: type[Penalty]) -> None:
 
 # Attributes that belong to a formula
 _OF_FORMULA = (
-    *("operations", "elastic", "weighs_elastic", "entrywise", "groupwise", "shrinks", "soft_after"),
+    *("operations", "elastic", "weighs_elastic", "entrywise", "groupwise", "shrinks", "soft_after", "concavity"),
     *("gradient", "prox", "has_prox"),
 )
 

@@ -191,6 +191,10 @@ class LogSum(Entrywise):
         """The formula."""
         return ((1.0, Logarithm(self.epsilon)),)
 
+    @property
+    def concavity(self) -> float:  # type: ignore[override]
+        return 1 / self.epsilon**2
+
     def nearest(self, x: Tensor, t: float | Tensor) -> Tensor:
         size, t = x.abs(), as_tensor(t, x)
         # The greater root of (z - x)(z + epsilon) + t; with two local minima, the lower of the two
@@ -227,6 +231,10 @@ class MCP(Entrywise):
 
     def __post_init__(self) -> None:
         checked_setting("knee", self.knee, 0)
+
+    @property
+    def concavity(self) -> float:  # type: ignore[override]
+        return 1 / self.knee
 
     def entries(self, x: Tensor) -> Tensor:
         size = torch.abs(x)
@@ -272,6 +280,10 @@ class SCAD(Entrywise):
     def __post_init__(self) -> None:
         checked_setting("start", self.start, 0)
         checked_setting("knee", self.knee, self.start)
+
+    @property
+    def concavity(self) -> float:  # type: ignore[override]
+        return 1 / (self.knee - self.start)
 
     def entries(self, x: Tensor) -> Tensor:
         size, start, knee = torch.abs(x), self.start, self.knee
@@ -320,6 +332,10 @@ class Lp(Entrywise):
 
     def __post_init__(self) -> None:
         checked_setting("p", self.p, 0, 1)
+
+    @property
+    def concavity(self) -> float:  # type: ignore[override]
+        return inf
 
     def entries(self, x: Tensor) -> Tensor:
         size = torch.abs(x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -91,6 +92,13 @@ class Weighted(_Kept):
     def weighs_elastic(self) -> bool:  # type: ignore[override]
         """True for weights of |x| and |x|²."""
         return self.penalty.elastic is not None
+
+    @property
+    def concavity(self) -> float:  # type: ignore[override]
+        """That of the penalty times the greatest weight; unknown, so infinite, before binding."""
+        if not self.penalty.concavity:
+            return 0.0
+        return math.inf if self.kept is None else self.penalty.concavity * float(self.kept.max())
 
     def elastic_at(self, w: Tensor) -> tuple[Any, Any] | None:
         if (elastic := self.penalty.elastic) is None:

@@ -234,6 +234,65 @@ def test_group_lasso_within_signs_is_polished_to_its_minimum():
         assert all(value(np.maximum(w + 0.03 * rng.standard_normal(12), 0)) > best for _ in range(300))
 
 
+def concave(name, knee):
+    return {"mcp": rs.MCP(knee), "scad": rs.SCAD(0.2 * knee, knee), "log": rs.LogSum(knee)}[name]
+
+
+@pytest.mark.parametrize("name", ["mcp", "scad", "log"])
+def test_concavity_is_the_least_square_that_makes_a_penalty_convex(name):
+    penalty = concave(name, 0.7)
+    z = torch.linspace(-2, 2, 20_001, dtype=torch.float64)
+    curvature = lambda r: torch.stack([penalty(one) for one in z.split(1)]).add(r / 2 * z.square()).diff(n=2)  # noqa: E731
+    assert curvature(penalty.concavity).min() > -1e-12
+    assert curvature(0.95 * penalty.concavity).min() < -1e-11
+    assert rs.L1().concavity == rs.GroupLasso().concavity == 0
+    assert (rs.Weighted(penalty, torch.ones(3)).concavity, rs.Weighted(rs.L1(), 2.0).concavity) == (np.inf, 0)
+
+
+@pytest.mark.parametrize("name", ["mcp", "scad", "log"])
+def test_stationary_points_of_penalties_that_are_not_convex(name):
+    """Zero at a point where ∇ = -slope by hand; the distance of skglm elsewhere; for any allowed step."""
+    x, _ = regression()
+    penalty = concave(name, 0.7)
+    w = np.r_[0.02, -0.1, 0.3, 2.0, np.zeros(8)]
+    slope = 0.3 * penalty.gradient(torch.from_numpy(w)).numpy()
+    q = np.linalg.qr(x)[0] * 40**0.5  # orthonormal columns, so that any gradient can be had
+    hold = 0.3 * (1 / 0.7 if name == "log" else 1.0)
+    gradient = np.where(w == 0, 0.9 * hold * np.linspace(-1, 1, 12), -slope)
+    model, loss = linear(q, q @ (w - gradient), w)
+    with rs.attach(model, 0.3 * penalty.on("weight", name="p")) as reg:
+        limit = 1 / (0.3 * penalty.concavity)
+        for step in (None, 1e-6, 0.9 * limit):
+            assert reg.certificate(loss, step=step).residual < 1e-8
+        assert reg.certificate(loss).step < limit
+        with pytest.raises(PlanError, match=r"step= is below"):
+            reg.certificate(loss, step=limit)
+        with torch.no_grad():
+            model.weight[0, 4] = 0.1
+            model.weight[0, 2] = 0.0
+        cert = reg.certificate(loss, step=1e-7)
+    v = model.weight.detach().numpy()[0]
+    moved = q.T @ (q @ v - q @ (w - gradient)) / 40
+    distance = np.where(
+        v == 0, np.maximum(np.abs(moved) - hold, 0), np.abs(moved + 0.3 * penalty.gradient(model.weight).numpy()[0])
+    )
+    assert cert.residual == pytest.approx(distance.max(), rel=1e-4)
+    assert distance.max() > 1e-2
+
+
+def test_a_long_step_would_move_a_stationary_point_of_mcp():
+    """The default step is cut: 1/1000 of max |w| / max |∇| alone is beyond 1/r here."""
+    x, _ = regression()
+    q = np.linalg.qr(x)[0] * 40**0.5
+    w = np.r_[1e4, 2e-4, np.zeros(10)]
+    gradient = np.r_[0.0, -0.1 * (1 - 2e-4 / 5e-4), np.zeros(10)]
+    model, loss = linear(q, q @ (w - gradient), w)
+    with rs.attach(model, 0.1 * rs.MCP(5e-4).on("weight")) as reg:
+        cert = reg.certificate(loss)
+    assert cert.step == pytest.approx(0.5 * 5e-4 / 0.1)
+    assert cert.residual < 1e-6
+
+
 def test_sets_that_are_not_convex_are_left_out():
     x, y = regression()
     model, loss = linear(x, y, np.zeros(12), 0.0)

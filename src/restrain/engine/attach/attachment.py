@@ -618,12 +618,15 @@ class Attachment:
             polish: first take full-batch proximal steps on all trained tensors (of the given
                 optimizers, if any), until the residual is at most 0.02 of each rule's strength.
             tolerance: another residual at which polishing ends.
-            step: t; None for 1/1000 of max |w| / max |∇|.
+            step: t; None for 1/1000 of max |w| / max |∇|. Under penalties that aren't convex t is
+                less than 1/r, where penalty + r/2 ‖w‖² is (of strength · MCP, r = strength / knee):
+                then the map moves no stationary point, be it a minimum or not.
             steps: the most steps of `polish`; a warning says if they didn't do.
 
         Raises:
             PenaltyError: the loss is random, has no graph, or isn't a scalar.
             NoProxError: no rule has a prox or a convex set.
+            PlanError: an invalid setting, or a step of 1/r or more.
             HowError: sharded parameters, rules with `every`, penalties on derivatives.
 
         Source: Beck and Teboulle (2009), eq. 1.4 and 2.6 for the map; Nesterov (2013) for its norm.

@@ -103,6 +103,15 @@ def _certificate(objective: Objective, step: float | None) -> Certificate:
     loss, _, gradients = objective.evaluate()
     tensors = [exact(tensor.detach()) for tensor in objective.tensors()]
     t = _step(tensors[: objective.held], gradients) if step is None else float(step)
+    objective.length = t
+    steepest = max((part.concavity for part in objective.parts), default=0.0)
+    if 0 < steepest < math.inf and t * steepest >= 1:
+        if step is not None:
+            raise PlanError(
+                f"step= is below {1 / steepest:.4g}, beyond which the prox of a penalty that isn't convex jumps, and "
+                f"would move stationary points; got {step:g}"
+            )
+        t = 0.5 / steepest
     return _at(objective, tensors, gradients, t, loss)
 
 
@@ -169,7 +178,7 @@ class _Polish:
             )
         self.objective, self.found = objective, begin
         self.tensors = objective.tensors()
-        self.t = begin.step * 100
+        self.t = objective.length * 100
         self.slack = 64 * torch.finfo(self.tensors[0].dtype).eps
         strengths = {key: s for part in objective.parts for key, s in part.strengths}
         least = min(strengths.values(), default=_NO_STRENGTH / _SHARE * begin.residual)

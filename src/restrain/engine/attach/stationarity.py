@@ -68,6 +68,11 @@ class Part(ABC):
     def penalised_by(self) -> list[str]:
         """The rules among `keys` that make groups zero."""
 
+    @property
+    def concavity(self) -> float:
+        """The r for which the penalties + r/2 Σ|x|² are convex, as far as it is known."""
+        return 0.0
+
     @abstractmethod
     def moved(self, ws: Sequence[Tensor], gradients: Sequence[Tensor], t: float) -> list[Tensor]:
         """Return prox(w - t · gradient, t)."""
@@ -106,6 +111,11 @@ class Member(Part):
     def penalty(self) -> Penalty | None:
         """The sum of the penalties; None without penalties."""
         return joined([penalty for _, penalty in self.penalties]) if self.penalties else None
+
+    @property
+    def concavity(self) -> float:
+        leaves = [pair for _, penalty in self.penalties for pair in penalty.leaves()]
+        return sum(float(strength) * leaf.concavity for strength, leaf in leaves if leaf.concavity and strength)
 
     @property
     def strengths(self) -> list[tuple[str, float]]:
@@ -387,6 +397,7 @@ class Objective:
     parts: Sequence[Part]
     rest: Rest
     free: dict[str, Tensor]
+    length: float = 1.0  # of a step to begin polishing with, / 100
 
     @classmethod
     def of(cls, bounds: Sequence[Bound], model: nn.Module, loss: Loss, trained: set[int] | None) -> Objective:

@@ -1,0 +1,446 @@
+"""Paths beside their peers: exact linear ones, groups, networks, pixels and features chosen by them.
+
+    python benchmarks/paths.py [--quick] [--only lasso groups logistic network pixels digits] [--out folder]
+
+Peers that aren't installed are left out: `pip install celer adelie skglm lassonet`. Each job stands beside its peers in
+one process, taking turns; ratios are of one round. Errors are the greatest difference of a coefficient, at any point,
+from the solution polished on its support (lasso) or from the most exact of all (groups, logistic).
+"""
+
+import contextlib
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import Section, digits, judged, options, paired, quartiles, ratios, spread, times
+from torch import nn
+from torch.nn import functional as F
+
+import restrain as rs
+from restrain.models.linear import Linear
+
+MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mnist10k.npz"
+PARTS = ("lasso", "groups", "logistic", "network", "pixels", "digits")
+
+
+def sparse_problem(n, p, used, seed=0, correlation=0.5):
+    """Inputs of correlated neighbours, and targets of a few of them with noise, centred."""
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((n, p))
+    for k in range(1, p):
+        x[:, k] = correlation * x[:, k - 1] + (1 - correlation**2) ** 0.5 * x[:, k]
+    w = np.zeros(p)
+    w[draw.choice(p, used, replace=False)] = draw.standard_normal(used)
+    y = x @ w
+    y += draw.standard_normal(n) * np.std(y) / 3
+    return np.asfortranarray(x - x.mean(0)), y - y.mean()
+
+
+def compared(section, title, ours, peers, goal=None, rounds=5, exact=None, note=""):
+    """A table of times, ratios ours / theirs in one round, and errors; jobs return coefficients (points, features)."""
+    found, jobs = {}, {}
+    for name, job in {"restrain": ours, **peers}.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                start = time.perf_counter()
+                found[name] = job()
+                print(f"{name}: first run {time.perf_counter() - start:.2f} s", flush=True)
+        except ImportError as error:
+            print(f"{name}: {error}", flush=True)
+            continue
+        jobs[name] = job
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seconds = paired(jobs, rounds, budget=200)
+    truth = exact(found) if exact else found["restrain"]
+    rows = []
+    for name in jobs:
+        error = np.abs(found[name] - truth).max()
+        ratio = ratios(seconds, "restrain", name) if name != "restrain" else None
+        verdict = judged(ratio[1], at_most=goal[name]) if ratio and goal and name in goal else ""
+        rows.append([name, spread(seconds[name], 1e3), times(ratio) if ratio else "", f"{error:.1e}", verdict])
+    section.table(title, ["", "ms", "ours / theirs", "greatest error", "goal"], rows, note)
+
+
+# ---------------------------------------------------------------- lasso
+
+
+def polished(x, y, alphas, coefs):
+    """Lasso coefficients solved on the support and signs that were found, with a check of optimality."""
+    found, n = [], len(y)
+    for alpha, w in zip(alphas, coefs, strict=True):
+        on = np.flatnonzero(np.abs(w) > 1e-9 * max(np.abs(w).max(), 1e-300))
+        v = np.zeros_like(w)
+        if len(on):
+            gram = x[:, on].T @ x[:, on] / n
+            v[on] = np.linalg.solve(gram, x[:, on].T @ y / n - alpha * np.sign(w[on]))
+        slope = x.T @ (y - x @ v) / n
+        assert np.abs(slope).max() <= alpha * (1 + 1e-7), "a zero should not be one"
+        assert (np.sign(v[on]) == np.sign(w[on])).all(), "another sign"
+        found.append(v)
+    return np.array(found)
+
+
+def lasso(section, quick):
+    n, p, points = (60, 100, 10) if quick else (500, 2000, 100)
+    x, y = sparse_problem(n, p, p // 40)
+    alphas = np.abs(x.T @ y).max() / n * np.geomspace(1, 1e-2, points)
+
+    def ours():
+        return np.array([w.numpy()[0] for w, _ in Linear.of(x, y, 0).path(rs.L1(), 2 * alphas)])
+
+    def sklearn():
+        from sklearn.linear_model import lasso_path
+
+        return lasso_path(x, y, alphas=alphas, tol=1e-9, max_iter=100_000)[1].T
+
+    def celer():
+        from celer import celer_path
+
+        return celer_path(x, y, pb="lasso", alphas=alphas, tol=1e-9)[1].T
+
+    def skglm():
+        from skglm.datafits import Quadratic
+        from skglm.penalties import L1
+        from skglm.solvers import AndersonCD
+        from skglm.utils.jit_compilation import compiled_clone
+
+        datafit, penalty = compiled_clone(Quadratic()), compiled_clone(L1(1.0))
+        return AndersonCD(tol=1e-8, fit_intercept=False).path(x, y, datafit, penalty, alphas)[1].T
+
+    def adelie():
+        import adelie as ad
+
+        state = ad.grpnet(x, ad.glm.gaussian(y), lmda_path=alphas, tol=1e-14, intercept=False, **ADELIE)
+        return state.betas.toarray()
+
+    compared(
+        section,
+        f"lasso, n = {n}, p = {p}, {points} strengths down to 1/100 of the greatest",
+        ours,
+        {"celer": celer, "skglm": skglm, "scikit-learn": sklearn, "adelie": adelie},
+        {"celer": 3},
+        exact=lambda found: polished(x, y, alphas, found["restrain"]),
+        note="Tolerances: celer and scikit-learn 1e-9, skglm 1e-8, adelie 1e-14.",
+    )
+
+
+ADELIE = {"progress_bar": False, "early_exit": False, "n_threads": 1, "min_ratio": 1e-4}
+
+
+# ---------------------------------------------------------------- groups and logistic regression
+
+
+def groups(section, quick):
+    n, p, points, size = (60, 100, 8, 5) if quick else (500, 2000, 100, 10)
+    x, y = sparse_problem(n, p, p // 20)
+    starts = np.arange(0, p, size)
+    slopes = (x.T @ y / n).reshape(-1, size)
+    alphas = np.linalg.norm(slopes, axis=1).max() / size**0.5 * np.geomspace(1, 1e-2, points)
+    penalty = rs.GroupLasso(per={"in": [list(range(k, k + size)) for k in starts]})
+
+    def ours():
+        return np.array([w.numpy()[0] for w, _ in Linear.of(x, y, 0).path(penalty, 2 * alphas)])
+
+    def adelie():
+        import adelie as ad
+
+        given = {"groups": starts, "penalty": np.full(len(starts), size**0.5), "tol": 1e-14, "intercept": False}
+        return ad.grpnet(x, ad.glm.gaussian(y), lmda_path=alphas, **given, **ADELIE).betas.toarray()
+
+    def celer():
+        from celer import celer_path
+
+        weights = np.full(len(starts), size**0.5)
+        return celer_path(x, y, pb="grplasso", groups=size, alphas=alphas, weights=weights, tol=1e-9)[1].T
+
+    compared(
+        section,
+        f"group lasso, n = {n}, p = {p}, groups of {size}, {points} strengths down to 1/100 of the greatest",
+        ours,
+        {"adelie": adelie, "celer": celer},
+        {"adelie": 10},
+        rounds=3,
+        exact=lambda found: found.get("adelie", found["restrain"]),
+        note="Errors are differences from adelie at its tolerance of 1e-14.",
+    )
+
+
+def logistic(section, quick):
+    n, p, points = (60, 50, 5) if quick else (500, 500, 20)
+    x, y = sparse_problem(n, p, p // 20)
+    labels = (y > 0).astype(int)
+    top = np.abs(x.T @ (labels - labels.mean())).max() / n
+    strengths = top * np.geomspace(1, 5e-2, points)
+
+    def ours():
+        found = Linear.of(x, labels, 2).path(rs.L1(), strengths)
+        return np.array([(w[1] - w[0]).numpy() for w, _ in found])
+
+    def adelie():
+        import adelie as ad
+
+        glm = ad.glm.binomial(labels.astype(float), link="logit")
+        return ad.grpnet(x, glm, lmda_path=strengths, tol=1e-14, irls_tol=1e-12, **ADELIE).betas.toarray()
+
+    def sklearn():
+        from sklearn.linear_model import LogisticRegression
+
+        found = []
+        for s in strengths:
+            given = {"l1_ratio": 1.0, "C": 1 / (n * s), "solver": "saga", "tol": 1e-8, "max_iter": 20_000}
+            found.append(LogisticRegression(**given).fit(x, labels).coef_[0])
+        return np.array(found)
+
+    compared(
+        section,
+        f"logistic lasso, n = {n}, p = {p}, {points} strengths down to 1/20 of the greatest",
+        ours,
+        {"adelie": adelie, "scikit-learn (saga)": sklearn} if not quick else {"adelie": adelie},
+        rounds=3,
+        exact=lambda found: found.get("adelie", found["restrain"]),
+        note="Errors are differences from adelie.",
+    )
+
+
+# ---------------------------------------------------------------- networks
+
+
+class Fit:
+    """A training loop for one point: a long first fit, short ones after it."""
+
+    def __init__(self, x, y, first, later, rate=1e-3, batch=128):
+        self.x, self.y, self.first, self.later, self.rate, self.batch = x, y, first, later, rate, batch
+        self.calls = 0
+
+    def __call__(self, model, reg):
+        steps = round((self.later if self.calls else self.first) * len(self.x) / self.batch)
+        self.calls += 1
+        optimizer = torch.optim.Adam(model.parameters(), lr=self.rate)
+        if reg is not None:
+            reg.use(optimizer)
+        order = torch.randperm(len(self.x)).split(self.batch)
+        for step in range(steps):
+            if step and step % len(order) == 0:
+                order = torch.randperm(len(self.x)).split(self.batch)
+            rows = order[step % len(order)]
+            optimizer.zero_grad()
+            F.cross_entropy(model(self.x[rows]), self.y[rows]).backward()
+            optimizer.step()
+
+
+def network_of(inputs, hidden, seed, outputs=10):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+
+
+def walked(model, fit, valid, **given):
+    """A path over the inputs of the first layer, from all to none."""
+    x, y = valid
+    usual = {"points": 50, "ratio": 1e-2, "random_state": 0, "certificate": False, "progress": False}
+    return rs.path(
+        model,
+        rs.GroupLasso(per="in").on("0.weight", how="proximal"),
+        fit,
+        loss=lambda m: F.cross_entropy(m(fit.x), fit.y),
+        score=lambda m: (m(x).argmax(1) == y).double(),
+        **{**usual, **given},
+    )
+
+
+def mnist():
+    data = np.load(MNIST)
+    return data["X"].reshape(len(data["X"]), -1).astype(np.float32) / 255, data["y"].astype(np.int64)
+
+
+def split(x, y, seed, parts=(0.6, 0.2, 0.2)):
+    """(train, valid, test), each of tensors (x, y)."""
+    order = np.random.default_rng(seed).permutation(len(x))
+    ends = np.cumsum([round(part * len(x)) for part in parts])
+    rows = np.split(order, ends[:-1])
+    return [(torch.from_numpy(x[one]), torch.from_numpy(y[one])) for one in rows]
+
+
+def network(section, quick):
+    """Seconds of a path of 50 points and more over seconds of a dense fit, which the path's first fit is too."""
+    x, y = mnist()
+    train, valid, _ = split(x[:600] if quick else x, y[:600] if quick else y, 0)
+    epochs = 2 if quick else 20
+    rows = []
+    for title, given in (
+        ("up", {}),
+        ("up, with certificates", {"certificate": True}),
+        ("removal", {"direction": "removal"}),
+    ):
+        ways, dense, counts = [], [], []
+        for seed in range(1 if quick else 3):
+            model = network_of(784, 100, seed)
+            start = time.perf_counter()
+            Fit(*train, epochs, 0)(model, None)
+            dense.append(time.perf_counter() - start)
+            model, fit = network_of(784, 100, seed), Fit(*train, epochs, 0.5)
+            start = time.perf_counter()
+            found = walked(model, fit, valid, **{"points": 50, **given})
+            ways.append(time.perf_counter() - start)
+            counts.append(len(found))
+        ratio = quartiles([a / b for a, b in zip(ways, dense, strict=True)])
+        points = f"{min(counts)} – {max(counts)}"
+        rows.append([title, points, spread(ways), spread(dense), times(ratio), judged(ratio[1], at_most=3)])
+    section.table(
+        f"a network 784-100-10 on {len(train[0]):,} digits",
+        ["way", "points", "s of the path", f"s of a dense fit of {epochs} epochs", "path / dense", "goal"],
+        rows,
+        "The path's own first fit, dense too, is in its time; half an epoch for each point.",
+    )
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def trees(train, test, pixels, seed):
+    """Accuracy of ExtraTrees on some pixels."""
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    judge = ExtraTreesClassifier(n_estimators=100, random_state=seed).fit(train[0][:, pixels], train[1])
+    return judge.score(test[0][:, pixels], test[1])
+
+
+def longest(path, count):
+    """The longest groups of the last point that has as many."""
+    at = [point for point in path.points if point.selected >= count][-1]
+    lengths = torch.linalg.vector_norm(path.model(at)[0].weight.detach(), dim=0)
+    return lengths.argsort(descending=True)[:count].numpy()
+
+
+VARIANTS = {
+    "group lasso": {"points": 50},
+    "removal (the control)": {"direction": "removal", "points": 50},
+    "removal in 100 points": {"direction": "removal", "points": 100},
+    "removal, weight decay": {"direction": "removal", "points": 50, "fixed": 1e-3 * rs.L2().on("0.weight")},
+}
+
+
+def pixels(section, quick):
+    """50 pixels by each variant, judged on five fresh splits; the variant is picked by the validation part."""
+    x, y = mnist()
+    if quick:
+        x, y = x[:800], y[:800]
+    table, seconds = {name: [] for name in VARIANTS}, dict.fromkeys(VARIANTS, 0.0)
+    chosen = []
+    for seed in range(1 if quick else 5):
+        train, valid, test = split(x, y, seed)
+        results = {}
+        for name, given in VARIANTS.items():
+            start = time.perf_counter()
+            ratio = 50 / 784 if given.get("direction") == "removal" else 1e-2
+            found = walked(
+                network_of(784, 100, seed), Fit(*train, 1 if quick else 10, 0.5), valid, ratio=ratio, **given
+            )
+            seconds[name] += time.perf_counter() - start
+            mask = longest(found, 50)
+            results[name] = trees(train, valid, mask, seed), trees(train, test, mask, seed)
+            table[name].append(results[name][1])
+        chosen.append(max(results.values())[1])
+    control = np.mean(table["removal (the control)"])
+    rows = [[name, f"{np.mean(found):.4f}", f"{seconds[name]:.0f}", ""] for name, found in table.items()]
+    verdict = judged(float(np.mean(chosen) - control), at_least=-0.005)
+    rows.append(["picked on validation", f"{np.mean(chosen):.4f}", "", f"minus the control {verdict}"])
+    section.table(
+        f"50 of 784 pixels, ExtraTrees on {len(test[0]):,} test digits, mean of {len(chosen)} splits",
+        ["", "accuracy", "s, all splits", "goal"],
+        rows,
+    )
+
+
+# ---------------------------------------------------------------- features of the small digits
+
+
+COUNTS = (5, 10, 15, 20, 30)
+
+
+def lassonet_masks(train, valid, seed, quick):
+    from lassonet import LassoNetClassifier
+
+    given = {"n_iters": (20, 5)} if quick else {}
+    model = LassoNetClassifier(hidden_dims=(100,), M=10, verbose=0, random_state=seed, torch_seed=seed, **given)
+    with contextlib.redirect_stdout(None):
+        found = model.path(train[0], train[1], X_val=valid[0], y_val=valid[1])
+    masks = {}
+    for count in COUNTS:
+        fits = [one for one in found if one.selected.sum() <= count]
+        masks[count] = np.flatnonzero(fits[0].selected.numpy()) if fits else np.arange(0)
+    return masks
+
+
+def refitted(train, test, mask, seed, quick):
+    """Accuracy of a network trained on some features alone."""
+    if not len(mask):
+        return 0.1
+    model = network_of(len(mask), 100, seed)
+    Fit(train[0][:, mask], train[1], 2 if quick else 60, 0, batch=64)(model, None)
+    return float((model(test[0][:, mask]).argmax(1) == test[1]).double().mean())
+
+
+def small_digits(section, quick):
+    """Test accuracy at 5 to 30 features, the same refit for all, and seconds of the selection."""
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x = ((x - x.mean()) / x.std()).astype(np.float32)
+    ways = {"restrain, removal": {"direction": "removal", "points": 40}, "restrain, up": {"points": 50}}
+    scores = {name: {count: [] for count in COUNTS} for name in (*ways, "LassoNet")}
+    seconds = {name: [] for name in scores}
+    for seed in range(1 if quick else 3):
+        train, valid, test = split(x, y, seed)
+        for name, given in ways.items():
+            start = time.perf_counter()
+            fit = Fit(*train, 2 if quick else 40, 0.2 if quick else 3, batch=64)
+            found = walked(network_of(64, 100, seed), fit, valid, **{"ratio": 1 / 64, **given})
+            seconds[name].append(time.perf_counter() - start)
+            for count in COUNTS:
+                mask = longest(found, count)
+                scores[name][count].append(refitted(train, test, mask, seed, quick))
+        start = time.perf_counter()
+        try:
+            masks = lassonet_masks(train, valid, seed, quick)
+        except ImportError as error:
+            print(f"LassoNet: {error}", flush=True)
+            continue
+        seconds["LassoNet"].append(time.perf_counter() - start)
+        for count in COUNTS:
+            scores["LassoNet"][count].append(refitted(train, test, masks[count], seed, quick))
+    rows = []
+    theirs = scores["LassoNet"]
+    for name, found in scores.items():
+        if not seconds[name]:
+            continue
+        means = [float(np.mean(found[count])) for count in COUNTS]
+        cells, verdict = [f"{mean:.3f}" for mean in means], ""
+        if name != "LassoNet" and seconds["LassoNet"]:
+            least = min(mean - float(np.mean(theirs[count])) for mean, count in zip(means, COUNTS, strict=True))
+            part = float(np.median([a / b for a, b in zip(seconds[name], seconds["LassoNet"], strict=True)]))
+            verdict = f"least difference {least:+.3f}, {judged(least, at_least=0)}; time × {digits(part)}, "
+            verdict += judged(part, at_most=0.25)
+        rows.append([name, *cells, spread(seconds[name]), verdict])
+    section.table(
+        f"8 × 8 digits, test accuracy of a network on so many features, mean of {len(seconds['restrain, up'])} splits",
+        ["", *map(str, COUNTS), "s", "goal"],
+        rows,
+    )
+
+
+def main():
+    given = options(__doc__, ("--only", {"nargs": "+", "choices": PARTS, "default": PARTS}))
+    torch.set_num_threads(given.threads)
+    section = Section("benchmarks/paths.py", "Paths")
+    jobs = dict(zip(PARTS, (lasso, groups, logistic, network, pixels, small_digits), strict=True))
+    for name in given.only:
+        jobs[name](section, given.quick)
+    section.finish(given.out, given.quick)
+
+
+if __name__ == "__main__":
+    main()
