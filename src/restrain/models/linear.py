@@ -24,6 +24,7 @@ from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.models.lasso import elastic_net_path
 from restrain.models.newton import knows, polished
+from restrain.named_tensors import Location
 from restrain.paths import least_strength, quantile
 from restrain.penalties import Penalty
 
@@ -64,13 +65,12 @@ class Linear:
             return (output.logsumexp(1) - (output * self.y).sum(1)).mean()
         return (output - self.y).square().mean()
 
-    def gradient(self, w: Tensor, b: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the gradient of the loss by w and by b; `features` are those of w."""
-        x = self.x if features is None else self.x[:, features]
-        output = x @ w.T + b
+    def gradient(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient of the loss by w and by b."""
+        output = self.x @ w.T + b
         error = output.softmax(1) - self.y if self.classes else (output - self.y) * (2 / self.y.shape[1])
-        error = error / len(x)
-        return error.T @ x, error.sum(0)
+        error = error / len(self.x)
+        return error.T @ self.x, error.sum(0)
 
     def shares(self, w: Tensor, b: Tensor) -> Tensor | None:
         """Return the probability of each class for each sample; None for numeric targets."""
@@ -164,6 +164,7 @@ class Linear:
             return self._elastic(l1, l2, strengths)
         mean = self.x.mean(0)
         centred = replace(self, x=self.x - mean)  # the intercept is then apart from the weights
+        penalty = penalty.bound_to(Location(self.x.new_zeros(self.y.shape[1], self.x.shape[1])))
         w, b = self.x.new_zeros(self.y.shape[1], self.x.shape[1]), self.intercept()
         scale = float(centred.gradient(w, b)[0].abs().max())
         found = []
@@ -218,9 +219,9 @@ class _Solver:
         share = 0.5 if self.problem.classes else 2 / self.problem.y.shape[1]
         t, theta = 1 / (share * s), 1.0
         x, c = w[:, features], b
-        y, d = x, c
+        y, d, own = x, c, replace(self.problem, x=self.problem.x[:, features].contiguous())
         for count in range(1, _STEPS + 1):
-            gw, gb = self.problem.gradient(y, d, features)
+            gw, gb = own.gradient(y, d)
             z, e = self._prox(y - t * gw, features, w, t), d - t * s * gb
             residual = max(_greatest(y - z) / t, _greatest(d - e) / (t * math.sqrt(s)))
             turned = float(((y - z) * (z - x)).sum() + ((d - e) * (e - c)).sum() / s) > 0

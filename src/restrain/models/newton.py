@@ -88,8 +88,11 @@ class Support:
         lengths = torch.zeros_like(strengths).index_add_(0, place, torch.where(inside, v.square(), 0.0)).sqrt()
         scale = torch.where(inside, strengths[place] / lengths[place], 0.0)
         unit = torch.where(inside, v / lengths[place], 0.0)
-        same = each[:, None] == each
-        found[: len(v), : len(v)] -= torch.where(same, (scale * unit)[:, None] * unit, 0.0)
+        order = torch.argsort(each, stable=True)
+        for entries in order.split(each[order].unique_consecutive(return_counts=True)[1].tolist()):
+            if inside[entries[0]]:
+                u = unit[entries]
+                found[entries[:, None], entries] -= scale[entries[0]] * torch.outer(u, u)
         found[: len(v), : len(v)].diagonal().add_(scale)
 
 

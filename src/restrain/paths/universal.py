@@ -68,7 +68,7 @@ def universal_threshold(
     >>> loss = lambda model, y: (model(x) - y).square().mean().sqrt()
     >>> null = lambda draw: torch.randn(200, 1, generator=draw)
     >>> rule = rs.L1().on("weight", how="proximal")
-    >>> 0.01 < restrain.paths.universal_threshold(model, rule, loss, null, draws=50) < 0.05
+    >>> 0.01 < universal_threshold(model, rule, loss, null, draws=50) < 0.05
     True
     """
     check_level(level, draws)
