@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -258,8 +258,7 @@ class Walk:
             if bool(zero.any())
         ]
         rules = [*masks, *self.fixed]
-        # nothing is zero: fit under a penalty of strength zero, as attach takes no empty plan
-        return rules or [replace(0.0 * rule, how="loss") for rule in self.rules]
+        return rules or self.at(0.0)  # attach takes no empty plan
 
     def shortest(self, part: float) -> list[Tensor]:
         """Return masks of the shortest groups, a part of all groups of all tensors together.
