@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from restrain import progress, storage
 from restrain.engine import attach
 from restrain.errors import PlanError
-from restrain.fields import brief, is_number, is_whole
+from restrain.fields import brief, is_number, is_one_of, is_whole
 from restrain.named_tensors import checked_module, unwrap
 from restrain.paths import greatest
 from restrain.paths.greatest import Greatest
@@ -284,7 +284,7 @@ def _check(points: Any, ratio: Any, direction: Any, patience: Any) -> None:
         raise PlanError(f"points= is the number of strengths, at least 2; got {brief(points)}")
     if not is_number(ratio) or not 0 < ratio < 1:
         raise PlanError(f"ratio= is the least strength / the greatest, between 0 and 1; got {brief(ratio)}")
-    if direction not in ("up", "down", "both", "removal"):
+    if not is_one_of(direction, ("up", "down", "both", "removal")):
         raise PlanError(f"direction= is 'up', 'down', 'both' or 'removal'; got {brief(direction)}")
     if patience is not None and not is_whole(patience, 1):
         raise PlanError(f"patience= is a number of points, at least 1, or None; got {brief(patience)}")
