@@ -265,7 +265,13 @@ def fit(rows, sizes, rules, compile):
     found = []
     for _ in range(3):
         model = rs.Classifier(
-            hidden=sizes[1:], epochs=EPOCHS[rows], batch_size=64, random_state=0, compile=compile, **rules
+            hidden=sizes[1:],
+            normalize=False,
+            epochs=EPOCHS[rows],
+            batch_size=64,
+            random_state=0,
+            compile=compile,
+            **rules,
         )
         began = time.process_time()
         model.fit(x, y)
