@@ -16,6 +16,7 @@ def scripts(monkeypatch):
     """The scripts import each other by plain names, as they are run from their folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import measure
+
     import report
 
     return measure, report

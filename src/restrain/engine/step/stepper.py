@@ -325,6 +325,8 @@ class Stepper:
     def _act(self, batches: Iterable[Batch]) -> None:
         """Carry out changes on their members, of which some may be sharded."""
         batches = [batch for batch in batches if batch.changes and batch.members]
+        if not batches:
+            return
         if not self._worklist.sharded:
             self._executor(batches, self.steps)
             return
@@ -409,6 +411,8 @@ class Stepper:
 
         Metrics with state must be updated at each step.
         """
+        if not self._followed:
+            return {}
         found, measure, shared = dict[int, Metric](), metric_of(optimizer), dict[int, Metric]()
         same: dict[int, dict[Any, Any]] = {id(group): {} for group in optimizer.param_groups}
         shares = {id(group): common(measure, group) for group in optimizer.param_groups}
