@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo style test test-all test-cuda test-torch test-torches matrix bench dist lint format clean
+.PHONY: help demo style test test-all test-cuda test-torch test-torches matrix bench docs dist lint format clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -49,6 +49,11 @@ bench: .venv/.bench  ## measure speed on a quiet machine, under 20 minutes; rewr
 	  echo "== benchmarks/$$name.py"; $(PY) benchmarks/$$name.py --out build/bench $(BENCHFLAGS); done
 	@$(PY) benchmarks/report.py build/bench docs
 
+docs: .venv/.docs  ## the site, into docs/_build/html; warnings are errors
+	$(PY) docs/reference.py
+	$(PY) -m sphinx -q -W --keep-going -c docs -d build/doctrees build/site/docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 dist: .venv/.dist  ## sdist and wheel in dist/, checked as a package index will
 	rm -rf dist
 	$(PY) -m build --quiet
@@ -67,7 +72,7 @@ format: .venv/.test  ## rewrite the files as ruff wants them
 	$(PY) -m ruff format
 
 clean:  ## remove caches and build outputs (.venv stays)
-	rm -rf build dist demo-output src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build demo-output src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./.venv -prune -o -name __pycache__ -prune -exec rm -rf {} +
 
 # The demo needs fewer packages than the tests, so each has its own stamp.
@@ -85,6 +90,11 @@ clean:  ## remove caches and build outputs (.venv stays)
 .venv/.dist: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing what makes and checks the package into .venv (once) ..."
 	@$(PIP) -e '.[dist]'
+	@touch $@
+
+.venv/.docs: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing restrain and what the site needs into .venv (once) ..."
+	@$(PIP) -e '.[docs]'
 	@touch $@
 
 .venv/.bench: pyproject.toml constraints.txt | $(PY)
