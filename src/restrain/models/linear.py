@@ -112,8 +112,8 @@ class Linear:
         Raises:
             PlanError: there is no such strength, as the path interpolates the targets.
 
-        Source: Giacobino and others (2017), section 3 and property 3; Belloni, Chernozhukov and
-        Wang (2011) for the square-root lasso, there with one output.
+        Source: Giacobino and others (2017), arXiv 1511.05433; Belloni, Chernozhukov and Wang
+        (2011) for the square-root lasso, there with one output.
         """
         found = torch.tensor([self._null(penalty, draw) for _ in range(draws)], dtype=torch.float64, device="cpu")
         threshold = quantile(found, level)

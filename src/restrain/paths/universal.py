@@ -61,7 +61,7 @@ def universal_threshold(
         PlanError: rules that make no zeros, invalid settings, or a gradient that is zero at the
             origin whatever the targets, a saddle.
 
-    Source: Giacobino, Sardy, Diaz-Rodriguez and Hengartner (2017), definitions 1 to 3, for linear
+    Source: Giacobino, Sardy, Diaz-Rodriguez and Hengartner (2017), arXiv 1511.05433, for linear
     models; Sardy, van Cutsem and Ma (2024), arXiv 2411.17180, for networks.
 
     >>> x, model = torch.eye(50).repeat(4, 1), nn.Linear(50, 1, bias=False)
