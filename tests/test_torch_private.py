@@ -33,7 +33,7 @@ OTHERS = {
     *("_logger_connector", "_should_accumulate"),  # of Lightning
     *("_get_output_dir", "_trial"),  # of Hugging Face's Trainer
     *("_meant", "_classes", "_restrain_layouts"),  # ours, set by name
-    *("_g", "_v", "_orig"),  # ends of names of parameters
+    *("_g", "_v", "_orig", "_std"),  # ends of names of parameters
     "_base_optimizer",  # of Lookahead
     *("_unsafe_view", "_to_copy", "_softmax", "_log_softmax"),  # operations of ATen
     *("_assert", "_convolution", "_transpose"),  # beginnings and ends of names of such
