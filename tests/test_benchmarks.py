@@ -15,6 +15,8 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 def scripts(monkeypatch):
     """The scripts import each other by plain names, as they are run from their folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in ("measure", "report"):  # the folder of tests/report has the second name, too
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import measure
 
     import report
