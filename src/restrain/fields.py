@@ -7,7 +7,7 @@ import re
 import reprlib
 import sys
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from math import inf
@@ -115,6 +115,11 @@ def shown_number(value: Any) -> str:
 def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
     """True if the value is an int, at least `least`, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
+    """True for an iterable, other than arrays and tensors without an axis, which only look so."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0
 
 
 def is_one_of(value: Any, words: Container[str]) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from restrain import datafiles
 from restrain.errors import PlanError, RestrainError
-from restrain.fields import brief, is_whole
+from restrain.fields import brief, is_iterable, is_whole
 from restrain.html_table import html_table
 from restrain.layouts import NONE, Layouts, read_layouts, write_layouts
 from restrain.plandata import read_rule, write_rule
@@ -139,11 +139,8 @@ def _rules(given: Any, depth: int, layouts: list[Layouts]) -> Iterator[Rule]:
 
 
 def _members(given: Any) -> Iterator[Any]:
-    try:
-        if isinstance(given, Iterable):
-            return iter(given)
-    except TypeError:  # a 0-d tensor, which is an Iterable by type
-        pass
+    if is_iterable(given):
+        return iter(given)
     raise PlanError(f"expected rules made by .on(...), text, dicts or a list of them; got {brief(given)}")
 
 

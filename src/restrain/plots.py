@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from restrain import storage
 from restrain.errors import FileError, NoProxError, PenaltyError, PlanError, TransformError
 from restrain.extras import needing
-from restrain.fields import brief, is_number, is_whole, listed
+from restrain.fields import brief, is_iterable, is_number, is_whole, listed
 from restrain.named_tensors import parameters, unwrap
 from restrain.path_view import PathView, Viewed
 from restrain.penalties import Penalty
@@ -500,9 +500,9 @@ def _columns(history: Any) -> tuple[dict[str, list[float]], tuple[str, list[floa
         if any(len(values) != most for values in columns.values()):
             raise PlanError("the columns of a history are of one length; got lengths that differ")
         return columns, ("epoch", [float(number) for number in range(1, most + 1)])
-    rows = list(history) if isinstance(history, Iterable) else []
+    rows = list(history) if is_iterable(history) else []
     if not rows or not all(isinstance(row, Mapping) for row in rows):
-        none = "nothing was tracked yet: call it after some steps" if isinstance(history, Iterable) and not rows else ""
+        none = "nothing was tracked yet: call it after some steps" if is_iterable(history) and not rows else ""
         raise PlanError(
             none or f"expected reg.history, rows such as estimator.history_, or {{name: numbers}}; got {brief(history)}"
         )

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeAlias, Union, get_origin
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError
-from restrain.fields import brief, shortened
+from restrain.fields import brief, is_iterable, shortened
 from restrain.named_tensors import Layer, Slot, near
 from restrain.torch_private import NORMALIZATIONS
 
@@ -361,7 +361,7 @@ def as_where(given: Any) -> Where:
         if not all(issubclass(t, nn.Module) for t in types_of):
             raise SelectionError(f"expected a type of nn.Module, got {given!r}")
         return OfType(tuple(types_of))
-    if isinstance(given, Iterable):
+    if is_iterable(given):
         members = [as_where(member) for member in given]
         if not members:
             raise SelectionError("an empty list selects nothing; write what the rule is to act on")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from restrain import progress, storage
 from restrain.engine import attach
 from restrain.errors import PlanError
-from restrain.fields import brief, is_number, is_one_of, is_whole
+from restrain.fields import brief, is_iterable, is_number, is_one_of, is_whole
 from restrain.named_tensors import checked_module, unwrap
 from restrain.paths import greatest
 from restrain.paths.greatest import Greatest
@@ -292,7 +292,7 @@ def _check(points: Any, ratio: Any, direction: Any, patience: Any) -> None:
 
 def _checked_strengths(strengths: Any) -> list[float]:
     """Return given strengths in increasing order."""
-    found = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else []
+    found = list(strengths) if is_iterable(strengths) and not isinstance(strengths, str) else []
     numbers = [float(one) for one in found if is_number(one) and one >= 0]
     if not numbers or len(numbers) < len(found) or len(set(numbers)) < len(numbers):
         raise PlanError(
@@ -303,7 +303,7 @@ def _checked_strengths(strengths: Any) -> list[float]:
 
 def _checked_counts(strengths: Any) -> list[float]:
     """Return how many groups are kept: whole numbers (of groups) or floats (parts of all)."""
-    found = list(strengths) if isinstance(strengths, Iterable) and not isinstance(strengths, str) else []
+    found = list(strengths) if is_iterable(strengths) and not isinstance(strengths, str) else []
     if not found or not all(is_whole(one, 1) or (is_number(one) and 0 < one <= 1) for one in found):
         raise PlanError(
             "strengths= of direction='removal' are how many groups are kept: whole numbers, or floats above 0 up to "

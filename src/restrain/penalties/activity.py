@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from restrain.axes import Grouping, Per, checked, group_norms, grouping_at
 from restrain.errors import PenaltyError, SelectionError
-from restrain.fields import renamed
+from restrain.fields import is_one_of, renamed
 from restrain.named_tensors import Handle, fully_sharded, is_sharded, near, parameters
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_axis, checked_setting, in_float32
 from restrain.penalties.statistics import unit_axis
@@ -175,9 +175,10 @@ class L0(Penalty):
     at_outputs = True
 
     def __post_init__(self) -> None:
-        if self.threshold != "learned":
-            checked_setting("threshold", self.threshold, 0, closed=True)
-        if self.threshold != "learned" and self.bandwidth is None:
+        learned = is_one_of(self.threshold, ("learned",))
+        if not learned:
+            checked_setting("threshold", self.threshold, 0, closed=True)  # type: ignore[arg-type]
+        if not learned and self.bandwidth is None:
             raise PenaltyError("L0 with a number as the threshold needs bandwidth=, the width of its ramp")
         if self.bandwidth is not None:
             checked_setting("bandwidth", self.bandwidth, 0)

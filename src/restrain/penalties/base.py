@@ -9,7 +9,7 @@ import functools
 import inspect
 import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, prod
 from typing import Any, ClassVar, TypeAlias
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import NoProxError, PenaltyError, SelectionError
-from restrain.fields import is_number, is_whole, shown_number
+from restrain.fields import is_iterable, is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties import keras_objects
@@ -150,7 +150,7 @@ def of_tensors(formula: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tenso
             w = w.value  # the tensor of a Keras 3 variable, on the torch backend
         if isinstance(w, Tensor):
             return _scalar(self, in_float32(functools.partial(formula, self), w))
-        if isinstance(w, nn.Module) or not isinstance(w, Iterable):
+        if isinstance(w, nn.Module) or not is_iterable(w):
             hint = ": pass model.parameters()" if isinstance(w, nn.Module) else ""
             raise PenaltyError(
                 f"{self!r} takes a tensor, or an iterable or mapping of them, got {type(w).__name__}{hint}"

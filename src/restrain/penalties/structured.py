@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from restrain.axes import Grouped, Per, checked, checked_dim, grouping, grouping_at
 from restrain.errors import NoProxError, PenaltyError
-from restrain.fields import is_number
+from restrain.fields import is_iterable, is_number
 from restrain.named_tensors import Location
 from restrain.penalties.base import OfRows, Penalty, Tensors, batch_size, checked_strength, unchecked_prox
 from restrain.penalties.entrywise import L1
@@ -343,7 +342,7 @@ class SLOPE(OfRows):
     shrinks = True
 
     def __post_init__(self) -> None:
-        weights = tuple(self.weights) if isinstance(self.weights, Iterable) else (self.weights,)
+        weights = tuple(self.weights) if is_iterable(self.weights) else (self.weights,)
         numbers = [w for w in weights if is_number(w) and w >= 0]
         if len(numbers) < len(weights) or any(b > a for a, b in pairwise(numbers)):
             raise PenaltyError(f"weights= are finite numbers, zero or more, the greatest first; got {self.weights!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import PlanError
-from restrain.fields import brief, is_whole
+from restrain.fields import brief, is_iterable, is_whole
 from restrain.path_view import PathView, Viewed
 
 
@@ -164,7 +164,7 @@ def checked_rows(rows: Any) -> list[dict[str, float]]:
     Raises:
         PlanError: something else, or an entry that isn't a number.
     """
-    found = [] if rows is None else list(rows) if isinstance(rows, Iterable) else [rows]
+    found = [] if rows is None else list(rows) if is_iterable(rows) else [rows]
     wrong = [row for row in found if not isinstance(row, Mapping)]
     wrong += [value for row in found if not wrong for value in row.values() if not isinstance(value, Real | Tensor)]
     if wrong:

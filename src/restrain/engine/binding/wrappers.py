@@ -6,13 +6,13 @@ known metric. Rules that can't be right there are refused at attach.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import Optimizer
 
 from restrain.errors import OptimizerError, PlanError
+from restrain.fields import is_iterable
 from restrain.torch_private import overlaps_backward
 
 # Attributes that may hold the inner optimizer, by name of the class or of a base class
@@ -89,7 +89,7 @@ def given_optimizers(given: Any) -> list[Unwrapped]:
     """
     if given is None:
         return []
-    return [_seen_through(one) for one in (list(given) if isinstance(given, Iterable) else [given])]
+    return [_seen_through(one) for one in (list(given) if is_iterable(given) else [given])]
 
 
 def _seen_through(given: Any) -> Unwrapped:
