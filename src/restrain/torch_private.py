@@ -13,10 +13,14 @@ have saved.
 
 from __future__ import annotations
 
+import getpass
 import inspect
 import operator
 import os
+import re
+import stat
 import sys
+import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -28,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from restrain.errors import VersionError
+from restrain.errors import FileAccessError, VersionError
 from restrain.versions import number
 
 SEEN = ("2.10.0", "2.12.1", "2.13.0", "2.15.0")
@@ -721,13 +725,42 @@ def put_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = F
     return handle
 
 
+def _check_inductor() -> None:
+    """Check that inductor is there, and that its folder of compiled code is this user's alone.
+
+    Inductor runs what lies in the folder, whose name others can guess and whose owner it doesn't
+    ask.
+
+    Raises:
+        VersionError: this torch lacks inductor.
+        FileAccessError: the folder belongs to another user, or others may write into it.
+    """
+    require("inductor")
+    if not hasattr(os, "geteuid"):
+        return
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # no entry in the system's list of users
+        user = f"uid_{os.getuid()}"
+    default = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default
+    if not os.path.lexists(folder):
+        return
+    found = os.stat(folder)
+    if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise FileAccessError(
+            f"{folder} is where torch keeps compiled code, and others may have put code there: set "
+            "TORCHINDUCTOR_CACHE_DIR to a folder of your own"
+        )
+
+
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:
     """Return a graph of symbolic shapes compiled by inductor, without Dynamo.
 
     Raises:
-        VersionError: this torch lacks the capability.
+        VersionError, FileAccessError: see `_check_inductor`.
     """
-    require("inductor")
+    _check_inductor()
     from torch._inductor import standalone_compile
 
     return standalone_compile(graph, examples, dynamic_shapes="from_graph")  # type: ignore[arg-type]
@@ -737,9 +770,9 @@ def compile_graph(graph: Any, examples: Sequence[Any], options: dict[str, Any]) 
     """Return a graph of fixed shapes compiled by inductor, without Dynamo.
 
     Raises:
-        VersionError: this torch lacks the capability.
+        VersionError, FileAccessError: see `_check_inductor`.
     """
-    require("inductor")
+    _check_inductor()
     from torch import _inductor
 
     return _inductor.compile(graph, examples, options)  # type: ignore[arg-type, no-any-return]

@@ -131,12 +131,12 @@ _hangs: list[list[str]] = []  # commands that timed out; not run again
 @functools.cache
 def compiled(source: str) -> Any:
     """Return the library compiled from C source; None if there is no working compiler."""
-    command = _compiler()
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
         file, made = Path(folder, "loop.c"), Path(folder, "loop.so")
         file.write_text(source, "utf-8")
         flags = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-x", "c"]
         for native in (["-march=native"], []):
+            command = _compiler()  # none any more after it hung
             if command and _runs([*command, *flags, *native, str(file), "-o", str(made), "-lm"]) and _is_whole(made):
                 return ctypes.CDLL(str(made))
     return None

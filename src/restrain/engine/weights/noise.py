@@ -154,11 +154,14 @@ class Disturb(Draws, Hook):
 
     def add(self, use: Use, noise: Noise) -> None:
         """Add a noise on a weight, after its earlier noises."""
-        known = next((noises for one, noises in self.noises if one == use), None)
-        if known is None:
-            self.noises.append((use, [noise]))
-        else:
-            known.append(noise)
+        self.take([*[(one, known) for one, noises in self.noises for known in noises], (use, noise)])
+
+    def take(self, noisy: Iterable[tuple[Use, Noise]]) -> None:
+        """Take these noises instead, at once: another thread may be in a forward."""
+        found: dict[Use, list[Noise]] = {}
+        for use, noise in noisy:
+            found.setdefault(use, []).append(noise)
+        self.noises = list(found.items())
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -327,10 +330,9 @@ class WeightNoise:
 
     def move(self, noisy: Iterable[tuple[Use, Noise, bool]], root: nn.Module) -> None:
         """Move the hooks to the current modules of their paths, with the current noises."""
-        for disturb in self.hooks.values():
-            disturb.noises = []
-        for use, noise, _ in noisy:
-            self.hooks[use.caller].add(use, noise)
+        found = [(use, noise) for use, noise, _ in noisy]
+        for path, disturb in self.hooks.items():
+            disturb.take([(use, noise) for use, noise in found if use.caller == path])
         for path in self.moves(root):
             before, now = self.modules[path](), follow(root, path)
             for handle in self.handles[path]:
