@@ -65,7 +65,7 @@ def environment(torch, python):
     try:
         pinned = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
         free = folder / "constraints.txt"  # torch brings its own versions of these
-        others = [line for line in pinned if not line.lower().startswith(("torch==", "triton", "nvidia"))]
+        others = [line for line in pinned if not line.lower().startswith(("torch==", "triton", "nvidia", "setuptools"))]
         free.write_text("\n".join([*others, f"torch=={torch}"]) + "\n", "utf-8")
         subprocess.run([python, "-m", "venv", folder / "env"], check=True)
         found = folder / "env" / ("Scripts" if os.name == "nt" else "bin") / "python"

@@ -251,9 +251,11 @@ def fully_sharded(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _sharding() -> Any:
-    """Return the class of modules after `fully_shard`; () if it wasn't used in this process."""
+    """Return the class of modules after `fully_shard`; () where none is known to have been made."""
     kind = _loaded("torch.distributed.fsdp", "FSDPModule")
-    return kind if kind and kind.__subclasses__() else ()  # `fully_shard` makes a subclass for each class of modules
+    if kind and not torch.compiler.is_compiling():  # torch 2.10 can't trace __subclasses__
+        return kind if kind.__subclasses__() else ()  # `fully_shard` makes a subclass for each class of modules
+    return kind
 
 
 # The last shard at each attribute of a module; None for a parameter that FSDP2 leaves alone.
@@ -265,7 +267,7 @@ def _trained(found: Tensor, owner: nn.Module, attribute: str, root: nn.Module, p
 
     FSDP2 keeps gathered tensors there from forward to backward.
     """
-    if not _shards and type(found) is nn.Parameter and not _sharding():
+    if not _shards and type(found) is nn.Parameter and not fully_sharded(_along(root, path)):
         return found  # FSDP2 isn't in use
     known = _shards.get(owner, {})
     reference = known.get(attribute)

@@ -52,7 +52,8 @@ def test_places_in_a_checkpoint():
     equal(regularized(model, x, rule), regularized(made()[0], x, rule))
     equal(regularized(model, x, 0.5 * rs.JacobianNorm(estimator="jvp").on()), reference(x))
     unknown, _ = made(reentrant=False, mixer=nn.LayerNorm(6))
-    with pytest.raises(CaptureError, match=r"recomputes without forward mode.*use estimator='difference'"):
+    # torch 2.10 says it in other words
+    with pytest.raises(CaptureError, match=r"(?i)forward mode.*use estimator='difference'"):
         regularized(unknown, x, rs.JacobianNorm(estimator="jvp").on())
     with pytest.raises(CaptureError, match="inside a checkpoint, whose recomputation"):
         regularized(model, x, rs.Contractive(estimator="difference", wrt=rs.outputs("first")).on(CODE))

@@ -415,13 +415,14 @@ def test_steps_read_no_number_from_the_device():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_models_have_the_same_history(whole):
     tables = []
+    x, y = data()
     for compiled in (False, True):
         model, optimizer, reg = attached(2)
         run = torch.compile(model, backend="eager") if compiled and not whole else model
 
         def update(run=run, optimizer=optimizer, reg=reg):
             optimizer.zero_grad()
-            reg.loss(F.cross_entropy(run(data()[0]), data()[1])).backward()
+            reg.loss(F.cross_entropy(run(x), y)).backward()
             optimizer.step()
 
         update = torch.compile(update, backend="eager") if compiled and whole else update
