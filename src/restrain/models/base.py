@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 from torch import Tensor
 
-from restrain import progress, registry
+from restrain import progress
 from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
@@ -33,7 +32,7 @@ from restrain.models.monitors import Monitors
 from restrain.models.portable import Portable, to_onnx
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
-from restrain.models.signature import BEFORE, DEFAULTS, RESERVED, Init
+from restrain.models.signature import BEFORE, DEFAULTS, RESERVED, Init, KeywordEstimator
 from restrain.models.specs import NORMS, RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Training
 from restrain.report import write
@@ -59,7 +58,7 @@ _HINTS = {
 _AT_ONCE = 2**18  # numbers read at a time outside of training
 
 
-class KeywordModel(BaseEstimator):  # type: ignore[misc]
+class KeywordModel(KeywordEstimator):
     """Base of Classifier, Regressor and Autoencoder.
 
     Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data),
@@ -85,24 +84,14 @@ class KeywordModel(BaseEstimator):  # type: ignore[misc]
     seed_: int
 
     def __getattr__(self, name: str) -> Any:
-        if not name.endswith("_") and name in keywords.names(RESERVED):
-            return None  # registered after this estimator was made
-        hint = _HINTS.get(name, "") if "module_" in vars(self) else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The user's classes come along, so that another process registers their names before
-        # `clone` asks for them.
-        meant = {name: registry.lookup(name) for name in keywords.registered(RESERVED)}
-        kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
-        return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
+        if name in _HINTS and "module_" in vars(self):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{_HINTS[name]}")
+        return super().__getattr__(name)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
+        super().__setstate__(state)
         for name in set(_NEW) & set(self._get_param_names()) - set(state):
             setattr(self, name, _NEW[name])
-        for cls in state.get("_meant", ()):
-            registry.adopt(cls)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()

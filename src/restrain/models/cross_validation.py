@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 import torch
 from joblib import Parallel, delayed
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_classifier
+from sklearn.base import ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -27,7 +27,7 @@ from restrain.models.base import KeywordModel
 from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
 from restrain.models.linear import Linear
-from restrain.models.signature import BEFORE, Init
+from restrain.models.signature import BEFORE, Init, KeywordEstimator
 from restrain.path_view import PathView
 from restrain.paths import (
     Stability,
@@ -170,7 +170,7 @@ def _put(model: KeywordModel, w: Tensor, b: Tensor) -> None:
     bias.copy_(b)
 
 
-class _Chosen(BaseEstimator):  # type: ignore[misc]
+class _Chosen(KeywordEstimator):
     """Base of RegressorCV and ClassifierCV."""
 
     if TYPE_CHECKING:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
+from sklearn.base import BaseEstimator
+
+from restrain import registry
 from restrain.models import keywords, settings
 from restrain.models.settings import Settings
 
@@ -69,3 +72,26 @@ def _signature(others: Mapping[str, Any]) -> inspect.Signature:
     rest = {**DEFAULTS, **dict.fromkeys(keywords.names((*RESERVED, *others))), **others}
     del rest["layers"]
     return inspect.Signature([*parameters, *(kinds(n, kinds.KEYWORD_ONLY, default=v) for n, v in rest.items())])
+
+
+class KeywordEstimator(BaseEstimator):  # type: ignore[misc]
+    """Base of the estimators with an `Init`: a name that was registered after one was made is None there.
+
+    The user's classes come along in a pickle, so that another process registers their names before
+    `clone` asks for them.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.endswith("_") and name in keywords.names(RESERVED):
+            return None
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        meant = {name: registry.lookup(name) for name in keywords.registered(RESERVED)}
+        kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
+        return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({key: value for key, value in state.items() if key != "_meant"})
+        for cls in state.get("_meant", ()):
+            registry.adopt(cls)
