@@ -73,16 +73,16 @@ KINDS = {
     "split groups, gradient": Kind(rs.GroupLasso("in"), INTO, "gradient", {"step": 2, "values": 1}),
     "split groups, decoupled": Kind(rs.GroupLasso("in"), INTO, "decoupled", {"step": 1, "values": 1}),
     "split groups, proximal, Adam": Kind(rs.GroupLasso("in"), INTO, "proximal", {"step": 2, "values": 1}),
-    "constraint on split groups": Kind(rs.MaxNorm(1.0, per="in"), INTO, gathers={"step": 1}),
+    "constraint on split groups": Kind(rs.MaxNorm(1.0, per="in"), INTO, gathers={"step": 2}),  # and what Adam keeps
     "matrices, in the loss": Kind(rs.NuclearNorm(), INTO, gathers=GATHERED),
-    "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 2}),  # and what Adam keeps
+    "constraint on matrices": Kind(rs.SpectralBall(1.0), INTO, gathers={"step": 2}),
     "outputs": Kind(rs.L1(), rs.outputs("*.mlp.relu")),
     "target of zeros": Kind(rs.Target(zeros=0.5, every=1) * rs.L1(), INTO, "proximal", numbers=TOLD | {"step": (16,)}),
     "target of activity": Kind(
         rs.Target(active=0.5, every=1) * rs.L1(), rs.outputs("*.mlp.relu"), numbers={"step": (16,)}
     ),
     "target of a gradient's share": Kind(
-        rs.Target(gradient_share=0.1, every=1) * rs.L1(), INTO, "gradient", numbers=TOLD | {"step": (8, 8)}
+        rs.Target(gradient_share=0.1, every=1) * rs.L1(), INTO, "gradient", numbers=TOLD | {"step": (16,)}
     ),
     "look for empty layers": Kind(rs.L1(), INTO, "proximal", numbers=TOLD, each={"step": 8}, after=49),
 }

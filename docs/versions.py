@@ -1,6 +1,6 @@
 """Runs the tests on a release of torch, in an environment of its own, and writes docs/versions.md.
 
-    python docs/versions.py run 2.15.0 [--python python3.13] [pytest's arguments]
+    python docs/versions.py run 2.15.0 [--python python3.13] [-n 2] [pytest's arguments]
     python docs/versions.py page
 
 `run` makes the environment in build/ and takes it away, also when something fails or is
@@ -76,7 +76,7 @@ def environment(torch, python):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_tests(python, torch, arguments, add=False):
+def run_tests(python, torch, arguments, add=False, jobs=None):
     """Run the tests by this Python; write or add the counts, return whether none failed."""
     FOUND.mkdir(parents=True, exist_ok=True)
     about = "import json, platform, torch; print(json.dumps([torch.__version__, platform.python_version()]))"
@@ -85,6 +85,7 @@ def run_tests(python, torch, arguments, add=False):
     command = [python, "-m", "pytest", "-m", "not slow", "-p", "refusals", f"--junitxml={report}"]
     command += ["-o", "junit_family=xunit1"]  # the one with the group of a cell
     command += ["-W", "ignore:restrain was tested up to torch", *arguments]  # a newer release is tried by this
+    command += ["-n", jobs] if jobs else []
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src")])
     with_paths = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=ROOT, env=with_paths, check=False)
@@ -99,7 +100,7 @@ def run_tests(python, torch, arguments, add=False):
         "torch": versions[0],
         "python": versions[1],
         "date": datetime.date.today().isoformat(),
-        "all": not [one for one in arguments if not one.startswith("-n")],
+        "all": not arguments,
         "tests": {title: dict(counts) for title, counts in tests.items()},
         "refused": refused,
         "missing": missing(python, with_paths),
@@ -189,6 +190,7 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="the interpreter, such as python3.13")
     parser.add_argument("--environment", help="a Python that has it all already; it stays")
     parser.add_argument("--add", action="store_true", help="to what earlier runs of this version gave")
+    parser.add_argument("-n", dest="jobs", help="so many processes of pytest")
     given, arguments = parser.parse_known_args()
     if given.what == "page":
         write_page()
@@ -198,7 +200,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the environment is taken away
     ready = contextlib.nullcontext(given.environment) if given.environment else environment(given.torch, given.python)
     with ready as python:
-        passed = run_tests(python, given.torch, arguments, given.add)
+        passed = run_tests(python, given.torch, arguments, given.add, given.jobs)
     sys.exit(not passed)
 
 

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 import restrain as rs
 from mixtures import OPTIMIZERS, batch, begin, fresh, problems, quiet, traces, trained
@@ -180,6 +180,7 @@ def check(problem):
 
 
 @given(problem=problems())
+@example(problem=("lstm", "Adam", [0.1 * rs.Contractive(estimator="jvp").on(rs.outputs("lstm"), every=3)]))
 @settings(suppress_health_check=list(HealthCheck))
 def test_random_mixtures(problem):
     check(problem)

@@ -71,6 +71,7 @@ rs.L1().on("x", how="often")
 # What torch and scikit-learn leave without types; nothing of ours
 OF_OTHERS = re.compile(
     r'Type of "(backward|step)" is partially unknown|"?sklearn\.datasets|Type of "[Xy]" is partially'
+    r"|is imported more than once"  # the pages' pieces, one after the other
 )
 
 

@@ -726,14 +726,14 @@ def put_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = F
 
 
 def _check_inductor() -> None:
-    """Check that inductor is there, and that its folder of compiled code is this user's alone.
+    """Check that inductor is there, and that its folders of compiled code are this user's alone.
 
-    Inductor runs what lies in the folder, whose name others can guess and whose owner it doesn't
-    ask.
+    Inductor runs what lies in them, of a name that others can guess, and doesn't ask for the
+    owner. The headers that it compiles are in the default folder also where another is set.
 
     Raises:
         VersionError: this torch lacks inductor.
-        FileAccessError: the folder belongs to another user, or others may write into it.
+        FileAccessError: a folder belongs to another user, or others may write into it.
     """
     require("inductor")
     if not hasattr(os, "geteuid"):
@@ -743,15 +743,16 @@ def _check_inductor() -> None:
     except (KeyError, OSError):  # no entry in the system's list of users
         user = f"uid_{os.getuid()}"
     default = os.path.join(tempfile.gettempdir(), "torchinductor_" + re.sub(r'[\\/:*?"<>|]', "_", user))
-    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default
-    if not os.path.lexists(folder):
-        return
-    found = os.stat(folder)
-    if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-        raise FileAccessError(
-            f"{folder} is where torch keeps compiled code, and others may have put code there: set "
-            "TORCHINDUCTOR_CACHE_DIR to a folder of your own"
-        )
+    own = "TORCHINDUCTOR_CACHE_DIR"
+    for folder, variable in ((default, "TMPDIR"), (os.environ.get(own), own)):
+        if not folder or not os.path.lexists(folder):
+            continue
+        found = os.stat(folder)
+        if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+            raise FileAccessError(
+                f"{folder} is where torch keeps compiled code, and others may have put code there: set {variable} to a "
+                "folder of your own"
+            )
 
 
 def standalone_compile(graph: Any, examples: Sequence[Any]) -> Callable[..., Any]:

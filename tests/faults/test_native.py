@@ -114,11 +114,14 @@ for _ in range(2):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root makes a folder of another user")
-def test_no_library_is_run_from_a_cache_that_another_user_made(tmp_path):
+@pytest.mark.parametrize("own", [False, True])
+def test_no_library_is_run_from_a_cache_that_another_user_made(tmp_path, own):
+    """Headers are compiled into the default folder also where TORCHINDUCTOR_CACHE_DIR names one of the user's own."""
     cache = tmp_path / f"torchinductor_{getpass.getuser()}"
     cache.mkdir()
     os.chmod(cache, 0o777)
     os.chown(cache, 65534, 65534)
-    done = alone(INDUCTOR, seconds=300, environment={"TMPDIR": str(tmp_path)})
+    set_by_user = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "own" if own else cache)}
+    done = alone(INDUCTOR, seconds=300, environment={"TMPDIR": str(tmp_path), **set_by_user})
     assert done.returncode == 0, done.stderr[-1000:]
     assert not [path for path in cache.rglob("*") if path.is_file()]

@@ -66,13 +66,15 @@ def test_clone_takes_every_setting_and_nothing_learned():
 
 def test_a_penalty_that_is_registered_later_is_a_keyword_too():
     before = rs.Classifier(hidden=(5,), epochs=2)
+    chosen = rs.RegressorCV(points=3)
 
     class LateComer(rs.Penalty):
         def __call__(self, w):
             return w.pow(4).sum()
 
     assert before.latecomer is None
-    assert "latecomer" in clone(before).get_params()
+    for model in (before, chosen):
+        assert "latecomer" in clone(model).get_params()
     after = rs.Classifier(hidden=(5,), epochs=2, latecomer=0.1).fit(X, Y)
     assert "latecomer" in after.history_[-1]
     assert before.set_params(latecomer=0.2).fit(X, Y).history_[-1]["latecomer"] > 0

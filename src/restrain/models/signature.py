@@ -75,8 +75,9 @@ def _signature(others: Mapping[str, Any]) -> inspect.Signature:
 
 
 class KeywordEstimator(BaseEstimator):  # type: ignore[misc]
-    """Base of the estimators with an `Init`: a name that was registered after one was made is None there.
+    """Base of the estimators with an `Init`.
 
+    A name that was registered after an estimator was made is None there.
     The user's classes come along in a pickle, so that another process registers their names before
     `clone` asks for them.
     """
