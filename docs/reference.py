@@ -81,8 +81,9 @@ GROUPS = {
     ),
     "data": (
         "What: data",
-        "Data → data of comparable scale. [Normalization](../normalization.md).",
-        ("restrain.transforms.normalization",),
+        "Data → data of comparable scale, tables → numbers. [Normalization](../normalization.md), "
+        "[tables](../models.md#tables).",
+        ("restrain.transforms.normalization", "restrain.tables"),
     ),
     "bases": (
         "What: base classes and operations",
@@ -127,6 +128,7 @@ METHODS = {
     "Regressor": None,
     "Autoencoder": None,
     "ClassifierCV": None,
+    "TableEncoder": ("fit", "transform", "get_feature_names_out"),
     "RegressorCV": None,
 }
 MADE_BY_FUNCTIONS = ("Attachment",)  # classes that users don't call

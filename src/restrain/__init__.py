@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from restrain.compaction import compact
     from restrain.models import Autoencoder, Classifier, ClassifierCV, Regressor, RegressorCV, load
     from restrain.paths.path import path
+    from restrain.tables import TableEncoder
 
 _check(_torch.__version__)
 with uncollected():  # a full collection is due soon after `import torch`, and takes longer than all that comes here
@@ -222,6 +223,7 @@ __all__ = [
     "Standardize",
     "StateChange",
     "Symmetric",
+    "TableEncoder",
     "Target",
     "Tie",
     "TopGroups",
@@ -267,6 +269,7 @@ _LATER = {
     ),
     "compact": "restrain.compaction",
     "path": "restrain.paths",
+    "TableEncoder": "restrain.tables",
 }
 
 if not TYPE_CHECKING:

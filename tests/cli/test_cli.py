@@ -148,7 +148,7 @@ def test_missing_values(here):
     message = fit(data="holes.csv", code=1).stderr
     assert message == (
         "Error: holes.csv, row 4, column 'age': the value is missing; fill it in, leave the column out, or fit with "
-        "--missing fill\n"
+        "--missing fill, or --drop-missing\n"
     )
     fit("--missing", "fill", data="holes.csv")
     run("predict", "run", "holes.csv")
@@ -345,7 +345,7 @@ def test_models_are_not_overwritten_unasked(here):
 
 
 def test_help_shows_examples():
-    for arguments in ((), ("fit",), ("predict",), ("explain",), ("path",), ("demo",)):
+    for arguments in ((), ("check",), ("fit",), ("predict",), ("explain",), ("path",), ("demo",)):
         text = run(*arguments, "--help").stdout
         assert f"restrain {arguments[0] if arguments else 'fit'} " in text.partition("Example")[2]
         assert "Exit codes: 0 fine, 1 failed" in text
@@ -354,7 +354,7 @@ def test_help_shows_examples():
 
 def test_examples_of_the_help_are_command_lines(here):
     """Each example parses, with files that exist."""
-    for name in ("fit", "predict", "explain", "path", "demo"):
+    for name in ("check", "fit", "predict", "explain", "path", "demo"):
         text = run(name, "--help").stdout.partition("Example")[2].partition("Options:")[0].replace("\\\n", " ")
         lines = [line.strip() for line in text.splitlines() if line.strip().startswith("restrain ")]
         assert lines

@@ -285,7 +285,7 @@ CELLS = ["", "1,5", '"', "é", "NA", "1e999", "9" * 400, "True", "2024-01-31", "
 
 def table(suffix, draw, folder):
     from restrain.cli import jobs, tables
-    from restrain.cli.encoding import Encoding
+    from restrain.tables import Encoding
 
     path, content = folder / f"t.{suffix}", table_content("csv" if suffix == "txt" else suffix)
     if suffix in ("csv", "txt") and draw.random() < 0.6:

@@ -352,16 +352,20 @@ def test_an_algorithm_that_is_listed_works_or_is_refused(algo):
 
 
 COLUMNS = {
-    "colour": pd.Categorical(["red", "green", "blue"] * 10),
-    "day": pd.date_range("2024-01-01", periods=30),
+    "colour": (pd.Categorical(["red", "green", "blue"] * 10), [3.0, 2.0]),
+    "day": (pd.date_range("2024-01-01", periods=30), "Monday"),
 }
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns_that_are_no_numbers_are_refused_by_name(name):
-    table = pd.DataFrame({"a": X[:, 0], name: COLUMNS[name]})
-    with pytest.raises((RestrainError, ValueError), match=name):
-        rs.Classifier(hidden=(4,), epochs=1).fit(table, Y)
+def test_columns_that_are_no_numbers_are_read_or_refused_by_name(name):
+    column, other = COLUMNS[name]
+    table = pd.DataFrame({"a": X[:, 0], name: column})
+    model = rs.Classifier(hidden=(4,), epochs=1).fit(table, Y)
+    assert any(one.startswith(name) for one in model.input_names_)
+    for wrong in (table.drop(columns=name), table.assign(**{name: [other] * 30})):
+        with pytest.raises((RestrainError, ValueError), match=name):
+            model.predict(wrong)
 
 
 def test_a_form_that_does_not_exist_is_named_whatever_the_data_are():

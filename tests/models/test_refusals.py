@@ -21,21 +21,17 @@ LABELS = {"int": NUMBERS, "str": TEXTS, "bool": NUMBERS == 1, "object": TEXTS.as
     [pd.Categorical(TEXTS), DATES, DATES - DATES[0], TEXTS, DATES.dt.to_period("D")],
     ids=["category", "datetime", "timedelta", "text", "period"],
 )
-def test_columns_that_are_no_numbers_are_named(column):
+def test_columns_that_are_no_numbers_where_numbers_were(column):
     table = FRAME.assign(when=column)
-    for some in (table, table[["when"]]):
-        for model in (rs.Classifier(), rs.Regressor(), rs.Autoencoder()):
-            with pytest.raises(PlanError, match=r"^X is of numbers, its columns 'when' \(.*\) aren't: make numbers"):
-                model.fit(some, NUMBERS)
     fitted = rs.Classifier(hidden=(), epochs=1).fit(table[["x"]].rename(columns={"x": "when"}), NUMBERS)
-    with pytest.raises(PlanError, match="its columns 'when'"):
+    with pytest.raises(PlanError, match=r"^X is of numbers, as in the training; its columns 'when' \(.*\) aren't"):
         fitted.predict(table[["when"]])
 
 
 def test_columns_that_numbers_can_be_made_of():
-    table = FRAME.assign(c=pd.Categorical(NUMBERS), b=NUMBERS == 1, i=pd.array(NUMBERS, "Int64"))
+    table = FRAME.assign(b=NUMBERS == 1, i=pd.array(NUMBERS, "Int64"))
     found = rs.Classifier(hidden=(), epochs=1, random_state=0).fit(table, NUMBERS).predict_proba(table)
-    plain = np.stack([X[:, 0], NUMBERS, NUMBERS, NUMBERS], 1).astype(float)
+    plain = np.stack([X[:, 0], NUMBERS, NUMBERS], 1).astype(float)
     expected = rs.Classifier(hidden=(), epochs=1, random_state=0).fit(plain, NUMBERS).predict_proba(plain)
     np.testing.assert_allclose(found, expected)
 
@@ -44,6 +40,8 @@ def test_targets_that_are_no_numbers():
     for y in (DATES, pd.Series(pd.Categorical(TEXTS))):
         with pytest.raises(PlanError, match="the target y of a Regressor is of numbers, got"):
             rs.Regressor().fit(X, y)
+    with pytest.raises(PlanError, match=r"the target y of a Regressor is of numbers.*its columns 'y'"):
+        rs.Regressor().fit(X, pd.DataFrame({"y": TEXTS}))
 
 
 @pytest.mark.parametrize(

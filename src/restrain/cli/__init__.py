@@ -1,4 +1,4 @@
-"""Command line: `restrain fit`, `predict`, `explain`, `report`, `path`, `demo`.
+"""Command line: `restrain check`, `fit`, `predict`, `explain`, `report`, `path`, `demo`.
 
 It needs `pip install 'restrain[cli]'`.
 """

@@ -18,13 +18,14 @@ with needing("cli", __name__):
     import click
     import numpy as np
 
+    from restrain.cli import checking, jobs, options, reporting, tables
     from restrain.cli import explain as explaining
     from restrain.cli import inputs as of_inputs
-    from restrain.cli import jobs, options, reporting, tables
-    from restrain.cli.tables import Marks, counted
-    from restrain.models import Autoencoder, Classifier, Regressor, files
+    from restrain.models import Autoencoder, Classifier, Regressor, adopt, files
+    from restrain.tables import Marks, Table, TableEncoder, counted
 
 _READABLE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_TABLE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 _FOLDER = click.Path(file_okay=True, path_type=Path)
 _CODES = "Exit codes: 0 fine, 1 failed (the message says why), 2 the command line can't be read."
 
@@ -64,6 +65,7 @@ def restrain() -> None:
 
     \b
     Examples:
+      restrain check data.csv --target y
       restrain fit data.csv --target y --model classifier --hidden 100 \\
           --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
       restrain predict run/ new.csv --out predictions.csv
@@ -75,7 +77,7 @@ def restrain() -> None:
 
 
 @restrain.command(epilog=_CODES)
-@click.argument("data", type=_READABLE)
+@click.argument("data", type=_TABLE, nargs=-1, required=True)
 @click.option("--target", multiple=True, help="The column to predict; several for a regressor.")
 @click.option("--model", type=click.Choice(["classifier", "regressor", "autoencoder"]), required=True)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The folder to write the model into.")
@@ -83,7 +85,7 @@ def restrain() -> None:
 @click.option("--hidden", type=options.Sizes(), help="Hidden layers, as in 100,50 or 100:tanh; 100, unless given.")
 @click.option("--activation", help="Of hidden layers that say none; relu, unless given.")
 @click.option("--layers", type=options.Json(), help="All layers in JSON, the input first, instead of --hidden.")
-@click.option("--valid", type=options.Valid(), help="The part of the rows to validate with, or a file of others.")
+@click.option("--valid", type=options.Valid(), help="The part of the rows to validate with, a file of others, or none.")
 @options.table_options
 @click.option("--plan", type=_READABLE, help="Rules in a .yaml, .toml or .json file.")
 @click.option(
@@ -100,13 +102,18 @@ def restrain() -> None:
     help="Any other keyword, as grouplasso=1e-3 or grouplasso=strength=1e-3,per=in.",
 )
 @click.option("--resume", is_flag=True, help="Keep a checkpoint, and go on from one that a killed run left.")
-def fit(data: Path, **given: Any) -> None:
-    """Fit a model to the table DATA: .csv, .tsv, .txt, .parquet or .npz.
+def fit(data: tuple[Path, ...], **given: Any) -> None:
+    """Fit a model to the table DATA: .csv, .tsv, .txt, .xlsx, .parquet or .npz, several files with
+    the same columns, or - for standard input.
 
-    A column of text is a category, with one input for each value; other columns are numbers.
-    Values of a category are equal if their texts are equal, but 1.0 equals 1, and yes, true and 1
-    are equal in a column of two values that mean true and false. Leading zeros count: 01 isn't 1.
-    Strengths are numbers, or settings such as strength=1e-4,on=hid1.weight,how=proximal.
+    A column of text is a category, with one input for each value; other columns are numbers, or
+    dates: days since 1970-01-01, and their places in year, week and day. Values of a category are
+    equal if their texts are equal, but 1.0 equals 1, and yes, true and 1 are equal in a column of
+    two values that mean true and false. Leading zeros count: 01 isn't 1. `restrain check` looks at
+    a table first. Strengths are numbers, or settings such as
+    strength=1e-4,on=hid1.weight,how=proximal.
+
+    Without --valid and --epochs a fifth of the rows is held back, and ends the training.
 
     \b
     Examples:
@@ -114,6 +121,8 @@ def fit(data: Path, **given: Any) -> None:
           --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
       restrain fit houses.parquet --target price --model regressor \\
           --hidden 64,32 --weight-l2 1e-4 --valid 0.2 --patience 5 --out run/
+      restrain fit messwerte.csv --separator ';' --decimal , --encoding latin-1 \\
+          --na-values -99 --drop-missing --target y --model regressor --out run/
       restrain fit digits.npz --model autoencoder --ignore y \\
           --layers '[64, [200, "relu"], [64, "tied"]]' --hidden-l1 1e-3 --out run/
       restrain fit data.csv --target y --model classifier --plan plan.yaml --out run/
@@ -128,35 +137,83 @@ def fit(data: Path, **given: Any) -> None:
         raise click.UsageError(f"{file} is there already: write --overwrite, or another --out")
     table, features, notes = _features(data, given, marks)
     y = jobs.targets(table, given["model"], notes["targets"])
-    part = given["valid"] if isinstance(given["valid"], float) else None
-    ready = jobs.prepare(
-        table,
-        features,
-        y,
-        valid=part,
-        seed=given["seed"],
-        classes=given["model"] == "classifier",
-        categories=notes["categories"],
-        missing=given["missing"],
-    )
-    other = _other(given["valid"], ready, notes, marks) if isinstance(given["valid"], Path) else None
-    held = len(ready.valid) if ready.valid is not None else 0 if other is None else len(_inputs(other))
-    notes.update(encoding=ready.encoding.to_dict(), rows=[len(ready.train), held])
     model = _model(given, keywords, file)
+    ready, other = _prepared(model, table, features, y, given, notes, marks)
+    notes.update(encoding=ready.encoding.to_dict(), marks=options.told_marks(marks))
     columns, inputs = counted(len(features), "column"), counted(ready.x.shape[1], "input")
     become = "becomes" if len(features) == 1 else "become"
-    click.echo(f"{data}: {counted(len(table), 'row')}, {columns} that {become} {inputs}")
+    click.echo(f"{table.source}: {counted(len(table), 'row')}, {columns} that {become} {inputs}")
+    _tell_dates(ready.encoding)
+    storage.make_folder(file.parent)
     notes["scores"] = jobs.fit(model, ready, other)
     for name, score in notes["scores"].items():
         click.echo(f"{jobs.measure(given['model'])} in {name}: {score:.4f}")
+    adopt(model, TableEncoder.of(ready.encoding, categories=notes["categories"]))
     _finish(model, file, notes)
+
+
+def _prepared(
+    model: Any, table: Table, features: list[str], y: Any, given: dict[str, Any], notes: dict[str, Any], marks: Marks
+) -> tuple[jobs.Data, Any]:
+    """Return training data, and validation data of their own or None; note the numbers of rows."""
+    classes, part = given["model"] == "classifier", given["valid"] if isinstance(given["valid"], float) else None
+    automatic = given["valid"] is None
+    if automatic:
+        part = model.held_part(len(table), y if classes else None)
+    learning = {"categories": notes["categories"], "missing": given["missing"], "quiet": automatic}
+    ready = jobs.prepare(table, features, y, valid=part, seed=given["seed"], classes=classes, **learning)
+    other = _other(given["valid"], ready, notes, marks) if isinstance(given["valid"], Path) else None
+    held = len(ready.valid) if ready.valid is not None else 0 if other is None else len(_inputs(other))
+    notes["rows"] = [len(ready.train), held]
+    if automatic and held:
+        click.echo(
+            f"held back: {held} of {counted(len(table), 'row')} to validate with, which end the training (--valid "
+            "says otherwise)"
+        )
+    return ready, other
+
+
+def _tell_dates(encoding: Any) -> None:
+    for feature in encoding.features:
+        if feature.cycles is not None:
+            places = f", and places in {' and '.join(feature.cycles)}" if feature.cycles else ""
+            click.echo(f"Note: {feature.name} is read as dates: days since 1970-01-01{places}")
+
+
+@restrain.command(epilog=_CODES)
+@click.argument("data", type=_TABLE, nargs=-1, required=True)
+@click.option("--target", multiple=True, help="The column to predict; several for a regressor.")
+@click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories.")
+@click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out.")
+@options.marks_options
+def check(data: tuple[Path, ...], **given: Any) -> None:
+    """Check the table DATA before a fit: kinds of columns, gaps, constants, copies, leaks.
+
+    Shown are each column's kind, number of values, gaps and range; columns that can't be inputs as
+    they are, that are constant, say the same as another, or tell the target; equal rows; rare
+    classes; and the command to fit with.
+
+    \b
+    Examples:
+      restrain check data.csv
+      restrain check data.csv --target y --ignore id
+    """
+    marks = options.marks_of(given)
+    table = tables.read(data, [part for name in given["categories"] for part in (name, *name.split(","))], marks)
+    columns = {
+        name: options.chosen(f"--{name}", given[name], list(table.columns), table.source)
+        for name in ("target", "ignore", "categories")
+    }
+    found = checking.check(table, columns["target"], columns["ignore"], columns["categories"])
+    command = checking.command_of(table, found, {**given, **columns}, columns["target"], data)
+    click.echo(checking.text(table, found, command))
 
 
 _LINEAR, _NETWORK = ("cv", "jobs"), ("activation", "valid", "epochs", "learning_rate", "batch_size")
 
 
 @restrain.command("path", epilog=_CODES)
-@click.argument("data", type=_READABLE)
+@click.argument("data", type=_TABLE)
 @click.option("--target", multiple=True, required=True, help="The column to predict; several for a regressor.")
 @click.option("--select", type=click.Choice(["inputs"]), default="inputs", show_default=True, help="What to select.")
 @click.option(
@@ -225,7 +282,9 @@ def path_of(data: Path, **given: Any) -> None:
     settings |= {name: given[name] for name in (*_LINEAR, *_NETWORK) if given[name] is not None}
     path = of_inputs.find(ready.x, y, of_inputs.groups_of(ready.encoding), of_inputs.Settings(classes, **settings))
     kind = f"a network of hidden layers {given['hidden']}" if given["hidden"] else "a linear model"
-    click.echo(f"{data}: {counted(len(table), 'row')}, {counted(len(features), 'column')}; {kind}, {given['model']}")
+    click.echo(
+        f"{table.source}: {counted(len(table), 'row')}, {counted(len(features), 'column')}; {kind}, {given['model']}"
+    )
     click.echo(of_inputs.text(path, features, classes))
     if out is not None:
         of_inputs.write(path, features, out)
@@ -251,14 +310,16 @@ def _check_targets(given: dict[str, Any]) -> None:
         raise click.UsageError("a regressor has a --target, or several: write --target COLUMN")
 
 
-def _features(data: Path, given: dict[str, Any], marks: Marks) -> tuple[tables.Table, list[str], dict[str, Any]]:
+def _features(
+    data: Path | tuple[Path, ...], given: dict[str, Any], marks: Marks
+) -> tuple[Table, list[str], dict[str, Any]]:
     """Return (table, names of the input columns, notes for the model's file)."""
     texts = [*given["categories"], *(given["target"] if given["model"] == "classifier" else ())]
     table = tables.read(data, [part for name in texts for part in (name, *name.split(","))], marks)
-    there = list(table.columns)
-    ignored = options.chosen("--ignore", given["ignore"], there, str(data))
-    categories = options.chosen("--categories", given["categories"], there, str(data))
-    wanted = options.chosen("--target", given["target"], there, str(data))
+    there, source = list(table.columns), table.source
+    ignored = options.chosen("--ignore", given["ignore"], there, source)
+    categories = options.chosen("--categories", given["categories"], there, source)
+    wanted = options.chosen("--target", given["target"], there, source)
     if given["model"] == "classifier" and len(wanted) != 1:
         raise click.UsageError(
             f"a classifier has one --target, got {len(wanted)}: {', '.join(wanted)}; write one of them, and leave the "
@@ -266,13 +327,17 @@ def _features(data: Path, given: dict[str, Any], marks: Marks) -> tuple[tables.T
         )
     features = [name for name in there if name not in (*ignored, *wanted)]
     if not features:
-        raise click.UsageError(f"{data} has no column left to learn from")
+        raise click.UsageError(f"{source} has no column left to learn from")
+    if given["drop_missing"]:
+        table, said = jobs.complete(table, [*features, *wanted])
+        if said:
+            click.echo(said)
     return (
         table,
         features,
         {
             "model": given["model"],
-            "data": str(data),
+            "data": source,
             "targets": list(wanted),
             "ignored": list(ignored),
             "categories": list(categories),
@@ -294,16 +359,17 @@ def _inputs(data: Any) -> Any:
 
 
 def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
-    storage.make_folder(file.parent)
     if given["resume"]:
         keywords["checkpoint"] = str(file.with_name("checkpoint.pt"))
+    if given["valid"] == "none":
+        keywords["valid"] = None
     kinds = {"classifier": Classifier, "regressor": Regressor, "autoencoder": Autoencoder}
     return kinds[given["model"]](normalize=given["normalize"], random_state=given["seed"], **keywords)
 
 
 @restrain.command(epilog=_CODES)
 @click.argument("model", type=_FOLDER)
-@click.argument("data", type=_READABLE)
+@click.argument("data", type=_TABLE, nargs=-1, required=True)
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="A .csv, .tsv, .parquet or .npz file.")
 @click.option("--proba", is_flag=True, help="The probability of each class too.")
 @click.option("--code", is_flag=True, help="An autoencoder's code instead of its reconstruction.")
@@ -315,11 +381,14 @@ def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
     help="Values of a category that training never saw: refuse them, or take them as none of the known ones.",
 )
 @options.marks_options
-def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, unknown: Any, **given: Any) -> None:
+def predict(
+    model: Path, data: tuple[Path, ...], out: Path | None, proba: bool, code: bool, unknown: Any, **given: Any
+) -> None:
     """Predict the rows of the table DATA by the model in the folder MODEL.
 
     Predictions go to standard output as CSV, or to --out; notes go to standard error. If the table
-    has the target, too, the score is shown.
+    has the target, too, the score is shown. DATA may be several files, or - for standard input.
+    Numbers, dates and gaps are read as in the training, unless options say otherwise.
 
     \b
     Examples:
@@ -331,10 +400,10 @@ def predict(model: Path, data: Path, out: Path | None, proba: bool, code: bool, 
     for flag, wanted, asked in (("--proba", "classifier", proba), ("--code", "autoencoder", code)):
         if asked and kind != wanted:
             raise click.UsageError(f"{flag} is for a model of the kind {wanted}; this is of the kind {kind}")
-    table = run.read(data, options.marks_of(given))
+    table = run.read(data, options.marks_of(given, run.notes.get("marks")))
     unused = run.unused(table)
     if unused:
-        click.echo(f"Note: {data} has columns that the model doesn't use: {', '.join(unused)}", err=True)
+        click.echo(f"Note: {table.source} has columns that the model doesn't use: {', '.join(unused)}", err=True)
     x = run.encoding.apply(table, unknown)
     jobs.write(run.predict(x, proba, code), out, sys.stdout)
     score = run.score(table, x)

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from restrain.cli.encoding import Feature
 from restrain.cli.jobs import Run, measure
-from restrain.cli.tables import counted
+from restrain.tables import Feature, counted
 from restrain.text_table import text_table
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"

@@ -16,12 +16,11 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.cli import jobs
-from restrain.cli.encoding import Encoding
-from restrain.cli.tables import Table, counted
 from restrain.errors import DataError
 from restrain.models import Classifier, ClassifierCV, Regressor, RegressorCV
 from restrain.paths import Path, Point, of_points
 from restrain.paths import path as along
+from restrain.tables import Encoding, Table, counted
 from restrain.text_table import text_table
 
 _FEW = 20  # whole numbers with so many values at most may be classes or quantities

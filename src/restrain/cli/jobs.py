@@ -13,11 +13,10 @@ from typing import IO, Any, BinaryIO
 import numpy as np
 
 from restrain import storage
-from restrain.cli import spelling, tables
-from restrain.cli.encoding import Encoding
-from restrain.cli.tables import Table, counted
+from restrain.cli import tables
 from restrain.errors import DataError
-from restrain.models import files, held_back, load, warn_of_unheld
+from restrain.models import files, give_up, held_back, load, warn_of_unheld
+from restrain.tables import Encoding, Table, as_texts, counted, parsed, spelling
 
 
 @dataclass
@@ -54,7 +53,7 @@ def labels(table: Table, name: str, known: Any = None) -> Any:
     texts = _all_there(table, name, table.texts(name))
     if known is None:
         return _learned_labels(table, name, texts)
-    shown = tables.as_texts(known) if known.dtype.kind in "biuf" else known.astype(object)
+    shown = as_texts(known) if known.dtype.kind in "biuf" else known.astype(object)
     match, places = spelling.matcher(shown.tolist()), {text: number for number, text in enumerate(shown.tolist())}
     whole = known.dtype.kind in "iu"
     found = np.array([match(_whole(text) if whole else text) for text in texts.tolist()], object)
@@ -88,7 +87,7 @@ def _shown(names: Any) -> str:
 
 def _learned_labels(table: Table, name: str, texts: Any) -> Any:
     values = [_whole(text) for text in texts.tolist()]
-    numbers, distinct = tables.parsed(texts), set(values)
+    numbers, distinct = parsed(texts), set(values)
     if {text.lower() for text in distinct} <= {"true", "false"}:
         return np.array([text.lower() == "true" for text in values])
     if np.isnan(numbers).any() or any(_LEADING_ZERO.match(text) for text in distinct):
@@ -137,7 +136,23 @@ def targets(table: Table, model: str, names: Sequence[str], known: Any = None) -
 # ---------------------------------------------------------------- fit
 
 
-def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
+def complete(table: Table, names: Sequence[str]) -> tuple[Table, str]:
+    """Return the rows without missing values in some columns, and what was left out, as text.
+
+    Raises:
+        DataError: no row is left.
+    """
+    gone = {name: table.missing(name) for name in names}
+    rows = np.flatnonzero(~np.any(list(gone.values()), axis=0)) if gone else np.arange(len(table))
+    lost = len(table) - len(rows)
+    where = ", ".join(f"{int(mask.sum())} in {name!r}" for name, mask in gone.items() if mask.any())
+    if not len(rows):
+        raise DataError(f"{table.source}: each row has a missing value ({where}); write --missing fill, or --ignore")
+    said = f"left out: {lost} of {counted(len(table), 'row')} with missing values ({where})" if lost else ""
+    return (table.part(rows) if lost else table), said
+
+
+def split(count: int, part: float, seed: int, y: Any = None, *, quiet: bool = False) -> tuple[Any, Any]:
     """Return (training rows, validation rows), drawn at random.
 
     Args:
@@ -145,6 +160,7 @@ def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
         part: the fraction of rows to validate with.
         seed: the seed of the draw.
         y: classes, for a split that keeps their proportions; or None.
+        quiet: don't warn of classes without a row to validate with.
 
     Raises:
         DataError: there would be no training rows or no validation rows.
@@ -159,12 +175,21 @@ def split(count: int, part: float, seed: int, y: Any = None) -> tuple[Any, Any]:
         return held_back(order, held)
     names, kinds = np.unique(y, return_inverse=True)
     train, valid = held_back(order, held, kinds)
-    warn_of_unheld(kinds, kinds[valid], names)
+    if not quiet:
+        warn_of_unheld(kinds, kinds[valid], names)
     return train, valid
 
 
 def prepare(
-    table: Table, features: Sequence[str], y: Any, *, valid: float | None, seed: int, classes: bool, **learning: Any
+    table: Table,
+    features: Sequence[str],
+    y: Any,
+    *,
+    valid: float | None,
+    seed: int,
+    classes: bool,
+    quiet: bool = False,
+    **learning: Any,
 ) -> Data:
     """Return inputs and targets as numbers.
 
@@ -175,6 +200,7 @@ def prepare(
         valid: the fraction of rows to validate with, or None.
         seed: the seed of the split.
         classes: True if the targets are classes.
+        quiet: as in `split`.
         learning: categories and missing, as in `Encoding.learn`.
 
     Raises:
@@ -182,7 +208,7 @@ def prepare(
     """
     train, held = np.arange(len(table)), None
     if valid is not None:
-        train, held = split(len(table), valid, seed, y if classes else None)
+        train, held = split(len(table), valid, seed, y if classes else None, quiet=quiet)
     encoding = Encoding.learn(table, features, rows=train, **learning)
     return Data(encoding, encoding.apply(table), y, train, held)
 
@@ -232,10 +258,11 @@ class Run:
                 f"{path} is a model, but was not made by `restrain fit`: it doesn't know the columns of a table; use "
                 "rs.load(path).predict(X) instead"
             )
+        give_up(model)  # it takes inputs encoded by `encoding`
         return cls(model, Encoding.from_dict(notes["encoding"]), notes, files.place(path))
 
-    def read(self, path: str | Path, marks: tables.Marks) -> Table:
-        """Return the table in a file; columns that were text in training are read as text."""
+    def read(self, path: str | Path | Sequence[Path], marks: tables.Marks) -> Table:
+        """Return the table in files; columns that were text in training are read as text."""
         texts = [*self.encoding.categories, *(self.notes["targets"] if self.notes["model"] == "classifier" else [])]
         return tables.read(path, texts, marks)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from restrain.cli.tables import Marks
 from restrain.errors import DataError
+from restrain.tables import Marks
 
 Command = Callable[..., Any]
 
@@ -48,6 +49,7 @@ RULES = {
 
 ELSEWHERE = {
     "valid": "--valid 0.2, or --valid and a file",
+    "encoder": "--missing, --categories, --unknown",
     "random_state": "--seed",
     "normalize": "--normalize or --no-normalize",
     "regularizers": "--plan and a file",
@@ -126,12 +128,12 @@ class Hidden(Sizes):
 
 
 class Valid(click.ParamType[Any]):
-    """A fraction of the rows, or a file."""
+    """A fraction of the rows, a file, or none."""
 
-    name = "part|file"
+    name = "part|file|none"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or value == "none":
             return value
         try:
             part = float(value)
@@ -202,12 +204,18 @@ def keyword_options(command: Command) -> Command:
 
 
 def marks_options(command: Command) -> Command:
-    """Add the options for the characters of a CSV file to a command."""
+    """Add the options that say how a table is written to a command."""
     one = click.Choice([",", ".", " ", "'", "_"])
+    gaps = "A text or number that stands for a missing value, as ? or -99; several by commas."
+    date = "How dates are written, as '%d.%m.%Y'; 2024-01-31 is read without it."
     for option in (
-        click.option("--thousands", type=one, default=None, help="Between groups of three digits in a CSV file."),
-        click.option("--decimal", type=click.Choice([".", ","]), default=".", help="Before decimals in a CSV file."),
-        click.option("--separator", help="Between the values of a CSV file; tab stands for a tab."),
+        click.option("--sheet", help="The sheet of a workbook; the first, unless given."),
+        click.option("--date-format", metavar="FORMAT", help=date),
+        click.option("--na-values", multiple=True, metavar="TEXT", help=gaps),
+        click.option("--encoding", help="Of a text file, as latin-1, cp1252, utf-16; UTF-8, unless given."),
+        click.option("--thousands", type=one, default=None, help="Between groups of three digits in a text file."),
+        click.option("--decimal", type=click.Choice([".", ","]), default=None, help="Before decimals in a text file."),
+        click.option("--separator", help="Between the values of a text file; tab stands for a tab, space for spaces."),
     ):
         command = option(command)
     return command
@@ -219,6 +227,7 @@ def table_options(command: Command) -> Command:
     ways = click.Choice(["error", "fill"])
     command = marks_options(command)
     for option in (
+        click.option("--drop-missing", is_flag=True, help="Leave out rows with a missing value, and say how many."),
         click.option("--missing", type=ways, default="error", show_default=True, help=missing),
         click.option("--categories", multiple=True, metavar="COLUMN", help="A column of numbers that are categories."),
         click.option("--ignore", multiple=True, metavar="COLUMN", help="A column to leave out."),
@@ -231,16 +240,38 @@ def table_options(command: Command) -> Command:
     return command
 
 
-def marks_of(given: dict[str, Any]) -> Marks:
-    """Return the characters of a CSV file that are given as options.
+def marks_of(given: dict[str, Any], known: Mapping[str, Any] | None = None) -> Marks:
+    """Return how a table is written: as the options say, else as that of the training.
+
+    Args:
+        given: the options.
+        known: the marks of the training, as of `told_marks`.
 
     Raises:
-        click.UsageError: a character has two meanings.
+        click.UsageError: a character has two meanings, or a date format isn't one.
     """
+    usual = {**dataclasses.asdict(Marks()), **(known or {})}
+    gaps = tuple(part for text in given["na_values"] for part in ([text] if text == "," else text.split(",")))
+    asked = {name: given[name] for name in ("separator", "decimal", "thousands", "encoding", "sheet")}
+    asked |= {"date": given["date_format"], "gaps": gaps or None}
+    chosen = {**usual, **{name: value for name, value in asked.items() if value is not None}}
+    if chosen["decimal"] == chosen["thousands"] and given["thousands"] is None:
+        chosen["thousands"] = ""
+    if chosen["encoding"].lower() in ("utf-8", "utf8"):
+        chosen["encoding"] = "utf-8-sig"  # drops a byte order mark, if there is one
+    if given["date_format"] is not None and not re.search(r"%[YyGsc]", given["date_format"]):
+        raise click.UsageError(
+            f"--date-format says where day, month and year stand, as in '%d.%m.%Y'; got {given['date_format']!r}"
+        )
     try:
-        return Marks(given["separator"], given["decimal"], given["thousands"] or "")
+        return Marks(**{**chosen, "gaps": tuple(chosen["gaps"])})
     except DataError as error:
         raise click.UsageError(str(error)) from error
+
+
+def told_marks(marks: Marks) -> dict[str, Any]:
+    """Return how values are written as plain data, for a model's file; not how the file is."""
+    return {"decimal": marks.decimal, "thousands": marks.thousands, "date": marks.date, "gaps": list(marks.gaps)}
 
 
 def _flag(name: str) -> str:

@@ -6,11 +6,11 @@ import csv
 from pathlib import Path as FilePath
 
 from restrain.cli.jobs import Run, measure
-from restrain.cli.tables import counted
 from restrain.errors import DataError
 from restrain.paths import Path
 from restrain.report import Content, environment
 from restrain.report import write as write_page
+from restrain.tables import counted
 
 
 def has_path(folder: FilePath) -> bool:

@@ -1,189 +1,144 @@
-"""Tables from files: CSV, Parquet and .npz as named columns of numbers or text.
+"""Tables from files and standard input: CSV and other text, Excel, Parquet and .npz.
 
 Needs pandas and pyarrow. Messages count rows from 1, without the header.
 """
 
 from __future__ import annotations
 
-import decimal
+import codecs
+import contextlib
+import csv
 import gzip
+import io
 import re
+import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 
 from restrain import storage
-from restrain.cli import spelling
-from restrain.errors import DataError, RestrainError
+from restrain.errors import DataError, MissingExtraError, RestrainError, RestrainWarning
+from restrain.fields import level_of_caller
+from restrain.tables import Marks, Table, canonical, columns_of, counted, joined, parsed, plain, shown
 
-_NAMED = "CSV (.csv, .tsv, .txt, .csv.gz), Parquet (.parquet) or NumPy (.npz)"
-_WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
+__all__ = ["Marks", "Table", "counted", "parsed", "read", "shown"]
+
+_NAMED = "CSV (.csv, .tsv, .txt, .csv.gz), Excel (.xlsx), Parquet (.parquet) or NumPy (.npz)"
+_WORKBOOKS = (".xls", ".xlsb", ".ods", ".numbers")
 _SEPARATORS = "\t;,|"
+_SPACES = r"\s+"
+_FAULTS_OF_CELLS = ("#DIV/0!", "#NAME?", "#NULL!", "#NUM!", "#REF!", "#VALUE!")  # in Excel: there is no value
 
 
 @dataclass(frozen=True)
-class Marks:
-    """Special characters of a CSV file.
+class _Source:
+    """A file, or the content of standard input.
 
     Args:
-        separator: the character between values. None means a tab in .tsv, the most frequent
-            candidate of the header in .txt, else a comma.
-        decimal: the character before the fraction of a number.
-        thousands: the character between groups of three digits, or "".
+        name: for messages.
+        ending: determines the format, in lower case, without .gz.
+        zipped: compressed by gzip.
+        path: the file; None for `content`.
+        content: the bytes.
     """
 
-    separator: str | None = None
-    decimal: str = "."
-    thousands: str = ""
+    name: str
+    ending: str
+    zipped: bool
+    path: Path | None = None
+    content: bytes = b""
 
-    def __post_init__(self) -> None:
-        if self.decimal == self.thousands:
-            raise DataError(
-                f"decimals and thousands can't both be marked by {self.decimal!r}: as in 1.000,5 write "
-                "--decimal , --thousands ."
-            )
+    def open(self) -> Any:
+        """Return the raw bytes as a file."""
+        return io.BytesIO(self.content) if self.path is None else self.path.open("rb")
 
+    def opened(self) -> Any:
+        """Return the bytes as a file, decompressed."""
+        if not self.zipped:
+            return self.open()
+        return gzip.open(io.BytesIO(self.content) if self.path is None else self.path)
 
-@dataclass
-class Table:
-    """Named columns of equal length: numbers (NaN if missing), or text (None if missing)."""
-
-    source: str
-    columns: dict[str, Any]
-    marks: Marks = Marks()
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values()), ()))
-
-    def column(self, name: str) -> Any:
-        """Return the column of a name.
-
-        Raises:
-            DataError: there is no such column; the message lists similar names.
-        """
-        if name not in self.columns:
-            near = get_close_matches(name, self.columns)
-            hint = f" (near it: {', '.join(near)})" if near else ""
-            raise DataError(f"{self.source}: no column is called {name!r}{hint}; there are: {_listed(self.columns)}")
-        return self.columns[name]
-
-    def numbers(self, name: str) -> Any:
-        """Return the column in float64; missing values are NaN.
-
-        Raises:
-            DataError: the column holds text, or an infinite number.
-        """
-        values = self.column(name)
-        if values.dtype == object:
-            numbers = self.parsed(values)
-            self._refuse(name, np.array([v is not None for v in values]) & np.isnan(numbers), "a number")
-            values = numbers
-        values = values.astype(np.float64)
-        self._refuse(name, np.isinf(values), "a finite number")
-        return values
-
-    def texts(self, name: str) -> Any:
-        """Return the column as text, numbers in canonical spelling; missing values are None."""
-        values = self.column(name)
-        return values if values.dtype == object else as_texts(values)
-
-    def parsed(self, texts: Any) -> Any:
-        """Return texts as float64; NaN for None, and for texts that aren't numbers in these marks.
-
-        The marks are the table's `marks`.
-        """
-        if self.marks.decimal == "." and not self.marks.thousands:
-            return parsed(texts)
-        read = spelling.reader(self.marks.decimal, self.marks.thousands)
-        return np.array([np.nan if text is None else read(text) for text in texts])
-
-    def _refuse(self, name: str, wrong: Any, wanted: str) -> None:
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            got = self.columns[name][row : row + 1].tolist()[0]
-            texts = self.columns[name][wrong].tolist() if isinstance(got, str) else []
-            hint = spelling.way_out(texts, self.marks.decimal)
-            raise self.fault(name, row, f"expected {wanted}, got {got!r}{'; ' * bool(hint)}{hint}")
-
-    def fault(self, name: str, row: int, what: str) -> DataError:
-        """Return the error that names a row (given from 0, shown from 1), a column and a fault."""
-        return DataError(f"{self.source}, row {row + 1}, column {name!r}: {what}")
+    @property
+    def size(self) -> int:
+        """The number of raw bytes."""
+        return len(self.content) if self.path is None else self.path.stat().st_size
 
 
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one: 1 row, 2 rows.
-
-    >>> counted(1, "row"), counted(1200, "row")
-    ('1 row', '1200 rows')
-    """
-    return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def parsed(texts: Any) -> Any:
-    """Return texts as float64; NaN for texts that are no number."""
-    import pandas
-
-    return pandas.to_numeric(pandas.Series(texts, dtype=object), errors="coerce").to_numpy(np.float64)
-
-
-def as_texts(values: Any) -> Any:
-    """Return numbers as text in canonical spelling, NaN as None."""
-    found = np.empty(len(values), object)
-    found[:] = [None if v != v else spelling.canonical(f"{v:.0f}" if _is_whole(v) else str(v)) for v in values]
-    return found
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, (float, np.floating)) and float(value).is_integer()
-
-
-def _listed(names: Collection[str], shown: int = 12) -> str:
-    members = list(names)
-    return ", ".join(members[:shown]) + (f", … {len(members) - shown} more" if len(members) > shown else "")
-
-
-def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None) -> Table:
-    """Return the table in a file.
+def read(path: str | Path | Sequence[Path], texts: Sequence[str] = (), marks: Marks | None = None) -> Table:
+    """Return the table in a file, or in several with the same columns.
 
     Args:
-        path: the file, whose ending determines the format.
-        texts: columns of a CSV file that stay text even if all values look like numbers.
-        marks: special characters of a CSV file; None for the defaults of `Marks`.
+        path: the file, whose ending determines the format; "-" for standard input, in any of the
+            formats; or a list of files.
+        texts: columns of a text file that stay text even if all values look like numbers.
+        marks: how a text file is written; None for the defaults of `Marks`.
 
     Raises:
-        DataError: the file has another format, or values other than numbers and text.
+        DataError: the file has another format, or values other than numbers, text and dates.
     """
-    path = Path(path)
-    name = path.name.lower().removesuffix(".gz")
-    formats = {".csv": (_read_csv, "CSV"), ".npz": (_read_npz, ".npz"), ".parquet": (_read_parquet, "Parquet")}
+    if not isinstance(path, (str, Path)):
+        found = [read(one, texts, marks) for one in path]
+        return found[0] if len(found) == 1 else joined(found)
+    source, marks = _source(path), marks or Marks()
+    formats: dict[str, tuple[Callable[..., Table], str]] = {
+        ".csv": (_read_csv, "CSV"),
+        ".npz": (_read_npz, ".npz"),
+        ".parquet": (_read_parquet, "Parquet"),
+        ".xlsx": (_read_excel, "Excel"),
+    }
     formats |= {".tsv": formats[".csv"], ".txt": formats[".csv"], ".pq": formats[".parquet"]}
-    if Path(name).suffix in _WORKBOOKS:
+    formats[".xlsm"] = formats[".xlsx"]
+    if source.ending in _WORKBOOKS:
         raise DataError(
-            f"{path} is a workbook, as Excel writes: export its sheet as CSV, or convert it in Python by "
-            f"pandas.read_excel({path.name!r}).to_csv({path.stem + '.csv'!r}, index=False)"
+            f"{path} is a workbook of another kind than .xlsx: save it as .xlsx, or export its sheet as CSV"
         )
-    if Path(name).suffix not in formats:
+    if source.ending not in formats:
         raise DataError(f"{path}: a table is {_NAMED}")
-    reader, kind = formats[Path(name).suffix]
-    storage.written_at(path)  # raises if there is no such file, or it can't be opened
+    reader, kind = formats[source.ending]
+    if marks.sheet is not None and kind != "Excel":
+        raise DataError(f"{source.name} has no sheets: leave out --sheet")
     try:
-        _check_size(path, name)
-        columns = dict(reader(path, list(texts), marks or Marks()))
-    except RestrainError:
+        _check_size(source)
+        table = reader(source, list(texts), marks)
+    except (RestrainError, MissingExtraError):
         raise
-    except Exception as error:  # pandas, pyarrow, NumPy, gzip or zip, for a damaged file
-        raise DataError(f"{path} can't be read as {kind}: {_first_line(error)}; save it anew as {_NAMED}") from error
-    table = Table(str(path), columns, marks or Marks())
-    if not columns or not len(table):
-        raise DataError(f"{path}: there are no {'rows' if columns else 'columns'}")
+    except Exception as error:  # pandas, pyarrow, NumPy, openpyxl, gzip or zip, for a damaged file
+        said = _first_line(error)
+        raise DataError(f"{source.name} can't be read as {kind}: {said}; save it anew as {_NAMED}") from error
+    if not table.columns or not len(table):
+        raise DataError(f"{source.name}: there are no {'rows' if table.columns else 'columns'}")
     return table
+
+
+def _source(path: str | Path) -> _Source:
+    if str(path) != "-":
+        found = Path(path)
+        storage.written_at(found)  # raises if there is no such file, or it can't be opened
+        name = found.name.lower()
+        return _Source(str(found), Path(name.removesuffix(".gz")).suffix, name.endswith(".gz"), found)
+    content = _standard_input()
+    ending = ".txt"
+    if content.startswith(b"PAR1"):
+        ending = ".parquet"
+    elif content.startswith(b"PK\x03\x04"):
+        ending = ".xlsx" if b"xl/workbook.xml" in content else ".npz"
+    return _Source("standard input", ending, content.startswith(b"\x1f\x8b"), None, content)
+
+
+def _standard_input() -> bytes:
+    """Return the content of standard input; a command may ask for it again."""
+    context = click.get_current_context(silent=True)
+    known: dict[str, Any] = {} if context is None else context.meta
+    if __name__ not in known:
+        known[__name__] = sys.stdin.buffer.read()
+    return bytes(known[__name__])
 
 
 # ---------------------------------------------------------------- formats
@@ -192,82 +147,195 @@ def read(path: str | Path, texts: Sequence[str] = (), marks: Marks | None = None
 _SMALL, _RATIO = 2**28, 1000
 
 
-def _check_size(path: Path, name: str) -> None:
+def _check_size(source: _Source) -> None:
     """Check that a small file doesn't unpack to a huge table, before it is unpacked into memory.
 
     Raises:
         DataError: the unpacked size is above the limits.
     """
-    most = max(_SMALL, _RATIO * path.stat().st_size)
-    if path.name.lower().endswith(".gz"):
-        with gzip.open(path) as stream:
+    most = max(_SMALL, _RATIO * source.size)
+    if source.zipped:
+        with source.opened() as stream:
             size = sum(len(block) for block in iter(lambda: stream.read(2**20), b"")) if most == _SMALL else 0
-    elif name.endswith((".parquet", ".pq")):
+    elif source.ending in (".parquet", ".pq"):
         from pyarrow import parquet
 
-        about = parquet.ParquetFile(path).metadata
+        with source.open() as file:
+            about = parquet.ParquetFile(file).metadata
         size = 8 * about.num_rows * about.num_columns
-    elif name.endswith(".npz") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
+    elif source.ending in (".npz", ".xlsx", ".xlsm"):
+        with source.open() as file:
+            size = _unzipped_size(file) if zipfile.is_zipfile(file) else 0
     else:
         return
     if size > most:
-        raise DataError(f"{path} unpacks to {size:,} bytes, and has {path.stat().st_size:,}: save it in parts")
+        raise DataError(f"{source.name} unpacks to {size:,} bytes, and has {source.size:,}: save it in parts")
 
 
-def _read_csv(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
-    import pandas
+def _unzipped_size(file: Any) -> int:
+    with zipfile.ZipFile(file) as archive:
+        return sum(member.file_size for member in archive.infolist())
 
-    separator = _separator(path, marks)
-    options: dict[str, Any] = {"sep": separator, "encoding": "utf-8-sig", "index_col": False, "low_memory": False}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pandas.errors.ParserWarning)
-            header = pandas.read_csv(path, header=None, nrows=1, dtype=str, keep_default_na=False, **options)
-            names = header.iloc[0].tolist()
-            types = dict.fromkeys([name for name in texts if name in names], "object")
-            frame = pandas.read_csv(path, dtype=types, decimal=marks.decimal, **options)
-    except pandas.errors.EmptyDataError as error:
-        raise DataError(f"{path}: the file is empty") from error
-    except (ValueError, EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} can't be read as CSV separated by {separator!r}: {_told(path, error)}") from error
+
+def _read_csv(source: _Source, texts: list[str], marks: Marks) -> Table:
+    _check_encoding(source, marks)
+    separator = _separator(source, marks)
+    names = _header(source, marks, separator)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}: two columns are called {twice[0]!r}; give each a name of its own")
+        raise DataError(f"{source.name}: two columns are called {twice[0]!r}; give each a name of its own")
     if len(names) == 1 and any(other in names[0] for other in _SEPARATORS):
         other = next(other for other in _SEPARATORS if other in names[0])
         typed = "tab" if other == "\t" else repr(other)
-        raise DataError(f"{path}: only one column, called {names[0]!r}; write --separator {typed}")
-    read = Table(str(path), {}, marks).parsed
-    for name, values in _typed(path, frame):
-        if values.dtype != object or name in texts:
-            yield name, values
-            continue
-        numbers = read(values)
-        words = np.isnan(numbers) & np.array([value is not None for value in values], bool)
-        yield name, values if words.any() else numbers
+        raise DataError(f"{source.name}: only one column, called {names[0]!r}; write --separator {typed}")
+    frame = _parsed(source, {name for name in names if name in texts}, marks, separator)
+    if len(frame) and len(names) > 1 and frame.iloc[:, -1].isna().any():
+        _check_short(source, marks, separator, len(names))
+    return _read_texts(columns_of(source.name, frame), texts, marks)
 
 
-def _separator(path: Path, marks: Marks) -> str:
+def _header(source: _Source, marks: Marks, separator: str) -> list[str]:
+    """Return the names in the first line of a text file."""
+    given = {"header": None, "nrows": 1, "dtype": str, "keep_default_na": False}
+    return [str(name).strip() for name in _by_pandas(source, marks, separator, **given).iloc[0].tolist()]
+
+
+def _parsed(source: _Source, texts: Collection[str], marks: Marks, separator: str) -> Any:
+    """Return the data frame of a text file, its names without spaces around them."""
+    first = _by_pandas(source, marks, separator, nrows=0)
+    types = {name: "object" for name in first.columns if str(name).strip() in texts}
+    frame = _by_pandas(source, marks, separator, dtype=types, decimal=marks.decimal)
+    frame.columns = [str(name).strip() for name in frame.columns]
+    return frame
+
+
+def _by_pandas(source: _Source, marks: Marks, separator: str, **given: Any) -> Any:
+    """Return what `pandas.read_csv` reads.
+
+    Raises:
+        DataError: it can't.
+    """
+    import pandas
+
+    options: dict[str, Any] = {"sep": separator, "encoding": marks.encoding, "index_col": False, "low_memory": False}
+    try:
+        with warnings.catch_warnings(), source.opened() as file:
+            warnings.simplefilter("error", pandas.errors.ParserWarning)
+            return pandas.read_csv(file, skipinitialspace=True, **options, **given)
+    except pandas.errors.EmptyDataError as error:
+        raise DataError(f"{source.name}: the file is empty") from error
+    except (pandas.errors.ParserWarning, ValueError, EOFError, OSError, zlib.error) as error:
+        written = "spaces" if separator == _SPACES else repr(separator)
+        said = _told(source, marks, error)
+        raise DataError(f"{source.name} can't be read as CSV separated by {written}: {said}") from error
+
+
+def _read_texts(table: Table, texts: Sequence[str], marks: Marks) -> Table:
+    """Make gaps of what `marks` takes for one, and numbers of text where all of a column is."""
+    table.marks = marks
+    for name, values in table.columns.items():
+        gaps = _gaps(values, marks.gaps)
+        values = _without(values, gaps) if gaps.any() else values
+        if values.dtype == object and name not in texts:
+            numbers = table.parsed(values)
+            words = np.isnan(numbers) & np.array([value is not None for value in values], bool)
+            values = values if words.any() or name in table.categories else numbers
+        table.columns[name] = values
+    return table
+
+
+def _gaps(values: Any, gaps: Sequence[str]) -> Any:
+    """Return the mask of the values that stand for a missing one."""
+    if values.dtype == object:
+        known = {*gaps, *map(canonical, gaps)}
+        return np.array([value is not None and canonical(value) in known for value in values], bool)
+    numbers = parsed(np.array(gaps, object)) if gaps else np.zeros(0)
+    return np.isin(values, numbers[~np.isnan(numbers)]) if values.dtype.kind in "iuf" else np.zeros(len(values), bool)
+
+
+def _without(values: Any, gaps: Any) -> Any:
+    found = values.copy() if values.dtype.kind in "Of" else values.astype(np.float64)
+    found[gaps] = None if values.dtype == object else np.nan
+    return found
+
+
+def _check_encoding(source: _Source, marks: Marks) -> None:
+    """Check that the encoding exists, and that the content is text.
+
+    Raises:
+        DataError: it isn't.
+    """
+    try:
+        codec = codecs.lookup(marks.encoding).name
+    except LookupError as error:
+        raise DataError(
+            f"there is no encoding {marks.encoding!r}; write --encoding latin-1, cp1252 or utf-16"
+        ) from error
+    if codec.startswith(("utf-16", "utf-32")):
+        return
+    try:
+        with source.opened() as file:
+            start = file.read(2)
+            if start in (b"\xff\xfe", b"\xfe\xff"):
+                raise DataError(f"{source.name} is in UTF-16, not in {_called(codec)}; write --encoding utf-16")
+            line = 1 + start.count(b"\n")
+            for block in iter(lambda: file.read(2**20), b""):
+                if b"\0" in block:
+                    line += block[: block.index(b"\0")].count(b"\n")
+                    raise DataError(
+                        f"{source.name}, line {line} has a null character, as no text has; save it anew, or if it is "
+                        "UTF-16, write --encoding utf-16"
+                    )
+                line += block.count(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{source.name} can't be read as CSV: {_told(source, marks, error)}") from error
+
+
+def _called(codec: str) -> str:
+    return "UTF-8" if codec.startswith("utf-8") or codec == "utf_8_sig" else codec
+
+
+def _check_short(source: _Source, marks: Marks, separator: str, count: int) -> None:
+    """Check that no row has fewer values than the header has names, as where a file is cut off.
+
+    Raises:
+        DataError: one has.
+    """
+    if separator == _SPACES:
+        return
+    with (
+        source.opened() as file,
+        io.TextIOWrapper(file, encoding=marks.encoding, newline="") as text,
+        contextlib.suppress(csv.Error),  # a value of more than 131,072 characters
+    ):
+        lines = csv.reader(text, delimiter=separator, skipinitialspace=True)
+        for row in lines:
+            if 0 < len(row) < count and row != [""]:
+                raise DataError(
+                    f"{source.name}, line {lines.line_num} has {counted(len(row), 'value')}, and the header {count} "
+                    "names; correct that line, or complete the file"
+                )
+
+
+def _separator(source: _Source, marks: Marks) -> str:
+    """Return the separator; in .txt the most frequent of the header's, or else spaces."""
     if marks.separator is not None:
-        return {"\\t": "\t", "tab": "\t"}.get(marks.separator.lower(), marks.separator)
-    if ".txt" in path.name.lower():
-        with _opened(path) as file:
-            header = file.readline(2**16).decode("utf-8", "replace")
-        return max(_SEPARATORS, key=header.count) if any(map(header.count, _SEPARATORS)) else ","
-    return "\t" if ".tsv" in path.name.lower() else ","
+        words = {"\\t": "\t", "tab": "\t", "space": _SPACES, "spaces": _SPACES, " ": _SPACES}
+        return words.get(marks.separator.lower(), marks.separator)
+    if source.ending == ".txt":
+        with source.opened() as file:
+            header = codecs.decode(file.readline(2**16), marks.encoding, "replace").strip()
+        if any(map(header.count, _SEPARATORS)):
+            return max(_SEPARATORS, key=header.count)
+        return _SPACES if re.search(r"\S\s+\S", header) else ","
+    return "\t" if source.ending == ".tsv" else ","
 
 
-def _opened(path: Path) -> Any:
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _told(path: Path, error: BaseException) -> str:
+def _told(source: _Source, marks: Marks, error: BaseException) -> str:
     """Return a description of the fault that pandas found in a CSV file, with its line."""
     said = str(error)
-    if isinstance(error, UnicodeDecodeError):
-        return _not_utf8(path)
+    if isinstance(error, UnicodeError):
+        return _undecoded(source, marks)
     ragged = re.search(r"Expected (\d+) fields in line (\d+), saw (\d+)", said)
     if ragged:
         expected, line, saw = ragged.groups()
@@ -284,98 +352,99 @@ def _told(path: Path, error: BaseException) -> str:
     return "its lines aren't those of a table; save it anew"
 
 
-def _not_utf8(path: Path) -> str:
-    with _opened(path) as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            return "it is in UTF-16, not in UTF-8; save it as UTF-8"
-        file.seek(0)
+def _undecoded(source: _Source, marks: Marks) -> str:
+    codec = codecs.lookup(marks.encoding).name
+    with source.opened() as file:
         for number, line in enumerate(file, 1):
             try:
-                line.decode("utf-8")
+                line.decode(marks.encoding)
             except UnicodeDecodeError as error:
                 byte = f"0x{line[error.start]:02x}"
-                return f"line {number} isn't in UTF-8 (byte {byte}), perhaps in Latin-1; save it as UTF-8"
-    return "it isn't in UTF-8; save it as UTF-8"
+                return (
+                    f"line {number} isn't in {_called(codec)} (byte {byte}), perhaps in Latin-1: write --encoding "
+                    "latin-1, or save it as UTF-8"
+                )
+    return f"it isn't in {_called(codec)}; write --encoding and its encoding, or save it as UTF-8"
 
 
-def _read_parquet(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
+def _read_excel(source: _Source, texts: list[str], marks: Marks) -> Table:
+    """Return a sheet, whose first row has the names of the columns."""
+    try:
+        import openpyxl  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{source.name} is a workbook, and reading it needs openpyxl: pip install 'restrain[tables]'",
+            name="openpyxl",
+        ) from error
+    import pandas
+
+    sheet = marks.sheet
+    with source.open() as file, pandas.ExcelFile(file, engine="openpyxl") as book:
+        names = [str(name) for name in book.sheet_names]
+        if sheet is not None and sheet not in names:
+            raise DataError(f"{source.name} has no sheet {sheet!r}; there are: {shown(names)}")
+        if sheet is None and len(names) > 1:
+            warnings.warn(
+                f"{source.name} has {len(names)} sheets, and {names[0]!r} is read; --sheet names another: "
+                f"{shown(names[1:])}",
+                RestrainWarning,
+                stacklevel=level_of_caller(),
+            )
+        one = names[0] if sheet is None else sheet
+        header = pandas.read_excel(book, sheet_name=one, header=None, nrows=1, dtype=str).fillna("")
+        frame = pandas.read_excel(book, sheet_name=one)
+    titles = [str(name).strip() for name in header.iloc[0].tolist()] if len(header) else []
+    twice = sorted({name for name in titles if name and titles.count(name) > 1})
+    if twice:
+        raise DataError(f"{source.name}: two columns are called {twice[0]!r}; give each a name of its own")
+    frame.columns = [str(name).strip() for name in frame.columns]
+    table = columns_of(source.name, frame)
+    return _read_texts(table, texts, replace(marks, gaps=(*marks.gaps, *_FAULTS_OF_CELLS)))
+
+
+def _read_parquet(source: _Source, texts: list[str], marks: Marks) -> Table:
     import pyarrow
     from pyarrow import parquet
 
     try:
-        frame = parquet.read_table(path).to_pandas(ignore_metadata=True)
+        with source.open() as file:
+            frame = parquet.read_table(file).to_pandas(ignore_metadata=True, date_as_object=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} can't be read as Parquet: {_first_line(error)}") from error
-    return _typed(path, frame)
+        raise DataError(f"{source.name} can't be read as Parquet: {_first_line(error)}") from error
+    return _with_gaps(columns_of(source.name, frame), marks)
 
 
-def _read_npz(path: Path, texts: list[str], marks: Marks) -> Iterator[tuple[str, Any]]:
-    """Yield columns: an array of one axis as `x`, an array of two axes as `x[0]`, `x[1]`, ..."""
+def _with_gaps(table: Table, marks: Marks) -> Table:
+    table.marks = marks
+    for name, values in table.columns.items():
+        gaps = _gaps(values, marks.gaps)
+        table.columns[name] = _without(values, gaps) if gaps.any() else values
+    return table
+
+
+def _read_npz(source: _Source, texts: list[str], marks: Marks) -> Table:
+    """Return columns: an array of one axis as `x`, an array of two axes as `x[0]`, `x[1]`, ..."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with source.open() as stream, np.load(stream, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("it holds a single array")
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # zip, zlib, struct and value errors of a damaged file
-        raise DataError(f"{path} can't be read as .npz: {_first_line(error)}") from error
+        raise DataError(f"{source.name} can't be read as .npz: {_first_line(error)}") from error
     lengths = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise DataError(f"{path}: all arrays have the same number of rows; got {said}")
+        raise DataError(f"{source.name}: all arrays have the same number of rows; got {said}")
+    table = Table(source.name, {}, marks)
     for name, array in arrays.items():
         if array.ndim not in (1, 2):
-            raise DataError(f"{path}: {name!r} has the shape {array.shape}; expected one axis or two")
+            raise DataError(f"{source.name}: {name!r} has the shape {array.shape}; expected one axis or two")
         for number in range(array.shape[1] if array.ndim == 2 else 0):
-            yield f"{name}[{number}]", _plain(path, f"{name}[{number}]", array[:, number])
+            table.columns[f"{name}[{number}]"] = plain(table, f"{name}[{number}]", array[:, number])
         if array.ndim == 1:
-            yield name, _plain(path, name, array)
+            table.columns[name] = plain(table, name, array)
+    return _with_gaps(table, marks)
 
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# ---------------------------------------------------------------- types
-
-
-def _typed(path: Path, frame: Any) -> Iterator[tuple[str, Any]]:
-    for name in frame.columns:
-        series = frame[name]
-        if str(series.dtype) == "category":
-            series = series.astype(series.cat.categories.dtype)
-        if str(series.dtype) in ("str", "string", "object"):
-            yield str(name), _objects(path, str(name), series.to_numpy(object), series.isna().to_numpy())
-        elif series.isna().any():
-            kind = getattr(series.dtype, "kind", "O")
-            values = series.to_numpy(np.float64, na_value=np.nan) if kind in "biuf" else series.to_numpy()
-            yield str(name), _plain(path, str(name), values)
-        else:
-            yield str(name), _plain(path, str(name), series.to_numpy())
-
-
-def _plain(path: Path, name: str, values: Any) -> Any:
-    if values.dtype.kind in "biuf":
-        return values
-    if values.dtype.kind in "USO":
-        values = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values
-        return _objects(path, name, values.astype(object), np.array([v == "" or v is None for v in values], bool))
-    raise DataError(
-        f"{path}: the column {name!r} is of type {values.dtype}; turn it into numbers or text, or leave it out: "
-        f"--ignore {name!r}"
-    )
-
-
-def _objects(path: Path, name: str, values: Any, missing: Any) -> Any:
-    """Return a column of numbers if all values but missing ones are numbers; else of texts."""
-    there = [value for value, gone in zip(values, missing, strict=True) if not gone]
-    kinds = (bool, int, float, decimal.Decimal, np.generic)
-    if there and all(isinstance(value, kinds) and not isinstance(value, str) for value in there):
-        numbers = np.full(len(values), np.nan)
-        numbers[~missing] = np.array(there, np.float64)
-        return numbers
-    for row, (value, gone) in enumerate(zip(values, missing, strict=True)):
-        if not gone and not isinstance(value, (str, *kinds)):
-            raise DataError(f"{path}, row {row + 1}, column {name!r}: expected a number or text, got {value!r:.60}")
-    found = np.empty(len(values), object)
-    found[:] = [None if gone else str(value) for value, gone in zip(values, missing, strict=True)]
-    return found

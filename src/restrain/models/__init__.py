@@ -7,6 +7,7 @@ with needing("models", __name__):
     from restrain.models.data import held_back, warn_of_unheld
     from restrain.models.estimators import Autoencoder, Classifier, Regressor
     from restrain.models.loading import load
+    from restrain.models.tabular import adopt, give_up
 
 __all__ = [
     "Autoencoder",
@@ -14,6 +15,8 @@ __all__ = [
     "ClassifierCV",
     "Regressor",
     "RegressorCV",
+    "adopt",
+    "give_up",
     "held_back",
     "load",
     "warn_of_unheld",

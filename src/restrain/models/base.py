@@ -24,7 +24,7 @@ from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
 from restrain.fields import brief, is_number, level_of_caller
-from restrain.models import checkpoints, defaults, files, keywords, optimizers, reading, settings
+from restrain.models import checkpoints, defaults, files, keywords, optimizers, reading, settings, streams, tabular
 from restrain.models.data import Samples, Scale, as_numbers, batches, dense, generator, split, standardize
 from restrain.models.layers import Dense, Network, outputs_of
 from restrain.models.losses import Loss, Ordinal, Shifted
@@ -32,10 +32,12 @@ from restrain.models.monitors import Monitors
 from restrain.models.portable import Portable, to_onnx
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
+from restrain.models.shift import warn_of_shift
 from restrain.models.signature import BEFORE, DEFAULTS, RESERVED, Init, KeywordEstimator
 from restrain.models.specs import NORMS, RECURRENT, LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Training
 from restrain.report import write
+from restrain.tables import to_pandas
 from restrain.transforms.normalization import Standardize
 
 _OF_NETWORKS = (
@@ -50,7 +52,13 @@ _OF_NETWORKS = (
     "patience",
 )
 _MOST = 2**27  # numbers in the inputs of linear models that are fitted at once
-_NEW: dict[str, Any] = {"loss": None, "quantiles": None, "class_weight": None, "warm_start": False}  # not in 0.1
+_NEW: dict[str, Any] = {  # not in 0.1
+    "loss": None,
+    "quantiles": None,
+    "class_weight": None,
+    "warm_start": False,
+    "encoder": None,
+}
 _HINTS = {
     **dict.fromkeys(("coef_", "intercept_"), ": only linear models have it (hidden=())"),
     "feature_importances_": ": call importances(X, y) first, best with data that the model wasn't fitted on",
@@ -63,6 +71,7 @@ class KeywordModel(KeywordEstimator):
 
     Fitted attributes: `module_` (the network, an nn.Module), `layers_` (its layers as plain data),
     `history_` (a dict per epoch), `input_scale_` and `target_scale_` (a `Standardize`, or None),
+    `encoder_` (the `TableEncoder` of a data frame that isn't of plain numbers, else None),
     `n_features_in_`, `n_iter_` (epochs so far), `seed_`, `compiled_` (which part of the update was
     compiled, or why none was).
     """
@@ -129,6 +138,8 @@ class KeywordModel(KeywordEstimator):
 
         Args:
             data: (X, y) or (X, y, sample_weight); of an Autoencoder X or (X, None, sample_weight).
+                Or a DataLoader, a Dataset or an iterator of such batches, which is read once, into
+                a temporary file where it is large (see `restrain.models.streams`).
             valid: validation data in the same form, or the fraction of the data to hold back.
             given: keywords for training and rules that replace the constructor's for this call.
 
@@ -185,6 +196,8 @@ class KeywordModel(KeywordEstimator):
             )
 
     def _unpacked(self, data: Any) -> tuple[Any, Any, Any]:
+        if streams.is_stream(data):
+            return streams.read(data, self._has_targets)
         arrays = isinstance(data, list) and 0 < len(data) < 4 and all(hasattr(member, "shape") for member in data)
         members = list(data) if isinstance(data, tuple) or arrays else [data]
         if not 1 <= len(members) <= 3 or (self._has_targets and len(members) == 1):
@@ -245,6 +258,8 @@ class KeywordModel(KeywordEstimator):
         part, held = self._split(samples, valid, shifted, quiet=quiet)
         if fresh and self._normalizes(auto):
             self._learn_scales(part)
+        if not fresh and self.input_scale_ is not None:
+            warn_of_shift(part, self.input_scale_, self.target_scale_, self.input_names_)
         if fresh:
             self._set_intercept(part, shifted)
         for some in (part, held):
@@ -285,6 +300,17 @@ class KeywordModel(KeywordEstimator):
         sizes = (max(1, round(len(samples) * (1 - share))), values["batch_size"])
         every = (valid is not None, values["patience"], values["validate_every"])
         return defaults.network(*sizes, *every, rules=bool(rules)), valid
+
+    def held_part(self, count: int, labels: Any = None) -> float | None:
+        """Return the part of so many samples that `fit` holds back by itself to validate, or None.
+
+        Args:
+            count: number of samples.
+            labels: their classes, of a classifier.
+        """
+        automatic = isinstance(self.valid, str) and self.valid == "auto" and self.epochs == "auto"
+        automatic = automatic and "lbfgs" not in str(self.algo).lower() and not self._is_linear
+        return defaults.part(labels, count) if automatic and not checkpoints.is_of_0_1(self.checkpoint) else None
 
     @property
     def _is_linear(self) -> bool:
@@ -335,6 +361,8 @@ class KeywordModel(KeywordEstimator):
     # ---------------------------------------------------------------- data
 
     def _samples(self, x: Any, y: Any, weight: Any, *, reset: bool, offset: Any = None) -> Samples:
+        if y is None and weight is None and streams.is_stream(x):
+            x, y, weight = streams.read(x, self._has_targets)
         x = self._inputs(x, reset)
         if self._has_targets and y is None:
             raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
@@ -356,6 +384,9 @@ class KeywordModel(KeywordEstimator):
 
     def _inputs(self, x: Any, reset: bool) -> Any:
         """Return X as a checked array; an array of numbers isn't copied."""
+        x = tabular.encoded(self, x, reset)
+        if tabular.known(self) is not None:
+            return check_array(x)
         if getattr(x, "ndim", 2) != 3:
             kinds = {"dtype": "numeric", "accept_sparse": "csr" if self._has_targets else False}
             x = as_numbers(x, lambda: validate_data(self, x, reset=reset, **kinds), "X")
@@ -377,6 +408,26 @@ class KeywordModel(KeywordEstimator):
                 "as input"
             )
         return x
+
+    @property
+    def _width(self) -> int:
+        """The number of the network's inputs."""
+        encoder = tabular.known(self)
+        return int(self.n_features_in_) if encoder is None else len(encoder.get_feature_names_out())
+
+    @property
+    def input_names_(self) -> Any:
+        """Names of the network's inputs, in the order of `coef_` and `selected_features_`.
+
+        They are the columns of X, but of a category color=red for each value, and of a date also
+        its places in cycles, as day.week.sin; x0, x1, ... of columns without names.
+        """
+        check_is_fitted(self, "module_")
+        encoder = tabular.known(self)
+        if encoder is not None:
+            return encoder.get_feature_names_out()
+        own = vars(self).get("feature_names_in_")
+        return np.array([f"x{k}" for k in range(self._width)], object) if own is None else own
 
     def _split(
         self, samples: Samples, valid: Any, shifted: bool, *, quiet: bool = False
@@ -433,7 +484,7 @@ class KeywordModel(KeywordEstimator):
         """
         given = self.layers
         if given is None:
-            given = [self.n_features_in_, *as_list(self.hidden), self._outputs()]
+            given = [self._width, *as_list(self.hidden), self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
         if isinstance(self.loss_function(), Ordinal):
@@ -476,7 +527,7 @@ class KeywordModel(KeywordEstimator):
 
     def _check_sizes(self, layers: list[LayerData]) -> None:
         for layer, size, what in (
-            (layers[0], self.n_features_in_, "features"),
+            (layers[0], self._width, "features"),
             (layers[-1], self._outputs(), "outputs"),
         ):
             if layer["size"] != size:
@@ -582,7 +633,7 @@ class KeywordModel(KeywordEstimator):
         check_is_fitted(self, "module_")
         steps = any(layer["form"] in RECURRENT for layer in self.layers_)
         example = torch.randn(
-            (2, 3, self.n_features_in_) if steps else (2, self.n_features_in_),
+            (2, 3, self._width) if steps else (2, self._width),
             generator=torch.Generator().manual_seed(0),
             dtype=self._dtype,
             device="cpu",
@@ -638,18 +689,19 @@ class KeywordModel(KeywordEstimator):
 
         Args:
             X, y: data, best such that the model wasn't fitted on.
-            repeats: shuffles per column.
+            repeats: shuffles per column, of a data frame those of `feature_names_in_`.
             random_state: seed of the shuffles.
         """
         check_is_fitted(self, "module_")
-        self.feature_importances_ = reading.importances(self, X, y, repeats, random_state)
+        self.feature_importances_ = reading.importances(self, to_pandas(X), y, repeats, random_state)
         return self.feature_importances_
 
     def to_torch(self) -> Portable:
         """Return one module from raw inputs to what `predict` returns, or `predict_proba`.
 
-        It is a copy, in evaluation mode, without gradients. It takes a float tensor (samples,
-        features) and gives the same numbers; of a Classifier with the loss "hinge" outputs.
+        Raw are those of `input_names_`, of a data frame `encoder_.transform(X)`. It is a copy, in
+        evaluation mode, without gradients. It takes a float tensor (samples, features) and gives
+        the same numbers; of a Classifier with the loss "hinge" outputs.
         """
         check_is_fitted(self, "module_")
         targets = None if self._scale is None or self._labels else self._scale.y
@@ -665,7 +717,7 @@ class KeywordModel(KeywordEstimator):
         """
         if any(layer["form"] in RECURRENT for layer in getattr(self, "layers_", [])):
             raise PlanError("to_onnx is for tables; of networks that read sequences export to_torch() yourself")
-        return to_onnx(self.to_torch(), path, (self.n_features_in_,))
+        return to_onnx(self.to_torch(), path, (self._width,))
 
     def _finish(self) -> tuple[Loss | None, bool]:
         """Return (loss whose inverse link gives the predictions, whether they have one axis)."""

@@ -17,12 +17,12 @@ from joblib import Parallel, delayed
 from sklearn.base import ClassifierMixin, RegressorMixin, is_classifier
 from sklearn.model_selection import check_cv
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted, check_X_y, validate_data
 from torch import Tensor
 
 from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import brief, is_number, is_one_of, is_whole
-from restrain.models import keywords
+from restrain.models import keywords, tabular
 from restrain.models.base import KeywordModel
 from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
@@ -252,6 +252,15 @@ class _Chosen(KeywordEstimator):
         top = max(1, int(math.sqrt(max(share, 0.0) * x.shape[1]))) if most is None else most
         return stability_selection(lambda rows: way.used(x[rows], y[rows], self.strengths_, top), len(x), **given)
 
+    @property
+    def input_names_(self) -> Any:
+        """Names of the inputs, in the order of `coef_` and `selected_features_`; as a model's."""
+        check_is_fitted(self, "estimator_")
+        encoder, own = tabular.known(self), vars(self).get("feature_names_in_")
+        return (
+            self.estimator_.input_names_ if own is None else own if encoder is None else encoder.get_feature_names_out()
+        )
+
     def view(self) -> PathView:
         """Return the numbers of the path that `rs.plots.path`, `rs.plots.scores` and reports show.
 
@@ -261,7 +270,7 @@ class _Chosen(KeywordEstimator):
         check_is_fitted(self, "path_")
         name, weights = next((name, values) for name, values in self.weights_.items() if values.ndim == 3)
         lines = weights[:, 0] if weights.shape[1] == 1 else np.linalg.norm(weights, axis=1)
-        names = vars(self).get("feature_names_in_", range(lines.shape[1]))
+        names = range(lines.shape[1]) if "feature_names_in_" not in vars(self) else self.input_names_
         best, sparse = self._marks()
         return PathView(
             [point["strength"] for point in self.path_],
@@ -321,12 +330,17 @@ class _Chosen(KeywordEstimator):
 
     def _given(self, X: Any) -> Any:
         check_is_fitted(self, "estimator_")
-        return validate_data(self, X, reset=False, dtype="numeric")
+        x = tabular.encoded(self, X, reset=False)
+        return x if tabular.known(self) is not None else validate_data(self, x, reset=False, dtype="numeric")
 
     def _checked(self, X: Any, y: Any, reset: bool = True) -> tuple[Any, Any]:
         if y is None:
             raise PlanError(f"requires y to be passed, but the target y is None: {type(self).__name__}.fit(X, y)")
-        x, y = validate_data(self, X, y, reset=reset, multi_output=not is_classifier(self), dtype="numeric")
+        x, given = tabular.encoded(self, X, reset), {"multi_output": not is_classifier(self), "dtype": "numeric"}
+        if tabular.known(self) is None:
+            x, y = validate_data(self, x, y, reset=reset, **given)
+        else:
+            x, y = check_X_y(x, y, **given)
         if is_classifier(self):
             check_classification_targets(y)
             self.classes_ = np.unique(y) if reset else self.classes_
@@ -404,9 +418,10 @@ class _Chosen(KeywordEstimator):
         """Set `coef_` and `intercept_` of a linear model, in the units of the data."""
         if not linear:
             return
-        at_zero, slopes = self._outputs(np.zeros((1, self.n_features_in_))), np.eye(self.n_features_in_)
+        width = self.estimator_.n_features_in_
+        at_zero, slopes = self._outputs(np.zeros((1, width))), np.eye(width)
         slopes = self._outputs(slopes) - at_zero
-        kept = np.isin(np.arange(self.n_features_in_), self.selected_features_)
+        kept = np.isin(np.arange(width), self.selected_features_)
         slopes = np.where(kept[:, None], slopes, 0.0).T  # differences of zeros aren't exact
         self.coef_, self.intercept_ = self._shaped(slopes), self._shaped(at_zero[0])
 

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,10 @@ from torch import Tensor
 
 from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import level_of_caller, listed
+from restrain.tables import is_frame, odd_columns
 from restrain.transforms.normalization import Standardize
 
 _LOADED = 2**30  # bytes; larger data are converted batch by batch
-
-
-@runtime_checkable
-class _Frame(Protocol):
-    """A data frame of pandas or Polars: named columns, each with its own dtype."""
-
-    columns: Any
-    dtypes: Any
-
-    def __getitem__(self, name: Any) -> Any: ...
 
 
 def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
@@ -40,30 +31,23 @@ def as_numbers(given: Any, check: Callable[[], Any], name: str) -> Any:
     try:
         array = check()
     except (TypeError, ValueError) as error:
-        if not isinstance(given, _Frame) or not _strange_columns(given):
+        if not is_frame(given) or not odd_columns(given):
             raise
         raise _no_numbers(given, name) from error
-    if array.dtype.kind not in "biuf":
-        raise _no_numbers(given if isinstance(given, _Frame) else array, name)
+    if array.dtype.kind not in "biuf" or (is_frame(given) and odd_columns(given)):
+        raise _no_numbers(given if is_frame(given) else array, name)
     return array
 
 
-def _strange_columns(table: _Frame) -> list[str]:
-    """Return the columns that aren't numeric, as "'name' (dtype)"."""
-    kinds = [np.asarray(table[column]).dtype for column in table.columns]
-    return [
-        f"{column!r} ({dtype})"
-        for column, dtype, kind in zip(table.columns, table.dtypes, kinds, strict=True)
-        if kind.kind not in "biuf"
-    ]
-
-
 def _no_numbers(given: Any, name: str) -> PlanError:
-    columns = isinstance(given, _Frame)
-    said = f"its columns {listed(_strange_columns(given))} aren't" if columns else f"got {given.dtype}"
+    if is_frame(given):
+        return PlanError(
+            f"{name} is of numbers, as in the training; its columns {listed(odd_columns(given))} aren't: give the "
+            "columns and types of the training"
+        )
     return PlanError(
-        f"{name} is of numbers, {said}: make numbers of them first, of categories by pandas.get_dummies, of dates as "
-        "days since one of them; or leave them out"
+        f"{name} is of numbers, got {given.dtype}: make numbers of it first, of categories by pandas.get_dummies, of "
+        "dates as days since one of them"
     )
 
 

@@ -58,8 +58,11 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
         __init__ = Init(class_weight=None)
     _labels = True
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
-        """Train from scratch; return self. Keywords replace the constructor's for this call."""
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
+        """Train from scratch; return self. Keywords replace the constructor's for this call.
+
+        X alone may be a DataLoader, a Dataset or an iterator of (X, y), as in `train`.
+        """
         self.__dict__.pop("_classes", None)
         return self._fit_anew(X, y, sample_weight, valid, given)
 
@@ -325,7 +328,7 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
     def fit(
         self,
         X: Any,
-        y: Any,
+        y: Any = None,
         sample_weight: Any = None,
         *,
         valid: Any = None,
@@ -336,6 +339,11 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
         """Train from scratch; return self. Keywords replace the constructor's for this call.
 
         Args:
+            X: the inputs; alone also a DataLoader, a Dataset or an iterator of (X, y), as in
+                `train`.
+            y: the targets.
+            sample_weight: of each sample, zero or more.
+            valid: validation data, or the part to hold back.
             offset: a known part of the output of each sample, before the inverse link.
             exposure: above zero, of losses with the link log: the offset log(exposure).
         """
@@ -594,4 +602,4 @@ class Autoencoder(ClassNamePrefixFeaturesOutMixin, TransformerMixin, KeywordMode
         return losses.read(self.loss, losses.RECONSTRUCTIONS, type(self).__name__)
 
     def _outputs(self) -> int:
-        return int(self.n_features_in_)
+        return self._width

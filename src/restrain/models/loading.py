@@ -14,6 +14,7 @@ from restrain.models import files
 from restrain.models.base import KeywordModel
 from restrain.models.estimators import Autoencoder, Classifier, Regressor
 from restrain.models.layers import Network
+from restrain.tables import TableEncoder
 from restrain.transforms.normalization import Standardize
 
 _CLASSES = {cls.__name__: cls for cls in (Autoencoder, Classifier, Regressor)}
@@ -49,9 +50,11 @@ def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]
     """Return (description, check) of each learned attribute; later checks rely on earlier ones."""
     layers = vars(model).get("layers_") or [{}]
     first, last = layers[0].get("size"), layers[-1].get("size")
+    encoder = vars(model).get("encoder_")  # its own content is checked where it is read
+    columns = getattr(encoder, "n_features_in_", first)
     found: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "module_": ("a network", lambda v: isinstance(v, Network)),
-        "n_features_in_": (f"{first}, the size of the input layer", lambda v: is_whole(v) and v == first),
+        "n_features_in_": (f"{columns}, the size of the input layer", lambda v: is_whole(v) and v == columns),
         "n_iter_": ("a number of epochs", lambda v: is_whole(v, 0)),
         "seed_": ("a whole number", lambda v: is_whole(v, 0) and v < 2**63),
         "compiled_": ("text", lambda v: isinstance(v, str)),
@@ -60,7 +63,9 @@ def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]
         "target_scale_": (f"None, or what scales {last} targets", lambda v: _scales(v, last)),
     }
     if "feature_names_in_" in vars(model):
-        found["feature_names_in_"] = (f"{first} names of columns", lambda v: _is_names(v, first))
+        found["feature_names_in_"] = (f"{columns} names of columns", lambda v: _is_names(v, columns))
+    if encoder is not None:
+        found["encoder_"] = (f"an encoder of {first} inputs", lambda v: _encodes(v, first))
     if isinstance(model, Classifier):
         found["labels_of_steps_"] = ("true or false", lambda v: isinstance(v, bool))
         found["classes_"] = (f"an array of {last} classes, sorted", lambda v: _is_classes(v, last))
@@ -93,6 +98,10 @@ def _scales(value: Any, size: Any) -> bool:
 
 def _is_names(value: Any, size: Any) -> bool:
     return isinstance(value, np.ndarray) and value.shape == (size,) and all(isinstance(name, str) for name in value)
+
+
+def _encodes(value: Any, size: Any) -> bool:
+    return isinstance(value, TableEncoder) and value.is_fitted and len(value.get_feature_names_out()) == size
 
 
 def _is_classes(value: Any, size: Any) -> bool:

@@ -26,6 +26,7 @@ from restrain.rules import Rule
 from restrain.schedule import Strength
 from restrain.selections import Where
 from restrain.storage import first_line
+from restrain.tables import TableEncoder
 from restrain.transforms import Noise
 
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
@@ -88,6 +89,8 @@ def _encode_named(value: Any, name: str) -> dict[str, Any]:
             return {"$where": Plan((L1().on(value),)).to_dict()["rules"][0]["on"]}
     except RestrainError as error:
         raise FileError(f"{name} can't be written: {error}") from error
+    if type(value) is TableEncoder:
+        return {"$encoder": encode(value.to_dict(), name)}
     if isinstance(value, PurePath):
         return {"$path": str(value)}
     if isinstance(value, torch.dtype):
@@ -156,6 +159,7 @@ _FORMS: dict[str, Callable[[Any], Any]] = {
     "$rule": lambda content: Plan.from_dict({"rules": [content]}).rules[0],
     "$noise": lambda content: Plan.from_dict({"rules": [{"what": content, "on": {"inputs": ""}}]}).rules[0].what,
     "$where": lambda content: Plan.from_dict({"rules": [{"what": "l1", "on": content}]}).rules[0].where,
+    "$encoder": lambda content: TableEncoder.from_dict(decode(content)),
     "$path": Path,
     "$dtype": _DTYPES.__getitem__,
     "$device": torch.device,

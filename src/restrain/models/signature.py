@@ -25,6 +25,7 @@ DEFAULTS = {
     "patience": "auto",
     "valid": "auto",
     "warm_start": False,
+    "encoder": None,
     "random_state": None,
 }
 

@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from restrain.cli import jobs, spelling, tables
-from restrain.cli.encoding import Encoding
-from restrain.cli.tables import Marks, Table
+from restrain.cli import jobs, tables
 from restrain.errors import DataError
+from restrain.tables import Encoding, Marks, Table, spelling
 
 
 def column(values):
