@@ -135,13 +135,22 @@ def draw(found, path):
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
     for method in METHODS:
         points = sorted((l0, error) for name, (l0, error, *_) in found if name == method)
         axes.plot(*zip(*points, strict=True), marker="o", label=method)
-    axes.set(xlabel="L0: active features of a token", ylabel="error / variance", xscale="log", yscale="log")
-    axes.legend()
+    axes.set(xlabel="L0: active features of a token", ylabel="error / variance")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+        axis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

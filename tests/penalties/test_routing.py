@@ -100,6 +100,21 @@ def test_counts_that_a_checkpoint_cannot_know_are_refused():
         losses[0].backward()
 
 
+def test_a_forward_that_is_thrown_away_counts_until_the_step():
+    model, twin = fresh(), fresh()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reg = rs.attach(model, rs.LoadBalance(2, "batch").on(rs.outputs("router")), optimizer)
+    thrown, x = logits(8, 4, seed=5), logits(8, 4, seed=6)
+    model(thrown)
+    z = twin(x)
+    so_far = counted(twin(thrown).detach()) + counted(z.detach())
+    loss = reg.loss(0 * model(x).sum())
+    torch.testing.assert_close(loss, 6 * (so_far / 32 * z.softmax(-1).mean(0)).sum())
+    loss.backward()
+    optimizer.step()
+    torch.testing.assert_close(reg.loss(0 * model(x).sum()), rs.LoadBalance(2)(model(x)))
+
+
 def test_evaluation_counts_nothing():
     model = fresh()
     reg = rs.attach(

@@ -39,7 +39,8 @@ class LoadBalance(Penalty):
             processes. "sequence": of each sequence, then the mean over sequences. "batch": f counts
             the update's tokens so far, of accumulated micro-batches, on all processes; P is of the
             present micro-batch. So early micro-batches see fewer counts than late ones, and their
-            mean isn't the value of the whole batch; the last one's f is.
+            mean isn't the value of the whole batch; the last one's f is. Each training forward
+            since the last step counts, also one whose loss was thrown away.
         scores: "softmax", or "sigmoid" for routers whose probabilities are s_e / Σ s, s the
             sigmoid of the logits. It is computed as the softmax of log s, which needs no epsilon.
         sync: count over all processes; set False if they train different models.
