@@ -282,14 +282,17 @@ class Runs:
         return min(losses, key=lambda point: losses[point] if math.isfinite(losses[point]) else math.inf)
 
     def all(self):
-        """{method: (tuned point, lines of all seeds)}."""
+        """{method: (tuned point, lines of all seeds)}; of unfinished ones the seeds that there are, from two on."""
         found, others = {}, None
         for name in METHODS:
             with contextlib.suppress(UnfinishedError):
                 point = self.tuned(name, others)
                 others = point[0] if name == BASE else others
-                found[name] = (point, [self.run(name, point, seed, others) for seed in SEEDS])
-        return found
+                lines = []
+                found[name] = (point, lines)
+                for seed in SEEDS:
+                    lines.append(self.run(name, point, seed, others))
+        return {name: cells for name, cells in found.items() if len(cells[1]) > 1}
 
 
 def mean_and_error(values):
@@ -301,7 +304,7 @@ def row(name, point, lines, base):
     """Cells of one method."""
     method, (rate, strength) = METHODS[name], point
     mean, error = mean_and_error([line["test"] for line in lines])
-    difference = [a["test"] - b["test"] for a, b in zip(lines, base, strict=True)]
+    difference = [a["test"] - b["test"] for a, b in zip(lines, base[: len(lines)], strict=True)]
     paired, its_error = mean_and_error(difference)
     busy = f"{statistics.mean(line['busiest'] for line in lines):.2f}" if method.mixture else ""
     rates = sorted({rate for rate, _ in method.points})
