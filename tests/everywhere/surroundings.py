@@ -73,8 +73,11 @@ class InThreads(Run):
                 failed.append(error)
 
         def there():
-            while not over.is_set():
-                self.other.step()
+            try:
+                while not over.is_set():
+                    self.other.step()
+            except BaseException as error:
+                failed.append(error)
 
         threads = [threading.Thread(target=here), threading.Thread(target=there)]
         for thread in threads:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from everywhere.column import at_attach
 from everywhere.training import PROGRESS
-from restrain.errors import RestrainError, RestrainWarning
+from restrain.errors import RestrainError, RestrainWarning, VersionError
 
 PATIENCE = 300  # seconds for one cell, with the start of the processes
 POOLS = {}
@@ -40,13 +40,18 @@ def serve(rank, ranks, connection):
 
 
 def answer(rank, ranks, function, file, options):
-    """("done", result), ("refused", error, whether at attach, whether too late) or ("failed", traceback)."""
+    """How a function ended on a rank.
+
+    ("done", result), ("refused", error, its VersionError or None, whether at attach, whether too late) or
+    ("failed", traceback).
+    """
     PROGRESS.clear()
     dist.init_process_group("gloo", f"file://{file}", timedelta(seconds=PATIENCE), rank=rank, world_size=ranks)
     try:
         found = ("done", function(rank=rank, ranks=ranks, **options))
     except RestrainError as error:
-        found = ("refused", str(error), at_attach(error), bool(PROGRESS))
+        version = str(error) if isinstance(error, VersionError) else None
+        found = ("refused", str(error), version, at_attach(error), bool(PROGRESS))
     except Exception:
         found = ("failed", traceback.format_exc())
     if found[0] == "done":
@@ -113,6 +118,7 @@ def together(ranks, function, **options):
     if kinds == {"done"}:
         return [found[1] for found in answers]
     if kinds == {"refused"}:
-        raise RefusalError(*answers[0][1:])
+        _, said, version, *when = answers[0]
+        raise RefusalError(said, *when) from (None if version is None else VersionError(version))
     close(ranks)
     raise RankError("\n".join(f"rank {rank}: {' '.join(map(str, found))}" for rank, found in enumerate(answers)))
