@@ -17,7 +17,8 @@ from restrain.errors import RestrainWarning
 from spawning import spawned
 
 RANKS, MESHES = 4, ((1, 4), (2, 2))
-WIDE = [case for case in SLOW if case[0] != "proximal by block"]  # whose blocks don't divide the wider layers
+NARROW = {"proximal by block", "units", "units by size", "units as gradient"}  # of blocks and units of five
+WIDE = [case for case in SLOW if case[0] not in NARROW]
 
 
 def train_parallel(plan, rank=0, mesh=None):
