@@ -11,6 +11,7 @@ myst_heading_anchors = 3  # links such as groups.md#units-across-tensors
 smartquotes = False  # docstrings quote code: how="proximal"
 toc_object_entries_show_parents = "hide"
 templates_path = ["_templates"]
+html_static_path, html_css_files = ["_static"], ["site.css"]
 html_theme = "pydata_sphinx_theme"
 html_title = f"restrain {release}"
 html_sidebars = {"**": ["pages.html"]}

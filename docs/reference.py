@@ -4,15 +4,21 @@
 
 `make docs` calls this script, then Sphinx, which writes docs/_build/html. Each public name has a
 page, in one of GROUPS by the module that defines it; a public name without a group is an error.
+Penalties and constraints have a picture there (docs/drawings.py). On the pages of docs, names in
+code become links to the reference.
 """
 
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import restrain as rs
 from restrain import errors
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from drawings import drawing
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "build" / "site"
@@ -310,10 +316,10 @@ def entry(shown, name, thing):
     return described("data", shown, markdown(thing.__doc__, name))
 
 
-def page(name, thing):
+def page(name, thing, picture=""):
     """The page of a public name; that of a module has an entry for each of its members."""
     if not isinstance(thing, ModuleType):
-        return f"# {name}\n\n{entry(f'rs.{name}', name, thing)}\n"
+        return f"# {name}\n\n{entry(f'rs.{name}', name, thing)}\n" + (f"\n{picture}\n" if picture else "")
     within = [entry(f"rs.{name}.{one}", one, member) for one, member in members(thing).items()]
     return f"# {name}\n\n{markdown(thing.__doc__, name)}\n\n" + "\n\n".join(within) + "\n"
 
@@ -327,12 +333,12 @@ def group_page(key, things):
     return f"# {title}\n\n{sentence}\n\n{table}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
 
 
-def pages():
-    """{file name: text} of the reference."""
+def pages(pictures=True):
+    """{file name: text} of the reference; pictures=False leaves out what takes most of the time."""
     found = {}
     for key, things in grouped().items():
         found[f"group-{key}.md"] = group_page(key, things)
-        found |= {f"{name}.md": page(name, thing) for name, thing in things.items()}
+        found |= {f"{n}.md": page(n, thing, drawing(n) if pictures else "") for n, thing in things.items()}
     toc = "\n".join(f"group-{key}" for key in GROUPS)
     found["index.md"] = (
         "# Reference\n\nEvery public name, with `import restrain as rs`, by what, where and how.\n\n"
@@ -341,25 +347,74 @@ def pages():
     return found
 
 
+# Links from the pages of docs
+
+# What stays as it is: blocks of code, links and pictures; headings begin a section; code may be
+# a name.
+_PARTS = re.compile(
+    r"(?P<kept>^(`{3,}).*?^\2$|!?\[(?:[^\[\]`]|`[^`]*`|\[[^\]]*\])*\]\([^)]*\))|(?P<head>^#+ .*?$)|(?P<code>`[^`\n]+`)",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def with_links(text, folder="reference"):
+    """A page of docs whose code leads to the reference, the first time that a section has a name.
+
+    Args:
+        text: the page.
+        folder: the folder of the reference, as seen from the page.
+    """
+    seen = set()
+
+    def part(found):
+        if found["head"]:
+            seen.clear()
+        if not found["code"]:
+            return found[0]
+        name, link = target(found["code"], folder)
+        if name is None or name in seen:
+            return found[0]
+        seen.add(name)
+        return link
+
+    return _PARTS.sub(part, text)
+
+
+def target(code, folder):
+    """(The name that code starts with, the code as a link to its page), or (None, the code)."""
+    found = re.match(r"`(rs\.)?(\w+)(?:\.(\w+))?(?=[`(. ])", code)
+    if found is None:
+        return None, code
+    rs_, name, member = found.groups()
+    if not rs_ and name == "reg" and member in methods(rs.Attachment) and not re.search(r"[<>|]", code):
+        return f"reg.{member}", f"{{py:obj}}`{code[1:-1]} <rs.Attachment.{member}>`"
+    if name in rs.__all__ and (rs_ or (not name.islower() and member is None)):
+        return name, f"[{code}]({folder}/{name}.md)"
+    return None, code
+
+
 # Files
 
 
-def sources():
+def sources(pictures=True):
     """Return {path: bytes} of the site: docs, what they link to, the reference, the changelog."""
-    kinds = (("docs", "*.md"), ("docs/images", "*"), ("examples", "*.py"))
+    kinds = (("docs", "*.md"), ("docs/tutorials", "*.md"), ("docs/images", "*"), ("examples", "*.py"))
     files = [path for folder, pattern in kinds for path in (ROOT / folder).glob(pattern)]
     found = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
-    found |= {f"docs/reference/{name}": text.encode() for name, text in pages().items()}
+    for name in [name for name in found if name.endswith(".md")]:
+        folder = "../reference" if "/tutorials/" in name else "reference"
+        found[name] = with_links(found[name].decode(), folder).encode()
+    found |= {f"docs/reference/{name}": text.encode() for name, text in pages(pictures).items()}
     changes = (ROOT / "CHANGELOG.md").read_text("utf-8").replace("](docs/", "](")
     return found | {"docs/changelog.md": changes.encode()}
 
 
-def write(folder):
+def write(folder, pictures=True):
     """Write the sources into a folder and delete all else there.
 
     Unchanged files keep their time, so that Sphinx reads only what changed.
     """
-    new = sources()
+    new = sources(pictures)
     for old in [path for path in folder.rglob("*") if path.is_file()]:
         if old.relative_to(folder).as_posix() not in new:
             old.unlink()

@@ -12,11 +12,21 @@ ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))]
 
 
+SLOW = {f"docs/tutorials/{name}.md" for name in ("table", "language-model", "sparse-autoencoder", "smaller")}
+
+
 def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def shown():
+    """The pages with examples; those that take more than some seconds are marked slow."""
+    pages = [page for page in PAGES if blocks(page, "python")]
+    assert set(pages) >= SLOW
+    return [pytest.param(page, marks=pytest.mark.slow) if page in SLOW else page for page in pages]
+
+
+@pytest.mark.parametrize("page", shown())
 @pytest.mark.filterwarnings("ignore:.*compiled before these hooks:restrain.errors.RestrainWarning")
 def test_examples_run_as_printed(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # for the files that they write
@@ -45,6 +55,29 @@ def test_links_lead_somewhere():
     for page in [*PAGES, "DESIGN.md", "CONTRIBUTING.md"]:
         for link in re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text()):
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_readme_is_one_screen():
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 72
+    assert text.count("![") == 1
+    (block,) = blocks("README.md", "python")
+    assert "rs.attach(" in block
+    assert "reg.loss(" in block
+    for page in ("docs/tour.md", "docs/demo.md", "docs/comparison.md", "docs/gallery.md", "docs/guide.md"):
+        assert f"]({page})" in text, page
+    for name in ("demo", "test", "docs"):
+        assert re.search(rf"make {name}\b", text)
+
+
+def test_readme_and_the_page_of_the_demo_have_the_same_figures():
+    found = re.findall(
+        r"\d[\d,.]*\d", (ROOT / "README.md").read_text("utf-8").split("What `make demo` draws")[1].split("*\n")[0]
+    )
+    assert len(found) == 5
+    demo_page = (ROOT / "docs/demo.md").read_text("utf-8")
+    for number in found:
+        assert re.search(rf"(?<![\d,.]){re.escape(number)}(?![\d,])", demo_page), number
 
 
 def test_the_demo_prints_and_draws(tmp_path, capsys):

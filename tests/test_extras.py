@@ -157,14 +157,14 @@ def test_every_part_says_what_to_install(tmp_path):
     assert {kind for kind, _ in said.values()} == {"MissingExtraError", "PlanError", "SystemExit"}
 
 
-README = """
+PAGE = """
 import contextlib, inspect, io, re, pathlib
 blocks = re.findall(r"^```python\\n(.*?)^```", pathlib.Path(FILE).read_text("utf-8"), re.M | re.S)
-names, ran = {"__name__": "example"}, 0
+names, ran, missing = {"__name__": "example"}, 0, None
 with contextlib.redirect_stdout(io.StringIO()) as shown:
     for block in blocks:
         try:
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, FILE, "exec"), names)
         except ImportError as error:
             missing = error.name
             break
@@ -175,14 +175,17 @@ print(json.dumps([ran, len(blocks), missing, len(shown.getvalue()), len(inspect.
 """
 
 
-def test_readmes_page_runs_with_torch_alone():
-    """All but the last block, which fits models to scikit-learn's digits."""
+def test_readme_and_the_tour_run_with_torch_alone():
+    """All of README; of the tour all but the last block, which fits models to scikit-learn's digits."""
     packages = {name for names in PACKAGES.values() for name in names}
-    ran, blocks, missing, shown, members = without(packages, README.replace("FILE", repr(str(ROOT / "README.md"))))
+    ran, blocks, missing, shown, members = without(packages, PAGE.replace("FILE", repr(str(ROOT / "docs/tour.md"))))
     assert (ran, missing) == (blocks - 1, "sklearn.datasets")
     assert ran > 3
     assert shown > 1000
     assert members > len(rs.__all__)
+    ran, blocks, missing, shown, _ = without(packages, PAGE.replace("FILE", repr(str(ROOT / "README.md"))))
+    assert (ran, missing) == (blocks, None)
+    assert shown > 200
 
 
 def test_only_missing_packages_of_others_are_relabelled():

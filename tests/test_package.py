@@ -27,7 +27,7 @@ def setup():
 def test_links_and_pictures_of_readme_get_the_address(setup):
     text = (ROOT / "README.md").read_text("utf-8")
     found = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", setup.absolute(text, ADDRESS))
-    assert len(found) > 20
+    assert len(found) == len(re.findall(r"\]\(", text)) > 20
     for picture, link in found:
         path = link.removeprefix(f"{ADDRESS}/{'raw' if picture else 'blob'}/main/")
         assert link.startswith("https://")

@@ -1,4 +1,4 @@
-"""What README and the guide show passes mypy and pyright in strict mode, and wrong lines don't."""
+"""What README, the tour and the guide show passes mypy and pyright in strict mode, and wrong lines don't."""
 
 import json
 import os
@@ -68,6 +68,7 @@ rs.attach(3)
 rs.Box("low")
 rs.L1().on("x", how="often")
 """
+PAGES = {"readme": "README", "tour": "docs/tour", "guide": "docs/guide"}
 # What torch and scikit-learn leave without types; nothing of ours
 OF_OTHERS = re.compile(
     r'Type of "(backward|step)" is partially unknown|"?sklearn\.datasets|Type of "[Xy]" is partially'
@@ -118,7 +119,7 @@ def by_pyright(folder, files):
 
 @pytest.mark.parametrize("check", [by_mypy, pytest.param(by_pyright, marks=pytest.mark.slow)])
 def test_what_is_shown_is_typed(check, tmp_path):
-    pages = {"readme.py": shown("README.md"), "guide.py": shown("docs/guide.md")}
+    pages = {f"{name}.py": shown(f"{page}.md") for name, page in PAGES.items()}
     texts = {**pages, "public.py": names(), "use.py": USE, "wrong.py": WRONG}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)

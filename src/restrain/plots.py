@@ -227,7 +227,7 @@ def _proxes(what: Penalty, points: Sequence[Tensor], step: float) -> Tensor | No
 
 def _levels(what: Penalty, ax: Axes, step: float, reach: float, shape: tuple[int, ...]) -> None:
     """Draw lines of equal value of two entries, and where the prox takes points."""
-    grid = torch.linspace(-reach, reach, 81, dtype=torch.float64, device="cpu")
+    grid = torch.linspace(-reach, reach, 49, dtype=torch.float64, device="cpu")
     try:
         values = [[float(what(torch.stack([x, y]).reshape(shape))) for x in grid] for y in grid]
     except PenaltyError as error:

@@ -427,8 +427,9 @@ def test_a_function_that_the_model_calls_is_caught_or_docs_say_what_via_does():
     model, x = Residual(), torch.randn(5, 4)
     with rs.attach(model, rs.L1().on(rs.outputs("fc", via=torch.relu))) as reg:
         penalty = reg.loss(0 * model(x).sum()).item()
-    readme = " ".join((SOURCE.parents[1] / "README.md").read_text("utf-8").split())
-    misleading = "names a function that the model calls" in readme or "also of `F.relu` calls" in readme
+    texts = [(SOURCE.parents[1] / page).read_text("utf-8") for page in ("README.md", "docs/tour.md")]
+    pages = " ".join(" ".join(texts).split())
+    misleading = "names a function that the model calls" in pages or "also of `F.relu` calls" in pages
     misleading |= "that the model itself calls on this output" in " ".join(rs.outputs.__doc__.split())
     called = penalty == pytest.approx(model(x).abs().sum().item() / 5, rel=1e-5)
     applied = penalty == pytest.approx(torch.relu(model.fc(x)).sum().item() / 5, rel=1e-5)

@@ -1,38 +1,18 @@
 """A report in Chromium, without a network: no errors, the slider, the keyboard, contrast, narrow and wide screens."""
 
-import shutil
-
 import pytest
 import torch
 
+from report.browsing import FAINT, Opened, launched
 from report.pages import NAME, lasso, names, trained
 
-sync_api = pytest.importorskip(
-    "playwright.sync_api", reason="pages are opened by playwright: pip install 'restrain[test]'"
-)
 pytest.importorskip("matplotlib")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
 def browser():
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
-        pytest.skip("there is no Chromium here: apt-get install chromium")
-    with sync_api.sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=program, args=FLAGS)
+    with launched() as found:
         yield found
-        found.close()
 
 
 @pytest.fixture(scope="module")
@@ -43,57 +23,6 @@ def file(tmp_path_factory):
     reg.report(file, path=lasso(), images={"<script>.weight": (8, 8)}, inputs=names())
     assert reg.model is model
     return file
-
-
-class Opened:
-    """A page that is open, and what it said and asked for."""
-
-    def __init__(self, browser, file, width=1400, scheme="light", **options):
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **options
-        )
-        self.page, self.said, self.asked = self.context.new_page(), [], []
-        self.page.on("console", lambda message: self.said.append(message.text))
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(file.as_uri())
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.context.close()
-
-
-# Ratio of contrast of each text to the nearest ground that isn't transparent, where it is below 4.5
-FAINT = """() => {
-  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-  const light = ([r, g, b]) => {
-    const part = (v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
-  };
-  const ground = (node) => {
-    for (let one = node; one; one = one.parentElement) {
-      const color = parse(getComputedStyle(one).backgroundColor);
-      if (color.length === 3 || color[3] > 0) return color;
-    }
-    return [255, 255, 255];
-  };
-  const found = [];
-  let count = 0;
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    const box = node.getBoundingClientRect();
-    if (!walker.currentNode.textContent.trim() || !box.width || ["SCRIPT", "STYLE"].includes(node.tagName)) continue;
-    const style = getComputedStyle(node);
-    const [one, other] = [light(parse(node.ownerSVGElement ? style.fill : style.color)), light(ground(node))];
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    count += 1;
-    if (ratio < 4.5) found.push([walker.currentNode.textContent.trim(), ratio]);
-  }
-  return [count, found];
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -177,6 +106,48 @@ def test_the_slider_moves_all_of_it_by_the_keyboard(browser, file):
         assert one.said == []
 
 
+NETWORK = """() => ({
+  alive: [...document.querySelectorAll("#network circle")].map((one) => one.classList.contains("alive")),
+  here: [...document.querySelectorAll("#network circle")].findIndex((one) => one.classList.contains("here")),
+  edges: [...document.querySelectorAll("#network line")].map((one) => getComputedStyle(one).visibility === "visible"),
+  told: document.getElementById("network-told").textContent,
+  now: document.getElementById("network-now").textContent,
+})"""
+
+
+def test_the_network_that_is_left_is_drawn_and_walked_by_the_keyboard(browser, file):
+    path = lasso()
+    view = path.view()
+    order = sorted(range(len(view.strengths)), key=lambda at: view.strengths[at])
+    (weights,) = view.lines.values()
+    with Opened(browser, file) as one:
+        page = one.page
+        page.focus("#point")
+        page.keyboard.press("Home")
+        for at in order:
+            found = page.evaluate(NETWORK)
+            used = (weights[at] != 0).tolist()
+            assert found["alive"] == [*used, any(used)]
+            assert found["edges"] == used
+            assert found["told"] == f"inputs: {sum(used)} of 9; out.weight: {int(any(used))} of 1"
+            page.keyboard.press("ArrowRight")
+        page.focus("#network-drawing")
+        page.keyboard.press("ArrowDown")
+        found = page.evaluate(NETWORK)
+        assert found["here"] == 1
+        assert found["now"] == f"inputs, input 1: {'remains' if used[1] else 'gone'}"
+        page.keyboard.press("End")
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate(NETWORK)["now"].startswith("out.weight, 0: ")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowUp")
+        assert page.evaluate(NETWORK)["here"] == 0
+        page.click("button[data-point] >> nth=0")  # what is chosen is told anew
+        state = "remains" if weights[view.best, 0] != 0 else "gone"
+        assert page.evaluate(NETWORK)["now"] == f"inputs, {NAME}: {state}"
+        assert one.said == []
+
+
 def test_the_keyboard_reaches_everything(browser, file):
     reached = """() => { const one = document.activeElement;
       return one.id || one.dataset.point && "button" || one.getAttribute("href") || one.tagName; }"""
@@ -186,7 +157,7 @@ def test_the_keyboard_reaches_everything(browser, file):
         for _ in range(wanted + 2):
             one.page.keyboard.press("Tab")
             found.append(one.page.evaluate(reached))
-        assert {"#rules", "point", "button", "SUMMARY", "PRE"} <= set(found)
+        assert {"#rules", "point", "network-drawing", "button", "SUMMARY", "PRE"} <= set(found)
         outline = one.page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
         assert outline != "none" or one.page.evaluate("document.activeElement.tagName") == "BODY"
 

@@ -16,7 +16,8 @@ from torch import nn
 import restrain as rs
 from report.pages import NAME, Net, Reader, lasso, names, trained
 from restrain.errors import DetachedError, FileError, PlanError
-from restrain.path_view import PathView
+from restrain.path_view import PathView, columns
+from restrain.paths.result import _chain
 from restrain.report import Content, RuleFacts, TensorFacts, page
 from restrain.report.advice import advice
 from restrain.report.charts import short, trainings
@@ -290,7 +291,101 @@ def test_a_path_of_any_model():
     assert data["tensors"][0]["columns"] == 4
     assert data["selected"] == [point.selected for point in path.points]
     assert [row.count("0") for row in data["tensors"][0]["shades"]] == [16 - point.selected for point in path.points]
+    assert [column["name"] for column in data["network"]] == ["inputs", "0.weight", "2.weight"]
+    assert data["network"][0]["wide"] == 4
+    for at in range(len(path.points)):
+        found = remains(weights_of(path.model(at)))
+        assert [column["left"][at] for column in data["network"]] == [
+            "".join(map(str, one.astype(int))) for one in found
+        ]
     assert "weight" not in rs.plots.path(path).get_ylabel()  # lengths of groups
+
+
+# The network's drawing
+
+
+def remains(weights):
+    """[units that remain] of the inputs and of each layer, by NumPy: read and reading."""
+    into = [np.abs(w).reshape(*w.shape[:2], -1).sum(2) > 0 for w in weights]
+    found = [into[0].any(0)]
+    for number, mask in enumerate(into):
+        incoming = mask.any(1)
+        outgoing = True
+        if number + 1 < len(into):
+            outgoing = into[number + 1].reshape(len(into[number + 1]), len(mask), -1).any((0, 2))
+        found.append(incoming & outgoing)
+    return found
+
+
+def chain():
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(1, 3, 3), nn.ReLU(), nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.Flatten()]
+    model = nn.Sequential(*convolutions, nn.Sequential(nn.Linear(12, 5), nn.Tanh()), nn.Dropout(0.1), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight[0] = 0  # a filter without weights
+        model[5][0].weight[:, 4:8] = 0  # nothing reads the filter after it
+        model[5][0].weight[2] = 0  # a unit without weights
+        model[7].weight[:, 3] = 0  # a unit that nothing reads
+    return model
+
+
+def weights_of(model):
+    return [p.detach().double().numpy() for p in model.parameters() if p.dim() > 1]
+
+
+def test_units_that_remain_are_those_of_numpy():
+    model = chain()
+    names = [name for name, p in model.named_parameters() if p.dim() > 1]
+    assert _chain(model) == names == ["0.weight", "5.0.weight", "7.weight"]
+    found = columns({name: model.get_parameter(name).detach().unsqueeze(0) for name in names})
+    assert [one.name for one in found] == ["inputs", *names]
+    expected = remains(weights_of(model))
+    assert [one.left[0].tolist() for one in found] == [one.tolist() for one in expected]
+    assert [int(one.left.sum()) for one in found] == [1, 1, 3, 2]
+    assert found[3].reads[0].equal(model[7].weight != 0)
+    torch.nn.init.ones_(model[7].weight)
+    assert int(remains(weights_of(model))[2].sum()) == 4  # the reference sees what it should
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Net(),
+        None,
+        nn.Linear(3, 2),
+        nn.Sequential(nn.Conv2d(4, 4, 1), nn.ChannelShuffle(2), nn.Conv2d(4, 2, 1)),
+        nn.Sequential(nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 2, 1)),
+        nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 2)),
+        nn.Sequential(nn.MultiheadAttention(4, 2)),
+        nn.Sequential(*[nn.Linear(4, 4)] * 2),
+    ],
+)
+def test_other_models_have_no_drawing(model):
+    assert _chain(model) == []
+
+
+def test_sizes_that_are_no_chain_have_no_drawing():
+    assert columns({"a": torch.ones(1, 3, 4), "b": torch.ones(1, 2, 5)}) == []
+    assert columns({"a": torch.ones(1, 8, 4), "b": torch.ones(1, 2, 4)}) == []
+    assert columns({}) == []
+    lines = {"w": torch.ones(2, 1)}
+    view = PathView([0.1, 1.0], [1.0, 0.0], [0.0] * 2, [1, 1], lines, {"w": ["0"]}, 0, None, ["up"] * 2)
+    text = page(Content("x", path=view))
+    assert 'id="network"' not in text
+    assert data_of(text)["network"] == []
+
+
+def test_the_drawing_has_the_networks_of_the_path(whole):
+    path, data = whole[2], data_of(whole[3])
+    inputs, outputs = data["network"]
+    order = np.argsort(path.strengths_)
+    weights = path.weights_["out.weight"][order, 0] != 0
+    assert inputs["left"] == ["".join(map(str, row.astype(int))) for row in weights]
+    assert inputs["labels"] == names()
+    assert inputs["numbers"] == data["selected"]
+    assert outputs["reads"] == inputs["left"]
+    assert outputs["left"] == [str(int(row.any())) for row in weights]
+    assert 'id="network-drawing"' in whole[3]
 
 
 # Warnings in plain words

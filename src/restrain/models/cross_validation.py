@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -28,7 +28,7 @@ from restrain.models.estimators import Classifier, Regressor
 from restrain.models.keywords import Context
 from restrain.models.linear import Linear
 from restrain.models.signature import BEFORE, Init, KeywordEstimator
-from restrain.path_view import PathView
+from restrain.path_view import Column, PathView, columns
 from restrain.paths import (
     Stability,
     by_dual_norm,
@@ -282,7 +282,14 @@ class _Chosen(KeywordEstimator):
             best,
             sparse,
             ["down" if self.strengths_[0] > self.strengths_[-1] else "up"] * len(lines),
+            self._columns([str(one) for one in names]),
         )
+
+    def _columns(self, names: Sequence[str]) -> list[Column]:
+        """Return the inputs and units of the network along the path."""
+        matrices = {name: values for name, values in self.weights_.items() if values.ndim == 3}
+        found = columns({name: torch.as_tensor(values, device="cpu") for name, values in matrices.items()})
+        return [replace(one, labels=names) if one.name == "inputs" else one for one in found]
 
     def _marks(self) -> tuple[int, int | None]:
         """Return the numbers of the best point, and of the sparsest within one standard error.

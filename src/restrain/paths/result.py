@@ -18,7 +18,8 @@ from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.extras import needing
 from restrain.fields import is_whole
 from restrain.html_table import html_table
-from restrain.path_view import PathView
+from restrain.named_tensors import unwrap
+from restrain.path_view import PathView, columns, stacked
 from restrain.paths.choice import simplicity, within_one_error
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point, Temporary
@@ -179,8 +180,10 @@ class Path:
         """Return the numbers that `rs.plots.path`, `rs.plots.scores` and reports show."""
         found: dict[str, list[Tensor]] = {}
         labels: dict[str, list[str]] = {}
+        layers, network = _chain(self.template), []
         for one in self.points:
             data = self._data(one)
+            network.append(columns({name: data["weights"][name].detach().cpu().unsqueeze(0) for name in layers}))
             for name, lengths in data["lengths"].items():
                 weights = data["weights"].get(name)
                 single = weights is not None and weights.shape == lengths.shape and weights.is_floating_point()
@@ -196,6 +199,7 @@ class Path:
             self.best().index,
             self._sparse(),
             [one.direction for one in self.points],
+            stacked(network),
         )
 
     def _sparse(self) -> int | None:
@@ -263,6 +267,32 @@ def of_points(
     for point, state, sizes in zip(points, weights, lengths, strict=True):
         files.write(point, state, sizes)
     return Path(points, top, files, temporary=temporary)
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# torch's modules that keep the order of units: activation functions, dropout, normalisation, ...
+_KEEP_ORDER = {
+    f"torch.nn.modules.{name}" for name in ("activation", "batchnorm", "dropout", "normalization", "pooling")
+}
+
+
+def _chain(model: nn.Module | None) -> list[str]:
+    """Return the names of the weights of a model whose layers are a chain; [] of others.
+
+    It is known of `nn.Sequential`, also within another, of layers without groups and of torch's
+    modules that keep units in their order.
+    """
+    root = None if model is None else unwrap(model)
+    modules = [] if not isinstance(root, nn.Sequential) else list(root.named_modules(remove_duplicate=False))
+    found: list[str] = []
+    for name, module in modules:
+        if isinstance(module, _LAYERS) and getattr(module, "groups", 1) == 1 and "weight" in module._parameters:
+            found.append(f"{name}.weight")
+        elif type(module) not in (nn.Sequential, nn.Flatten, nn.Identity) and (
+            type(module).__module__ not in _KEEP_ORDER or any(p.dim() > 1 for p in module.parameters())
+        ):
+            return []
+    return found if len(set(map(id, root.modules() if root is not None else ()))) == len(modules) else []
 
 
 def _simplicity(one: Point) -> tuple[float, float]:

@@ -11,13 +11,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from restrain import plots
 from restrain.html_table import html_table
-from restrain.path_view import PathView
+from restrain.path_view import Column, PathView
 from restrain.report.charts import Chart, drawn, legend_below
 
 _MOST_BARS, _MOST_CELLS = 40, 1024
 _LEVELS = 9  # shades of a group's length
+_HIGH = 24  # units in a column of the network's drawing
 
 
 def explorer(view: PathView, images: Mapping[str, tuple[int, int]]) -> str:
@@ -36,9 +39,22 @@ def explorer(view: PathView, images: Mapping[str, tuple[int, int]]) -> str:
             '<div class="explored"><div><h3 id="bars-title">Greatest groups</h3><ol id="path-bars" '
             'aria-labelledby="bars-title"></ol></div><div><h3>What is left</h3><div id="path-left"></div>'
             '<h3>By name</h3><p id="path-names"></p></div></div>',
+            _network(view),
             f"<details><summary>All points</summary>{_table(view, order)}</details>",
             f'<script type="application/json" id="path-data">{_as_json(_data(view, order, images))}</script>',
         ]
+    )
+
+
+def _network(view: PathView) -> str:
+    """Return the place of the network's drawing; "" where its layers aren't a chain."""
+    if not view.columns:
+        return ""
+    return (
+        '<div id="network"><h3 id="network-title">The network that is left</h3>'
+        '<div id="network-drawing" class="scroll" tabindex="0" role="application" aria-labelledby="network-title" '
+        'aria-describedby="network-told network-now"></div><p class="told" id="network-told"></p>'
+        '<p class="told" id="network-now" aria-live="polite">Arrow keys go from unit to unit.</p></div>'
     )
 
 
@@ -115,6 +131,7 @@ def _data(view: PathView, order: Sequence[int], images: Mapping[str, tuple[int, 
         "sparse": -1 if view.sparse is None else order.index(view.sparse),
         "bars": _bars(view, order),
         "tensors": [_cells(name, view, order, images.get(name)) for name in view.lines],
+        "network": [_column(one, order, images) for one in view.columns],
     }
 
 
@@ -153,6 +170,27 @@ def _cells(name: str, view: PathView, order: Sequence[int], size: tuple[int, int
         "labels": list(view.labels[name][:_MOST_CELLS]),
         "shades": ["".join(map(str, row)) for row in shades.tolist()],
     }
+
+
+def _column(column: Column, order: Sequence[int], images: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+    """Return the units of a layer: for each point a text with a 1 for each one that remains."""
+    count = column.left.shape[1]
+    sizes = [size for size in images.values() if size[0] * size[1] == count] if column.name == "inputs" else []
+    reads = column.reads
+    return {
+        "name": column.name,
+        "count": count,
+        "wide": sizes[0][1] if sizes else -(-min(count, _MOST_CELLS) // _HIGH),
+        "labels": list(column.labels[:_MOST_CELLS]),
+        "left": [_bits(column.left[at, :_MOST_CELLS]) for at in order],
+        "numbers": [int(column.left[at].sum()) for at in order],
+        "reads": [_bits(reads[at].flatten()) for at in order] if reads is not None else None,
+    }
+
+
+def _bits(mask: Tensor) -> str:
+    """Return a mask as text: "101"."""
+    return "".join(map(str, mask.int().tolist()))
 
 
 def _as_json(data: Any) -> str:
