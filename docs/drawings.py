@@ -1,10 +1,11 @@
 """Pictures of penalties and constraints for their pages in the reference, drawn with the site.
 
-Each is an SVG in the page itself, whose colors are the page's, light or dark. A public penalty
-without an entry in DRAWINGS is an error of tests/test_site.py.
+Each is an SVG in the page itself, whose colors are the page's, light or dark. A public penalty that
+`drawing_of` has no picture of is an error of tests/test_site.py.
 """
 
 import html
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ def along(value, xlabel, title, low, high, caption=None, slope=True):
     """
 
     def draw(ax):
-        numbers = torch.linspace(low, high, 161, **REAL)
+        numbers = torch.linspace(low, high, 81, **REAL)
         values, slopes = [], []
         for number in numbers:
             t = number.clone().requires_grad_()
@@ -345,7 +346,7 @@ DRAWINGS = {
         3.0,
     ),
     "NormChange": along(lambda t: rs.NormChange()(steps(t)), "change of length in a step", "NormChange()", -1.0, 1.0),
-    "SIGReg": along(lambda s: rs.SIGReg()(spread(s)), "deviation of a normal feature", "SIGReg()", 0.1, 3.0),
+    "SIGReg": along(lambda s: rs.SIGReg(16)(spread(s)), "deviation of a normal feature", "SIGReg(16)", 0.1, 3.0),
     "StateChange": along(
         lambda t: rs.StateChange()(steps(t)), "change of the state in a step", "StateChange()", -1.0, 1.0
     ),
@@ -384,6 +385,16 @@ DRAWINGS = {
 }
 
 
+def drawing_of(name):
+    """The picture of a name, or None; entrywise penalties with defaults need no entry above."""
+    what = getattr(rs, name, None)
+    if name in DRAWINGS or not inspect.isclass(what) or not issubclass(what, rs.Penalty) or inspect.isabstract(what):
+        return DRAWINGS.get(name)
+    settings = inspect.signature(what).parameters.values()
+    return entry(what()) if what.entrywise and all(one.default is not one.empty for one in settings) else None
+
+
 def drawing(name):
     """The picture of a name's page as Markdown; "" where there is none."""
-    return f"```{{raw}} html\n{DRAWINGS[name].figure(name)}\n```" if name in DRAWINGS else ""
+    found = drawing_of(name)
+    return "" if found is None else f"```{{raw}} html\n{found.figure(name)}\n```"

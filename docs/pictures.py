@@ -1,6 +1,7 @@
 """Draws the pictures of these pages into docs/images: python docs/pictures.py [name ...]."""
 
 import io
+import os
 import re
 import shutil
 import sys
@@ -302,9 +303,128 @@ def shot(browser, file, scheme):
     return Image.open(io.BytesIO(page.screenshot()))
 
 
+# ---------------------------------------------------------------- the tutorials
+
+
+def example(page):
+    """The names that a page's examples have made, run as its reader would."""
+    from tempfile import TemporaryDirectory
+
+    text = (Path(__file__).parent / f"{page}.md").read_text("utf-8")
+    names, folder = {"__name__": "example"}, Path.cwd()
+    with TemporaryDirectory() as made:
+        os.chdir(made)  # for the files that they write
+        try:
+            for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+                exec(compile(block, page, "exec"), names)
+        finally:
+            os.chdir(folder)
+    return names
+
+
+def small(ax, xlabel, ylabel, text=""):
+    ax.set_xlabel(xlabel, fontsize=8)
+    ax.set_ylabel(ylabel, fontsize=8)
+    ax.set_title(text, fontsize=9)
+    ax.tick_params(labelsize=7)
+    ax.spines[["top", "right"]].set_visible(False)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7, frameon=False)
+
+
+def tutorial_own_loop():
+    """Errors on unseen rows without and with rules; lengths of the weights from each input."""
+    names = example("tutorials/own-loop")
+    figure, (left, right) = panels(2, 2, 4.2, 2.6)
+    steps = range(10, 401, 10)
+    left.plot(steps, names["plain_errors"], color=GREY, label="without rules")
+    left.plot(steps, names["errors"], color=BLUE, label="with them")
+    left.axhline(0.09, color=GREY, ls=":", lw=1, label="noise")
+    left.set_ylim(0, 1)
+    small(left, "step", "error on unseen rows")
+    for model, color, shift in ((names["plain"], GREY, -0.2), (names["model"], BLUE, 0.2)):
+        lengths = model[0].weight.detach().norm(dim=0)
+        right.bar([number + shift for number in range(20)], lengths, 0.4, color=color)
+    right.set_xticks([3, 7, 11])
+    small(right, "input; the target needs 3, 7 and 11", "length of its weights")
+    return figure
+
+
+def tutorial_table():
+    """The lasso of the page: weights over the strength by name, and scores."""
+    names = example("tutorials/table")
+    figure, (left, right) = panels(2, 2, 4.2, 2.8)
+    lasso = names["lasso"]
+    rs.plots.path(lasso, left)
+    rs.plots.scores(lasso, right)
+    view = lasso.view()
+    (lines,), (labels,) = view.lines.values(), view.labels.values()
+    weakest = min(range(len(view.strengths)), key=lambda at: view.strengths[at])
+    for number in lines.abs().amax(0).argsort(descending=True)[:5].tolist():
+        place = (view.strengths[weakest], float(lines[weakest, number]))
+        left.annotate(labels[number], place, (-3, 0), textcoords="offset points", fontsize=7, ha="right", va="center")
+    small(left, "strength", "weight, in standard deviations")
+    small(right, "strength", "minus the squared error")
+    left.get_legend().remove()
+    return figure
+
+
+def tutorial_language_model():
+    """The loss, the z-loss, and units that are gone, over the steps."""
+    history = example("tutorials/language-model")["reg"].history
+    figure, axes = panels(3, 3, 2.9, 2.4)
+    axes[0].plot(history["step"], history["data_loss"], color=BLUE)
+    small(axes[0], "step", "", "loss")
+    axes[1].plot(history["step"], history["penalties/z"], color=BLUE)
+    small(axes[1], "step", "", "z-loss")
+    for number, color in ((0, BLUE), (1, ORANGE)):
+        gone = [100 * part for part in history[f"zero_groups/blocks.layers.{number}.linear1.weight"]]
+        axes[2].plot(history["step"], gone, color=color, label=f"layer {number}")
+    small(axes[2], "step", "", "units that are gone, %")
+    return figure
+
+
+def tutorial_sparse_autoencoder():
+    """Cosines of true features and learned ones, the best pairs along the diagonal."""
+    cosines = example("tutorials/sparse-autoencoder")["cosines"]
+    figure, axes = panels(len(cosines), len(cosines), 3.0, 2.3)
+    for ax, (name, found) in zip(axes, cosines.items(), strict=True):
+        order = paired(found)
+        ax.imshow(found[:, order], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("learned feature", fontsize=8)
+        ax.tick_params(labelsize=7)
+    axes[0].set_ylabel("true feature", fontsize=8)
+    return figure
+
+
+def paired(cosines):
+    """The columns in an order that puts the best partner of row k, taken greedily, at place k."""
+    left, order = cosines.clone(), {}
+    for _ in range(len(cosines)):
+        row, column = divmod(int(left.argmax()), left.shape[1])
+        order[row] = column
+        left[row], left[:, column] = -2, -2
+    first = [order[row] for row in range(len(cosines))]
+    return first + [column for column in range(cosines.shape[1]) if column not in first]
+
+
+def tutorial_smaller():
+    """The path of the page: lengths of units and scores over the strength."""
+    path = example("tutorials/smaller")["path"]
+    figure, (left, right) = panels(2, 2, 4.2, 2.6)
+    rs.plots.path(path, left, shown=60)
+    rs.plots.scores(path, right)
+    small(left, "strength", "length of a unit's weights")
+    small(right, "strength", "part of 300 digits that is right")
+    left.get_legend().remove()
+    return figure
+
+
 DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
 DRAWN += (reparametrization, normalization, paths, report)
-PICTURES = {function.__name__: function for function in DRAWN}
+DRAWN += (tutorial_own_loop, tutorial_table, tutorial_language_model, tutorial_sparse_autoencoder, tutorial_smaller)
+PICTURES = {function.__name__.replace("tutorial_", "tutorial-").replace("_", "-"): function for function in DRAWN}
 
 
 def main(names):

@@ -49,6 +49,16 @@ def test_a_jump_of_the_prox_is_a_gap():
     assert not np.isnan(lines(rs.plots.penalty(rs.L1()))["prox, step 1"][1]).any()
 
 
+def moves(ax):
+    """(Points, where they were taken to) of a picture: one line with gaps, then dots at the ends."""
+    ways, dots = [line.get_xydata() for line in ax.lines]
+    starts, ends, gaps = ways.reshape(-1, 3, 2).swapaxes(0, 1)
+    assert np.isnan(gaps).all()
+    assert (ends == dots).all()
+    assert len(starts) == 81
+    return starts, ends
+
+
 def test_a_penalty_without_a_prox_has_its_value():
     class Cosh(rs.Penalty, register=False):
         def __call__(self, w):
@@ -62,10 +72,7 @@ def test_a_penalty_without_a_prox_has_its_value():
 def test_lengths_of_two_entries(shape):
     per = "row" if shape == (1, 2) else "column"
     ax = rs.plots.penalty(rs.GroupLasso(per), shape=shape, step=0.3)
-    starts = [line.get_xydata()[0] for line in ax.lines if len(line.get_xdata()) == 2]
-    ends = [line.get_xydata()[1] for line in ax.lines if len(line.get_xdata()) == 2]
-    assert len(starts) == 81
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in zip(*moves(ax), strict=True):
         size = np.linalg.norm(start)
         shrunk = max(0.0, 1 - 0.3 * math.sqrt(2) / size) if size else 0.0
         np.testing.assert_allclose(end, shrunk * start, atol=1e-12)
@@ -74,14 +81,11 @@ def test_lengths_of_two_entries(shape):
 
 def test_what_a_constraint_does_to_points():
     ax = rs.plots.constraint(rs.NonNegative(), reach=1.0)
-    ways = [line.get_xydata() for line in ax.lines if len(line.get_xdata()) == 2]
-    assert len(ways) == 81
-    assert all((way[1] == way[0].clip(0)).all() for way in ways)
-    assert max(abs(way[0]).max() for way in ways) <= 1
-    moved = rs.plots.moves(lambda point: -point)
-    assert all(
-        (line.get_xydata()[1] == -line.get_xydata()[0]).all() for line in moved.lines if len(line.get_xdata()) == 2
-    )
+    starts, ends = moves(ax)
+    assert (ends == starts.clip(0)).all()
+    assert abs(starts).max() <= 1
+    starts, ends = moves(rs.plots.moves(lambda point: -point))
+    assert (ends == -starts).all()
 
 
 # Weights

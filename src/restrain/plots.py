@@ -240,7 +240,7 @@ def _levels(what: Penalty, ax: Axes, step: float, reach: float, shape: tuple[int
 
 
 def constraint(what: Constraint, ax: Axes | None = None, *, reach: float = 2.0, shape: Any = (1, 2)) -> Axes:
-    """Draw where a constraint takes points of the plane: a line each, with a dot at its end.
+    """Draw where a constraint takes points of the plane: lines, with a dot at the end of each.
 
     Args:
         what: the constraint.
@@ -251,8 +251,9 @@ def constraint(what: Constraint, ax: Axes | None = None, *, reach: float = 2.0, 
     Raises:
         PlanError: it is no constraint, or none of a tensor of this shape.
 
-    >>> len(rs.plots.constraint(rs.NonNegative()).lines)
-    162
+    >>> ends = rs.plots.constraint(rs.NonNegative()).lines[1].get_xydata()
+    >>> len(ends), bool((ends >= 0).all())
+    (81, True)
     """
     if not isinstance(what, Constraint):
         raise PlanError(f"expected a constraint, such as rs.NonNegative(), got {brief(what)}")
@@ -265,7 +266,7 @@ def constraint(what: Constraint, ax: Axes | None = None, *, reach: float = 2.0, 
 
 
 def moves(function: Callable[[Tensor], Tensor], ax: Axes | None = None, *, reach: float = 2.0) -> Axes:
-    """Draw where a function takes points of the plane: a line each, with a dot at its end.
+    """Draw where a function takes points of the plane: lines, with a dot at the end of each.
 
     Args:
         function: of a tensor of shape (2,), giving such a tensor.
@@ -290,9 +291,10 @@ def moves(function: Callable[[Tensor], Tensor], ax: Axes | None = None, *, reach
 
 
 def _arrows(ax: Axes, starts: Tensor, ends: Tensor, reach: float) -> None:
-    for start, end in zip(starts.tolist(), ends.detach().tolist(), strict=True):
-        ax.plot([start[0], end[0]], [start[1], end[1]], color=COLORS[1], lw=0.6)
-        ax.plot(*end, ".", color=COLORS[1], ms=3)
+    ends = ends.detach().to(starts)
+    ways = torch.stack([starts, ends, torch.full_like(starts, math.nan)], 1)  # one line, with gaps
+    ax.plot(*ways.flatten(0, 1).T.numpy(), color=COLORS[1], lw=0.6)
+    ax.plot(*ends.T.numpy(), ".", color=COLORS[1], ms=3)
     ax.set_xlim(-1.05 * reach, 1.05 * reach)
     ax.set_ylim(-1.05 * reach, 1.05 * reach)
     ax.set_aspect("equal")

@@ -1,5 +1,6 @@
 """Reports of estimators, and their diagrams in notebooks."""
 
+import html
 import re
 
 import numpy as np
@@ -89,3 +90,11 @@ def test_scikit_learns_diagram_is_kept(make):
     text = make()._repr_html_()
     assert "sk-" in text
     assert make.__name__ in text
+
+
+@pytest.mark.parametrize("make", [rs.Classifier, rs.Regressor, rs.Autoencoder, rs.RegressorCV])
+def test_names_in_the_diagram_are_text(make):
+    name = "<script>alert(1)</script>"
+    text = make(regularizers=[rs.L1().on("*.weight", name=name)])._repr_html_()
+    assert name not in text
+    assert html.escape(name) in text
