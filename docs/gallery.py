@@ -2,7 +2,8 @@
 
     python docs/gallery.py [name ...]
 
-With names, only these run, and the others keep what they printed before. It takes some minutes.
+With names, only these run, and the others keep what they printed before; with the name "none" only
+the texts are written anew. All take some minutes.
 """
 
 import ast
@@ -79,18 +80,21 @@ def cleaned(text):
 
 def known(text):
     """{example: its output} of a page."""
-    found = re.findall(r"^<!-- (\w+) -->\n.*?^```text\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
-    return dict(found)
+    parts = re.findall(r"^<!-- (\w+) -->\n(.*?)(?=^<!-- |\Z)", text, re.MULTILINE | re.DOTALL)
+    found = {name: re.search(r"^```text\n(.*?)\n```$", part, re.MULTILINE | re.DOTALL) for name, part in parts}
+    return {name: output[1] for name, output in found.items() if output}
 
 
 def section(name, output):
     """The part of the page on an example."""
     example, (words, commands) = EXAMPLES[name], told(name)
     command = " ".join(["python", f"examples/{name}.py", *example.arguments])
-    picture = f"\n![{example.alt}](images/example-{name}.png)\n" if example.picture else ""
+    drawn = bool(example.picture) and (ROOT / f"docs/images/example-{name}.png").exists()
+    picture = f"\n![{example.alt}](images/example-{name}.png)\n" if drawn else ""
+    shown = f"\n`{command}` prints\n\n```text\n{output}\n```\n" if output else ""
     return (
-        f"## {example.title}\n\n<!-- {name} -->\n{words}\n\n```\n{outdented(commands)}\n```\n{picture}\n"
-        f"`{command}` prints\n\n```text\n{output}\n```\n\nSource: [examples/{name}.py](../examples/{name}.py)\n"
+        f"## {example.title}\n\n<!-- {name} -->\n{words}\n\n```\n{outdented(commands)}\n```\n{picture}{shown}\n"
+        f"Source: [examples/{name}.py](../examples/{name}.py)\n"
     )
 
 
@@ -99,12 +103,13 @@ def outdented(commands):
 
 
 def page(outputs):
-    return "\n".join([HEAD, *[section(name, outputs[name]) for name in EXAMPLES if name in outputs]])
+    return "\n".join([HEAD, *[section(name, outputs.get(name, "")) for name in EXAMPLES]])
 
 
 def main(names):
     outputs = known(PAGE.read_text("utf-8")) if PAGE.exists() else {}
-    for name in names or EXAMPLES:
+    PAGE.write_text(page(outputs), "utf-8")
+    for name in () if names == ["none"] else names or EXAMPLES:
         with TemporaryDirectory() as folder:
             outputs[name] = printed(name, folder)
             picture = EXAMPLES[name].picture

@@ -333,16 +333,34 @@ def group_page(key, things):
     return f"# {title}\n\n{sentence}\n\n{table}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n"
 
 
+QUESTIONS = {
+    "What": "What is done: penalties give a number for a tensor, transforms another tensor.",
+    "Where": "To which tensors: parameters, outputs and inputs of layers.",
+    "How": "At which moment of a training step, how strongly, and who keeps it.",
+    "Beyond rules": "Models that are fitted by keyword, paths of strengths, smaller networks, pictures, errors.",
+}
+
+
+def questions():
+    """Yield (question, sentence, pages of its groups), by the word before a title's colon."""
+    for question, sentence in QUESTIONS.items():
+        own = [key for key, (title, _, _) in GROUPS.items() if question_of(title) == question]
+        yield question, sentence, "\n".join(f"group-{key}" for key in own)
+
+
+def question_of(title):
+    return title.partition(":")[0] if ":" in title else "Beyond rules"
+
+
 def pages(pictures=True):
     """{file name: text} of the reference; pictures=False leaves out what takes most of the time."""
     found = {}
     for key, things in grouped().items():
         found[f"group-{key}.md"] = group_page(key, things)
         found |= {f"{n}.md": page(n, thing, drawing(n) if pictures else "") for n, thing in things.items()}
-    toc = "\n".join(f"group-{key}" for key in GROUPS)
-    found["index.md"] = (
-        "# Reference\n\nEvery public name, with `import restrain as rs`, by what, where and how.\n\n"
-        f"```{{toctree}}\n:maxdepth: 2\n\n{toc}\n```\n"
+    found["index.md"] = "# Reference\n\nEvery public name, with `import restrain as rs`.\n\n" + "\n".join(
+        f"## {title}\n\n{sentence}\n\n```{{toctree}}\n:maxdepth: 2\n\n{toc}\n```\n"
+        for title, sentence, toc in questions()
     )
     return found
 

@@ -9,8 +9,36 @@ from pathlib import Path
 
 import pytest
 
+
+def loaded(file):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(f"restrain_{file.stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+GALLERY = loaded(Path(__file__).parent.parent / "docs/gallery.py")
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NUMBER = r"([-+.\de]+)"
+
+
+def test_the_gallery_has_what_the_examples_say():
+    assert set(GALLERY.EXAMPLES) == {path.stem for path in EXAMPLES.glob("*.py")}
+    text = GALLERY.PAGE.read_text("utf-8")
+    outputs = GALLERY.known(text)
+    assert text == GALLERY.page(outputs), "run python docs/gallery.py none"
+    assert GALLERY.known(GALLERY.page({"sae": "a 1.5\nb", "keras_layer": "c"})) == {
+        "sae": "a 1.5\nb",
+        "keras_layer": "c",
+    }
+    assert GALLERY.cleaned("a\n\rEpoch 3: 2it/s\nb ┃ c\n\x1b[1md\x1b[0m\n") == "a\nd"
+
+
+def test_a_skeleton_has_no_numbers():
+    assert skeleton("loss 1.5e-03, -2 of 1,000") == skeleton("loss 0.25,  7 of 3")
+    assert skeleton("loss 1.5") != skeleton("lost 1.5")
 
 
 def needs(*packages):
@@ -30,7 +58,15 @@ def run(name, tmp_path, *, launch=(), arguments=()):
         env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stderr
+    stem, page = name.removesuffix(".py"), GALLERY.known(GALLERY.PAGE.read_text("utf-8"))
+    if stem in page and not launch and tuple(arguments) == GALLERY.EXAMPLES[stem].arguments:
+        assert skeleton(GALLERY.cleaned(done.stdout)) == skeleton(page[stem])
     return done.stdout
+
+
+def skeleton(text):
+    """What is printed, without the numbers and the spaces that line them up."""
+    return re.sub(r"[-─ ]+", " ", re.sub(r"\b[-+]?[\d.,]+(e[-+]?\d+)?\b|\bnan\b", "#", text))
 
 
 def numbers(text, pattern):

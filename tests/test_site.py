@@ -46,6 +46,16 @@ def test_every_public_name_has_a_page_in_one_group(reference, sources):
         assert re.match(rf"# {name}\n\n.{{30}}", text(sources, f"docs/reference/{name}.md"), re.S)
 
 
+def test_the_reference_is_grouped_by_what_where_and_how(reference, sources):
+    index = text(sources, "docs/reference/index.md")
+    assert re.findall(r"^## (.+)", index, re.M) == ["What", "Where", "How", "Beyond rules"]
+    listed = re.findall(r"^group-(.+)", index, re.M)
+    assert sorted(listed) == sorted(reference.GROUPS)
+    what = index.split("## What")[1].split("## Where")[0]
+    assert {"group-penalties-entries", "group-constraints", "group-noise"} <= set(what.split())
+    assert "group-where" in index.split("## Where")[1].split("## How")[0]
+
+
 def test_a_name_without_a_group_is_an_error(reference):
     for module in ("restrain.elsewhere", "restrain.penalties.entrywise_too", "restrain.penalties"):
         with pytest.raises(LookupError, match=rf"rs\.New of {module} has no group: add"):
