@@ -362,7 +362,7 @@ def tutorial_table():
     weakest = min(range(len(view.strengths)), key=lambda at: view.strengths[at])
     for number in lines.abs().amax(0).argsort(descending=True)[:5].tolist():
         place = (view.strengths[weakest], float(lines[weakest, number]))
-        left.annotate(labels[number], place, (-3, 0), textcoords="offset points", fontsize=7, ha="right", va="center")
+        left.annotate(labels[number], place, (2, 2), textcoords="offset points", fontsize=7)
     small(left, "strength", "weight, in standard deviations")
     small(right, "strength", "minus the squared error")
     left.get_legend().remove()
