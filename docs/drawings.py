@@ -391,7 +391,8 @@ def drawing_of(name):
     if name in DRAWINGS or not inspect.isclass(what) or not issubclass(what, rs.Penalty) or inspect.isabstract(what):
         return DRAWINGS.get(name)
     settings = inspect.signature(what).parameters.values()
-    return entry(what()) if what.entrywise and all(one.default is not one.empty for one in settings) else None
+    made = what() if all(one.default is not one.empty for one in settings) else None
+    return entry(made) if made is not None and made.entrywise else None
 
 
 def drawing(name):
