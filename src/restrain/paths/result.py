@@ -19,7 +19,7 @@ from restrain.extras import needing
 from restrain.fields import is_whole
 from restrain.html_table import html_table
 from restrain.named_tensors import unwrap
-from restrain.path_view import PathView, columns, stacked
+from restrain.path_view import Column, PathView, columns, stacked
 from restrain.paths.choice import simplicity, within_one_error
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point, Temporary
@@ -180,7 +180,8 @@ class Path:
         """Return the numbers that `rs.plots.path`, `rs.plots.scores` and reports show."""
         found: dict[str, list[Tensor]] = {}
         labels: dict[str, list[str]] = {}
-        layers, network = _chain(self.template), []
+        layers = _chain(self.template)
+        network: list[list[Column]] = []
         for one in self.points:
             data = self._data(one)
             network.append(columns({name: data["weights"][name].detach().cpu().unsqueeze(0) for name in layers}))
