@@ -39,7 +39,10 @@ RESERVED = frozenset(
         "learning_rate",
         "loss",
         "max_gradient_norm",
+        "max_updates",
         "min_improvement",
+        "monitor_gradients",
+        "monitors",
         "momentum",
         "normalize",
         "output_dropout",
@@ -52,8 +55,12 @@ RESERVED = frozenset(
         "recurrent_norm",
         "recurrent_state",
         "regularizers",
+        "save_as",
+        "save_every",
         "shuffle",
+        "train_batches",
         "valid",
+        "valid_batches",
         "validate_every",
         "warm_start",
         "weight_decay",
@@ -138,6 +145,14 @@ def names() -> tuple[str, ...]:
     """Return all registered names, sorted."""
     _adopt_filled()
     return tuple(sorted(_classes))
+
+
+def is_findable(cls: type) -> bool:
+    """Return True if the class's module has it under its name, as pickle needs it."""
+    found: object = sys.modules.get(cls.__module__)
+    for name in cls.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is cls
 
 
 def _adopt_filled() -> None:

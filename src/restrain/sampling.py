@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -20,8 +20,16 @@ _lock = threading.Lock()
 _entered: list[_Flags] = []  # open contexts, in the order of entry
 
 
+@runtime_checkable
+class Fitted(Protocol):
+    """An estimator with a network, whose noise is attached in training only."""
+
+    def attached_noise(self) -> AbstractContextManager[nn.Module]:
+        """Return a context with the noise and dropout attached to the network, which it yields."""
+
+
 @contextmanager
-def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
+def sampling(model: nn.Module | Fitted, also: Any = None) -> Iterator[None]:
     """Context in which the model is in evaluation mode, but noise and dropout act as in training.
 
     Active are noise and dropout of attached rules, the model's dropout modules (`nn.Dropout` and
@@ -32,7 +40,8 @@ def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
     all threads.
 
     Args:
-        model: any module, with or without rules.
+        model: any module, with or without rules; or a fitted Classifier, Regressor or Autoencoder,
+            whose predictions then are under the noise and dropout of its keywords.
         also: further layers that depend on `self.training`: a glob over layer names, a type, or a
             predicate f(name, module).
 
@@ -46,6 +55,10 @@ def sampling(model: nn.Module, also: Any = None) -> Iterator[None]:
     ...     draws = torch.stack([model(torch.ones(1, 3)) for _ in range(100)])
     >>> mean, deviation = draws.mean(0), draws.std(0)
     """
+    if isinstance(model, Fitted):
+        with model.attached_noise() as network, sampling(network, also):
+            yield
+        return
     random, drawing = _own(model, also), _attached(model)
     if not random and not drawing:
         raise SelectionError(

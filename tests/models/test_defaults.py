@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_diabetes, load_iris
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_iris, load_linnerud, load_wine
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 
@@ -171,3 +171,57 @@ def test_other_rules_of_linear_models_are_trained(short):
     model = rs.Regressor(hidden=(), weight_l1=0.3, how="proximal", random_state=0).fit(X, Y)
     assert model.n_iter_ == 6
     assert "valid_data_loss" not in model.history_[0]
+
+
+# ---------------------------------------------------------------- convergence
+
+
+def course(losses):
+    return [{"valid_data_loss": loss} for loss in losses]
+
+
+@pytest.mark.parametrize(
+    ("losses", "falls"),
+    [
+        (np.linspace(1, 0, 100), True),  # a tenth of the fall in the last tenth
+        (np.exp(-np.arange(100) / 10), False),
+        (np.exp(-np.arange(100) / 30), True),  # 1.7 % of it
+        (np.exp(-np.arange(100) / 20), False),  # .4 %
+        (5 + 100 * np.exp(-np.arange(100) / 20), False),  # whatever the scale
+        (np.r_[np.linspace(1, 0.1, 50), np.linspace(0.2, 0.11, 50)], False),  # the best loss was earlier
+        (np.ones(100), False),
+        ([1.0], False),
+        ([], False),
+    ],
+)
+def test_what_counts_as_still_falling(losses, falls):
+    assert defaults.still_falling(course(losses)) is falls
+    sparse = [row if number % 5 == 0 else {} for number, row in enumerate(course(losses), 1)]
+    assert defaults.still_falling(sparse) is falls  # validated at every fifth epoch
+
+
+TABLES = {
+    "iris": (rs.Classifier, lambda: load_iris(return_X_y=True)),
+    "wine": (rs.Classifier, lambda: load_wine(return_X_y=True)),
+    "breast cancer": (rs.Classifier, lambda: load_breast_cancer(return_X_y=True)),
+    "diabetes": (rs.Regressor, lambda: load_diabetes(return_X_y=True)),
+    "linnerud": (rs.Regressor, lambda: load_linnerud(return_X_y=True)),
+    "digits": (rs.Classifier, lambda: load_digits(return_X_y=True)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("name", TABLES)
+def test_no_warning_where_the_defaults_converge(name):
+    model, read = TABLES[name]
+    for seed in range(3):
+        model(random_state=seed).fit(*read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits", "breast cancer", "diabetes"])
+def test_a_warning_where_the_rate_is_too_small(name):
+    model, read = TABLES[name]
+    with pytest.warns(ConvergenceWarning, match="take a greater learning_rate="):
+        model(random_state=0, learning_rate=3e-6).fit(*read())

@@ -36,8 +36,9 @@ def test_a_report_of_a_classifier(tmp_path):
         "Environment",
     ]
     found = Reader(text)
-    for caption in ("Loss and rules in training", "Loss and rules in validation", "Accuracy"):
-        assert caption in found.texts["figcaption"]
+    for caption in ("Loss", "Rules", "Accuracy"):
+        assert f"{caption} in training and validation" in found.texts["figcaption"]
+    assert "best epoch, " in text
     assert "Classifier(" in text
     assert "track=10" not in text
     assert all(tensor.equal(before[name]) for name, tensor in model.module_.state_dict().items())

@@ -1,6 +1,7 @@
 """Penalties of one's own as keywords in worker processes and threads: the formula is the class's own everywhere."""
 
 import gc
+import pickle
 import types
 import weakref
 
@@ -139,3 +140,12 @@ def test_threads_draw_apart(given):
     assert found == expected * 3
     assert expected[0] != expected[1]
     assert np.isfinite(expected[0]["loss"])
+
+
+def test_models_are_pickled_beside_a_class_that_pickle_cannot_find():
+    made = types.new_class("MadeBeside", (rs.L2,), {}, lambda body: body.update({"__call__": lambda self, w: w.sum()}))
+    assert registry.lookup("madebeside") is made
+    twin = pickle.loads(pickle.dumps(model()))
+    assert type(twin) is type(model())
+    with pytest.raises(pickle.PicklingError, match="MadeBeside"):  # where it is used, it has to come along
+        pickle.dumps(model(madebeside=1e-3))

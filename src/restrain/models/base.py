@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,20 +23,48 @@ from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError
 from restrain.fields import brief, is_number, level_of_caller
-from restrain.models import checkpoints, defaults, files, keywords, optimizers, reading, settings, streams, tabular
-from restrain.models.data import Samples, Scale, as_numbers, batches, dense, generator, split, standardize
-from restrain.models.layers import Dense, Network, outputs_of
+from restrain.models import (
+    checkpoints,
+    defaults,
+    files,
+    keywords,
+    optimizers,
+    reading,
+    settings,
+    shapes,
+    specs,
+    streams,
+    tabular,
+)
+from restrain.models.data import (
+    Samples,
+    Scale,
+    as_numbers,
+    batches,
+    called,
+    dense,
+    drawn,
+    generator,
+    joined,
+    per_channel,
+    split,
+    standardize,
+)
+from restrain.models.layers import Network, outputs_of
 from restrain.models.losses import Loss, Ordinal, Shifted
 from restrain.models.monitors import Monitors
+from restrain.models.periodic import Saving
 from restrain.models.portable import Portable, to_onnx
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.shift import warn_of_shift
 from restrain.models.signature import BEFORE, DEFAULTS, RESERVED, Init, KeywordEstimator
-from restrain.models.specs import NORMS, RECURRENT, LayerData, as_list, forms, hidden, resolve
+from restrain.models.specs import LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Training
-from restrain.report import write
+from restrain.named_tensors import near
+from restrain.report import Part, write
 from restrain.tables import to_pandas
+from restrain.transforms import Noise
 from restrain.transforms.normalization import Standardize
 
 _OF_NETWORKS = (
@@ -59,10 +86,23 @@ _NEW: dict[str, Any] = {  # not in 0.1
     "warm_start": False,
     "encoder": None,
 }
+_NEW |= {name: DEFAULTS[name] for name in (*settings.NEW, "monitors", "monitor_gradients", "save_every", "save_as")}
 _HINTS = {
     **dict.fromkeys(("coef_", "intercept_"), ": only linear models have it (hidden=())"),
     "feature_importances_": ": call importances(X, y) first, best with data that the model wasn't fitted on",
+    "feed_forward": ": write activations(X)",
+    "classify": ": write predict(X)",
+    "predict_sequence": ": write predict(X) with X of shape (samples, steps, features)",
+    "add_loss": ": write loss=, a function of outputs and targets, in the constructor",
+    "set_loss": ": write loss= in the constructor, or set_params(loss=)",
+    "monitors_": ": write history_",
+    "variables": ": write activations(X)",
+    "inputs": ": write layers_[0]",
+    "updates": ": torch has no graph of updates; write algo=, or train module_ in a loop of your own",
+    "build_graph": ": torch has no graph to build; write module_",
+    "add_layer": ": write all layers in the constructor",
 }
+READERS: dict[str, Callable[[Any], Any]] = {}  # "load" is set by `restrain.models.loading`, which knows all classes
 _AT_ONCE = 2**18  # numbers read at a time outside of training
 
 
@@ -93,7 +133,7 @@ class KeywordModel(KeywordEstimator):
     seed_: int
 
     def __getattr__(self, name: str) -> Any:
-        if name in _HINTS and "module_" in vars(self):
+        if name in _HINTS and ("module_" in vars(self) or not name.endswith("_")):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{_HINTS[name]}")
         return super().__getattr__(name)
 
@@ -140,6 +180,7 @@ class KeywordModel(KeywordEstimator):
             data: (X, y) or (X, y, sample_weight); of an Autoencoder X or (X, None, sample_weight).
                 Or a DataLoader, a Dataset or an iterator of such batches, which is read once, into
                 a temporary file where it is large (see `restrain.models.streams`).
+                Or a callable that returns a batch: its `train_batches` calls are an epoch.
             valid: validation data in the same form, or the fraction of the data to hold back.
             given: keywords for training and rules that replace the constructor's for this call.
 
@@ -159,7 +200,22 @@ class KeywordModel(KeywordEstimator):
         empty.
         """
         fresh = "module_" not in vars(self)
-        return self._run(self._start(*self._unpacked(data), valid, given, fresh=fresh))
+        if not callable(data):
+            return self._run(self._start(*self._unpacked(data), valid, given, fresh=fresh))
+        if isinstance(self.valid if valid is None else valid, (int, float)):
+            raise PlanError(
+                "a part can't be held back of a callable's data: give valid= data, or a callable of its own"
+            )
+        calls = self.split_keywords(given)[0].train_batches or 100
+
+        def draw() -> tuple[Any, Any, Any]:
+            return self._unpacked(drawn(data, calls))
+
+        training = self._start(*draw(), valid, given, fresh=fresh)
+        training.feed = lambda: replace(
+            self._samples(*draw(), reset=False), scale=training.train.scale, dtype=training.train.dtype
+        )
+        return self._run(training)
 
     def _fit(
         self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], *, fresh: bool = True, offset: Any = None
@@ -186,7 +242,8 @@ class KeywordModel(KeywordEstimator):
         if chosen.algo is defaults.EXACT:
             ended, hint = defaults.converged(losses), "normalize=True or a small weight_l2= would help"
         else:
-            ended = not training.decided or chosen.patience is None or training.best.worse >= chosen.patience
+            stopped = chosen.patience is None or training.best.worse >= chosen.patience
+            ended = not training.decided or stopped or not defaults.still_falling(training.history)
             hint = "take a greater learning_rate=, or epochs= for a longer training"
         if not ended:
             warnings.warn(
@@ -224,13 +281,13 @@ class KeywordModel(KeywordEstimator):
         """
         first, _, _ = self.split_keywords(given)
         samples = self._samples(x, y, weight, reset=fresh, offset=offset)
-        valid = self.valid if valid is None else valid
+        valid = called(self.valid if valid is None else valid, first.valid_batches or 1)
         quiet, auto = isinstance(valid, str) and valid == "auto", auto and not checkpoints.is_of_0_1(first.checkpoint)
         found, valid = self._decided(samples, given, valid) if auto else ({}, None if quiet else valid)
         chosen, of_rules, how = self.split_keywords({**given, **found})
         place = running(chosen.device, chosen.precision)
         if fresh:
-            self._build(samples, chosen, place, zero=defaults.is_linear(found))
+            self._build(samples, chosen, place, tuple(getattr(x, "shape", ())[1:]), zero=defaults.is_linear(found))
         elif chosen.precision is not None:
             self.module_.to(torch.float64 if chosen.precision == "64" else torch.float32)
         part, held = self._parts(samples, valid, fresh, auto, shifted=offset is not None, quiet=quiet)
@@ -320,7 +377,7 @@ class KeywordModel(KeywordEstimator):
         return not as_list(self.hidden)
 
     def _run(self, training: Training) -> Iterator[tuple[Monitors, Monitors]]:
-        chosen = training.settings
+        chosen, saving = training.settings, Saving(training.settings)
         earlier = list(self.history_)
         bar = progress.bar(chosen.epochs, chosen.progress if training.place.rank == 0 else False)
         try:
@@ -328,6 +385,9 @@ class KeywordModel(KeywordEstimator):
                 self.history_ = earlier + training.history
                 bar.update(training.done - bar.n)
                 bar.set_postfix(loss=f"{train['loss']:.4g}", compiled=training.said, refresh=False)
+                if training.place.rank == 0 and saving.is_due(training.done):
+                    self.n_iter_, self.compiled_ = training.before + training.done, training.said
+                    self.save(saving.file(self.n_iter_))
                 yield train, valid
         finally:
             bar.close()
@@ -383,25 +443,29 @@ class KeywordModel(KeywordEstimator):
         return Samples(x, targets, weight, labels=self._labels)
 
     def _inputs(self, x: Any, reset: bool) -> Any:
-        """Return X as a checked array; an array of numbers isn't copied."""
-        x = tabular.encoded(self, x, reset)
+        """Return X as a checked array; an array of numbers isn't copied. Images come as rows."""
+        x = tabular.encoded(self, self._rows_of(x, reset), reset)
         if tabular.known(self) is not None:
             return check_array(x)
         if getattr(x, "ndim", 2) != 3:
             kinds = {"dtype": "numeric", "accept_sparse": "csr" if self._has_targets else False}
             x = as_numbers(x, lambda: validate_data(self, x, reset=reset, **kinds), "X")
-            layers = None if reset else self.layers_
-            if layers and any(layer["form"] in RECURRENT for layer in layers):
+            if self._reads_steps if reset else specs.steps(self.layers_):
                 raise PlanError(f"recurrent layers take X of shape (batch, time, features), got {x.shape}")
             return x
         x = as_numbers(x, lambda: check_array(x, dtype="numeric", allow_nd=True), "X")
         if reset:
-            if not set(forms(self.hidden if self.layers is None else self.layers)) & set(RECURRENT):
+            if not self._reads_steps and "module" not in forms(self._given):
                 raise PlanError(
                     "Found array with dim 3, while dim <= 2 is required without recurrent layers; for sequences "
                     "(batch, time, features) write layers such as (20, 'lstm')"
                 )
             self.n_features_in_ = x.shape[-1]
+        stated = self.layers_[0].get("shape") if not reset else None
+        if reset and self.layers is not None:
+            stated = specs.sample_shape(self.layers)
+        if stated is not None and stated[0] not in (None, x.shape[1]):
+            raise PlanError(f"X has sequences of {x.shape[1]} steps, and the first layer reads {stated[0]} steps")
         if x.shape[-1] != self.n_features_in_:
             raise PlanError(
                 f"X has {x.shape[-1]} features, but {type(self).__name__} is expecting {self.n_features_in_} features "
@@ -429,6 +493,39 @@ class KeywordModel(KeywordEstimator):
         own = vars(self).get("feature_names_in_")
         return np.array([f"x{k}" for k in range(self._width)], object) if own is None else own
 
+    @property
+    def _given(self) -> Any:
+        return self.hidden if self.layers is None else self.layers
+
+    @property
+    def _reads_steps(self) -> bool:
+        """True if the layers read sequences, by their specifications."""
+        stated = None if self.layers is None else specs.sample_shape(self.layers)
+        return len(stated) == 2 if stated else bool(set(forms(self._given)) & set(shapes.SEQUENCES))
+
+    def _rows_of(self, x: Any, reset: bool) -> Any:
+        """Return images as rows, and a dict of several inputs as columns side by side.
+
+        Raises:
+            PlanError: the images have another shape than the first layer says.
+        """
+        if isinstance(x, Mapping):
+            first = self.layers if reset else self.layers_
+            return joined(x, specs.names_of_inputs(first))
+        shape = tuple(getattr(x, "shape", ())[1:])
+        if len(shape) < 3:
+            return x
+        stated: Any = specs.image(self.layers_) if not reset else None
+        if reset and self.layers is not None:
+            stated = specs.sample_shape(self.layers)
+        elif reset and set(forms(self._given)) & {*specs.IMAGES, "module"}:
+            stated = shape
+        if stated is None or len(stated) < 3:
+            return x  # scikit-learn's check says that it has too many axes
+        if shape != stated:
+            raise PlanError(f"X has samples of shape {shape}, and the first layer says {stated}")
+        return x.reshape(len(x), -1)
+
     def _split(
         self, samples: Samples, valid: Any, shifted: bool, *, quiet: bool = False
     ) -> tuple[Samples, Samples | None]:
@@ -451,8 +548,13 @@ class KeywordModel(KeywordEstimator):
             for which in batches(len(samples), _rows(array)):
                 yield dense(array[which if rows is None else rows[which]])
 
-        weight = None if samples.weight is None else samples.weight[slice(None) if rows is None else rows]
-        self.input_scale_ = standardize(lambda: chunks(samples.x), weight)
+        weight, shape = None, specs.image(self.layers_)
+        if samples.weight is not None:
+            weight = samples.weight[slice(None) if rows is None else rows]
+        if shape is None:
+            self.input_scale_ = standardize(lambda: chunks(samples.x), weight)
+        else:
+            self.input_scale_ = per_channel(lambda: chunks(samples.x), weight, shape[-1])
         if self._has_targets and not self._labels and self.loss_function().scaled:
             self.target_scale_ = standardize(lambda: chunks(samples.y), weight)
 
@@ -477,20 +579,24 @@ class KeywordModel(KeywordEstimator):
 
     # ---------------------------------------------------------------- the network
 
-    def _build(self, samples: Samples, chosen: Settings, place: Plain, *, zero: bool = False) -> None:
+    def _build(
+        self, samples: Samples, chosen: Settings, place: Plain, shape: tuple[int, ...], *, zero: bool = False
+    ) -> None:
         """Build a new network from `layers`, or from `hidden` and the sizes of the data.
 
         With `zero`, its weights and biases start at zero; the thresholds of classes don't.
         """
         given = self.layers
         if given is None:
-            given = [self._width, *as_list(self.hidden), self._outputs()]
+            first = specs.first_layer(self.hidden, shape, self._width)
+            given = [first, *as_list(self.hidden), self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
         if isinstance(self.loss_function(), Ordinal):
             layers[-1] = {**layers[-1], "form": "ordinal"}
         if samples.x.ndim == 3 and not self._steps:
-            layers.insert(-1, {"name": "last", "form": "last", "size": layers[-2]["size"], "activation": "linear"})
+            layers = specs.with_last_step(layers)
+        self._check_output(layers)
         self.seed_ = place.agreed(self._new_seed(chosen))
         with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
@@ -526,15 +632,27 @@ class KeywordModel(KeywordEstimator):
         return True
 
     def _check_sizes(self, layers: list[LayerData]) -> None:
-        for layer, size, what in (
-            (layers[0], self._width, "features"),
-            (layers[-1], self._outputs(), "outputs"),
+        for layer, found, size, what in (
+            (layers[0], specs.features(layers), self._width, "features"),
+            (layers[-1], specs.outputs(layers), self._outputs(), "outputs"),
         ):
-            if layer["size"] != size:
+            if found != size:
                 raise PlanError(
-                    f"the layer {layer['name']!r} has the size {layer['size']}, the data have {size} {what}: "
-                    f"write {size} there"
+                    f"the layer {layer['name']!r} has the size {found}, the data have {size} {what}: write {size} there"
                 )
+
+    def _check_output(self, layers: list[LayerData]) -> None:
+        """Check that the output has an axis of steps if and only if targets have it.
+
+        Raises:
+            PlanError: it has another shape.
+        """
+        shape = specs.output_shape(layers)
+        if self._has_targets and len(shape) != (2 if specs.steps(layers) and self._steps else 1):
+            raise PlanError(
+                f"the last layer puts out {shapes.text(shape)} for a sample, and the targets have another shape: write "
+                "'flatten' before it"
+            )
 
     def _new_seed(self, chosen: Settings) -> int:
         """Draw a seed from `random_state`.
@@ -585,6 +703,22 @@ class KeywordModel(KeywordEstimator):
         finally:
             self.module_.load_state_dict(before)  # attaching a constraint projects
 
+    @contextmanager
+    def attached_noise(self) -> Iterator[Network]:
+        """Return a context with the noise and dropout of the keywords attached to `module_`.
+
+        They act in training mode, and under `rs.sampling`; the context yields `module_`.
+        """
+        check_is_fitted(self, "module_")
+        _, given, how = self.split_keywords({})
+        rules = keywords.rules(given, keywords.Context(self.layers_, how))
+        noise = [rule for rule in rules if isinstance(rule.what, Noise) and rule.how == "forward"]
+        if not noise:
+            yield self.module_
+            return
+        with attach(self.module_, noise):
+            yield self.module_
+
     def report(
         self,
         file: str | os.PathLike[str],
@@ -594,12 +728,14 @@ class KeywordModel(KeywordEstimator):
         inputs: Any = None,
         title: str | None = None,
         facts: Mapping[str, Any] | None = None,
+        parts: Sequence[Part] = (),
     ) -> Path:
         """Write a page about the model, its rules and its training into one HTML file; return it.
 
         Args:
             file: the file, which ends in .html.
             path, images, inputs, title, facts: as in `Attachment.report`.
+            parts: further sections, each a `restrain.report.Part`.
 
         Raises:
             PlanError, FileError, MissingExtraError: as in `Attachment.report`.
@@ -612,7 +748,7 @@ class KeywordModel(KeywordEstimator):
                 found = contents_of(self.module_, rows=self.history_, **given)
             else:
                 found = reg.contents(history=self.history_, **given)
-            return write(replace(found, trained="estimator", code=repr(self)), file)
+            return write(replace(found, trained="estimator", code=repr(self), parts=tuple(parts)), file)
 
     def compact(self) -> Report:
         """Take out hidden units that contribute nothing, as `rs.compact` does; return its report.
@@ -631,9 +767,9 @@ class KeywordModel(KeywordEstimator):
         [4, 3, 2]
         """
         check_is_fitted(self, "module_")
-        steps = any(layer["form"] in RECURRENT for layer in self.layers_)
+        shape = shapes.of_input(self.layers_[0], self.layers_)
         example = torch.randn(
-            (2, 3, self._width) if steps else (2, self._width),
+            (2, shape[0] or 3, self._width) if len(shape) == 2 else (2, self._width),
             generator=torch.Generator().manual_seed(0),
             dtype=self._dtype,
             device="cpu",
@@ -648,8 +784,7 @@ class KeywordModel(KeywordEstimator):
             self._optimizer = (known[0], {**known[1], "state": {i: carrier.state[own[i]] for i in state}})
         else:
             self.__dict__.pop("_optimizer", None)
-        for before, layer in pairwise(self.layers_):
-            layer["size"] = _size(self.module_.get_submodule(layer["name"]), layer, before["size"])
+        self.layers_ = specs.resized(self.layers_, dict(self.module_.named_children()))
         return report
 
     @property
@@ -715,7 +850,7 @@ class KeywordModel(KeywordEstimator):
             PlanError: the network reads sequences.
             FileError: the file can't be written.
         """
-        if any(layer["form"] in RECURRENT for layer in getattr(self, "layers_", [])):
+        if "layers_" in vars(self) and specs.steps(self.layers_):
             raise PlanError("to_onnx is for tables; of networks that read sequences export to_torch() yourself")
         return to_onnx(self.to_torch(), path, (self._width,))
 
@@ -748,15 +883,62 @@ class KeywordModel(KeywordEstimator):
         parts = [outputs_of(self.module_, batch) for batch in self._ready(X)]
         return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
-    def encode(self, X: Any, layer: str | None = None) -> Any:
-        """Return the output of the named layer for X; by default of the middle layer.
+    def find(self, layer: str, parameter: str = "weight") -> Tensor:
+        """Return a parameter of a layer, as in find("hid1", "bias"): the network's own tensor.
 
         Raises:
-            PlanError: no layer has that name.
+            PlanError: there is no such layer or parameter.
+        """
+        check_is_fitted(self, "module_")
+        wanted, there = f"{layer}.{parameter}", dict(self.module_.named_parameters(remove_duplicate=False))
+        if wanted not in there:
+            raise PlanError(
+                f"no parameter is called {wanted!r}{keywords.hint_of_name(wanted)}{near(wanted, list(there))}"
+            )
+        return there[wanted]
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Parameters of the network by name, its own tensors."""
+        if "module_" not in vars(self):
+            raise AttributeError("a model has parameters once it is fitted")
+        return dict(self.module_.named_parameters())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a model of this class, as `rs.load` does.
+
+        Raises:
+            MissingFileError, FileError: as in `rs.load`, or the model is of another class.
+        """
+        found = READERS["load"](path)
+        if not isinstance(found, cls):
+            raise FileError(f"{path} holds a {type(found).__name__}; write rs.{type(found).__name__}.load(path)")
+        return found
+
+    def encode(self, X: Any, layer: str | None = None, *, sample: bool = False, random_state: Any = None) -> Any:
+        """Return the output of the named layer for X; by default of the middle layer.
+
+        Args:
+            X: the inputs.
+            layer: the layer's name.
+            sample: draw zeros and ones, with the outputs as probabilities of a one.
+            random_state: seed of these draws.
+
+        Raises:
+            PlanError: no layer has that name, or the outputs are no probabilities.
         """
         check_is_fitted(self, "module_")
         name = self._layer(layer)
-        return self.activations(X)[name]
+        found = self.activations(X)[name]
+        if not sample:
+            return found
+        if found.min() < 0 or found.max() > 1:
+            raise PlanError(
+                f"sample=True draws ones with the outputs as probabilities, and those of {name!r} go from "
+                f"{found.min():.3g} to {found.max():.3g}: give it the activation 'sigmoid'"
+            )
+        return (np.random.default_rng(random_state).uniform(size=found.shape) < found).astype(found.dtype)
 
     def decode(self, Z: Any, layer: str | None = None) -> Any:
         """Return the model's output, given the output Z of a layer (see `encode`).
@@ -798,13 +980,6 @@ class KeywordModel(KeywordEstimator):
 def _by_entry(state: Mapping[str, Any], p: Tensor) -> bool:
     """Return True if an optimizer's tensors of a parameter have its shape, or one entry."""
     return all(one.shape == p.shape or one.numel() == 1 for one in state.values() if isinstance(one, Tensor))
-
-
-def _size(module: Any, layer: LayerData, before: int) -> int:
-    """Return the number of outputs of a layer, given that of the layer before."""
-    if isinstance(module, Dense):
-        return module.out_features
-    return before if layer["form"] in (*NORMS, "last") else int(layer["size"])
 
 
 def _check_patience(chosen: Settings, held: Samples | None) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from restrain import storage
 from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.fields import brief, is_whole
+from restrain.models.settings import NEW
 
 VERSION = 1
 _NEW = ("scaled",)  # parts of the identity that version 0.1 didn't write
@@ -51,7 +52,7 @@ def read(path: str | Path, belongs_to: dict[str, Any]) -> dict[str, Any] | None:
             raise
         raise PlanError(f"{str(path)!r} is not a checkpoint of a training ({error}); name another file") from error
     _check(state, path)
-    found = {**{key: belongs_to.get(key) for key in _NEW}, **state["training"]}
+    found = {**dict.fromkeys(NEW), **{key: belongs_to.get(key) for key in _NEW}, **state["training"]}
     other = [key for key in belongs_to if not _same(found.get(key), belongs_to[key])]
     if other:
         raise PlanError(

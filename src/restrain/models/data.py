@@ -96,6 +96,53 @@ def standardize(chunks: Callable[[], Iterator[Any]], weight: Any) -> Standardize
     return found
 
 
+def per_channel(chunks: Callable[[], Iterator[Any]], weight: Any, channels: int) -> Standardize:
+    """Return the standardisation of images as rows: one mean and deviation for each channel."""
+    found = standardize(lambda: (chunk.reshape(len(chunk), -1, channels) for chunk in chunks()), weight)
+    times = next(iter(chunks())).shape[1] // channels
+    found.load_state_dict({name: tensor.repeat(times) for name, tensor in found.state_dict().items()})
+    return found
+
+
+def joined(given: Any, names: list[str]) -> Any:
+    """Return the columns of several inputs side by side.
+
+    Args:
+        given: {name of an input: its columns}.
+        names: the inputs of the network, in order.
+
+    Raises:
+        PlanError: the names are others.
+    """
+    if set(given) != set(names):
+        raise PlanError(
+            f"X of several inputs is a dict of {', '.join(map(repr, names))}; got {listed(list(map(repr, given)))}"
+        )
+    return np.concatenate([np.asarray(given[name]) for name in names], -1)
+
+
+def drawn(call: Callable[[], Any], calls: int) -> Any:
+    """Return the batches of several calls as one: an array, or a tuple of arrays.
+
+    Raises:
+        PlanError: a call returns something else.
+    """
+    some = [call() for _ in range(calls)]
+    if not all(isinstance(batch, (tuple, list)) for batch in some):
+        return np.concatenate([np.asarray(batch) for batch in some])
+    if len({len(batch) for batch in some}) != 1 or not 1 <= len(some[0]) <= 3:
+        raise PlanError("a callable returns a batch: (X, y), (X, y, sample_weight), or X of an Autoencoder")
+    return tuple(
+        None if parts[0] is None else np.concatenate([np.asarray(part) for part in parts])
+        for parts in zip(*some, strict=True)
+    )
+
+
+def called(data: Any, calls: int) -> Any:
+    """Return data, or of a callable what so many calls return, as by `drawn`."""
+    return drawn(data, calls) if callable(data) else data
+
+
 @dataclass
 class Samples:
     """Inputs, targets and weights of samples, as arrays that may be memory-mapped.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ UPDATES, PATIENCE, EVERY = 4_000, 400, 20  # of the optimizer; EVERY: between tw
 FIXED = 1_000  # updates without validation
 VALID, LEAST = 0.2, 50  # the part held back, if there are so many samples
 L2 = 1e-4
+FALL = 0.01  # of the whole fall of the validation loss, in the last tenth of the epochs: not converged
 ROUNDS = 50  # of L-BFGS, each of up to 1,000 iterations
 
 EXACT = functools.partial(
@@ -73,6 +75,22 @@ def part(labels: Any, samples: int) -> float | None:
         return None
     classes = 0 if labels is None else len(np.unique(labels))
     return VALID if samples - round(VALID * samples) >= classes else None
+
+
+def still_falling(history: Sequence[Mapping[str, Any]]) -> bool:
+    """Return True if the validation loss fell by more than `FALL` of its whole fall at the end.
+
+    The end is the last tenth of the epochs. Falls are of the best loss so far.
+
+    Args:
+        history: a row for each epoch, with "valid_data_loss" where it was validated.
+    """
+    found = [(number, row["valid_data_loss"]) for number, row in enumerate(history, 1) if "valid_data_loss" in row]
+    before = [loss for number, loss in found if number <= 0.9 * len(history)]
+    if not before:
+        return False
+    best = min(loss for _, loss in found)
+    return bool(min(before) - best > FALL * (found[0][1] - best))
 
 
 def converged(losses: list[float]) -> bool:

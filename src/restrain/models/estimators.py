@@ -108,6 +108,10 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
             return (output[..., 1] - output[..., 0]).numpy()
         return output.numpy()
 
+    def predict_logit(self, X: Any) -> Any:
+        """Return the output for each class, of which `predict_proba` is the softmax."""
+        return self._forward(X).numpy()
+
     def sample(self, X: Any, n: int = 1, *, random_state: Any = None) -> Any:
         """Return n classes drawn for each sample by `predict_proba`, shape (samples, n).
 

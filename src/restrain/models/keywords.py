@@ -40,7 +40,7 @@ from restrain.errors import PlanError, RestrainError
 from restrain.fields import by_new_names, near_names
 from restrain.models.specs import RECURRENT, LayerData, hidden
 from restrain.named_tensors import near
-from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange
+from restrain.penalties import L1, L2, Contractive, NetworkPenalty, NormChange, Penalty, StateChange, Weighted
 from restrain.penalties.derivative import OnDerivatives
 from restrain.plandata import read_strength
 from restrain.plans import Plan
@@ -88,6 +88,20 @@ def registered(reserved: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in registry.names() if name not in (*OWN, "regularizers", *reserved))
 
 
+_THEANETS = {"w": "weight", "b": "bias", "xh": "weight_ih_l0", "hh": "weight_hh_l0"}
+
+
+def hint_of_name(name: Any) -> str:
+    """Return our name for theanets' of a parameter or an output (hid1.w, hid1:out), else ""."""
+    layer, colon, _ = str(name).partition(":")
+    if colon and layer:
+        return f": theanets' {name!r} is {layer!r} here"
+    layer, _, parameter = str(name).rpartition(".")
+    if layer and parameter in _THEANETS:
+        return f": theanets' {name!r} is {layer + '.' + _THEANETS[parameter]!r} here"
+    return ""
+
+
 _SIZES, _EPOCHS, _VALID = (
     "hidden=, the sizes of hidden layers",
     "epochs=",
@@ -115,6 +129,30 @@ WORDS = {
     "activity_regularizer": "hidden_l1=",
     **dict.fromkeys(("clipnorm", "grad_clip", "max_grad_norm", "gradient_clip_val"), "max_gradient_norm="),
     **dict.fromkeys(("standardize", "scale"), "normalize="),
+    "nesterov": "algo='nag'",
+    "rng": "random_state=",
+    "max_gradient_elem": "max_gradient_norm=, of the whole gradient",
+    "save_progress": "save_as=, with save_every=",
+    "subalgo": "algo=",
+    **dict.fromkeys(("weight_sparsity", "weightl1"), "weight_l1="),
+    **dict.fromkeys(("weightl2", "weightdecay"), "weight_l2="),
+    **dict.fromkeys(("hidden_sparsity", "hiddenl1"), "hidden_l1="),
+    **dict.fromkeys(("recurrentnorm",), "recurrent_norm="),
+    **dict.fromkeys(("recurrentstate",), "recurrent_state="),
+    "bernoullidropout": "dropout={'*': rate}",
+    "input_dropouts": "input_dropout=",
+    "hidden_dropouts": "hidden_dropout=",
+    "hidden_l2": "regularizers=[s * rs.L2().on(rs.outputs('hid*'))]",
+    **dict.fromkeys(("callbacks", "callback"), "itertrain(...), which hands over after each epoch"),
+    **dict.fromkeys(("metrics", "scoring"), "score(X, y), or history_"),
+    **dict.fromkeys(("kernel_initializer", "bias_initializer"), "std= of a layer, as in dict(size=50, std=0.1)"),
+    **dict.fromkeys(("kernel_constraint",), "max_norm= or nonnegative="),
+    **dict.fromkeys(("steps_per_epoch",), "train_batches="),
+    **dict.fromkeys(("validation_steps",), "valid_batches="),
+    "validation_freq": "validate_every=",
+    "max_fun": "max_updates=",
+    "power_t": "learning_rate=, a function of the epoch",
+    **dict.fromkeys(("beta_1", "beta_2", "epsilon"), "algo= of functools.partial(torch.optim.Adam, betas=, eps=)"),
 }
 """Keywords of other libraries, each with the keyword to write instead."""
 
@@ -162,7 +200,7 @@ class Context:
         globs, every = [pattern] if isinstance(pattern, str) else pattern, [layer["name"] for layer in self.layers]
         for glob in globs:
             if not any(fnmatchcase(name, glob) for name in every):
-                raise PlanError(f"{glob!r} matches no layer{near(glob, every)}")
+                raise PlanError(f"{glob!r} matches no layer{near(glob, every)}{hint_of_name(glob)}")
         return [name for name in every if any(fnmatchcase(name, glob) for glob in globs)]
 
     def default(self, keyword: str) -> Any:
@@ -191,6 +229,10 @@ def rules(settings: Mapping[str, Any], context: Context) -> list[Rule]:
         RestrainError: a value isn't allowed, or two keywords mean the same rule; the message names
             the keyword. Usually a PlanError.
     """
+    if isinstance(settings.get("regularizers"), Mapping):
+        raise PlanError(
+            "regularizers= is a list of rules; write the entries of theanets' dict as keywords, as in **{...}"
+        )
     made: list[Rule] = list(Plan.of(settings.get("regularizers")))
     acting = {keyword: value for keyword, value in settings.items() if _acts(keyword, value)}
     _refuse_aliases(acting)
@@ -268,6 +310,7 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
         return [value.on(context.places(context.default(keyword)), name=keyword)]
     cls: type[What] = OWN.get(keyword) or registry.lookup(keyword)
     given = dict(value) if isinstance(value, Mapping) else _plain(cls, value)
+    _refuse_theanets(given)
     settings = {key: given[key] for key in given if key not in OPTIONS}
     options = {key: given[key] for key in OPTIONS if key in given and key not in ("strength", "on")}
     options.setdefault("name", keyword)
@@ -285,10 +328,29 @@ def _of_keyword(keyword: str, value: Any, context: Context) -> list[Rule]:
     return [_rule(keyword, what, on, options, context)]
 
 
+def _refuse_theanets(given: Mapping[str, Any]) -> None:
+    """Check that a keyword's dict has our words, not theanets'.
+
+    Raises:
+        PlanError: it has theanets'; the message has ours.
+    """
+    if "pattern" in given or ("weight" in given and "strength" not in given):
+        theirs = [name for name in ("weight", "pattern") if name in given]
+        ours = ", ".join({"weight": "strength=", "pattern": "on="}[name] for name in theirs)
+        raise PlanError(f"{', '.join(f'{name}=' for name in theirs)} is theanets' word: write {ours}")
+    on: Any = given.get("on")
+    some = [on] if isinstance(on, str) else list(on) if _are_globs(on) else []
+    for name in some:
+        if hint_of_name(name):
+            raise PlanError(f"on={name!r} matches nothing{hint_of_name(name)}")
+
+
 def _plain(cls: type[What], value: Any) -> dict[str, Any]:
     """Return a plain value as a dict: the strength, or for a reparametrisation True or on=."""
     if issubclass(cls, Reparametrization) and (value is True or isinstance(value, (str, list))):
         return {} if value is True else {"on": value}
+    if value is True and cls is Weighted:
+        raise PlanError("theanets' weighted=True is nothing here: data (X, y, sample_weight) are weighted")
     if isinstance(value, (bool, str)):
         raise PlanError(f"expected a number, or a dict({', '.join(k + '=' for k in OPTIONS)})")
     return {"strength": value}

@@ -1,31 +1,57 @@
 """Networks of the keyword models, built from layers as data (see `specs`).
 
 Each layer is one module that holds weight and bias and applies the activation: `rs.outputs("hid1")`
-is the output after the activation, and the parameters are `hid1.weight` and `hid1.bias`.
+is the output after the activation, and the parameters are `hid1.weight` and `hid1.bias`. Images
+have their channels last, as arrays of pictures do.
 """
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restrain.errors import PlanError
-from restrain.models.specs import ACTIVATIONS, NORMS, RECURRENT, LayerData
+from restrain.models import functions, initial
+from restrain.models.specs import NORMS, RECURRENT, LayerData, image
+
+
+class Activated(Protocol):
+    """A layer with an activation function, and the parts of it that have parameters."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+
+def activated(layer: Activated, x: Tensor) -> Tensor:
+    """Return the layer's activation function of x."""
+    function = functions.FUNCTIONS.get(layer.activation)
+    if function is not None:
+        return function(x)
+    return functions.apply(layer.activation, x, layer.learned)
+
+
+def _learn(layer: Activated, size: int, activation: str) -> None:
+    """Set a layer's activation, with its parameters if it has any."""
+    layer.activation, layer.learned = activation, functions.learned(activation, size)
 
 
 class Dense(nn.Linear):
     """activation(W x + b)."""
 
+    activation: str
+    learned: nn.ModuleList | None
+
     def __init__(self, before: int, size: int, activation: str) -> None:
         super().__init__(before, size)
-        self.activation = activation
+        _learn(self, size, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](super().forward(x))  # type: ignore[no-any-return]
+        return activated(self, super().forward(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
@@ -34,33 +60,134 @@ class Dense(nn.Linear):
 class Tied(nn.Module):
     """activation(Wᵀ x + b), with W the weight of another layer: one parameter with two names."""
 
+    activation: str
+    learned: nn.ModuleList | None
+
     def __init__(self, partner: Dense, activation: str) -> None:
         super().__init__()
-        self.weight, self.activation = partner.weight, activation
+        self.weight = partner.weight
         self.bias = nn.Parameter(torch.zeros(partner.in_features, device=partner.weight.device))
+        _learn(self, partner.in_features, activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](F.linear(x, self.weight.t(), self.bias))  # type: ignore[no-any-return]
+        return activated(self, F.linear(x, self.weight.t(), self.bias))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} to {self.weight.shape[1]}, activation={self.activation}"
 
 
 class Normalized(nn.Module):
-    """activation(normalised x), normalised over the batch or the features.
+    """activation(normalised x), normalised over the batch or the features, the last axis of x."""
 
-    x is (batch, features) or (batch, time, features).
-    """
+    activation: str
+    learned: nn.ModuleList | None
 
     def __init__(self, form: str, size: int, activation: str) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(size) if form == "batchnorm" else nn.LayerNorm(size)
-        self.activation = activation
+        _learn(self, size, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:
-            return ACTIVATIONS[self.activation](self.norm(x.flatten(0, -2)).view_as(x))  # type: ignore[no-any-return]
-        return ACTIVATIONS[self.activation](self.norm(x))  # type: ignore[no-any-return]
+            return activated(self, self.norm(x.flatten(0, -2)).view(x.shape))
+        return activated(self, self.norm(x))
+
+
+class Conv1(nn.Conv1d):
+    """activation(w ∗ x + b) along the steps of sequences (batch, time, channels)."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+    def __init__(self, before: int, layer: LayerData) -> None:
+        super().__init__(before, layer["size"], *_window(layer))
+        _learn(self, layer["size"], layer["activation"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, super().forward(x.transpose(1, 2)).transpose(1, 2))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"  # type: ignore[no-untyped-call]
+
+
+class Conv2(nn.Conv2d):
+    """activation(w ∗ x + b) over images (batch, height, width, channels)."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+    def __init__(self, before: int, layer: LayerData) -> None:
+        super().__init__(before, layer["size"], *_window(layer))
+        _learn(self, layer["size"], layer["activation"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"  # type: ignore[no-untyped-call]
+
+
+def _window(layer: LayerData) -> Any:
+    padding = layer.get("padding", "same")
+    return (
+        tuple(layer["kernel_size"]),
+        tuple(layer["stride"]),
+        padding if padding == "same" else tuple(padding),
+    )
+
+
+class Pooled(nn.Module):
+    """activation(greatest of each window), over sequences or over images with channels last."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+    def __init__(self, layer: LayerData) -> None:
+        super().__init__()
+        kind = nn.MaxPool1d if layer["form"] == "pool1" else nn.MaxPool2d
+        self.pool = kind(tuple(layer["kernel_size"]), tuple(layer["stride"]))
+        _learn(self, layer["size"], layer["activation"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, self.pool(x.movedim(-1, 1)).movedim(1, -1))
+
+
+class Reshaped(nn.Module):
+    """activation(the numbers of each sample in another shape)."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+    def __init__(self, shape: list[int], size: int, activation: str) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        _learn(self, size, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(self, x.reshape(x.shape[0], *self.shape))
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, activation={self.activation}"
+
+
+class Joined(nn.Module):
+    """activation(product of several inputs, or their features side by side)."""
+
+    activation: str
+    learned: nn.ModuleList | None
+
+    def __init__(self, form: str, size: int, activation: str) -> None:
+        super().__init__()
+        self.product = form == "product"
+        _learn(self, size, activation)
+
+    def forward(self, *given: Tensor) -> Tensor:
+        if not self.product:
+            return activated(self, torch.cat(given, -1))
+        found = given[0]
+        for x in given[1:]:
+            found = found * x
+        return activated(self, found)
 
 
 class Cumulative(nn.Linear):
@@ -89,89 +216,200 @@ class Cumulative(nn.Linear):
 
 
 class Rnn(nn.RNN):
-    """States of all steps of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu."""
+    """States of all steps of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu.
+
+    `backward` begins at the last step; the states stay in the order of the steps.
+    """
+
+    backward = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
 
 
 class Lstm(nn.LSTM):
-    """States h of all steps of a long short-term memory."""
+    """States h of all steps of a long short-term memory; `backward` as in `Rnn`."""
+
+    backward = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
 
 
 class Gru(nn.GRU):
-    """States of all steps of a gated recurrent unit."""
+    """States of all steps of a gated recurrent unit; `backward` as in `Rnn`."""
+
+    backward = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)[0]
+        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
+
+
+def _recurrent(before: int, layer: LayerData) -> nn.Module:
+    """Return a recurrent layer."""
+    both = layer["form"] == "bidirectional"
+    form, size = (layer["worker"], layer["size"] // 2) if both else (layer["form"], layer["size"])
+    given = {"batch_first": True, "bidirectional": both}
+    if form == "rnn":
+        made: nn.Module = Rnn(before, size, nonlinearity=layer.get("activation", "tanh"), **given)
+    else:
+        made = (Lstm if form == "lstm" else Gru)(before, size, **given)
+    if layer.get("direction") == "backward":
+        made.backward = True  # type: ignore[assignment]
+    return made
 
 
 class LastStep(nn.Module):
-    """Last step of sequences (batch, time, features)."""
+    """Last step that a layer reads, of its output (batch, time, features).
+
+    Args:
+        first: the number of features, from the end, that read backwards; they end at step 0.
+    """
+
+    first = 0  # of networks that version 0.1 pickled
+
+    def __init__(self, first: int = 0) -> None:
+        super().__init__()
+        self.first = first
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x[:, -1]."""
-        return x[:, -1]
+        """Return x[:, -1], with x[:, 0] of the features that read backwards."""
+        if not self.first:
+            return x[:, -1]
+        return torch.cat([x[:, -1, : -self.first], x[:, 0, -self.first :]], -1)
 
 
 class Network(nn.Module):
-    """Sequential network whose submodules have the names of the layers.
+    """Network whose submodules have the names of the layers.
 
     Args:
-        layers: plain data as returned by `specs.resolve`, the input first.
+        layers: plain data as returned by `specs.resolve`, the input first. Modules of the user's
+            are copied.
     """
+
+    # (name, layers that it reads) in order, unless each layer reads the one before; and of inputs
+    # (name, first column, columns). None in networks that version 0.1 pickled.
+    wiring_of_layers: list[tuple[str, list[str]]] | None = None
+    columns_of_inputs: list[tuple[str, int, int]] | None = None
+    shape_of_images: tuple[int, ...] | None = None  # of images, which may come as rows
 
     def __init__(self, layers: list[LayerData]) -> None:
         super().__init__()
+        sizes, start = {layers[0]["name"]: layers[0]["size"]}, 0
+        self.shape_of_images, columns = image(layers), []
         for before, layer in pairwise(layers):
-            self.add_module(layer["name"], self._build(before["size"], layer))
+            sizes[layer["name"]] = layer["size"]
+            if layer["form"] != "input":
+                sources = layer.get("inputs", [before["name"]])
+                self.add_module(layer["name"], self._build(sum(sizes[name] for name in sources), layer, before))
+        for layer in layers:
+            if layer["form"] == "input":
+                columns.append((layer["name"], start, layer["size"]))
+                start += layer["size"]
+        if len(columns) > 1 or any("inputs" in layer or layer["form"] == "module" for layer in layers):
+            pairs = [(a["name"], b) for a, b in pairwise(layers) if b["form"] != "input"]
+            self.wiring_of_layers = [(layer["name"], layer.get("inputs", [before])) for before, layer in pairs]
+            self.columns_of_inputs = columns
 
-    def _build(self, before: int, layer: LayerData) -> nn.Module:
+    def _build(self, size_before: int, layer: LayerData, before: LayerData) -> nn.Module:
+        made = self._made(size_before, layer, before)
+        if layer["form"] != "module":
+            initial.set_values(made, layer)
+        return made
+
+    def _made(self, size_before: int, layer: LayerData, before: LayerData) -> nn.Module:
         form, size, activation = layer["form"], layer["size"], layer.get("activation", "linear")
         if form == "dense":
-            return Dense(before, size, activation)
+            return Dense(size_before, size, activation)
         if form == "tied":
             return Tied(self.get_submodule(layer["partner"]), activation)  # type: ignore[arg-type]
         if form in NORMS:
             return Normalized(form, size, activation)
-        if form == "rnn":
-            return Rnn(before, size, nonlinearity=activation, batch_first=True)
-        if form in RECURRENT:
-            return (Lstm if form == "lstm" else Gru)(before, size, batch_first=True)
+        if form in (*RECURRENT, "bidirectional"):
+            return _recurrent(size_before, layer)
+        if form in ("conv1", "conv2"):
+            return (Conv1 if form == "conv1" else Conv2)(size_before, layer)
+        if form in ("pool1", "pool2"):
+            return Pooled(layer)
+        if form in ("flatten", "reshape"):
+            return Reshaped([-1] if form == "flatten" else layer["shape"], size, activation)
+        if form in ("product", "concatenate"):
+            return Joined(form, size, activation)
+        if form == "module":
+            return copy.deepcopy(layer["module"])  # type: ignore[no-any-return]
         if form == "ordinal":
-            return Cumulative(before, size)
+            return Cumulative(size_before, size)
         if form == "last":
-            return LastStep()
+            half = before["size"] // 2 if before["form"] == "bidirectional" else 0
+            return LastStep(before["size"] if before.get("direction") == "backward" else half)
         raise PlanError(f"no form of layer is called {form!r}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the last layer."""
-        for layer in self.children():
-            x = layer(x)
-        return x
+        if self.wiring_of_layers is not None:
+            *_, x = self.outputs_by_layer(x).values()
+        else:
+            x = self._shaped(x)
+            for layer in self.children():
+                x = layer(x)
+        return x if self.shape_of_images is None else x.flatten(1)
+
+    def outputs_by_layer(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the output of each layer by name, in order."""
+        x, found = self._shaped(x), {}
+        if self.wiring_of_layers is None:
+            for name, layer in self.named_children():
+                x = found[name] = layer(x)
+            return found
+        return self._wired({name: x[..., start : start + size] for name, start, size in self.columns_of_inputs or ()})
+
+    def _shaped(self, x: Tensor) -> Tensor:
+        return x if self.shape_of_images is None or x.dim() > 2 else x.reshape(x.shape[0], *self.shape_of_images)
+
+    def _wired(self, seen: dict[str, Tensor], after: str | None = None) -> dict[str, Tensor]:
+        """Return the outputs of the layers whose inputs are seen, from `after` on."""
+        found, names = {}, [name for name, _ in self.wiring_of_layers or ()]
+        start = names.index(after) + 1 if after in names else 0
+        for name, sources in (self.wiring_of_layers or ())[start:]:
+            if any(source not in seen for source in sources):
+                missing = next(source for source in sources if source not in seen)
+                raise PlanError(f"the layer {name!r} also reads {missing!r}, which {after!r} doesn't say")
+            layer = self.get_submodule(name)
+            given = [seen[source] for source in sources]
+            if len(given) > 1 and isinstance(layer, _JOINING):
+                given = [torch.cat(given, -1)]
+            x = layer(*given)
+            seen[name] = found[name] = x[0] if isinstance(x, tuple) else x
+        return found
 
     def after(self, name: str, h: Tensor) -> Tensor:
         """Return the network's output, given the output h of a named layer.
 
         A name that no module has, such as that of the input layer, takes h as the input.
+
+        Raises:
+            PlanError: a later layer reads a layer before the named one.
         """
         names = [key for key, _ in self.named_children()]
-        for layer in list(self.children())[names.index(name) + 1 if name in names else 0 :]:
-            h = layer(h)
-        return h
+        if name not in names:
+            return self(h)  # type: ignore[no-any-return]
+        if self.wiring_of_layers is not None:
+            if name != names[-1]:
+                *_, h = self._wired({name: h}, name).values()
+        else:
+            for layer in list(self.children())[names.index(name) + 1 :]:
+                h = layer(h)
+        return h if self.shape_of_images is None else h.flatten(1)
 
     @property
     def needs_pairs(self) -> bool:
         """True if training needs batches of at least two samples (batch normalisation)."""
-        return any(isinstance(module, nn.BatchNorm1d) for module in self.modules())
+        return any(isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)) for module in self.modules())
+
+
+_JOINING = (Dense, Tied, Normalized, Cumulative, Rnn, Lstm, Gru, Conv1, Conv2, Pooled, Reshaped, LastStep)
 
 
 def outputs_of(network: Network, x: Tensor) -> dict[str, Any]:
     """Return the output of each layer by name, in order."""
-    found = {}
-    for name, layer in network.named_children():
-        x = found[name] = layer(x)
-    return found
+    return network.outputs_by_layer(x)

@@ -10,8 +10,8 @@ import numpy as np
 
 from restrain.errors import FileError
 from restrain.fields import brief, is_whole
-from restrain.models import files
-from restrain.models.base import KeywordModel
+from restrain.models import files, specs
+from restrain.models.base import READERS, KeywordModel
 from restrain.models.estimators import Autoencoder, Classifier, Regressor
 from restrain.models.layers import Network
 from restrain.tables import TableEncoder
@@ -43,13 +43,14 @@ def load(path: str | os.PathLike[str]) -> Autoencoder | Classifier | Regressor:
     return model  # type: ignore[no-any-return]
 
 
+READERS["load"] = load
 _ABSENT = object()
 
 
 def _learned(model: KeywordModel) -> dict[str, tuple[str, Callable[[Any], bool]]]:
     """Return (description, check) of each learned attribute; later checks rely on earlier ones."""
-    layers = vars(model).get("layers_") or [{}]
-    first, last = layers[0].get("size"), layers[-1].get("size")
+    layers = vars(model).get("layers_") or []
+    first, last = (specs.features(layers), specs.outputs(layers)) if layers else (None, None)
     encoder = vars(model).get("encoder_")  # its own content is checked where it is read
     columns = getattr(encoder, "n_features_in_", first)
     found: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -25,6 +25,12 @@ _UNFIT: dict[Any, str] = {
     torch.optim.SparseAdam: "takes sparse gradients only, which no layer here has",
 }
 NAMES = tuple(sorted({name for name, cls in _CLASSES.items() if cls not in _UNFIT} | {"nag"}))
+_LAYERWISE = "fit an Autoencoder for each layer, and copy its find('hid1') into the network; relu needs none of this"
+_THEANETS = {
+    **dict.fromkeys(("layerwise", "sup", "supervised", "pretrain", "unsup", "unsupervised"), _LAYERWISE),
+    "sample": "copy samples into find('hid1') yourself, one for each unit",
+    "esgd": "write 'adam', 'rmsprop' or another of torch's",
+}
 _FUSED = ("adam", "adamw", "adagrad", "sgd", "nag")
 
 
@@ -60,7 +66,7 @@ def make(
     if isinstance(algo, str):
         name = algo.lower()
         if name not in NAMES:
-            raise PlanError(f"algo= names a torch optimizer, got {algo!r}{near_names([name], NAMES)}")
+            raise _unknown(algo, name)
         if name == "nag":
             options.update(nesterov=True, momentum=0.9)
         if fused and name in _FUSED:
@@ -81,6 +87,12 @@ def make(
     if not isinstance(made, Optimizer):
         raise PlanError(f"algo={algo!r} gave {type(made).__name__}, not a torch optimizer")
     return made
+
+
+def _unknown(algo: str, name: str) -> PlanError:
+    if name in _THEANETS:
+        return PlanError(f"algo={algo!r} isn't here: {_THEANETS[name]}")
+    return PlanError(f"algo= names a torch optimizer, got {algo!r}{near_names([name], NAMES)}")
 
 
 def _checked_momentum(algo: Any, build: Callable[..., Any], momentum: Any) -> Any:

@@ -42,6 +42,7 @@ class Portable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = next(self.network.parameters()).dtype
+        x = x if self.network.shape_of_images is None else x.flatten(1)
         if self.input_mean is not None and self.input_std is not None:
             x = (x.double() - self.input_mean) / self.input_std
         output: Tensor = self.network(x.to(dtype))

@@ -23,11 +23,10 @@ from restrain.models import drawing
 from restrain.models.data import Samples
 from restrain.models.formulas import formula_of
 from restrain.models.layers import Network
-from restrain.models.monitors import Means, training_values
+from restrain.models.monitors import Means, Watch, training_values
 from restrain.models.recording import UnfitError, record
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
-from restrain.models.specs import RECURRENT
 from restrain.rules import Rule
 from restrain.torch_private import MISSING, compile_graph, linear_pointwise
 from restrain.transforms import Noise
@@ -39,6 +38,7 @@ class Training(Protocol):
     network: Network
     reg: Attachment | None
     rules: list[Rule]
+    watch: Watch
     train: Samples
     settings: Settings
     place: Plain
@@ -245,7 +245,9 @@ def check(training: Training) -> None:
         raise UnfitError("LBFGS calls the loss as often as it likes")
     if len(training.train) < training.settings.batch_size:
         raise UnfitError("no batch is a full one")
-    if any(type(layer).__name__.lower() in RECURRENT for layer in training.network.children()):
+    if training.watch:
+        raise UnfitError("monitors are computed")
+    if any(isinstance(module, nn.RNNBase) for module in training.network.modules()):
         raise UnfitError("recurrent layers aren't recorded")
     for rule in training.rules:
         if rule.how in ("loss", "forward") and (rule.every, rule.start) != (1, 0):

@@ -45,8 +45,15 @@ def line(
 
 
 def selected(network: Network) -> Any:
-    """Return the indices of the inputs with a weight that isn't zero."""
-    weight: Tensor = next(p for p in network.parameters() if p.dim() > 1)
+    """Return the indices of the inputs with a weight that isn't zero.
+
+    Raises:
+        AttributeError: the inputs have no weights of their own in the first layer.
+    """
+    first = next(network.children())
+    if not isinstance(first, Dense | Cumulative | torch.nn.RNNBase) or network.wiring_of_layers is not None:
+        raise AttributeError("only networks that begin with a dense or recurrent layer select inputs")
+    weight: Tensor = next(p for p in first.parameters() if p.dim() > 1)
     return np.flatnonzero((weight != 0).any(0).numpy())
 
 

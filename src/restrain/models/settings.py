@@ -30,6 +30,15 @@ class Settings:
             "auto": as `epochs` says.
         min_improvement: least decrease that counts, as a fraction of the best validation loss.
         validate_every: epochs from one validation to the next.
+        max_updates: stop after so many updates; None: `epochs` alone decides.
+        train_batches: batches of an epoch; None: all samples. Of a callable, calls an epoch (100).
+        valid_batches: batches of a validation; None: all samples. Of a callable, calls (1).
+        monitors: {glob over layers and parameters: levels}, further numbers in `history_`: the
+            part of the entries below a level ("hid1<0.1"), or of {"mean": torch.mean} the result
+            ("mean(hid1)"). Layers are seen without noise.
+        monitor_gradients: squared gradient norm of each parameter ("grad(hid1.weight)").
+        save_every: epochs (an int) or minutes (a float) from one written model to the next.
+        save_as: their files, "{}" standing for the epoch, as in "net-{}.safetensors".
         max_gradient_norm: clip the norm of the gradient of all parameters; None: don't.
         progress: show a progress bar; None: if stderr is a terminal.
         checkpoint: file written after each epoch; if it exists, training continues from it.
@@ -52,6 +61,13 @@ class Settings:
     patience: int | None = None
     min_improvement: float = 0.0
     validate_every: int = 1
+    max_updates: int | None = None
+    train_batches: int | None = None
+    valid_batches: int | None = None
+    monitors: Any = None
+    monitor_gradients: bool = False
+    save_every: float | None = None
+    save_as: str | Path | None = None
     max_gradient_norm: float | None = None
     progress: bool | None = None
     checkpoint: str | Path | None = None
@@ -64,6 +80,11 @@ class Settings:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
                 raise PlanError(f"{name}= is a whole number, at least 1; got {value!r}")
+        for name in ("max_updates", "train_batches", "valid_batches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+                raise PlanError(f"{name}= is a whole number, at least 1, or None; got {value!r}")
+        self._check_saving()
         if self.patience is not None and (not isinstance(self.patience, Integral) or self.patience < 1):
             raise PlanError(f"patience= is a whole number, at least 1, or None; got {self.patience!r}")
         if not is_number(self.min_improvement) or self.min_improvement < 0:
@@ -77,13 +98,33 @@ class Settings:
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise PlanError(f'compile= is True, False or "auto"; got {self.compile!r}')
 
+    def _check_saving(self) -> None:
+        every, file = self.save_every, self.save_as
+        if (every is None) != (file is None):
+            raise PlanError('save_every= and save_as= go together, as in save_every=10, save_as="net-{}.safetensors"')
+        if every is not None and not (is_number(every) and every > 0):
+            raise PlanError(f"save_every= is a number of epochs (an int) or of minutes (a float); got {every!r}")
+        if file is not None and not isinstance(file, (str, Path)):
+            raise PlanError(f'save_as= is the name of files, as in "net-{{}}.safetensors"; got {file!r}')
+        if not isinstance(self.monitor_gradients, (bool, type(None))):
+            raise PlanError(f"monitor_gradients= is True or False; got {self.monitor_gradients!r}")
+
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, which a checkpoint must share."""
         found = {name: getattr(self, name) for name in NAMES if name not in _OUTSIDE}
         return {name: _plain(value) for name, value in found.items()}
 
 
-_OUTSIDE = ("progress", "checkpoint", "device", "compile")  # may differ, or are stored separately
+_OUTSIDE = (
+    "progress",
+    "checkpoint",
+    "device",
+    "compile",
+    "monitors",
+    "monitor_gradients",
+    "save_every",
+    "save_as",
+)  # may differ, or are stored separately
 
 
 def _plain(value: Any) -> Any:
@@ -93,5 +134,7 @@ def _plain(value: Any) -> Any:
         return float(value)
     return getattr(value, "__qualname__", type(value).__name__)
 
+
+NEW = ("max_updates", "train_batches", "valid_batches")  # in the identity, but not in that of version 0.1
 
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))

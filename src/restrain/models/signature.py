@@ -90,7 +90,7 @@ class KeywordEstimator(BaseEstimator):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         meant = {name: registry.lookup(name) for name in keywords.registered(RESERVED)}
-        kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or "<" not in cls.__qualname__]
+        kept = [cls for name, cls in meant.items() if vars(self).get(name) is not None or registry.is_findable(cls)]
         return {**super().__getstate__(), "_meant": [cls for cls in kept if not cls.__module__.startswith("restrain.")]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from restrain.models import checkpoints, optimizers
 from restrain.models.data import Samples, batches, fingerprint, generator, shuffled
 from restrain.models.layers import Network, outputs_of
 from restrain.models.losses import Loss
-from restrain.models.monitors import Means, Monitors, evaluating, penalties, training_values
+from restrain.models.monitors import Means, Monitors, Watch, evaluating, penalties, training_values
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
 from restrain.penalties.derivative import OnDerivatives
@@ -69,6 +70,7 @@ class Training:
         state: state of the optimizer to continue with.
         place: where to run.
         history: a dict per epoch, filled during training.
+        feed: returns the samples of the next epoch; None: the same in each.
         decided: the settings are those of `restrain.models.defaults`, not the user's.
 
     Raises:
@@ -87,6 +89,7 @@ class Training:
     place: Plain = field(default_factory=Plain)
     history: list[dict[str, Any]] = field(default_factory=list)
     decided: bool = False
+    feed: Callable[[], Samples] | None = None
 
     def __post_init__(self) -> None:
         self.network.to(self.place.device)
@@ -113,6 +116,7 @@ class Training:
                     f"{rule.label}: the models' own training takes no how='parametrize'. Constraints have "
                     "how='project'; for the rest train model.module_ in a loop of your own, with rs.attach"
                 )
+        self.watch = Watch(self.network, self.settings.monitors, self.settings.monitor_gradients)
         self.reg = attach(self.network, list(self.rules), self.optimizer) if self.rules else None
 
     def epochs(self) -> Iterator[tuple[Monitors, Monitors]]:
@@ -123,7 +127,9 @@ class Training:
         Raises:
             TrainingError: the loss isn't finite.
         """
+        watching = self.watch.seeing()
         try:
+            watching.__enter__()
             self._resume()
             self.model, self.stepper = self.place.setup(self.network, self.optimizer)
             self.step = optimizers.method(self.stepper, "step")
@@ -144,6 +150,7 @@ class Training:
                 yield train, dict(valid)
             self._warn_of_empty()
         finally:
+            watching.__exit__(None, None, None)
             if self.reg is not None:
                 self.reg.detach()
             if self.best.weights is not None:
@@ -155,13 +162,28 @@ class Training:
     def finished(self) -> bool:
         """True after all epochs, or when patience has run out."""
         patience = self.settings.patience
-        return self.done >= self.settings.epochs or (patience is not None and self.best.worse >= patience)
+        ended = self.done >= self.settings.epochs or self._updates_left() == 0
+        return ended or (patience is not None and self.best.worse >= patience)
+
+    def _updates_left(self) -> int | None:
+        """Return the number of updates until `max_updates`; None: there is no such limit."""
+        most = self.settings.max_updates
+        return None if most is None else max(0, most - self.done * self._updates_an_epoch())
+
+    def _updates_an_epoch(self) -> int:
+        whole = math.ceil(len(self.train) / self.settings.batch_size)
+        few = self.settings.train_batches if self.feed is None else None
+        return whole if few is None else min(whole, few)
 
     def _is_due(self) -> bool:
-        return self.done % self.settings.validate_every == 0 or self.done in (1, self.settings.epochs)
+        ended = self.done in (1, self.settings.epochs) or self._updates_left() == 0
+        return ended or self.done % self.settings.validate_every == 0
 
     def _epoch(self) -> Monitors:
         number, means = self.before + self.done, Means()
+        if self.feed is not None and self.done:
+            self.train = self.feed()
+            self.train.load()
         if self.compiled == "later" and 8 * self.done >= self.settings.epochs:
             self.compiled, self.program, self.resumed = True, None, False
         optimizers.set_rate(self.optimizer, self.settings.learning_rate, self.done)
@@ -180,7 +202,9 @@ class Training:
     def _updates(self, order: Any, means: Means) -> None:
         """Run the updates of an epoch: full batches compiled if so decided, others by `_step`."""
         size, waiting = self.settings.batch_size, 0
-        for rows in batches(len(self.train), size, order, pairs=self.network.needs_pairs):
+        left = self._updates_left()
+        most = self._updates_an_epoch() if left is None else min(left, self._updates_an_epoch())
+        for rows in islice(batches(len(self.train), size, order, pairs=self.network.needs_pairs), most):
             if self.compiled and self.program is None:
                 self._compile()
             if self.program is not None and len(rows) == size:
@@ -205,10 +229,13 @@ class Training:
             output = self.model(x)
             values = self.values(output, x if y is None else y, weight)
             values = {key: share * value for key, value in values.items()}
+            if self.watch.items:
+                values |= self.watch.values()
             loss = values["data_loss"]
             loss = loss if self.reg is None else self.reg.loss(loss)
             seen.append({**values, **training_values(self.reg)})
             self.place.backward(loss)
+            seen[-1] |= self.watch.squared_gradients()
             if self.settings.max_gradient_norm is not None:
                 self.place.unscaled(self.stepper)
                 torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.max_gradient_norm)
@@ -242,11 +269,12 @@ class Training:
         self.network.eval()
         means = Means()
         with evaluating(self.reg) as evaluation, self._graph(evaluation):
-            for rows in batches(len(samples), max(self.settings.batch_size, 256)):
+            for rows in islice(batches(len(samples), max(self.settings.batch_size, 256)), self.settings.valid_batches):
                 x, y, weight = self._batch(samples, rows)
                 x.requires_grad_(self.derivatives)
                 values = self.values(self.network(x), x if y is None else y, None)
                 values = {**values, **({} if evaluation is None else evaluation.values())}
+                values |= self.watch.values() if self.watch.items else {}
                 if weight is not None:
                     values |= self._weighted(x, y, weight, samples.mean_weight)
                 means.add({key: value.detach() for key, value in values.items()}, len(rows))
@@ -267,7 +295,8 @@ class Training:
 
         "later" compiles after an eighth of the epochs, as a training may stop early.
         """
-        updates = self.settings.epochs * (len(self.train) // self.settings.batch_size)
+        updates = self.settings.epochs * min(self._updates_an_epoch(), len(self.train) // self.settings.batch_size)
+        updates = min(updates, self.settings.max_updates or updates)
         entries = sum(p.numel() for p in self.network.parameters())
         work = updates * (1 + entries * self.settings.batch_size / _HEAVY)
         return "later" if work >= _LONG else "recorded" if work >= _SOME else False
