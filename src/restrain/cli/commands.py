@@ -18,7 +18,7 @@ with needing("cli", __name__):
     import click
     import numpy as np
 
-    from restrain.cli import checking, jobs, options, reporting, tables
+    from restrain.cli import checking, comparing, jobs, options, reporting, tables
     from restrain.cli import explain as explaining
     from restrain.cli import inputs as of_inputs
     from restrain.models import Autoencoder, Classifier, Regressor, adopt, files
@@ -69,8 +69,11 @@ def restrain() -> None:
       restrain fit data.csv --target y --model classifier --hidden 100 \\
           --weight-l1 1e-4 --hidden-dropout 0.3 --valid 0.2 --out run/
       restrain predict run/ new.csv --out predictions.csv
-      restrain explain run/ --picture curves.png
+      restrain explain run/ new.csv --report page.html
       restrain report run/
+      restrain cv data.csv --target y --model classifier --hidden 100
+      restrain compare data.csv --target y --model classifier \\
+          --try '--hidden none' --try '--hidden 100 --weight-l2 1e-3'
       restrain path data.csv --target y --select inputs
       restrain demo
     """
@@ -415,20 +418,36 @@ def predict(
 
 @restrain.command(epilog=_CODES)
 @click.argument("model", type=_FOLDER)
+@click.argument("data", type=_READABLE, required=False)
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curves into this file.")
+@click.option("--report", type=options.Page(), help="Write all of it, with charts, as one HTML page.")
+@click.option("--overwrite", is_flag=True, help="Replace a page that is there already.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the shuffles of columns.")
 @click.option("--ascii", "plain", is_flag=True, help="No signs beyond ASCII in the curves.")
-def explain(model: Path, picture: Path | None, plain: bool) -> None:
-    """Show the model in the folder MODEL: layers and their zeros, rules, and training curves.
+@options.marks_options
+def explain(model: Path, data: Path | None, **given: Any) -> None:
+    """Show the model in the folder MODEL: layers and their zeros, rules, training curves.
+
+    Of a table DATA that has the target, too, best one that the model wasn't fitted to, it also
+    shows the columns by importance (by how much the score falls when a column is shuffled), the
+    confusion of classes or the residuals, and the calibration. A --picture and a --report draw
+    training and validation on one axis, with the best epoch marked.
 
     \b
     Examples:
       restrain explain run/
       restrain explain run/ --picture curves.png
+      restrain explain run/ new.csv --report page.html
     """
+    options.refuse_present(given["report"], overwrite=given["overwrite"])
     run = jobs.Run.load(model)
-    click.echo(explaining.explain(run, plain or not _can_write("▁█…")))
-    if picture is not None:
-        click.echo(f"\nwritten: {explaining.draw(run, picture)}")
+    marks = options.marks_of(given, run.notes.get("marks"))
+    seen = None if data is None else explaining.look(run, data, marks, given["seed"])
+    click.echo(explaining.explain(run, given["plain"] or not _can_write("▁█…"), seen))
+    if given["picture"] is not None:
+        click.echo(f"\nwritten: {explaining.draw(run, given['picture'])}")
+    if given["report"] is not None:
+        click.echo(f"\nwritten: {explaining.report(run, given['report'], seen)}")
 
 
 @restrain.command("report", epilog=_CODES)
@@ -484,3 +503,131 @@ def demo(out: Path) -> None:
     from restrain import demo as tour
 
     tour.main(["--out", str(out)])
+
+
+# ---------------------------------------------------------------- models over folds
+
+
+_OF_MODELS = {"hidden", "activation", "layers", "plan", "how", "noise", "dropout", "nonnegative", "set"}
+
+
+def _model_options() -> list[click.Parameter]:
+    """Return the options of `restrain fit` that say what a model is and how it is trained."""
+    known = {*_OF_MODELS, *options.TRAINING, *options.RULES}
+    found: list[click.Parameter] = [
+        click.Option(
+            ["--hidden"], type=options.Hidden(), help="Hidden layers, as in 100,50; none: linear; 100, unless given."
+        ),
+        click.Option(["--valid"], type=click.FloatRange(0, 1), help="The part of the rows to stop early by."),
+    ]
+    return found + [one for one in fit.params if one.name in known - {"hidden"}]
+
+
+def _made(given: dict[str, Any], model: str, *, normalize: bool, seed: int) -> Any:
+    """Return a function that makes the model which options describe; it is tried once."""
+    keywords = options.keywords_of(given)
+    if given["plan"] is not None:
+        keywords["regularizers"] = list(rs.Plan.load(given["plan"]))
+    if given["valid"] is not None:
+        keywords["valid"] = given["valid"]
+    cls = Classifier if model == "classifier" else Regressor
+
+    def make() -> Any:
+        return cls(normalize=normalize, random_state=seed, progress=False, **keywords)
+
+    make()
+    return make
+
+
+def _folded(data: Path, given: dict[str, Any], makes: dict[str, Any]) -> list[comparing.Scores]:
+    """Return the scores of models over the folds of a table, and say what the table is."""
+    _check_targets(given)
+    table, features, notes = _features(data, given, options.marks_of(given))
+    classes = given["model"] == "classifier"
+    y = jobs.targets(table, given["model"], notes["targets"])
+    folds = comparing.folds_of(y, given["folds"], given["repeats"], given["seed"], classes=classes)
+    learning = {"categories": notes["categories"], "missing": given["missing"]}
+    scores = comparing.score(table, features, y, folds, makes, given["jobs"], **learning)
+    click.echo(
+        f"{data}: {counted(len(table), 'row')}, {counted(len(features), 'column')}; {given['model']}, "
+        f"{counted(len(folds), 'fold')}\n"
+    )
+    return scores
+
+
+def _finish_folds(scores: list[comparing.Scores], data: Path, given: dict[str, Any]) -> None:
+    click.echo("± is the standard error of a mean over folds that share their training rows (Nadeau and Bengio, 2003).")
+    if given["report"] is not None:
+        click.echo(f"\nwritten: {reporting.write_scores(scores, data, given['model'], given['report'])}")
+
+
+def _fold_options(command: Any) -> Any:
+    """Add the options of `cv` and `compare` to a command."""
+    for option in (
+        click.option("--overwrite", is_flag=True, help="Replace a page that is there already."),
+        click.option("--report", type=options.Page(), help="Write the tables, with a chart, as one HTML page."),
+        options.table_options,
+        click.option("--jobs", type=int, help="Processes; -1 for all cores."),
+        click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True, help="Of all folds."),
+        click.option("--folds", type=click.IntRange(min=2), default=5, show_default=True, help="Parts of the rows."),
+        click.option("--model", type=click.Choice(["classifier", "regressor"]), required=True),
+        click.option("--target", multiple=True, required=True, help="The column to predict; several for a regressor."),
+        click.argument("data", type=_READABLE),
+    ):
+        command = option(command)
+    return command
+
+
+@restrain.command("cv", epilog=_CODES)
+@_fold_options
+def cv_of(data: Path, **given: Any) -> None:
+    """Score a model by cross-validation on the table DATA.
+
+    The rows are cut into --folds parts, of classes in proportion; a model is fitted to all parts
+    but one and scored on that one. Scales, and means for missing values, are learned from the
+    training rows of each fold. Options of the model are those of `restrain fit`.
+
+    \b
+    Examples:
+      restrain cv data.csv --target y --model classifier --hidden 100 --weight-l2 1e-4
+      restrain cv houses.csv --target price --model regressor --hidden none --folds 10 --jobs -1
+    """
+    options.refuse_present(given["report"], overwrite=given["overwrite"])
+    make = _made(given, given["model"], normalize=given["normalize"], seed=given["seed"])
+    scores = _folded(data, given, {"the model": make})
+    click.echo(comparing.as_text(comparing.folds_table(scores[0], given["model"])))
+    click.echo("\n" + comparing.as_text(comparing.table_of(scores, given["model"])))
+    _finish_folds(scores, data, given)
+
+
+cv_of.params[-1:-1] = _model_options()
+
+
+@restrain.command("compare", epilog=_CODES)
+@_fold_options
+@click.option("--try", "tries", multiple=True, required=True, metavar="OPTIONS", help="A model: options of cv.")
+def compare(data: Path, tries: tuple[str, ...], **given: Any) -> None:
+    """Compare models, or plans, on the same folds of the table DATA, side by side.
+
+    Each --try holds the options of one model, as `restrain cv` takes them, in quotes; '' is the
+    default model. Differences are to the first one, fold by fold, so that what all models find hard
+    cancels, with the standard error of their mean.
+
+    \b
+    Examples:
+      restrain compare data.csv --target y --model classifier --try '' \\
+          --try '--hidden none' --try '--hidden 100 --hidden-dropout 0.3' --report page.html
+      restrain compare data.csv --target y --model classifier --folds 10 --jobs -1 \\
+          --try '--plan weak.yaml' --try '--plan strong.yaml'
+    """
+    options.refuse_present(given["report"], overwrite=given["overwrite"])
+    if len(tries) < 2 or len(set(tries)) < len(tries):
+        raise click.UsageError("compare takes two or more models, each by a --try of its own; for one there is cv")
+    parser, makes = click.Command("--try", params=_model_options(), add_help_option=False), {}
+    for text in tries:
+        params = parser.make_context("--try", comparing.words(text)).params
+        makes[text or "(as it is)"] = _made(params, given["model"], normalize=given["normalize"], seed=given["seed"])
+    scores = _folded(data, given, makes)
+    click.echo(comparing.as_text(comparing.table_of(scores, given["model"])))
+    click.echo("\n" + comparing.verdict(scores))
+    _finish_folds(scores, data, given)

@@ -1,28 +1,140 @@
-"""Text of `restrain explain`: data, layers with their zeros, rules by parameter, and curves."""
+"""Work of `restrain explain`: data, layers, rules, curves, and what the model does on a table."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restrain.cli.jobs import Run, measure
-from restrain.tables import Feature, counted
+import numpy as np
+
+from restrain.cli import drawing
+from restrain.cli.evaluation import Calibration, Importance, calibration, confusion, importances, residuals, selected
+from restrain.cli.jobs import Run, measure, targets
+from restrain.errors import DataError
+from restrain.report import Part
+from restrain.tables import Feature, Marks, counted
 from restrain.text_table import text_table
 
 _BLOCKS, _ASCII = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 
 
-def explain(run: Run, plain: bool = False) -> str:
+@dataclass(frozen=True)
+class Look:
+    """What the model does on a table with targets.
+
+    Args:
+        data: the table's name.
+        rows: its number of rows.
+        score: of the model.
+        importances: of the columns, greatest first; none of an autoencoder.
+        confusion: (classes, counts by true and predicted class), of a classifier.
+        residuals: (predictions, targets minus predictions), of a regressor.
+        calibration: None of an autoencoder.
+    """
+
+    data: str
+    rows: int
+    score: float
+    importances: Sequence[Importance]
+    confusion: tuple[list[str], Any] | None
+    residuals: tuple[Any, Any] | None
+    calibration: Calibration | None
+
+
+def look(run: Run, data: Path, marks: Marks, seed: int) -> Look:
+    """Return what the model does on the table in a file.
+
+    Raises:
+        DataError: the table has no target, or isn't one of the model.
+    """
+    table, kind, names = run.read(data, marks), run.notes["model"], run.notes["targets"]
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        raise DataError(f"{data} has no column {missing[0]!r}, the target, by which the model is judged")
+    x = run.encoding.apply(table)
+    y = targets(table, kind, names, getattr(run.model, "classes_", None))
+    if kind == "autoencoder":
+        y = None
+    classes = kind == "classifier"
+    unknown = sorted(set(np.asarray(y).tolist()) - set(run.model.classes_.tolist())) if classes else []
+    if unknown:
+        raise DataError(f"{data} has the class {unknown[0]!r}, which the model wasn't fitted to")
+    return Look(
+        str(data),
+        len(x),
+        float(run.model.score(x, y)),
+        [] if y is None else importances(run.model, run.encoding, x, y, seed=seed),
+        confusion(run.model, x, y) if classes else None,
+        residuals(run.model, x, y) if kind == "regressor" else None,
+        None if y is None else calibration(run.model, x, y),
+    )
+
+
+def explain(run: Run, plain: bool = False, seen: Look | None = None) -> str:
     """Return the text of `restrain explain`.
 
     Args:
         run: the run to explain.
         plain: True for curves in ASCII.
+        seen: what the model does on a table.
     """
-    parts = [_head(run), layers(run.model), rules(run.model), curves(run.model.history_, plain)]
+    parts = [_head(run), layers(run.model), _selected(run), rules(run.model), curves(run.model.history_, plain)]
+    parts += [] if seen is None else [text_table(rows, right) for rows, right in _tables(run, seen).values()]
     return "\n\n".join(part for part in parts if part)
+
+
+def _selected(run: Run) -> str:
+    """Return a line on the columns that the first layer uses; "" if it uses all."""
+    try:
+        kept, left = selected(run.model, run.encoding)
+    except AttributeError:
+        return ""
+    return f"columns without any weight: {_listed(left)}; used: {_listed(kept) or 'none'}" if left else ""
+
+
+def _tables(run: Run, seen: Look) -> dict[str, tuple[list[list[str]], set[int]]]:
+    """Return {title: (rows of a table, head first, and the columns to align right)}."""
+    score = measure(run.notes["model"])
+    found: dict[str, tuple[list[list[str]], set[int]]] = {}
+    if seen.importances:
+        rows = [[f"importance on {seen.data}", f"fall of {score}", "±"]]
+        rows += [[one.column, f"{one.fall:.4f}", f"{one.error:.4f}"] for one in seen.importances]
+        found["Importance"] = (rows, {1, 2})
+    if seen.confusion is not None:
+        names, counts = seen.confusion
+        shown = min(len(names), _CLASSES)
+        rows = [["true \\ predicted", *names[:shown], "recall"]]
+        for name, row, right in zip(names, counts, counts.diagonal(), strict=True):
+            recall = f"{right / row.sum():.3f}" if row.sum() else ""
+            rows.append([name, *map(str, row[:shown].tolist()), recall])
+        found["Confusion"] = (rows, set(range(1, shown + 2)))
+    if seen.residuals is not None:
+        rest = seen.residuals[1]
+        numbers = [rest.mean(), np.sqrt(np.mean(rest**2)), np.abs(rest).mean(), *np.quantile(rest, [0.05, 0.5, 0.95])]
+        names = ["mean", "RMSE", "mean |.|", "5 %", "median", "95 %"]
+        found["Residuals"] = ([["target - prediction", *names], ["", *(f"{n:.5g}" for n in numbers)]], set(range(1, 7)))
+    if seen.calibration is not None:
+        found["Calibration"] = (_calibration(run, seen.calibration), {0, 1, 2})
+    return found
+
+
+_CLASSES = 20  # whose columns are shown
+
+
+def _calibration(run: Run, found: Calibration) -> list[list[str]]:
+    rows = [["rows", *_CALIBRATED[run.notes["model"]]]]
+    for predicted, observed, count in zip(found.predicted, found.observed, found.rows, strict=True):
+        rows.append([str(count), f"{predicted:.4g}", f"{observed:.4g}"])
+    return [*rows, ["", "mean distance", f"{found.gap:.4g}"]]
+
+
+_CALIBRATED = {
+    "classifier": ("probability of the class", "part that is right"),
+    "regressor": ("mean prediction", "mean target"),
+}
 
 
 def _head(run: Run) -> str:
@@ -111,18 +223,38 @@ def draw(run: Run, path: Path) -> Path:
     """Draw the curves of training and validation into a file; return its path."""
     from restrain import plots
 
-    columns = series(run.model.history_)
-    parts = {
-        title: {name.removeprefix("valid_"): values for name, values in columns.items() if held == _is_held(name)}
-        for title, held in (("training", False), ("validation", True))
-    }
-    drawn = {title: part for title, part in parts.items() if part}
-    figure, axes = plots.panels(len(drawn), 2, (5.5, 3.3))
-    for ax, (title, part) in zip(axes, drawn.items(), strict=True):
-        plots.curves(part, ax).set_title(title, fontsize=10, loc="left")
+    panels = drawing.panels_of(run.model.history_)
+    figure, axes = plots.panels(len(panels), 2, (5.5, 3.3))
+    for ax, (title, names) in zip(axes, panels.items(), strict=True):
+        drawing.curves(ax, run.model.history_, names)
+        ax.set_title(title, fontsize=10, loc="left")
     return plots.save(figure, path)
 
 
-def _is_held(name: str) -> bool:
-    """Return True for a curve of the validation data."""
-    return name.startswith("valid_")
+def report(run: Run, file: Path, seen: Look | None) -> Path:
+    """Write a page with what `explain` shows; return its path."""
+    facts = {f"{measure(run.notes['model'])} in {part}": f"{score:.4f}" for part, score in run.notes["scores"].items()}
+    if seen is not None:
+        facts[f"{measure(run.notes['model'])} on {seen.data}"] = f"{seen.score:.4f}, {counted(seen.rows, 'row')}"
+    written: Path = run.model.report(file, facts=facts, parts=[] if seen is None else _parts(run, seen))
+    return written
+
+
+def _parts(run: Run, seen: Look) -> list[Part]:
+    score, tables = measure(run.notes["model"]), _tables(run, seen)
+    draws: dict[str, Callable[[list[Any]], None]]
+    draws = {"Importance": lambda axes: drawing.importances(axes[0], seen.importances, score)}
+    sizes = {"Importance": (4.8, 1.0 + 0.25 * min(20, len(seen.importances)))}
+    if seen.confusion is not None:
+        names, counts = seen.confusion
+        draws["Confusion"] = lambda axes: drawing.confusion(axes[0], names, counts)
+    if seen.residuals is not None:
+        predicted, rest = seen.residuals
+        draws["Residuals"] = lambda axes: drawing.residuals(axes[0], predicted, rest)
+    if seen.calibration is not None:
+        known, labels = seen.calibration, _CALIBRATED[run.notes["model"]]
+        draws["Calibration"] = lambda axes: drawing.calibration(axes[0], known, labels)
+    return [
+        Part(title.lower(), title, f"On {seen.data}.", rows, tuple(right), draws[title], sizes.get(title, (4.8, 3.2)))
+        for title, (rows, right) in tables.items()
+    ]

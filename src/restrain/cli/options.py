@@ -146,6 +146,28 @@ class Valid(click.ParamType[Any]):
         return part
 
 
+class Page(click.ParamType[Any]):
+    """A file that ends in .html."""
+
+    name = "page.html"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        path = Path(value)
+        if path.suffix.lower() not in (".html", ".htm"):
+            self.fail(f"expected a file that ends in .html, got {str(value)!r}", param, ctx)
+        return path
+
+
+def refuse_present(file: Path | None, *, overwrite: bool) -> None:
+    """Check that a file isn't there yet.
+
+    Raises:
+        click.UsageError: it is, without `overwrite`.
+    """
+    if file is not None and file.exists() and not overwrite:
+        raise click.UsageError(f"{file} is there already: write --overwrite, or another file")
+
+
 class Json(click.ParamType[Any]):
     """Data in JSON."""
 

@@ -5,12 +5,30 @@ from __future__ import annotations
 import csv
 from pathlib import Path as FilePath
 
+from restrain.cli.comparing import Scores, folds_table, table_of, verdict
+from restrain.cli.drawing import compared
 from restrain.cli.jobs import Run, measure
 from restrain.errors import DataError
 from restrain.paths import Path
-from restrain.report import Content, environment
+from restrain.report import Content, Part, environment
 from restrain.report import write as write_page
 from restrain.tables import counted
+
+
+def write_scores(scores: list[Scores], data: FilePath, model: str, file: FilePath) -> FilePath:
+    """Write a page with the scores of models over folds; return its path."""
+    score = measure(model)
+    table = table_of(scores, model)
+    right = [n for n, name in enumerate(table[0]) if name not in ("", "model")]
+    told = verdict(scores) if len(scores) > 1 else "Points are folds; bars are standard errors."
+    size = (4.8, 1.2 + 0.35 * len(scores))
+    parts = [Part("models", "Models", told, table, right, lambda axes: compared(axes[0], scores, score), size)]
+    for number, one in enumerate(scores, 1):
+        title = f"Folds of {number}: {one.name}" if len(scores) > 1 else "Folds"
+        parts.append(Part(f"folds-{number}", title, "", folds_table(one, model), (0, 1, 2)))
+    facts = {"data": str(data), "folds": str(len(scores[0].folds)), "models": str(len(scores))}
+    title = f"{counted(len(scores), 'model')} on {data.name}"
+    return write_page(Content(title, facts, environment=environment(), parts=parts), file)
 
 
 def has_path(folder: FilePath) -> bool:

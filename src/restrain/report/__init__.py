@@ -2,6 +2,7 @@
 
 from restrain.report.content import (
     Content,
+    Part,
     RuleFacts,
     TensorFacts,
     as_code,
@@ -15,6 +16,7 @@ from restrain.report.page import page, write
 
 __all__ = [
     "Content",
+    "Part",
     "RuleFacts",
     "TensorFacts",
     "as_code",

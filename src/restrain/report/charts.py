@@ -118,13 +118,18 @@ def trainings(rows: Sequence[Mapping[str, float]]) -> list[Chart]:
         main = [name for name in names if name == "data_loss" or name.startswith("penalties/")]
         parts = {"Data loss and rules": main}
     else:
-        losses = [name for name in names if name.removeprefix("valid_") != "acc"]
+        bare = {name: name.removeprefix("valid_") for name in names}
         parts = {
-            "Loss and rules in training": [name for name in losses if not name.startswith("valid_")],
-            "Loss and rules in validation": [name for name in losses if name.startswith("valid_")],
-            "Accuracy": [name for name in names if name not in losses],
+            "Loss in training and validation": [name for name in names if bare[name] in ("loss", "data_loss")],
+            "Rules in training and validation": [n for n in names if bare[n] not in ("loss", "data_loss", "acc")],
+            "Accuracy in training and validation": [name for name in names if bare[name] == "acc"],
         }
-    charts = [_curves(f"curves-{place}", title, shown, own) for place, (title, own) in enumerate(parts.items()) if own]
+    best = _best_epoch(rows)
+    charts = [
+        _curves(f"curves-{place}", title, shown, own, best=best)
+        for place, (title, own) in enumerate(parts.items())
+        if own
+    ]
     for kind, title in _KINDS.items():
         own = [name for name in names if name.startswith(f"{kind}/")]
         charts += [_curves(kind, title, shown, own, log=False if kind != "norms" else None)] if own else []
@@ -152,19 +157,40 @@ def _finite(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:
 
 
 def _curves(
-    name: str, title: str, rows: Sequence[Mapping[str, float]], names: Sequence[str], log: bool | None = None
+    name: str,
+    title: str,
+    rows: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+    log: bool | None = None,
+    best: float | None = None,
 ) -> Chart:
     """Return a chart of the greatest of some columns."""
     first = [one for one in names if one in ("data_loss", "loss", "valid_loss", "valid_data_loss")]
     others = sorted((one for one in names if one not in first), key=lambda one: -max(_finite(rows, one), default=0.0))
     shown = [*first, *others[: _MOST_LINES - len(first)]]
     told = f"{len(names) - len(shown)} more, smaller, are left out." if len(shown) < len(names) else ""
-    svg, _ = drawn(name, title, lambda axes: _lines(axes[0], rows, shown, log), (_SIZE[0], 3.0 + 0.17 * len(shown)))
+    svg, _ = drawn(
+        name, title, lambda axes: _lines(axes[0], rows, shown, log, best), (_SIZE[0], 3.0 + 0.17 * len(shown))
+    )
     return Chart(name, title, svg, told)
 
 
-def _lines(ax: Any, rows: Sequence[Mapping[str, float]], names: Sequence[str], log: bool | None) -> None:
+def _best_epoch(rows: Sequence[Mapping[str, float]]) -> float | None:
+    """Return the epoch of the least validation loss; None without epochs or validation."""
+    held = [row for row in rows if "epoch" in row and math.isfinite(row.get("valid_data_loss", math.nan))]
+    return min(held, key=lambda row: row["valid_data_loss"])["epoch"] if held else None
+
+
+def _lines(
+    ax: Any, rows: Sequence[Mapping[str, float]], names: Sequence[str], log: bool | None, best: float | None
+) -> None:
     plots.curves([{**row} for row in rows], ax, names=names, log=log)
+    for line in ax.lines:  # lines go on through epochs without a validation
+        pairs = [(x, y) for x, y in zip(*line.get_data(), strict=True) if math.isfinite(y)]
+        if pairs:
+            line.set_data(*zip(*pairs, strict=True))
+    if best is not None and any(name.startswith("valid_") for name in names):
+        ax.axvline(best, color="#767676", lw=1.0, ls=":", label=f"best epoch, {best:g}")
     legend_below(ax)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib import metadata
@@ -78,6 +78,29 @@ class TensorFacts:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """A further section: a sentence, a table and a chart.
+
+    Args:
+        name: what its ids begin with.
+        title: its title.
+        told: the sentence.
+        rows: of the table, head first; () for none.
+        right: the columns of numbers.
+        draw: function of the list of axes, which draws the chart; None for none.
+        size: width and height of the axes, in inches.
+    """
+
+    name: str
+    title: str
+    told: str = ""
+    rows: Sequence[Sequence[str]] = ()
+    right: Sequence[int] = ()
+    draw: Callable[[list[Any]], None] | None = None
+    size: tuple[float, float] = (4.8, 3.2)
+
+
+@dataclass(frozen=True, eq=False)
 class Content:
     """All that a page shows.
 
@@ -95,6 +118,7 @@ class Content:
         data: the rules as JSON; "" if there are none, or they can't be written.
         environment: {what: text}.
         trained: where the training comes from: "attachment", "estimator" or "" without one.
+        parts: further sections, after the training.
     """
 
     title: str
@@ -110,6 +134,7 @@ class Content:
     data: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     trained: str = ""
+    parts: Sequence[Part] = ()
 
 
 def as_code(what: Any) -> str:

@@ -14,8 +14,8 @@ from restrain.errors import FileError
 from restrain.html_table import html_table
 from restrain.report import explorer
 from restrain.report.advice import advice
-from restrain.report.charts import Chart, features, trainings, weights
-from restrain.report.content import Content
+from restrain.report.charts import Chart, drawn, features, trainings, weights
+from restrain.report.content import Content, Part
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _RIGHT = (2, 3, 4, 6)  # columns of numbers in the table of rules
@@ -38,6 +38,9 @@ def write(content: Content, file: str | os.PathLike[str]) -> Path:
 def page(content: Content) -> str:
     """Return a report as HTML."""
     parts = [(name, title, body) for name, title, make in _SECTIONS if (body := make(content))]
+    there = [name for name, _, _ in parts]
+    place = there.index("training") + 1 if "training" in there else min(1, len(parts))
+    parts[place:place] = [(one.name, one.title, _part(one)) for one in content.parts]
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in parts)
     sections = "\n".join(
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>\n{body}\n</section>'
@@ -127,6 +130,16 @@ def _training(content: Content) -> str:
             "reg = rs.attach(model, plan, optimizer, track=10)"
         )
     return ""
+
+
+def _part(one: Part) -> str:
+    """Return a section of the caller's."""
+    chart = ""
+    if one.draw is not None:
+        svg, _ = drawn(f"part-{one.name}", one.title, one.draw, one.size)
+        chart = _charts([Chart(f"part-{one.name}", one.title, svg)])
+    table = _scrolling(html_table([list(row) for row in one.rows], one.right)) if one.rows else ""
+    return (_paragraphs([one.told]) if one.told else "") + chart + table
 
 
 def _weights(content: Content) -> str:
