@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import Lasso, LogisticRegression, Ridge
-from sklearn.neural_network import MLPClassifier, MLPRegressor
 
 import restrain as rs
 
@@ -56,33 +54,3 @@ def test_the_lambda_of_glmnet_for_binomial_and_ridge():
     np.testing.assert_allclose(
         rs.Regressor(hidden=(), weight_l2=lam, normalize=False).fit(X, Y).coef_, exact[:3], atol=1e-5
     )
-
-
-@pytest.mark.parametrize(("theirs", "ours", "y", "factor"), [
-    (MLPClassifier, rs.Classifier, TWO, 1 / 2), (MLPRegressor, rs.Regressor, Y, 1.0),
-])  # fmt: skip
-def test_alpha_of_multilayer_perceptrons(theirs, ours, y, factor):
-    """At the weights that scikit-learn finds with alpha on whole batches, our loss with weight_l2 is stationary."""
-    alpha = 3.0
-    mlp = theirs(
-        hidden_layer_sizes=(4,),
-        activation="tanh",
-        alpha=alpha,
-        solver="lbfgs",
-        tol=1e-12,
-        max_iter=20_000,
-        random_state=0,
-    ).fit(X, y)
-    net = ours([3, (4, "tanh"), 2 if ours is rs.Classifier else 1], random_state=0)
-    net.train((X, y), epochs=1, weight_l2=0.0)
-    w1, w2 = (torch.as_tensor(w.T) for w in mlp.coefs_)
-    b1, b2 = (torch.as_tensor(b) for b in mlp.intercepts_)
-    watched = [net.find("hid1"), net.find("out")]
-    if ours is rs.Classifier:  # one logistic output is a softmax over 0 and its logit; weights of both count there
-        w2, b2, watched = torch.cat([0 * w2, w2]), torch.cat([0 * b2, b2]), watched[:1]
-    with torch.no_grad():
-        for p, value in zip(net.module_.parameters(), (w1, b1, w2, b2), strict=True):
-            p.copy_(value)
-    loss = net.data_loss(X, y) + alpha * factor / N * sum(w.square().sum() for w in watched)
-    for gradient in torch.autograd.grad(loss, watched):
-        assert gradient.abs().max() < 1e-4

@@ -143,16 +143,18 @@ WORDS = {
     "input_dropouts": "input_dropout=",
     "hidden_dropouts": "hidden_dropout=",
     "hidden_l2": "regularizers=[s * rs.L2().on(rs.outputs('hid*'))]",
-    **dict.fromkeys(("callbacks", "callback"), "itertrain(...), which hands over after each epoch"),
-    **dict.fromkeys(("metrics", "scoring"), "score(X, y), or history_"),
-    **dict.fromkeys(("kernel_initializer", "bias_initializer"), "std= of a layer, as in dict(size=50, std=0.1)"),
+    **dict.fromkeys(("callbacks", "callback"), "monitors=, or itertrain(...), which hands over after each epoch"),
+    **dict.fromkeys(("metrics", "scoring"), "monitors=, or score(X, y)"),
+    **dict.fromkeys(("kernel_initializer", "bias_initializer"), "hidden=, a list whose layers may be dicts with a std"),
     **dict.fromkeys(("kernel_constraint",), "max_norm= or nonnegative="),
     **dict.fromkeys(("steps_per_epoch",), "train_batches="),
     **dict.fromkeys(("validation_steps",), "valid_batches="),
     "validation_freq": "validate_every=",
     "max_fun": "max_updates=",
     "power_t": "learning_rate=, a function of the epoch",
-    **dict.fromkeys(("beta_1", "beta_2", "epsilon"), "algo= of functools.partial(torch.optim.Adam, betas=, eps=)"),
+    **dict.fromkeys(
+        ("beta_1", "beta_2", "epsilon"), "algo=, a functools.partial of torch.optim.Adam with betas and eps"
+    ),
 }
 """Keywords of other libraries, each with the keyword to write instead."""
 
