@@ -67,6 +67,7 @@ class Mechanism:
 STEPS = ("L1 at the step", "MCP at the step", "max-norm at the step")
 LOSS = ("L1 in the loss", "group lasso in the loss")
 WHOLE = ("Adam, L1 proximal",)
+WAITING = ("Adam, cautious decay", "Adam, Hyperball")
 NETWORK = ("MLP, L1 on outputs", "CNN, L1 on outputs")
 DERIVED = ("Jacobian norm, jvp",)
 
@@ -86,7 +87,8 @@ MECHANISMS = {
         LOOPS,
         (*STEPS, *LOSS, *WHOLE),
     ),
-    "folding": Mechanism(("engine/step/folded.py", "engine/backends/c_updates.py"), FOLDING, WHOLE),
+    "folding": Mechanism(("engine/step/folded.py", "engine/backends/c_updates.py"), FOLDING, (*WHOLE, WAITING[0])),
+    "folding of Hyperball": Mechanism(("engine/backends/c_held.py",), FOLDING, WAITING[1:]),
     "kernels of inductor": Mechanism(("engine/backends/inductor.py",), KERNELS, (*STEPS, *WHOLE)),
     "kernels of inductor, where no loop of C is made": Mechanism(
         ("engine/backends/inductor.py",), KERNELS, (*STEPS, *WHOLE)
@@ -148,11 +150,11 @@ def in_loss(penalty, on, shapes):
     return lambda: reg.penalty().backward() or model
 
 
-def whole(shapes):
-    """Steps of fused Adam with a proximal L1."""
+def whole(rule, shapes):
+    """Steps of fused Adam with a rule."""
     model = model_of(shapes)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
-    rs.attach(model, STRENGTH * rs.L1().on("*", how="proximal"), optimizer, compile=True)
+    rs.attach(model, rule, optimizer, compile=True)
     optimizer.model = model
     return optimizer.step
 
@@ -195,7 +197,9 @@ def made(name, shapes):
         "max-norm at the step": lambda: at_step(rs.MaxNorm(0.5, "row"), "w*", shapes),
         "L1 in the loss": lambda: in_loss(rs.L1(), "*", shapes),
         "group lasso in the loss": lambda: in_loss(rs.GroupLasso("row"), "w*", shapes),
-        "Adam, L1 proximal": lambda: whole(shapes),
+        "Adam, L1 proximal": lambda: whole(STRENGTH * rs.L1().on("*", how="proximal"), shapes),
+        "Adam, cautious decay": lambda: whole(STRENGTH * rs.L2().on("*", how="decoupled", cautious=True), shapes),
+        "Adam, Hyperball": lambda: whole(rs.Hyperball().on("w*"), shapes),
         "MLP, L1 on outputs": lambda: network(mlp, torch.randn(64, 784)),
         "CNN, L1 on outputs": lambda: network(cnn, torch.randn(64, 3, 32, 32)),
         "Jacobian norm, jvp": jacobian,

@@ -25,6 +25,15 @@ import restrain as rs
 
 GOALS = {"with": {"ResNet-50": 1.3}, "without": {"ResNet-50": 1.6}}  # others: 1.15 and 1.5
 SMALL = (75, 300, 1000)
+DECAY = STRENGTH * rs.L2().on("w*", how="decoupled")
+AFTER_ADAM = {
+    'L1, how="proximal"': STRENGTH * rs.L1().on("*", how="proximal"),
+    'L2, how="decoupled"': DECAY,
+    "L2, corrected decay": rs.schedules.LearningRate() * DECAY,
+    "L2, cautious decay": STRENGTH * rs.L2().on("w*", how="decoupled", cautious=True),
+    "Hyperball": rs.Hyperball().on("w*"),
+    'Hyperball(per="row")': rs.Hyperball(per="row").on("w*"),
+}
 
 
 def hooks(optimizer, how):
@@ -242,8 +251,8 @@ def optimizers(model):
     add('SGD, restrain L1, how="proximal"', sgd, STRENGTH * rs.L1().on("*", how="proximal"), "SGD")
     adam = functools.partial(torch.optim.Adam, lr=1e-4, fused=True)
     add("Adam, fused", adam)
-    rule = STRENGTH * rs.L1().on("*", how="proximal")
-    add('Adam, fused, restrain L1, how="proximal"', adam, rule, "Adam, fused")
+    for label, rule in AFTER_ADAM.items():
+        add(f"Adam, fused, restrain {label}", adam, rule, "Adam, fused")
     try:
         from torchao.prototype.pat.optim import PruneOptimizer
 
@@ -269,7 +278,8 @@ def whole_steps(section, title, shapes, quick):
             rows.append([label, f"missing: {against}", "", ""])
             continue
         over = ratios(seconds, label, against) if against else None
-        goal = judged(over[1], 1.1) if over and "Adam" in label and "restrain" in label else ""
+        least = 1.15 if "Hyperball" in label else 1.1 if "proximal" in label else 1.05
+        goal = judged(over[1], least) if over and "Adam" in label and "restrain" in label else ""
         rows.append([label, spread(seconds[label], 1e3), times(over) if over else "", goal and f"stretch {goal}"])
     section.table(f"Whole steps of optimizers, {title}", ["step", "ms", "× without", "goal"], rows)
 

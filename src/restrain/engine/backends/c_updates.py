@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from restrain.engine.backends.c import numbers_of, statements
+from restrain.engine.backends.c_compiler import names
 from restrain.engine.ops import OPTIMIZERS, Group, Lowered, counted, state_names
 
 
@@ -63,7 +65,7 @@ class Expression:
 
 
 def update(
-    kind: type[Optimizer], early: Lowered, late: Lowered, group: Group, count: float
+    kind: type[Optimizer], early: Lowered, late: Lowered, group: Group, count: float, cautious: Lowered = ()
 ) -> tuple[str, list[float]] | None:
     """Return the statements of a step, and their numbers.
 
@@ -75,18 +77,50 @@ def update(
         late: what they do after it.
         group: the optimizer's settings.
         count: of the steps, with this one.
+        cautious: decay of the weight before the step, done where the step doesn't move it away
+            from zero.
     """
-    known, before, after = OPTIMIZERS[kind].update, statements(early), statements(late)
-    if known is None or before is None or after is None:
+    known, before, after, decay = OPTIMIZERS[kind].update, *map(statements, (early, late, cautious))
+    if known is None or before is None or after is None or decay is None:
         return None
-    numbers, last = numbers_of(early), numbers_of(late)
-    lines = [before, *_stepped(known.step, group, known.scalars(group, count), numbers)]
-    # what comes after calls its numbers n0, ..., too, and the second moment o0
-    own = [f"n{place} = n{len(numbers) + place}" for place in range(len(last))]
-    own += [f"o0 = o{len(state_names(group))}"] * counted(group)
-    lines += ["{", *[f"const wide {name};" for name in own], after, "}"]
-    numbers += last
+    numbers = numbers_of(early)
+    lines = [before, "const wide was = w;", *_stepped(known.step, group, known.scalars(group, count), numbers)]
+    if cautious:
+        aim = ["const wide now = w; w = was;", decay, "w = SGN(was) * SGN(was - now) >= 0 ? now + (w - was) : now;"]
+        lines += _own(aim, numbers, cautious)
+    # what comes after calls the second moment o0
+    lines += _own([f"const wide o0 = o{len(state_names(group))};"] * counted(group) + [after], numbers, late)
     return ("\n".join(lines), numbers) if all(map(isfinite, numbers)) else None
+
+
+def _own(lines: Sequence[str], numbers: list[float], lowered: Lowered) -> list[str]:
+    """Return a block in which an instruction's numbers are n0, ...; add them to `numbers`."""
+    own = numbers_of(lowered)
+    names = [f"const wide n{place} = n{len(numbers) + place};" for place in range(len(own))]
+    numbers += own
+    return ["{", *names, *lines, "}"]
+
+
+def held_step(kind: type[Optimizer], early: Lowered, group: Group, count: float) -> tuple[str, str, list[float]] | None:
+    """Return what `c_held.held` takes of a step that keeps norms: statements, movement, numbers.
+
+    Args:
+        kind: of optimizer.
+        early: what rules do to the gradient before the step.
+        group: the optimizer's settings.
+        count: of the steps, with this one.
+    """
+    known, before = OPTIMIZERS[kind].update, statements(early)
+    if known is None or known.movement is None or before is None:
+        return None
+    numbers = numbers_of(early)
+    w, g, *state = (Expression(name, numbers) for name in names(2 + _kept(group)))
+    scalars = [Expression(w.of(number), numbers) for number in known.scalars(group, count)]
+    _, moments = known.step(group, scalars, w, g, state)
+    made = [f"const wide new_{old.text} = {new.text};" for old, new in zip(state, moments, strict=True)]
+    moved = known.movement(group, scalars, state).text
+    lines = [before, *made, *[f"{old.text} = new_{old.text};" for old in state]]
+    return ("\n".join(lines), moved, numbers) if all(map(isfinite, numbers)) else None
 
 
 def _stepped(step: Any, group: Group, scalars: tuple[float, ...], numbers: list[float]) -> list[str]:

@@ -37,8 +37,10 @@ Tensors: TypeAlias = "tuple[Tensor, ...]"  # weights; gradient (before a step) o
 class Change:
     """A change of a tensor by a rule, or by the sum of several rules."""
 
-    kind: Literal["gradient", "tangent", "decay", "prox", "project", "fit"]
-    what: Any  # a penalty; a constraint for "tangent" (of the gradient), "project", and "fit" (in the metric)
+    kind: Literal["gradient", "tangent", "decay", "cautious", "hold", "prox", "project", "fit"]
+    # a penalty; a constraint for "tangent" (of the gradient), "project", and "fit" (in the metric);
+    # None for "hold", whose norms differ by tensor
+    what: Any
 
     @cached_property
     def by_entry(self) -> bool:

@@ -314,7 +314,7 @@ def _adam_update(group: Group, scalars: Sequence[Any], w: Any, g: Any, state: Se
     m += (1 - β₁) (g - m);  v = β₂ v + (1 - β₂) g²;
     w -= lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε).
     """
-    (kept, length, root), (beta1, beta2), decay = scalars, group["betas"], group["weight_decay"]
+    kept, (beta1, beta2), decay = scalars[0], group["betas"], group["weight_decay"]
     g = _coupled(group, 0 if group["decoupled_weight_decay"] else decay, w, g)
     if group["decoupled_weight_decay"] and decay:
         w = kept * w
@@ -323,7 +323,12 @@ def _adam_update(group: Group, scalars: Sequence[Any], w: Any, g: Any, state: Se
     moments = [mean, beta2 * state[1] + (1 - beta2) * g * g]
     if group["amsgrad"]:
         moments.append(moments[1].maximum(state[2]))
-    return w - length * mean / (moments[-1].sqrt() * root + group["eps"]), moments
+    return w - _adam_movement(group, scalars, moments), moments
+
+
+def _adam_movement(group: Group, scalars: Sequence[Any], moments: Sequence[Any]) -> Any:
+    """lr / (1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε), with the moments after the step."""
+    return scalars[1] * moments[0] / (moments[-1].sqrt() * scalars[2] + group["eps"])
 
 
 @dataclass(frozen=True)
@@ -335,10 +340,13 @@ class Update:
             steps with this one.
         step: (settings, scalars, weight, gradient, state) → (weight, state), where the state is
             what `state_names` names. It is arithmetic alone, for tensors and expressions of C.
+        movement: (settings, scalars, state after the step) → what the step takes from the weight
+            besides decay, in arithmetic alone; None if the state doesn't tell.
     """
 
     scalars: Callable[[Group, float], tuple[float, ...]]
     step: Callable[[Group, Sequence[Any], Any, Any, Sequence[Any]], tuple[Any, list[Any]]]
+    movement: Callable[[Group, Sequence[Any], Sequence[Any]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -349,7 +357,7 @@ class Known:
     update: Update | None = None
 
 
-_ADAM = Known(_adam, Update(_adam_scalars, _adam_update))
+_ADAM = Known(_adam, Update(_adam_scalars, _adam_update, _adam_movement))
 OPTIMIZERS: dict[type[Optimizer], Known] = {
     SGD: Known(_sgd, Update(_sgd_scalars, _sgd_update)),
     Adam: _ADAM,

@@ -6,6 +6,9 @@ dtypes and meaning stay torch's. The optimizer's step then runs for a stand-in t
 remaining parameters. So gradients, groups and state look as usual to other code, and nothing must
 be restored.
 
+Cautious decay stands in the same loop. Hyperball takes a second one over weights and moments, as
+the norm of an update is known after the first (`backends/c_held.py`).
+
 Parameters for which the result isn't known to be the same are left to torch and the rules' own
 passes.
 
@@ -24,7 +27,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import is_
 from typing import Any
@@ -33,7 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from restrain.engine.backends import Compile, Decider, Loop, loop, update
+from restrain.axes import Grouping
+from restrain.engine.backends import Compile, Decider, Hold, Loop, held, held_step, loop, update
 from restrain.engine.core import alike, simple
 from restrain.engine.ops import (
     OPTIMIZERS,
@@ -94,22 +98,24 @@ class Folding:
             bundle.parameters[0],
             dict(bundle.works[0].kept),
         )
-        metric = Metric(0.0)
+        metric, rate, roles = Metric(0.0), StepScalars(group["lr"]), 2 + len(bundle.names)
         if bundle.followed:
             metric = self._measure(Taken(group, {**optimizer.state[p], "step": bundle.count}, p, kept))
-        early = lower(
-            [change for change in changes if change.kind in ("gradient", "tangent", "decay")],
-            StepScalars(group["lr"]),
-            p,
-        )
+        early = lower([change for change in changes if change.kind in ("gradient", "tangent", "decay")], rate, p)
+        if bundle.holds:
+            step = None if early is None else held_step(type(optimizer), early, group, bundle.count)
+            hold = None if step is None else held(p.dtype, roles, *step[:2], len(step[2]))
+            return None if step is None or hold is None else _Part(bundle, hold, step[2], kept)
+        cautious = lower([replace(change, kind="decay") for change in changes if change.kind == "cautious"], rate, p)
         late = lower(
             [change for change in changes if change.kind in ("prox", "project", "fit")], StepScalars(metric=metric), p
         )
-        found = None if early is None or late is None else update(type(optimizer), early, late, group, bundle.count)
+        if early is None or cautious is None or late is None:
+            return None
+        found = update(type(optimizer), early, late, group, bundle.count, cautious)
         if found is None:
             return None
         lines, numbers = found
-        roles = 2 + len(bundle.names)
         made = loop((p.dtype,) * roles, lines, len(numbers), (0, *range(2, roles)))
         return None if made is None else _Part(bundle, made, numbers, kept)
 
@@ -134,7 +140,7 @@ class Fold:
         for part in self.parts:
             members = [tensors for tensors in part.bundle.members() if tensors[0].numel()]
             if members:
-                part.loop(members, part.numbers * len(members))
+                part.run(members)
             for work in part.bundle.works if part.kept else ():
                 work.kept = dict(part.kept)
         groups = [{**group, "params": _left(group, self.done)} for group in optimizer.param_groups]
@@ -154,9 +160,15 @@ def stand_in(optimizer: Optimizer) -> Optimizer:
 @dataclass
 class _Part:
     bundle: _Bundle
-    loop: Loop
+    loop: Loop | Hold
     numbers: list[float]
     kept: dict[str, Any]  # state of the metric
+
+    def run(self, members: Sequence[tuple[Tensor, ...]]) -> None:
+        if isinstance(self.loop, Hold):
+            self.loop(members, self.bundle.radii(), self.numbers, float(self.bundle.task.group["lr"]))
+        else:
+            self.loop(members, self.numbers * len(members))
 
 
 @dataclass
@@ -178,6 +190,16 @@ class _Bundle:
     def followed(self) -> bool:
         """True if there is a metric, which every step must update."""
         return bool(self.works[0].proximal)
+
+    @property
+    def holds(self) -> bool:
+        """True if the rules hold norms."""
+        return any(change.kind == "hold" for change in self.task.changes)
+
+    def radii(self) -> list[Tensor]:
+        """Return the norms of each parameter's groups, in the order of memory."""
+        kind = self.parameters[0].dtype
+        return [work.held[0][1].radius.to("cpu", kind).flatten() for work in self.works]
 
     def members(self) -> list[tuple[Tensor, ...]]:
         """Return (weights, gradient, moments...) per parameter."""
@@ -254,6 +276,8 @@ def _bundles(optimizer: Optimizer, task: Task) -> list[_Bundle]:
         own, count = [state.get(name) for name in state_names(task.group)], state.get("step")
         if not _fits(p, own) or (counted(task.group) and not (_ordinary(count, Tensor) and count.is_cpu)):
             continue
+        if work.held and not _in_blocks(p, work.held[0][1].groups):
+            continue
         steps = float(count) + 1 if counted(task.group) else 0.0
         bundle = found.setdefault((p.dtype, steps, bool(work.proximal), *work.kept.items()), _Bundle(task))
         bundle.works.append(work)
@@ -272,6 +296,12 @@ def _fits(p: nn.Parameter, own: Sequence[Any]) -> bool:
     if any(t.dtype != p.dtype or t.shape != p.shape or not t.is_cpu or t.is_neg() for t in tensors):
         return False
     return alike(tensors)
+
+
+def _in_blocks(p: nn.Parameter, groups: Grouping) -> bool:
+    """Return True if the groups are nonempty and lie one after another in memory."""
+    first = groups.keep == tuple(range(len(groups.keep))) and groups.lists is None
+    return first and p.numel() > 0 and (not groups.keep or p.is_contiguous())
 
 
 def _ordinary(t: Any, kind: type[Tensor]) -> bool:

@@ -137,7 +137,7 @@ def _unmade(
     return batches
 
 
-_ALL = ("gradient", "tangent", "decoupled", "proximal", "project")
+_ALL = ("gradient", "tangent", "decoupled", "cautious", "held", "proximal", "project")
 _ON_GRADIENTS = ("gradient", "tangent")
 
 
@@ -159,7 +159,7 @@ class Stepper:
         self._unsure: set[Handle] = set()
         self._executor = Executor(compile)
         self._waits = updates.waits(works)
-        self._folding = Folding(optimizer, compile if folds and not self._waits else False)
+        self._folding = Folding(optimizer, compile if folds else False)
         self._done: Collection[int] = ()  # ids of the parameters folded in this step
         self._unfinished = Unfinished()
         self._handles = []
@@ -291,7 +291,8 @@ class Stepper:
         if moves and self._looks:
             self._remember(works, scale)
         if self._waits and "decoupled" in kinds:
-            updates.remember(optimizer, works if moves else (), self.steps)
+            left = [member for member in works if id(member[1]) not in self._done] if self._done else works
+            updates.remember(optimizer, left if moves else (), self.steps)
         return values
 
     def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:

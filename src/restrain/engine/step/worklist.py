@@ -198,7 +198,9 @@ def _changes(work: ParameterRules, kind: str, step: int, by_metric: bool) -> lis
     if kind == "project":
         name: Any = "fit" if in_metric(*timed[0], by_metric) else "project"
         return [Change(name, timed[0][1])] if single(timed) else []
-    name = {"gradient": "gradient", "decoupled": "decay", "proximal": "prox"}[kind]
+    if kind == "held":
+        return [Change("hold", None)]
+    name = {"gradient": "gradient", "decoupled": "decay", "cautious": "cautious", "proximal": "prox"}[kind]
     return [Change(name, total([what for _, what in timed]))]
 
 
