@@ -291,8 +291,8 @@ class Stepper:
         if moves and self._looks:
             self._remember(works, scale)
         if self._waits and "decoupled" in kinds:
-            left = [member for member in works if id(member[1]) not in self._done] if self._done else works
-            updates.remember(optimizer, left if moves else (), self.steps)
+            others = [member for member in works if id(member[1]) not in self._done] if self._done else works
+            updates.remember(optimizer, others if moves else (), self.steps)
         return values
 
     def _joints(self, works: Sequence[Member]) -> dict[str, list[Together]]:
