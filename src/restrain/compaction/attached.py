@@ -27,8 +27,9 @@ from restrain.penalties.structured import SLOPE, FusedLasso, TotalVariation
 from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.schedule import Strength, Target
+from restrain.transforms.activation import Activation
 from restrain.transforms.entries import Fixed, Signs
-from restrain.transforms.sparsity import NM, Kept, TopGroups
+from restrain.transforms.sparsity import NM, Kept, TopGroups, TopK
 from restrain.unit_sets import Units, per_of
 
 _STILL = 1e-5  # largest change of a weight by attaching, relative to the tensor's largest entry
@@ -164,6 +165,39 @@ def attachment_of(model: nn.Module, optimizer: Optimizer | None) -> Attachment |
         if len(reg.optimizers) > 1:
             raise _refused(f"they act at the steps of {len(reg.optimizers)} optimizers, and compact takes one")
     return found[0] if found else None
+
+
+def acted_on(model: nn.Module, reg: Attachment | None, graph: Graph) -> dict[int, str]:
+    """Return {unit: why it stays} of units at activation functions, which act in evaluation, too.
+
+    Such a function changes a unit's constant, or compares units with each other.
+
+    Args:
+        model: the model with its attachments.
+        reg: the attachment that goes along, or None.
+        graph: the model's graph.
+
+    Raises:
+        CompactionError: a function doesn't go along, or it isn't known on which units it acts.
+    """
+    found: dict[int, str] = {}
+    for other in attached_to(model):
+        for one in other.rules:
+            what = one.rule.what
+            if not (one.rule.at_places and isinstance(what, Activation | TopK)):
+                continue
+            if other is not reg:
+                raise _refused(f"{one.key} is an activation function, and acts with an optimizer that isn't given")
+            for point in one.points:
+                path = ".".join(point.path)
+                calls = graph.given.get(path, ()) if point.place.kind == "outputs" else ()
+                if not calls or any(labels is None for _, labels in calls):
+                    raise _refused(f"on which units {what!r} acts isn't known, at the {point.place.kind} of {path!r}")
+                for _, labels in calls:
+                    assert labels is not None
+                    units = graph.labels.units(labels.flatten())
+                    found.update(dict.fromkeys(units, f"{what!r} acts on it, at the outputs of {path!r}"))
+    return found
 
 
 def carried(reg: Attachment, model: nn.Module, graph: Graph, keep: Mapping[str, Mapping[int, Tensor]]) -> Carried:

@@ -138,7 +138,8 @@ def compact(
         mode: "eval": outputs are the same in evaluation.
         inplace: True to change the given model and optimizer instead of copies.
         rules: False to leave attached rules out. Else they go along, with their state, as
-            `result.attachment`; rules with an optimizer only if it is given here.
+            `result.attachment`; rules with an optimizer only if it is given here. Units on which
+            activation functions act (`rs.TopK`, `rs.JumpReLU` at outputs) stay.
         uniform: True for a model of transformers (GPT-2, BERT, Llama, Mistral, Qwen 2) to keep as
             many units in each layer as in the widest, and to write the numbers into its
             configuration, so that `save_pretrained` and `from_pretrained` work.
@@ -168,7 +169,8 @@ def compact(
         attention.replaced(large)
         graph = Graph(large, args)
     widths = Uniform(graph, model) if uniform else None
-    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths)
+    fixed = attached.acted_on(model, reg, graph) if rules else {}
+    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths, fixed)
     with without_cache(small):
         report = Report(
             _layers(graph, plan, small), before, measured(small, args), difference, plan.changed, _notes(small, plan)
@@ -206,14 +208,19 @@ Reference: TypeAlias = "list[tuple[tuple[Any, ...], list[Tensor]]]"
 
 
 def _attempted(
-    model: nn.Module, optimizer: Optimizer | None, graph: Graph, reference: Reference, widths: Uniform | None
+    model: nn.Module,
+    optimizer: Optimizer | None,
+    graph: Graph,
+    reference: Reference,
+    widths: Uniform | None,
+    acted_on: Mapping[int, str],
 ) -> tuple[Plan, Small, float]:
     """Return (plan, smaller copies, difference of outputs).
 
     If the smaller model fails, the units of one layer at a time are removed, to find units whose
-    number is fixed in the model's code; these stay.
+    number is fixed in the model's code; these stay, as do those on which activation functions act.
     """
-    fixed: dict[int, str] = {}
+    fixed = dict(acted_on)
     for attempt in range(2):
         plan = _plan(graph, model, fixed, widths)
         small = _smaller(model, optimizer, graph, plan)
@@ -225,7 +232,7 @@ def _attempted(
         families = _families(graph, plan.gone)
         for family in families:
             others = dict.fromkeys((unit for other in families if other is not family for unit in other), "")
-            alone = _smaller(model, None, graph, _plan(graph, model, others))
+            alone = _smaller(model, None, graph, _plan(graph, model, {**acted_on, **others}))
             told = _compared(alone[0], reference)[1]
             if told is not None:
                 fixed.update(dict.fromkeys(family, f"the model's code needs its size: {told}"))

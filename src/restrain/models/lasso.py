@@ -50,6 +50,28 @@ def _descended(x: Any, y: Any, strength: float, ridge: float, begin: Any) -> Any
         return enet_path(np.asfortranarray(x), y, **given)[1][:, 0]
 
 
+class Products:
+    """Products xᵀx / n of features, each computed once, when it is first asked for."""
+
+    def __init__(self, x: Any) -> None:
+        self.x = x
+        self.place = np.full(x.shape[1], -1)  # of a feature in `table`, -1 if it isn't there
+        self.table = np.zeros((0, 0))
+        self.seen = np.zeros(0, dtype=np.intp)  # the features of `table`
+
+    def of(self, features: Any) -> Any:
+        """Return the products of some features with each other."""
+        new = np.unique(features[self.place[features] < 0])
+        if len(new):
+            old, seen = self.table, np.append(self.seen, new)
+            self.table = np.empty((len(seen), len(seen)))
+            self.table[: len(old), : len(old)] = old
+            self.table[len(old) :] = self.x[:, new].T @ self.x[:, seen] / len(self.x)
+            self.table[: len(old), len(old) :] = self.table[len(old) :, : len(old)].T
+            self.seen, self.place[new] = seen, np.arange(len(old), len(seen))
+        return self.table[np.ix_(self.place[features], self.place[features])]
+
+
 class _ActiveSet:
     """The features that aren't zero, with their weights and signs, and products of features."""
 
@@ -60,9 +82,7 @@ class _ActiveSet:
         self.on = np.zeros(0, dtype=np.intp)  # features
         self.w = np.zeros(0)
         self.signs = np.zeros(0)
-        self.place = np.full(x.shape[1], -1)  # of a feature in `gram`, -1 if it was never on
-        self.gram = np.zeros((0, 0))
-        self.seen = np.zeros(0, dtype=np.intp)  # the features of `gram`
+        self.products = Products(x)
 
     def weights(self) -> Any:
         """Return the weights of all features."""
@@ -124,7 +144,7 @@ class _ActiveSet:
 
     def _along(self, d: Any, a: float, c: float) -> tuple[float, Any]:
         """Return (t, the entries that are zero there) of the minimum along w + t d, t up to 1."""
-        gram = self._gram(self.on)
+        gram = self.products.of(self.on)
         slope = float((gram @ self.w + c * self.w - self.slopes[self.on]) @ d + a * self.signs @ d)
         bend = float(d @ (gram @ d) + c * d @ d)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -142,21 +162,9 @@ class _ActiveSet:
 
     def _target(self, on: Any, signs: Any, a: float, c: float) -> Any:
         """Return the solution of the system of some features and signs; None if it is singular."""
-        gram = self._gram(on)
+        gram = self.products.of(on)
         gram[np.diag_indices(len(on))] += c
         try:
             return cho_solve(cho_factor(gram, check_finite=False), self.slopes[on] - a * signs, check_finite=False)
         except LinAlgError:
             return None
-
-    def _gram(self, on: Any) -> Any:
-        """Return the products of features / n, which are computed once for each pair."""
-        new = on[self.place[on] < 0]
-        if len(new):
-            old, seen = self.gram, np.append(self.seen, new)
-            self.gram = np.empty((len(seen), len(seen)))
-            self.gram[: len(old), : len(old)] = old
-            self.gram[len(old) :] = self.x[:, new].T @ self.x[:, seen] / len(self.y)
-            self.gram[: len(old), len(old) :] = self.gram[len(old) :, : len(old)].T
-            self.seen, self.place[new] = seen, np.arange(len(old), len(seen))
-        return self.gram[np.ix_(self.place[on], self.place[on])]

@@ -2,9 +2,10 @@
 
 Squared error, or cross-entropy of a softmax, averaged over samples as the estimators do, plus a
 penalty on the weights; the intercept is free. Lasso and elastic net of squared errors go output by
-output, by active sets (`lasso`). Else accelerated proximal gradient with restarts runs on the
-features that aren't zero or violate their optimality condition (Beck and Teboulle 2009; O'Donoghue
-and Candès 2015), until none does.
+output, by active sets (`lasso`); group lassos and logistic regression by Newton's method
+(`newton`). Else accelerated proximal gradient with restarts runs on the features that aren't zero
+or violate their optimality condition (Beck and Teboulle 2009; O'Donoghue and Candès 2015), until
+none does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from torch import Tensor
 from restrain.errors import PlanError, RestrainWarning
 from restrain.fields import level_of_caller
 from restrain.models.lasso import elastic_net_path
-from restrain.models.newton import knows, polished
+from restrain.models.newton import minimised
+from restrain.models.objectives import CrossEntropy, Form, Squares, knows
 from restrain.named_tensors import Location
 from restrain.paths import least_strength, quantile
 from restrain.penalties import Penalty
@@ -31,7 +33,6 @@ from restrain.penalties import Penalty
 _TOLERANCE = 1e-9  # of the proximal map, relative to the gradient at the origin
 _STEPS, _ROUNDS = 50_000, 50
 _SMALL, _POWERS = 30, 20  # features with an exact spread; powers of the others' products
-_NEWTON = [20 * 2**k for k in range(8)]  # proximal steps after which Newton's are tried
 _HALVINGS = 30  # of the strength, in search of the universal threshold
 
 
@@ -71,10 +72,6 @@ class Linear:
         error = output.softmax(1) - self.y if self.classes else (output - self.y) * (2 / self.y.shape[1])
         error = error / len(self.x)
         return error.T @ self.x, error.sum(0)
-
-    def shares(self, w: Tensor, b: Tensor) -> Tensor | None:
-        """Return the probability of each class for each sample; None for numeric targets."""
-        return (self.x @ w.T + b).softmax(1) if self.classes else None
 
     def intercept(self) -> Tensor:
         """Return the best intercept at w = 0."""
@@ -167,9 +164,16 @@ class Linear:
         penalty = penalty.bound_to(Location(self.x.new_zeros(self.y.shape[1], self.x.shape[1])))
         w, b = self.x.new_zeros(self.y.shape[1], self.x.shape[1]), self.intercept()
         scale = float(centred.gradient(w, b)[0].abs().max())
-        found = []
-        for strength in strengths:
-            w, b = _Solver(centred, strength * penalty, _TOLERANCE * scale).solve(w, b)
+        by_newton = _Newton(centred, penalty) if knows(penalty) else None
+        found: list[tuple[Tensor, Tensor]] = []
+        ways = [w]
+        for k, strength in enumerate(strengths):
+            solved = None
+            if by_newton is not None:
+                start = _ahead(ways[-2:], strengths[max(k - 2, 0) : k + 1])
+                solved = by_newton.solve(float(strength), start, b, _TOLERANCE * scale)
+            w, b = solved or _Solver(centred, strength * penalty, _TOLERANCE * scale).solve(w, b)
+            ways.append(w)
             found.append((w, b - w @ mean))
         return found
 
@@ -183,12 +187,41 @@ class Linear:
         return [(w, mean_y - w @ mean_x) for w in ws]
 
 
+def _ahead(ways: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
+    """Return the line through the last two points at the next strength; signs and zeros stay."""
+    w = ways[-1]
+    if len(strengths) < 3 or strengths[0] == strengths[1]:
+        return w
+    further = w + (strengths[2] - strengths[1]) / (strengths[1] - strengths[0]) * (w - ways[-2])
+    return torch.where(further * w > 0, further, 0)
+
+
+class _Newton:
+    """Newton's method for a problem of centred inputs, see `newton`."""
+
+    def __init__(self, problem: Linear, penalty: Penalty) -> None:
+        x, y, self.shape = problem.x.numpy(), problem.y.numpy(), (problem.y.shape[1], problem.x.shape[1])
+        spread = problem.spread(torch.arange(x.shape[1], device="cpu"))
+        self.mean = None if problem.classes else problem.y.mean(0)
+        self.loss: Any = CrossEntropy(x, y, spread) if problem.classes else Squares(x, y - y.mean(0), spread)
+        self.form = Form.of(penalty, self.shape)
+
+    def solve(self, strength: float, w: Tensor, b: Tensor, tolerance: float) -> tuple[Tensor, Tensor] | None:
+        """Return the minimiser, from a start; None where Newton's method doesn't get there."""
+        free = b.numpy() if self.mean is None else np.zeros(0)
+        found = minimised(self.loss, self.form.times(strength), w.reshape(-1).numpy(), free, tolerance)
+        if found is None:
+            return None
+        weights, fitted = (torch.as_tensor(one, device="cpu") for one in found)
+        return weights.reshape(self.shape), fitted if self.mean is None else self.mean
+
+
 class _Solver:
     """Proximal gradient on the features that aren't zero or violate their condition."""
 
     def __init__(self, problem: Linear, penalty: Penalty, tolerance: float) -> None:
         self.problem, self.penalty, self.tolerance = problem, penalty, tolerance
-        self.by_feature, self.by_newton = _by_feature(penalty), knows(penalty)
+        self.by_feature = _by_feature(penalty)
 
     def solve(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the minimiser, from a start."""
@@ -220,7 +253,7 @@ class _Solver:
         t, theta = 1 / (share * s), 1.0
         x, c = w[:, features], b
         y, d, own = x, c, replace(self.problem, x=self.problem.x[:, features].contiguous())
-        for count in range(1, _STEPS + 1):
+        for _ in range(_STEPS):
             gw, gb = own.gradient(y, d)
             z, e = self._prox(y - t * gw, features, w, t), d - t * s * gb
             residual = max(_greatest(y - z) / t, _greatest(d - e) / (t * math.sqrt(s)))
@@ -231,18 +264,9 @@ class _Solver:
             x, c, theta = z, e, following
             if residual <= self.tolerance:
                 break
-            if self.by_newton and count in _NEWTON and (found := self._newton(features, x, c, w)) is not None:
-                return found
         else:
             self._warn()
         return self._whole(features, x, w), c
-
-    def _newton(self, features: Tensor, x: Tensor, c: Tensor, w: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the minimiser over some features by Newton's steps; None if x isn't near."""
-        found = polished(self.problem, self.penalty, self._whole(features, x, w), c, self.tolerance / 10)
-        if found is None or bool(self._violated(*found)[features].any()):
-            return None
-        return found
 
     def _whole(self, features: Tensor, x: Tensor, w: Tensor) -> Tensor:
         found = torch.zeros_like(w)

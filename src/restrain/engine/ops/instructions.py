@@ -398,6 +398,7 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
     """
     w, *others = tensors
     steps: float | Tensor | None = None
+    fits = any(change.kind == "fit" for change in changes)
     for change in changes:
         if change.kind == "gradient":
             added = change.what.gradient(w)
@@ -409,9 +410,9 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
         if change.kind == "decay":
             new = decayed(w, change.what, scalars.rate)
         elif change.kind == "prox":
-            steps = scalars.metric.steps(*others)
-            new = unchecked_prox(change.what, w, steps)
-            steps = _after_prox(steps, change.what)
+            now = scalars.metric.steps(*others)
+            new = unchecked_prox(change.what, w, now)
+            steps = _after_prox(now, change.what) if fits else None
         elif change.kind == "fit":
             new = change.what.project_by(w, scalars.metric.steps(*others) if steps is None else steps)
         else:
