@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, length_of, put, row_dims
+from restrain.engine.ops.groups import FitRows, Lengths, RootedShrinkRows, ShrinkRows, fit_of, length_of, put, row_dims
 from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
 from restrain.operations import Function, Interval, Length
 from restrain.penalties import Penalty
@@ -205,7 +205,9 @@ class Project:
         return unsign_zeros_(w)
 
 
-Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
+Instruction: TypeAlias = (
+    Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | RootedShrinkRows | FitRows
+)
 Lowered: TypeAlias = Sequence[tuple[Instruction, Sequence[Any]]]
 
 
@@ -337,12 +339,16 @@ def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
         elif other is not None:
             last = [(Prox(False, False, other), (rest, strength))]
         return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
-    if by_length:  # steps would differ within a group
-        raise _UnknownNumberError
     sizes = tuple(map(_float, metric.numbers))
     if not (l1 or l2 or strength):
         return []
-    if metric.size is rooted and other is None and scale and sizes[1]:
+    known = metric.size is rooted and scale and sizes[1]
+    if by_length:
+        if l1 or l2 or not known:
+            raise _UnknownNumberError
+        root, eps = 1 / sizes[0], max(sizes[1], scale / ENDLESS)
+        return [(RootedShrinkRows(), tuple(map(_float, (root, eps, scale * strength * by_length))))]
+    if known and other is None:
         return _rooted_shrink(l1, l2, scale, *sizes)
     numbers = (scale, *sizes) + (l1,) * (l1 > 0) + (l2,) * (l2 > 0) + (strength,) * (other is not None)
     return [(Prox(l1 > 0, l2 > 0, other, metric.size, len(sizes)), numbers)]
