@@ -4,9 +4,9 @@
 
 `mnist10k.npz` is looked for in ../shared/data beside the project, or in the folder that RESTRAIN_DATA names. Peers
 that aren't installed are left out: `pip install celer adelie skglm lassonet`. Each job stands beside its peers in one
-process, taking turns; ratios are of one round. Errors are the greatest difference of a coefficient, at any point, from
-the solution polished on its support (lasso) or from ours (groups, logistic), whose error tests/models/test_peers.py
-bounds.
+process, taking turns; ratios are of one round. Networks are timed by the processor's time of one thread. Errors are the
+greatest difference of a coefficient, at any point, from the solution polished on its support (lasso) or from ours
+(groups, logistic), whose error tests/models/test_peers.py bounds.
 """
 
 import contextlib
@@ -273,14 +273,14 @@ def network(section, quick, splits):
         ways, dense, counts, gains = [], [], [], []
         for seed in splits[: 1 if quick else 3]:
             model = network_of(784, 100, seed)
-            start = time.perf_counter()
+            start = time.process_time()
             Fit(*train, epochs, 0)(model, None)
-            dense.append(time.perf_counter() - start)
+            dense.append(time.process_time() - start)
             score = float((model(valid[0]).argmax(1) == valid[1]).double().mean())
             model, fit = network_of(784, 100, seed), Fit(*train, epochs, 0.25)
-            start = time.perf_counter()
+            start = time.process_time()
             found = walked(model, fit, valid, **given)
-            ways.append(time.perf_counter() - start)
+            ways.append(time.process_time() - start)
             counts.append(len(found))
             gains.append(found.best().score - score)
             print(f"{title}, {seed}: {counts[-1]} points, {ways[-1]:.2f} s, dense {dense[-1]:.2f} s", flush=True)
@@ -352,13 +352,13 @@ def pixels(section, quick, splits):
         train, valid, test = split(x, y, seed)
         results = {}
         for name in names:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 mask = mask_of(name, train, valid, seed, quick)
             except ImportError as error:
                 print(f"{name}: {error}", flush=True)
                 continue
-            seconds[name] += time.perf_counter() - start
+            seconds[name] += time.process_time() - start
             results[name] = trees(train, valid, mask, seed), trees(train, test, mask, seed)
             table[name].append(results[name][1])
             print(f"split {seed}, {name}: valid {results[name][0]:.4f}, test {results[name][1]:.4f}", flush=True)
@@ -427,13 +427,13 @@ def small_digits(section, quick, splits):
     for seed in splits:
         train, valid, test = split(x, y, seed)
         for name in scores:
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 masks = masks_of(name, train, valid, seed, quick)
             except ImportError as error:
                 print(f"{name}: {error}", flush=True)
                 continue
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.process_time() - start)
             for count in COUNTS:
                 scores[name][count].append(refitted(train, test, masks[count], seed, quick))
             own = [f"{scores[name][count][-1]:.3f}" for count in COUNTS]
