@@ -130,18 +130,17 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 # iteration from below, as in `shrink_groups`; ‖x‖ - Σ x² t / Σ x² is below the root by Jensen's
 # inequality.
 _SHORTENED = """
-#define STEP_OF(i) (cut / (eps + root * sqrt((double)(%(second)s))))
+#include <stdlib.h>
 #define EACH(statements) \\
   for (i = 0; i + 8 <= count; i += 8) for (int j = 0; j < 8; j++) { const int64_t at = i + j; statements } \\
   for (int j = 0; i < count; i++) { const int64_t at = i; statements }
 
-static double shortened(
-    const %(type)s *a0, const %(second_type)s *a1, int64_t count, double root, double eps, double cut) {
+static double root_of(const double *restrict x, const double *restrict t, int64_t count) {
   double s[8] = {0}, u[8] = {0}, b[8] = {0}, total = 0, mean = 0, r = 0;
   int64_t i;
   EACH(
-    const double x = fabs(entry_of(a0, at)); const double t = STEP_OF(at); const double d = x - t;
-    s[j] += x * x; u[j] += x * x * t; b[j] = d > b[j] ? d : b[j];
+    const double square = x[at] * x[at]; const double d = x[at] - t[at];
+    s[j] += square; u[j] += square * t[at]; b[j] = d > b[j] ? d : b[j];
   )
   for (int j = 0; j < 8; j++) { total += s[j]; mean += u[j]; r = b[j] > r ? b[j] : r; }
   if (total != total || r > DBL_MAX) return NAN;
@@ -151,14 +150,26 @@ static double shortened(
     double square = 0, cube = 0;
     for (int j = 0; j < 8; j++) s[j] = u[j] = 0;
     EACH(
-      const double low = r + STEP_OF(at); const double part = 1 / (low > DBL_MIN ? low : DBL_MIN);
-      const double x = entry_of(a0, at) * part; s[j] += x * x; u[j] += x * x * part;
+      const double part = 1 / (r + t[at] + DBL_MIN); const double y = x[at] * part; const double z = y * y;
+      s[j] += z; u[j] += z * part;
     )
     for (int j = 0; j < 8; j++) { square += s[j]; cube += u[j]; }
     if (r == 0 && square <= 1) return 0;
     if (cube > 0) r += (sqrt(square) - 1) * (square / cube);
     if (square <= 1 + 1e-9) break;
   }
+  return r;
+}
+
+static double shortened(
+    const %(type)s *restrict a0, const %(second_type)s *restrict a1, int64_t count, double root, double eps, double cut) {
+  double *x = malloc(2 * count * sizeof(double)), *t = x + count;
+  for (int64_t i = 0; i < count; i++) {
+    x[i] = fabs(entry_of(a0, i));
+    t[i] = cut / (eps + root * sqrt((double)(%(second)s)));
+  }
+  const double r = root_of(x, t, count);
+  free(x);
   return r;
 }
 """
