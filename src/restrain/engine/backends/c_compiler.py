@@ -162,7 +162,7 @@ static double root_of(const double *restrict x, const double *restrict t, int64_
 }
 
 static double shortened(
-    const %(type)s *restrict a0, const %(second_type)s *restrict a1, int64_t count, double root, double eps, double cut) {
+    const %(type)s *a0, const %(second_type)s *a1, int64_t count, double root, double eps, double cut) {
   double *x = malloc(2 * count * sizeof(double)), *t = x + count;
   for (int64_t i = 0; i < count; i++) {
     x[i] = fabs(entry_of(a0, i));
