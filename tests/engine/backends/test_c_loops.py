@@ -84,7 +84,7 @@ def test_groups_in_a_metric_and_groups_that_are_columns(monkeypatch, per, kind):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3))
         optimizer = kind(model.parameters(), lr=0.05)
-        reg = rs.attach(model, 0.1 * rs.GroupLasso(per=per).on(rs.weights, how="proximal"), optimizer, compile=compile)
+        reg = rs.attach(model, 2.0 * rs.GroupLasso(per=per).on(rs.weights, how="proximal"), optimizer, compile=compile)
         if compile:
             monkeypatch.setattr(formula, "by_formulas", lambda *given: pytest.fail("a formula"))
             monkeypatch.setattr(eager, "carry_out", lambda *given: pytest.fail("torch"))
