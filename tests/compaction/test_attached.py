@@ -293,8 +293,9 @@ def test_units_at_activation_functions_stay(function, inplace):
     with torch.no_grad():
         model[0].bias[DEAD] = torch.tensor([0.1, 5.0, -1.0]).double()
         model[0].weight[:, 3] = 0
-        model[2].weight[:2] = 0  # and behind the function
-        model[2].weight[:, 1] = 1.0
+        model[2].weight[:2] = 0  # constant behind the function; the third only without the function
+        model[2].weight[2] = 0
+        model[2].weight[2:, 1] = 1.0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     reg = rs.attach(model, function.on(rs.outputs("0")), optimizer)
     model.train()(x())
@@ -317,6 +318,12 @@ def test_activation_functions_that_dont_go_along_are_refused():
     with (
         rs.attach(model, rs.TopK(2).on(rs.outputs("1")), optimizer),
         pytest.raises(CompactionError, match="isn't given"),
+    ):
+        rs.compact(model, x())
+    model[1] = nn.Identity()
+    with (
+        rs.attach(model, rs.TopK(2).on(rs.outputs("1"))),
+        pytest.raises(CompactionError, match="isn't in the exported"),
     ):
         rs.compact(model, x())
     with rs.attach(model, rs.TopK(2).on(rs.inputs("2"))), pytest.raises(CompactionError, match="isn't known"):

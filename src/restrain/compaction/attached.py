@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -167,20 +167,19 @@ def attachment_of(model: nn.Module, optimizer: Optimizer | None) -> Attachment |
     return found[0] if found else None
 
 
-def acted_on(model: nn.Module, reg: Attachment | None, graph: Graph) -> dict[int, str]:
-    """Return {unit: why it stays} of units at activation functions, which act in evaluation, too.
+def acted_on(model: nn.Module, reg: Attachment | None) -> dict[str, str]:
+    """Return {path of a layer: why its units stay} where activation functions act.
 
-    Such a function changes a unit's constant, or compares units with each other.
+    They act in evaluation, too: they change constants, or compare units with each other.
 
     Args:
         model: the model with its attachments.
         reg: the attachment that goes along, or None.
-        graph: the model's graph.
 
     Raises:
-        CompactionError: a function doesn't go along, or it isn't known on which units it acts.
+        CompactionError: a function doesn't go along, or acts on inputs.
     """
-    found: dict[int, str] = {}
+    found: dict[str, str] = {}
     for other in attached_to(model):
         for one in other.rules:
             what = one.rule.what
@@ -190,14 +189,21 @@ def acted_on(model: nn.Module, reg: Attachment | None, graph: Graph) -> dict[int
                 raise _refused(f"{one.key} is an activation function, and acts with an optimizer that isn't given")
             for point in one.points:
                 path = ".".join(point.path)
-                calls = graph.given.get(path, ()) if point.place.kind == "outputs" else ()
-                if not calls or any(labels is None for _, labels in calls):
+                if point.place.kind != "outputs":
                     raise _refused(f"on which units {what!r} acts isn't known, at the {point.place.kind} of {path!r}")
-                for _, labels in calls:
-                    assert labels is not None
-                    units = graph.labels.units(labels.flatten())
-                    found.update(dict.fromkeys(units, f"{what!r} acts on it, at the outputs of {path!r}"))
+                found[path] = f"{what!r} acts on it, at the outputs of {path!r}"
     return found
+
+
+def check_acted_on(paths: Iterable[str], graph: Graph) -> None:
+    """Check that the outputs of layers with activation functions are in the graph.
+
+    Raises:
+        CompactionError: one isn't, as that of an nn.Identity.
+    """
+    for path in paths:
+        if path not in graph.given:
+            raise _refused(f"the output of {path!r}, on which an activation function acts, isn't in the exported graph")
 
 
 def carried(reg: Attachment, model: nn.Module, graph: Graph, keep: Mapping[str, Mapping[int, Tensor]]) -> Carried:

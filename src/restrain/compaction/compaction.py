@@ -160,6 +160,7 @@ def compact(
     """
     args = _checked(model, example, optimizer, mode)
     reg = attached.attachment_of(model, optimizer) if rules else None
+    functions = attached.acted_on(model, reg) if rules else {}
     large, _ = _copied(model, None)
     with without_cache(large):
         reference = [(given, _run(large, given)) for given in _batches(args)]
@@ -167,10 +168,10 @@ def compact(
             raise CompactionError(f"{type(model).__name__} gives no tensor that could be compared: return tensors")
         before = measured(large, args)
         attention.replaced(large)
-        graph = Graph(large, args)
+        graph = Graph(large, args, acted_on=functions)
+        attached.check_acted_on(functions, graph)
     widths = Uniform(graph, model) if uniform else None
-    fixed = attached.acted_on(model, reg, graph) if rules else {}
-    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths, fixed)
+    plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths)
     with without_cache(small):
         report = Report(
             _layers(graph, plan, small), before, measured(small, args), difference, plan.changed, _notes(small, plan)
@@ -208,19 +209,14 @@ Reference: TypeAlias = "list[tuple[tuple[Any, ...], list[Tensor]]]"
 
 
 def _attempted(
-    model: nn.Module,
-    optimizer: Optimizer | None,
-    graph: Graph,
-    reference: Reference,
-    widths: Uniform | None,
-    acted_on: Mapping[int, str],
+    model: nn.Module, optimizer: Optimizer | None, graph: Graph, reference: Reference, widths: Uniform | None
 ) -> tuple[Plan, Small, float]:
     """Return (plan, smaller copies, difference of outputs).
 
     If the smaller model fails, the units of one layer at a time are removed, to find units whose
-    number is fixed in the model's code; these stay, as do those on which activation functions act.
+    number is fixed in the model's code; these stay.
     """
-    fixed = dict(acted_on)
+    fixed: dict[int, str] = {}
     for attempt in range(2):
         plan = _plan(graph, model, fixed, widths)
         small = _smaller(model, optimizer, graph, plan)
@@ -232,7 +228,7 @@ def _attempted(
         families = _families(graph, plan.gone)
         for family in families:
             others = dict.fromkeys((unit for other in families if other is not family for unit in other), "")
-            alone = _smaller(model, None, graph, _plan(graph, model, {**acted_on, **others}))
+            alone = _smaller(model, None, graph, _plan(graph, model, others))
             told = _compared(alone[0], reference)[1]
             if told is not None:
                 fixed.update(dict.fromkeys(family, f"the model's code needs its size: {told}"))
