@@ -51,7 +51,7 @@ def _kept(form: Form, w: Any, moved: Any) -> Any:
     """Return the mask of entries that aren't zero; of those that join, only the longest ones."""
     on, was = moved != 0, w != 0
     new, sizes = np.flatnonzero(on & ~was), form.sizes(moved)
-    most = max(_FEW, np.count_nonzero(was))
+    most = max(_FEW, int(np.count_nonzero(was)))
     if len(new) <= most:
         return on
     return on & (was | (sizes >= np.partition(sizes[new], -most)[-most]))

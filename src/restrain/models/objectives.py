@@ -190,7 +190,8 @@ class Squares:
     """
 
     def __init__(self, x: Any, y: Any, spread: float) -> None:
-        self.x, self.y, self.scale = np.asfortranarray(x), y, 2 / y.size
+        self.x, self.y = np.asfortranarray(x), y
+        self.scale: float = 2 / y.size
         self.bound = self.scale * len(x) * spread
         self.products = Products(self.x)
 
