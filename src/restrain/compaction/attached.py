@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -195,15 +195,18 @@ def acted_on(model: nn.Module, reg: Attachment | None) -> dict[str, str]:
     return found
 
 
-def check_acted_on(paths: Iterable[str], graph: Graph) -> None:
-    """Check that the outputs of layers with activation functions are in the graph.
+def graph_of(model: nn.Module, args: tuple[Any, ...], functions: Mapping[str, str]) -> Graph:
+    """Return the graph of a model; the units at `functions`, by `acted_on`, stay.
 
     Raises:
-        CompactionError: one isn't, as that of an nn.Identity.
+        CompactionError: the output of a layer with a function isn't in the graph, as that of an
+            nn.Identity.
     """
-    for path in paths:
+    graph = Graph(model, args, acted_on=functions)
+    for path in functions:
         if path not in graph.given:
             raise _refused(f"the output of {path!r}, on which an activation function acts, isn't in the exported graph")
+    return graph
 
 
 def carried(reg: Attachment, model: nn.Module, graph: Graph, keep: Mapping[str, Mapping[int, Tensor]]) -> Carried:

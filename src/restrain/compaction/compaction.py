@@ -168,8 +168,7 @@ def compact(
             raise CompactionError(f"{type(model).__name__} gives no tensor that could be compared: return tensors")
         before = measured(large, args)
         attention.replaced(large)
-        graph = Graph(large, args, acted_on=functions)
-        attached.check_acted_on(functions, graph)
+        graph = attached.graph_of(large, args, functions)
     widths = Uniform(graph, model) if uniform else None
     plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths)
     with without_cache(small):
