@@ -280,3 +280,51 @@ def test_declared_rules_are_counted_once():
     value = 0.1 * result.model[2].weight.detach().square().sum().item()
     assert list(result.attachment.values().values()) == pytest.approx([value])
     assert list(reg.values().values()) == pytest.approx([value])
+
+
+FUNCTIONS = [rs.TopK(3), rs.BatchTopK(3), rs.JumpReLU(0.3, 0.1)]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=repr)
+def test_units_at_activation_functions_stay(function, inplace):
+    """With constants (biases) that the function lets through, cuts, or lets win; others go, and outputs stay."""
+    model = mlp()
+    with torch.no_grad():
+        model[0].bias[DEAD] = torch.tensor([0.1, 5.0, -1.0]).double()
+        model[0].weight[:, 3] = 0
+        model[2].weight[:2] = 0  # constant behind the function; the third only without the function
+        model[2].weight[2] = 0
+        model[2].weight[2:, 1] = 1.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, function.on(rs.outputs("0")), optimizer)
+    model.train()(x())
+    reference = model.eval()(x())
+    result = rs.compact(model, x(), optimizer, inplace=inplace)
+    assert list(result.model[0].weight.shape) == [6, 4]
+    assert list(result.model[2].weight.shape) == [3, 6]
+    torch.testing.assert_close(result.model.eval()(x()), reference, rtol=0, atol=1e-12)
+    assert "acts on it, at the outputs of '0'" in str(result.report)
+    result.attachment.detach()
+    assert (result.model(x()) - reference).abs().max() > 1e-3
+    free = rs.compact(model, x(), rules=False) if not inplace else None
+    assert free is None or len(free.model[0].weight) < 6
+    reg.detach()
+
+
+def test_activation_functions_that_dont_go_along_are_refused():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        rs.attach(model, rs.TopK(2).on(rs.outputs("1")), optimizer),
+        pytest.raises(CompactionError, match="isn't given"),
+    ):
+        rs.compact(model, x())
+    model[1] = nn.Identity()
+    with (
+        rs.attach(model, rs.TopK(2).on(rs.outputs("1"))),
+        pytest.raises(CompactionError, match="isn't in the exported"),
+    ):
+        rs.compact(model, x())
+    with rs.attach(model, rs.TopK(2).on(rs.inputs("2"))), pytest.raises(CompactionError, match="isn't known"):
+        rs.compact(model, x())

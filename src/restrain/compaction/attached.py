@@ -27,8 +27,9 @@ from restrain.penalties.structured import SLOPE, FusedLasso, TotalVariation
 from restrain.plans import Plan
 from restrain.rules import Rule, What
 from restrain.schedule import Strength, Target
+from restrain.transforms.activation import Activation
 from restrain.transforms.entries import Fixed, Signs
-from restrain.transforms.sparsity import NM, Kept, TopGroups
+from restrain.transforms.sparsity import NM, Kept, TopGroups, TopK
 from restrain.unit_sets import Units, per_of
 
 _STILL = 1e-5  # largest change of a weight by attaching, relative to the tensor's largest entry
@@ -164,6 +165,48 @@ def attachment_of(model: nn.Module, optimizer: Optimizer | None) -> Attachment |
         if len(reg.optimizers) > 1:
             raise _refused(f"they act at the steps of {len(reg.optimizers)} optimizers, and compact takes one")
     return found[0] if found else None
+
+
+def acted_on(model: nn.Module, reg: Attachment | None) -> dict[str, str]:
+    """Return {path of a layer: why its units stay} where activation functions act.
+
+    They act in evaluation, too: they change constants, or compare units with each other.
+
+    Args:
+        model: the model with its attachments.
+        reg: the attachment that goes along, or None.
+
+    Raises:
+        CompactionError: a function doesn't go along, or acts on inputs.
+    """
+    found: dict[str, str] = {}
+    for other in attached_to(model):
+        for one in other.rules:
+            what = one.rule.what
+            if not (one.rule.at_places and isinstance(what, Activation | TopK)):
+                continue
+            if other is not reg:
+                raise _refused(f"{one.key} is an activation function, and acts with an optimizer that isn't given")
+            for point in one.points:
+                path = ".".join(point.path)
+                if point.place.kind != "outputs":
+                    raise _refused(f"on which units {what!r} acts isn't known, at the {point.place.kind} of {path!r}")
+                found[path] = f"{what!r} acts on it, at the outputs of {path!r}"
+    return found
+
+
+def graph_of(model: nn.Module, args: tuple[Any, ...], functions: Mapping[str, str]) -> Graph:
+    """Return the graph of a model; the units at `functions`, by `acted_on`, stay.
+
+    Raises:
+        CompactionError: the output of a layer with a function isn't in the graph, as that of an
+            nn.Identity.
+    """
+    graph = Graph(model, args, acted_on=functions)
+    for path in functions:
+        if path not in graph.given:
+            raise _refused(f"the output of {path!r}, on which an activation function acts, isn't in the exported graph")
+    return graph
 
 
 def carried(reg: Attachment, model: nn.Module, graph: Graph, keep: Mapping[str, Mapping[int, Tensor]]) -> Carried:

@@ -138,7 +138,8 @@ def compact(
         mode: "eval": outputs are the same in evaluation.
         inplace: True to change the given model and optimizer instead of copies.
         rules: False to leave attached rules out. Else they go along, with their state, as
-            `result.attachment`; rules with an optimizer only if it is given here.
+            `result.attachment`; rules with an optimizer only if it is given here. Units on which
+            activation functions act (`rs.TopK`, `rs.JumpReLU` at outputs) stay.
         uniform: True for a model of transformers (GPT-2, BERT, Llama, Mistral, Qwen 2) to keep as
             many units in each layer as in the widest, and to write the numbers into its
             configuration, so that `save_pretrained` and `from_pretrained` work.
@@ -159,6 +160,7 @@ def compact(
     """
     args = _checked(model, example, optimizer, mode)
     reg = attached.attachment_of(model, optimizer) if rules else None
+    functions = attached.acted_on(model, reg) if rules else {}
     large, _ = _copied(model, None)
     with without_cache(large):
         reference = [(given, _run(large, given)) for given in _batches(args)]
@@ -166,7 +168,7 @@ def compact(
             raise CompactionError(f"{type(model).__name__} gives no tensor that could be compared: return tensors")
         before = measured(large, args)
         attention.replaced(large)
-        graph = Graph(large, args)
+        graph = attached.graph_of(large, args, functions)
     widths = Uniform(graph, model) if uniform else None
     plan, (small, other, fewer), difference = _attempted(model, optimizer, graph, reference, widths)
     with without_cache(small):

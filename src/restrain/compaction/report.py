@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ class Report:
 
 @torch.no_grad()
 def measured(model: nn.Module, args: tuple[Any, ...], rounds: int = 5) -> Cost:
-    """Return the cost of a forward; the time is the median of some rounds after a warm-up."""
+    """Return the cost of a forward; the time is the least of some rounds after a warm-up."""
     counter = FlopCounterMode(display=False)
     with torch.random.fork_rng(devices=[]):
         with counter:
@@ -122,7 +121,7 @@ def measured(model: nn.Module, args: tuple[Any, ...], rounds: int = 5) -> Cost:
             began = time.perf_counter()
             model(*args)
             seconds.append(time.perf_counter() - began)
-    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), statistics.median(seconds))
+    return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops(), min(seconds))
 
 
 def _ratio(before: float, after: float) -> str:

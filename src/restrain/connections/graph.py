@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,11 @@ def aligned(tensor: Tensor, rank: int) -> Tensor:
     return tensor.reshape([1] * (rank - tensor.dim()) + list(tensor.shape))
 
 
+def _calls_of(node: fx.Node) -> list[str]:
+    """Return the calls of modules in which a node is: paths, with @ and a number if repeated."""
+    return [call for call, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
 class Graph(fx.Interpreter):
     """Interpreter of an exported model that finds the labels of its parameters and their readers.
 
@@ -127,6 +132,8 @@ class Graph(fx.Interpreter):
         model: a model in eval mode.
         args: its positional inputs.
         kwargs: its inputs by name.
+        acted_on: {path of a module: why units of its output stay}, where functions outside the
+            graph act on outputs, which so aren't constant.
 
     Attributes:
         labels: the union-find structure of labels.
@@ -140,9 +147,18 @@ class Graph(fx.Interpreter):
         CompactionError: torch.export can't follow the model.
     """
 
-    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
+        acted_on: Mapping[str, str] | None = None,
+    ) -> None:
         program = _exported(model, args, kwargs or {})
         super().__init__(program.graph_module)
+        last = {call: node for node in program.graph_module.graph.nodes for call in _calls_of(node)}
+        reasons = [(node, (acted_on or {}).get(call.partition("@")[0])) for call, node in last.items()]
+        self._acted_on = {node: why for node, why in reasons if why is not None}
         self.labels, self.reads = Labels(), list[Read]()
         self.dropped, self.normalised = set[int](), set[int]()
         self.axes: dict[str, list[Tensor]] = {}
@@ -169,8 +185,11 @@ class Graph(fx.Interpreter):
         """Return the result of a node, and note it as the latest of the modules that it is in."""
         found = super().run_node(n)
         if isinstance(found, Held):
-            for call, _ in (n.meta.get("nn_module_stack") or {}).values():
+            for call in _calls_of(n):
                 self._calls[call] = found
+            if n in self._acted_on:
+                found.constants = None
+                self.labels.fix(found.labels, self._acted_on[n])
         return found
 
     def _placeholders(self, signature: Any, inputs: Iterator[Any]) -> list[Any]:

@@ -74,6 +74,27 @@ def test_what_is_not_finite_stays_in_its_place(only_loops, rules, spoil):
         torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=2e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("per", ["in", "out"])
+def test_groups_in_a_metric_and_groups_that_are_columns(monkeypatch, per, kind):
+    if c_compiler.compiled("int something;") is None:
+        pytest.skip("no C compiler")
+    found = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 3))
+        optimizer = kind(model.parameters(), lr=0.05)
+        reg = rs.attach(model, 2.0 * rs.GroupLasso(per=per).on(rs.weights, how="proximal"), optimizer, compile=compile)
+        if compile:
+            monkeypatch.setattr(formula, "by_formulas", lambda *given: pytest.fail("a formula"))
+            monkeypatch.setattr(eager, "carry_out", lambda *given: pytest.fail("torch"))
+        trained(model, reg, optimizer, 12)
+        found.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert 0 < sum(int((p == 0).sum()) for p in found[1]) < sum(p.numel() for p in found[1])
+
+
 @pytest.mark.parametrize("rule", [0.1 * rs.L1().on("*", how="proximal"), rs.MaxNorm(0.5, per="row").on("w*")], ids=repr)
 def test_all_tensors_of_one_kind_are_one_call(only_loops, monkeypatch, rule):
     calls, call = [], c_compiler.Loop.__call__

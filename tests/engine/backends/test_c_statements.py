@@ -7,7 +7,7 @@ import torch
 
 from restrain.engine.backends import c_compiler
 from restrain.engine.backends.c import changed_by, numbers_of, stages, statements
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows
+from restrain.engine.ops.groups import FitRows, Lengths, RootedShrinkRows, ShrinkRows
 from restrain.engine.ops.instructions import Decay, Gradient, Project, Prox, RootedShrink, Shrink, carry_out
 from restrain.operations import Huber, Interval, Logarithm
 from restrain.penalties import MCP
@@ -109,6 +109,55 @@ def test_rows_of_several_lengths(name, dtype, threads):
     for mine, theirs in zip(given, wanted, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=near, atol=near)
+
+
+def shortened(w, second, root, eps, cut):
+    """The prox of the rows' lengths in float64, its secular equation solved by bisection."""
+    t, low = cut / (second.sqrt() * root + eps), torch.zeros(len(w), 1, dtype=torch.float64)
+    high = w.norm(dim=1, keepdim=True)
+    for _ in range(200):
+        middle = (low + high) / 2
+        over = (w / (middle + t)).square().sum(1, keepdim=True) > 1
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    r = torch.where((w / t).square().sum(1, keepdim=True) > 1, high, 0)
+    return w * (r / (r + t))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0.1, 4.0])
+def test_rows_in_a_metric_solve_their_equation(dtype, spread, threads):
+    numbers, draws = (3.0, 1e-8, 0.3), torch.Generator().manual_seed(2)
+    lowered = [(RootedShrinkRows(), numbers)]
+    given = [[torch.randn(count, n, generator=draws).to(dtype) for _ in "wo"] for n, count in LENGTHS]
+    for w, second in given:
+        w.mul_(torch.rand(len(w), 1, generator=draws))
+        w[len(w) // 2] = 0
+        second.mul_(spread).exp_()
+    given[-1][1][:] = 0  # steps without end
+    wanted = [shortened(w.double(), second.double(), *numbers) for w, second in given]
+    plain = [(w.clone(), second) for w, second in given]
+    loop = c_compiler.rows((dtype, dtype), stages(lowered), len(numbers), (0,))
+    loop(given, numbers * len(given), [n for n, _ in LENGTHS])
+    zeros = 0
+    for (w, _), theirs, same in zip(given, wanted, plain, strict=True):
+        torch.testing.assert_close(w.double(), theirs, rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+        carry_out(lowered, same)
+        torch.testing.assert_close(w, same[0], rtol=2 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+        assert not ((w == 0) & w.signbit()).any()
+        assert ((w == 0).all(1) == (same[0] == 0).all(1)).all()
+        zeros += int((w == 0).all(1).sum())
+    assert 5 < zeros < sum(count for _, count in LENGTHS)
+
+
+def test_rows_that_arent_finite_in_a_metric_stay():
+    w, second = torch.ones(3, 4), torch.ones(3, 4)
+    w[0, 1], w[1, 2] = math.nan, math.inf
+    before = w.clone()
+    c_compiler.rows((w.dtype, w.dtype), stages([(RootedShrinkRows(), (1.0, 0.1, 0.2))]), 3, (0,))(
+        [(w, second)], (1.0, 0.1, 0.2), [4]
+    )
+    assert torch.equal(w[:2].nan_to_num(7.0), before[:2].nan_to_num(7.0))
+    assert (w[2] < 1).all()
 
 
 def test_rows_that_fit_are_only_read(threads):

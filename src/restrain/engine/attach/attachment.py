@@ -934,6 +934,7 @@ class Attachment:
         """
         state = self.state_dict()
         points = {f"{b.key}: {r.point.key}": r.point for b in self._bounds for r in b.penalty_recorders}
+        points |= {f"{b.key}: {point.key}": point for b in self._bounds for point, _ in b.transforms}
         kept = {}
         for name, tensors, _, handle in self._keepers():
             whose = points[name] if handle is None else handle.name

@@ -105,6 +105,7 @@ static double length_of(const %(type)s *a0, int64_t count) {
   return peak * sqrt(all);
 }
 
+%(more)s
 void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count, const double *numbers, int threads) {
   int64_t total = ends[count - 1];
   #pragma omp parallel num_threads(total < 32768 ? 1 : threads)
@@ -120,6 +121,56 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
       from = stop;
     }
   }
+}
+"""
+
+
+# The length r of the prox of a row's length, with Σ x² / (r + t)² = 1 and a step for each entry,
+# t = cut / (√second · root + eps); 0 if the row becomes zero, NaN if it isn't finite. By Newton's
+# iteration from below, as in `shrink_groups`; ‖x‖ - Σ x² t / Σ x² is below the root by Jensen's
+# inequality.
+_SHORTENED = """
+#include <stdlib.h>
+#define EACH(statements) \\
+  for (i = 0; i + 8 <= count; i += 8) for (int j = 0; j < 8; j++) { const int64_t at = i + j; statements } \\
+  for (int j = 0; i < count; i++) { const int64_t at = i; statements }
+
+static double root_of(const double *restrict x, const double *restrict t, int64_t count) {
+  double s[8] = {0}, u[8] = {0}, b[8] = {0}, total = 0, mean = 0, r = 0;
+  int64_t i;
+  EACH(
+    const double square = x[at] * x[at]; const double d = x[at] - t[at];
+    s[j] += square; u[j] += square * t[at]; b[j] = d > b[j] ? d : b[j];
+  )
+  for (int j = 0; j < 8; j++) { total += s[j]; mean += u[j]; r = b[j] > r ? b[j] : r; }
+  if (total != total || r > DBL_MAX) return NAN;
+  const double below = total > 1e-280 && total < 1e280 ? sqrt(total) * (1 - 1e-12) - mean / total : 0;
+  r = below > r ? below : r;
+  for (int step = 0; step < 12; step++) {
+    double square = 0, cube = 0;
+    for (int j = 0; j < 8; j++) s[j] = u[j] = 0;
+    EACH(
+      const double part = 1 / (r + t[at] + DBL_MIN); const double y = x[at] * part; const double z = y * y;
+      s[j] += z; u[j] += z * part;
+    )
+    for (int j = 0; j < 8; j++) { square += s[j]; cube += u[j]; }
+    if (r == 0 && square <= 1) return 0;
+    if (cube > 0) r += (sqrt(square) - 1) * (square / cube);
+    if (square <= 1 + 1e-9) break;
+  }
+  return r;
+}
+
+static double shortened(
+    const %(type)s *a0, const %(second_type)s *a1, int64_t count, double root, double eps, double cut) {
+  double *x = malloc(2 * count * sizeof(double)), *t = x + count;
+  for (int64_t i = 0; i < count; i++) {
+    x[i] = fabs(entry_of(a0, i));
+    t[i] = cut / (eps + root * sqrt((double)(%(second)s)));
+  }
+  const double r = root_of(x, t, count);
+  free(x);
+  return r;
 }
 """
 
@@ -204,7 +255,7 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
         kinds: dtypes of the weights and of the other tensors, all of them rows in memory.
         stages: triples, run in order: statements on a row of `length` entries that starts at `a0`,
             with Euclidean length `length_of(a0, length)`; a condition, true if its entries change;
-            statements on each entry.
+            statements on each entry. `shortened(a0, a1, length, ...)` is known, too.
         numbers: the number of scalars.
         changed: indices of the tensors that the stages change.
     """
@@ -212,7 +263,9 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
         f"{row}\nif ({changes}) for (int64_t i = 0; i < length; i++) {{ {_of_entry(kinds, entry, changed)} }}"
         for row, changes, entry in stages
     )
-    return _made(_ROWS % {**_parts(kinds, numbers, " + row * length"), "body": body}, kinds, changed)
+    parts = _parts(kinds, numbers, " + row * length")
+    more = _SHORTENED % parts if "shortened(" in body else ""
+    return _made(_ROWS % {**parts, "body": body, "more": more}, kinds, changed)
 
 
 def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict[str, str]:
@@ -226,6 +279,8 @@ def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict
         "numbers": " ".join(given),
         "type": types[0],
         "entry": "load_bfloat(a0[i])" if types[0] == "bfloat" else "a0[i]",
+        "second_type": types[-1],
+        "second": "load_bfloat(a1[i])" if types[-1] == "bfloat" else "a1[i]",
     }
 
 

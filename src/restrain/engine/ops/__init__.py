@@ -1,6 +1,6 @@
 """What rules do to tensors in place, as data: operations, rows, and optimizers' metrics."""
 
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, as_rows, length_in, lengths, put
+from restrain.engine.ops.groups import FitRows, Lengths, RootedShrinkRows, ShrinkRows, as_rows, length_in, lengths, put
 from restrain.engine.ops.instructions import (
     Batch,
     Change,
@@ -57,6 +57,7 @@ __all__ = [
     "Project",
     "Prox",
     "RootedShrink",
+    "RootedShrinkRows",
     "Shrink",
     "ShrinkRows",
     "StepScalars",

@@ -18,7 +18,7 @@ from restrain.axes import Grouping, group_norms
 from restrain.engine.core import dense
 from restrain.operations import LengthInterval
 from restrain.penalties import Penalty
-from restrain.penalties.shrink import at_least_float32, in_range, unsign_zeros_
+from restrain.penalties.shrink import at_least_float32, in_range, shrink_groups, unsign_zeros_
 from restrain.transforms.base import slack
 
 _PART = 4096  # entries whose squares are summed sequentially, without loss of precision
@@ -71,6 +71,19 @@ class ShrinkRows:
         if compiled or w.device.type != "cpu" or not bool(scale.all()):
             w = unsign_zeros_(w)
         return w
+
+
+@dataclass(frozen=True)
+class RootedShrinkRows:
+    """Prox of Σ‖row‖₂ with a step for each entry, cut / (√second · root + eps).
+
+    A row with NaN stays unchanged.
+    """
+
+    def __call__(self, w: Tensor, others: Sequence[Tensor], numbers: Sequence[Any]) -> Tensor:
+        root, eps, cut = numbers
+        new = shrink_groups(w, _by_row(w), 1.0, cut / others[0].sqrt().mul_(root).add_(eps))
+        return torch.where(new.isfinite(), new, w)
 
 
 @dataclass(frozen=True)

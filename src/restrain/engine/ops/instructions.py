@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from restrain.engine.ops.groups import FitRows, Lengths, ShrinkRows, fit_of, length_of, put, row_dims
+from restrain.engine.ops.groups import FitRows, Lengths, RootedShrinkRows, ShrinkRows, fit_of, length_of, put, row_dims
 from restrain.engine.ops.optimizers import ENDLESS, Metric, rooted
 from restrain.operations import Function, Interval, Length
 from restrain.penalties import Penalty
@@ -207,7 +207,9 @@ class Project:
         return unsign_zeros_(w)
 
 
-Instruction: TypeAlias = Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | FitRows
+Instruction: TypeAlias = (
+    Gradient | Decay | Shrink | RootedShrink | Prox | Project | ShrinkRows | RootedShrinkRows | FitRows
+)
 Lowered: TypeAlias = Sequence[tuple[Instruction, Sequence[Any]]]
 
 
@@ -339,12 +341,16 @@ def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
         elif other is not None:
             last = [(Prox(False, False, other), (rest, strength))]
         return [*_shrink(1 / (1 + 2 * l2 * scale), l1 * rest), *last]
-    if by_length:  # steps would differ within a group
-        raise _UnknownNumberError
     sizes = tuple(map(_float, metric.numbers))
     if not (l1 or l2 or strength):
         return []
-    if metric.size is rooted and other is None and scale and sizes[1]:
+    known = metric.size is rooted and scale and sizes[1]
+    if by_length:
+        if l1 or l2 or not known:
+            raise _UnknownNumberError
+        root, eps = 1 / sizes[0], max(sizes[1], scale / ENDLESS)
+        return [(RootedShrinkRows(), tuple(map(_float, (root, eps, scale * strength * by_length))))]
+    if known and other is None:
         return _rooted_shrink(l1, l2, scale, *sizes)
     numbers = (scale, *sizes) + (l1,) * (l1 > 0) + (l2,) * (l2 > 0) + (strength,) * (other is not None)
     return [(Prox(l1 > 0, l2 > 0, other, metric.size, len(sizes)), numbers)]
@@ -400,6 +406,7 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
     """
     w, *others = tensors
     steps: float | Tensor | None = None
+    fits = any(change.kind == "fit" for change in changes)
     for change in changes:
         if change.kind == "gradient":
             added = change.what.gradient(w)
@@ -411,9 +418,9 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
         if change.kind == "decay":
             new = decayed(w, change.what, scalars.rate)
         elif change.kind == "prox":
-            steps = scalars.metric.steps(*others)
-            new = unchecked_prox(change.what, w, steps)
-            steps = _after_prox(steps, change.what)
+            now = scalars.metric.steps(*others)
+            new = unchecked_prox(change.what, w, now)
+            steps = _after_prox(now, change.what) if fits else None
         elif change.kind == "fit":
             new = change.what.project_by(w, scalars.metric.steps(*others) if steps is None else steps)
         else:
