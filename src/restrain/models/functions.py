@@ -67,8 +67,8 @@ class Slopes(nn.Module):
 
     def __init__(self, size: int, *, gain: bool = False) -> None:
         super().__init__()
-        self.slope = nn.Parameter(torch.full((size,), 0.25))
-        self.gain = nn.Parameter(torch.ones(size)) if gain else None
+        self.slope = nn.Parameter(torch.full((size,), 0.25, device="cpu"))
+        self.gain = nn.Parameter(torch.ones(size, device="cpu")) if gain else None
 
     def forward(self, x: Tensor) -> Tensor:
         above = torch.relu(x) if self.gain is None else self.gain * torch.relu(x)
@@ -85,8 +85,8 @@ class Maxout(nn.Module):
     def __init__(self, size: int, pieces: int) -> None:
         super().__init__()
         self.shape = (pieces, size)
-        self.slopes = nn.Parameter(torch.randn(pieces * size))  # on one axis: no weights, to rs.weights
-        self.offsets = nn.Parameter(torch.zeros(pieces * size))
+        self.slopes = nn.Parameter(torch.randn(pieces * size, device="cpu"))  # on one axis: no weights, to rs.weights
+        self.offsets = nn.Parameter(torch.zeros(pieces * size, device="cpu"))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x.unsqueeze(-2) * self.slopes.view(self.shape) + self.offsets.view(self.shape)).amax(-2)

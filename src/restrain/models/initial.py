@@ -76,7 +76,9 @@ def set_values(module: nn.Module, layer: Mapping[str, Any]) -> None:
 
 def _is_weight(name: str, p: Tensor, kind: str, module: nn.Module) -> bool:
     recurrent = isinstance(module, nn.RNNBase)
-    return p.dim() > 1 and not name.startswith("learned.") and (kind != "radius" or not recurrent or "_hh" in name)
+    return (
+        p.dim() > 1 and not name.startswith("learned.") and (kind != "radius" or not recurrent or "weight_hh" in name)
+    )
 
 
 def _drawn(p: Tensor, name: str, given: Mapping[str, float]) -> Tensor:
