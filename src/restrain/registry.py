@@ -27,6 +27,7 @@ RESERVED = frozenset(
         "class_weight",
         "compile",
         "device",
+        "encoder",
         "epochs",
         "hidden",
         "hidden_dropout",

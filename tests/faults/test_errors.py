@@ -370,8 +370,8 @@ def test_columns_that_are_no_numbers_are_read_or_refused_by_name(name):
 
 def test_a_form_that_does_not_exist_is_named_whatever_the_data_are():
     for data in (X, np.zeros((30, 5, 4), "float32")):
-        with pytest.raises(RestrainError, match="bidirectional"):
-            rs.Classifier(hidden=((16, "bidirectional"),), epochs=1).fit(data, Y)
+        with pytest.raises(RestrainError, match="clockwork"):
+            rs.Classifier(hidden=((16, "clockwork"),), epochs=1).fit(data, Y)
 
 
 def test_labels_of_another_kind_are_told_in_our_words():

@@ -67,7 +67,7 @@ def test_the_score_of_labels_of_steps_is_the_part_of_right_steps():
     assert model.score(x, y) == pytest.approx(accuracy_score(y.ravel(), model.predict(x).ravel()))
 
 
-def test_layers_that_read_both_ways():
-    for spec in ((16, "bidirectional"), (16, "bilstm")):
-        with pytest.raises(PlanError, match=r"'bi\w+', in .*forwards only; write rnn or lstm or gru"):
-            rs.Classifier(hidden=(spec,)).fit(RNG.normal(size=(20, 3, 2)), NUMBERS)
+def test_a_dict_of_inputs_is_for_layers_that_name_them():
+    x = {"left": RNG.normal(size=(20, 2)), "right": RNG.normal(size=(20, 2))}
+    with pytest.raises(PlanError, match="X of several inputs is a dict of 'in'; got"):
+        rs.Classifier(hidden=(4,), epochs=1).fit(x, NUMBERS)

@@ -509,7 +509,7 @@ class KeywordModel(KeywordEstimator):
         Raises:
             PlanError: the images have another shape than the first layer says.
         """
-        if isinstance(x, Mapping):
+        if isinstance(x, Mapping) and not hasattr(x, "shape"):  # a sparse matrix may be a dict of keys, too
             first = self.layers if reset else self.layers_
             return joined(x, specs.names_of_inputs(first))
         shape = tuple(getattr(x, "shape", ())[1:])

@@ -141,7 +141,7 @@ def sample_shape(specifications: Any) -> Shape | None:
 
 def names_of_inputs(layers: Any) -> list[str]:
     """Return the names of the inputs of layers, resolved or not; None has one input."""
-    some = [_read(spec, first=not number) for number, spec in enumerate([0] if layers is None else as_list(layers))]
+    some = [_read(spec, first=not number) for number, spec in enumerate([1] if layers is None else as_list(layers))]
     found = [some[0].get("name", "in")]
     return found + [str(layer.get("name")) for layer in some[1:] if layer.get("form") == "input"]
 
