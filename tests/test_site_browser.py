@@ -64,7 +64,7 @@ def test_pages_open_quietly_and_their_texts_have_contrast(browser, site, scheme)
             count, faint = one.page.evaluate(FAINT)
             assert count > 50, name
             assert faint == [], name
-        assert one.said == []
+        assert [text for text in one.said if not text.startswith("[PST]")] == []  # the theme says its mode
         assert [url for url in one.asked if not url.startswith((site.as_uri(), "data:"))] == []
         one.page.add_style_tag(content="p { color: #888 !important; background: #999 }")
         assert one.page.evaluate(FAINT)[1]
@@ -107,7 +107,7 @@ def test_nothing_is_wider_than_the_screen_and_texts_are_legible(browser, site, w
     [
         ("group lasso", "reference/GroupLasso.html"),
         ("certificate", "paths.html"),
-        ("z-loss", "modern-training.html"),
+        ("SIGReg", "modern-training.html"),
         ("Attachment", "reference/Attachment.html"),
     ],
 )
@@ -121,7 +121,7 @@ def test_the_search_works_without_a_network(browser, site, words, page):
             for link in one.page.query_selector_all("#search-results li a")
         ]
         assert page in links
-        assert one.said == []
+        assert [text for text in one.said if not text.startswith("[PST]")] == []  # the theme says its mode
         assert all(url.startswith(site.as_uri()) for url in one.asked if not url.startswith("data:"))
         one.page.goto(f"{(site / 'search.html').as_uri()}?q=xyzzyx")
         one.page.wait_for_function("document.querySelector('#search-results').textContent.includes('did not match')")
@@ -138,7 +138,7 @@ WANTED = """() => [...document.querySelectorAll("a[href], button, input, summary
 def test_the_keyboard_reaches_everything(browser, site, name):
     with Opened(browser, site / f"{name}.html") as one:
         wanted = one.page.evaluate(WANTED)
-        assert len(wanted) > 100
+        assert len(wanted) > 50
         reached, faint = set(), []
         for _ in range(len(wanted) + 10):
             one.page.keyboard.press("Tab")
