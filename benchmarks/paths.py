@@ -329,6 +329,16 @@ VARIANTS = {
 }
 
 
+def timed(name, function, *arguments):
+    """What a function gives for a way by name, and the processor's seconds; (None, 0) where a peer isn't installed."""
+    start = time.process_time()
+    try:
+        return function(name, *arguments), time.process_time() - start
+    except ImportError as error:
+        print(f"{name}: {error}", flush=True)
+        return None, 0.0
+
+
 def mask_of(name, train, valid, seed, quick):
     """50 pixels by a variant."""
     if name == "LassoNet":
@@ -352,13 +362,10 @@ def pixels(section, quick, splits):
         train, valid, test = split(x, y, seed)
         results = {}
         for name in names:
-            start = time.process_time()
-            try:
-                mask = mask_of(name, train, valid, seed, quick)
-            except ImportError as error:
-                print(f"{name}: {error}", flush=True)
+            mask, taken = timed(name, mask_of, train, valid, seed, quick)
+            if mask is None:
                 continue
-            seconds[name] += time.process_time() - start
+            seconds[name] += taken
             results[name] = trees(train, valid, mask, seed), trees(train, test, mask, seed)
             table[name].append(results[name][1])
             print(f"split {seed}, {name}: valid {results[name][0]:.4f}, test {results[name][1]:.4f}", flush=True)
@@ -427,13 +434,10 @@ def small_digits(section, quick, splits):
     for seed in splits:
         train, valid, test = split(x, y, seed)
         for name in scores:
-            start = time.process_time()
-            try:
-                masks = masks_of(name, train, valid, seed, quick)
-            except ImportError as error:
-                print(f"{name}: {error}", flush=True)
+            masks, taken = timed(name, masks_of, train, valid, seed, quick)
+            if masks is None:
                 continue
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(taken)
             for count in COUNTS:
                 scores[name][count].append(refitted(train, test, masks[count], seed, quick))
             own = [f"{scores[name][count][-1]:.3f}" for count in COUNTS]

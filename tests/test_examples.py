@@ -9,15 +9,7 @@ from pathlib import Path
 
 import pytest
 
-
-def loaded(file):
-    """A script as a module."""
-    spec = importlib.util.spec_from_file_location(f"restrain_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
+from scripts import loaded
 
 GALLERY = loaded(Path(__file__).parent.parent / "docs/gallery.py")
 EXAMPLES = Path(__file__).parent.parent / "examples"

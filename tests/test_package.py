@@ -1,6 +1,5 @@
 """What a package index shows of the package; `make dist` builds and checks the package itself."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 from restrain.torch_private import SEEN
 from restrain.versions import OLDEST, TESTED, number
+from scripts import loaded
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "https://host/owner/restrain"
@@ -18,10 +18,7 @@ ADDRESS = "https://host/owner/restrain"
 
 @pytest.fixture(scope="module")
 def setup():
-    spec = importlib.util.spec_from_file_location("restrain_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "setup.py")
 
 
 def test_links_and_pictures_of_readme_get_the_address(setup):

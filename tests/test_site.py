@@ -1,6 +1,5 @@
 """The sources of the site that `make docs` builds; Sphinx isn't needed here."""
 
-import importlib.util
 import inspect
 import re
 import sys
@@ -12,16 +11,14 @@ import pytest
 
 import restrain as rs
 from report.pages import contrast
+from scripts import loaded
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def reference():
-    spec = importlib.util.spec_from_file_location("restrain_reference", ROOT / "docs/reference.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(ROOT / "docs/reference.py")
 
 
 @pytest.fixture(scope="module")

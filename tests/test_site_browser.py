@@ -1,6 +1,5 @@
 """The site of `make docs` in Chromium, without a network: quiet, legible, reached by the keyboard, searched."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from report.browsing import FAINT, Opened, launched
+from scripts import loaded
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -37,11 +37,8 @@ def site(tmp_path_factory):
     for name in ("sphinx", "myst_parser", "pydata_sphinx_theme"):
         pytest.importorskip(name, reason="the site is built by Sphinx: pip install 'restrain[docs]'")
     pytest.importorskip("matplotlib")
-    spec = importlib.util.spec_from_file_location("restrain_reference", ROOT / "docs/reference.py")
-    reference = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(reference)
     folder = tmp_path_factory.mktemp("site")
-    reference.write(folder / "sources")
+    loaded(ROOT / "docs/reference.py").write(folder / "sources")
     folders = ["-d", folder / "doctrees", folder / "sources/docs", folder / "html"]
     words = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-c", ROOT / "docs", *folders]
     done = subprocess.run(words, capture_output=True, text=True, cwd=folder, check=False)

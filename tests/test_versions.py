@@ -1,6 +1,5 @@
 """docs/versions.py: an environment for a release of torch, the tests in it, and the page of what they gave."""
 
-import importlib.util
 import json
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from restrain.torch_private import MISSING
+from scripts import loaded
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,9 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def versions(tmp_path):
     """The script, with a copy of what it reads of the project."""
-    spec = importlib.util.spec_from_file_location("versions_page", ROOT / "docs" / "versions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(ROOT / "docs" / "versions.py")
     (tmp_path / "constraints.txt").write_text("# why\nnumpy==2.0\ntorch==2.13.0\ntorchao==0.1\nnvidia-nccl-cu13==2\n")
     (tmp_path / "docs").mkdir()
     module.ROOT, module.FOUND = tmp_path, tmp_path / "build" / "versions"

@@ -13,6 +13,7 @@ from report.pages import Reader
 from restrain.cli import comparing, evaluation, explain, jobs
 from restrain.cli.commands import restrain
 from restrain.cli.comparing import Fold, Scores
+from restrain.report import best_epoch
 from restrain.tables import Marks
 
 pytest.importorskip("matplotlib")
@@ -141,7 +142,7 @@ def test_explain_of_a_classifier(fitted, here):
     assert Reader(page).faults == []
     for title in ("Importance", "Confusion", "Calibration"):
         assert f">{title}</h2>" in page
-    assert f"best epoch, {evaluation.best_epoch(fitted.model.history_)}" in page
+    assert f"best epoch, {best_epoch(fitted.model.history_)}" in page
 
 
 def test_shuffled_columns_are_whole_categories(fitted, here):
@@ -199,7 +200,7 @@ def test_curves_of_training_and_validation_share_an_axis(fitted):
     figure, ax = plt.subplots()
     drawing.curves(ax, fitted.model.history_, panels["data loss"])
     labels = [line.get_label() for line in ax.lines]
-    best = evaluation.best_epoch(fitted.model.history_)
+    best = best_epoch(fitted.model.history_)
     assert labels == ["training", "validation", f"best epoch, {best}"]
     valid = [row["valid_data_loss"] for row in fitted.model.history_ if "valid_data_loss" in row]
     np.testing.assert_array_equal(ax.lines[1].get_ydata(), valid)

@@ -1,6 +1,5 @@
 """Compaction of whole models: ResNet-18, a U-Net, GPT-2, BERT and Llama, also with one width for all layers."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 
 import restrain as rs
 from restrain.errors import CompactionError
+from scripts import loaded
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -29,9 +29,7 @@ def same(model, small, args, close=1e-10):
 def resnet(monkeypatch):
     """The network that the benchmark measures, small."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("compact_benchmark", BENCHMARKS / "compact.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded(BENCHMARKS / "compact.py")
     model, x = module.resnet(quick=True)
     return model.double(), x.double()
 

@@ -74,14 +74,18 @@ STATE = """() => ({
 })"""
 
 
+def from_the_least(page, view):
+    """The points in the order of the slider, which is put to the first of them."""
+    page.focus("#point")
+    page.keyboard.press("Home")
+    return sorted(range(len(view.strengths)), key=lambda at: view.strengths[at])
+
+
 def test_the_slider_moves_all_of_it_by_the_keyboard(browser, file):
     view = lasso().view().named(names())
-    order = sorted(range(len(view.strengths)), key=lambda at: view.strengths[at])
     (weights,) = view.lines.values()
     with Opened(browser, file) as one:
-        page = one.page
-        page.focus("#point")
-        page.keyboard.press("Home")
+        page, order = one.page, from_the_least(one.page, view)
         for place, at in enumerate(order):
             found = page.evaluate(STATE)
             assert found["text"].startswith(f"strength {float(f'{view.strengths[at]:.4g}'):g}")
@@ -118,12 +122,9 @@ NETWORK = """() => ({
 def test_the_network_that_is_left_is_drawn_and_walked_by_the_keyboard(browser, file):
     path = lasso()
     view = path.view()
-    order = sorted(range(len(view.strengths)), key=lambda at: view.strengths[at])
     (weights,) = view.lines.values()
     with Opened(browser, file) as one:
-        page = one.page
-        page.focus("#point")
-        page.keyboard.press("Home")
+        page, order = one.page, from_the_least(one.page, view)
         for at in order:
             found = page.evaluate(NETWORK)
             used = (weights[at] != 0).tolist()

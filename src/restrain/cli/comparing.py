@@ -165,9 +165,14 @@ def folds_table(one: Scores, model: str) -> list[list[str]]:
     ]
 
 
+def right_of(head: Sequence[str]) -> set[int]:
+    """Return the columns of numbers, which are aligned right."""
+    return {number for number, name in enumerate(head) if name not in ("", "model")}
+
+
 def as_text(rows: Sequence[Sequence[str]]) -> str:
     """Return a table of `table_of` or `folds_table` as text."""
-    return text_table(rows, right={n for n, name in enumerate(rows[0]) if name not in ("", "model")})
+    return text_table(rows, right=right_of(rows[0]))
 
 
 def verdict(scores: Sequence[Scores]) -> str:

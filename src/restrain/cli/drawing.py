@@ -10,7 +10,8 @@ import numpy as np
 
 from restrain import plots
 from restrain.cli.comparing import Scores
-from restrain.cli.evaluation import Calibration, Importance, best_epoch
+from restrain.cli.evaluation import Calibration, Importance
+from restrain.report import best_epoch
 
 _MOST = 20  # bars, and classes whose counts are written
 
@@ -34,7 +35,7 @@ def curves(ax: Any, history: Sequence[Mapping[str, Any]], names: Sequence[str]) 
                 ax.plot(*zip(*there, strict=True), style, color=color, lw=1.6, label=label)
     best = best_epoch(history)
     if best is not None:
-        ax.axvline(best, color="#767676", lw=1, ls=":", label=f"best epoch, {best}")
+        ax.axvline(best, color="#767676", lw=1, ls=":", label=f"best epoch, {best:.0f}")
     ax.set_xlabel("epoch")
     _framed(ax)
     ax.legend(frameon=False, fontsize=8)

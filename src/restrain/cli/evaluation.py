@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,27 +48,24 @@ def importances(model: Any, encoding: Encoding, x: Any, y: Any, *, seed: int = 0
 
     Source: Breiman (2001), "Random forests".
     """
-    draw, whole, start, found = np.random.default_rng(seed), model.score(x, y), 0, []
-    for feature in encoding.features:
-        stop, falls = start + len(feature.columns), []
+    draw, whole, found = np.random.default_rng(seed), model.score(x, y), []
+    for feature, place in zip(encoding.features, encoding.places(), strict=True):
+        falls = []
         for _ in range(REPEATS):
             shuffled = x.copy()
-            shuffled[:, start:stop] = x[draw.permutation(len(x)), start:stop]
+            shuffled[:, place] = x[draw.permutation(len(x)), place]
             falls.append(whole - model.score(shuffled, y))
         found.append(Importance(feature.name, float(np.mean(falls)), float(np.std(falls, ddof=1) / REPEATS**0.5)))
-        start = stop
     return sorted(found, key=lambda one: -one.fall)
 
 
 def selected(model: Any, encoding: Encoding) -> tuple[list[str], list[str]]:
     """Return (columns with a weight in the first layer that isn't zero, the others)."""
-    used, start = set(model.selected_features_.tolist()), 0
+    used = set(model.selected_features_.tolist())
     kept: list[str] = []
     left: list[str] = []
-    for feature in encoding.features:
-        stop = start + len(feature.columns)
-        (kept if used & set(range(start, stop)) else left).append(feature.name)
-        start = stop
+    for feature, place in zip(encoding.features, encoding.places(), strict=True):
+        (kept if used & set(range(place.start, place.stop)) else left).append(feature.name)
     return kept, left
 
 
@@ -104,9 +100,3 @@ def calibration(model: Any, x: Any, y: Any) -> Calibration:
     parts = [part for part in np.array_split(order, BINS) if len(part)]
     means = [(predicted[part].mean(), observed[part].mean(), len(part)) for part in parts]
     return Calibration(*(np.array(column) for column in zip(*means, strict=True)))
-
-
-def best_epoch(history: Sequence[Any]) -> int | None:
-    """Return the epoch of the least validation loss; None without validation."""
-    rows = [row for row in history if "valid_data_loss" in row]
-    return int(min(rows, key=lambda row: row["valid_data_loss"])["epoch"]) if rows else None

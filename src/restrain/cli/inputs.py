@@ -80,9 +80,7 @@ def kind_of(table: Table, names: Sequence[str]) -> str:
 
 def groups_of(encoding: Encoding) -> list[list[int]]:
     """Return the numbers of each column's inputs: one of a number, several of a category."""
-    widths = [len(feature.columns) for feature in encoding.features]
-    ends = np.cumsum(widths).tolist()
-    return [list(range(end - width, end)) for width, end in zip(widths, ends, strict=True)]
+    return [list(range(place.start, place.stop)) for place in encoding.places()]
 
 
 def find(x: Any, y: Any, groups: Sequence[Sequence[int]], settings: Settings) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path as FilePath
 
-from restrain.cli.comparing import Scores, folds_table, table_of, verdict
+from restrain.cli.comparing import Scores, folds_table, right_of, table_of, verdict
 from restrain.cli.drawing import compared
 from restrain.cli.jobs import Run, measure
 from restrain.errors import DataError
@@ -19,7 +19,7 @@ def write_scores(scores: list[Scores], data: FilePath, model: str, file: FilePat
     """Write a page with the scores of models over folds; return its path."""
     score = measure(model)
     table = table_of(scores, model)
-    right = [n for n, name in enumerate(table[0]) if name not in ("", "model")]
+    right = tuple(right_of(table[0]))
     told = verdict(scores) if len(scores) > 1 else "Points are folds; bars are standard errors."
     size = (4.8, 1.2 + 0.35 * len(scores))
     parts = [Part("models", "Models", told, table, right, lambda axes: compared(axes[0], scores, score), size)]

@@ -339,7 +339,7 @@ class KeywordModel(KeywordEstimator):
     def _decided(self, samples: Samples, given: dict[str, Any], valid: Any) -> tuple[dict[str, Any], Any]:
         """Return (keywords, validation data) for what is left "auto" in this call."""
         values, automatic = {**vars(self), **given}, isinstance(valid, str) and valid == "auto"
-        if values["epochs"] != "auto" or "lbfgs" in str(values["algo"]).lower():
+        if not _is_left_to_us(values):
             return {}, None if automatic else valid
         of_rules = self.split_keywords(given)[1]
         rules = {name: value for name, value in of_rules.items() if value is not None and value is not False}
@@ -365,8 +365,8 @@ class KeywordModel(KeywordEstimator):
             count: number of samples.
             labels: their classes, of a classifier.
         """
-        automatic = isinstance(self.valid, str) and self.valid == "auto" and self.epochs == "auto"
-        automatic = automatic and "lbfgs" not in str(self.algo).lower() and not self._is_linear
+        automatic = isinstance(self.valid, str) and self.valid == "auto"
+        automatic = automatic and _is_left_to_us(vars(self)) and not self._is_linear
         return defaults.part(labels, count) if automatic and not checkpoints.is_of_0_1(self.checkpoint) else None
 
     @property
@@ -980,6 +980,11 @@ class KeywordModel(KeywordEstimator):
 def _by_entry(state: Mapping[str, Any], p: Tensor) -> bool:
     """Return True if an optimizer's tensors of a parameter have its shape, or one entry."""
     return all(one.shape == p.shape or one.numel() == 1 for one in state.values() if isinstance(one, Tensor))
+
+
+def _is_left_to_us(values: Mapping[str, Any]) -> bool:
+    """Return True if `fit` decides how long it trains, by the values of all keywords."""
+    return bool(values["epochs"] == "auto") and "lbfgs" not in str(values["algo"]).lower()
 
 
 def _check_patience(chosen: Settings, held: Samples | None) -> None:

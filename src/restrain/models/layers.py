@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,111 +20,86 @@ from restrain.models import functions, initial
 from restrain.models.specs import NORMS, RECURRENT, LayerData, image
 
 
-class Activated(Protocol):
-    """A layer with an activation function, and the parts of it that have parameters."""
+class _Activated(nn.Module):
+    """Base of layers with an activation function, whose parameters, if any, are in `learned`."""
 
     activation: str
     learned: nn.ModuleList | None
 
+    def _activate_by(self, activation: str, size: int) -> None:
+        """Set the activation function of a layer of so many features."""
+        self.activation, self.learned = activation, functions.learned(activation, size)
 
-def activated(layer: Activated, x: Tensor) -> Tensor:
-    """Return the layer's activation function of x."""
-    function = functions.FUNCTIONS.get(layer.activation)
-    if function is not None:
-        return function(x)
-    return functions.apply(layer.activation, x, layer.learned)
-
-
-def _learn(layer: Activated, size: int, activation: str) -> None:
-    """Set a layer's activation, with its parameters if it has any."""
-    layer.activation, layer.learned = activation, functions.learned(activation, size)
+    def _activated(self, x: Tensor) -> Tensor:
+        """Return the activation function of x."""
+        function = functions.FUNCTIONS.get(self.activation)
+        return functions.apply(self.activation, x, self.learned) if function is None else function(x)
 
 
-class Dense(nn.Linear):
+class Dense(_Activated, nn.Linear):
     """activation(W x + b)."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, before: int, size: int, activation: str) -> None:
         super().__init__(before, size)
-        _learn(self, size, activation)
+        self._activate_by(activation, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self, super().forward(x))
+        return self._activated(super().forward(x))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class Tied(nn.Module):
+class Tied(_Activated):
     """activation(Wᵀ x + b), with W the weight of another layer: one parameter with two names."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, partner: Dense, activation: str) -> None:
         super().__init__()
         self.weight = partner.weight
         self.bias = nn.Parameter(torch.zeros(partner.in_features, device=partner.weight.device))
-        _learn(self, partner.in_features, activation)
+        self._activate_by(activation, partner.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self, F.linear(x, self.weight.t(), self.bias))
+        return self._activated(F.linear(x, self.weight.t(), self.bias))
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} to {self.weight.shape[1]}, activation={self.activation}"
 
 
-class Normalized(nn.Module):
+class Normalized(_Activated):
     """activation(normalised x), normalised over the batch or the features, the last axis of x."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, form: str, size: int, activation: str) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(size) if form == "batchnorm" else nn.LayerNorm(size)
-        _learn(self, size, activation)
+        self._activate_by(activation, size)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() > 2:
-            return activated(self, self.norm(x.flatten(0, -2)).view(x.shape))
-        return activated(self, self.norm(x))
+            return self._activated(self.norm(x.flatten(0, -2)).view(x.shape))
+        return self._activated(self.norm(x))
 
 
-class Conv1(nn.Conv1d):
-    """activation(w ∗ x + b) along the steps of sequences (batch, time, channels)."""
-
-    activation: str
-    learned: nn.ModuleList | None
+class _Convolution(_Activated):
+    """activation(w ∗ x + b) with the channels of x last, around one of torch's convolutions."""
 
     def __init__(self, before: int, layer: LayerData) -> None:
         super().__init__(before, layer["size"], *_window(layer))
-        _learn(self, layer["size"], layer["activation"])
+        self._activate_by(layer["activation"], layer["size"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self, super().forward(x.transpose(1, 2)).transpose(1, 2))
+        return self._activated(super().forward(x.movedim(-1, 1)).movedim(1, -1))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"  # type: ignore[no-untyped-call]
+        return f"{super().extra_repr()}, activation={self.activation}"
 
 
-class Conv2(nn.Conv2d):
-    """activation(w ∗ x + b) over images (batch, height, width, channels)."""
+class Conv1(_Convolution, nn.Conv1d):
+    """A convolution along the steps of sequences (batch, time, channels)."""
 
-    activation: str
-    learned: nn.ModuleList | None
 
-    def __init__(self, before: int, layer: LayerData) -> None:
-        super().__init__(before, layer["size"], *_window(layer))
-        _learn(self, layer["size"], layer["activation"])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return activated(self, super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"  # type: ignore[no-untyped-call]
+class Conv2(_Convolution, nn.Conv2d):
+    """A convolution over images (batch, height, width, channels)."""
 
 
 def _window(layer: LayerData) -> Any:
@@ -136,58 +111,49 @@ def _window(layer: LayerData) -> Any:
     )
 
 
-class Pooled(nn.Module):
+class Pooled(_Activated):
     """activation(greatest of each window), over sequences or over images with channels last."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, layer: LayerData) -> None:
         super().__init__()
         kind = nn.MaxPool1d if layer["form"] == "pool1" else nn.MaxPool2d
         self.pool = kind(tuple(layer["kernel_size"]), tuple(layer["stride"]))
-        _learn(self, layer["size"], layer["activation"])
+        self._activate_by(layer["activation"], layer["size"])
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self, self.pool(x.movedim(-1, 1)).movedim(1, -1))
+        return self._activated(self.pool(x.movedim(-1, 1)).movedim(1, -1))
 
 
-class Reshaped(nn.Module):
+class Reshaped(_Activated):
     """activation(the numbers of each sample in another shape)."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, shape: list[int], size: int, activation: str) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        _learn(self, size, activation)
+        self._activate_by(activation, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return activated(self, x.reshape(x.shape[0], *self.shape))
+        return self._activated(x.reshape(x.shape[0], *self.shape))
 
     def extra_repr(self) -> str:
         return f"{self.shape}, activation={self.activation}"
 
 
-class Joined(nn.Module):
+class Joined(_Activated):
     """activation(product of several inputs, or their features side by side)."""
-
-    activation: str
-    learned: nn.ModuleList | None
 
     def __init__(self, form: str, size: int, activation: str) -> None:
         super().__init__()
         self.product = form == "product"
-        _learn(self, size, activation)
+        self._activate_by(activation, size)
 
     def forward(self, *given: Tensor) -> Tensor:
         if not self.product:
-            return activated(self, torch.cat(given, -1))
+            return self._activated(torch.cat(given, -1))
         found = given[0]
         for x in given[1:]:
             found = found * x
-        return activated(self, found)
+        return self._activated(found)
 
 
 class Cumulative(nn.Linear):
@@ -215,34 +181,30 @@ class Cumulative(nn.Linear):
         return f"{self.in_features} to {len(self.thresholds) + 1} classes in order"
 
 
-class Rnn(nn.RNN):
-    """States of all steps of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu.
+class _States(nn.Module):
+    """The states of all steps that one of torch's recurrent layers puts out.
 
     `backward` begins at the last step; the states stay in the order of the steps.
     """
 
     backward = False
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
+    def forward(self, x: Tensor) -> Tensor:
+        if self.backward:
+            return super().forward(x.flip(1))[0].flip(1)  # type: ignore[no-any-return]
+        return super().forward(x)[0]  # type: ignore[no-any-return]
 
 
-class Lstm(nn.LSTM):
-    """States h of all steps of a long short-term memory; `backward` as in `Rnn`."""
-
-    backward = False
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
+class Rnn(_States, nn.RNN):  # type: ignore[misc]
+    """States of hₜ = activation(W xₜ + U hₜ₋₁ + b), with activation tanh or relu."""
 
 
-class Gru(nn.GRU):
-    """States of all steps of a gated recurrent unit; `backward` as in `Rnn`."""
+class Lstm(_States, nn.LSTM):  # type: ignore[misc]
+    """States h of a long short-term memory."""
 
-    backward = False
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x.flip(1))[0].flip(1) if self.backward else super().forward(x)[0]
+class Gru(_States, nn.GRU):  # type: ignore[misc]
+    """States of a gated recurrent unit."""
 
 
 def _recurrent(before: int, layer: LayerData) -> nn.Module:

@@ -1,5 +1,6 @@
 """Reports: one HTML file with rules, curves, weights, warnings and a path to explore."""
 
+from restrain.report.charts import best_epoch
 from restrain.report.content import (
     Content,
     Part,
@@ -20,6 +21,7 @@ __all__ = [
     "RuleFacts",
     "TensorFacts",
     "as_code",
+    "best_epoch",
     "checked_facts",
     "checked_images",
     "checked_path",

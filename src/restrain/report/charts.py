@@ -124,7 +124,7 @@ def trainings(rows: Sequence[Mapping[str, float]]) -> list[Chart]:
             "Rules in training and validation": [n for n in names if bare[n] not in ("loss", "data_loss", "acc")],
             "Accuracy in training and validation": [name for name in names if bare[name] == "acc"],
         }
-    best = _best_epoch(rows)
+    best = best_epoch(rows)
     charts = [
         _curves(f"curves-{place}", title, shown, own, best=best)
         for place, (title, own) in enumerate(parts.items())
@@ -175,7 +175,7 @@ def _curves(
     return Chart(name, title, svg, told)
 
 
-def _best_epoch(rows: Sequence[Mapping[str, float]]) -> float | None:
+def best_epoch(rows: Sequence[Mapping[str, float]]) -> float | None:
     """Return the epoch of the least validation loss; None without epochs or validation."""
     held = [row for row in rows if "epoch" in row and math.isfinite(row.get("valid_data_loss", math.nan))]
     return min(held, key=lambda row: row["valid_data_loss"])["epoch"] if held else None

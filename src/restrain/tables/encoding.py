@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -138,11 +139,8 @@ class Encoding:
                 f"{shown(table.columns)}"
             )
         matrix = np.empty((len(table), len(self.columns)), np.float64)
-        start = 0
-        for feature in self.features:
-            width = len(feature.columns)
-            matrix[:, start : start + width] = self._encoded(table, feature, unknown)
-            start += width
+        for feature, place in zip(self.features, self.places(), strict=True):
+            matrix[:, place] = self._encoded(table, feature, unknown)
         return matrix
 
     def _encoded(self, table: Table, feature: Feature, unknown: str) -> Any:
@@ -172,6 +170,11 @@ class Encoding:
         rows = np.flatnonzero(found >= 0)
         hot[rows, found[rows]] = 1
         return hot
+
+    def places(self) -> list[slice]:
+        """Return the place of each feature's inputs among all."""
+        ends = np.cumsum([len(feature.columns) for feature in self.features]).tolist()
+        return [slice(start, stop) for start, stop in pairwise([0, *ends])]
 
     @property
     def columns(self) -> list[str]:

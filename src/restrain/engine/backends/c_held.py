@@ -3,8 +3,8 @@
 Groups of entries with a norm of their own lie one after another in memory. A first pass changes
 the moments and sums w², w u and u² of each group, a second one changes the weights: at once for a
 group of at most 4,096 entries, whose u are kept till then; else backwards, as the last blocks may
-still be in the cache. Sums are of blocks of 4,096 entries in the
-precision of the entries, over blocks in float64, always in the same order.
+still be in the cache. Sums are of blocks of 4,096 entries in the precision of the entries, over
+blocks in float64, always in the same order.
 """
 
 from __future__ import annotations
