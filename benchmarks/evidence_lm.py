@@ -339,17 +339,7 @@ def main():
     section = measure.Section(__file__, "Rules on a small language model")
     section.table(
         f"Loss a character, {len(SEEDS)} seeds ± standard error",
-        [
-            "method",
-            "learning rate",
-            "strength",
-            "train",
-            "test",
-            "paired difference",
-            "better in",
-            "mean norm",
-            "busiest expert",
-        ],
+        COLUMNS,
         [row(name, *cells, found[BASES[name]][1]) for name, cells in found.items() if BASES[name] in found],
         f"{STEPS} steps of {BATCH} × {CONTEXT} characters, {statistics.mean(x['seconds'] for x in lines):.0f} s a run.",
     )

@@ -2,15 +2,17 @@
 
 Groups of entries with a norm of their own lie one after another in memory. A first pass changes
 the moments and sums w², w u and u² of each group, a second one changes the weights: at once for a
-group of at most 4,096 entries, whose u are kept till then; else backwards, as the last blocks may
-still be in the cache. Sums are of blocks of 4,096 entries in the precision of the entries, over
-blocks in float64, always in the same order.
+group of at most 4,096 entries; else backwards, as the last blocks may still be in the cache. The
+u of the last blocks are kept in between, as many as a cache may hold; those of earlier ones are
+computed again. Sums are of blocks of 4,096 entries in the precision of the entries, over blocks in
+float64, always in the same order.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from array import array
 from collections.abc import Sequence
 from string import Template
@@ -21,10 +23,13 @@ from torch import Tensor
 
 from restrain.engine.backends.c_compiler import PRELUDE, TYPES, compiled, names
 
+_BLOCK = 4096
+_KEPT = 1024  # blocks whose u are kept by all threads together: 16 MiB in float32
+
 _SOURCE = Template("""
 #include <stdlib.h>
 #define LANES 64
-#define BLOCK 4096
+#define BLOCK $block
 #define NUMBERS $numbers
 #define LOAD(i) $load
 
@@ -83,8 +88,9 @@ static factors solved($arrays, int64_t count, const double *numbers, sums s, dou
 static void turn($arrays, int64_t count, const double *numbers, factors f) { NUMBERS TURN($movement) }
 static void turn_by($arrays, int64_t count, const wide *restrict moved, factors f) { TURN(moved[i]) }
 
+/* kept: room for the u of so many blocks of each thread */
 void hold(void **at, const int64_t *sizes, const int64_t *lengths, int64_t count, const double *numbers, double rate,
-          int threads) {
+          wide *kept, int64_t room, int threads) {
   int64_t total = 0, blocks = 1;
   for (int64_t k = 0; k < count; k++) {
     int64_t own = sizes[k] / lengths[k] * ((lengths[k] + BLOCK - 1) / BLOCK);
@@ -96,7 +102,7 @@ void hold(void **at, const int64_t *sizes, const int64_t *lengths, int64_t count
   #pragma omp parallel num_threads(total < 32768 ? 1 : threads)
   for (int64_t k = 0; k < count; k++) {
     $pointers
-    wide moved[BLOCK];
+    wide *moved = kept + omp_get_thread_num() * room * BLOCK;
     const wide *radii = at[$roles * count + k];
     int64_t length = lengths[k], groups = sizes[k] / length, each = (length + BLOCK - 1) / BLOCK;
     if (each == 1) {
@@ -112,7 +118,7 @@ void hold(void **at, const int64_t *sizes, const int64_t *lengths, int64_t count
     int64_t from = groups * each * own / all, to = groups * each * (own + 1) / all;
     for (int64_t b = from; b < to; b++) {
       int64_t o = b / each * length + b % each * BLOCK, left = length - b % each * BLOCK;
-      partial[b] = advance($shifted, left < BLOCK ? left : BLOCK, numbers, moved);
+      partial[b] = advance($shifted, left < BLOCK ? left : BLOCK, numbers, moved + (b - from) % room * BLOCK);
     }
     #pragma omp barrier
     #pragma omp for schedule(static)
@@ -126,7 +132,9 @@ void hold(void **at, const int64_t *sizes, const int64_t *lengths, int64_t count
     }
     for (int64_t b = to - 1; b >= from; b--) {
       int64_t o = b / each * length + b % each * BLOCK, left = length - b % each * BLOCK;
-      turn($shifted, left < BLOCK ? left : BLOCK, numbers, found[b / each]);
+      left = left < BLOCK ? left : BLOCK;
+      if (to - b > room) turn($shifted, left, numbers, found[b / each]);
+      else turn_by($shifted, left, moved + (b - from) % room * BLOCK, found[b / each]);
     }
     #pragma omp barrier
   }
@@ -151,6 +159,7 @@ def held(dtype: torch.dtype, roles: int, step: str, movement: str, numbers: int)
         return None
     kind, entries, every = TYPES[dtype], names(roles), range(roles)
     source = _SOURCE.substitute(
+        block=_BLOCK,
         numbers=" ".join(f"const wide n{n} = (wide)numbers[{n}];" for n in range(numbers)),
         load=" ".join(f"wide {entry} = a{r}[i];" for r, entry in enumerate(entries)),
         store=" ".join(f"a{r}[i] = {entries[r]};" for r in range(2, roles)),
@@ -170,9 +179,10 @@ class Hold:
 
     def __init__(self, function: Any) -> None:
         pointer, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
-        function.argtypes = (pointer, pointer, pointer, integer, pointer, real, ctypes.c_int)
+        function.argtypes = (pointer, pointer, pointer, integer, pointer, real, pointer, integer, ctypes.c_int)
         function.restype = None
         self._function = function
+        self._kept = threading.local()  # a step of another thread may run at the same time
 
     def __call__(
         self, members: Sequence[Sequence[Tensor]], radii: Sequence[Tensor], numbers: Sequence[float], rate: float
@@ -192,5 +202,10 @@ class Hold:
         lengths = array("q", [size // len(radius) for size, radius in zip(sizes, radii, strict=True)])
         given = array("d", numbers)
         where = [one.buffer_info()[0] for one in (at, sizes, lengths)]
-        self._function(*where, len(members), given.buffer_info()[0], rate, torch.get_num_threads())
+        threads = torch.get_num_threads()
+        room = max(1, min(_KEPT // threads, -(-max(sizes) // _BLOCK)))
+        kept = getattr(self._kept, "tensor", None)
+        if kept is None or len(kept) < threads * room * _BLOCK:
+            kept = self._kept.tensor = torch.empty(threads * room * _BLOCK, dtype=members[0][0].dtype, device="cpu")
+        self._function(*where, len(members), given.buffer_info()[0], rate, kept.data_ptr(), room, threads)
         torch.autograd.graph.increment_version([t for role in (every[0], *every[2:-1]) for t in role])
