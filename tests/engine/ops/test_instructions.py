@@ -392,3 +392,15 @@ def test_what_changes_between_steps_is_noticed():
     model[0].weight.data = torch.ones(3, 3, dtype=torch.float64)
     assert emptied() == [True, True]
     reg.detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (64, 64), (3, 5000), (20_000_003,)])
+def test_the_norm_of_all_entries_loses_no_precision_by_their_number(shape, dtype):
+    w = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype) + 0.5
+    expected = float(w.to(torch.complex128).abs().square().sum().sqrt())
+    found = groups.norm_of(w)
+    assert found.shape == ()
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert float(found) == pytest.approx(expected, rel=2e-6)
+    assert w.numel() < 1e7 or dtype != torch.float32 or torch.linalg.vector_norm(w) != pytest.approx(expected, rel=1e-5)

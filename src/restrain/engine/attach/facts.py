@@ -16,6 +16,7 @@ from restrain.engine.attach.groups import lengths
 from restrain.engine.attach.report import cells, strength_of
 from restrain.engine.attach.tracking import into_units, tensors_of
 from restrain.engine.binding import Bound
+from restrain.engine.ops import norm_of
 from restrain.errors import PlanError
 from restrain.named_tensors import device_of, is_sharded, parameters
 from restrain.penalties import Penalty, Scaled
@@ -205,7 +206,7 @@ def _measured(
         name,
         tuple(w.shape),
         int((w == 0).sum()),
-        float(torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32))),
+        float(norm_of(w)),
         rules,
         None if into is None else (int((into == 0).sum()), len(into)),
         None if own is None else (int((own == 0).sum()), len(own)),

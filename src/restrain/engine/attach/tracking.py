@@ -22,6 +22,7 @@ from restrain.engine.attach.history import History, as_vector
 from restrain.engine.attach.report import strength_of
 from restrain.engine.binding import Bound
 from restrain.engine.distributed import Term, local, own_part, ranks_of, total, totals
+from restrain.engine.ops import norm_of
 from restrain.engine.strengths import gradient_share
 from restrain.errors import PenaltyError, PlanError
 from restrain.fields import brief, is_whole
@@ -177,10 +178,7 @@ def _entries(p: Tensor) -> int:
 
 def _square(w: Tensor) -> Tensor:
     """Return the sum of squares, without a copy of the tensor."""
-    wide = torch.promote_types(w.real.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(w, dtype=torch.promote_types(w.dtype, torch.float32))
-    wider: Tensor = norm.to(torch.float32 if w.device.type == "mps" else torch.promote_types(wide, torch.float64))
-    return wider.square()
+    return norm_of(w).to(torch.float32 if w.device.type == "mps" else torch.float64).square()
 
 
 def _zero_groups(p: Tensor, groups: Grouping) -> Term:

@@ -1,6 +1,16 @@
 """What rules do to tensors in place, as data: operations, rows, and optimizers' metrics."""
 
-from restrain.engine.ops.groups import FitRows, Lengths, RootedShrinkRows, ShrinkRows, as_rows, length_in, lengths, put
+from restrain.engine.ops.groups import (
+    FitRows,
+    Lengths,
+    RootedShrinkRows,
+    ShrinkRows,
+    as_rows,
+    length_in,
+    lengths,
+    norm_of,
+    put,
+)
 from restrain.engine.ops.instructions import (
     Batch,
     Change,
@@ -77,6 +87,7 @@ __all__ = [
     "lower",
     "metric_of",
     "mixes",
+    "norm_of",
     "overlapping",
     "plain",
     "put",

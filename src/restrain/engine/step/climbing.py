@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from restrain.engine.core import restored
 from restrain.engine.distributed import local, ranks_of, totals
+from restrain.engine.ops import norm_of
 from restrain.engine.step.worklist import Member
 from restrain.errors import OptimizerError
 from restrain.penalties.shrink import at_least_float32
@@ -63,7 +64,7 @@ def _climb(what: Sharpness, parameters: Sequence[nn.Parameter]) -> None:
         w, g = local(p.detach()), at_least_float32(local(p.grad))
         factor = what.metric(at_least_float32(w))
         scaled.append((w, factor, g * factor))
-    squares = [(one.abs().square().sum(), ranks_of(p)) for p, (_, _, one) in zip(parameters, scaled, strict=True)]
+    squares = [(norm_of(one).square(), ranks_of(p)) for p, (_, _, one) in zip(parameters, scaled, strict=True)]
     norm = totals([squares])[0].sqrt()
     if not bool((norm > 0) & norm.isfinite()):
         return
@@ -87,10 +88,10 @@ def ascend(bound: Any) -> Callable[[Optimizer, nn.Module], None]:
             found += [(what, at_least_float32(v)) for v in own[:1]]
         if not found:
             return
-        norm = torch.stack([v.abs().square().sum().to(found[0][1].device) for _, v in found]).sum().sqrt()
+        norm = norm_of(torch.stack([norm_of(v).to(found[0][1].device) for _, v in found]))
         if bool((norm > 0) & norm.isfinite()):
             for what, v in found:
-                what.offset.copy_(v * (-what.sharpness.rho / norm.to(v.device)))
+                torch.mul(v, -what.sharpness.rho / norm.to(v.device), out=what.offset)
 
     return after
 
