@@ -9,14 +9,19 @@ from restrain.extras import needing
 
 
 def bar(total: int, wanted: bool | None, unit: str = "epochs") -> Any:
-    """Return a progress bar over `total` units; `wanted=None` shows it if stderr is a terminal."""
-    show = sys.stderr is not None and sys.stderr.isatty() if wanted is None else wanted
-    if not show:
+    """Return a progress bar over `total` units; `wanted=None` shows it to a terminal or notebook."""
+    if not (_is_watched() if wanted is None else wanted):
         return _NoBar()
     with needing("models", "the progress bar"):
-        from tqdm import tqdm
+        from tqdm.auto import tqdm
 
     return tqdm(total=total, unit=f" {unit}", file=sys.stderr)
+
+
+def _is_watched() -> bool:
+    """Return True if stderr is a terminal, or the output of a notebook's cell."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None or (sys.stderr is not None and sys.stderr.isatty())
 
 
 class _NoBar:

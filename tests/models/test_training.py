@@ -1,7 +1,9 @@
 """The training of the models: batches, optimizers, early stopping, history, weights, seeds, sequences."""
 
 import copy
+import sys
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -365,6 +367,15 @@ def test_the_bar_is_quiet_unless_asked_for(capsys):
     assert capsys.readouterr() == ("", "")
     rs.Classifier(hidden=(3,), epochs=2, progress=True).fit(*TRAIN)
     assert "2/2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kernel", "shown"), [(object(), True), (None, False)])
+def test_the_bar_is_shown_in_a_notebook(kernel, shown, monkeypatch, capsys):
+    """In IPython without a kernel stderr decides, which is no terminal here."""
+    shell = SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=kernel))
+    monkeypatch.setitem(sys.modules, "IPython", shell)
+    rs.Classifier(hidden=(3,), epochs=2).fit(*TRAIN)
+    assert ("2/2" in capsys.readouterr().err) is shown
 
 
 def test_stopping_in_the_middle_leaves_nothing_behind():

@@ -40,7 +40,7 @@ class Settings:
         save_every: epochs (an int) or minutes (a float) from one written model to the next.
         save_as: their files, "{}" standing for the epoch, as in "net-{}.safetensors".
         max_gradient_norm: clip the norm of the gradient of all parameters; None: don't.
-        progress: show a progress bar; None: if stderr is a terminal.
+        progress: show a progress bar; None: in a terminal or a notebook.
         checkpoint: file written after each epoch; if it exists, training continues from it.
         compile: compile the whole update (one process on the CPU): True, False, or "auto" for long
             trainings only.

@@ -94,7 +94,7 @@ def path(
         folder: where points are saved as they are found; a path that was broken off goes on from
             its files. None: a temporary folder that goes with the result.
         random_state: the seed; None draws one from torch's generator.
-        progress: show a progress bar; None: if stderr is a terminal.
+        progress: show a progress bar; None: in a terminal or a notebook.
 
     Raises:
         PlanError: rules that make no zeros, invalid settings, `fit` that never used its rules, or a
