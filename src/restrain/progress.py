@@ -9,7 +9,7 @@ from restrain.extras import needing
 
 
 def bar(total: int, wanted: bool | None, unit: str = "epochs") -> Any:
-    """Return a progress bar over `total` units; `wanted=None` shows it to a terminal or notebook."""
+    """Return a progress bar over `total` units; `wanted=None` shows it where it is seen."""
     if not (_is_watched() if wanted is None else wanted):
         return _NoBar()
     with needing("models", "the progress bar"):
