@@ -39,7 +39,8 @@ def scale_invariant(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
             penalties.
 
     Returns:
-        The names, in the model's order. Weights without a gradient aren't among them.
+        The names, in the model's order. Weights without a gradient aren't among them, nor those
+        that are parametrised, as by torch's weight_norm, which sets their scale.
 
     Raises:
         CaptureError: the model is in evaluation mode, where BatchNorm uses stored statistics, or is

@@ -75,6 +75,10 @@ def test_masks_and_axes(penalty):
         penalty.over_batch(torch.where(mask[:, :, None], h, torch.nan), 0, mask[:, :, None]), penalty(h[mask])
     )
     assert penalty.over_batch(h, 0, torch.zeros(3, 5, 1, dtype=torch.bool)) == 0
+    if not isinstance(penalty, rs.SIGReg):  # a single sample has no variance
+        single = torch.zeros(3, 5, 1, dtype=torch.bool)
+        single[1, 2] = True
+        assert penalty.over_batch(h, 0, single) == 0
     with pytest.raises(PenaltyError, match="all units of a sample together"):
         penalty.over_batch(h, 0, torch.ones(3, 5, 4, dtype=torch.bool))
     images = h.reshape(3, 1, 5, 4).movedim(-1, 1)

@@ -149,6 +149,16 @@ def test_refusals():
     reg.detach()
 
 
+def test_counts_of_an_update_are_refused_under_vmap():
+    model = fresh()
+    reg = rs.attach(model, rs.LoadBalance(2, statistics="batch").on(rs.outputs("router")))
+    weights, x = {name: p.detach() for name, p in model.named_parameters()}, logits(5, 2, 4)
+    of_one = torch.func.grad(lambda w, one: reg.loss(torch.func.functional_call(model, w, (one,)).sum()))
+    with pytest.raises(PenaltyError, match="counts of its own"):
+        torch.func.vmap(of_one, (None, 0))(weights, x)
+    of_one(weights, x[0])  # grad alone has a batch
+
+
 def test_attention_entropy():
     weights = logits(2, 3, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), -torch.inf).softmax(-1)
     entropy = torch.distributions.Categorical(probs=weights).entropy()

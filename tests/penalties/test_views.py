@@ -78,6 +78,14 @@ def test_cross_correlation_can_be_differentiated_twice():
     torch.autograd.gradgradcheck(lambda a: rs.Covariance()(a) + rs.Variance(9.0)(a) + rs.Decorrelation()(a), (a,))
 
 
+def test_cross_correlation_hides_no_nan_and_has_none_of_one_sample():
+    a, b = torch.randn(2, 5, 3, dtype=torch.float64)
+    a[0, 0] = torch.nan
+    assert rs.CrossCorrelation()({}, {"a": a, "b": b}).isnan()
+    with pytest.raises(PenaltyError, match="got a single sample"):
+        rs.CrossCorrelation()({}, {"a": a[:1], "b": b[:1]})
+
+
 @pytest.mark.parametrize("forwards", [1, 2])
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_two_calls_or_two_forwards(forwards, backend):

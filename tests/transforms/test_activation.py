@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import restrain as rs
-from restrain.errors import PlanError, RestrainWarning, SelectionError, TransformError
+from restrain.errors import HowError, PlanError, RestrainWarning, SelectionError, TransformError
 from restrain.transforms.activation import largest_entries
 
 
@@ -96,6 +96,58 @@ def test_evaluation_copies_and_detaching():
     torch.testing.assert_close(exported(x), model(x))
     reg.detach()
     torch.testing.assert_close(model(x), model[2](model[1](model[0](x))))
+
+
+@pytest.mark.parametrize("what", [rs.TopK(3), rs.BatchTopK(3), rs.JumpReLU(0.3, 0.2, units=16)], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_stays_nan(what, training):
+    model = sae()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    reg = rs.attach(model, what.on(rs.outputs("1")), optimizer)
+    if learned := list(reg.parameters()):
+        optimizer.add_param_group({"params": learned})
+    model(batch()).sum().backward()
+    optimizer.step()
+    x = batch()
+    x[0, 0] = torch.nan
+    out = model.train(training)(x)
+    assert out[0].isnan().all()
+    assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("what", [rs.TopK(3), rs.BatchTopK(3), rs.JumpReLU(0.3, 0.2, units=16)], ids=repr)
+def test_what_vmap_calls_is_counted_as_the_batch(what):
+    """Counts of tokens, and thresholds, after forwards of single samples under vmap, vmap of vmap, and grad."""
+    counts = []
+    for inside in (False, True):
+        model, x = sae(), batch(8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0001)
+        reg = rs.attach(model, what.on(rs.outputs("1")), optimizer)
+        if learned := list(reg.parameters()):
+            optimizer.add_param_group({"params": learned})
+        for _ in range(2):
+            if inside:
+                out = torch.func.vmap(torch.func.vmap(model))(x.reshape(2, 4, 6)).reshape(8, 6)
+            else:
+                out = torch.stack([model(row) for row in x])
+            optimizer.zero_grad()
+            out.square().sum().backward()
+            optimizer.step()
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        loss = lambda p, model=model, x=x: torch.func.functional_call(model, p, (x,)).square().sum()  # noqa: E731
+        torch.func.grad(loss)(weights) if inside else loss(weights)
+        model(x).sum().backward()
+        optimizer.step()
+        counts.append(reg.state_dict()["kept"])
+    torch.testing.assert_close(counts[0], counts[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_in_evaluation():
+    model = sae().eval()
+    rs.attach(model, rs.TopK(3).on(rs.outputs("1")))
+    traced = torch.jit.trace(model, batch())
+    assert torch.equal(traced(batch(seed=2)), model(batch(seed=2)))
 
 
 def test_the_gradient_is_the_functions_derivative():
@@ -350,6 +402,16 @@ def test_a_target_counts_what_the_jump_leaves():
 def test_refused_at_attach(make, error, said):
     with pytest.raises(error, match=said):
         rs.attach(sae(), make())
+
+
+def test_a_cell_run_again_is_refused():
+    """Two attachments' thresholds would both stand at the layer, and the first ones would learn no more."""
+    model = sae()
+    reg = rs.attach(model, rs.JumpReLU(0.3, 0.2).on(rs.outputs("0")))
+    with pytest.raises(HowError, match=r"same activation function JumpReLU.*would act twice: reg\.detach\(\)"):
+        rs.attach(model, rs.JumpReLU(0.3, 0.2).on(rs.outputs("0")))
+    reg.detach()
+    rs.attach(model, rs.JumpReLU(0.3, 0.2).on(rs.outputs("0")))
 
 
 def test_refused_at_the_first_forward():

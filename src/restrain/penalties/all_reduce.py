@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from restrain.errors import PenaltyError
+
 
 def _summed(own: Tensor) -> Tensor:
     total = own.clone()
@@ -40,6 +42,18 @@ class _Sum(torch.autograd.Function):
 def several_processes() -> bool:
     """Return True if several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_several(rows: int, everywhere: bool, penalty: object) -> None:
+    """Check that a statistic has two samples, where that is seen without looking at a mask.
+
+    Raises:
+        PenaltyError: there is one, in all processes.
+    """
+    if rows == 1 and not (everywhere and several_processes()):
+        raise PenaltyError(
+            f"{penalty!r} is a statistic over samples, got a single sample: use batches of two or more (drop_last=True)"
+        )
 
 
 def over_processes(own: Tensor) -> Tensor:

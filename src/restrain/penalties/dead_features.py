@@ -94,6 +94,13 @@ class AuxK(NetworkPenalty):
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         raise PenaltyError(f"{self!r} needs its model: write rs.attach(model, [..., {self!r}.on(rs.outputs(...))])")
 
+    def nothing(self, h: Tensor) -> Tensor:
+        """Return the value without dead units: zero, without a graph.
+
+        A gradient of zeros would be as large as h.
+        """
+        return at_least_float32(h.new_zeros(()))
+
     def of(self, dead: Tensor, decoder: Tensor, h: Tensor, x: Tensor, found: Tensor) -> Tensor:
         """Return the value.
 
@@ -112,7 +119,7 @@ class AuxK(NetworkPenalty):
                 "reconstruction="
             )
         if not bool(dead.any()):
-            return 0 * h.sum()
+            return self.nothing(h)
         code = at_least_float32(h.flatten(0, -2)[:, dead]).relu()
         if code.shape[1] > self.k:
             indices = code.detach().topk(self.k, sorted=False).indices
@@ -157,7 +164,7 @@ class _CountedAuxK(NetworkPenalty, register=False):
         h, x, found = outputs.values()
         idle = self.counted.counts.idle
         if not idle.numel():
-            return 0 * h.sum()
+            return self.penalty.nothing(h)
         dead = idle.to(h.device) >= self.penalty.dead_after
         with torch.autocast(h.device.type, enabled=False):
             return self.penalty.of(dead, next(iter(parameters.values())), h, x, found)

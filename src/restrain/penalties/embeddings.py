@@ -11,22 +11,9 @@ from torch import Tensor
 from restrain.axes import squared
 from restrain.errors import PenaltyError
 from restrain.fields import is_whole, shown_number
-from restrain.penalties.all_reduce import several_processes
+from restrain.penalties.all_reduce import check_several
 from restrain.penalties.base import Penalty, checked_setting, in_float32
 from restrain.penalties.statistics import BatchStatistic, Samples, Statistic, off_diagonal
-
-
-def _check_several(samples: Samples, penalty: object) -> None:
-    """Check that there are two samples, where that is seen without looking at entries.
-
-    Raises:
-        PenaltyError: there is one.
-    """
-    if samples.x.shape[0] == 1 and not (samples.everywhere and several_processes()):
-        raise PenaltyError(
-            f"{penalty!r} is of a variance over samples, divided by their number less one; got a single sample: use "
-            "batches of two or more (drop_last=True)"
-        )
 
 
 @dataclass(frozen=True)
@@ -64,10 +51,10 @@ class Variance(BatchStatistic):
 
     def of_samples(self, samples: Samples) -> Tensor:
         samples.check_whole_rows(self)
-        _check_several(samples, self)
+        check_several(samples.x.shape[0], samples.everywhere, self)
         away, size = samples.deviations()
         deviation = (samples.sum(squared(away).sum(0)) / (size - 1).clamp_min(1) + self.eps).sqrt()
-        short = torch.where(size > 0, (self.target - deviation).clamp_min(0), 0)
+        short = torch.where(size > 1, (self.target - deviation).clamp_min(0), 0)
         return short.sum() / max(len(short), 1)
 
 
@@ -96,7 +83,7 @@ class Covariance(BatchStatistic):
     sync: bool = True
 
     def of_samples(self, samples: Samples) -> Tensor:
-        _check_several(samples, self)
+        check_several(samples.x.shape[0], samples.everywhere, self)
         return off_diagonal(samples.covariances(True, self)) / max(samples.x.shape[1], 1)
 
 

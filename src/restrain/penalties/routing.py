@@ -201,6 +201,13 @@ class _Counts:
         if not torch.compiler.is_compiling():
             if resting().on:
                 return assigned
+            with as_plain(assigned) as plain:
+                if plain.shape != assigned.shape:
+                    raise PenaltyError(
+                        f"{penalty!r}: under torch.func.vmap each sample would have counts of its own: use "
+                        "statistics='micro-batch', or call the model on the batch"
+                    )
+                assigned = plain
             if in_backward():  # a checkpoint's recomputation: counted already
                 if not torch.equal(assigned, self.last):
                     raise PenaltyError(

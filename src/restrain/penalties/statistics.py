@@ -22,7 +22,7 @@ from restrain.penalties.base import (
     checked_setting,
     in_float32,
 )
-from restrain.penalties.functorch import as_plain
+from restrain.penalties.functorch import as_plain, told
 from restrain.torch_private import in_backward
 
 _EDGE = 1e-4  # below it log(x) is replaced by its tangent; a steeper tangent overflows float16
@@ -235,11 +235,15 @@ class RunningMean:
         if not torch.compiler.is_compiling() and (_resting.on or in_backward()):
             return  # evaluation, or a checkpoint's recomputation in backward
         good = (mean.isfinite() & (size > 0)).all()
+        told(torch.cat([torch.where(good, mean, 0), good.to(mean).reshape(1)]), self._add)
+
+    def _add(self, both: Tensor) -> None:
+        """Add a sum of means and their number to the pending ones."""
+        mean, count = both[:-1], both[-1:]
         if self.pending.shape != mean.shape or self.pending.device != mean.device:
-            self.pending = torch.zeros_like(mean)
-            self.count = mean.new_zeros(1)
-        self.pending.add_(torch.where(good, mean, 0))
-        self.count.add_(good.to(self.count.dtype))
+            self.pending, self.count = torch.zeros_like(mean), torch.zeros_like(count)
+        self.pending.add_(mean)
+        self.count.add_(count)
 
     def mean(self) -> Tensor | None:
         """Return the running mean; None before the first step."""

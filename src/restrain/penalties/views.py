@@ -11,7 +11,7 @@ from torch import Tensor
 
 from restrain.axes import squared
 from restrain.errors import PenaltyError, SelectionError
-from restrain.penalties.all_reduce import over_processes, several_processes
+from restrain.penalties.all_reduce import check_several, over_processes, several_processes
 from restrain.penalties.base import NetworkPenalty, checked_flag, checked_setting
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How
@@ -84,7 +84,7 @@ class CrossCorrelation(OfViews):
         sync: take correlations over all processes; set False if they train different models.
 
     Raises:
-        PenaltyError: other than two outputs, or of different shapes.
+        PenaltyError: other than two outputs, or of different shapes; a single sample.
 
     Source: Zbontar and others (2021), Barlow Twins, eq. 1 and 2.
 
@@ -111,6 +111,7 @@ class CrossCorrelation(OfViews):
 
         if not features:
             return (a + b).sum()
+        check_several(a.shape[0], everywhere, self)
         both = torch.cat([a, b], 1)
         count = both.new_full((1,), both.shape[0])
         *sums, size = total(torch.cat([both.sum(0), count])).split([2 * features, 1])
@@ -122,7 +123,7 @@ class CrossCorrelation(OfViews):
         products, squares = moments.split([features**2, 2 * features])
         first, second = squares.split(features)
         of_pairs = first.unsqueeze(1) * second
-        moving = of_pairs > 0
+        moving = of_pairs != 0  # NaN stays
         lengths = torch.where(moving, of_pairs, 1).sqrt()
         c = torch.where(moving, products.reshape(features, features) / lengths, 0)
         diagonal = c.diagonal()

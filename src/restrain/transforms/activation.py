@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from restrain.errors import SelectionError, TransformError
 from restrain.fields import is_whole
 from restrain.penalties.all_reduce import averaged_gradient, several_processes
+from restrain.penalties.functorch import told
 from restrain.penalties.shrink import at_least_float32
 from restrain.penalties.statistics import RunningMean, resting
 from restrain.rules import How
-from restrain.torch_private import in_backward
+from restrain.torch_private import in_backward, wrapped
 from restrain.transforms.base import Transform, checked_number, checked_type
 from restrain.transforms.layout import Layout
 
@@ -75,8 +76,12 @@ class FiringCounts:
         """Add a batch's active entries by unit, and its number of tokens."""
         if not torch.compiler.is_compiling() and (resting().on or in_backward()):
             return
+        told(torch.cat([hits, hits.new_full((1,), tokens)]), self._add)
+
+    def _add(self, both: Tensor) -> None:
+        hits, tokens = both[:-1], both[-1:].to(torch.int64)
         if self.hits.shape != hits.shape or self.hits.device != hits.device:
-            self.hits, self.tokens = torch.zeros_like(hits), torch.zeros_like(hits[:1], dtype=torch.int64)
+            self.hits, self.tokens = torch.zeros_like(hits), torch.zeros_like(tokens)
         self.hits.add_(hits)
         self.tokens.add_(tokens)
 
@@ -151,7 +156,8 @@ def hits_of(y: Tensor) -> tuple[Tensor, int]:
 
 def sizes(x: Tensor) -> Tensor:
     """Return |x|, without a copy of the output of a ReLU."""
-    node = None if torch.compiler.is_compiling() else x.grad_fn
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    node = None if traced else x.grad_fn
     x = x.detach()
     return x if node is not None and node.name() == "ReluBackward0" else x.abs()
 
@@ -161,8 +167,10 @@ def taken(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
     The backward saves the indices alone.
     """
-    values = x.gather(-1, indices)
-    return torch.zeros_like(x).scatter_(-1, indices, values), values.detach()
+    values, y = x.gather(-1, indices), torch.zeros_like(x)
+    # vmap batches the operation that makes a copy
+    y = y.scatter(-1, indices, values) if wrapped(x) else y.scatter_(-1, indices, values)
+    return y, values.detach()
 
 
 @dataclass(frozen=True)
@@ -262,7 +270,7 @@ class BatchTopK(Activation):
         y, values = taken(flat, indices)
         alive = values != 0
         hits = rows.new_zeros(rows.shape[1], dtype=torch.float32)
-        hits = hits.scatter_add_(0, indices % max(rows.shape[1], 1), alive.float()) if rows.numel() else hits
+        hits = hits.scatter_add(0, indices % max(rows.shape[1], 1), alive.float()) if rows.numel() else hits
         least = torch.cat([torch.where(alive, values.abs(), torch.inf), values.new_full((1,), torch.inf)]).amin()
         return y.reshape(x.shape), least, hits
 
@@ -282,7 +290,7 @@ class _BatchTopKAtLayer(AtLayer, register=False):
     def at(self, x: Tensor, layout: Layout) -> Tensor:
         if not layout.training and (threshold := self.least.mean()) is not None:
             checked_code(self.of, x)
-            return torch.where(at_least_float32(x.detach()).abs() > threshold.to(x.device), x, 0)
+            return torch.where(at_least_float32(x.detach()).abs() <= threshold.to(x.device), 0, x)  # NaN stays
         y, least, hits = self.of.largest(x, everywhere=self.of.sync and layout.training)
         if layout.training:
             self.counts.add(hits, x.numel() // max(x.shape[-1], 1))
@@ -362,7 +370,7 @@ class _Jump(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        return torch.where(z > threshold, z, 0)
+        return torch.where(z <= threshold, 0, z)  # NaN stays
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -374,7 +382,7 @@ class _Jump(torch.autograd.Function):
         z, threshold = ctx.saved_tensors
         near = (z - threshold).abs() < ctx.bandwidth / 2
         own = torch.where(near, gradient, 0) * (-threshold / ctx.bandwidth)
-        return torch.where(z > threshold, gradient, 0), own.sum_to_size(threshold.shape), None
+        return torch.where(z <= threshold, 0, gradient), own.sum_to_size(threshold.shape), None
 
 
 @dataclass(frozen=True)
@@ -420,7 +428,7 @@ class JumpReLU(Activation):
 
     def __call__(self, x: Tensor) -> Tensor:
         checked_code(self, x)
-        return torch.where(x > self.threshold, x, 0)
+        return torch.where(x <= self.threshold, 0, x)
 
     def bound_in_layer(self, layer: nn.Module, kind: str, device: torch.device) -> AtLayer:
         units = self.units
@@ -468,7 +476,7 @@ class JumpAtLayer(AtLayer, register=False):
 
     def jumped(self, z: Tensor) -> Tensor:
         """Return the activation without a gradient of the thresholds."""
-        return torch.where(at_least_float32(z) > self.thresholds(z).detach(), z, 0)
+        return torch.where(at_least_float32(z) <= self.thresholds(z).detach(), 0, z)
 
     def parameters(self) -> Sequence[nn.Parameter]:
         return (self.log_threshold,)

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from restrain.axes import Grouped, Grouping, Per, checked, group_norms, grouping, grouping_at, squared
+from restrain.axes import Grouped, Grouping, Per, all_in_range, checked, group_norms, grouping, grouping_at, squared
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
@@ -255,11 +255,10 @@ def _fit_by(said: ByGroup, w: Tensor, step: float | Tensor, low: float, high: fl
 
 def _plain_lengths(x: Tensor, groups: Grouping) -> Tensor | None:
     """Return group lengths without scaling; None if a square might overflow or vanish."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or not x.numel():
+    if torch.is_grad_enabled() or x.device.type != "cpu":
         return None
     squares = groups.sum(squared(x))
-    least, greatest = squares.aminmax()
-    return squares.sqrt() if float(least) > 1e-24 and float(greatest) < 1e30 else None
+    return squares.sqrt() if all_in_range(squares) else None
 
 
 def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: float) -> Tensor:
@@ -268,13 +267,17 @@ def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: fl
     Only the radial part of a movement changes the length of a group.
     """
     x, y = groups.view(wide(w)), groups.view(wide(v))
-    unit, norms = _lengths(x, groups)
-    length = unit * norms
-    outward = x / unit / torch.where(norms == 0, 1, norms)
-    along = groups.sum((outward.conj() * y).real)
+    length = _plain_lengths(x, groups)
+    if length is not None:
+        outward, size = x, length  # a multiple of the unit vector, and its length
+    else:
+        unit, norms = _lengths(x, groups)
+        length = unit * norms
+        outward, size = x / unit / torch.where(norms == 0, 1, norms), torch.ones_like(norms)
+    along = groups.sum((outward.conj() * y).real) / size
     longest, shortest = length >= high * (1 - 2 * slack(w)), length <= low * (1 + 2 * slack(w))
     blocked = (longest & (along > 0)) | (shortest & (along < 0))
-    return groups.restore((y - torch.where(blocked, along, 0) * outward).to(v.dtype), v)
+    return groups.restore((y - torch.where(blocked, along / size, 0) * outward).to(v.dtype), v)
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ class Sharpness(Transform):
 
     g is the gradient at w, and its norm is over all parameters of the rule that an optimizer holds.
     With `adaptive`, e = ρ w² g / ‖w g‖, which doesn't change where weights are rescaled (ASAM). The
-    optimizer takes the gradient at w + e, at the weights w.
+    optimizer takes the gradient at w + e, at the weights w. With maximize=True it is w - e.
 
     The gradient is taken twice, by the closure of `optimizer.step(closure)`, which zeroes
     gradients, runs the model and calls backward. Running statistics of BatchNorm move in the first
-    run only. A step without a closure, so also one by `GradScaler`, is an error;
-    `MomentumSharpness` needs none.
+    run only, and so do counts and running means of rules, except in compiled code. A step without a
+    closure, so also one by `GradScaler`, is an error; `MomentumSharpness` needs none.
 
     Args:
         rho: the distance ρ, above zero.

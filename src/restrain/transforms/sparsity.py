@@ -248,7 +248,7 @@ class _TopKAtLayer(AtLayer, register=False):
             indices = sizes(x).topk(self.of.number_of(units), -1, sorted=False).indices
             y, values = taken(x, indices)
             alive, tokens = (values != 0).float().flatten(), x.numel() // max(units, 1)
-            hits = x.new_zeros(units, dtype=torch.float32).scatter_add_(0, indices.flatten(), alive)
+            hits = x.new_zeros(units, dtype=torch.float32).scatter_add(0, indices.flatten(), alive)
         if layout.training:
             self.counts.add(hits, tokens)
         return y

@@ -113,6 +113,20 @@ def test_scale_of_the_gradient_does_not_matter():
         torch.testing.assert_close(found.double(), reference(OPTIMIZERS["SGD"], gradients()), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_update_that_cancels_the_weight_leaves_no_nan(dtype, compile):
+    """At lr = 1 and u along w nothing but rounding is left, whose square may come out below zero."""
+    for seed in range(8):
+        torch.manual_seed(seed)
+        layer = nn.Linear(7, 5, bias=False).to(dtype)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        rs.attach(layer, rs.Hyperball().on("weight"), optimizer, compile=compile)
+        layer.weight.grad = 0.3 * layer.weight.detach().clone()
+        optimizer.step()
+        assert layer.weight.isfinite().all()
+
+
 def test_nothing_happens_where_nothing_moves():
     layer = fresh()
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

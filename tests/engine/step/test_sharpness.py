@@ -79,6 +79,26 @@ def test_it_is_the_published_update(name, adaptive):
     assert max(float((a - b).abs().max()) for a, b in zip(found, other, strict=True)) > 1e-4
 
 
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_an_optimizer_that_maximises_looks_for_the_least_value_nearby(adaptive):
+    """Gradients of -loss under maximize=True are those of the loss under maximize=False, uphill too."""
+    found = []
+    for sign in (1, -1):
+        net = fresh()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, maximize=sign < 0)
+        rs.attach(net, rs.Sharpness(0.3, adaptive).on("*"), optimizer)
+        for x, y in batches():
+
+            def closure(net=net, optimizer=optimizer, x=x, y=y, sign=sign):
+                optimizer.zero_grad()
+                (sign * F.cross_entropy(net(x), y)).backward()
+
+            optimizer.step(closure)
+        found.append([p.detach() for p in net.parameters()])
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[0], reference(OPTIMIZERS["SGD"], 0.3, adaptive))
+
+
 def test_of_some_weights_and_every_second_step():
     found, _ = train(OPTIMIZERS["SGD"], rs.Sharpness(0.3).on("*.weight"))
     torch.testing.assert_close(found, reference(OPTIMIZERS["SGD"], 0.3, False, ("0.weight", "2.weight")))
@@ -114,6 +134,30 @@ def test_penalties_beside_it():
             for p, w, one in zip(parameters, before, g, strict=True):
                 p.copy_(w - 0.1 * one - (0.1 * 0.2 * w if p.dim() > 1 else 0))
     torch.testing.assert_close(found, [p.detach() for p in twin.parameters()])
+
+
+def test_counts_and_running_means_of_rules_move_once():
+    x, found = batches()[0][0], []
+    plan = [rs.BatchTopK(2).on(rs.outputs("0")), rs.LoadBalance(1, statistics="batch").on(rs.outputs("2"), name="b")]
+    for sharp in ([], [rs.Sharpness(1e-9).on("*")]):
+        net = fresh()
+        optimizer = torch.optim.SGD(net.parameters(), lr=1e-9)
+        reg = rs.attach(net, [*plan, *sharp], optimizer)
+        values = []
+
+        def closure(net=net, optimizer=optimizer, reg=reg, values=values):
+            optimizer.zero_grad()
+            loss = reg.loss(0 * net(x).sum())
+            values.append(float(loss.detach()))
+            loss.backward()
+
+        optimizer.step(closure)
+        optimizer.step(closure)
+        assert values == pytest.approx([values[0]] * len(values), rel=1e-6)
+        found.append((len(values), reg.tokens_since_fired()["0"], reg.state_dict()["kept"]))
+    assert [count for count, *_ in found] == [2, 4]
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][2], found[1][2])
 
 
 def test_running_statistics_move_once_and_an_error_puts_weights_back():

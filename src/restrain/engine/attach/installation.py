@@ -15,7 +15,7 @@ from restrain.engine.forward import Forwards, InputHook, LayerHook, Point, RootB
 from restrain.errors import DetachedError, HowError
 from restrain.named_tensors import follow
 from restrain.torch_private import put_first
-from restrain.transforms import Noise
+from restrain.transforms.activation import AtLayer
 
 
 class Hooks:
@@ -84,8 +84,7 @@ class Hooks:
         for probe in probes:
             known[id(probe.point)].probes.append(probe)
         for point, what in bound.transforms:
-            if isinstance(what, Noise):
-                self._refuse_same_noise(model, point, what)
+            self._refuse_same(model, point, what)
             self._at(model, point).transforms.append((what, point))
 
     def _at(self, model: nn.Module, point: Point) -> LayerHook:
@@ -99,14 +98,15 @@ class Hooks:
         self._layers[key].paths[point.path] = None
         return self.at_layers[key]
 
-    def _refuse_same_noise(self, model: nn.Module, point: Point, noise: Noise) -> None:
-        """Refuse noise that another attachment draws at the same place, as when a cell is rerun."""
-        module, own = point.find(model), self.at_layers.values()
+    def _refuse_same(self, model: nn.Module, point: Point, what: Any) -> None:
+        """Refuse a transform that another attachment has at the place, as when a cell is rerun."""
+        module, own, said = point.find(model), self.at_layers.values(), _said(what)
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             others = hook.transforms if isinstance(hook, LayerHook) and all(hook is not one for one in own) else []
-            if any(other == noise and place == point for other, place in others):
+            if any(_said(other) == said and place == point for other, place in others):
+                kind, twice = ("activation function", "act") if isinstance(what, AtLayer) else ("noise", "be drawn")
                 raise HowError(
-                    f"another attachment has the same noise {noise!r} at the {point}, so it would be drawn twice: "
+                    f"another attachment has the same {kind} {said!r} at the {point}, so it would {twice} twice: "
                     "reg.detach() the other one first, or put both rules into one plan if you mean that"
                 )
 
@@ -155,6 +155,11 @@ class Hooks:
         for one in self._layers.values():
             one.handle.remove()
         self._handles, self._layers = [], {}
+
+
+def _said(what: Any) -> Any:
+    """Return a transform as it stands in the plan."""
+    return what.of if isinstance(what, AtLayer) else what
 
 
 @dataclass

@@ -76,7 +76,7 @@ static factors solved($arrays, int64_t count, const double *numbers, sums s, dou
     }
   }
   const double length = rate * radius / sqrt(s.uu), square = s.ww - 2 * length * s.wu + length * length * s.uu;
-  return (factors){length, square == 0 ? 0 : radius / sqrt(square), peak};
+  return (factors){length, square <= 0 ? 0 : radius / sqrt(square), peak};  /* below 0 by rounding */
 }
 
 #define TURN(u) \\

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from restrain.engine.ops import norm_of
 from restrain.engine.step.worklist import Member
 from restrain.errors import OptimizerError
 from restrain.penalties.shrink import at_least_float32
+from restrain.penalties.statistics import resting
 from restrain.torch_private import NORMALIZATIONS
 from restrain.transforms.sharpness import Ascended, Sharpness
 
@@ -28,43 +29,50 @@ def needs_closure(optimizer: Optimizer, what: Sharpness) -> OptimizerError:
     )
 
 
-def sharp(members: Sequence[Member], step: int) -> dict[int, tuple[Sharpness, list[nn.Parameter]]]:
-    """Return the parameters with a gradient of each rule that is due, by the id of the rule."""
-    found: dict[int, tuple[Sharpness, list[nn.Parameter]]] = {}
-    for work, p, _ in members:
+Slopes: TypeAlias = "list[tuple[nn.Parameter, float]]"  # with the sign of the way to a worse loss
+
+
+def sharp(members: Sequence[Member], step: int) -> dict[int, tuple[Sharpness, Slopes]]:
+    """Return the parameters with a gradient of each rule that is due, by the id of the rule.
+
+    The sign is that of the gradient, or the other one under an optimizer that maximises.
+    """
+    found: dict[int, tuple[Sharpness, Slopes]] = {}
+    for work, p, group in members:
         for rule, what in work.sharp if p.grad is not None else ():
             if rule.due(step):
-                found.setdefault(id(rule), (what, []))[1].append(p)
+                found.setdefault(id(rule), (what, []))[1].append((p, -1.0 if group.get("maximize") else 1.0))
     return found
 
 
 def gradient_uphill(
-    rules: dict[int, tuple[Sharpness, list[nn.Parameter]]],
+    rules: dict[int, tuple[Sharpness, Slopes]],
     optimizer: Optimizer,
     root: nn.Module,
     closure: Callable[[], Any],
 ) -> None:
     """Call the closure at w + e, so that gradients are those there, and put the weights back."""
-    with restored([p for _, parameters in rules.values() for p in parameters]):
+    with restored([p for _, slopes in rules.values() for p, _ in slopes]):
         with torch.no_grad():
-            for what, parameters in rules.values():
-                _climb(what, parameters)
+            for what, slopes in rules.values():
+                _climb(what, slopes)
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     p.grad = None
-        with restored(_running_statistics(root)), torch.enable_grad():
+        # counts and running means, of norms and of rules, move in the first run alone
+        with restored(_running_statistics(root)), resting(), torch.enable_grad():
             closure()
 
 
-def _climb(what: Sharpness, parameters: Sequence[nn.Parameter]) -> None:
-    """Add e = ρ T² g / ‖T g‖ to the parameters; nothing where the norm is zero or not finite."""
+def _climb(what: Sharpness, slopes: Slopes) -> None:
+    """Add e = ± ρ T² g / ‖T g‖ to the parameters; nothing where the norm is zero or not finite."""
     scaled: list[tuple[Tensor, Any, Tensor]] = []
-    for p in parameters:
+    for p, sign in slopes:
         assert p.grad is not None
         w, g = local(p.detach()), at_least_float32(local(p.grad))
         factor = what.metric(at_least_float32(w))
-        scaled.append((w, factor, g * factor))
-    squares = [(norm_of(one).square(), ranks_of(p)) for p, (_, _, one) in zip(parameters, scaled, strict=True)]
+        scaled.append((w, factor, g * factor * sign))
+    squares = [(norm_of(one).square(), ranks_of(p)) for (p, _), (_, _, one) in zip(slopes, scaled, strict=True)]
     norm = totals([squares])[0].sqrt()
     if not bool((norm > 0) & norm.isfinite()):
         return

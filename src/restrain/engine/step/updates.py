@@ -220,7 +220,7 @@ class _Turn:
         moves = uu != 0
         length = rate * radius / torch.where(moves, uu, 1).sqrt()
         squares = ww - 2 * length * wu + length.square() * uu
-        moves = moves & (squares != 0)
+        moves = moves & ~(squares <= 0)  # below zero by rounding, where w and the update cancel
         scale = radius / torch.where(moves, squares, 1).sqrt()
         new = torch.where(moves, (self.w - length * self.u) * scale, self.w).to(self.like.dtype)
         if self.groups is None:
