@@ -154,6 +154,17 @@ def hits_of(y: Tensor) -> tuple[Tensor, int]:
     return (rows != 0).sum(0).float(), rows.shape[0]
 
 
+def hits_at(indices: Tensor, values: Tensor, units: int) -> Tensor:
+    """Return the number of nonzero values of each unit, given the units' indices of values."""
+    alive = (values != 0).float().flatten()
+    return values.new_zeros(units, dtype=torch.float32).scatter_add(0, indices.flatten(), alive)
+
+
+def above(z: Tensor, threshold: Tensor | float, size: Tensor | None = None) -> Tensor:
+    """Return z where it, or its size, is above a threshold, and zero elsewhere; NaN stays."""
+    return torch.where((z if size is None else size) <= threshold, 0, z)
+
+
 def sizes(x: Tensor) -> Tensor:
     """Return |x|, without a copy of the output of a ReLU."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
@@ -168,9 +179,9 @@ def taken(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
     The backward saves the indices alone.
     """
     values, y = x.gather(-1, indices), torch.zeros_like(x)
-    # vmap batches the operation that makes a copy
-    y = y.scatter(-1, indices, values) if wrapped(x) else y.scatter_(-1, indices, values)
-    return y, values.detach()
+    if not torch.compiler.is_compiling() and wrapped(x):  # vmap has no rule for the operation in place
+        return y.scatter(-1, indices, values), values.detach()
+    return y.scatter_(-1, indices, values), values.detach()
 
 
 @dataclass(frozen=True)
@@ -268,11 +279,9 @@ class BatchTopK(Activation):
         flat = rows.reshape(-1)
         indices = largest_entries(size, self.k * rows.shape[0])
         y, values = taken(flat, indices)
-        alive = values != 0
-        hits = rows.new_zeros(rows.shape[1], dtype=torch.float32)
-        hits = hits.scatter_add(0, indices % max(rows.shape[1], 1), alive.float()) if rows.numel() else hits
-        least = torch.cat([torch.where(alive, values.abs(), torch.inf), values.new_full((1,), torch.inf)]).amin()
-        return y.reshape(x.shape), least, hits
+        least = torch.where(values != 0, values.abs(), torch.inf)
+        least = torch.cat([least, values.new_full((1,), torch.inf)]).amin()
+        return y.reshape(x.shape), least, hits_at(indices % max(rows.shape[1], 1), values, rows.shape[1])
 
     def bound_in_layer(self, layer: nn.Module, kind: str, device: torch.device) -> AtLayer:
         return _BatchTopKAtLayer(self, self.sync)
@@ -290,7 +299,7 @@ class _BatchTopKAtLayer(AtLayer, register=False):
     def at(self, x: Tensor, layout: Layout) -> Tensor:
         if not layout.training and (threshold := self.least.mean()) is not None:
             checked_code(self.of, x)
-            return torch.where(at_least_float32(x.detach()).abs() <= threshold.to(x.device), 0, x)  # NaN stays
+            return above(x, threshold.to(x.device), at_least_float32(x.detach()).abs())
         y, least, hits = self.of.largest(x, everywhere=self.of.sync and layout.training)
         if layout.training:
             self.counts.add(hits, x.numel() // max(x.shape[-1], 1))
@@ -370,7 +379,7 @@ class _Jump(torch.autograd.Function):
 
     @staticmethod
     def forward(z: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-        return torch.where(z <= threshold, 0, z)  # NaN stays
+        return above(z, threshold)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -382,7 +391,7 @@ class _Jump(torch.autograd.Function):
         z, threshold = ctx.saved_tensors
         near = (z - threshold).abs() < ctx.bandwidth / 2
         own = torch.where(near, gradient, 0) * (-threshold / ctx.bandwidth)
-        return torch.where(z <= threshold, 0, gradient), own.sum_to_size(threshold.shape), None
+        return above(gradient, threshold, z), own.sum_to_size(threshold.shape), None
 
 
 @dataclass(frozen=True)
@@ -428,7 +437,7 @@ class JumpReLU(Activation):
 
     def __call__(self, x: Tensor) -> Tensor:
         checked_code(self, x)
-        return torch.where(x <= self.threshold, 0, x)
+        return above(x, self.threshold)
 
     def bound_in_layer(self, layer: nn.Module, kind: str, device: torch.device) -> AtLayer:
         units = self.units
@@ -476,7 +485,7 @@ class JumpAtLayer(AtLayer, register=False):
 
     def jumped(self, z: Tensor) -> Tensor:
         """Return the activation without a gradient of the thresholds."""
-        return torch.where(at_least_float32(z) <= self.thresholds(z).detach(), 0, z)
+        return above(z, self.thresholds(z).detach(), at_least_float32(z))
 
     def parameters(self) -> Sequence[nn.Parameter]:
         return (self.log_threshold,)

@@ -19,7 +19,7 @@ from restrain.named_tensors import Location
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.rules import How
 from restrain.schedule import Schedule, Strength
-from restrain.transforms.activation import AtLayer, checked_code, hits_of, sizes, taken
+from restrain.transforms.activation import AtLayer, checked_code, hits_at, hits_of, sizes, taken
 from restrain.transforms.base import Constraint, wide
 from restrain.transforms.layout import Layout
 from restrain.transforms.sets import ByGroup, MaybePer
@@ -247,8 +247,7 @@ class _TopKAtLayer(AtLayer, register=False):
         else:
             indices = sizes(x).topk(self.of.number_of(units), -1, sorted=False).indices
             y, values = taken(x, indices)
-            alive, tokens = (values != 0).float().flatten(), x.numel() // max(units, 1)
-            hits = x.new_zeros(units, dtype=torch.float32).scatter_add(0, indices.flatten(), alive)
+            hits, tokens = hits_at(indices, values, units), x.numel() // max(units, 1)
         if layout.training:
             self.counts.add(hits, tokens)
         return y
