@@ -179,6 +179,83 @@ def test_calibration_is_saved_and_forgotten(tmp_path):
         model.fit(x, y).predict(x, interval=0.9)
 
 
+def test_intervals_by_monte_carlo_are_quantiles_of_a_loop_by_hand():
+    x, y = line(40)
+    model = rs.Regressor(**QUICK, hidden_dropout=0.3, input_noise=0.1).fit(x, y)
+    torch.manual_seed(3)
+    with rs.sampling(model):
+        passes = np.stack([model.predict(x) for _ in range(50)])
+    low, high = np.sort(passes, 0)[[5, 44]]  # of 51 gaps, in the middle of a draw's
+    torch.manual_seed(3)
+    ends = model.predict(x, interval=0.8, draws=50)
+    np.testing.assert_allclose(ends, np.quantile(passes, [0.1, 0.9], axis=0).T, rtol=1e-12)  # rounding of products
+    assert (np.abs(ends - np.stack([low, high], 1)) <= np.ptp(passes, 0)[:, None] / 2).all()
+    again, other = (model.predict(x, interval=0.8, draws=50, random_state=seed) for seed in (0, 1))
+    np.testing.assert_array_equal(again, model.predict(x, interval=0.8, draws=50, random_state=0))
+    assert not np.array_equal(again, other)
+    assert model.predict(x, interval=0.8).shape == (40, 2)  # nothing else to go by
+    model.calibrate(x, y)
+    assert not np.array_equal(model.predict(x, interval=0.8), again)
+    np.testing.assert_array_equal(model.predict(x, interval=0.8, draws=50, random_state=0), again)
+    assert not model.module_.training
+
+
+def test_intervals_by_monte_carlo_hold_the_predictions_of_all_masks():
+    """Two inputs under dropout of a half are one of four masks: ends of 90 % are the least and the greatest."""
+    x, y = line(60)
+    model = rs.Regressor(hidden=(), input_dropout=0.5, epochs=3, learning_rate=0.1, random_state=0).fit(x, y)
+    z = (x - x.mean(0)) / x.std(0)
+    w = model.coef_ * x.std(0)
+    masks = np.array([[0, 0], [0, 2], [2, 0], [2, 2]])
+    every = model.intercept_ + model.coef_ @ x.mean(0) + (z[:, None] * masks) @ w
+    ends = model.predict(x, interval=0.9, draws=400, random_state=0)
+    np.testing.assert_allclose(ends, np.stack([every.min(1), every.max(1)], 1), atol=1e-6)
+    # a normal deviate on each input moves a line by a normal deviate
+    model = rs.Regressor(hidden=(), input_noise=0.5, epochs=3, learning_rate=0.1, random_state=0).fit(x, y)
+    width = 0.5 * np.linalg.norm(model.coef_ * x.std(0))
+    ends = model.predict(x, interval=0.9, draws=4000, random_state=0)
+    expected = model.predict(x)[:, None] + width * stats.norm.ppf([0.05, 0.95])
+    assert np.abs(ends - expected).max() < 5 * width * math.sqrt(0.05 * 0.95 / 4000) / stats.norm.pdf(1.645)
+
+
+@pytest.mark.parametrize("loss", ["gaussian", "poisson"])
+def test_monte_carlo_of_a_distribution_covers_its_targets(loss):
+    """Targets made by NumPy from what the model says of noisy inputs, 4,000 in all, are covered 9 times in 10."""
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(400, 2))
+    y = draw.poisson(np.exp(2.5 + 0.5 * x[:, 0])).astype(float)
+    model = rs.Regressor(hidden=(), loss=loss, input_noise=0.4, epochs=20, learning_rate=0.05, random_state=0).fit(x, y)
+    ends = model.predict(x, interval=0.9, draws=2000, random_state=0)
+    covered, atoms = [], []
+    for _ in range(10):
+        moved = x + 0.4 * x.std(0) * draw.normal(size=x.shape)
+        mean = model.predict(moved)
+        std = np.diff(model.predict(moved, interval=0.9))[:, 0] / 2 / 1.6448536 if loss == "gaussian" else None
+        made = draw.poisson(mean) if loss == "poisson" else draw.normal(mean, std)
+        covered.append((ends[:, 0] <= made) & (made <= ends[:, 1]))
+        atoms.append((made == ends[:, 0]) | (made == ends[:, 1]))
+    slack = 4 * math.sqrt(0.9 * 0.1 / 4000) + 0.01  # 2,000 passes; ends of counts hold more, up to their atoms
+    assert 0.9 - slack < np.mean(covered) < 0.9 + slack + np.mean(atoms)
+    if loss == "gaussian":  # the distribution alone, without the noise, is too narrow
+        alone = model.predict(x, interval=0.9)
+        assert (ends[:, 1] - ends[:, 0]).mean() > (alone[:, 1] - alone[:, 0]).mean()
+
+
+def test_monte_carlo_says_what_it_needs():
+    x, y = line(40)
+    model = rs.Regressor(**QUICK).fit(x, y)
+    with pytest.raises(PlanError, match=r"keywords have none: write some in the constructor, as in hidden_dropout"):
+        model.predict(x, interval=0.9, draws=20)
+    with pytest.raises(PlanError, match=r"calibrate\(X, y\) first.*noise or dropout among the model's keywords"):
+        model.predict(x, interval=0.9)
+    with pytest.raises(PlanError, match="draws= is the number of passes by Monte Carlo, 2 or more, as in 500; got 1"):
+        model.predict(x, interval=0.9, draws=1)
+    with pytest.raises(PlanError, match=r"write interval=, as in interval=0.9, too"):
+        model.predict(x, draws=100)
+    with pytest.raises(PlanError, match="are intervals themselves"):
+        rs.Regressor(**QUICK, loss="quantile", hidden_dropout=0.2).fit(x, y).predict(x, interval=0.7, draws=9)
+
+
 # ---------------------------------------------------------------- draws
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from restrain import progress
 from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
-from restrain.errors import FileError, PlanError
+from restrain.errors import FileError, PlanError, SelectionError
 from restrain.fields import brief, is_number, level_of_caller
 from restrain.models import (
     checkpoints,
@@ -63,6 +63,7 @@ from restrain.models.specs import LayerData, as_list, forms, hidden, resolve
 from restrain.models.training import Training
 from restrain.named_tensors import near
 from restrain.report import Part, write
+from restrain.sampling import sampling
 from restrain.tables import to_pandas
 from restrain.transforms import Noise
 from restrain.transforms.normalization import Standardize
@@ -860,16 +861,28 @@ class KeywordModel(KeywordEstimator):
 
     def _forward(self, x: Any) -> Tensor:
         """Return the network's output for all samples of x."""
-        return torch.cat([self.module_(batch) for batch in self._ready(x)])
-
-    def _ready(self, x: Any) -> Iterator[Tensor]:
-        """Yield batches of scaled inputs, with the network in evaluation mode and gradients off."""
         check_is_fitted(self, "module_")
-        samples = Samples(self._inputs(x, reset=False), dtype=self._dtype, scale=self._scale)
+        return self._output_of(self._inputs(x, reset=False))
+
+    def _output_of(self, inputs: Any) -> Tensor:
+        """Return the network's output for checked inputs (see `_inputs`)."""
+        return torch.cat([self.module_(batch) for batch in self._scaled(inputs)])
+
+    def _scaled(self, inputs: Any) -> Iterator[Tensor]:
+        """Yield batches of scaled inputs, with the network in evaluation mode and gradients off."""
+        samples = Samples(inputs, dtype=self._dtype, scale=self._scale)
         self.module_.eval()
         with torch.no_grad():
             for rows in batches(len(samples), _rows(samples.x)):
                 yield samples.batch(rows)[0]
+
+    def _is_random(self) -> bool:
+        """Return True if noise or dropout of the keywords, or of layers, acts under sampling."""
+        try:
+            with sampling(self):
+                return True
+        except SelectionError:
+            return False
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -880,7 +893,8 @@ class KeywordModel(KeywordEstimator):
 
         The last layer of a Classifier gives logits.
         """
-        parts = [outputs_of(self.module_, batch) for batch in self._ready(X)]
+        check_is_fitted(self, "module_")
+        parts = [outputs_of(self.module_, batch) for batch in self._scaled(self._inputs(X, reset=False))]
         return {name: torch.cat([part[name] for part in parts]).numpy() for name in parts[0]}
 
     def find(self, layer: str, parameter: str = "weight") -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from sklearn.base import ClassifierMixin, ClassNamePrefixFeaturesOutMixin, RegressorMixin, TransformerMixin
 from sklearn.metrics import r2_score
-from sklearn.utils import check_array
+from sklearn.utils import check_array, check_random_state
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 from torch import Tensor
@@ -21,7 +22,9 @@ from restrain.models import intervals, losses
 from restrain.models.base import KeywordModel
 from restrain.models.data import Samples, as_numbers, dense, warn_of_unheld
 from restrain.models.losses import Cox, Labels, Loss, Own
+from restrain.models.running import seeded
 from restrain.models.signature import Init
+from restrain.sampling import sampling
 
 
 class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
@@ -360,23 +363,49 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
         fresh, shift = "module_" not in vars(self), self._offset(offset, exposure, X)
         return self._fit(X, y, sample_weight, None, {"epochs": 1, **given}, fresh=fresh, offset=shift)
 
-    def predict(self, X: Any, *, interval: float | None = None, offset: Any = None, exposure: Any = None) -> Any:
+    def predict(
+        self,
+        X: Any,
+        *,
+        interval: float | None = None,
+        draws: int | None = None,
+        random_state: Any = None,
+        offset: Any = None,
+        exposure: Any = None,
+    ) -> Any:
         """Return the prediction for each sample, in the shape of the targets.
 
         Args:
             X: the inputs.
             interval: a probability: return (lower, upper) ends instead, shape (samples, 2), by
-                `calibrate`, else by the loss "quantile" or "gaussian" (see
-                `restrain.models.intervals`).
+                `calibrate`, else by the loss "quantile" or "gaussian", else by Monte Carlo under
+                the model's noise and dropout (see `restrain.models.intervals`).
+            draws: take Monte Carlo in any case, with so many passes.
+            random_state: seed of the passes; None takes torch's global generator.
             offset, exposure: as in `fit`.
 
         Raises:
             PlanError: there is nothing to make intervals by.
         """
-        if interval is not None:
-            loss, predicted, std = self._distribution(X, offset, exposure)
-            return intervals.interval(loss, interval, predicted, std, vars(self).get("conformal_"))
-        output, shift = self._forward(X), self._offset(offset, exposure, X)
+        intervals.check(interval, draws)
+        if interval is None:
+            return self._predicted(self._forward(X), self._offset(offset, exposure, X))
+        loss, predicted, std = self._distribution(X, offset, exposure)
+        known = vars(self).get("conformal_")
+        if draws is None and (intervals.has_basis(loss, interval, known) or not self._is_random()):
+            return intervals.interval(loss, interval, predicted, std, known)
+        if isinstance(loss, losses.Quantile):
+            raise PlanError('draws= is for other losses: those of loss="quantile" are intervals themselves')
+        if not self._is_random():
+            raise PlanError(
+                "draws= takes passes under noise and dropout, and this model's keywords have none: write some in the "
+                "constructor, as in hidden_dropout=0.2, and fit anew"
+            )
+        passes = self._passes(X, draws or intervals.PASSES, random_state, self._offset(offset, exposure, X))
+        return intervals.of_passes(interval, passes)
+
+    def _predicted(self, output: Tensor, shift: Any) -> Any:
+        """Return predictions for outputs of the network; `shift`: each sample's offset, or None."""
         if shift is None:
             return self._finished(output)
         column = shift.reshape(-1, *[1] * (output.dim() - 1))
@@ -384,6 +413,16 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
             return self._finished(output + torch.as_tensor(column))
         found = self._finished(output)
         return found + column.reshape(-1, *[1] * (found.ndim - 1))
+
+    def _passes(self, x: Any, count: int, random_state: Any, shift: Any) -> Any:
+        """Return targets or predictions by passes under noise, shape (passes, samples)."""
+        loss, seed = self.loss_function(), None
+        if random_state is not None:
+            seed = int(check_random_state(random_state).randint(2**31 - 1))
+        inputs = self._inputs(x, reset=False)
+        with nullcontext() if seed is None else seeded(seed), sampling(self):
+            outputs = (self._output_of(inputs) for _ in range(count))
+            return np.stack([intervals.passed(loss, *self._single(output, shift)) for output in outputs])
 
     def calibrate(self, X: Any, y: Any, *, offset: Any = None, exposure: Any = None) -> Self:
         """Learn from samples that the model wasn't fitted on how wide intervals are; return self.
@@ -416,13 +455,22 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
         loss = self.loss_function()
         if self.n_outputs_ != 1 or self.targets_of_steps_ or loss.joint or isinstance(loss, losses.KL):
             raise PlanError("intervals and draws are of one number a sample, and this model predicts others")
-        predicted, std = np.asarray(self.predict(x, offset=offset, exposure=exposure), np.float64), None
-        if isinstance(loss, losses.Gaussian):
-            raw, scale = self._forward(x).chunk(2, -1)[1].exp(), None if self._scale is None else self._scale.y
-            std = (raw if scale is None else scale.inverse_std(raw)).double().numpy()[:, 0]
+        predicted, std = self._single(self._forward(x), self._offset(offset, exposure, x))
+        return loss, predicted, std
+
+    def _single(self, output: Tensor, shift: Any) -> tuple[Any, Any]:
+        """Return (predictions of one target, σ of the loss "gaussian" or None) for outputs.
+
+        Predictions have one axis; of the loss "quantile" a column for each quantile.
+        """
+        loss, predicted = self.loss_function(), np.asarray(self._predicted(output, shift), np.float64)
         if isinstance(loss, losses.Quantile):
-            return loss, predicted.reshape(len(predicted), -1), None
-        return loss, predicted[:, 0] if predicted.ndim > 1 else predicted, std
+            return predicted.reshape(len(predicted), -1), None
+        std = None
+        if isinstance(loss, losses.Gaussian):
+            raw, scale = output.chunk(2, -1)[1].exp(), None if self._scale is None else self._scale.y
+            std = (raw if scale is None else scale.inverse_std(raw)).double().numpy()[:, 0]
+        return predicted[:, 0] if predicted.ndim > 1 else predicted, std
 
     def _located(self) -> int | None:
         return int(self.n_outputs_) if isinstance(self.loss_function(), losses.Gaussian) else None

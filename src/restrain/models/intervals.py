@@ -1,4 +1,4 @@
-"""Prediction intervals: by quantiles, by a distribution, or by split conformal prediction.
+"""Prediction intervals: by conformal prediction, quantiles, a distribution, or Monte Carlo.
 
 Conformal scores of samples that the training didn't see are kept sorted; the interval of level p
 takes the ⌈(n + 1) p⌉-th of n. Then it covers a new target with probability p or more, whatever the
@@ -11,8 +11,14 @@ model, if the samples are exchangeable.
 The spread is σ of the loss "gaussian", √μ of "poisson", μ^(power/2) of "gamma" and "tweedie", else
 1.
 
+By Monte Carlo, the network predicts again and again with its noise and dropout on, and the ends are
+quantiles of these passes. Of the losses "gaussian" and "poisson" each pass draws a target from the
+distribution that it predicts. Of the others a pass is a prediction: the interval then says how far
+the noise moves the prediction, and targets scatter more.
+
 Sources: Lei, G'Sell, Rinaldo, Tibshirani and Wasserman (2018), "Distribution-free predictive
-inference for regression"; Romano, Patterson and Candès (2019), "Conformalized quantile regression".
+inference for regression"; Romano, Patterson and Candès (2019), "Conformalized quantile regression";
+Gal and Ghahramani (2016), "Dropout as a Bayesian approximation".
 """
 
 from __future__ import annotations
@@ -22,9 +28,14 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from restrain.errors import PlanError
+from restrain.fields import is_whole
 from restrain.models.losses import Gamma, Gaussian, Loss, Poisson, Quantile, Tweedie
+
+PASSES = 500  # by Monte Carlo, unless said otherwise
 
 
 def pair(loss: Quantile, level: float) -> tuple[int, int] | None:
@@ -61,10 +72,8 @@ def interval(loss: Loss, level: Any, predicted: Any, std: Any, known: Any) -> An
         known: sorted conformal scores, or None.
 
     Raises:
-        PlanError: the level isn't between 0 and 1, there are too few scores, or nothing to go by.
+        PlanError: there are too few scores, or nothing to go by.
     """
-    if not (isinstance(level, float) and 0 < level < 1):
-        raise PlanError(f"interval= is the probability to cover, between 0 and 1, as in 0.9; got {level!r}")
     if known is not None:
         s = _score(known, level)
         if isinstance(loss, Quantile):
@@ -79,8 +88,51 @@ def interval(loss: Loss, level: Any, predicted: Any, std: Any, known: Any) -> An
     ends = f"{(1 - level) / 2:.6g}, {(1 + level) / 2:.6g}"
     raise PlanError(
         "an interval needs model.calibrate(X, y) first, with samples that the model wasn't fitted on; or "
-        f'loss="quantile", quantiles=[{ends}], or loss="gaussian"'
+        f'loss="quantile", quantiles=[{ends}], or loss="gaussian"; or, for Monte Carlo, noise or dropout among the '
+        "model's keywords, as in hidden_dropout=0.2"
     )
+
+
+def check(level: Any, passes: Any = None) -> None:
+    """Check the probability to cover, and the number of passes by Monte Carlo.
+
+    Raises:
+        PlanError: the level isn't between 0 and 1, or there are fewer than two passes.
+    """
+    if passes is not None and not is_whole(passes, 2):
+        raise PlanError(f"draws= is the number of passes by Monte Carlo, 2 or more, as in {PASSES}; got {passes!r}")
+    if level is None and passes is not None:
+        raise PlanError("draws= is the number of passes of an interval: write interval=, as in interval=0.9, too")
+    if level is not None and not (isinstance(level, float) and 0 < level < 1):
+        raise PlanError(f"interval= is the probability to cover, between 0 and 1, as in 0.9; got {level!r}")
+
+
+def has_basis(loss: Loss, level: float, known: Any) -> bool:
+    """Return True if an interval needs no Monte Carlo: by scores, quantiles or a distribution."""
+    by_quantiles = isinstance(loss, Quantile) and pair(loss, level) is not None
+    return known is not None or by_quantiles or isinstance(loss, Gaussian)
+
+
+def passed(loss: Loss, predicted: Any, std: Any) -> Any:
+    """Return one target a sample, drawn by torch's generator; the prediction of other losses.
+
+    Args:
+        loss: of the model.
+        predicted: of a pass.
+        std: σ of the loss "gaussian".
+    """
+    mean = torch.as_tensor(predicted)
+    found: Tensor = mean
+    if isinstance(loss, Gaussian):
+        found = torch.normal(mean, torch.as_tensor(std))
+    if isinstance(loss, Poisson):
+        found = torch.poisson(mean)
+    return found.numpy()
+
+
+def of_passes(level: float, passes: Any) -> Any:
+    """Return the quantiles (1 ∓ level) / 2 over passes of shape (passes, samples): the ends."""
+    return np.quantile(passes, [(1 - level) / 2, (1 + level) / 2], axis=0).T
 
 
 def _score(known: Any, level: float) -> float:
