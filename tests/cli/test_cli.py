@@ -324,9 +324,65 @@ def test_models_that_are_none(here):
     assert "no file" in run("predict", "run", "new.csv", code=1).stderr
     (here / "junk").write_text("junk, more of it")
     assert "isn't a file of restrain" in run("explain", "junk", code=1).stderr
-    table = frame()
-    rs.Classifier(hidden=(3,), epochs=1).fit(table[["age", "wage"]].to_numpy(), table.y.to_numpy()).save("m")
-    assert "was not made by `restrain fit`" in run("explain", "m", code=1).stderr
+    rs.Classifier(hidden=((3, "rnn"),), epochs=1).fit(np.ones((4, 2, 1)), [0, 1, 0, 1]).save("m")
+    assert "m reads sequences" in run("predict", "m", "new.csv", code=1).stderr
+
+
+# Models that were fitted in Python
+
+MIXED = ["age", "color", "wage"]
+
+
+def test_a_model_fitted_to_a_frame_in_python(here):
+    table, new = frame(), frame(30, 1)
+    model = rs.Classifier(hidden=(4,), epochs=3, random_state=0).fit(table[MIXED], table.y)
+    model.save("m")
+    expected, p = model.predict(new[MIXED]), model.predict_proba(new[MIXED])
+    result = run("predict", "m", "new.csv", "--proba")
+    found = rows(result.stdout)
+    assert [row["prediction"] for row in found] == expected.tolist()
+    np.testing.assert_allclose([float(row["p(low)"]) for row in found], p[:, 1], rtol=1e-6)
+    assert "doesn't use: y" in result.stderr
+    result = run("predict", "m", "new.csv", "--target", "y")
+    assert [row["y"] for row in rows(result.stdout)] == expected.tolist()
+    assert f"accuracy {(expected == new.y).mean():.4f} on 30 rows" in result.stderr
+    told = run("explain", "m", "new.csv", "--target", "y").stdout
+    assert "not known: fitted in Python" in told
+    assert "importance on new.csv" in told
+    assert "write --target" in run("explain", "m", "new.csv", code=1).stderr
+    assert "fitted in Python" not in run("report", "m").stderr
+    assert (here / "report.html").exists()
+    new.assign(color="pink").to_csv("pink.csv", index=False)
+    assert "'pink' was not there in training" in run("predict", "m", "pink.csv", code=1).stderr
+
+
+def test_a_model_fitted_to_numbers_in_python(here):
+    table, new = frame(), frame(30, 1)
+    model = rs.Regressor(hidden=(4,), epochs=3, random_state=0).fit(table[["wage", "age"]], table.age)
+    model.save("named")  # columns by name, whatever their order in the table
+    found = [float(row["prediction"]) for row in rows(run("predict", "named", "new.csv").stdout)]
+    np.testing.assert_allclose(found, model.predict(new[["wage", "age"]]), rtol=1e-6)
+    x, y = table[["age", "wage"]].to_numpy(), np.stack([table.age, table.wage], 1)
+    model = rs.Regressor(hidden=(4,), epochs=3, random_state=0).fit(x, y)
+    model.save("array")
+    said = run("predict", "array", "new.csv", code=1).stderr
+    assert "array of 2 columns without names" in said
+    assert "call them x0 to x1" in said
+    expected = model.predict(new[["age", "wage"]].to_numpy())
+    new[["wage", "age"]].set_axis(["x1", "x0"], axis=1).to_csv("x.csv", index=False)
+    np.savez("x.npz", X=new[["age", "wage"]].to_numpy())
+    for file in ("x.csv", "x.npz"):
+        found = rows(run("predict", "array", file).stdout)
+        np.testing.assert_allclose([[float(r["prediction[0]"]), float(r["prediction[1]"])] for r in found], expected)
+    bands = rs.Regressor(hidden=(), loss="quantile", quantiles=[0.1, 0.9], epochs=3).fit(table[["age"]], table.wage)
+    bands.save("bands")
+    assert [*rows(run("predict", "bands", "new.csv", "--target", "wage").stdout)[0]] == ["wage[0.1]", "wage[0.9]"]
+    codes = rs.Autoencoder(hidden=(1,), epochs=3, random_state=0).fit(table[["age", "wage"]])
+    codes.save("codes")
+    assert [*rows(run("predict", "codes", "new.csv").stdout)[0]] == ["age", "wage"]
+    assert "has no target" in run("predict", "codes", "new.csv", "--target", "y", code=1).stderr
+    fit()
+    assert "was fitted to the target y" in run("predict", "run", "new.csv", "--target", "age", code=1).stderr
 
 
 def test_options_for_another_kind(here):

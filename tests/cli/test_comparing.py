@@ -72,11 +72,26 @@ def test_cross_validation_is_scikit_learns(here):
     assert f"{expected.mean():.4f}" in text
 
 
+def test_scores_are_named_by_the_loss(here):
+    given = ("cv", "data.csv", "--target", "age", "--model", "regressor", "--ignore", "y,price", "--folds", "3",
+             "--hidden", "none")  # fmt: skip
+    lines = run(*given, "--set", "loss=poisson").stdout.splitlines()
+    assert re.split(r"\s{2,}", lines[2]) == ["fold", "D²", "loss"]
+    table = pd.read_csv("data.csv").assign(event=1)
+    table.to_csv("data.csv", index=False)
+    cox = (*given[:2], "--target", "age", "--target", "event", *given[4:], "--set", "loss=cox")
+    assert re.split(r"\s{2,}", run(*cox).stdout.splitlines()[2]) == ["fold", "concordance", "loss"]
+    said = run("compare", *given[1:-2], "--try", "--hidden none", "--try", "--hidden none --set loss=poisson", code=1)
+    assert "models are compared by one score" in said.stderr
+
+
 def test_paired_errors():
     rng = np.random.default_rng(0)
     hard = rng.normal(size=5)
-    one = Scores("1", [Fold(h, 0.0) for h in hard], 0.25)
-    two = Scores("2", [Fold(h + d, 0.0) for h, d in zip(hard, [0.1, 0.2, 0.1, 0.2, 0.15], strict=True)], 0.25)
+    one = Scores("1", [Fold(h, 0.0) for h in hard], 0.25, ("R²", "RMSE"))
+    two = Scores(
+        "2", [Fold(h + d, 0.0) for h, d in zip(hard, [0.1, 0.2, 0.1, 0.2, 0.15], strict=True)], 0.25, ("R²", "RMSE")
+    )
     mean, error = two.over(one, "score")
     assert mean == pytest.approx(0.15)
     assert error == pytest.approx(np.std([0.1, 0.2, 0.1, 0.2, 0.15], ddof=1) * (1 / 5 + 0.25) ** 0.5)

@@ -150,7 +150,7 @@ def fit(data: tuple[Path, ...], **given: Any) -> None:
     storage.make_folder(file.parent)
     notes["scores"] = jobs.fit(model, ready, other)
     for name, score in notes["scores"].items():
-        click.echo(f"{jobs.measure(given['model'])} in {name}: {score:.4f}")
+        click.echo(f"{jobs.measure(model)} in {name}: {score:.4f}")
     adopt(model, TableEncoder.of(ready.encoding, categories=notes["categories"]))
     _finish(model, file, notes)
 
@@ -370,6 +370,11 @@ def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
     return kinds[given["model"]](normalize=given["normalize"], random_state=given["seed"], **keywords)
 
 
+_target_of_python = click.option(
+    "--target", multiple=True, metavar="COLUMN", help="The target, of a model that was fitted in Python."
+)
+
+
 @restrain.command(epilog=_CODES)
 @click.argument("model", type=_FOLDER)
 @click.argument("data", type=_TABLE, nargs=-1, required=True)
@@ -383,9 +388,17 @@ def _model(given: dict[str, Any], keywords: dict[str, Any], file: Path) -> Any:
     show_default=True,
     help="Values of a category that training never saw: refuse them, or take them as none of the known ones.",
 )
+@_target_of_python
 @options.marks_options
 def predict(
-    model: Path, data: tuple[Path, ...], out: Path | None, proba: bool, code: bool, unknown: Any, **given: Any
+    model: Path,
+    data: tuple[Path, ...],
+    out: Path | None,
+    proba: bool,
+    code: bool,
+    unknown: Any,
+    target: tuple[str, ...],
+    **given: Any,
 ) -> None:
     """Predict the rows of the table DATA by the model in the folder MODEL.
 
@@ -393,12 +406,16 @@ def predict(
     has the target, too, the score is shown. DATA may be several files, or - for standard input.
     Numbers, dates and gaps are read as in the training, unless options say otherwise.
 
+    MODEL may also be a file that model.save(path) wrote in Python. A model that was fitted to a
+    data frame takes a table with its columns.
+
     \b
     Examples:
       restrain predict run/ new.csv
       restrain predict run/ new.csv --proba --out predictions.parquet
+      restrain predict model.safetensors new.csv --target y
     """
-    run = jobs.Run.load(model)
+    run = jobs.Run.load(model, target)
     kind = run.notes["model"]
     for flag, wanted, asked in (("--proba", "classifier", proba), ("--code", "autoencoder", code)):
         if asked and kind != wanted:
@@ -424,6 +441,7 @@ def predict(
 @click.option("--overwrite", is_flag=True, help="Replace a page that is there already.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the shuffles of columns.")
 @click.option("--ascii", "plain", is_flag=True, help="No signs beyond ASCII in the curves.")
+@_target_of_python
 @options.marks_options
 def explain(model: Path, data: Path | None, **given: Any) -> None:
     """Show the model in the folder MODEL: layers and their zeros, rules, training curves.
@@ -440,7 +458,7 @@ def explain(model: Path, data: Path | None, **given: Any) -> None:
       restrain explain run/ new.csv --report page.html
     """
     options.refuse_present(given["report"], overwrite=given["overwrite"])
-    run = jobs.Run.load(model)
+    run = jobs.Run.load(model, given["target"])
     marks = options.marks_of(given, run.notes.get("marks"))
     seen = None if data is None else explaining.look(run, data, marks, given["seed"])
     click.echo(explaining.explain(run, given["plain"] or not _can_write("▁█…"), seen))
@@ -558,7 +576,7 @@ def _folded(data: Path, given: dict[str, Any], makes: dict[str, Any]) -> list[co
 def _finish_folds(scores: list[comparing.Scores], data: Path, given: dict[str, Any]) -> None:
     click.echo("± is the standard error of a mean over folds that share their training rows (Nadeau and Bengio, 2003).")
     if given["report"] is not None:
-        click.echo(f"\nwritten: {reporting.write_scores(scores, data, given['model'], given['report'])}")
+        click.echo(f"\nwritten: {reporting.write_scores(scores, data, given['report'])}")
 
 
 def _fold_options(command: Any) -> Any:
@@ -595,8 +613,8 @@ def cv_of(data: Path, **given: Any) -> None:
     options.refuse_present(given["report"], overwrite=given["overwrite"])
     make = _made(given, given["model"], normalize=given["normalize"], seed=given["seed"])
     scores = _folded(data, given, {"the model": make})
-    click.echo(comparing.as_text(comparing.folds_table(scores[0], given["model"])))
-    click.echo("\n" + comparing.as_text(comparing.table_of(scores, given["model"])))
+    click.echo(comparing.as_text(comparing.folds_table(scores[0])))
+    click.echo("\n" + comparing.as_text(comparing.table_of(scores)))
     _finish_folds(scores, data, given)
 
 
@@ -628,6 +646,6 @@ def compare(data: Path, tries: tuple[str, ...], **given: Any) -> None:
         params = parser.make_context("--try", comparing.words(text)).params
         makes[text or "(as it is)"] = _made(params, given["model"], normalize=given["normalize"], seed=given["seed"])
     scores = _folded(data, given, makes)
-    click.echo(comparing.as_text(comparing.table_of(scores, given["model"])))
+    click.echo(comparing.as_text(comparing.table_of(scores)))
     click.echo("\n" + comparing.verdict(scores))
     _finish_folds(scores, data, given)

@@ -16,6 +16,7 @@ from sklearn.model_selection import RepeatedKFold, RepeatedStratifiedKFold
 
 from restrain.cli import jobs
 from restrain.errors import DataError
+from restrain.models import losses
 from restrain.tables import Encoding, Table
 from restrain.text_table import text_table
 
@@ -25,7 +26,7 @@ class Fold:
     """Scores of a model on one fold."""
 
     score: float
-    loss: float  # log loss, or the root of the mean squared error
+    loss: float  # log loss, root of the mean squared error, or mean data loss (see `measures`)
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Scores:
         name: of the model, as it was given.
         folds: its scores, in the order of the folds.
         ratio: rows tested / rows trained on.
+        measures: names of score and loss.
     """
 
     name: str
     folds: Sequence[Fold]
     ratio: float
+    measures: tuple[str, str]
 
     def values(self, which: str) -> Any:
         """Return the "score" or the "loss" of each fold."""
@@ -109,22 +112,31 @@ def score(
         x = encoding.apply(table)
         return x[train], y[train], x[test], y[test]
 
+    names = {name: measures(make()) for name, make in makes.items()}
+    kinds = sorted(set(names.values()))
+    if len(kinds) > 1:
+        (one, _), (other, _) = kinds[:2]
+        raise DataError(
+            f"models are compared by one score, and these have {one} and {other}: compare those of one kind"
+        )
     parts = [data(train, test) for train, test in folds]
     ratio = float(np.mean([len(test) / len(train) for train, test in folds]))
     tasks = [delayed(_fold)(make(), *part) for make in makes.values() for part in parts]
-    found = Parallel(n_jobs=workers)(tasks)
-    count = len(folds)
-    return [Scores(name, found[k * count : (k + 1) * count], ratio) for k, name in enumerate(makes)]
+    found, count = Parallel(n_jobs=workers)(tasks), len(folds)
+    return [Scores(n, found[k * count : (k + 1) * count], ratio, names[n]) for k, n in enumerate(makes)]
 
 
 def _fold(model: Any, x: Any, y: Any, x_test: Any, y_test: Any) -> Fold:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y)
-    if hasattr(model, "classes_"):
+    kind = measures(model)[1]
+    if kind == "log loss":
         loss = log_loss(y_test, model.predict_proba(x_test), labels=model.classes_)
+    elif kind == "RMSE":
+        loss = np.sqrt(np.mean(np.square(model.predict(x_test) - y_test)))
     else:
-        loss = float(np.sqrt(np.mean(np.square(model.predict(x_test) - y_test))))
+        loss = model.data_loss(x_test, y_test).detach()
     return Fold(float(model.score(x_test, y_test)), float(loss))
 
 
@@ -140,14 +152,15 @@ def words(text: str) -> list[str]:
         raise DataError(f"--try {text!r} can't be read: {error}") from error
 
 
-def measures(model: str) -> tuple[str, str]:
-    """Return the names of score and loss of a kind of model."""
-    return jobs.measure(model), "log loss" if model == "classifier" else "RMSE"
+def measures(model: Any) -> tuple[str, str]:
+    """Return the names of score and loss of a model."""
+    score, hinge = jobs.measure(model), isinstance(model.loss_function(), losses.Hinge)
+    return score, "loss" if hinge else {"accuracy": "log loss", "R²": "RMSE"}.get(score, "loss")
 
 
-def table_of(scores: Sequence[Scores], model: str) -> list[list[str]]:
+def table_of(scores: Sequence[Scores]) -> list[list[str]]:
     """Return the rows of the table of models, head first; differences are to the first model."""
-    score, loss = measures(model)
+    score, loss = scores[0].measures
     several = len(scores) > 1
     rows = [["", "model", score, "±", loss, "±", *([f"{score} - that of 1", "±"] if several else [])]]
     for number, one in enumerate(scores, 1):
@@ -158,9 +171,9 @@ def table_of(scores: Sequence[Scores], model: str) -> list[list[str]]:
     return rows
 
 
-def folds_table(one: Scores, model: str) -> list[list[str]]:
+def folds_table(one: Scores) -> list[list[str]]:
     """Return the rows of the table of folds, head first."""
-    return [["fold", *measures(model)]] + [
+    return [["fold", *one.measures]] + [
         [str(number), f"{fold.score:.4f}", f"{fold.loss:.4g}"] for number, fold in enumerate(one.folds, 1)
     ]
 

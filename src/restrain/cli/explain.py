@@ -51,6 +51,8 @@ def look(run: Run, data: Path, marks: Marks, seed: int) -> Look:
         DataError: the table has no target, or isn't one of the model.
     """
     table, kind, names = run.read(data, marks), run.notes["model"], run.notes["targets"]
+    if not names and kind != "autoencoder":
+        raise DataError(f"{run.file} was fitted in Python, and doesn't know what its target is called: write --target")
     missing = [name for name in names if name not in table.columns]
     if missing:
         raise DataError(f"{data} has no column {missing[0]!r}, the target, by which the model is judged")
@@ -97,7 +99,7 @@ def _selected(run: Run) -> str:
 
 def _tables(run: Run, seen: Look) -> dict[str, tuple[list[list[str]], set[int]]]:
     """Return {title: (rows of a table, head first, and the columns to align right)}."""
-    score = measure(run.notes["model"])
+    score = measure(run.model)
     found: dict[str, tuple[list[list[str]], set[int]]] = {}
     if seen.importances:
         rows = [[f"importance on {seen.data}", f"fall of {score}", "±"]]
@@ -140,8 +142,7 @@ _CALIBRATED = {
 def _head(run: Run) -> str:
     notes, model = run.notes, run.model
     lines = [f"{type(model).__name__} in {run.file}"]
-    held = f", {notes['rows'][1]} to validate with" if notes["rows"][1] else ""
-    lines.append(f"data      {notes['data']}: {counted(notes['rows'][0], 'row')} to train on{held}")
+    lines.append(f"data      {_trained_on(notes)}")
     if notes["targets"]:
         classes = f": {_listed([str(c) for c in model.classes_])}" if notes["model"] == "classifier" else ""
         lines.append(f"target    {', '.join(notes['targets'])}{classes}")
@@ -149,8 +150,16 @@ def _head(run: Run) -> str:
     if notes["ignored"]:
         lines.append(f"ignored   {_listed(notes['ignored'])}")
     scores = ", ".join(f"{part} {value:.4f}" for part, value in notes["scores"].items())
-    lines.append(f"{measure(notes['model']):<9} {scores}")
+    if scores:
+        lines.append(f"{measure(model):<9} {scores}")
     return "\n".join(lines)
+
+
+def _trained_on(notes: Mapping[str, Any]) -> str:
+    if notes["rows"] is None:
+        return "not known: fitted in Python"
+    held = f", {notes['rows'][1]} to validate with" if notes["rows"][1] else ""
+    return f"{notes['data']}: {counted(notes['rows'][0], 'row')} to train on{held}"
 
 
 def _feature(feature: Feature) -> str:
@@ -233,15 +242,15 @@ def draw(run: Run, path: Path) -> Path:
 
 def report(run: Run, file: Path, seen: Look | None) -> Path:
     """Write a page with what `explain` shows; return its path."""
-    facts = {f"{measure(run.notes['model'])} in {part}": f"{score:.4f}" for part, score in run.notes["scores"].items()}
+    facts = {f"{measure(run.model)} in {part}": f"{score:.4f}" for part, score in run.notes["scores"].items()}
     if seen is not None:
-        facts[f"{measure(run.notes['model'])} on {seen.data}"] = f"{seen.score:.4f}, {counted(seen.rows, 'row')}"
+        facts[f"{measure(run.model)} on {seen.data}"] = f"{seen.score:.4f}, {counted(seen.rows, 'row')}"
     written: Path = run.model.report(file, facts=facts, parts=[] if seen is None else _parts(run, seen))
     return written
 
 
 def _parts(run: Run, seen: Look) -> list[Part]:
-    score, tables = measure(run.notes["model"]), _tables(run, seen)
+    score, tables = measure(run.model), _tables(run, seen)
     draws: dict[str, Callable[[list[Any]], None]]
     draws = {"Importance": lambda axes: drawing.importances(axes[0], seen.importances, score)}
     sizes = {"Importance": (4.8, 1.0 + 0.25 * min(20, len(seen.importances)))}

@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -15,8 +15,8 @@ import numpy as np
 from restrain import storage
 from restrain.cli import tables
 from restrain.errors import DataError
-from restrain.models import files, give_up, held_back, load, warn_of_unheld
-from restrain.tables import Encoding, Table, as_texts, counted, parsed, spelling
+from restrain.models import Autoencoder, Classifier, files, give_up, held_back, load, losses, specs, warn_of_unheld
+from restrain.tables import Encoding, Feature, Table, as_texts, counted, parsed, spelling
 
 
 @dataclass
@@ -237,34 +237,76 @@ def fit(model: Any, data: Data, other: Any = None) -> dict[str, float]:
 
 @dataclass
 class Run:
-    """A model loaded from its file, with the notes of `restrain fit`."""
+    """A model loaded from its file, with the notes of `restrain fit`.
+
+    Args:
+        model: takes inputs encoded by `encoding`.
+        encoding: of the columns of a table.
+        notes: kind of the model, columns that are targets, and what else is known of the training;
+            of a model that was fitted in Python "rows" and "data" are None.
+        file: the model's.
+        named: False if the model was fitted to arrays, whose columns have no names.
+    """
 
     model: Any
     encoding: Encoding
     notes: dict[str, Any]
     file: Path
+    named: bool = True
 
     @classmethod
-    def load(cls, path: str | Path) -> Run:
-        """Return the run that a folder holds.
+    def load(cls, path: str | Path, target: Sequence[str] = ()) -> Run:
+        """Return the run that a folder holds, or a model that was saved in Python.
+
+        Args:
+            path: the folder or file.
+            target: columns with the targets, where the model doesn't know them.
 
         Raises:
             FileNotFoundError, FileError: as in `rs.load`.
-            DataError: the model wasn't made by `restrain fit`.
+            DataError: the model reads no tables, or was fitted to other targets.
         """
-        model, notes = load(path), files.read_notes(path)
+        model, notes, file = load(path), files.read_notes(path), files.place(path)
         if "encoding" not in notes:
+            return _of_python(model, file, list(target))
+        if target and list(target) != notes["targets"]:
             raise DataError(
-                f"{path} is a model, but was not made by `restrain fit`: it doesn't know the columns of a table; use "
-                "rs.load(path).predict(X) instead"
+                f"{file} was fitted to the target {', '.join(notes['targets']) or 'nothing'}: leave out --target"
             )
-        give_up(model)  # it takes inputs encoded by `encoding`
-        return cls(model, Encoding.from_dict(notes["encoding"]), notes, files.place(path))
+        give_up(model)
+        return cls(model, Encoding.from_dict(notes["encoding"]), notes, file)
 
     def read(self, path: str | Path | Sequence[Path], marks: tables.Marks) -> Table:
-        """Return the table in files; columns that were text in training are read as text."""
+        """Return the table in files; columns that were text in training are read as text.
+
+        Raises:
+            DataError: the model knows no names of columns, and the table has other names than x0,
+                x1, ...
+        """
         texts = [*self.encoding.categories, *(self.notes["targets"] if self.notes["model"] == "classifier" else [])]
-        return tables.read(path, texts, marks)
+        table = tables.read(path, texts, marks)
+        return table if self.named else self._unnamed(table)
+
+    def _unnamed(self, table: Table) -> Table:
+        """Return the table with its columns called x0, x1, ..., if these are those of an array.
+
+        Raises:
+            DataError: nothing says which column is which.
+        """
+        wanted = [feature.name for feature in self.encoding.features]
+        arrays = {name.partition("[")[0] for name in table.columns if name.endswith("]")}
+        for array in arrays:  # as .npz files have them
+            own = [name for name in table.columns if name.startswith(f"{array}[")]
+            if own == [f"{array}[{number}]" for number in range(len(wanted))]:
+                given = dict(zip(own, wanted, strict=True))
+                return replace(table, columns={given.get(name, name): values for name, values in table.columns.items()})
+        if not set(wanted) <= set(table.columns):
+            ends = wanted[0] if len(wanted) == 1 else f"{wanted[0]} to {wanted[-1]}"
+            raise DataError(
+                f"{self.file} was fitted in Python to an array of {counted(len(wanted), 'column')} without names, so "
+                f"nothing says which columns of {table.source} these are: fit it to a data frame, or call them {ends}"
+            )
+        return table
 
     def unused(self, table: Table) -> list[str]:
         """Return the columns that the model neither takes nor predicts."""
@@ -279,11 +321,22 @@ class Run:
         found = self.model.predict(x)
         if self.notes["model"] == "autoencoder":
             return _columns(self.encoding.columns, found)
-        columns = _columns(self.notes["targets"], found.reshape(len(x), -1))
+        found = found.reshape(len(x), -1)
+        columns = _columns(self._names(found.shape[1]), found)
         if probabilities:
             names = [f"p({label})" for label in self.model.classes_]
             columns |= _columns(names, self.model.predict_proba(x))
         return columns
+
+    def _names(self, count: int) -> list[str]:
+        """Return the names of columns of predictions: of the targets, if there are as many."""
+        own = self.notes["targets"]
+        if len(own) == count:
+            return list(own)
+        name, loss = own[0] if len(own) == 1 else "prediction", self.model.loss_function()
+        if isinstance(loss, losses.Quantile) and len(loss.quantiles) == count:
+            return [f"{name}[{q:g}]" for q in loss.quantiles]
+        return [name] if count == 1 else [f"{name}[{number}]" for number in range(count)]
 
     def score(self, table: Table, x: Any) -> str | None:
         """Return the score on the table's targets, as text; None if it has no targets."""
@@ -291,12 +344,46 @@ class Run:
         if not names or any(name not in table.columns for name in names):
             return None
         y = targets(table, self.notes["model"], names, getattr(self.model, "classes_", None))
-        return f"{measure(self.notes['model'])} {self.model.score(x, y):.4f} on {counted(len(x), 'row')}"
+        return f"{measure(self.model)} {self.model.score(x, y):.4f} on {counted(len(x), 'row')}"
 
 
-def measure(model: str) -> str:
-    """Return the name of the score of a kind of model."""
-    return "accuracy" if model == "classifier" else "R²"
+def _of_python(model: Any, file: Path, target: list[str]) -> Run:
+    """Return the run of a model that was fitted and saved in Python.
+
+    Raises:
+        DataError: it reads sequences.
+    """
+    if specs.steps(model.layers_):
+        raise DataError(f"{file} reads sequences, and a table has one row a sample: use rs.load(path).predict(X)")
+    names, named = vars(model).get("feature_names_in_"), True
+    encoder = give_up(model)
+    if encoder is None:
+        named = names is not None
+        names = model.input_names_ if names is None else names
+        encoding = Encoding(tuple(Feature(str(name)) for name in names))
+        vars(model).pop("feature_names_in_", None)
+    else:
+        encoding = encoder.encoding_
+    kind = next(word for cls, word in _KINDS.items() if isinstance(model, cls))
+    if target and kind == "autoencoder":
+        raise DataError(f"{file} is an autoencoder, which has no target: leave out --target")
+    notes = {"model": kind, "targets": target, "ignored": [], "rows": None, "data": None, "scores": {}}
+    return Run(model, encoding, notes, file, named)
+
+
+_KINDS = {Autoencoder: "autoencoder", Classifier: "classifier", object: "regressor"}
+
+
+def measure(model: Any) -> str:
+    """Return the name of the score of a model."""
+    if isinstance(model, Classifier):
+        return "accuracy"
+    if isinstance(model, Autoencoder):
+        return "R²"
+    loss = model.loss_function()
+    if isinstance(loss, losses.Cox):
+        return "concordance"
+    return "R²" if loss.by_r2 else "minus the loss" if isinstance(loss, losses.MeanDiscrepancy | losses.Own) else "D²"
 
 
 def _columns(names: Iterable[str], matrix: Any) -> dict[str, Any]:

@@ -15,17 +15,16 @@ from restrain.report import write as write_page
 from restrain.tables import counted
 
 
-def write_scores(scores: list[Scores], data: FilePath, model: str, file: FilePath) -> FilePath:
+def write_scores(scores: list[Scores], data: FilePath, file: FilePath) -> FilePath:
     """Write a page with the scores of models over folds; return its path."""
-    score = measure(model)
-    table = table_of(scores, model)
+    score, table = scores[0].measures[0], table_of(scores)
     right = tuple(right_of(table[0]))
     told = verdict(scores) if len(scores) > 1 else "Points are folds; bars are standard errors."
     size = (4.8, 1.2 + 0.35 * len(scores))
     parts = [Part("models", "Models", told, table, right, lambda axes: compared(axes[0], scores, score), size)]
     for number, one in enumerate(scores, 1):
         title = f"Folds of {number}: {one.name}" if len(scores) > 1 else "Folds"
-        parts.append(Part(f"folds-{number}", title, "", folds_table(one, model), (0, 1, 2)))
+        parts.append(Part(f"folds-{number}", title, "", folds_table(one), (0, 1, 2)))
     facts = {"data": str(data), "folds": str(len(scores[0].folds)), "models": str(len(scores))}
     title = f"{counted(len(scores), 'model')} on {data.name}"
     return write_page(Content(title, facts, environment=environment(), parts=parts), file)
@@ -49,8 +48,9 @@ def write(folder: FilePath, file: FilePath, path: FilePath | None, images: tuple
     if has_path(folder):
         return _of_path(folder, file, images)
     run = Run.load(folder)
-    facts = {f"{measure(run.notes['model'])} in {part}": f"{score:.4f}" for part, score in run.notes["scores"].items()}
-    facts |= {"data": f"{run.notes['data']}: {counted(run.notes['rows'][0], 'row')} to train on"}
+    facts = {f"{measure(run.model)} in {part}": f"{score:.4f}" for part, score in run.notes["scores"].items()}
+    if run.notes["rows"] is not None:
+        facts |= {"data": f"{run.notes['data']}: {counted(run.notes['rows'][0], 'row')} to train on"}
     inputs = None if path is None else _names(path)
     written: FilePath = run.model.report(file, path=found, images=images, inputs=inputs, facts=facts)
     return written
