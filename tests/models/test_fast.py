@@ -113,6 +113,8 @@ MODELS = {
     "long gradients": (rs.Classifier, {"hidden": (20,), "max_gradient_norm": 0.1}, (X, Y)),
     "in order": (rs.Classifier, {"hidden": (20,), "shuffle": False}, (X, Y)),
     "one batch": (rs.Classifier, {"hidden": (20,), "batch_size": 150}, (X, Y)),
+    "not a whole batch": (rs.Classifier, {"hidden": (20,), "batch_size": 200}, (X, Y)),
+    "the last batch often": (rs.Classifier, {"hidden": (20,), "epochs": 51, "hidden_l1": 1e-3}, (X[:50], Y[:50])),
     "bytes": (rs.Classifier, {"hidden": (20,), "precision": "64"}, (DIGITS.data[:150].astype("u1"), Y)),
 }
 
@@ -167,7 +169,6 @@ def test_loaded_rows_are_those_that_are_read():
     ("given", "reason"),
     [
         ({"algo": "lbfgs", "batch_size": 150}, "LBFGS calls the loss"),
-        ({"batch_size": 151}, "no batch is a full one"),
         ({"weight_l1": {"strength": 1e-3, "every": 2}}, "acts now and then"),
         ({"weight_l1": {"strength": rs.schedules.WarmUp(5) * 1e-3}}, "decides by a number"),
         ({"klsparsity": {"strength": 1e-2, "rate": 0.1}, "activation": "sigmoid"}, "decides by a number"),

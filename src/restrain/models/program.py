@@ -84,16 +84,17 @@ class Program:
         training: the training.
         recorded: if not empty, run the recorded operations one by one. Becomes the reason if the
             compiler fails.
+        rows: samples of a batch; None: those of the settings, or all if they are fewer.
 
     Raises:
         UnfitError: the update can't be recorded.
     """
 
-    def __init__(self, training: Training, recorded: str = "") -> None:
+    def __init__(self, training: Training, recorded: str = "", rows: int | None = None) -> None:
         check(training)
         self.recorded = recorded
         self.training, self.formula = training, formula_of(training.optimizer)
-        self.size = training.settings.batch_size
+        self.size = min(training.settings.batch_size, len(training.train)) if rows is None else rows
         self.params = dict(training.network.named_parameters())
         self.buffers = dict(training.network.named_buffers())
         self.state = [] if self.formula is None else self.formula.state()
@@ -205,7 +206,8 @@ class Program:
     def _begin(self) -> None:
         """Prepare scalars and random keys of the next updates."""
         self._took()
-        count = min(_AT_ONCE, len(self.training.train) // self.size)
+        whole = len(self.training.train) // self.training.settings.batch_size
+        count = min(_AT_ONCE, whole if self.size == self.training.settings.batch_size else 1)
         table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype, device="cpu")
         if self.formula is not None:
             changing = self.formula.table(count)
@@ -243,8 +245,6 @@ def check(training: Training) -> None:
         raise UnfitError("it runs by Lightning Fabric")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UnfitError("LBFGS calls the loss as often as it likes")
-    if len(training.train) < training.settings.batch_size:
-        raise UnfitError("no batch is a full one")
     if training.watch:
         raise UnfitError("monitors are computed")
     if any(isinstance(module, nn.RNNBase) for module in training.network.modules()):

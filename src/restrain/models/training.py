@@ -33,6 +33,7 @@ from restrain.rules import Rule
 
 _SOME = 1_000  # updates of a small network from which on recording them pays
 _LONG = 20_000  # updates from which on compiling pays
+_OFTEN = 50  # epochs from which on recording their last, smaller batch pays
 _HEAVY = 1e7  # entries × samples for which an update counts twice
 _WAITING = {"recorded": "the training is short", "later": "an eighth of the epochs comes first"}  # why not compiled
 
@@ -103,7 +104,7 @@ class Training:
         if self.state is not None:
             optimizers.load(self.optimizer, self.state)
         self.done, self.best = 0, Best()
-        self.program: Any = None
+        self.programs: dict[int, Any] = {}  # by samples of a batch; None: such updates aren't recorded
         self.compiled: bool | str = self._by_length() if self.settings.compile == "auto" else self.settings.compile
         self.resumed = False  # True: `compiled` comes from a checkpoint
         self.said = "nothing: compile=False" if self.settings.compile is False else "nothing: the training is short"
@@ -185,7 +186,7 @@ class Training:
             self.train = self.feed()
             self.train.load()
         if self.compiled == "later" and 8 * self.done >= self.settings.epochs:
-            self.compiled, self.program, self.resumed = True, None, False
+            self.compiled, self.programs, self.resumed = True, {}, False
         optimizers.set_rate(self.optimizer, self.settings.learning_rate, self.done)
         order = shuffled(len(self.train), self.seed, 2, number) if self.settings.shuffle else None
         self.model.train()
@@ -200,23 +201,46 @@ class Training:
         return found
 
     def _updates(self, order: Any, means: Means) -> None:
-        """Run the updates of an epoch: full batches compiled if so decided, others by `_step`."""
-        size, waiting = self.settings.batch_size, 0
-        left = self._updates_left()
+        """Run the updates of an epoch: compiled or recorded if so decided, others by `_step`."""
+        size, left = self.settings.batch_size, self._updates_left()
         most = self._updates_an_epoch() if left is None else min(left, self._updates_an_epoch())
+        program, waiting = None, 0  # the last one, and its rows since it was settled
         for rows in islice(batches(len(self.train), size, order, pairs=self.network.needs_pairs), most):
-            if self.compiled and self.program is None:
-                self._compile()
-            if self.program is not None and len(rows) == size:
-                self.program.update(rows)
-                waiting += size
-                continue
-            if self.program is not None:
-                self.program.settle(means, waiting)
+            found = self._program(len(rows))
+            if program is not None and found is not program:
+                program.settle(means, waiting)
                 waiting = 0
-            self._step(rows, means)
-        if self.program is not None:
-            self.program.settle(means, waiting)
+            program = found
+            if program is None:
+                self._step(rows, means)
+            else:
+                program.update(rows)
+                waiting += len(rows)
+        if program is not None:
+            program.settle(means, waiting)
+
+    def _program(self, rows: int) -> Any:
+        """Return the recorded update of a batch of so many rows, made at its first use; or None."""
+        if not self.compiled:
+            return None
+        if rows not in self.programs:
+            if rows == min(self.settings.batch_size, len(self.train)):
+                self._compile(rows)
+            else:
+                self._record_the_rest(rows)
+        return self.programs.get(rows)
+
+    def _record_the_rest(self, rows: int) -> None:
+        """Record the update of an epoch's last batch, which has fewer rows, if it comes often."""
+        from restrain.models import program
+        from restrain.models.recording import UnfitError
+
+        if self.settings.epochs < _OFTEN or not self.programs or not program.ready(self):
+            return
+        try:
+            self.programs[rows] = program.Program(self, "the last batch of an epoch", rows)
+        except UnfitError:
+            self.programs[rows] = None
 
     def _step(self, rows: Any, means: Means) -> None:
         mine = rows[self.place.rank :: self.place.ranks]  # the rows of this process
@@ -295,13 +319,14 @@ class Training:
 
         "later" compiles after an eighth of the epochs, as a training may stop early.
         """
-        updates = self.settings.epochs * min(self._updates_an_epoch(), len(self.train) // self.settings.batch_size)
+        whole = max(1, len(self.train) // self.settings.batch_size)  # batches that are full, or the only one
+        updates = self.settings.epochs * min(self._updates_an_epoch(), whole)
         updates = min(updates, self.settings.max_updates or updates)
         entries = sum(p.numel() for p in self.network.parameters())
         work = updates * (1 + entries * self.settings.batch_size / _HEAVY)
         return "later" if work >= _LONG else "recorded" if work >= _SOME else False
 
-    def _compile(self) -> None:
+    def _compile(self, rows: int) -> None:
         """Record and compile the update once the optimizer has its state; else note why not."""
         from restrain.models import program
         from restrain.models.recording import UnfitError
@@ -312,13 +337,13 @@ class Training:
             program.check(self)
             if not program.ready(self):
                 return
-            self.program = program.Program(self, why)
+            made = self.programs[rows] = program.Program(self, why)
         except UnfitError as reason:
             self._without(f"nothing: {reason}", False)
         else:
-            self.said = "the whole update" if self.program.formula is not None else "all but the optimizer's step"
-            if self.program.recorded:
-                said = f"nothing: {self.program.recorded}. The update's operations run one by one"
+            self.said = "the whole update" if made.formula is not None else "all but the optimizer's step"
+            if made.recorded:
+                said = f"nothing: {made.recorded}. The update's operations run one by one"
                 self._without(said, self.compiled if why else "recorded", expected=bool(why))
 
     def _without(self, said: str, compiled: bool | str, *, expected: bool = False) -> None:
