@@ -1,5 +1,6 @@
 """Draws the pictures of these pages into docs/images: python docs/pictures.py [name ...]."""
 
+import functools
 import io
 import os
 import re
@@ -303,16 +304,20 @@ def shot(browser, file, scheme):
     return Image.open(io.BytesIO(page.screenshot()))
 
 
-# ---------------------------------------------------------------- the tutorials
+# ---------------------------------------------------------------- pages whose examples are drawn
 
 
+@functools.cache
 def example(page):
     """The names that a page's examples have made, run as its reader would."""
     from tempfile import TemporaryDirectory
 
-    text = (Path(__file__).parent / f"{page}.md").read_text("utf-8")
+    docs = Path(__file__).resolve().parent
+    text = (docs / f"{page}.md").read_text("utf-8")
     names, folder = {"__name__": "example"}, Path.cwd()
     with TemporaryDirectory() as made:
+        (Path(made) / "docs").mkdir()
+        (Path(made) / "docs/data").symlink_to(docs / "data")
         os.chdir(made)  # for the files that they write
         try:
             for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -421,9 +426,161 @@ def tutorial_smaller():
     return figure
 
 
+# ---------------------------------------------------------------- the models
+
+
+def models_classes():
+    """What columns are worth, and the probability of the right class."""
+    names = example("models")
+    figure, (left, right) = panels(2, 2, 4.4, 2.8)
+    order = names["importance"].argsort()[-7:]
+    left.barh([names["wine"].input_names_[number] for number in order], names["importance"][order], color=BLUE)
+    small(left, "fall of the accuracy without the column", "")
+    place = {label: number for number, label in enumerate(names["wine"].classes_.tolist())}
+    truth = [place[label] for label in names["y_test"].tolist()]
+    found = sorted((names["probability"][row, column], column) for row, column in enumerate(truth))
+    for label, color in zip(range(3), (BLUE, ORANGE, GREY), strict=True):
+        own = [(rank, p) for rank, (p, column) in enumerate(found) if column == label]
+        right.plot(*zip(*own, strict=True), "o", color=color, ms=4, label=f"grower {label}")
+    right.axhline(1 / 2, color=GREY, ls=":", lw=1)
+    right.set_ylim(0, 1.05)
+    small(right, "unseen bottles, in order", "probability of the right grower")
+    return figure
+
+
+def models_numbers():
+    """True over predicted numbers, with the interval; mean predictions over a column."""
+    from sklearn.inspection import partial_dependence
+
+    names = example("models")
+    figure, (left, right) = panels(2, 2, 4.4, 2.8)
+    predicted, ends = names["network"].predict(names["A_test"]), names["ends"]
+    order = predicted.argsort()
+    left.fill_between(predicted[order], *ends[order].T, color=BLUE, alpha=0.15, lw=0, label="90 % interval")
+    left.plot(predicted[order], predicted[order], color=BLUE, lw=1)
+    inside = names["inside"].to_numpy()
+    for some, color, label in ((inside, BLUE, "in it"), (~inside, ORANGE, "outside")):
+        left.plot(predicted[some], names["b_test"].to_numpy()[some], ".", color=color, ms=5, label=label)
+    small(left, "predicted progress", "true progress")
+    for model, color, label in ((names["line"], GREY, "line"), (names["network"], BLUE, "network")):
+        found = partial_dependence(model, names["A"].astype(float), ["bmi"], kind="average")
+        right.plot(found["grid_values"][0], found["average"][0], color=color, label=label)
+    right.plot(names["A"]["bmi"], [right.get_ylim()[0]] * len(names["A"]), "|", color=GREY, ms=5)
+    small(right, "body mass index", "mean prediction")
+    return figure
+
+
+def models_counts():
+    """Rates of the levels over their mean; counts over expected ones, with two deviations."""
+    names = example("models")
+    figure, (left, right) = panels(2, 2, 4.4, 3.0)
+    rates, labels = names["rates"], []
+    for factor, color in (("type", BLUE), ("built", ORANGE), ("operated", GREY)):
+        own = rates[[name for name in rates.index if name.startswith(f"{factor}=")]]
+        own = own / own.prod() ** (1 / len(own))
+        left.plot(own, [-len(labels) - number for number in range(len(own))], "o", color=color)
+        labels += [name.replace("=", " ") for name in own.index]
+    left.set_yticks([-number for number in range(len(labels))], labels)
+    left.axvline(1, color=GREY, ls=":", lw=1)
+    left.set_xscale("log", base=2)
+    left.set_xticks([0.5, 1, 2], ["½", "1", "2"])
+    small(left, "accidents in a month over their mean", "")
+    truth, expected = names["ships"]["accidents"], names["expected"]
+    line = torch.linspace(0.05, 60, 200)
+    right.fill_between(
+        line, (line - 2 * line.sqrt()).clamp_min(0), line + 2 * line.sqrt(), color=BLUE, alpha=0.15, lw=0
+    )
+    right.plot(line, line, color=BLUE, lw=1)
+    right.plot(expected, truth, ".", color=ORANGE, ms=6)
+    for axis in ("x", "y"):
+        getattr(right, f"set_{axis}scale")("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
+        getattr(right, f"set_{axis}ticks")([0, 1, 5, 20, 40, 60])
+        getattr(right, f"set_{axis}lim")(0, 62)
+    small(right, "expected accidents", "accidents")
+    return figure
+
+
+def models_survival():
+    """Kaplan and Meier's curves by predicted risk, and ratios of hazards."""
+    names = example("models")
+    figure, (left, right) = panels(2, 2, 4.4, 2.8)
+    days, died = names["time"].T
+    thirds = names["risk"].argsort().argsort() * 3 // len(days)
+    for third, color, label in zip(range(3), (BLUE, GREY, ORANGE), ("least", "middle", "greatest"), strict=True):
+        left.step(*survival(days[thirds == third], died[thirds == third]), where="post", color=color, label=label)
+    left.set_ylim(0, 1.02)
+    small(left, "days", "part alive")
+    left.get_legend().set_title("third by risk", {"size": 7})
+    hazards = names["hazards"]
+    units = {"karnofsky": 10, "age": 10, "months": 12}
+    shown = [name for name in hazards.index if name not in ("treatment=standard", "prior=no")][::-1]
+    right.plot([hazards[name] * units.get(name, 1) for name in shown], range(len(shown)), "o", color=BLUE)
+    labels = {"karnofsky": "10 points of Karnofsky", "age": "10 years of age", "months": "a year since diagnosis"}
+    right.set_yticks(range(len(shown)), [labels.get(name, name.replace("=", " ")) for name in shown])
+    right.axvline(0, color=GREY, ls=":", lw=1)
+    right.set_xticks([-0.69315, 0, 0.69315], ["½", "1", "2"])
+    small(right, "ratio of hazards", "")
+    return figure
+
+
+def survival(days, died):
+    """(days, part alive) after each day, by Kaplan and Meier."""
+    found, alive = [(0, 1.0)], 1.0
+    for day in sorted(set(days.tolist())):
+        alive *= 1 - died[days == day].sum() / (days >= day).sum()
+        found.append((day, alive))
+    return zip(*found, strict=True)
+
+
+def models_sequences():
+    """The series, and the predictions of unseen years."""
+    names = example("models")
+    figure, (ax,) = panels(1, 1, 8.8, 2.6)
+    late = names["years"] >= 1880
+    ax.plot(names["years"][late], 100 * names["numbers"][late], color=GREY, lw=1.2, label="sunspots")
+    unseen = names["year"][~names["old"]]
+    ax.plot(unseen, 100 * names["following"], color=BLUE, lw=1.2, label="a year before, of unseen years")
+    small(ax, "year", "number")
+    return figure
+
+
+def models_images():
+    """Unseen digits that are read rightly and wrongly."""
+    names = example("models")
+    images, kinds = names["images"][1200:, :, :, 0], names["kinds"][1200:]
+    read = names["seeing"].predict(names["images"][1200:])
+    wrong, right = (read != kinds).nonzero()[0][:9], [((kinds == k) & (read == k)).argmax() for k in range(9)]
+    figure, axes = panels(18, 9, 0.95, 1.15)
+    for ax, row in zip(axes, [*right, *wrong], strict=False):
+        ax.imshow(images[row], cmap="gray_r", interpolation="nearest")
+        said = f"{read[row]}" if read[row] == kinds[row] else f"{read[row]}, is {kinds[row]}"
+        ax.set_title(said, fontsize=9, color="black" if read[row] == kinds[row] else "#c53030")
+    for ax in axes:
+        ax.axis("off")
+    return figure
+
+
+def models_codes():
+    """Digits, their reconstructions, and the parts that are used most."""
+    names = example("models")
+    weights, used = names["parts"].find("hid1").detach(), (names["codes"] > 0).mean(0).argsort()[::-1]
+    shown = [(names["digits"][:10], "digits"), (names["again"][:10], "the same after their codes")]
+    shown += [(weights[used[k : k + 10].tolist()], "parts, the most used first" if not k else "") for k in (0, 10)]
+    figure, axes = panels(40, 10, 0.85, 0.95)
+    for number, (pictures, text) in enumerate(shown):
+        for ax, picture in zip(axes[10 * number :], pictures, strict=False):
+            most = abs(picture).max() if number > 1 else 1
+            cmap, least = ("RdBu_r", -most) if number > 1 else ("gray_r", 0)
+            ax.imshow(picture.reshape(8, 8), cmap=cmap, vmin=least, vmax=most, interpolation="nearest")
+            ax.axis("off")
+        axes[10 * number].set_title(text, fontsize=9, loc="left")
+    return figure
+
+
 DRAWN = (entrywise, relations, groups, spectral, activations, derivatives, constraints, noise, how, strength)
 DRAWN += (reparametrization, normalization, paths, report)
 DRAWN += (tutorial_own_loop, tutorial_table, tutorial_language_model, tutorial_sparse_autoencoder, tutorial_smaller)
+DRAWN += (models_classes, models_numbers, models_counts, models_survival, models_sequences, models_images, models_codes)
 PICTURES = {function.__name__.replace("tutorial_", "tutorial-").replace("_", "-"): function for function in DRAWN}
 
 

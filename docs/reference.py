@@ -416,7 +416,13 @@ def target(code, folder):
 
 def sources(pictures=True):
     """Return {path: bytes} of the site: docs, what they link to, the reference, the changelog."""
-    kinds = (("docs", "*.md"), ("docs/tutorials", "*.md"), ("docs/images", "*"), ("examples", "*.py"))
+    kinds = (
+        ("docs", "*.md"),
+        ("docs/tutorials", "*.md"),
+        ("docs/images", "*"),
+        ("docs/data", "*.csv"),
+        ("examples", "*.py"),
+    )
     files = [path for folder, pattern in kinds for path in (ROOT / folder).glob(pattern)]
     found = {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in files}
     for name in [name for name in found if name.endswith(".md")]:

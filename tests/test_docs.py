@@ -13,6 +13,7 @@ PAGES = ["README.md", *sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "d
 
 
 SLOW = {f"docs/tutorials/{name}.md" for name in ("table", "language-model", "sparse-autoencoder", "smaller")}
+SLOW |= {"docs/models.md"}
 
 
 def blocks(page, language):
@@ -30,6 +31,8 @@ def shown():
 @pytest.mark.filterwarnings("ignore:.*compiled before these hooks:restrain.errors.RestrainWarning")
 def test_examples_run_as_printed(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # for the files that they write
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/data").symlink_to(ROOT / "docs/data")
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))  # a page's own classes end with it
     namespace = {"__name__": "example"}
     for block in blocks(page, "python"):
