@@ -367,7 +367,7 @@ def _of_python(model: Any, file: Path, target: list[str]) -> Run:
     kind = next(word for cls, word in _KINDS.items() if isinstance(model, cls))
     if target and kind == "autoencoder":
         raise DataError(f"{file} is an autoencoder, which has no target: leave out --target")
-    notes = {"model": kind, "targets": target, "ignored": [], "rows": None, "data": None, "scores": {}}
+    notes: dict[str, Any] = {"model": kind, "targets": target, "ignored": [], "rows": None, "data": None, "scores": {}}
     return Run(model, encoding, notes, file, named)
 
 

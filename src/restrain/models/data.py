@@ -330,3 +330,11 @@ def fingerprint(samples: Samples | None) -> list[Any]:
         if tensor is not None:
             digest.update(tensor.numpy().tobytes())
     return [len(samples), list(samples.x.shape), digest.hexdigest()]
+
+
+_AT_ONCE = 2**18  # numbers read at a time outside of training
+
+
+def at_once(array: Any) -> int:
+    """Return the number of samples to read at a time (at least 1)."""
+    return int(max(1, _AT_ONCE // max(1, math.prod(array.shape[1:]))))

@@ -319,8 +319,10 @@ class Training:
 
         "later" compiles after an eighth of the epochs, as a training may stop early.
         """
-        whole = max(1, len(self.train) // self.settings.batch_size)  # batches that are full, or the only one
-        updates = self.settings.epochs * min(self._updates_an_epoch(), whole)
+        each = self._updates_an_epoch()
+        if self.settings.epochs < _OFTEN:  # the last batch of an epoch isn't recorded
+            each = min(each, max(1, len(self.train) // self.settings.batch_size))
+        updates = self.settings.epochs * each
         updates = min(updates, self.settings.max_updates or updates)
         entries = sum(p.numel() for p in self.network.parameters())
         work = updates * (1 + entries * self.settings.batch_size / _HEAVY)
