@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo style test test-all test-cuda test-torch test-torches matrix bench docs dist lint format clean
+.PHONY: help demo style test test-all test-peers test-cuda test-torch test-torches matrix bench docs dist lint format clean
 
 help:  ## list these commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -25,6 +25,9 @@ test-all: lint  ## the same, with the slow tests
 test-cuda: .venv/.test  ## on a GPU: a sample of the matrix, models, graphs, waiting, memory; what rules cost
 	RESTRAIN_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" tests/test_cuda.py tests/test_everywhere.py tests/models/test_devices.py
 	$(PY) benchmarks/rules.py --device cuda
+
+test-peers: .venv/.test .venv/.peers  ## exact paths beside adelie and celer, folds on a Dask cluster: skipped without them
+	$(PYTEST) tests/models/test_peers.py tests/models/test_dask.py
 
 test-torch:  ## on a release of torch: make test-torch TORCH=2.15.0 [PYTHON=python3.13]; its environment is taken away
 	$(PYTHON) docs/versions.py run $(TORCH) --python $(PYTHON) -n $(JOBS) $(TESTS)
@@ -86,6 +89,12 @@ clean:  ## remove caches and build outputs (.venv stays)
 	@echo "Installing restrain and what the tests need into .venv (once) ..."
 	@$(PIP) -e '.[test]'
 	@touch $@ .venv/.demo
+
+.venv/.peers: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing the libraries that paths are compared with into .venv (once) ..."
+	@$(PIP) -e '.[peers]'
+	@$(PIP) --no-deps adelie  # which asks for numpy < 2, and runs with 2
+	@touch $@
 
 .venv/.dist: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing what makes and checks the package into .venv (once) ..."

@@ -153,7 +153,7 @@ def groups(section, quick, splits):
         from celer import celer_path
 
         weights = np.full(len(starts), size**0.5)
-        return celer_path(x, y, pb="grplasso", groups=size, alphas=alphas, weights=weights, tol=1e-9)[1].T
+        return celer_path(x, y, pb="grouplasso", groups=size, alphas=alphas, weights=weights, tol=1e-9)[1].T
 
     compared(
         section,

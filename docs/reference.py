@@ -115,7 +115,7 @@ GROUPS = {
         "Paths, smaller networks, pictures",
         "Which strength, how small, what is seen. [Paths](../paths.md), [compaction](../compact.md), "
         "[pictures](../plots.md).",
-        ("restrain.paths", "restrain.compaction", "restrain.look", "restrain.plots"),
+        ("restrain.paths", "restrain.compaction", "restrain.saved", "restrain.look", "restrain.plots"),
     ),
     "errors": ("Errors", "Errors and warnings, by what was wrong.", ("restrain.errors",)),
 }

@@ -25,7 +25,7 @@ PACKAGES = {
     "plots": ("matplotlib",),
     "plans": ("yaml", "tomli_w"),
 }
-MODELS = ["Autoencoder", "Classifier", "Regressor", "load"]
+MODELS = ["Autoencoder", "Classifier", "Regressor"]
 
 
 def without(packages, code):
@@ -67,8 +67,12 @@ import inspect
 import restrain as rs
 import restrain.integrations
 
-names = ["Autoencoder", "Classifier", "Regressor", "load"]
+names = ["Autoencoder", "Classifier", "Regressor"]
 said = {}
+try:
+    rs.load("model.safetensors")
+except rs.errors.MissingExtraError as error:
+    said["load"] = str(error)
 for name in names:
     assert hasattr(rs, name) and name in dict(inspect.getmembers(rs))
     try:
@@ -100,7 +104,7 @@ print(json.dumps(said))
 def test_models_without_scikit_learn():
     said = without(["sklearn"], WITHOUT_SKLEARN)
     assert set(said.values()) == {"restrain.models needs sklearn: pip install 'restrain[models]'"}
-    assert set(said) == {*MODELS, "Mine", "import"}
+    assert set(said) == {*MODELS, "load", "Mine", "import"}
 
 
 BARE = """

@@ -18,8 +18,9 @@ from restrain.versions import check as _check
 
 if TYPE_CHECKING:
     from restrain.compaction import compact
-    from restrain.models import Autoencoder, Classifier, ClassifierCV, Regressor, RegressorCV, load
+    from restrain.models import Autoencoder, Classifier, ClassifierCV, Regressor, RegressorCV
     from restrain.paths.path import path
+    from restrain.saved import load, save
     from restrain.tables import TableEncoder
 
 _check(_torch.__version__)
@@ -255,6 +256,7 @@ __all__ = [
     "recording",
     "regularized",
     "sampling",
+    "save",
     "scale_invariant",
     "schedules",
     "scope",
@@ -264,10 +266,9 @@ __all__ = [
 
 # imported when they are first used: models need scikit-learn, compaction loads torch's exporter
 _LATER = {
-    **dict.fromkeys(
-        ("Autoencoder", "Classifier", "ClassifierCV", "Regressor", "RegressorCV", "load"), "restrain.models"
-    ),
+    **dict.fromkeys(("Autoencoder", "Classifier", "ClassifierCV", "Regressor", "RegressorCV"), "restrain.models"),
     "compact": "restrain.compaction",
+    **dict.fromkeys(("load", "save"), "restrain.saved"),
     "path": "restrain.paths",
     "TableEncoder": "restrain.tables",
 }

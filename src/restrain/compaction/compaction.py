@@ -365,7 +365,7 @@ def _notes(model: nn.Module, plan: Plan) -> list[str]:
         return ["save_pretrained and from_pretrained work: the configuration says the widths"]
     return [
         "the configuration can't say these widths, so from_pretrained would not load what save_pretrained writes: "
-        "compact with uniform=True, or torch.save(model, path)"
+        "compact with uniform=True, or keep it by rs.save(model, path) and rs.load(path, model as before)"
     ]
 
 

@@ -39,6 +39,11 @@ def cut(model: nn.Module, optimizer: Optimizer | None, keep: Mapping[str, Mappin
         grad, tensor.grad = tensor.grad, None
         tensor.data = taken(tensor.data, axes)
         tensor.grad = None if grad is None else taken(grad, axes)
+    tell_sizes(model)
+
+
+def tell_sizes(model: nn.Module) -> None:
+    """Update the sizes that layers note as attributes, from their tensors."""
     for module in model.modules():
         for kind, tell in SIZES.items():
             if isinstance(module, kind):

@@ -8,7 +8,7 @@ zero, their lengths are taken tensor by tensor, and nothing is gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, TypeAlias
@@ -30,6 +30,7 @@ from restrain.rules import Rule
 from restrain.transforms.sparsity import Kept, TopGroups
 
 LONGEST = 4096  # entries whose squares are summed in sequence, without loss of precision
+_PART = 1 << 18  # entries of rows that are gathered at once, with their second moments
 _LEAST = 1e-11  # of lengths: parts whose squares underflow are far below it
 
 Named: TypeAlias = Mapping[str, Tensor]
@@ -143,6 +144,27 @@ class Block:
         for piece, part in zip(self.pieces, parts, strict=True):
             old = tensors[piece.name]
             tensors[piece.name] = piece.put(part.to(old.dtype), old)
+
+    def parts(self, own: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (rows of some units, the same rows of other tensors), which fit the cache.
+
+        What is done with the first is written to the tensors before the next is given.
+
+        Args:
+            own: the tensors of the pieces.
+            others: as many others of the same shapes.
+        """
+        matrices, second = ([p.rows(w) for p, w in zip(self.pieces, ws, strict=True)] for ws in (own, others))
+        widths = [matrix.shape[1] for matrix in matrices]
+        count = max(_PART // sum(widths), 1)
+        for start in range(0, self.pieces[0].units, count):
+            rows, more = (torch.cat([matrix[start : start + count] for matrix in ms], 1) for ms in (matrices, second))
+            yield rows, more
+            for matrix, part in zip(matrices, rows.split(widths, 1), strict=True):
+                matrix[start : start + count] = part
+        for piece, matrix, w in zip(self.pieces, matrices, own, strict=True):
+            if matrix.untyped_storage().data_ptr() != w.untyped_storage().data_ptr():  # a copy, not a view
+                w.copy_(piece.put(matrix, w))
 
     def views(self, tensors: Named) -> list[Tensor] | None:
         """Return views of tensors in which units can be changed in place; None without these."""

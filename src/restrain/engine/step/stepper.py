@@ -376,7 +376,7 @@ class Stepper:
             updates.finish(optimizer, works, self.steps, self._act)
         metrics, joints = self._metrics(optimizer, works), self._joints(works)
         for one in joints["proximal"]:
-            shrink(*one, metrics)
+            shrink(*one, metrics, self._act)
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from restrain.engine.distributed import local, part, whole
-from restrain.engine.ops import Joint, Metric, put
+from restrain.engine.distributed import local, of_rows, part, whole
+from restrain.engine.ops import Batch, Change, Joint, Metric, RootedShrinkRows, StepScalars, lower, put
 from restrain.engine.step.worklist import Member, ParameterRules
 from restrain.errors import HowError
 from restrain.named_tensors import is_sharded
@@ -17,6 +17,7 @@ from restrain.penalties.shrink import at_least_float32
 from restrain.rules import Rule
 
 Together = tuple[Joint, list[Member]]
+Act: TypeAlias = Callable[[Iterable[Batch]], None]
 
 
 def together(works: Iterable[Member]) -> list[Together]:
@@ -75,9 +76,18 @@ def decay(joint: Joint, members: Sequence[Member], standing: Collection[tuple[st
     return [p for _, p, _ in moved]
 
 
-def shrink(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric]) -> None:
-    """Apply the prox of a joint penalty; members that didn't move have steps of zero, and stay."""
+def shrink(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric], act: Act) -> None:
+    """Apply the prox of a joint penalty; members that didn't move have steps of zero, and stay.
+
+    Args:
+        joint: the rule.
+        members: its parameters.
+        metrics: the metrics of the parameters that moved, by id.
+        act: carries out changes of tensors in place.
+    """
     if not any(id(p) in metrics for _, p, _ in members):
+        return
+    if not _sharded(members) and _shrink_rows(joint, members, metrics, act):
         return
     steps: dict[str, Any] = {}
     for work, p, _ in members:
@@ -85,6 +95,34 @@ def shrink(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric
         steps[work.handle.name] = 0.0 if metric is None else metric.steps(*map(whole, metric.moments))
     if _sharded(members) or not joint.shorten(full(members), steps, "prox"):
         replace(members, joint.shrunk(full(members), steps))
+
+
+def _shrink_rows(joint: Joint, members: Sequence[Member], metrics: Mapping[int, Metric], act: Act) -> bool:
+    """Shorten units, gathered as rows of a matrix, by the loops for the rows of one tensor.
+
+    False, with nothing changed, unless the penalty is a multiple of the units' lengths, and all
+    members have the metric of roots of second moments with the same numbers.
+    """
+    found = [(work.handle.name, p.detach(), metrics.get(id(p))) for work, p, _ in members]
+    tensors = {name: w for name, w, _ in found}
+    seconds = {name: metric.moments[0] for name, _, metric in found if metric is not None and len(metric.moments) == 1}
+    alike = {(w.dtype, w.device, None if metric is None else metric.key) for _, w, metric in found}
+    first, like = found[0][2], found[0][1]
+    if first is None or len(seconds) < len(found) or len(alike) > 1 or like.dtype not in (torch.float32, torch.float64):
+        return False
+    scalars = StepScalars(metric=first)
+    for block in joint.blocks:
+        rows = block.like([tensors[piece.name] for piece in block.pieces])
+        lowered = lower([Change("prox", block.what)], scalars, rows)
+        known = lowered is not None and [type(step) for step, _ in lowered] == [RootedShrinkRows]
+        if not known or of_rows(block.what, tuple(rows.shape), 1) is None:
+            return False
+    for block in joint.blocks:
+        own, others = ([given[piece.name] for piece in block.pieces] for given in (tensors, seconds))
+        for rows, second in block.parts(own, others):
+            what = of_rows(block.what, tuple(block.like(own).shape), len(rows))
+            act([Batch([Change("prox", what)], scalars, [(rows, second)])])
+    return True
 
 
 def project(joint: Joint, members: Sequence[Member]) -> None:
