@@ -66,7 +66,8 @@ def load(path: str | os.PathLike[str], model: Model) -> Model:
     """
     data = _read(path)
     tensors: dict[str, Tensor] = data["tensors"]
-    copied = copy.deepcopy(checked_module(model))
+    checked_module(model)
+    copied = copy.deepcopy(model)
     root = unwrap(copied)
     if any(tensor.is_meta for tensor in _tensors(root).values()):
         raise FileError("the given model is on the meta device, without memory for tensors: build it on another one")
