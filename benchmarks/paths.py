@@ -325,7 +325,11 @@ def longest(path, count):
 VARIANTS = {
     "group lasso": {"points": 50},
     "removal (the control)": {"direction": "removal", "points": 50},
-    "removal, weight decay": {"direction": "removal", "points": 50, "fixed": 1e-3 * rs.L2().on("0.weight", how="gradient")},
+    "removal, weight decay": {
+        "direction": "removal",
+        "points": 50,
+        "fixed": 1e-3 * rs.L2().on("0.weight", how="gradient"),
+    },
 }
 
 
