@@ -6,9 +6,8 @@
 TopK autoencoders of equal weights, data, learning rate and L0 = 32, with Adam, gradients clipped to a norm of 1, counts
 of dead features and the auxiliary loss for them; 4,096 features of inputs with 512 dimensions, in batches of 2,048.
 SAELens divides by the decoder's norms (its default), the others hold them at 1 and take the gradient's parallel part
-away. The libraries' own steps are called: `SAETrainer.step`, `TopKTrainer.update`. restrain is attached with
-compile=True, which makes compiled steps at once; "auto" does so after some 200 steps. Rounds of the libraries take
-turns; data are made outside the time. The error is that on fresh data, as a part of the variance, after all rounds.
+away. The libraries' own steps are called: `SAETrainer.step`, `TopKTrainer.update`. Rounds of the libraries take turns;
+data are made outside the time. The error is that on fresh data, as a part of the variance, after all rounds.
 """
 
 import types
@@ -65,7 +64,7 @@ class Restrain:
         optimizer = self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=LR)
         aux = 1 / 32 * rs.AuxK(rows.shape[1] // 2, dead_after=1000 * batch)
         plan = [rs.TopK(K).on(code), aux.on(code), rs.UnitNorm("in").on("decoder.weight")]
-        self.reg = rs.attach(self.sae, plan, optimizer, compile=True)
+        self.reg = rs.attach(self.sae, plan, optimizer)
 
     def step(self, x):
         loss = self.reg.loss((self.sae(x) - x).square().sum(1).mean())

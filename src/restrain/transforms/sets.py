@@ -14,7 +14,7 @@ from restrain.axes import Grouped, Grouping, Per, all_in_range, checked, group_n
 from restrain.fields import is_number
 from restrain.named_tensors import Location
 from restrain.operations import LengthInterval
-from restrain.penalties.shrink import exact, unsigned_zeros
+from restrain.penalties.shrink import exact, unsign_zeros_, unsigned_zeros
 from restrain.penalties.unfold import from_matrix, to_matrix
 from restrain.rules import How
 from restrain.transforms.base import Constraint, checked_number, slack, wide
@@ -223,7 +223,7 @@ def _fit(w: Tensor, groups: Grouping, low: float, high: float, rate: float = 1.0
     if rate == 1 and (length := _plain_lengths(x, groups)) is not None:
         inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
         moved = (x * torch.where(inside, 1, length.clamp(low, high) / length)).to(w.dtype)
-        return unsigned_zeros(groups.restore(moved, w))
+        return unsign_zeros_(groups.restore(moved, w))
     unit, norms = _lengths(x, groups)
     length = unit * norms
     inside = (length >= low * (1 - slack(w))) & (length <= high * (1 + slack(w)))
@@ -277,7 +277,8 @@ def _without_radial(w: Tensor, v: Tensor, groups: Grouping, low: float, high: fl
     along = groups.sum((outward.conj() * y).real) / size
     longest, shortest = length >= high * (1 - 2 * slack(w)), length <= low * (1 + 2 * slack(w))
     blocked = (longest & (along > 0)) | (shortest & (along < 0))
-    return groups.restore((y - torch.where(blocked, along / size, 0) * outward).to(v.dtype), v)
+    removed = torch.where(blocked, along / size, 0).to(outward.dtype)
+    return groups.restore(torch.addcmul(y, removed, outward, value=-1).to(v.dtype), v)
 
 
 @dataclass(frozen=True)

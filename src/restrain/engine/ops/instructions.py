@@ -413,7 +413,8 @@ def by_formulas(changes: Sequence[Change], scalars: StepScalars, tensors: Sequen
             others[0].add_(added if scalars.scale is None else added * scalars.scale.to(added.dtype))
             continue
         if change.kind == "tangent":
-            put(others[0], -change.what.tangent(w, -others[0]))  # a step goes against the gradient
+            step = -others[0]  # against the gradient
+            put(others[0], torch.neg(change.what.tangent(w, step), out=step))
             continue
         if change.kind == "decay":
             new = decayed(w, change.what, scalars.rate)
