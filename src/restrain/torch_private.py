@@ -711,6 +711,14 @@ def compiled_for_export() -> bool:
     return torch.compiler.is_exporting()
 
 
+def exporting() -> bool:
+    """Return True while a model is exported or traced."""
+    if torch.compiler.is_compiling():
+        return compiled_for_export()
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return tracing or symbolic_tracing()
+
+
 def put_first(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> RemovableHandle:
     """Register a pre-hook before a module's other pre-hooks; return its handle.
 

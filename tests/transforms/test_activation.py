@@ -9,6 +9,7 @@ from torch import nn
 
 import restrain as rs
 from restrain.errors import HowError, PlanError, RestrainWarning, SelectionError, TransformError
+from restrain.torch_private import MISSING
 from restrain.transforms.activation import largest_entries
 
 
@@ -143,11 +144,21 @@ def test_what_vmap_calls_is_counted_as_the_batch(what):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_traced_in_evaluation():
-    model = sae().eval()
-    rs.attach(model, rs.TopK(3).on(rs.outputs("1")))
-    traced = torch.jit.trace(model, batch())
-    assert torch.equal(traced(batch(seed=2)), model(batch(seed=2)))
+@pytest.mark.parametrize("what", [rs.TopK(3), rs.BatchTopK(3), rs.JumpReLU(0.3, 0.2, units=16)], ids=repr)
+def test_traced_and_exported_in_evaluation(what):
+    model = sae()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    reg = rs.attach(model, what.on(rs.outputs("1")), optimizer)
+    if learned := list(reg.parameters()):
+        optimizer.add_param_group({"params": learned})
+    model(batch()).square().sum().backward()
+    optimizer.step()
+    model.eval()
+    x = batch(seed=2)
+    assert torch.equal(torch.jit.trace(model, batch())(x), model(x))
+    assert torch.equal(torch.export.export(model, (batch(),)).module()(x), model(x))
+    if "exporting" not in MISSING:
+        assert torch.equal(torch.export.export(model, (batch(),), strict=True).module()(x), model(x))
 
 
 def test_the_gradient_is_the_functions_derivative():

@@ -19,7 +19,7 @@ from restrain.penalties.functorch import told
 from restrain.penalties.shrink import at_least_float32
 from restrain.penalties.statistics import RunningMean, resting
 from restrain.rules import How
-from restrain.torch_private import in_backward, wrapped
+from restrain.torch_private import exporting, in_backward, wrapped
 from restrain.transforms.base import Transform, checked_number, checked_type
 from restrain.transforms.layout import Layout
 
@@ -167,8 +167,7 @@ def above(z: Tensor, threshold: Tensor | float, size: Tensor | None = None) -> T
 
 def sizes(x: Tensor) -> Tensor:
     """Return |x|, without a copy of the output of a ReLU."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    node = None if traced else x.grad_fn
+    node = None if torch.compiler.is_compiling() or exporting() else x.grad_fn
     x = x.detach()
     return x if node is not None and node.name() == "ReluBackward0" else x.abs()
 
@@ -460,6 +459,7 @@ class JumpAtLayer(AtLayer, register=False):
     def __init__(self, of: JumpReLU, units: int, dtype: torch.dtype, device: torch.device) -> None:
         AtLayer.__init__(self, of, of.sync)
         self.log_threshold = nn.Parameter(torch.full((units,), log(of.threshold), dtype=dtype, device=device))
+        self._values = self.log_threshold.detach()  # the same memory
 
     def thresholds(self, x: Tensor) -> Tensor:
         """Return the thresholds for an activation.
@@ -473,7 +473,10 @@ class JumpAtLayer(AtLayer, register=False):
                 f"{self.of!r} has thresholds of {self.log_threshold.numel()} units, got an activation of shape "
                 f"{tuple(x.shape)}: say units={x.shape[-1]}"
             )
-        own = averaged_gradient(self.log_threshold) if self.of.sync else self.log_threshold
+        if exporting():  # no parameters but the model's
+            own = self._values
+        else:
+            own = averaged_gradient(self.log_threshold) if self.of.sync else self.log_threshold
         return own.exp().to(x.device, torch.promote_types(x.dtype, torch.float32))
 
     def at(self, x: Tensor, layout: Layout) -> Tensor:

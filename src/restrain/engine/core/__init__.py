@@ -5,7 +5,7 @@ from restrain.engine.core.hooks import Hook, eagerly, refuse_capture
 from restrain.engine.core.injection import Inject, Root
 from restrain.engine.core.memory import BLOCK, alike, dense, flattened, fresh, in_blocks, scratch, simple, stretches
 from restrain.engine.core.overrides import Overrides
-from restrain.engine.core.randomness import Draws, exporting
+from restrain.engine.core.randomness import Draws
 from restrain.engine.core.restoring import restored
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "alike",
     "dense",
     "eagerly",
-    "exporting",
     "flattened",
     "fresh",
     "in_blocks",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 
-import torch
 from torch import nn
 
-from restrain.torch_private import compiled_for_export, symbolic_tracing
+from restrain.torch_private import exporting
 
 
 class _Sampling(threading.local):
@@ -19,14 +18,6 @@ class _Sampling(threading.local):
 
     def __init__(self) -> None:
         self.depth = 0
-
-
-def exporting() -> bool:
-    """True while a model is exported or traced; hooks then do nothing, so rules are left out."""
-    if torch.compiler.is_compiling():
-        return compiled_for_export()
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or symbolic_tracing()
 
 
 class Draws:

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from restrain.callstack import Block, Call
-from restrain.engine.core import Hook, Overrides, exporting, refuse_capture
+from restrain.engine.core import Hook, Overrides, refuse_capture
 from restrain.engine.forward.marks import Mark, marks_before
 from restrain.engine.forward.masks import Inputs
 from restrain.engine.forward.recording import PenaltyRecorder, Recorder
 from restrain.engine.forward.records import Forward, Record
 from restrain.errors import CaptureError, NeverFiredError
 from restrain.penalties.functorch import unwrapped
-from restrain.torch_private import checkpoint_frame, in_backward, not_alone, recomputing_saved_tensors
+from restrain.torch_private import checkpoint_frame, exporting, in_backward, not_alone, recomputing_saved_tensors
 
 _MOST_KEPT = 16  # uncounted forwards without outputs that are kept
 _ENDED = "it was ended by an exception"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from restrain.activation_points import Place
 from restrain.callstack import Call
-from restrain.engine.core import Hook, exporting, structures
+from restrain.engine.core import Hook, structures
 from restrain.engine.forward.forwards import Forwards, paused
 from restrain.engine.forward.recording import Point, Recorder, batch_dim, way_to
 from restrain.engine.forward.records import Forward, Record
@@ -36,7 +36,7 @@ from restrain.penalties.base import times
 from restrain.penalties.derivative import CLOSED, COMPILED, SHARDED, Choice, OnDerivatives, replayed
 from restrain.penalties.estimators import Batch, linear, of_the_same
 from restrain.penalties.replay import Randomness
-from restrain.torch_private import checkpoint_frame, in_checkpoint, module_compiled, transforming, version
+from restrain.torch_private import checkpoint_frame, exporting, in_checkpoint, module_compiled, transforming, version
 
 
 @dataclass(frozen=True)
