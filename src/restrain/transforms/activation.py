@@ -468,9 +468,9 @@ class JumpAtLayer(AtLayer, register=False):
             TransformError: it has another number of units.
         """
         checked_code(self.of, x)
-        if x.shape[-1] != self.log_threshold.numel():
+        if x.shape[-1] != self._values.numel():
             raise TransformError(
-                f"{self.of!r} has thresholds of {self.log_threshold.numel()} units, got an activation of shape "
+                f"{self.of!r} has thresholds of {self._values.numel()} units, got an activation of shape "
                 f"{tuple(x.shape)}: say units={x.shape[-1]}"
             )
         if exporting():  # no parameters but the model's
