@@ -191,6 +191,29 @@ def test_the_command_that_check_proposes_runs(here):
     assert "accuracy in training" in run(*words, *FAST).stdout
 
 
+def test_check_proposes_the_form_of_dates(here):
+    some = table().assign(day=[f"2024/{k % 12 + 1:02d}/{k % 28 + 1:02d}" for k in range(80)])
+    some.to_csv("data.csv", index=False)
+    out = run("check", "data.csv", "--target", "y").stdout
+    assert "day: row 1, column 'day'" in out
+    command = out.splitlines()[-1]
+    assert "--date-format %Y/%m/%d" in command
+    assert "day" not in command
+    assert "day is read as dates" in run(*shlex.split(command)[2:], *FAST).stdout
+
+
+def test_gaps_at_prediction_are_told_as_such(here):
+    table().to_csv("data.csv", index=False)
+    fit()
+    some = table()
+    some.loc[[2, 3], "age"] = None
+    some.to_csv("gaps.csv", index=False)
+    said = run("predict", "run/", "gaps.csv", code=1).stderr
+    assert "(and in 1 other row); fill it in, leave these rows out, or fit with --missing fill" in " ".join(
+        said.split()
+    )
+
+
 def test_check_of_rows_and_targets(here):
     some = table().assign(n=lambda t: t.age % 7, t=lambda t: 3.0 * t.age + 1)
     some = pd.concat([some, some[:5]])

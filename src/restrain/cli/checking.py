@@ -7,6 +7,7 @@ number is a linear function of it.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -32,12 +33,14 @@ class Findings:
         notes: sentences on what was found, each with what to do.
         ignore: columns to leave out.
         missing: True if rows have missing values.
+        date: how dates are written, where not as 2024-01-31.
     """
 
     rows: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignore: list[str] = field(default_factory=list)
     missing: bool = False
+    date: str | None = None
 
     def leave_out(self, name: str, why: str) -> None:
         """Note a column that is better left out."""
@@ -92,7 +95,8 @@ def command_of(
     words += ["--ignore", ",".join(ignored)] if ignored else []
     words += [word for name in given["categories"] for word in ("--categories", name)]
     for name in ("separator", "decimal", "thousands", "encoding", "date_format", "sheet"):
-        words += [f"--{name.replace('_', '-')}", given[name]] if given[name] is not None else []
+        value = found.date if name == "date_format" and given[name] is None else given[name]
+        words += [f"--{name.replace('_', '-')}", value] if value is not None else []
     words += [word for gap in given["na_values"] for word in ("--na-values", gap)]
     words += ["--missing", "fill"] if found.missing else []
     return shlex.join([*words, "--out", "run/"])
@@ -131,7 +135,11 @@ def _column(found: Findings, table: Table, name: str, codes: Any, category: bool
         found.leave_out(name, f"is constant, {_examples(table, name, kind)}")
     elif what:
         found.notes.append(f"{name}: {what}")
-        found.ignore.append(name)
+        form = re.search(r"--date-format '([^']*)'", what)
+        if form and found.date in (None, form[1]):
+            found.date = form[1]
+        else:
+            found.ignore.append(name)
     elif kind == "number" and _counts_rows(table.numbers(name)):
         found.leave_out(name, "counts the rows")
     elif kind == "number" and 2 < distinct <= _FEW // 2 and _are_whole(table.numbers(name)):

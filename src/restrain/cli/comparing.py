@@ -164,7 +164,7 @@ def table_of(scores: Sequence[Scores]) -> list[list[str]]:
     several = len(scores) > 1
     rows = [["", "model", score, "±", loss, "±", *([f"{score} - that of 1", "±"] if several else [])]]
     for number, one in enumerate(scores, 1):
-        cells = [*_numbers(one.mean("score")), *_numbers(one.mean("loss"))]
+        cells = [*_numbers(one.mean("score")), *(f"{number:.5g}" for number in one.mean("loss"))]
         if several:
             cells += ["", ""] if number == 1 else _numbers(one.over(scores[0], "score"), "+")
         rows.append([str(number), one.name, *cells])
@@ -174,7 +174,7 @@ def table_of(scores: Sequence[Scores]) -> list[list[str]]:
 def folds_table(one: Scores) -> list[list[str]]:
     """Return the rows of the table of folds, head first."""
     return [["fold", *one.measures]] + [
-        [str(number), f"{fold.score:.4f}", f"{fold.loss:.4g}"] for number, fold in enumerate(one.folds, 1)
+        [str(number), f"{fold.score:.4f}", f"{fold.loss:.5g}"] for number, fold in enumerate(one.folds, 1)
     ]
 
 

@@ -11,6 +11,7 @@ and never waits for a number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +28,7 @@ from restrain.models.monitors import Means, Watch, training_values
 from restrain.models.recording import UnfitError, record
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
+from restrain.models.simplify import simplify
 from restrain.rules import Rule
 from restrain.torch_private import MISSING, compile_graph, linear_pointwise
 from restrain.transforms import Noise
@@ -93,6 +95,7 @@ class Program:
     def __init__(self, training: Training, recorded: str = "", rows: int | None = None) -> None:
         check(training)
         self.recorded = recorded
+        self._hashes = not recorded  # draws by `drawing`; else by torch's generator, as written
         self.training, self.formula = training, formula_of(training.optimizer)
         self.size = min(training.settings.batch_size, len(training.train)) if rows is None else rows
         self.params = dict(training.network.named_parameters())
@@ -129,7 +132,7 @@ class Program:
             except UnfitError:
                 raise
             except Exception as error:  # the compiler is missing or fails
-                self.recorded = _said(error)
+                self.recorded, self._hashes = _said(error), False
         return self._graph(given).forward
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
@@ -140,18 +143,23 @@ class Program:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
+                draws = not self._hashes
+                graphs = [record(self._update, [t.clone() for t in given], draws) for _ in range(2)]
                 while str(graphs[-1].graph) != str(graphs[-2].graph):
                     if len(graphs) == 3:
                         raise UnfitError("a rule does something else at each call")
-                    graphs.append(record(self._update, [t.clone() for t in given]))
+                    graphs.append(record(self._update, [t.clone() for t in given], draws))
         except UnfitError:
             raise
         except Exception as error:  # whatever the rules and torch raise
             raise UnfitError(f"recording it failed: {_said(error)}") from error
         finally:
             self._forget()
-        improve(graphs[-1])
+        if self.recorded:
+            simplify(graphs[-1])
+            improve(graphs[-1], by_rows=False)
+        else:
+            improve(graphs[-1])
         return graphs[-1]
 
     def _forget(self) -> None:
@@ -169,10 +177,11 @@ class Program:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         x = next(given)
         y = None if self.training.train.y is None else next(given)
-        with drawing.Drawing(key) as drawn:
+        drawn = drawing.Drawing(key) if self._hashes else None
+        with nullcontext() if drawn is None else drawn:
             batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
-        self.names, self.draws = list(values), drawn.count
+        self.names, self.draws = list(values), 0 if drawn is None else drawn.count
         sums[: len(values)].add_(torch.stack(list(values.values())))
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm
@@ -267,14 +276,14 @@ def ready(training: Training) -> bool:
 # ---------------------------------------------------------------- products of matrices
 
 
-def improve(graph: GraphModule) -> None:
-    """Rewrite a graph: large float32 products by oneDNN, sums of matrices row by row."""
+def improve(graph: GraphModule, *, by_rows: bool = True) -> None:
+    """Rewrite a graph: large float32 products by oneDNN; if `by_rows`, sums of matrices by rows."""
     aten, ours = torch.ops.aten, _product()
     for node in list(graph.graph.nodes):
         same = _unchanged(node)
         if same is not None:
             node.replace_all_uses_with(same)
-        elif node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
+        elif by_rows and node.target is aten.sum.default and node.args[0].meta["val"].dim() > 1:
             _replace(graph, node, aten.sum.dim_IntList, (node.args[0], [-1]))  # rows are summed independently
         elif node.target in (aten.mm.default, aten.addmm.default) and not node.kwargs and ours is not None:
             bias, (x, w) = (node.args[0], node.args[1:]) if len(node.args) == 3 else (None, node.args)

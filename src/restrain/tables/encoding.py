@@ -149,7 +149,7 @@ class Encoding:
         values: Any = table.numbers(feature.name) if feature.cycles is None else table.dates(feature.name)
         gone = np.isnan(values) if feature.cycles is None else np.isnat(values)
         if gone.any() and (self.missing == "error" or feature.fill is None):
-            raise _missing(table, feature.name, int(np.flatnonzero(gone)[0]), int(gone.sum()))
+            raise _gap(table, feature.name, int(np.flatnonzero(gone)[0]), int(gone.sum()))
         if gone.any():
             values[gone] = feature.fill if feature.cycles is None else _date(feature.fill)
         return values[:, None] if feature.cycles is None else dates.inputs(values, feature.cycles)
@@ -161,7 +161,7 @@ class Encoding:
         if len(wrong) and self.missing == "error":
             gone = [row for row in wrong if texts[row] is None]
             if gone:
-                raise _missing(table, feature.name, int(gone[0]), len(gone))
+                raise _gap(table, feature.name, int(gone[0]), len(gone))
         if len(wrong) and unknown == "error":
             raise _unknown(table, feature, int(wrong[0]), len(wrong))
         if len(wrong):
@@ -305,10 +305,17 @@ def _check_is_category(table: Table, name: str, texts: Any, gone: Any) -> None:
 
 
 def _missing(table: Table, name: str, row: int, count: int = 1) -> DataError:
-    more = f" (and in {counted(count - 1, 'other row')})" if count > 1 else ""
-    return table.fault(
-        name, row, f"the value is missing{more}; fill it in, leave the column out, or {table.words.fill}"
-    )
+    return table.fault(name, row, f"{_of_rows(count)}; fill it in, leave the column out, or {table.words.fill}")
+
+
+def _gap(table: Table, name: str, row: int, count: int) -> DataError:
+    """Return the error of a gap in a table that isn't that of the training."""
+    rows = "this row" if count == 1 else "these rows"
+    return table.fault(name, row, f"{_of_rows(count)}; fill it in, leave {rows} out, or {table.words.anew}")
+
+
+def _of_rows(count: int) -> str:
+    return "the value is missing" + (f" (and in {counted(count - 1, 'other row')})" if count > 1 else "")
 
 
 def _unknown(table: Table, feature: Feature, row: int, count: int) -> DataError:

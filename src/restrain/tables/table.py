@@ -60,6 +60,7 @@ class Words:
     leave_out: str = "--ignore {!r}"
     as_category: str = "--categories {!r}"
     fill: str = "fit with --missing fill, or --drop-missing"
+    anew: str = "fit with --missing fill"  # of a table that isn't that of the training
     unknown: str = "or take it as none of these: --unknown zeros"
     date: str = "--date-format {!r}"  # of the format, and the name
     reread: str = "{}"  # of options for the marks of a file
@@ -98,6 +99,7 @@ OF_FRAMES = Words(
     leave_out="X.drop(columns={!r})",
     as_category="X[{0!r}].astype('category')",
     fill='write encoder=rs.TableEncoder(missing="fill")',
+    anew='fit with encoder=rs.TableEncoder(missing="fill")',
     unknown='or take it as none of these: rs.TableEncoder(unknown="zeros")',
     date="pandas.to_datetime(X[{1!r}], format={0!r})",
     reread="pandas.read_csv(..., {})",
