@@ -320,6 +320,16 @@ def test_failures(here):
     assert not list(here.glob("run/*"))
 
 
+def test_quantities_are_no_classes(here):
+    frame(160).assign(y=np.arange(160) // 3).to_csv("data.csv", index=False)
+    assert "54 different numbers in 160 rows, too many for classes" in fit(code=1).stderr
+    frame(160).assign(y=np.arange(160) // 5).to_csv("data.csv", index=False)
+    fit()
+    assert "no rules\n" in run("explain", "run").stdout
+    run("fit", "data.csv", "--target", "y", "--model", "regressor", "--hidden", "4", "--out", "own")
+    assert "no rules, but for the small weight_l2 of fit itself" in run("explain", "own").stdout
+
+
 def test_models_that_are_none(here):
     assert "no file" in run("predict", "run", "new.csv", code=1).stderr
     (here / "junk").write_text("junk, more of it")

@@ -129,8 +129,8 @@ _CLASSES = 20  # whose columns are shown
 def _calibration(run: Run, found: Calibration) -> list[list[str]]:
     rows = [["rows", *_CALIBRATED[run.notes["model"]]]]
     for predicted, observed, count in zip(found.predicted, found.observed, found.rows, strict=True):
-        rows.append([str(count), f"{predicted:.4g}", f"{observed:.4g}"])
-    return [*rows, ["", "mean distance", f"{found.gap:.4g}"]]
+        rows.append([str(count), f"{predicted:.5g}", f"{observed:.5g}"])
+    return [*rows, ["", "mean distance", f"{found.gap:.5g}"]]
 
 
 _CALIBRATED = {
@@ -192,7 +192,10 @@ def layers(model: Any) -> str:
 def rules(model: Any) -> str:
     """Return the table of rules and the parameters or outputs that they act on."""
     with model.attached() as reg:
-        return "no rules" if reg is None else reg.table()
+        if reg is not None:
+            return str(reg.table())
+    own = any("weight_l2" in row for row in model.history_)
+    return "no rules, but for the small weight_l2 of fit itself" if own else "no rules"
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:

@@ -100,7 +100,7 @@ def _learned_labels(table: Table, name: str, texts: Any) -> Any:
             f"expected a class, text or a whole number, got {float(numbers[odd[0]])!r}; for numbers write "
             "--model regressor",
         )
-    if len(distinct) > 20 and 2 * len(distinct) > len(values):
+    if len(distinct) > 20 and 4 * len(distinct) > len(values):
         raise DataError(
             f"{table.source}: the target {name!r} has {len(distinct)} different numbers in {len(values)} rows, too "
             "many for classes; for numbers write --model regressor"
