@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import loaded
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -163,3 +165,21 @@ def test_scripts_run(name, tmp_path):
     tables = json.loads((tmp_path / f"{name}.json").read_text("utf-8"))["tables"]
     assert tables
     assert all(len(row) == len(table["columns"]) for table in tables for row in table["rows"])
+
+
+# Twenty tables
+
+
+def test_ranks_and_paired_errors_of_tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    tables = loaded(BENCHMARKS / "tables.py")
+    ours, other = {0: 0.5, 1: 0.7, 2: 0.6}, {1: 0.8, 2: 0.9}
+    difference, error = tables.paired(other, ours)
+    assert difference == pytest.approx(0.2)
+    assert error == pytest.approx((0.02 * (1 / 2 + 0.3 / 0.7)) ** 0.5)
+    own = {tables.OURS: ours, "a": other, "b": dict(ours), "c": {0: 0.1, 1: 0.1, 2: 0.1}}
+    assert tables.ranks(own, higher=True) == {"a": 1.0, tables.OURS: 2.5, "b": 2.5, "c": 4.0}
+    assert tables.ranks(own, higher=False)["c"] == 1.0
+    assert tables.mean_rank([{tables.OURS: 2.5, "a": 1.0}, {tables.OURS: 1.0, "a": 2.0}], "a") == "1.50 (-0.25 ± 1.25)"
+    assert len(tables.CHOOSE) == len(tables.REPORT) == 10
+    assert not set(tables.CHOOSE) & set(tables.REPORT)

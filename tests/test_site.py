@@ -130,7 +130,7 @@ def test_docstrings_become_markdown(reference):
 def test_signatures_are_those_of_calls(reference):
     assert reference.signature(rs.L1.prox) == "(w, step=1.0)"
     assert reference.signature(rs.GroupLasso) == "(per='out')"
-    assert reference.signature(rs.Classifier).startswith("(layers=None, *, hidden=(100,), activation=")
+    assert reference.signature(rs.Classifier).startswith("(layers=None, *, hidden='auto', activation=")
     assert reference.signature(rs.Classifier).endswith(", **keywords)")
 
 

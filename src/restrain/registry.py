@@ -28,6 +28,7 @@ RESERVED = frozenset(
         "compile",
         "device",
         "encoder",
+        "ensemble",
         "epochs",
         "hidden",
         "hidden_dropout",

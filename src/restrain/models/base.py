@@ -38,6 +38,7 @@ _NEW: dict[str, Any] = {  # not in 0.1
     "class_weight": None,
     "warm_start": False,
     "encoder": None,
+    "ensemble": None,
 }
 _NEW |= {name: DEFAULTS[name] for name in (*settings.NEW, "monitors", "monitor_gradients", "save_every", "save_as")}
 _HINTS = {

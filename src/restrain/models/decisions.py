@@ -10,10 +10,11 @@ from typing import Any
 from sklearn.exceptions import ConvergenceWarning
 
 from restrain.errors import PlanError
-from restrain.fields import brief, is_number, level_of_caller
+from restrain.fields import brief, is_number, is_whole, level_of_caller
 from restrain.models import checkpoints, defaults, keywords, settings
 from restrain.models.data import Samples
 from restrain.models.inputs import Inputs
+from restrain.models.losses import Ordinal
 from restrain.models.settings import Settings
 from restrain.models.signature import BEFORE, DEFAULTS, RESERVED
 from restrain.models.specs import as_list
@@ -30,6 +31,9 @@ _OF_NETWORKS = (
     "how",
     "patience",
 )
+_OF_SEVERAL = {  # of fits that train several networks
+    name: DEFAULTS[name] for name in ("layers", "hidden", "activation", "loss", "save_every", "checkpoint")
+}
 _MOST = 2**27  # numbers in the inputs of linear models that are fitted at once
 
 
@@ -58,13 +62,45 @@ class Decisions(Inputs):
         chosen = Settings(**{name: values[name] for name in settings.NAMES})
         return chosen, {name: values[name] for name in of_rules}, values["how"]
 
-    def _decided(self, samples: Samples, given: dict[str, Any], valid: Any) -> tuple[dict[str, Any], Any]:
+    def _members(self, samples: Samples, given: dict[str, Any], *, fit: bool) -> int:
+        """Return how many networks are trained side by side.
+
+        Raises:
+            PlanError: `ensemble` isn't a number of them, or the model can't be an ensemble.
+        """
+        wanted = self.ensemble if self._has_targets else None
+        if wanted is None or (is_whole(wanted) and wanted == 1):
+            return 1
+        values, rules = {**vars(self), **given}, self._rules_given(given)
+        if isinstance(wanted, str) and wanted == "auto":
+            usual = all(
+                type(values[name]) is type(value) and values[name] == value for name, value in _OF_SEVERAL.items()
+            )
+            left = fit and usual and not rules and _is_left_to_us(values) and samples.x.ndim == 2
+            return defaults.members(len(samples)) if left else 1
+        if not is_whole(wanted, 1):
+            raise PlanError(f'ensemble= is a number of networks, "auto" or None for one; got {brief(wanted)}')
+        layers = [*self._hidden, 1] if self.layers is None else as_list(self.layers)[1:]
+        fits = len(layers) == 2 and all(is_whole(one, 1) for one in layers) and "norm" not in str(self.activation)
+        loss = self.loss_function()
+        if not fit or not fits or rules or loss.joint or isinstance(loss, Ordinal):
+            raise PlanError(
+                f"ensemble={wanted} is of fit, for one hidden layer given by its size, as in hidden=(100,), without "
+                "rules, and not of joint or ordinal losses; write ensemble=None, or average models of your own"
+            )
+        return int(wanted)
+
+    def _rules_given(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the keywords of rules that say something."""
+        of_rules = self.split_keywords(given)[1]
+        return {name: value for name, value in of_rules.items() if value is not None and value is not False}
+
+    def _decided(self, samples: Samples, given: dict[str, Any], valid: Any, members: int) -> tuple[dict[str, Any], Any]:
         """Return (keywords, validation data) for what is left "auto" in this call."""
         values, automatic = {**vars(self), **given}, isinstance(valid, str) and valid == "auto"
         if not _is_left_to_us(values):
             return {}, None if automatic else valid
-        of_rules = self.split_keywords(given)[1]
-        rules = {name: value for name, value in of_rules.items() if value is not None and value is not False}
+        rules = self._rules_given(given)
         if self._is_linear:
             valid = None if automatic else valid
             ridge = all(name in ("weight_l2", "weight_decay") and is_number(value) for name, value in rules.items())
@@ -75,10 +111,10 @@ class Decisions(Inputs):
         elif automatic:
             labels = samples.y if samples.labels and samples.y.ndim == 1 else None
             valid = defaults.part(labels, len(samples))
-        share = valid if isinstance(valid, float) and 0 < valid < 1 else 0.0
+        share = valid if isinstance(valid, float) and 0 < valid < 1 and not (automatic and members > 1) else 0.0
         sizes = (max(1, round(len(samples) * (1 - share))), values["batch_size"])
         every = (valid is not None, values["patience"], values["validate_every"])
-        return defaults.network(*sizes, *every, rules=bool(rules)), valid
+        return defaults.network(*sizes, *every, rules=bool(rules), members=members), valid
 
     def _normalizes(self, auto: bool) -> bool:
         """Return whether to standardise; "auto": in `fit`, unless the output has an activation.
@@ -108,7 +144,7 @@ class Decisions(Inputs):
         """True if there are no hidden layers."""
         if self.layers is not None:
             return len(self.layers) == 2 and all(isinstance(layer, int) for layer in self.layers)
-        return not as_list(self.hidden)
+        return not self._hidden
 
     def _warn_unless_converged(self, training: Training, losses: list[float]) -> None:
         """Warn as scikit-learn does if the loss was still falling when a training of ours ended."""

@@ -1,9 +1,11 @@
-"""Decisions of `fit` where `epochs="auto"`: length, validation part, patience, a small L2.
+"""Decisions of `fit` where `epochs="auto"`: networks, length, validation part, patience, rules.
 
 Networks are trained for at most `UPDATES` updates, so that small tables are seen more often than
 large ones. A fifth of the samples, of each class in proportion, is held back; training ends when
 the validation loss hasn't fallen for `PATIENCE` updates, and the best weights are restored. Without
-rules of the user's there is a small L2. Linear models (`hidden=()`) are fitted to convergence by
+rules of the user's there is a small L2. Where layers, loss and rules are left to us, too, small
+tables are fitted by several networks side by side with dropout, each validated on another part (see
+`restrain.models.ensemble`). Linear models (`hidden=()`) are fitted to convergence by
 L-BFGS on all samples, without validation and without a penalty.
 """
 
@@ -21,6 +23,9 @@ UPDATES, PATIENCE, EVERY = 4_000, 400, 20  # of the optimizer; EVERY: between tw
 FIXED = 1_000  # updates without validation
 VALID, LEAST = 0.2, 50  # the part held back, if there are so many samples
 L2 = 1e-4
+UNITS = 100  # of a network's hidden layer
+MEMBERS, MOST = 5, 10_000  # networks side by side, up to so many samples
+L2_EACH, DROPOUT = 2e-3, 0.2  # of each of them; of its hidden units
 FALL = 0.01  # of the whole fall of the validation loss, in the last tenth of the epochs: not converged
 ROUNDS = 50  # of L-BFGS, each of up to 1,000 iterations
 
@@ -29,7 +34,14 @@ EXACT = functools.partial(
 )
 
 
-def network(samples: int, batch_size: int, valid: Any, patience: Any, every: int, *, rules: bool) -> dict[str, Any]:
+def members(samples: int) -> int:
+    """Return how many networks are trained side by side where the user says nothing of them."""
+    return MEMBERS if LEAST <= samples <= MOST else 1
+
+
+def network(
+    samples: int, batch_size: int, valid: Any, patience: Any, every: int, *, rules: bool, members: int = 1
+) -> dict[str, Any]:
     """Return the keywords of a network's training.
 
     Args:
@@ -39,9 +51,11 @@ def network(samples: int, batch_size: int, valid: Any, patience: Any, every: int
         patience: "auto", or the user's.
         every: epochs between validations; 1 may be changed.
         rules: True if the user gave any.
+        members: number of networks, over which the loss is averaged.
     """
     in_epoch = math.ceil(samples / batch_size)
-    found: dict[str, Any] = {} if rules else {"weight_l2": L2}
+    usual = {"weight_l2": L2} if members == 1 else {"weight_l2": L2_EACH / members, "hidden_dropout": DROPOUT}
+    found: dict[str, Any] = {} if rules else usual
     if not valid:
         return {**found, "epochs": math.ceil(FIXED / in_epoch), "patience": None if patience == "auto" else patience}
     every = max(1, round(EVERY / in_epoch)) if every == 1 else every

@@ -37,12 +37,17 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
         layers: all layers, as in [784, (100, "tanh"), 10] (see `restrain.models.specs`); None takes
             `hidden`, and the sizes of input and output from the data. With `layers` given, integer
             labels are class indices.
-        hidden: the hidden layers, a size or a list as in `layers`.
+        hidden: the hidden layers, a size or a list as in `layers`; "auto": one of 100.
         activation: activation of hidden layers that don't name one.
         loss: "cross_entropy", "ordinal" for classes in order, "hinge", or a function of logits and
             class indices (see `restrain.models.losses`).
         class_weight: {class: weight}, "balanced" for equal sums of the classes, or None; multiplies
             `sample_weight`.
+        ensemble: number of networks of one hidden layer that `fit` trains side by side, each
+            validated on another part of the samples, and joins to one with all their hidden units,
+            whose outputs are the means of theirs. None: one network. "auto": 5 for 50 to 10,000
+            samples where `layers`, `hidden`, `activation`, `loss`, `epochs`, `checkpoint` and rules
+            are left as they are.
         normalize: standardise the inputs by mean and deviation of the training data.
         how: moment at which penalties on weights act, such as "proximal", unless the dict of a
             keyword has its own.
@@ -58,7 +63,7 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
     """
 
     if not TYPE_CHECKING:
-        __init__ = Init(class_weight=None)
+        __init__ = Init(class_weight=None, ensemble="auto")
     _labels = True
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None, *, valid: Any = None, **given: Any) -> Self:
@@ -330,7 +335,7 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
     """
 
     if not TYPE_CHECKING:
-        __init__ = Init(quantiles=None)
+        __init__ = Init(quantiles=None, ensemble="auto")
 
     def fit(
         self,

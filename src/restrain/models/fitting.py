@@ -13,7 +13,7 @@ from torch import Tensor
 
 from restrain import progress
 from restrain.errors import PlanError
-from restrain.models import checkpoints, defaults, keywords, optimizers, shapes, specs
+from restrain.models import checkpoints, defaults, ensemble, keywords, optimizers, shapes, specs
 from restrain.models.data import (
     Samples,
     at_once,
@@ -28,13 +28,13 @@ from restrain.models.data import (
 )
 from restrain.models.decisions import Decisions
 from restrain.models.layers import Network
-from restrain.models.losses import Ordinal, Shifted
+from restrain.models.losses import Loss, Ordinal, Shifted
 from restrain.models.monitors import Monitors
 from restrain.models.periodic import Saving
 from restrain.models.running import Plain, new_seed, running, seeded
 from restrain.models.settings import Settings
 from restrain.models.shift import warn_of_shift
-from restrain.models.specs import LayerData, as_list, resolve
+from restrain.models.specs import LayerData, resolve
 from restrain.models.training import Training
 
 
@@ -116,12 +116,16 @@ class Fitting(Decisions):
     def _fit_anew(self, x: Any, y: Any, weight: Any, valid: Any, given: dict[str, Any], offset: Any = None) -> Self:
         """Fit with the decisions of `restrain.models.defaults` where the user left them "auto"."""
         fresh = not (self.warm_start and "module_" in vars(self))
-        training = self._start(x, y, weight, valid, given, fresh=fresh, offset=offset, auto=True)
         losses: list[float] = []
-        for train, _ in self._run(training):
-            losses.append(train["loss"])
-            if training.settings.algo is defaults.EXACT and defaults.converged(losses):
-                break
+        try:
+            training = self._start(x, y, weight, valid, given, fresh=fresh, offset=offset, auto=True)
+            for train, _ in self._run(training):
+                losses.append(train["loss"])
+                if training.settings.algo is defaults.EXACT and defaults.converged(losses):
+                    break
+        finally:
+            if "module_" in vars(self) and ensemble.join(self.module_):
+                self.__dict__.pop("_optimizer", None)  # its state is that of the parts
         self._warn_unless_converged(training, losses)
         return self
 
@@ -144,30 +148,41 @@ class Fitting(Decisions):
         first, _, _ = self.split_keywords(given)
         samples = self._samples(x, y, weight, reset=fresh, offset=offset)
         valid = called(self.valid if valid is None else valid, first.valid_batches or 1)
+        members = self._members(samples, given, fit=auto) if fresh else 1
         quiet, auto = isinstance(valid, str) and valid == "auto", auto and not checkpoints.is_of_0_1(first.checkpoint)
-        found, valid = self._decided(samples, given, valid) if auto else ({}, None if quiet else valid)
+        found, valid = self._decided(samples, given, valid, members) if auto else ({}, None if quiet else valid)
         chosen, of_rules, how = self.split_keywords({**given, **found})
         place = running(chosen.device, chosen.precision)
         if fresh:
-            self._build(samples, chosen, place, tuple(getattr(x, "shape", ())[1:]), zero=defaults.is_linear(found))
+            self._build(x, samples, chosen, place, members, zero=defaults.is_linear(found))
         elif chosen.precision is not None:
             self.module_.to(torch.float64 if chosen.precision == "64" else torch.float32)
-        part, held = self._parts(samples, valid, fresh, auto, shifted=offset is not None, quiet=quiet)
+        part, held = self._parts(samples, valid, fresh, auto, shifted=offset is not None, quiet=quiet, members=members)
         _check_patience(chosen, held)
-        loss, known = self.loss_function(), vars(self).get("_optimizer")
         return Training(
             network=self.module_,
             rules=keywords.rules(of_rules, keywords.Context(self.layers_, how)),
             decided=bool(found),
-            task=loss if offset is None or loss.scaled else Shifted(loss),
+            task=self._task(offset is not None, members),
             train=part,
             valid=held,
             settings=chosen,
             seed=self.seed_,
             before=self.n_iter_,
-            state=known[1] if known is not None and known[0] == _identity(chosen) else None,
+            state=self._state_for(chosen),
             place=place,
         )
+
+    def _state_for(self, chosen: Settings) -> dict[str, Any] | None:
+        """Return the state to go on with of an optimizer of that kind, or None."""
+        known = vars(self).get("_optimizer")
+        return known[1] if known is not None and known[0] == _identity(chosen) else None
+
+    def _task(self, shifted: bool, members: int) -> Loss:
+        """Return the loss of a training: with known offsets, of several networks."""
+        loss = self.loss_function()
+        loss = Shifted(loss) if shifted and not loss.scaled else loss
+        return loss if members == 1 else ensemble.Members(loss, members)
 
     def _run(self, training: Training) -> Iterator[tuple[Monitors, Monitors]]:
         chosen, saving = training.settings, Saving(training.settings)
@@ -192,17 +207,23 @@ class Fitting(Decisions):
     # ---------------------------------------------------------------- data: parts and scales
 
     def _parts(
-        self, samples: Samples, valid: Any, fresh: bool, auto: bool, *, shifted: bool, quiet: bool
+        self, samples: Samples, valid: Any, fresh: bool, auto: bool, *, shifted: bool, quiet: bool, members: int
     ) -> tuple[Samples, Samples | None]:
-        """Return training and validation samples; if `fresh`, learn scales and an intercept."""
+        """Return training and validation samples; if `fresh`, learn scales and an intercept.
+
+        Where `fit` holds a part back for several networks, it is another part for each.
+        """
         samples.dtype = next(self.module_.parameters()).dtype
-        part, held = self._split(samples, valid, shifted, quiet=quiet)
+        shared = members > 1 and quiet and valid is not None
+        part, held = (samples, None) if shared else self._split(samples, valid, shifted, quiet=quiet)
         if fresh and self._normalizes(auto):
             self._learn_scales(part)
         if not fresh and self.input_scale_ is not None:
             warn_of_shift(part, self.input_scale_, self.target_scale_, self.input_names_)
         if fresh:
             self._set_intercept(part, shifted)
+        if shared:
+            part, held = ensemble.shared_out(samples, members, self.seed_)
         for some in (part, held):
             if some is not None:
                 some.scale, some.dtype = self._scale, samples.dtype
@@ -256,17 +277,17 @@ class Fitting(Decisions):
 
     # ---------------------------------------------------------------- the network
 
-    def _build(
-        self, samples: Samples, chosen: Settings, place: Plain, shape: tuple[int, ...], *, zero: bool = False
-    ) -> None:
+    def _build(self, x: Any, samples: Samples, chosen: Settings, place: Plain, members: int, *, zero: bool) -> None:
         """Build a new network from `layers`, or from `hidden` and the sizes of the data.
 
-        With `zero`, its weights and biases start at zero; the thresholds of classes don't.
+        With `zero`, its weights and biases start at zero; the thresholds of classes don't. Several
+        `members` are one network with as many times the hidden units, parted for the training.
         """
         given = self.layers
         if given is None:
-            first = specs.first_layer(self.hidden, shape, self._width)
-            given = [first, *as_list(self.hidden), self._outputs()]
+            shape = tuple(getattr(x, "shape", ())[1:])
+            first = specs.first_layer(self._hidden, shape, self._width)
+            given = [first, *self._hidden, self._outputs()]
         layers = resolve(given, activation=self.activation)
         self._check_sizes(layers)
         if isinstance(self.loss_function(), Ordinal):
@@ -274,6 +295,8 @@ class Fitting(Decisions):
         if samples.x.ndim == 3 and not self._steps:
             layers = specs.with_last_step(layers)
         self._check_output(layers)
+        if members > 1:
+            layers[1] = {**layers[1], "size": members * layers[1]["size"]}
         self.seed_ = place.agreed(self._new_seed(chosen))
         with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
@@ -284,6 +307,8 @@ class Fitting(Decisions):
         double = samples.x.dtype == np.float64 and str(chosen.device or "cpu") == "cpu"
         precision = chosen.precision or ("64" if double else "32")
         self.layers_, self.module_ = layers, network.double() if precision == "64" else network.float()
+        if members > 1:
+            ensemble.part(self.module_, members)
         self.module_.eval()
         self.history_, self.n_iter_, self.input_scale_, self.target_scale_ = [], 0, None, None
         for name in ("_optimizer", "conformal_", "feature_importances_"):

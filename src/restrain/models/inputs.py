@@ -11,12 +11,12 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import _check_sample_weight, check_consistent_length, check_is_fitted, validate_data
 
 from restrain.errors import PlanError
-from restrain.models import shapes, specs, streams, tabular
+from restrain.models import defaults, shapes, specs, streams, tabular
 from restrain.models.data import Samples, Scale, as_numbers, joined
 from restrain.models.layers import Network
 from restrain.models.losses import Loss
 from restrain.models.signature import KeywordEstimator
-from restrain.models.specs import LayerData, forms
+from restrain.models.specs import LayerData, as_list, forms
 from restrain.transforms.normalization import Standardize
 
 
@@ -138,7 +138,12 @@ class Inputs(KeywordEstimator):
 
     @property
     def _given(self) -> Any:
-        return self.hidden if self.layers is None else self.layers
+        return self._hidden if self.layers is None else self.layers
+
+    @property
+    def _hidden(self) -> list[Any]:
+        """The hidden layers."""
+        return [defaults.UNITS] if isinstance(self.hidden, str) and self.hidden == "auto" else as_list(self.hidden)
 
     @property
     def _reads_steps(self) -> bool:

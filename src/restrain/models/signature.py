@@ -15,7 +15,7 @@ from restrain.models.settings import Settings
 
 DEFAULTS = {
     "layers": None,
-    "hidden": (100,),
+    "hidden": "auto",
     "activation": "relu",
     "normalize": "auto",
     "how": None,
@@ -30,7 +30,7 @@ DEFAULTS = {
 }
 
 BEFORE = {"normalize": False, "epochs": Settings.epochs, "patience": None, "valid": None}  # without decisions of `fit`
-RESERVED = (*DEFAULTS, "quantiles", "class_weight")  # names that no registered penalty takes
+RESERVED = (*DEFAULTS, "quantiles", "class_weight", "ensemble")  # names that no registered penalty takes
 
 
 class Init:
