@@ -327,7 +327,7 @@ def test_quantities_are_no_classes(here):
     fit()
     assert "no rules\n" in run("explain", "run").stdout
     run("fit", "data.csv", "--target", "y", "--model", "regressor", "--hidden", "4", "--out", "own")
-    assert "no rules, but for the small weight_l2 of fit itself" in run("explain", "own").stdout
+    assert "no rules, but for fit's own: a small weight_l2" in run("explain", "own").stdout
 
 
 def test_models_that_are_none(here):

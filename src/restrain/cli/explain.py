@@ -195,7 +195,7 @@ def rules(model: Any) -> str:
         if reg is not None:
             return str(reg.table())
     own = any("weight_l2" in row for row in model.history_)
-    return "no rules, but for the small weight_l2 of fit itself" if own else "no rules"
+    return "no rules, but for fit's own: a small weight_l2, and dropout of several networks" if own else "no rules"
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:
