@@ -84,10 +84,12 @@ def plan_of(method, l0, features):
     dead_after = 20_000
     auxiliary = 1 / 32 * rs.AuxK(32, dead_after, target=rs.inputs("encoder"), reconstruction=rs.outputs("decoder"))
     towards = rs.Target(active=l0 / features, start=0.1, every=5)
+    # thresholds lag behind the strength, and features that die on the way stay dead
+    slowly = rs.Target(active=l0 / features, start=0.01, gain=0.05, every=5)
     rules = {
         "TopK": [rs.TopK(l0).on(CODE), auxiliary.on(CODE)],
         "BatchTopK": [rs.BatchTopK(l0).on(CODE), auxiliary.on(CODE)],
-        "JumpReLU": [rs.JumpReLU(0.3, 0.3, units=features).on(CODE), towards * rs.L0("learned").on(CODE, name="L0")],
+        "JumpReLU": [rs.JumpReLU(0.3, 0.3, units=features).on(CODE), slowly * rs.L0("learned").on(CODE, name="L0")],
         "L1": [rs.Firings().on(CODE), towards * rs.L1().on(CODE, name="L1")],
     }
     # unit decoder columns; the gradient's parallel part doesn't reach Adam

@@ -77,6 +77,11 @@ def test_aux_k_without_dead_units_is_zero():
     assert loss.item() == 0
     loss.backward()
     assert not model[0].weight.grad.any()
+    model(batch())
+    reg.penalty().backward()  # alone, too
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    of = torch.func.grad(lambda w: reg.loss(0 * torch.func.functional_call(model, w, (batch(),)).sum()))
+    assert not any(g.any() for g in of(weights).values())
 
 
 def test_aux_k_of_an_autoencoder_inside_a_model():

@@ -24,6 +24,29 @@ class Counted(Protocol):
     counts: Any
 
 
+class _Nothing(torch.autograd.Function):
+    """Zero that depends on a tensor and gives it no gradient: zeros would be as large as that."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor) -> Tensor:
+        return at_least_float32(h.new_zeros(()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
+
+
+def nothing(h: Tensor) -> Tensor:
+    """Return the value for a code without dead units: zero, which can be differentiated."""
+    return _Nothing.apply(h)  # type: ignore[no-untyped-call, no-any-return]
+
+
 @dataclass(frozen=True)
 class AuxK(NetworkPenalty):
     """Mean over tokens of ‖e - ê‖²: dead units should reconstruct the error e of the autoencoder.
@@ -94,13 +117,6 @@ class AuxK(NetworkPenalty):
     def __call__(self, parameters: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> Tensor:
         raise PenaltyError(f"{self!r} needs its model: write rs.attach(model, [..., {self!r}.on(rs.outputs(...))])")
 
-    def nothing(self, h: Tensor) -> Tensor:
-        """Return the value without dead units: zero, without a graph.
-
-        A gradient of zeros would be as large as h.
-        """
-        return at_least_float32(h.new_zeros(()))
-
     def of(self, dead: Tensor, decoder: Tensor, h: Tensor, x: Tensor, found: Tensor) -> Tensor:
         """Return the value.
 
@@ -119,7 +135,7 @@ class AuxK(NetworkPenalty):
                 "reconstruction="
             )
         if not bool(dead.any()):
-            return self.nothing(h)
+            return nothing(h)
         code = at_least_float32(h.flatten(0, -2)[:, dead]).relu()
         if code.shape[1] > self.k:
             indices = code.detach().topk(self.k, sorted=False).indices
@@ -164,7 +180,7 @@ class _CountedAuxK(NetworkPenalty, register=False):
         h, x, found = outputs.values()
         idle = self.counted.counts.idle
         if not idle.numel():
-            return self.penalty.nothing(h)
+            return nothing(h)
         dead = idle.to(h.device) >= self.penalty.dead_after
         with torch.autocast(h.device.type, enabled=False):
             return self.penalty.of(dead, next(iter(parameters.values())), h, x, found)
