@@ -414,7 +414,11 @@ def refitted(train, test, mask, seed, quick):
     return float((model(test[0][:, mask]).argmax(1) == test[1]).double().mean())
 
 
-WAYS = {"restrain, removal": {"direction": "removal", "points": 40}, "restrain, up": {"points": 50}}
+WAYS = {
+    "restrain, removal under L1": {**REMOVAL, "points": 40, "fixed": 3e-3 * rs.L1().on("0.weight", how="proximal")},
+    "restrain, removal alone": {**REMOVAL, "points": 40},
+    "restrain, up": {"points": 50},
+}
 
 
 def masks_of(name, train, valid, seed, quick):
