@@ -493,6 +493,14 @@ def test_an_example_without_tensors_is_refused(example):
         rs.compact(mlp(), example)
 
 
+def test_other_optimizers_and_models_without_weights_are_refused():
+    model = mlp((1,))
+    with pytest.raises(CompactionError, match="holds no parameter of this model"):
+        rs.compact(model, torch.randn(3, 4).double(), torch.optim.SGD(mlp().parameters()))
+    with pytest.raises(CompactionError, match="on the meta device"):
+        rs.compact(model.to("meta"), torch.randn(3, 4).double())
+
+
 class Pair(nn.Module):
     """A model with an input that may be None, and an output of a kind of its own."""
 

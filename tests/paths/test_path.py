@@ -381,6 +381,8 @@ def test_save_and_load(tmp_path):
     assert loaded.one_se().index == found.one_se().index
     with pytest.raises(PlanError, match="without its model"):
         Path.load(tmp_path / "copy").model()
+    with pytest.raises(PlanError, match="'weight' has the shape"):
+        Path.load(tmp_path / "copy", torch.nn.Linear(2, 2)).model()
     with pytest.raises(PlanError, match="doesn't know fit"):
         loaded.refit()
     with pytest.raises(MissingFileError, match="no path"):
@@ -444,6 +446,7 @@ def test_a_killed_path_goes_on(tmp_path):
         ({"rules": []}, "got none"),
         ({"rules": rs.L1().on("weight")}, "how='proximal'"),
         ({"rules": rs.NonNegative().on("weight")}, "fixed="),
+        ({"rules": rs.schedules.Linear(0, 1, steps=9) * rs.L1().on("weight", how="proximal")}, "a strength that moves"),
         ({"rules": rs.L1().on(rs.outputs())}, "fixed="),
         ({"rules": rs.Weighted(rs.L1(), lambda w: w.abs()).on("weight", how="proximal")}, "function"),
         ({"score": lambda m: float("nan")}, "score"),

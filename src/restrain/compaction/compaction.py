@@ -196,6 +196,12 @@ def _checked(model: Any, example: Any, optimizer: Any, mode: Any) -> tuple[Any, 
         raise CompactionError(f"a torch.nn.Module can be compacted, got {type(model).__name__}")
     if not isinstance(optimizer, Optimizer | None):
         raise CompactionError(f"optimizer= is the model's torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if optimizer is not None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for p in model.parameters()):
+            raise CompactionError("optimizer= holds no parameter of this model: give the one that trains it, or none")
+    if any(p.is_meta for p in model.parameters()):
+        raise CompactionError("the model is on the meta device, without weights that could be zero: load them first")
     if not is_one_of(mode, ("eval",)):
         raise CompactionError(f"mode= is 'eval', got {mode!r}: a model is the same in evaluation")
     if not any(isinstance(one, Tensor) for one in leaves(args)):

@@ -24,7 +24,7 @@ from restrain.penalties import Penalty
 from restrain.penalties.stateful import Weighted
 from restrain.plans import Plan
 from restrain.rules import Rule
-from restrain.schedule import Cubic
+from restrain.schedule import Cubic, Strength
 
 Direction = Literal["up", "down", "both", "removal"]
 
@@ -336,7 +336,12 @@ def _check_rules(rules: Sequence[Rule], needs_zeros: bool) -> None:
                 f"{rule!r} makes no exact zeros by how={rule.how!r}, so that no strength ends its path: write "
                 "how='proximal', or give the strengths= yourself"
             )
-        for _, leaf in rule.what.leaves():
+        for strength, leaf in rule.what.leaves():
+            if isinstance(strength, Strength):
+                raise PlanError(
+                    f"{rule!r} has a strength that moves within each fit, and a path sets the strengths of its points "
+                    "itself: give a number, or none"
+                )
             if isinstance(leaf, Weighted) and callable(leaf.weights):
                 raise PlanError(
                     f"the weights of {leaf!r} are a function, and would be others at each point: give it a tensor, or "

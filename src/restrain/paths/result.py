@@ -109,14 +109,20 @@ class Path:
         """Return a copy of the model with the weights of a point, in eval(); None: the best.
 
         Raises:
-            PlanError: the path was loaded without a model.
+            PlanError: the path was loaded without a model, or with another one.
         """
         if self.template is None:
             raise PlanError("this path was loaded without its model: write Path.load(folder, model)")
         found = copy.deepcopy(self.template)
         weights = self._data(at)["weights"]
+        own = found.state_dict()
+        wrong = [name for name, tensor in weights.items() if name not in own or own[name].shape != tensor.shape]
+        if wrong:
+            raise PlanError(
+                f"this {type(found).__name__} isn't the model of the path: {wrong[0]!r} has the shape "
+                f"{tuple(weights[wrong[0]].shape)} there; load the path with a model of the same kind"
+            )
         with torch.no_grad():
-            own = found.state_dict()
             for name, tensor in weights.items():
                 own[name].copy_(tensor)
         return found.eval()
