@@ -210,6 +210,8 @@ def test_refusals():
     with pytest.raises(CaptureError, match=r"call model.train\(\)"):
         rs.scale_invariant(net.eval(), loss)
     net.train()
+    with pytest.raises(PenaltyError, match=r"loss is a function that returns the data loss.*; got 0\.5"):
+        rs.scale_invariant(nn.Linear(2, 2), 0.5)
     with pytest.raises(PenaltyError, match="scalar data loss"):
         rs.scale_invariant(net, lambda: 1.0)
     with pytest.raises(PenaltyError, match="float32 copy"):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from restrain import scales
 from restrain.engine import paused, restored
 from restrain.errors import CaptureError, PenaltyError
+from restrain.fields import brief
 from restrain.named_tensors import checked_module, is_sharded, parameters, unwrap
 
 _TOLERANCE = 1e-4  # found: at most 3e-6 where a normalisation follows, at least 1e-2 elsewhere
@@ -45,7 +46,7 @@ def scale_invariant(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     Raises:
         CaptureError: the model is in evaluation mode, where BatchNorm uses stored statistics, or is
             sharded.
-        PenaltyError: the loss isn't a differentiable scalar; weights in 16-bit dtypes.
+        PenaltyError: the loss is no function, or no differentiable scalar; weights of 16 bits.
 
     Source: van Laarhoven (2017), L2 regularization versus batch and weight normalization.
 
@@ -55,6 +56,11 @@ def scale_invariant(model: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     ['0.weight']
     """
     root = unwrap(checked_module(model))
+    if not callable(loss):
+        raise PenaltyError(
+            f"loss is a function that returns the data loss, as it is called three times; got {brief(loss)}: write "
+            "lambda: F.cross_entropy(model(x), y)"
+        )
     found = {slot.name: slot.tensor() for slot in parameters(root) if slot.tensor().requires_grad}
     _check(root, found)
     ratios = dict.fromkeys(found, 0.0)
