@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import restrain as rs
-from restrain.errors import NotCollectedError, PlanError
+from restrain.errors import NotCollectedError, PenaltyError, PlanError
 from saving import saved
 
 
@@ -213,6 +213,8 @@ def test_the_graph_stays_usable_after_measure():
     terms, out = differentiable(model, x)
     by_hand_loss = F.cross_entropy(out, y) + sum(terms[name] for name in names)
     torch.testing.assert_close(got, list(torch.autograd.grad(by_hand_loss, list(model.parameters()))))
+    with pytest.raises(PenaltyError, match=r"between the loss and backward\(\)"):
+        reg.measure()
     optimizer.step()
     assert reg.measure()["activations"].gradient != reg.measure()["activations"].gradient, "nan: none since"
 

@@ -555,6 +555,10 @@ class Attachment:
         Args:
             data_loss: if given, its gradient's norm is part of the shares, under the key "data";
                 call `measure` before backward(); the graph is kept.
+
+        Raises:
+            PenaltyError: a backward has freed the graph of the last forward, and with it that of a
+                penalty on activations.
         """
         model = self._as_it_is()
         self._collect(data_loss)

@@ -98,10 +98,22 @@ def measure(
 
 
 def _gradient(term: Tensor, trained: Sequence[Tensor]) -> list[Term]:
-    """Return the squared gradient norm of a term, per parameter."""
+    """Return the squared gradient norm of a term, per parameter.
+
+    Raises:
+        PenaltyError: a backward has freed the term's graph.
+    """
     if not term.requires_grad or not trained:
         return []
-    gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+    try:
+        gradients = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "a second time" not in str(error):
+            raise
+        raise PenaltyError(
+            "reg.measure() takes gradients in the graph of the last forward, which backward() has freed: call it "
+            "between the loss and backward(), or write backward(retain_graph=True)"
+        ) from None
     return [(local(g).abs().double().square().sum(), ranks_of(g)) for g in gradients if g is not None]
 
 
