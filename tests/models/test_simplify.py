@@ -55,15 +55,3 @@ def test_a_square_in_the_loss_is_one_operation_in_the_backward():
 def test_what_is_left_out(run, less):
     before, after = both(run, X, W)
     assert before - after == less
-
-
-def test_draws_are_drawn_each():
-    def run(x):
-        return [torch.rand_like(x), torch.rand_like(x)]
-
-    graph = record(run, [X], draws=True)
-    simplify(graph)
-    graph.recompile()
-    one, other = graph(X)
-    assert not torch.equal(one, other)
-    assert not torch.equal(one, graph(X)[0])

@@ -11,7 +11,6 @@ and never waits for a number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -95,7 +94,6 @@ class Program:
     def __init__(self, training: Training, recorded: str = "", rows: int | None = None) -> None:
         check(training)
         self.recorded = recorded
-        self._hashes = not recorded  # draws by `drawing`; else by torch's generator, as written
         self.training, self.formula = training, formula_of(training.optimizer)
         self.size = min(training.settings.batch_size, len(training.train)) if rows is None else rows
         self.params = dict(training.network.named_parameters())
@@ -132,7 +130,7 @@ class Program:
             except UnfitError:
                 raise
             except Exception as error:  # the compiler is missing or fails
-                self.recorded, self._hashes = _said(error), False
+                self.recorded = _said(error)
         return self._graph(given).forward
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
@@ -143,12 +141,11 @@ class Program:
         """
         try:
             with torch.random.fork_rng(devices=[]):
-                draws = not self._hashes
-                graphs = [record(self._update, [t.clone() for t in given], draws) for _ in range(2)]
+                graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
                 while str(graphs[-1].graph) != str(graphs[-2].graph):
                     if len(graphs) == 3:
                         raise UnfitError("a rule does something else at each call")
-                    graphs.append(record(self._update, [t.clone() for t in given], draws))
+                    graphs.append(record(self._update, [t.clone() for t in given]))
         except UnfitError:
             raise
         except Exception as error:  # whatever the rules and torch raise
@@ -177,11 +174,10 @@ class Program:
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         x = next(given)
         y = None if self.training.train.y is None else next(given)
-        drawn = drawing.Drawing(key) if self._hashes else None
-        with nullcontext() if drawn is None else drawn:
+        with drawing.Drawing(key) as drawn:
             batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
-        self.names, self.draws = list(values), 0 if drawn is None else drawn.count
+        self.names, self.draws = list(values), drawn.count
         sums[: len(values)].add_(torch.stack(list(values.values())))
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm

@@ -28,9 +28,8 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
     Each input of an operation must be an argument or the result of an earlier operation.
     """
 
-    def __init__(self, given: list[Tensor], draws: bool) -> None:
+    def __init__(self, given: list[Tensor]) -> None:
         super().__init__()
-        self.draws = draws
         self.graph = Graph()
         self.nodes: dict[int, Node] = {}
         self.kept: list[Tensor] = []  # ids are unique only while the tensors live
@@ -44,7 +43,7 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
             raise UnfitError("a rule decides by a number that it has computed")
-        if torch.Tag.nondeterministic_seeded in func.tags and not self.draws:
+        if torch.Tag.nondeterministic_seeded in func.tags:
             raise UnfitError(f"it draws random numbers by {func}")
         node = self.graph.call_function(func, self.written(args), self.written(kwargs or {}))
         found = func(*args, **(kwargs or {}))
@@ -70,15 +69,10 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         return self.nodes[id(tensor)]
 
 
-def record(run: Callable[..., Any], given: list[Tensor], draws: bool = False) -> GraphModule:
+def record(run: Callable[..., Any], given: list[Tensor]) -> GraphModule:
     """Run `run(*given)` on the given tensors; return its operations as a graph.
 
     The `meta["val"]` of a node is a meta tensor with shape, strides and dtype of its result.
-
-    Args:
-        run: the function.
-        given: its arguments.
-        draws: allow random numbers of torch's generator, which are drawn anew at each run.
 
     Raises:
         UnfitError: another run might differ: it reads tensors that aren't arguments, draws random
@@ -86,7 +80,7 @@ def record(run: Callable[..., Any], given: list[Tensor], draws: bool = False) ->
     """
     if "dispatch_mode" in MISSING:
         raise UnfitError(f"torch {torch.__version__} has no mode that sees each operation")
-    recorder = _Recorder(given, draws)
+    recorder = _Recorder(given)
     with recorder:
         found = run(*given)
     recorder.graph.output(recorder.written(found))
