@@ -136,7 +136,7 @@ with uncollected():  # a full collection is due soon after `import torch`, and t
 moved.install()
 _register_with_keras(Penalty)
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlphaDropout",
