@@ -117,6 +117,13 @@ def is_whole(value: Any, least: float = -inf) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def check_flags(error: type[Exception], **flags: Any) -> None:
+    """Raise an error for the first flag that isn't True or False: also the text "no" is true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise error(f"{name}= is True or False, got {brief(value)}")
+
+
 def is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
     """True for an iterable, other than arrays and tensors without an axis, which only look so."""
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from restrain.axes import AcrossTensors, Per, checked
 from restrain.errors import CompactionError, PenaltyError, SelectionError
-from restrain.fields import brief, setting
+from restrain.fields import brief, check_flags, setting
 from restrain.known_units import known_units
 from restrain.named_tensors import near, parameters, unwrap
 
@@ -170,6 +170,7 @@ def units(*members: str | Mapping[str, Per], example: Any = None, readers: bool 
             "to find all units of a model, its graph is needed: give example=, an input of the model, or name the "
             "members, as in rs.units({'fc1.weight': 'out', 'fc1.bias': 0, 'fc2.weight': 'in'})"
         )
+    check_flags(SelectionError, readers=readers)
     if example is None and not readers:
         raise SelectionError("readers=False goes with example=; of named units, leave out the weights that read them")
     if sets and example is not None:

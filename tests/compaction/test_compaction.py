@@ -604,3 +604,9 @@ def test_the_report_says_what_went_in_text_and_html():
     assert "<script>" not in report.to_html()
     assert report.after.parameters < report.before.parameters
     assert report.after.flops < report.before.flops
+
+
+@pytest.mark.parametrize("name", ["inplace", "rules", "uniform"])
+def test_flags_are_true_or_false(name):
+    with pytest.raises(CompactionError, match=f"{name}= is True or False, got 'no'"):
+        rs.compact(nn.Sequential(nn.Linear(2, 2)), torch.ones(1, 2), **{name: "no"})

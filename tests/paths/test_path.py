@@ -283,6 +283,12 @@ def test_counts_of_gradual_removal():
         path(direction="removal", refit=True)
 
 
+@pytest.mark.parametrize("name", ["refit", "certificate", "polish"])
+def test_flags_are_true_or_false(name):
+    with pytest.raises(PlanError, match=f"{name}= is True or False, got 'no'"):
+        path(**{name: "no"})
+
+
 def test_removal_goes_over_the_groups_of_all_tensors(tmp_path):
     """Any how, a prox isn't needed; the shortest groups of both layers together go, as TopGroups has it."""
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ from restrain.compaction.uniform import NO_NUMBER, Uniform, configure, loads
 from restrain.connections import Graph, Read, attention, leaves, mapped, without_cache
 from restrain.engine import Attachment, structures
 from restrain.errors import CompactionError
-from restrain.fields import is_one_of
+from restrain.fields import check_flags, is_one_of
 
 _CLOSE = 1e-5  # largest difference of outputs, relative to their scale
 
@@ -158,7 +158,7 @@ def compact(
     >>> result.model[0].weight.shape, result.model[2].weight.shape
     (torch.Size([3, 4]), torch.Size([2, 3]))
     """
-    args = _checked(model, example, optimizer, mode)
+    args = _checked(model, example, optimizer, mode, inplace=inplace, rules=rules, uniform=uniform)
     reg = attached.attachment_of(model, optimizer) if rules else None
     functions = attached.acted_on(model, reg) if rules else {}
     large, _ = _copied(model, None)
@@ -189,8 +189,9 @@ def compact(
     return Compaction(small, other, report, attachment)
 
 
-def _checked(model: Any, example: Any, optimizer: Any, mode: Any) -> tuple[Any, ...]:
+def _checked(model: Any, example: Any, optimizer: Any, mode: Any, **flags: Any) -> tuple[Any, ...]:
     """Return the inputs as a tuple."""
+    check_flags(CompactionError, **flags)
     args = example if isinstance(example, tuple) else (example,)
     if not isinstance(model, nn.Module):
         raise CompactionError(f"a torch.nn.Module can be compacted, got {type(model).__name__}")

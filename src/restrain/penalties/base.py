@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import NoProxError, PenaltyError, SelectionError
-from restrain.fields import is_iterable, is_number, is_whole, shown_number
+from restrain.fields import check_flags, is_iterable, is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties import keras_objects
@@ -91,8 +91,7 @@ def checked_flag(name: str, flag: Any) -> None:
     Raises:
         PenaltyError: the setting is of another type.
     """
-    if not isinstance(flag, bool):
-        raise PenaltyError(f"{name}= is True or False, got {flag!r}")
+    check_flags(PenaltyError, **{name: flag})
 
 
 def batch_size(h: Tensor, dim: int) -> int:

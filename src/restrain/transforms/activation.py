@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from restrain.errors import SelectionError, TransformError
-from restrain.fields import is_whole
+from restrain.fields import check_flags, is_whole
 from restrain.penalties.all_reduce import averaged_gradient, several_processes
 from restrain.penalties.functorch import told
 from restrain.penalties.shrink import at_least_float32
@@ -36,8 +36,7 @@ class Activation(Transform, register=False):
     sync: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sync, bool):
-            raise TransformError(f"sync= is True or False, got {self.sync!r}")
+        check_flags(TransformError, sync=self.sync)
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:

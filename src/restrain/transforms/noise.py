@@ -10,16 +10,12 @@ from torch import Tensor
 
 from restrain.axes import squared
 from restrain.errors import SelectionError, TransformError
+from restrain.fields import check_flags
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How
 from restrain.transforms.base import Noise, checked_number, checked_type
 from restrain.transforms.layout import PLAIN, Layout
-
-
-def _checked_flag(relative: object) -> None:
-    if not isinstance(relative, bool):
-        raise TransformError(f"relative= is True or False, got {relative!r}")
 
 
 def _deviation(x: Tensor, layout: Layout) -> Tensor:
@@ -64,7 +60,7 @@ class GaussianNoise(Noise):
 
     def __post_init__(self) -> None:
         checked_number("std", self.std, "a standard deviation: a finite number, zero or more", 0, inf, closed=True)
-        _checked_flag(self.relative)
+        check_flags(TransformError, relative=self.relative)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.at(x, PLAIN)
@@ -104,7 +100,7 @@ class UniformNoise(Noise):
 
     def __post_init__(self) -> None:
         checked_number("width", self.width, "half of an interval: a finite number, zero or more", 0, inf, closed=True)
-        _checked_flag(self.relative)
+        check_flags(TransformError, relative=self.relative)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.at(x, PLAIN)

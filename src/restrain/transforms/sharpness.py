@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from restrain.errors import SelectionError, TransformError
+from restrain.fields import check_flags
 from restrain.named_tensors import Location
 from restrain.rules import How
 from restrain.transforms.base import Noise, Transform, checked_number
@@ -46,8 +47,7 @@ class Sharpness(Transform):
 
     def __post_init__(self) -> None:
         checked_number("rho", self.rho, "a finite number above zero", 0, float("inf"), closed=False)
-        if not isinstance(self.adaptive, bool):
-            raise TransformError(f"adaptive= is True or False, got {self.adaptive!r}")
+        check_flags(TransformError, adaptive=self.adaptive)
 
     def moments(self, at_places: bool) -> tuple[How, ...]:
         if at_places:

@@ -514,6 +514,10 @@ def test_wrong_settings_are_refused(every):
     reg = rs.attach(model, RULES[2])
     with pytest.raises(PlanError, match="track every k-th step"):
         reg.track(every)
+    with pytest.raises(PlanError, match="shares= is True or False, got 'no'"):
+        reg.track(shares="no")
+    with pytest.raises(PlanError, match="polish= is True or False, got 1"):
+        reg.certificate(lambda: torch.zeros(()), polish=1)
     with pytest.raises(PlanError, match="points= is the greatest number of rows"):
         reg.track(1, points=1)
     with pytest.raises(PlanError, match=r"no step is tracked: write rs\.attach"):

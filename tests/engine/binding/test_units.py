@@ -984,6 +984,7 @@ def test_a_prox_after_the_data_and_before_a_projection():
             r"no layer in there has units that are known .*\(none in this model\): give example=, an input",
         ),
         (lambda: rs.units("0", readers=False), SelectionError, "readers=False goes with example="),
+        (lambda: rs.units("0", readers=np.ones(2)), SelectionError, "readers= is True or False, got"),
         (rs.units, SelectionError, "to find all units of a model, its graph is needed: give example="),
         (lambda: rs.units({}), SelectionError, "an empty mapping"),
         (lambda: rs.units(OUT, example=X), SelectionError, "not both"),

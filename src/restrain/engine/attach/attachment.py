@@ -66,6 +66,7 @@ from restrain.engine.step import (
 from restrain.engine.strengths import Strengths
 from restrain.engine.weights import Parametrized, WeightNoise, refuse_wrapped
 from restrain.errors import DetachedError, PenaltyError, PlanError
+from restrain.fields import check_flags
 from restrain.garbage import uncollected
 from restrain.html_table import html_table
 from restrain.layouts import attach_layouts
@@ -642,6 +643,7 @@ class Attachment:
         >>> model.weight.item(), cert.rules["l1"].residual < 0.06
         (3.5, True)
         """
+        check_flags(PlanError, polish=polish)
         if self._detached:
             raise DetachedError("these rules were detached: attach the plan again, rs.attach(model, reg.plan)")
         model = self._as_it_is()
@@ -700,6 +702,7 @@ class Attachment:
         <History of 0 tracked steps, 2 columns>
         """
         checked_track(every, points)
+        check_flags(PlanError, shares=shares)
         if self._detached:
             raise DetachedError("these rules were detached, and no step is seen any more: attach the plan again")
         if self._tracker is None:
