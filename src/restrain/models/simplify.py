@@ -47,12 +47,11 @@ def _schema(node: Node) -> Any:
 
 
 def _is_pure(node: Node) -> bool:
-    """Return True if a node's value depends on its arguments alone, and it changes none."""
+    """Return True if a node changes none of its arguments; recordings draw no random numbers."""
     if not _is_operation(node):
         return node.op == "call_function"  # getitem
     target: Any = node.target
-    random = torch.Tag.nondeterministic_seeded in target.tags
-    return not (random or _schema(node).is_mutable or "empty" in target.name())
+    return not (_schema(node).is_mutable or "empty" in target.name())
 
 
 def _inputs(value: Any) -> Iterator[Node]:

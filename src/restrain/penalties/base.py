@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import NoProxError, PenaltyError, SelectionError
-from restrain.fields import check_flags, is_iterable, is_number, is_whole, shown_number
+from restrain.fields import is_iterable, is_number, is_whole, shown_number
 from restrain.named_tensors import Location
 from restrain.operations import Absolute, Square, Terms, slope, total
 from restrain.penalties import keras_objects
@@ -83,15 +83,6 @@ def checked_setting(name: str, number: float, low: float, high: float = inf, *, 
         least = f" {'from' if closed else 'above'} {low:g}" if isfinite(low) else ""
         most = f"{' and' if least else ''} below {high:g}" if isfinite(high) else ""
         raise PenaltyError(f"{name}= is a finite number{least}{most}; got {shown_number(number)}")
-
-
-def checked_flag(name: str, flag: Any) -> None:
-    """Check that a setting is True or False.
-
-    Raises:
-        PenaltyError: the setting is of another type.
-    """
-    check_flags(PenaltyError, **{name: flag})
 
 
 def batch_size(h: Tensor, dim: int) -> int:

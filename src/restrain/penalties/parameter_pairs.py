@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from restrain.errors import PenaltyError, SelectionError
+from restrain.fields import check_flags
 from restrain.named_tensors import near
-from restrain.penalties.base import NetworkPenalty, Penalty, checked_flag, in_float32
+from restrain.penalties.base import NetworkPenalty, Penalty, in_float32
 from restrain.penalties.entrywise import L2
 from restrain.schedule import Strength
 
@@ -84,7 +85,7 @@ class Tie(_Pairs):
 
     def __post_init__(self) -> None:
         _Pairs.__post_init__(self)
-        checked_flag("transposed", self.transposed)
+        check_flags(PenaltyError, transposed=self.transposed)
         if not isinstance(self.penalty, Penalty):
             raise PenaltyError(f"Tie takes a penalty of the difference, such as L2(); got {self.penalty!r}")
 

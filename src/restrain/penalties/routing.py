@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from restrain.errors import PenaltyError, RestrainWarning
-from restrain.fields import brief, is_whole, level_of_caller, shown_number
+from restrain.fields import brief, check_flags, is_whole, level_of_caller, shown_number
 from restrain.penalties.all_reduce import over_processes
-from restrain.penalties.base import Penalty, Tensors, batch_size, checked_flag, in_float32
+from restrain.penalties.base import Penalty, Tensors, batch_size, in_float32
 from restrain.penalties.functorch import as_plain
 from restrain.penalties.statistics import Statistic, resting
 from restrain.torch_private import in_backward
@@ -68,7 +68,7 @@ class LoadBalance(Penalty):
     at_outputs = True
 
     def __post_init__(self) -> None:
-        checked_flag("sync", self.sync)
+        check_flags(PenaltyError, sync=self.sync)
         if not is_whole(self.top_k, 1):
             raise PenaltyError(f"top_k= is a whole number of experts, at least 1; got {shown_number(self.top_k)}")
         for name, known in _CHOICES.items():

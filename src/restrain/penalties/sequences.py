@@ -10,8 +10,8 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
-from restrain.fields import renamed
-from restrain.penalties.base import Penalty, Tensors, batch_size, checked_axis, checked_flag, in_float32
+from restrain.fields import check_flags, renamed
+from restrain.penalties.base import Penalty, Tensors, batch_size, checked_axis, in_float32
 
 
 class _OfTransitions(Penalty, register=False):
@@ -22,9 +22,7 @@ class _OfTransitions(Penalty, register=False):
     at_outputs = True
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name != "dim":
-                checked_flag(name, value)
+        check_flags(PenaltyError, **{name: value for name, value in vars(self).items() if name != "dim"})
         checked_axis("dim", self.dim)
 
     @abstractmethod

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from restrain.axes import Grouping, group_norms, squared
 from restrain.errors import PenaltyError
-from restrain.fields import is_number, is_one_of
+from restrain.fields import check_flags, is_number, is_one_of
 from restrain.named_tensors import Location
-from restrain.penalties.base import Penalty, Tensors, checked_flag
+from restrain.penalties.base import Penalty, Tensors
 from restrain.penalties.shrink import cut_groups, one_step, shrink_entries
 from restrain.penalties.unfold import (
     Rows,
@@ -189,8 +189,7 @@ class Orthogonality(_OfMatrix):
         if not is_number(self.power) or self.power not in (1, 2):
             raise PenaltyError(f"power= is 2 (squares) or 1 (absolute values), got {self.power!r}")
         object.__setattr__(self, "power", int(self.power))
-        checked_flag("off_diagonal", self.off_diagonal)
-        checked_flag("normalized", self.normalized)
+        check_flags(PenaltyError, off_diagonal=self.off_diagonal, normalized=self.normalized)
 
     def __call__(self, w: Tensors) -> Tensor:
         if not w.numel():

@@ -12,13 +12,13 @@ from torch import Tensor
 from restrain.axes import squared
 from restrain.callstack import Block
 from restrain.errors import PenaltyError
+from restrain.fields import check_flags
 from restrain.penalties.all_reduce import over_processes, several_processes
 from restrain.penalties.base import (
     Penalty,
     Tensors,
     batch_size,
     checked_axis,
-    checked_flag,
     checked_setting,
     in_float32,
 )
@@ -160,7 +160,7 @@ class KLSparsity(Penalty):
         checked_setting("rate", self.rate, 0, 1)
         checked_setting("momentum", self.momentum, 0, 1, closed=True)
         checked_axis("per", self.per)
-        checked_flag("sync", self.sync)
+        check_flags(PenaltyError, sync=self.sync)
 
     @property
     def by_steps(self) -> bool:  # type: ignore[override]
@@ -328,7 +328,7 @@ class BatchStatistic(Penalty, register=False):
 
     def __post_init__(self) -> None:
         checked_axis("per", self.per)
-        checked_flag("sync", self.sync)
+        check_flags(PenaltyError, sync=self.sync)
 
     def __call__(self, w: Tensors) -> Tensor:
         """Return the value for a batch along dim 0."""

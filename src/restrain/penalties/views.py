@@ -11,8 +11,9 @@ from torch import Tensor
 
 from restrain.axes import squared
 from restrain.errors import PenaltyError, SelectionError
+from restrain.fields import check_flags
 from restrain.penalties.all_reduce import check_several, over_processes, several_processes
-from restrain.penalties.base import NetworkPenalty, checked_flag, checked_setting
+from restrain.penalties.base import NetworkPenalty, checked_setting
 from restrain.penalties.shrink import at_least_float32
 from restrain.rules import How
 
@@ -100,7 +101,7 @@ class CrossCorrelation(OfViews):
 
     def __post_init__(self) -> None:
         checked_setting("off_diagonal", self.off_diagonal, 0, closed=True)
-        checked_flag("sync", self.sync)
+        check_flags(PenaltyError, sync=self.sync)
 
     def between(self, a: Tensor, b: Tensor, everywhere: bool = False) -> Tensor:
         everywhere = everywhere and self.sync and several_processes()
