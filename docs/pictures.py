@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+import numpy as np
+import pandas as pd
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
@@ -316,8 +319,6 @@ def example(page):
     text = (docs / f"{page}.md").read_text("utf-8")
     names, folder = {"__name__": "example"}, Path.cwd()
     with TemporaryDirectory() as made:
-        (Path(made) / "docs").mkdir()
-        (Path(made) / "docs/data").symlink_to(docs / "data")
         os.chdir(made)  # for the files that they write
         try:
             for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -471,32 +472,23 @@ def models_numbers():
 
 
 def models_counts():
-    """Rates of the levels over their mean; counts over expected ones, with two deviations."""
+    """Rates by a deviation of each column; visits over expected ones in tenths, by two models."""
     names = example("models")
     figure, (left, right) = panels(2, 2, 4.4, 3.0)
-    rates, labels = names["rates"], []
-    for factor, color in (("type", BLUE), ("built", ORANGE), ("operated", GREY)):
-        own = rates[[name for name in rates.index if name.startswith(f"{factor}=")]]
-        own = own / own.prod() ** (1 / len(own))
-        left.plot(own, [-len(labels) - number for number in range(len(own))], "o", color=color)
-        labels += [name.replace("=", " ") for name in own.index]
-    left.set_yticks([-number for number in range(len(labels))], labels)
-    left.axvline(1, color=GREY, ls=":", lw=1)
-    left.set_xscale("log", base=2)
-    left.set_xticks([0.5, 1, 2], ["½", "1", "2"])
-    small(left, "accidents in a month over their mean", "")
-    truth, expected = names["ships"]["accidents"], names["expected"]
-    line = torch.linspace(0.05, 60, 200)
-    right.fill_between(
-        line, (line - 2 * line.sqrt()).clamp_min(0), line + 2 * line.sqrt(), color=BLUE, alpha=0.15, lw=0
-    )
-    right.plot(line, line, color=BLUE, lw=1)
-    right.plot(expected, truth, ".", color=ORANGE, ms=6)
-    for axis in ("x", "y"):
-        getattr(right, f"set_{axis}scale")("function", functions=(lambda v: abs(v) ** 0.5, lambda v: v**2))
-        getattr(right, f"set_{axis}ticks")([0, 1, 5, 20, 40, 60])
-        getattr(right, f"set_{axis}lim")(0, 62)
-    small(right, "expected accidents", "accidents")
+    model, spread = names["line_of_rates"], names["P"].std()
+    bars = pd.Series(model.coef_ * spread[model.input_names_].to_numpy(), model.input_names_).sort_values()
+    left.barh(range(len(bars)), bars, color=[BLUE if bar > 0 else ORANGE for bar in bars], height=0.7)
+    left.set_yticks(range(len(bars)), bars.index)
+    left.axvline(0, color=GREY, lw=1)
+    ticks = [0.9, 1, 1.1, 1.2]
+    left.set_xticks([math.log(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    small(left, "times as many visits by a deviation", "")
+    for (label, expected), color in zip(names["expected"].items(), (ORANGE, BLUE), strict=True):
+        tenths = np.array_split(expected.argsort(), 10)
+        means = [(expected[rows].mean(), names["v_test"].to_numpy()[rows].mean()) for rows in tenths]
+        right.plot(*zip(*means, strict=True), ".-", color=color, ms=6, lw=1, label=label)
+    right.plot([1, 7], [1, 7], color=GREY, ls=":", lw=1)
+    small(right, "expected visits, means of tenths", "visits")
     return figure
 
 
@@ -504,30 +496,40 @@ def models_survival():
     """Kaplan and Meier's curves by predicted risk, and ratios of hazards."""
     names = example("models")
     figure, (left, right) = panels(2, 2, 4.4, 2.8)
-    days, died = names["time"].T
+    days, seen = names["time"].T
     thirds = names["risk"].argsort().argsort() * 3 // len(days)
     for third, color, label in zip(range(3), (BLUE, GREY, ORANGE), ("least", "middle", "greatest"), strict=True):
-        left.step(*survival(days[thirds == third], died[thirds == third]), where="post", color=color, label=label)
+        left.step(*survival(days[thirds == third], seen[thirds == third]), where="post", color=color, label=label)
     left.set_ylim(0, 1.02)
-    small(left, "days", "part alive")
+    small(left, "days", "part without a recurrence")
     left.get_legend().set_title("third by risk", {"size": 7})
     hazards = names["hazards"]
-    units = {"karnofsky": 10, "age": 10, "months": 12}
-    shown = [name for name in hazards.index if name not in ("treatment=standard", "prior=no")][::-1]
-    right.plot([hazards[name] * units.get(name, 1) for name in shown], range(len(shown)), "o", color=BLUE)
-    labels = {"karnofsky": "10 points of Karnofsky", "age": "10 years of age", "months": "a year since diagnosis"}
-    right.set_yticks(range(len(shown)), [labels.get(name, name.replace("=", " ")) for name in shown])
+    labels = {  # (text, units)
+        "horTh=yes": ("hormones", 1),
+        "age": ("10 years of age", 10),
+        "tsize": ("10 mm of size", 10),
+        "tgrade=II": ("grade II over I", 1),
+        "tgrade=III": ("grade III over I", 1),
+        "pnodes": ("5 positive nodes", 5),
+        "progrec": ("100 fmol of progesterone receptors", 100),
+        "estrec": ("100 fmol of oestrogen receptors", 100),
+    }
+    base = {"horTh=yes": "horTh=no", "tgrade=II": "tgrade=I", "tgrade=III": "tgrade=I"}
+    shown = list(labels)[::-1]
+    values = [(hazards[name] - hazards.get(base.get(name), 0)) * labels[name][1] for name in shown]
+    right.plot(values, range(len(shown)), "o", color=BLUE)
+    right.set_yticks(range(len(shown)), [labels[name][0] for name in shown])
     right.axvline(0, color=GREY, ls=":", lw=1)
     right.set_xticks([-0.69315, 0, 0.69315], ["½", "1", "2"])
     small(right, "ratio of hazards", "")
     return figure
 
 
-def survival(days, died):
-    """(days, part alive) after each day, by Kaplan and Meier."""
+def survival(days, seen):
+    """(days, part without the event) after each day, by Kaplan and Meier."""
     found, alive = [(0, 1.0)], 1.0
     for day in sorted(set(days.tolist())):
-        alive *= 1 - died[days == day].sum() / (days >= day).sum()
+        alive *= 1 - seen[days == day].sum() / (days >= day).sum()
         found.append((day, alive))
     return zip(*found, strict=True)
 

@@ -420,7 +420,6 @@ def sources(pictures=True):
         ("docs", "*.md"),
         ("docs/tutorials", "*.md"),
         ("docs/images", "*"),
-        ("docs/data", "*.csv"),
         ("examples", "*.py"),
     )
     files = [path for folder, pattern in kinds for path in (ROOT / folder).glob(pattern)]

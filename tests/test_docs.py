@@ -31,8 +31,6 @@ def shown():
 @pytest.mark.filterwarnings("ignore:.*compiled before these hooks:restrain.errors.RestrainWarning")
 def test_examples_run_as_printed(page, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # for the files that they write
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/data").symlink_to(ROOT / "docs/data")
     monkeypatch.setattr(registry, "_classes", dict(registry._classes))  # a page's own classes end with it
     namespace = {"__name__": "example"}
     for block in blocks(page, "python"):
