@@ -124,6 +124,11 @@ def check_flags(error: type[Exception], **flags: Any) -> None:
             raise error(f"{name}= is True or False, got {brief(value)}")
 
 
+def check_optional_flags(error: type[Exception], **flags: Any) -> None:
+    """Raise an error for the first flag that isn't True, False or None."""
+    check_flags(error, **{name: value for name, value in flags.items() if value is not None})
+
+
 def is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
     """True for an iterable, other than arrays and tensors without an axis, which only look so."""
     return isinstance(value, Iterable) and getattr(value, "ndim", 1) != 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from restrain import storage
 from restrain.errors import FileError, NoProxError, PenaltyError, PlanError, TransformError
 from restrain.extras import needing
-from restrain.fields import brief, is_iterable, is_number, is_whole, listed
+from restrain.fields import brief, check_optional_flags, is_iterable, is_number, is_whole, listed
 from restrain.named_tensors import parameters, unwrap
 from restrain.path_view import PathView, Viewed
 from restrain.penalties import Penalty
@@ -448,12 +448,13 @@ def curves(
         log: a logarithmic axis; None: if no number is negative.
 
     Raises:
-        PlanError: it is no history, or has no such column.
+        PlanError: it is no history, has no such column, or `log` isn't True, False or None.
 
     >>> ax = rs.plots.curves({"data_loss": [1.0, 0.5], "l2": [0.1, 0.2]})
     >>> [line.get_label() for line in ax.lines]
     ['data loss', 'l2']
     """
+    check_optional_flags(PlanError, log=log)
     columns, over = _columns(history)
     shown = _chosen(columns, names)
     ax = _axes(ax)

@@ -11,7 +11,7 @@ from torch import Tensor
 from restrain import registry
 from restrain.activation_points import Places
 from restrain.errors import HowError, PlanError
-from restrain.fields import brief, call_text, is_whole, shortened
+from restrain.fields import brief, call_text, check_flags, is_whole, shortened
 from restrain.named_tensors import Location
 from restrain.schedule import Strength
 from restrain.selections import Where, as_where, weights
@@ -262,8 +262,7 @@ _WORDS = {
 
 def _check_cautious(rule: Rule) -> None:
     what = rule.what
-    if not isinstance(rule.cautious, bool):
-        raise PlanError(f"cautious= is True or False (in a file true or false), got {brief(rule.cautious)}")
+    check_flags(PlanError, cautious=rule.cautious)
     if rule.cautious and rule.how != "decoupled":
         raise PlanError(f"cautious=True goes with how='decoupled'; {what!r} acts by how={rule.how!r}")
     if rule.cautious and what.joint:
@@ -274,8 +273,7 @@ def _check(rule: Rule) -> None:
     what = rule.what
     if rule.name is not None and not isinstance(rule.name, str):
         raise PlanError(f"name= is text, by which values() calls the rule; got {brief(rule.name)}: put it into quotes")
-    if not isinstance(rule.optional, bool):
-        raise PlanError(f"optional= is True or False (in a file true or false), got {brief(rule.optional)}")
+    check_flags(PlanError, optional=rule.optional)
     _check_cautious(rule)
     for key, known in _WORDS.items():
         value = getattr(rule, key)

@@ -252,6 +252,8 @@ def test_monte_carlo_says_what_it_needs():
         model.predict(x, interval=0.9, draws=1)
     with pytest.raises(PlanError, match=r"write interval=, as in interval=0.9, too"):
         model.predict(x, draws=100)
+    with pytest.raises(PlanError, match="a prediction draws nothing: write interval="):
+        model.predict(x, random_state=0)
     with pytest.raises(PlanError, match="are intervals themselves"):
         rs.Regressor(**QUICK, loss="quantile", hidden_dropout=0.2).fit(x, y).predict(x, interval=0.7, draws=9)
 

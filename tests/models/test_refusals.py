@@ -28,6 +28,13 @@ def test_columns_that_are_no_numbers_where_numbers_were(column):
         fitted.predict(table[["when"]])
 
 
+@pytest.mark.parametrize("name", ["shuffle", "warm_start", "progress", "monitor_gradients"])
+@pytest.mark.parametrize("model", [rs.Classifier, rs.ClassifierCV])
+def test_flags_are_true_or_false(model, name):
+    with pytest.raises(PlanError, match=f"{name}= is True or False, got 'no'"):
+        model(**{"progress": False, name: "no"}).fit(X, NUMBERS)
+
+
 def test_columns_that_numbers_can_be_made_of():
     table = FRAME.assign(b=NUMBERS == 1, i=pd.array(NUMBERS, "Int64"))
     found = rs.Classifier(hidden=(), epochs=1, random_state=0).fit(table, NUMBERS).predict_proba(table)

@@ -283,7 +283,7 @@ def test_counts_of_gradual_removal():
         path(direction="removal", refit=True)
 
 
-@pytest.mark.parametrize("name", ["refit", "certificate", "polish"])
+@pytest.mark.parametrize("name", ["refit", "certificate", "polish", "progress"])
 def test_flags_are_true_or_false(name):
     with pytest.raises(PlanError, match=f"{name}= is True or False, got 'no'"):
         path(**{name: "no"})

@@ -7,7 +7,6 @@ number is a linear function of it.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 
 from restrain.cli import jobs
 from restrain.errors import DataError
-from restrain.tables import Encoding, Table, canonical, counted, shown
+from restrain.tables import Encoding, Table, canonical, counted, dates, shown
 from restrain.text_table import text_table
 
 _FEW = 20  # as many classes at most, of a target of whole numbers
@@ -135,9 +134,9 @@ def _column(found: Findings, table: Table, name: str, codes: Any, category: bool
         found.leave_out(name, f"is constant, {_examples(table, name, kind)}")
     elif what:
         found.notes.append(f"{name}: {what}")
-        form = re.search(r"--date-format '([^']*)'", what)
-        if form and found.date in (None, form[1]):
-            found.date = form[1]
+        form = next(iter(dates.forms([value for value in table.column(name).tolist() if isinstance(value, str)])), None)
+        if form is not None and found.date in (None, form):
+            found.date = form
         else:
             found.ignore.append(name)
     elif kind == "number" and _counts_rows(table.numbers(name)):

@@ -378,6 +378,7 @@ class _Chosen(KeywordEstimator):
                 f"{keyword}= is the keyword of the path, whose strengths it tries: leave it out beside path="
             )
         model = self._model(hidden=self.hidden, **params)
+        model.split_keywords({})
         return _Way(model, keyword, options, _is_exact(model, keyword, options))
 
     def _strengths(self, way: _Way, x: Any, y: Any) -> Any:

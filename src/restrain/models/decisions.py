@@ -10,7 +10,7 @@ from typing import Any
 from sklearn.exceptions import ConvergenceWarning
 
 from restrain.errors import PlanError
-from restrain.fields import brief, is_number, is_whole, level_of_caller
+from restrain.fields import brief, check_flags, is_number, is_whole, level_of_caller
 from restrain.models import checkpoints, defaults, keywords, settings
 from restrain.models.data import Samples
 from restrain.models.inputs import Inputs
@@ -48,6 +48,7 @@ class Decisions(Inputs):
         Raises:
             PlanError: a keyword doesn't exist, or a setting of training isn't allowed.
         """
+        check_flags(PlanError, warm_start=self.warm_start)
         of_rules = keywords.names(RESERVED)
         known = (*settings.NAMES, "how", *of_rules)
         wrong = [name for name in given if name not in known]

@@ -392,7 +392,7 @@ class Regressor(RegressorMixin, KeywordModel):  # type: ignore[misc]
         Raises:
             PlanError: there is nothing to make intervals by.
         """
-        intervals.check(interval, draws)
+        intervals.check(interval, draws, random_state)
         if interval is None:
             return self._predicted(self._forward(X), self._offset(offset, exposure, X))
         loss, predicted, std = self._distribution(X, offset, exposure)

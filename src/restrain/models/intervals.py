@@ -93,16 +93,22 @@ def interval(loss: Loss, level: Any, predicted: Any, std: Any, known: Any) -> An
     )
 
 
-def check(level: Any, passes: Any = None) -> None:
-    """Check the probability to cover, and the number of passes by Monte Carlo.
+def check(level: Any, passes: Any = None, seed: Any = None) -> None:
+    """Check the probability to cover, the number of passes by Monte Carlo, and their seed.
 
     Raises:
-        PlanError: the level isn't between 0 and 1, or there are fewer than two passes.
+        PlanError: the level isn't between 0 and 1, there are fewer than two passes, or the passes
+            are described but no interval is asked for.
     """
     if passes is not None and not is_whole(passes, 2):
         raise PlanError(f"draws= is the number of passes by Monte Carlo, 2 or more, as in {PASSES}; got {passes!r}")
     if level is None and passes is not None:
         raise PlanError("draws= is the number of passes of an interval: write interval=, as in interval=0.9, too")
+    if level is None and seed is not None:
+        raise PlanError(
+            "random_state= is the seed of an interval's passes, and a prediction draws nothing: write interval=, as in "
+            "interval=0.9, or leave it out"
+        )
     if level is not None and not (isinstance(level, float) and 0 < level < 1):
         raise PlanError(f"interval= is the probability to cover, between 0 and 1, as in 0.9; got {level!r}")
 

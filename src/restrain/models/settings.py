@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from restrain.errors import PlanError
-from restrain.fields import is_number
+from restrain.fields import check_flags, check_optional_flags, is_number
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ class Settings:
             raise PlanError(f"checkpoint= is the name of a file or None; got {self.checkpoint!r}")
         if not isinstance(self.compile, bool) and self.compile != "auto":
             raise PlanError(f'compile= is True, False or "auto"; got {self.compile!r}')
+        check_flags(PlanError, shuffle=self.shuffle)
+        check_optional_flags(PlanError, monitor_gradients=self.monitor_gradients, progress=self.progress)
 
     def _check_saving(self) -> None:
         every, file = self.save_every, self.save_as
@@ -106,8 +108,6 @@ class Settings:
             raise PlanError(f"save_every= is a number of epochs (an int) or of minutes (a float); got {every!r}")
         if file is not None and not isinstance(file, (str, Path)):
             raise PlanError(f'save_as= is the name of files, as in "net-{{}}.safetensors"; got {file!r}')
-        if not isinstance(self.monitor_gradients, (bool, type(None))):
-            raise PlanError(f"monitor_gradients= is True or False; got {self.monitor_gradients!r}")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that change the result, which a checkpoint must share."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from restrain import progress, storage
 from restrain.engine import attach
 from restrain.errors import PlanError
-from restrain.fields import brief, check_flags, is_iterable, is_number, is_one_of, is_whole
+from restrain.fields import brief, check_flags, check_optional_flags, is_iterable, is_number, is_one_of, is_whole
 from restrain.named_tensors import checked_module, unwrap
 from restrain.paths import greatest
 from restrain.paths.greatest import Greatest
@@ -106,7 +106,7 @@ def path(
     """
     root = unwrap(checked_module(model))
     grid = Grid.checked(points, ratio, direction, strengths, patience)
-    _check_flags(grid, refit=refit, certificate=certificate, polish=polish)
+    _check_flags(grid, progress, refit=refit, certificate=certificate, polish=polish)
     plan = list(Plan.of(rules))
     _check_rules(plan, needs_zeros=grid.given is None and not grid.removes)
     names, temporary = _by_name(root, plan), Temporary() if folder is None else None
@@ -312,7 +312,8 @@ def _checked_counts(strengths: Any) -> list[float]:
     return [one if is_whole(one) else float(one) for one in found]
 
 
-def _check_flags(grid: Grid, **flags: Any) -> None:
+def _check_flags(grid: Grid, shown: Any, **flags: Any) -> None:
+    check_optional_flags(PlanError, progress=shown)
     check_flags(PlanError, **flags)
     if flags["refit"] and grid.removes:
         raise PlanError("direction='removal' fits each point without the penalties already: leave refit= out")

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from restrain.axes import Grouping, Per, checked, group_norms, group_size, grouping, grouping_at
 from restrain.errors import PenaltyError, TransformError
-from restrain.fields import is_whole
+from restrain.fields import check_flags, is_whole
 from restrain.named_tensors import Location
 from restrain.penalties.base import in_float32
 from restrain.penalties.shrink import at_least_float32
@@ -148,8 +148,7 @@ class WeightStandardization(Reparametrization):
     def __post_init__(self) -> None:
         object.__setattr__(self, "per", checked(self.per))
         checked_number("eps", self.eps, "a small number above zero", 0, float("inf"), closed=False)
-        if not isinstance(self.gain, bool):
-            raise TransformError(f"gain= is True (learn one for each group) or False, got {self.gain!r}")
+        check_flags(TransformError, gain=self.gain)
 
     def from_free(self, v: Tensor, **learned: Tensor) -> Tensor:
         groups = self._groups(v.shape)

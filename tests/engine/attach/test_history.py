@@ -516,6 +516,8 @@ def test_wrong_settings_are_refused(every):
         reg.track(every)
     with pytest.raises(PlanError, match="shares= is True or False, got 'no'"):
         reg.track(shares="no")
+    with pytest.raises(PlanError, match="values= is True or False, got 'no'"):
+        reg.table(values="no")
     with pytest.raises(PlanError, match="polish= is True or False, got 1"):
         reg.certificate(lambda: torch.zeros(()), polish=1)
     with pytest.raises(PlanError, match="points= is the greatest number of rows"):

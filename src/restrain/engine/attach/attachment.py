@@ -815,7 +815,12 @@ class Attachment:
         self._strengths.refill(self._clock.steps, self._clock.epochs)
 
     def table(self, values: bool = False) -> str:
-        """Return a table of rules: how, strength, tensors, elements, names; optionally values."""
+        """Return a table of rules: how, strength, tensors, elements, names; optionally values.
+
+        Raises:
+            PlanError: `values` isn't True or False.
+        """
+        check_flags(PlanError, values=values)
         return report.table(self._bounds, self._as_it_is(), self.values() if values else None)
 
     def contents(
