@@ -74,6 +74,9 @@ def test_scores_of_a_lasso_are_those_of_scikit_learn(here):
     assert table.inputs.iloc[0] == 0
     assert f"{table.score[best]:.4g} {table.error[best]:.2g}" in " ".join(text.split())
     assert (here / "out" / "path.png").stat().st_size > 5000
+    refused = CliRunner().invoke(command, ["predict", "out", "data.csv"])
+    assert refused.exit_code == 1
+    assert "out holds a path, not a model: train one at the chosen strength (restrain fit" in refused.output
 
 
 def test_the_sparse_point_is_the_fewest_columns_within_one_standard_error(here):

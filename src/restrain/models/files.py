@@ -79,6 +79,11 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
     try:
         notes, tensors = storage.read_safetensors(file, "a file of restrain")
     except MissingFileError as error:
+        if file.name == FILE_NAME and (file.parent / "path.pt").exists():
+            raise MissingFileError(
+                f"{file.parent} holds a path, not a model: train one at the chosen strength (restrain fit, or the "
+                "keyword's strength), or take a point's, by restrain.paths.Path.load(folder).model(k)"
+            ) from error
         raise MissingFileError(f"no file {file}: expected one that a model's save(path) wrote") from error
     return _data(file, notes, list(tensors), kind), tensors
 
