@@ -82,7 +82,7 @@ def _denied(path: Path, done: str, error: OSError) -> FileAccessError:
 # ---------------------------------------------------------------- writing
 
 
-def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
+def write(path: Any, content: bytes | Callable[[BinaryIO], object], *, synced: bool = True) -> Path:
     """Write a file atomically; return its path.
 
     The content goes into a temporary file in the same folder, is synced to the disk, and gets the
@@ -91,6 +91,7 @@ def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
     Args:
         path: the file; links are followed. A pipe or another irregular file is written to directly.
         content: the bytes, or a function that writes them to an open binary file.
+        synced: wait until the disk has it; False for files that go with the process.
 
     Returns:
         The path without links.
@@ -104,7 +105,7 @@ def write(path: Any, content: bytes | Callable[[BinaryIO], object]) -> Path:
             with open(target, "wb") as file:
                 _put(content, file)
         else:
-            _replace(target, content)
+            _replace(target, content, synced)
     except FileError:
         raise
     except OSError as error:
@@ -131,7 +132,7 @@ def _put(content: bytes | Callable[[BinaryIO], object], file: Any) -> None:
         file.write(content)
 
 
-def _replace(target: Path, content: bytes | Callable[[BinaryIO], object]) -> None:
+def _replace(target: Path, content: bytes | Callable[[BinaryIO], object], synced: bool) -> None:
     mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
     if mode is not None and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -141,7 +142,8 @@ def _replace(target: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
         with file:
             _put(content, file)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
             if mode is not None:
                 os.chmod(temporary, mode)
             if fcntl is not None:
@@ -150,8 +152,9 @@ def _replace(target: Path, content: bytes | Callable[[BinaryIO], object]) -> Non
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not supported by every file system
-        _sync_folder(target.parent)
+    if synced:
+        with contextlib.suppress(OSError):  # not supported by every file system
+            _sync_folder(target.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -288,8 +291,10 @@ def first_line(error: BaseException) -> str:
 # ---------------------------------------------------------------- torch.save
 
 
-def write_torch(path: Any, data: Any) -> Path:
+def write_torch(path: Any, data: Any, *, synced: bool = True) -> Path:
     """Write plain data and tensors by torch.save, with a CRC-32 of each part; return the path.
+
+    `synced` is that of `write`.
 
     Raises:
         FileAccessError: see `write`.
@@ -301,7 +306,7 @@ def write_torch(path: Any, data: Any) -> Path:
         torch.save(data, buffer)
     finally:
         torch.serialization.set_crc32_options(checked)
-    return write(path, buffer.getvalue())
+    return write(path, buffer.getvalue(), synced=synced)
 
 
 def read_torch(path: Any) -> Any:

@@ -52,9 +52,14 @@ def path(model=None, rules=RULE, fit=fit, **given):
     return rs.path(linear() if model is None else model, rules, fit, **given)
 
 
+def rows_of(found):
+    """Numbers of all points as text, in which NaN is NaN."""
+    return [repr(point.row) for point in found.points]
+
+
 @pytest.mark.parametrize("direction", ["up", "down", "both"])
 def test_every_point_is_the_lasso_of_scikit_learn(direction):
-    found = path(direction=direction, fit=lambda model, reg: fit(model, reg, 400))
+    found = path(direction=direction, fit=lambda model, reg: fit(model, reg, 400), certificate=True)
     ways = [point.direction for point in found.points]
     assert ways == {"up": ["up"] * 6, "down": ["down"] * 6, "both": ["up"] * 6 + ["down"] * 6}[direction]
     strengths = [point.strength for point in found.points[:6]]
@@ -258,7 +263,7 @@ def removed_in_loops(counts):
 
 
 def test_gradual_removal_by_hand():
-    found = path(direction="removal", points=6, ratio=0.1, fit=lambda m, reg: fit(m, reg, 400))
+    found = path(direction="removal", points=6, ratio=0.1, fit=lambda m, reg: fit(m, reg, 400), certificate=True)
     parts = [0.1 + 0.9 * (1 - k / 5) ** 3 for k in range(6)]
     counts = sorted({max(1, round(12 * part)) for part in parts}, reverse=True)
     assert [point.selected for point in found.points] == counts == [12, 7, 4, 2, 1]
@@ -283,10 +288,104 @@ def test_counts_of_gradual_removal():
         path(direction="removal", refit=True)
 
 
-@pytest.mark.parametrize("name", ["refit", "certificate", "polish", "progress"])
+@pytest.mark.parametrize("name", ["refit", "polish", "progress"])
 def test_flags_are_true_or_false(name):
     with pytest.raises(PlanError, match=f"{name}= is True or False, got 'no'"):
         path(**{name: "no"})
+    for wrong in ("all", 1, None):
+        with pytest.raises(PlanError, match="certificate= is 'chosen', True"):
+            path(certificate=wrong)
+
+
+# ---------------------------------------------------------------- certificates
+
+
+def with_certificate(found):
+    """Numbers of the points with a loss and a residual."""
+    assert all(np.isnan(point.loss) == np.isnan(point.residual) for point in found.points)
+    return {point.index for point in found.points if not np.isnan(point.residual)}
+
+
+WAYS = {
+    "up": {},
+    "both": {"direction": "both", "refit": True},
+    "removal": {"direction": "removal", "fixed": 0.01 * rs.L1().on("weight", how="proximal")},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_certificates_of_chosen_points_and_on_demand(way, tmp_path):
+    few = lambda m, reg: fit(m, reg, 5)  # noqa: E731
+    all_of_them = path(fit=few, certificate=True, **WAYS[way])
+    found = path(fit=few, folder=tmp_path / "path", **WAYS[way])
+    assert with_certificate(all_of_them) == set(range(len(found)))
+    assert with_certificate(found) == {0, found.best().index, found.one_se().index} < with_certificate(all_of_them)
+    assert with_certificate(path(fit=few, certificate=False, **WAYS[way])) == set()
+    for own, other in zip(found.points, all_of_them.points, strict=True):
+        cert = found.certificate(own)
+        assert (cert.loss, cert.residual) == pytest.approx((other.loss, other.residual), rel=1e-12)
+        assert np.isnan(own.residual) or (own.loss, own.residual) == (cert.loss, cert.residual)
+        assert own.score == other.score
+        if not WAYS[way].get("refit"):
+            assert cert.loss == pytest.approx(loss(found.model(own)).item(), rel=1e-12)
+    assert len({round(found.certificate(k).residual, 9) for k in range(len(found))}) > 2
+    loaded = Path.load(tmp_path / "path", linear())
+    assert rows_of(loaded) == rows_of(found)
+    with pytest.raises(PlanError, match="doesn't know loss"):
+        loaded.certificate()
+
+
+def test_tables_leave_out_what_was_not_taken():
+    found = path(points=5)
+    rows = {k: str(found).splitlines()[2 + k].split() for k in range(1, len(found))}
+    assert {len(row) for k, row in rows.items() if k not in with_certificate(found)} == {6}
+    assert {len(row) for k, row in rows.items() if k in with_certificate(found)} == {8}
+    assert found.to_frame()["residual"].notna().sum() == len(with_certificate(found)) < len(found)
+
+
+def test_the_loss_is_called_as_often_for_more_points():
+    """But for the certificates of the chosen points: two calls of the first, then one of each."""
+    for given, each in (({}, 0), ({"certificate": True}, 1)):
+        counts = []
+        for points in (4, 9):
+            calls = []
+            counting = lambda m, calls=calls: calls.append(1) or loss(m)  # noqa: E731
+            found = path(
+                loss=counting, fit=lambda m, reg: fit(m, reg, 2), strengths=np.geomspace(0.01, 0.5, points), **given
+            )
+            counts.append(len(calls) - (0 if each else len(with_certificate(found))))
+        assert counts[1] - counts[0] == 5 * each
+
+
+def test_certificates_count_what_the_optimizer_trains():
+    def partly(model, reg):
+        optimizer = torch.optim.SGD([model.weight], lr=0.25)
+        reg.use(optimizer)
+        for _ in range(400):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+
+    found = path(fit=partly, strengths=[0.01, 0.1, 0.2])
+    for k in range(3):
+        cert = found.certificate(k)
+        assert cert.residual < 1e-6
+        model = found.model(k)
+        loss(model).backward()
+        assert model.bias.grad.abs().max() > 1e-3
+
+
+def test_rules_that_change_in_a_fit_have_certificates_at_its_end():
+    moving = (rs.schedules.Linear(0.0, 1.0, steps=20) * rs.L2()).on("bias")
+    found = path(points=4, fixed=moving)
+    assert with_certificate(found) == set(range(len(found)))
+    with pytest.raises(PlanError, match="change during a fit"):
+        found.certificate(2)
+
+
+def test_a_random_loss_is_refused_at_the_first_point():
+    with pytest.raises(PenaltyError, match="stays the same"):
+        path(loss=lambda m: loss(m) * torch.rand(()), strengths=[0.1, 0.2])
 
 
 def test_removal_goes_over_the_groups_of_all_tensors(tmp_path):
@@ -381,7 +480,7 @@ def test_save_and_load(tmp_path):
     found = path(points=3)
     found.save(tmp_path / "copy")
     loaded = Path.load(tmp_path / "copy", linear())
-    assert [point.row for point in loaded.points] == [point.row for point in found.points]
+    assert rows_of(loaded) == rows_of(found)
     assert loaded.greatest == found.greatest
     assert torch.equal(loaded.model().weight, found.model().weight)
     assert loaded.one_se().index == found.one_se().index

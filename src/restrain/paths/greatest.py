@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Attachment, Penalised, attach, restored
+from restrain.engine import Attachment, Penalised, Repeatable, attach, restored
 from restrain.errors import PlanError, RestrainWarning
 from restrain.penalties import (
     SLOPE,
@@ -177,8 +178,9 @@ def by_dual_norm(
     infinite = _INFINITE * max(1.0, *(float(t.detach().abs().max()) for t in model.parameters() if t.numel()))
     with attach(model, [*in_loss(rules, infinite), *in_loss(fixed)]) as reg:
         slope = max(float(g.abs().max()) for g in reg.gradients(loss).values() if g.numel())
+        loss = Repeatable(loss)
         rounded = any(p.dtype.itemsize < 8 for p in model.parameters() if p.requires_grad)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _frozen(model, tensors):
             warnings.simplefilter("ignore", RestrainWarning)  # flat directions, which don't move the gradient
             share = _ROUNDED if rounded else _EXACT
             reg.certificate(loss, polish=True, steps=_STEPS, tolerance=share * max(slope, 1e-30))
@@ -188,6 +190,25 @@ def by_dual_norm(
             return None
     found = max(least_strength(one.penalty, one.now() - one.gathered(gradients)) for one in tensors)
     return found * (1 + 10 * share) if found > 0 else None  # else rounding leaves groups at the end
+
+
+@contextmanager
+def _frozen(model: nn.Module, tensors: Sequence[Penalised]) -> Iterator[None]:
+    """Freeze penalised parameters that are all zeros, which stay so: no gradients of them are due.
+
+    They are left as they are if there is nothing else to fit.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ids = {id(tensor) for one in tensors for tensor in one.tensors.values() if not bool(tensor.any())}
+    zeros = [p for p in trained if id(p) in ids]
+    zeros = zeros if len(zeros) < len(trained) else []
+    for p in zeros:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in zeros:
+            p.requires_grad_(True)
 
 
 def _alone(

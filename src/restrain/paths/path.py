@@ -19,7 +19,7 @@ from restrain.paths import greatest
 from restrain.paths.greatest import Greatest
 from restrain.paths.points import Folder, Point, Temporary, checked_settings
 from restrain.paths.result import Path
-from restrain.paths.walk import Walk, Weights
+from restrain.paths.walk import Certified, Walk, Weights
 from restrain.penalties import Penalty
 from restrain.penalties.stateful import Weighted
 from restrain.plans import Plan
@@ -44,7 +44,7 @@ def path(
     optimizer: Callable[[nn.Module], Any] | None = None,
     refit: bool = False,
     patience: int | None = None,
-    certificate: bool = True,
+    certificate: Certified = "chosen",
     polish: bool = False,
     folder: str | FilePath | None = None,
     random_state: int | None = None,
@@ -89,7 +89,10 @@ def path(
         optimizer: a function of the model that makes a new optimizer.
         refit: fit each point again without the penalties, zeros kept, and score that model.
         patience: end a way after so many points in a row below the best score.
-        certificate: take `residual` of each point by `reg.certificate`.
+        certificate: the points whose `loss` and `residual` are taken by `reg.certificate`, a pass
+            over all training data for each: "chosen" (the first one and those of `best` and
+            `one_se`), True (all) or False (none). `path.certificate(k)` takes others later. With
+            `polish=True`, or rules that change during a fit, all points have them.
         polish: polish each point by full-batch proximal steps.
         folder: where points are saved as they are found; a path that was broken off goes on from
             its files. None: a temporary folder that goes with the result.
@@ -106,11 +109,11 @@ def path(
     """
     root = unwrap(checked_module(model))
     grid = Grid.checked(points, ratio, direction, strengths, patience)
-    _check_flags(grid, progress, refit=refit, certificate=certificate, polish=polish)
+    _check_flags(grid, progress, certificate, refit=refit, polish=polish)
     plan = list(Plan.of(rules))
     _check_rules(plan, needs_zeros=grid.given is None and not grid.removes)
     names, temporary = _by_name(root, plan), Temporary() if folder is None else None
-    files = Folder(storage.as_path(folder if temporary is None else temporary.name))
+    files = Folder(storage.as_path(folder if temporary is None else temporary.name), lasting=temporary is None)
     others = list(Plan.of(fixed))
     walk = Walk(root, names, others, fit, loss, score, optimizer, refit, certificate, polish, 0, files)
     settings = _settings(walk, grid, random_state)
@@ -120,8 +123,7 @@ def path(
         if "greatest" not in settings:
             settings = _begun(walk, grid, settings)
         found = _Ways(walk, grid, settings, progress).run()
-    top = Greatest(settings["greatest"], settings["found"])
-    return Path(found, top, files, model, lambda point: _debiased(walk, model, point), temporary)
+    return _result(walk, found, Greatest(settings["greatest"], settings["found"]), model, temporary)
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,13 @@ def _begun(walk: Walk, grid: Grid, settings: dict[str, Any]) -> dict[str, Any]:
     settings = {**settings, "greatest": top.strength, "found": top.found, "origin": origin}
     walk.folder.write_settings(settings)
     return settings
+
+
+def _result(walk: Walk, points: Sequence[Point], top: Greatest, model: nn.Module, temporary: Any) -> Path:
+    """Return the path of the points, with certificates of the chosen ones if they are asked for."""
+    found = Path(points, top, walk.folder, model, lambda point: _debiased(walk, model, point), temporary, walk.certify)
+    made = walk.certified(found.chosen()) if walk.certificate == "chosen" else {}
+    return replace(found, points=[made.get(one.index, one) for one in points])
 
 
 def _tensors(walk: Walk) -> Any:
@@ -312,9 +321,11 @@ def _checked_counts(strengths: Any) -> list[float]:
     return [one if is_whole(one) else float(one) for one in found]
 
 
-def _check_flags(grid: Grid, shown: Any, **flags: Any) -> None:
+def _check_flags(grid: Grid, shown: Any, certificate: Any, **flags: Any) -> None:
     check_optional_flags(PlanError, progress=shown)
     check_flags(PlanError, **flags)
+    if not isinstance(certificate, bool) and not is_one_of(certificate, ("chosen",)):
+        raise PlanError(f"certificate= is 'chosen', True (of all points) or False (of none); got {brief(certificate)}")
     if flags["refit"] and grid.removes:
         raise PlanError("direction='removal' fits each point without the penalties already: leave refit= out")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path as FilePath
 from typing import Any
@@ -34,8 +34,8 @@ class Point:
         scores: the score of each sample, if `score` gives them.
         selected: the number of groups (or entries) that aren't zero.
         groups: the number of all penalised groups.
-        loss: the data loss.
-        residual: that of the certificate; NaN if it wasn't asked for.
+        loss: the data loss; NaN where no certificate was asked for.
+        residual: that of the certificate; NaN likewise.
         seconds: time for the fit, without scores and certificates.
         shrunk_score: the mean score before the refit.
     """
@@ -68,9 +68,15 @@ class Temporary:
 
 @dataclass(frozen=True)
 class Folder:
-    """The files of a path: `path.pt` with its settings, and one for each point."""
+    """The files of a path: `path.pt` with its settings, and one for each point.
+
+    Args:
+        path: the folder.
+        lasting: False for files that go with the process: no disk is waited for.
+    """
 
     path: FilePath
+    lasting: bool = True
 
     def point(self, index: int) -> FilePath:
         """Return the name of a point's file."""
@@ -79,7 +85,7 @@ class Folder:
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Write the settings, whole or not at all."""
         storage.make_folder(self.path)
-        storage.write_torch(self.path / "path.pt", {"version": VERSION, **settings})
+        storage.write_torch(self.path / "path.pt", {"version": VERSION, **settings}, synced=self.lasting)
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings of the path in this folder; None if there is no path.
@@ -103,6 +109,7 @@ class Folder:
         weights: Mapping[str, Tensor],
         lengths: Mapping[str, Tensor],
         warm: Mapping[str, Tensor] | None = None,
+        trained: Sequence[str] | None = None,
     ) -> None:
         """Write a point, whole or not at all.
 
@@ -111,9 +118,20 @@ class Folder:
             weights: the model's parameters and buffers.
             lengths: the lengths of the penalised groups, by tensor.
             warm: the weights with which the next point begins, if others.
+            trained: the names of the optimizers' parameters; None: all.
         """
-        data = {**asdict(point), "weights": dict(weights), "lengths": dict(lengths), "warm": warm}
-        storage.write_torch(self.point(point.index), data)
+        names = None if trained is None else list(trained)
+        data = {"weights": dict(weights), "lengths": dict(lengths), "warm": warm, "trained": names}
+        self._put(point, data)
+
+    def certified(self, point: Point) -> None:
+        """Write a point's numbers once more, beside what is in its file."""
+        found = self.read(point.index)
+        if found is not None:
+            self._put(point, found)
+
+    def _put(self, point: Point, data: Mapping[str, Any]) -> None:
+        storage.write_torch(self.point(point.index), {**data, **asdict(point)}, synced=self.lasting)
 
     def warm(self, index: int) -> dict[str, Tensor]:
         """Return the weights with which the point after this one begins."""
@@ -134,9 +152,9 @@ class Folder:
         except MissingFileError:
             return None
         names = {field.name for field in fields(Point)} | {"weights", "lengths", "warm"}
-        if not isinstance(found, dict) or set(found) != names:
+        if not isinstance(found, dict) or set(found) | {"trained"} != names | {"trained"}:
             raise storage.damaged(self.point(index), "it has other entries than a point of a path")
-        return found
+        return {"trained": None, **found}
 
     def known(self, index: int) -> Point | None:
         """Return a point; None if it isn't there."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from restrain import plots, storage
+from restrain.engine import Certificate
 from restrain.errors import FileError, MissingFileError, PlanError
 from restrain.extras import needing
 from restrain.fields import is_whole
@@ -40,6 +41,7 @@ class Path:
         template: the model as given, of which `model` makes copies.
         debias: refits a point; None for a path from files.
         temporary: the temporary folder that goes with this object.
+        certify: takes the certificate of a point; None for a path from files.
     """
 
     points: Sequence[Point]
@@ -48,6 +50,7 @@ class Path:
     template: nn.Module | None = field(default=None, repr=False)
     debias: Callable[[Point], tuple[nn.Module, float]] | None = field(default=None, repr=False)
     temporary: Any = field(default=None, repr=False)
+    certify: Callable[[Point], Certificate] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -81,6 +84,11 @@ class Path:
             )
         near = within_one_error(self._scores())
         return min((one for one, is_near in zip(self.points, near, strict=True) if is_near), key=_simplicity)
+
+    def chosen(self) -> list[Point]:
+        """Return the points of `best` and, where errors are known, of `one_se`."""
+        sparse = self._sparse()
+        return list(dict.fromkeys([self.best(), *([] if sparse is None else [self.points[sparse]])]))
 
     def _scores(self) -> Tensor:
         """Return the scores (points, samples)."""
@@ -139,6 +147,22 @@ class Path:
             )
         return self.debias(self._point(at))
 
+    def certificate(self, at: int | Point | None = None) -> Certificate:
+        """Return the certificate of a point, as `reg.certificate` does; None: the best.
+
+        It is of the weights that the fit left, before a refit, under the rules of the point's
+        strength; in removal under the groups at zero.
+
+        Raises:
+            PlanError: the path comes from files, so that `loss` isn't known; or rules change during
+                a fit, of which certificates are taken at its end only.
+        """
+        if self.certify is None:
+            raise PlanError(
+                "a path from files doesn't know loss: call rs.path(..., folder=) again, which fits no point anew"
+            )
+        return self.certify(self._point(at))
+
     def _point(self, at: int | Point | None) -> Point:
         if isinstance(at, Point):
             return at
@@ -172,7 +196,7 @@ class Path:
         rows = [["", *_COLUMNS]]
         for one in self.points:
             numbers = [one.strength, one.score, one.selected, one.groups, one.loss, one.residual, one.seconds]
-            rows.append([str(one.index), *(f"{number:.4g}" for number in numbers)])
+            rows.append([str(one.index), *("" if math.isnan(number) else f"{number:.4g}" for number in numbers)])
         return rows
 
     def to_frame(self) -> Any:

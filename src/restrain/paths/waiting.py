@@ -23,6 +23,7 @@ class Waiting:
     def __init__(self, model: nn.Module, rules: Sequence[Rule]) -> None:
         self.model, self.rules_of_point = model, rules
         self.attached: Attachment | None = None
+        self.optimizers: Any = None  # kept, as certificates count their parameters
 
     def use(self, optimizer: Optimizer | Sequence[Optimizer] | None) -> Attachment:
         """Attach the rules to the optimizer (or a list of them); return the attachment.
@@ -32,7 +33,7 @@ class Waiting:
         """
         if self.attached is not None:
             raise PlanError("reg.use(optimizer) is called once in a fit, before its loop")
-        self.attached = attach(self.model, list(self.rules_of_point), optimizer)
+        self.attached, self.optimizers = attach(self.model, list(self.rules_of_point), optimizer), optimizer
         return self.attached
 
     def __getattr__(self, name: str) -> Any:

@@ -12,17 +12,18 @@ So a path that continues from its files is the one that wasn't interrupted.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from restrain.engine import Attachment, Penalised, attach
+from restrain.engine import Attachment, Certificate, Penalised, Repeatable, attach
 from restrain.errors import PlanError, RestrainWarning
 from restrain.named_tensors import device_of
 from restrain.paths import greatest
@@ -34,6 +35,9 @@ from restrain.rules import Rule
 from restrain.transforms import Fixed
 
 Weights = dict[str, Tensor]
+Certified = Literal["chosen"] | bool  # which points have certificates: the chosen ones, all or none
+
+_SUPPORT = "support"  # names of the rules that hold groups at zero begin so
 
 
 @dataclass
@@ -48,12 +52,14 @@ class Walk:
     score: Callable[[nn.Module], Any]
     optimizer: Callable[[nn.Module], Any] | None
     refit: bool
-    certificate: bool
+    certificate: Certified
     polish: bool
     seed: int
     folder: Folder
     modes: list[tuple[nn.Module, bool]] = field(default_factory=list)
     tensors: list[Penalised] = field(default_factory=list)
+
+    repeatable: bool = False  # the data loss was found the same at two calls
 
     def __post_init__(self) -> None:
         self.modes = [(module, module.training) for module in self.model.modules()]
@@ -61,6 +67,15 @@ class Walk:
     def data_loss(self) -> Tensor:
         """Return the data loss of the model as it is."""
         return self.loss(self.model)
+
+    def residual(self, reg: Attachment, polish: bool = False) -> Certificate:
+        """Return the certificate of the model as it is; two calls of the loss are compared once."""
+        loss = Repeatable(self.data_loss) if self.repeatable else self.data_loss
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RestrainWarning)  # the residual says it
+            found = reg.certificate(loss, polish=polish)
+        self.repeatable = True
+        return found
 
     # ---------------------------------------------------------------- weights
 
@@ -78,12 +93,12 @@ class Walk:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Restore the model's weights, buffers and modes after the block."""
-        before = self.weights()
+        before, modes = self.weights(), [(module, module.training) for module in self.model.modules()]
         try:
             yield
         finally:
             self.put(before)
-            for module, training in self.modes:
+            for module, training in modes:
                 module.training = training
 
     # ---------------------------------------------------------------- one fit
@@ -190,7 +205,8 @@ class Walk:
         rules = self.without(self.shortest(strength)) if way == "removal" else self.at(strength)
         with self.fitted(rules, self.seed + index + 1) as reg:
             seconds = time.perf_counter() - started
-            loss, residual = self._certified(reg)
+            loss, residual = self._certified(reg, index)
+            trained = self._trained(reg)
         weights = self.weights()
         selected = self.selected()
         lengths = {one.name: one.lengths() for one in self.tensors}
@@ -204,22 +220,60 @@ class Walk:
         groups = sum(one.numel() for one in lengths.values())
         point = Point(index, strength, way, mean, scores, selected, groups, loss, residual, seconds + again, shrunk)
         refitted = self.weights() if self.refit else weights
-        self.folder.write(point, refitted, lengths, weights if self.refit else None)
+        self.folder.write(point, refitted, lengths, weights if self.refit else None, trained)
         self.put(weights)
         return point
 
-    def _certified(self, reg: Attachment) -> tuple[float, float]:
-        """Return (data loss, residual), after polishing if that is asked for."""
-        if not (self.certificate or self.polish):
-            return self._plain_loss(), float("nan")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RestrainWarning)  # the residual says it
-            found = reg.certificate(self.data_loss, polish=self.polish)
+    def _certified(self, reg: Attachment, index: int) -> tuple[float, float]:
+        """Return (data loss, residual) by the rules as they are attached, or NaN.
+
+        They are taken if asked for; of rules that change while they are attached, as later ones
+        would be others; and at the first point, so that rules without certificates are told there.
+        """
+        wanted = self.polish or self.certificate is True
+        if not wanted and (self.certificate is False or (index and not _changes(reg))):
+            return math.nan, math.nan
+        found = self.residual(reg, self.polish)
         return found.loss, found.residual
 
-    def _plain_loss(self) -> float:
-        with self._evaluation():
-            return float(self.data_loss())
+    def _trained(self, reg: Attachment) -> list[str] | None:
+        """Return the names of the parameters that the optimizers hold; None without optimizers."""
+        held = {id(p) for optimizer in reg.optimizers for group in optimizer.param_groups for p in group["params"]}
+        return [name for name, p in self.model.named_parameters() if id(p) in held] if held else None
+
+    def certify(self, point: Point) -> Certificate:
+        """Return the certificate of a point that was fitted before, of its weights before a refit.
+
+        Raises:
+            PlanError: rules change during the fit, so they are unknown now.
+        """
+        with self.lent():
+            removed = point.direction == "removal"
+            if removed and point.index:
+                self.put(self.folder.warm(point.index - 1))
+            rules = self.without(self.shortest(point.strength)) if removed else self.at(point.strength)
+            self.put(self.folder.warm(point.index))
+            found = self.folder.read(point.index)
+            names = None if found is None else found["trained"]
+            trained = [p for name, p in self.model.named_parameters() if names is None or name in names]
+            optimizer = torch.optim.SGD(trained, lr=1.0)  # attachments don't keep it alive
+            with attach(self.model, rules, optimizer) as reg:
+                if _changes(reg):
+                    raise PlanError(
+                        "rules of this path change during a fit, so certificates are taken at its end only: see "
+                        "point.residual, which rs.path(..., certificate=True) takes"
+                    )
+                return self.residual(reg)
+
+    def certified(self, points: Sequence[Point]) -> dict[int, Point]:
+        """Return {number: point} with loss and residual, of those of the points that have none."""
+        made = {}
+        for point in points:
+            if math.isnan(point.loss):
+                found = self.certify(point)
+                made[point.index] = replace(point, loss=found.loss, residual=found.residual)
+                self.folder.certified(made[point.index])
+        return made
 
     def scored(self) -> tuple[float, Tensor | None]:
         """Return (mean score, score of each sample or None) of the model as it is."""
@@ -253,7 +307,7 @@ class Walk:
             for name, zero in one.entries(gone).items():
                 zeros[name] = zeros[name] | zero if name in zeros else zero
         masks = [
-            Fixed(zero, values=0.0).on([name], name=f"support {number}")
+            Fixed(zero, values=0.0).on([name], name=f"{_SUPPORT} {number}")
             for number, (name, zero) in enumerate(zeros.items())
             if bool(zero.any())
         ]
@@ -271,3 +325,9 @@ class Walk:
         mask[whole.flip(0).argsort(stable=True)[: round(part * len(whole))]] = True
         sizes = [one.numel() for one in lengths]
         return [own.reshape(one.shape) for own, one in zip(mask.flip(0).split(sizes), lengths, strict=True)]
+
+
+def _changes(reg: Attachment) -> bool:
+    """Return True if rules have a state that moves, other than the masks of zero groups."""
+    state = reg.state_dict()
+    return bool(state["strengths"]) or any(not name.startswith(f"{_SUPPORT} ") for name in state["kept"])

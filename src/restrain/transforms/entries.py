@@ -138,7 +138,14 @@ def _plain(value: Any) -> Any:
         return tuple(map(_plain, value))
     if isinstance(value, Tensor) and (value.is_meta or value.layout is not torch.strided):
         raise TransformError(f"numbers are given as lists or as a dense tensor with data; got {brief(value)}")
+    if isinstance(value, Tensor):
+        return _tuples(value.tolist(), value.dim())
     return _plain(value.tolist()) if hasattr(type(value), "tolist") else value
+
+
+def _tuples(value: Any, depth: int) -> Any:
+    """Return lists nested as deep as `depth` as tuples, without a look at each number."""
+    return tuple(value if depth == 1 else [_tuples(one, depth - 1) for one in value]) if depth else value
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
@@ -255,7 +262,10 @@ class Fixed(Constraint):
 
     def __post_init__(self) -> None:
         if not callable(self.mask):
-            object.__setattr__(self, "mask", _plain(self.mask))
+            given, plain = self.mask, _plain(self.mask)
+            if isinstance(given, Tensor):  # in place of the slow way over lists
+                vars(self)["_where"] = given.detach().to("cpu", copy=True)
+            object.__setattr__(self, "mask", plain)
             if not ((self._where == 0) | (self._where == 1)).all():
                 raise TransformError(f"mask= holds true and false only; got {_shown(self.mask)}")
         object.__setattr__(self, "values", _plain(self.values))

@@ -6,6 +6,7 @@ from restrain.engine.attach.evaluation import Evaluation
 from restrain.engine.attach.facts import contents_of
 from restrain.engine.attach.groups import Penalised
 from restrain.engine.attach.history import History
+from restrain.engine.attach.stationarity import Repeatable
 from restrain.engine.attach.tracking import checked_track
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Evaluation",
     "History",
     "Penalised",
+    "Repeatable",
     "attach",
     "attached_to",
     "checked_track",
