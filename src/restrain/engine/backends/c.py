@@ -371,9 +371,7 @@ def _shrink_row(step: ShrinkRows, numbers: Sequence[str], size: str) -> tuple[st
 
 def _rooted_row(step: RootedShrinkRows, numbers: Sequence[str], size: str) -> tuple[str, str, str]:
     root, eps, cut = numbers
-    row = f"const double {size} = shortened(a0, a1, length, {root}, {eps}, {cut});"
-    part = f"{size} / ({size} + (double){cut} / ({eps} + {root} * sqrt((double)o0)))"
-    return row, f"{size} == {size}", f"w = (wide)({size} > 0 ? (double)w * ({part}) : 0); w = w == 0 ? 0 : w;"
+    return f"shorten_row(a0, a1, length, {root}, {eps}, {cut});", "0", ""
 
 
 def _fit_row(step: FitRows, numbers: Sequence[str], size: str) -> tuple[str, str, str]:

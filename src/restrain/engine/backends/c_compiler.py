@@ -128,7 +128,7 @@ void loop(void **at, const int64_t *ends, const int64_t *lengths, int64_t count,
 # The length r of the prox of a row's length, with Σ x² / (r + t)² = 1 and a step for each entry,
 # t = cut / (√second · root + eps); 0 if the row becomes zero, NaN if it isn't finite. By Newton's
 # iteration from below, as in `shrink_groups`; ‖x‖ - Σ x² t / Σ x² is below the root by Jensen's
-# inequality.
+# inequality. The iteration doubles the digits, so half of them are enough before the last step.
 _SHORTENED = """
 #include <stdlib.h>
 #define EACH(statements) \\
@@ -156,21 +156,25 @@ static double root_of(const double *restrict x, const double *restrict t, int64_
     for (int j = 0; j < 8; j++) { square += s[j]; cube += u[j]; }
     if (r == 0 && square <= 1) return 0;
     if (cube > 0) r += (sqrt(square) - 1) * (square / cube);
-    if (square <= 1 + 1e-9) break;
+    if (square <= 1 + (sizeof(wide) == 4 ? 1e-5 : 1e-8)) break;
   }
   return r;
 }
 
-static double shortened(
-    const %(type)s *a0, const %(second_type)s *a1, int64_t count, double root, double eps, double cut) {
+static void shorten_row(
+    %(type)s *restrict a0, const %(second_type)s *restrict a1, int64_t count, double root, double eps, double cut) {
   double *x = malloc(2 * count * sizeof(double)), *t = x + count;
   for (int64_t i = 0; i < count; i++) {
     x[i] = fabs(entry_of(a0, i));
     t[i] = cut / (eps + root * sqrt((double)(%(second)s)));
   }
   const double r = root_of(x, t, count);
+  if (r == r) for (int64_t i = 0; i < count; i++) {
+    wide w = (wide)(r > 0 ? entry_of(a0, i) * (r / (r + t[i])) : 0);
+    w = w == 0 ? 0 : w;
+    a0[i] = %(store)s;
+  }
   free(x);
-  return r;
 }
 """
 
@@ -255,7 +259,7 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
         kinds: dtypes of the weights and of the other tensors, all of them rows in memory.
         stages: triples, run in order: statements on a row of `length` entries that starts at `a0`,
             with Euclidean length `length_of(a0, length)`; a condition, true if its entries change;
-            statements on each entry. `shortened(a0, a1, length, ...)` is known, too.
+            statements on each entry. `shorten_row(a0, a1, length, ...)` is known, too.
         numbers: the number of scalars.
         changed: indices of the tensors that the stages change.
     """
@@ -264,7 +268,7 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
         for row, changes, entry in stages
     )
     parts = _parts(kinds, numbers, " + row * length")
-    more = _SHORTENED % parts if "shortened(" in body else ""
+    more = _SHORTENED % parts if "shorten_row(" in body else ""
     return _made(_ROWS % {**parts, "body": body, "more": more}, kinds, changed)
 
 
@@ -279,6 +283,7 @@ def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict
         "numbers": " ".join(given),
         "type": types[0],
         "entry": "load_bfloat(a0[i])" if types[0] == "bfloat" else "a0[i]",
+        "store": "store_bfloat(w)" if types[0] == "bfloat" else f"({types[0]})w",
         "second_type": types[-1],
         "second": "load_bfloat(a1[i])" if types[-1] == "bfloat" else "a1[i]",
     }
