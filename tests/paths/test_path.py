@@ -383,6 +383,39 @@ def test_rules_that_change_in_a_fit_have_certificates_at_its_end():
         found.certificate(2)
 
 
+def test_the_loss_is_called_in_eval_and_gradients_stay():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 1)).double()
+    given = [torch.randn_like(p) for p in model.parameters()]
+    for p, gradient in zip(model.parameters(), given, strict=True):
+        p.grad = gradient
+    seen = []
+
+    def watched(m):
+        seen.append(m.training)
+        return loss(m)
+
+    def first_only(m, reg):
+        reg.use(torch.optim.SGD(m.parameters(), lr=0.1))
+
+    found = path(model, rs.GroupLasso(per="in").on("0.weight", how="proximal"), first_only, loss=watched, points=3)
+    assert found.greatest.found == "dual norm"
+    assert seen
+    assert not any(seen)
+    assert model.training
+    for p, gradient in zip(model.parameters(), given, strict=True):
+        assert p.grad is gradient
+
+
+def test_only_files_that_last_wait_for_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda *given: synced.append(given))
+    path(points=3, certificate=False)
+    assert not synced
+    path(points=3, certificate=False, folder=tmp_path / "path")
+    assert len(synced) >= 2 * 4
+
+
 def test_a_random_loss_is_refused_at_the_first_point():
     with pytest.raises(PenaltyError, match="stays the same"):
         path(loss=lambda m: loss(m) * torch.rand(()), strengths=[0.1, 0.2])

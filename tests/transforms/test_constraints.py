@@ -288,6 +288,18 @@ def test_shapes_that_do_not_fit():
         bound(rs.Fixed(lambda w: w), nn.Linear(2, 2))
 
 
+def test_masks_given_as_tensors_are_copies_and_equal_lists():
+    for mask in (torch.tensor([[True, False], [False, True]]), torch.tensor([[1.0, 0], [0, 1]]), torch.tensor(True)):
+        rule, lists = rs.Fixed(mask, 5.0), rs.Fixed(mask.tolist(), 5.0)
+        assert rule == lists
+        assert hash(rule) == hash(lists)
+        assert repr(rule) == repr(lists)
+        wanted = torch.where(mask.bool(), 5.0, torch.zeros(2, 2))
+        mask.zero_()
+        assert torch.equal(rule.project(torch.zeros(2, 2)), wanted)
+        assert torch.equal(rs.Fixed(mask, 5.0).project(torch.zeros(2, 2)), torch.zeros(2, 2))
+
+
 @pytest.mark.parametrize("constraint", [rs.Simplex(), rs.L1Ball(1.0), rs.NuclearBall(1.0)])
 def test_no_formula_for_the_tangent(constraint):
     assert not constraint.has_tangent

@@ -44,6 +44,7 @@ _ROUNDS = 60  # of bisection
 _EXACT, _ROUNDED = 1e-8, 1e-4  # relative gradients of what is fitted at the origin, by dtype
 _SADDLE = 1e-2  # relative gradient below which the origin is a saddle
 _STEPS = 3000  # most proximal steps at the origin
+_QUASI = 20  # most steps of L-BFGS before them
 _DOUBLINGS, _BISECTIONS = 60, 3
 
 
@@ -183,6 +184,8 @@ def by_dual_norm(
         with warnings.catch_warnings(), _frozen(model, tensors):
             warnings.simplefilter("ignore", RestrainWarning)  # flat directions, which don't move the gradient
             share = _ROUNDED if rounded else _EXACT
+            if not fixed:
+                _descend(model, loss, share * slope)
             reg.certificate(loss, polish=True, steps=_STEPS, tolerance=share * max(slope, 1e-30))
         gradients = reg.gradients(loss)
     for one in tensors:
@@ -209,6 +212,37 @@ def _frozen(model: nn.Module, tensors: Sequence[Penalised]) -> Iterator[None]:
     finally:
         for p in zeros:
             p.requires_grad_(True)
+
+
+def _descend(model: nn.Module, loss: Callable[[], Tensor], tolerance: float) -> None:
+    """Take a few steps of L-BFGS on what is trained, in eval(): polishing has less left to do.
+
+    The parameters stay if the data loss doesn't fall.
+    """
+    trained, modes = [p for p in model.parameters() if p.requires_grad], [(m, m.training) for m in model.modules()]
+    before, gradients = [p.detach().clone() for p in trained], [p.grad for p in trained]
+    optimizer = torch.optim.LBFGS(
+        trained, max_iter=_QUASI, tolerance_grad=tolerance, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+    values = list[float]()
+
+    def value() -> Tensor:
+        optimizer.zero_grad()
+        found = loss()
+        found.backward()
+        values.append(float(found.detach()))
+        return found
+
+    try:
+        model.eval()
+        optimizer.step(value)
+    finally:
+        for p, old, gradient in zip(trained, before, gradients, strict=True):
+            if not values[-1] <= values[0]:
+                p.detach().copy_(old)
+            p.grad = gradient
+        for module, training in modes:
+            module.training = training
 
 
 def _alone(
