@@ -108,8 +108,8 @@ def test_fit_trains_several_where_nothing_is_said(short, kind):
     y = {"classifier": KINDS, "labels": np.eye(3, dtype=int)[KINDS]}.get(kind, FLOWERS[:, :2])
     y = y[:, 0] if kind == "regressor" else y
     model.fit(FLOWERS, y)
-    assert [layer["size"] for layer in model.layers_[1:-1]] == [300]
-    assert model.module_.hid1.weight.shape == (300, 4)
+    assert [layer["name"] for layer in model.layers_] == ["in", "bins", "hid1", "out"]
+    assert model.module_.hid1.weight.shape == (300, model.layers_[1]["size"])
     row = model.history_[0]
     assert {"weight_l2", "valid_data_loss"} <= set(row)
     predict = model.predict_proba if kind in ("classifier", "labels") else model.predict
@@ -139,7 +139,7 @@ def test_what_is_said_makes_one(short):
     assert defaults.members(defaults.MOST + 1) == 1
     assert rs.Regressor(random_state=0).train((X, Y), epochs=1).layers_[1]["size"] == 100
     held = rs.Regressor(random_state=0).fit(X[20:], Y[20:], valid=(X[:20], Y[:20]))
-    assert held.layers_[1]["size"] == 300
+    assert held.layers_[2]["size"] == 300
     assert "valid_data_loss" in held.history_[0]
 
 

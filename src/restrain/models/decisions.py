@@ -11,8 +11,8 @@ from sklearn.exceptions import ConvergenceWarning
 
 from restrain.errors import PlanError
 from restrain.fields import brief, check_flags, is_number, is_whole, level_of_caller
-from restrain.models import checkpoints, defaults, keywords, settings
-from restrain.models.data import Samples
+from restrain.models import bins, checkpoints, defaults, keywords, settings
+from restrain.models.data import Samples, dense
 from restrain.models.inputs import Inputs
 from restrain.models.losses import Ordinal
 from restrain.models.settings import Settings
@@ -90,6 +90,13 @@ class Decisions(Inputs):
                 "rules, and not of joint or ordinal losses; write ensemble=None, or average models of your own"
             )
         return int(wanted)
+
+    def _edges(self, samples: Samples, members: int) -> bins.Edges | None:
+        """Return the edges of the bins that several networks read where all is left to us, or None."""
+        if members == 1 or not isinstance(self.ensemble, str) or samples.x.shape[1] > defaults.WIDEST:
+            return None
+        found = bins.edges(dense(samples.x), defaults.BINS)
+        return found if bins.size(found) > len(found) else None
 
     def _rules_given(self, given: dict[str, Any]) -> dict[str, Any]:
         """Return the keywords of rules that say something."""

@@ -25,6 +25,7 @@ VALID, LEAST = 0.2, 50  # the part held back, if there are so many samples
 L2 = 1e-4
 UNITS = 100  # of a network's hidden layer
 MEMBERS, MOST = 5, 10_000  # networks side by side, up to so many samples
+BINS, WIDEST = 8, 100  # of each number, where several networks read tables of so many columns
 L2_EACH, DROPOUT = 2e-3, 0.2  # of each of them; of its hidden units
 FALL = 0.01  # of the whole fall of the validation loss, in the last tenth of the epochs: not converged
 ROUNDS = 50  # of L-BFGS, each of up to 1,000 iterations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from restrain import progress
 from restrain.errors import PlanError
-from restrain.models import checkpoints, defaults, ensemble, keywords, optimizers, shapes, specs
+from restrain.models import bins, checkpoints, defaults, ensemble, keywords, optimizers, shapes, specs
 from restrain.models.data import (
     Samples,
     at_once,
@@ -222,6 +222,7 @@ class Fitting(Decisions):
             warn_of_shift(part, self.input_scale_, self.target_scale_, self.input_names_)
         if fresh:
             self._set_intercept(part, shifted)
+            self._set_bins(samples)
         if shared:
             part, held = ensemble.shared_out(samples, members, self.seed_)
         for some in (part, held):
@@ -261,6 +262,14 @@ class Fitting(Decisions):
         if self._has_targets and not self._labels and self.loss_function().scaled:
             self.target_scale_ = standardize(lambda: chunks(samples.y), weight)
 
+    def _set_bins(self, samples: Samples) -> None:
+        """Set the bins of the first layer, if it has some, in the units of its inputs."""
+        scale = self.input_scale_
+        for layer in self.module_.children():
+            if isinstance(layer, bins.Bins):
+                units = () if scale is None else (scale.mean, scale.deviation)
+                layer.set(bins.edges(dense(samples.x), defaults.BINS), *units)
+
     def _set_intercept(self, samples: Samples, shifted: bool) -> None:
         """Set the bias of the output to the best constant, if the loss has one and isn't scaled."""
         bias = getattr(list(self.module_.children())[-1], "bias", None)
@@ -283,20 +292,7 @@ class Fitting(Decisions):
         With `zero`, its weights and biases start at zero; the thresholds of classes don't. Several
         `members` are one network with as many times the hidden units, parted for the training.
         """
-        given = self.layers
-        if given is None:
-            shape = tuple(getattr(x, "shape", ())[1:])
-            first = specs.first_layer(self._hidden, shape, self._width)
-            given = [first, *self._hidden, self._outputs()]
-        layers = resolve(given, activation=self.activation)
-        self._check_sizes(layers)
-        if isinstance(self.loss_function(), Ordinal):
-            layers[-1] = {**layers[-1], "form": "ordinal"}
-        if samples.x.ndim == 3 and not self._steps:
-            layers = specs.with_last_step(layers)
-        self._check_output(layers)
-        if members > 1:
-            layers[1] = {**layers[1], "size": members * layers[1]["size"]}
+        layers = self._layers_for(x, samples, members)
         self.seed_ = place.agreed(self._new_seed(chosen))
         with seeded(generator(self.seed_, 0).initial_seed()):
             network = Network(layers)
@@ -313,6 +309,27 @@ class Fitting(Decisions):
         self.history_, self.n_iter_, self.input_scale_, self.target_scale_ = [], 0, None, None
         for name in ("_optimizer", "conformal_", "feature_importances_"):
             self.__dict__.pop(name, None)
+
+    def _layers_for(self, x: Any, samples: Samples, members: int) -> list[LayerData]:
+        """Return the layers, resolved: the user's, or those that fit the data."""
+        given = self.layers
+        if given is None:
+            shape = tuple(getattr(x, "shape", ())[1:])
+            first = specs.first_layer(self._hidden, shape, self._width)
+            given = [first, *self._hidden, self._outputs()]
+        layers = resolve(given, activation=self.activation)
+        self._check_sizes(layers)
+        if isinstance(self.loss_function(), Ordinal):
+            layers[-1] = {**layers[-1], "form": "ordinal"}
+        if samples.x.ndim == 3 and not self._steps:
+            layers = specs.with_last_step(layers)
+        self._check_output(layers)
+        if members > 1:
+            layers[1] = {**layers[1], "size": members * layers[1]["size"]}
+        edges = self._edges(samples, members)
+        if edges is not None:
+            layers.insert(1, {"name": "bins", "form": "bins", "size": bins.size(edges), "activation": "linear"})
+        return layers
 
     def _check_sizes(self, layers: list[LayerData]) -> None:
         for layer, found, size, what in (

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from restrain.errors import PlanError
 from restrain.models import functions, initial
+from restrain.models.bins import Bins
 from restrain.models.specs import NORMS, RECURRENT, LayerData, image
 
 
@@ -299,6 +300,8 @@ class Network(nn.Module):
             return Joined(form, size, activation)
         if form == "module":
             return copy.deepcopy(layer["module"])  # type: ignore[no-any-return]
+        if form == "bins":
+            return Bins(size_before, size)
         if form == "ordinal":
             return Cumulative(size_before, size)
         if form == "last":

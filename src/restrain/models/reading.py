@@ -9,6 +9,7 @@ import torch
 from sklearn.inspection import permutation_importance
 from torch import Tensor
 
+from restrain.models.bins import Bins
 from restrain.models.layers import Cumulative, Dense, Network
 from restrain.transforms.normalization import Standardize
 
@@ -50,11 +51,14 @@ def selected(network: Network) -> Any:
     Raises:
         AttributeError: the inputs have no weights of their own in the first layer.
     """
-    first = next(network.children())
+    bins, first, *_ = [None, *network.children()]
+    if isinstance(first, Bins):
+        bins, first = first, list(network.children())[1]
     if not isinstance(first, Dense | Cumulative | torch.nn.RNNBase) or network.wiring_of_layers is not None:
         raise AttributeError("only networks that begin with a dense or recurrent layer select inputs")
     weight: Tensor = next(p for p in first.parameters() if p.dim() > 1)
-    return np.flatnonzero((weight != 0).any(0).numpy())
+    features = (weight != 0).any(0).numpy()
+    return np.flatnonzero(features if bins is None else bins.read(features))
 
 
 def importances(model: Any, x: Any, y: Any, repeats: int, random_state: Any) -> Any:

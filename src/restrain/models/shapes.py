@@ -117,6 +117,13 @@ def _reshaped(layer: Mapping[str, Any], shape: Shape) -> Shape:
     return tuple(layer["shape"])
 
 
+def _binned(layer: Mapping[str, Any], shape: Shape) -> Shape:
+    _axes(layer, shape, 1, "tables (features,)")
+    if layer["size"] <= (shape[0] or 0):
+        raise PlanError(f"the layer {layer['name']!r} puts out more than it reads, {text(shape)}; got {layer['size']}")
+    return (layer["size"],)
+
+
 def _last(layer: Mapping[str, Any], shape: Shape) -> Shape:
     _axes(layer, shape, 2, "sequences (steps, features)")
     return shape[1:]
@@ -128,6 +135,7 @@ _OTHERS: dict[str, Callable[[Mapping[str, Any], Shape], Shape]] = {
     "flatten": lambda layer, shape: (_known(layer, shape),),
     "reshape": _reshaped,
     "last": _last,
+    "bins": _binned,
 }
 
 

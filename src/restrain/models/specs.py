@@ -181,7 +181,7 @@ def checked(layers: Any) -> list[LayerData]:
     _check_names(layers)
     for number, layer in enumerate(layers):
         form = layer.get("form")
-        allowed = ("input",) if not number else ("input", *FORMS, "last", "ordinal")
+        allowed = ("input",) if not number else ("input", *FORMS, "last", "ordinal", "bins")
         if form not in allowed or not _is_size(layer.get("size")):
             raise PlanError(f"a layer has a form, and a size from 1 to {_LARGEST:,}; got {brief(layer)}")
         _check_saved(layer, list(found))
