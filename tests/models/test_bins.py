@@ -21,7 +21,8 @@ FLOWERS, KINDS = load_iris(return_X_y=True)
 @pytest.fixture
 def short(monkeypatch):
     """Trainings of some updates, of three networks."""
-    for name, value in {"UPDATES": 12, "PATIENCE": 6, "EVERY": 2, "MEMBERS": 3, "FALL": 10.0}.items():
+    few = {"UPDATES": 12, "PATIENCE": 6, "EVERY": 2, "MEMBERS": 3, "FALL": 10.0, "UPDATES_EACH": 0, "PATIENCE_EACH": 0}
+    for name, value in few.items():
         monkeypatch.setattr(defaults, name, value)
 
 

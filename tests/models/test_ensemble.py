@@ -23,7 +23,8 @@ FLOWERS, KINDS = load_iris(return_X_y=True)
 @pytest.fixture
 def short(monkeypatch):
     """Trainings of some updates, of three networks."""
-    for name, value in {"UPDATES": 12, "PATIENCE": 6, "EVERY": 2, "MEMBERS": 3, "FALL": 10.0}.items():
+    few = {"UPDATES": 12, "PATIENCE": 6, "EVERY": 2, "MEMBERS": 3, "FALL": 10.0, "UPDATES_EACH": 0, "PATIENCE_EACH": 0}
+    for name, value in few.items():
         monkeypatch.setattr(defaults, name, value)
 
 
@@ -191,3 +192,20 @@ def test_training_without_fit_has_no_ensemble():
     for call in (lambda model: model.train((X, Y)), lambda model: model.partial_fit(X, Y)):
         with pytest.raises(PlanError, match="ensemble=3 is of fit"):
             call(rs.Regressor(hidden=(5,), ensemble=3, epochs=1))
+
+
+def test_strengths_and_lengths_by_samples():
+    def chosen(samples, **given):
+        return defaults.network(samples, 50, True, "auto", 1, rules=False, members=5, **given)
+
+    few, many = chosen(200), chosen(8000)
+    assert few["weight_l2"] * 5 == pytest.approx(2e-3)  # the loss is the mean of five
+    assert many["weight_l2"] * 5 == pytest.approx(1 / 8000)
+    assert few["epochs"] * 4 == 4000  # updates: four an epoch
+    assert many["epochs"] * 160 == 2 * 8000
+    assert few["patience"] * few["validate_every"] * 4 == 400
+    assert many["patience"] * many["validate_every"] * 160 >= 8000 / 4
+    assert [chosen(200, classes=classes)["hidden_dropout"] for classes in (False, True)] == [0.2, 0.4]
+    alone = defaults.network(8000, 50, True, "auto", 1, rules=False)
+    assert alone["weight_l2"] == 1e-4
+    assert alone["epochs"] * 160 == 4000

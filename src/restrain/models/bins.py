@@ -73,11 +73,12 @@ class Bins(nn.Module):
 
 
 def edges(x: Any, most: int) -> Edges:
-    """Return the edges of up to so many bins of each column: values at equal steps of its quantiles.
+    """Return the edges of up to so many bins of each column: its quantiles at equal steps.
 
     Args:
         x: numbers, shape (samples, inputs).
-        most: number of bins; equal edges, as of a column with few values, are one.
+        most: number of bins; equal edges, as of a column with few values, are one. An edge is one
+            of the values.
     """
     found = np.quantile(np.asarray(x, np.float64), np.linspace(0, 1, most + 1), axis=0, method="nearest")
     return [np.unique(column) for column in found.T]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from sklearn.base import is_classifier
 from sklearn.exceptions import ConvergenceWarning
 
 from restrain.errors import PlanError
@@ -92,7 +93,7 @@ class Decisions(Inputs):
         return int(wanted)
 
     def _edges(self, samples: Samples, members: int) -> bins.Edges | None:
-        """Return the edges of the bins that several networks read where all is left to us, or None."""
+        """Return the edges of the bins of several networks where all is left to us, or None."""
         if members == 1 or not isinstance(self.ensemble, str) or samples.x.shape[1] > defaults.WIDEST:
             return None
         found = bins.edges(dense(samples.x), defaults.BINS)
@@ -122,7 +123,8 @@ class Decisions(Inputs):
         share = valid if isinstance(valid, float) and 0 < valid < 1 and not (automatic and members > 1) else 0.0
         sizes = (max(1, round(len(samples) * (1 - share))), values["batch_size"])
         every = (valid is not None, values["patience"], values["validate_every"])
-        return defaults.network(*sizes, *every, rules=bool(rules), members=members), valid
+        of = {"rules": bool(rules), "members": members, "classes": is_classifier(self)}
+        return defaults.network(*sizes, *every, **of), valid
 
     def _normalizes(self, auto: bool) -> bool:
         """Return whether to standardise; "auto": in `fit`, unless the output has an activation.

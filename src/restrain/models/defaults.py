@@ -5,8 +5,9 @@ large ones. A fifth of the samples, of each class in proportion, is held back; t
 the validation loss hasn't fallen for `PATIENCE` updates, and the best weights are restored. Without
 rules of the user's there is a small L2. Where layers, loss and rules are left to us, too, small
 tables are fitted by several networks side by side with dropout, each validated on another part (see
-`restrain.models.ensemble`). Linear models (`hidden=()`) are fitted to convergence by
-L-BFGS on all samples, without validation and without a penalty.
+`restrain.models.ensemble`), which read numbers through bins, too (see `restrain.models.bins`).
+Linear models (`hidden=()`) are fitted to convergence by L-BFGS on all samples, without validation
+and without a penalty.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ VALID, LEAST = 0.2, 50  # the part held back, if there are so many samples
 L2 = 1e-4
 UNITS = 100  # of a network's hidden layer
 MEMBERS, MOST = 5, 10_000  # networks side by side, up to so many samples
-BINS, WIDEST = 8, 100  # of each number, where several networks read tables of so many columns
-L2_EACH, DROPOUT = 2e-3, 0.2  # of each of them; of its hidden units
+BINS, WIDEST = 8, 100  # of each number; columns of the widest table that has bins
+L2_EACH, L2_ALL = 2e-3, 1.0  # of each of them: the first, or the second / samples where that is less
+DROPOUT, DROPOUT_CLASSES = 0.2, 0.4  # of its hidden units, for numbers and for classes
+UPDATES_EACH, PATIENCE_EACH = 2, 0.25  # for each sample, of several networks, where that is more
 FALL = 0.01  # of the whole fall of the validation loss, in the last tenth of the epochs: not converged
 ROUNDS = 50  # of L-BFGS, each of up to 1,000 iterations
 
@@ -41,7 +44,15 @@ def members(samples: int) -> int:
 
 
 def network(
-    samples: int, batch_size: int, valid: Any, patience: Any, every: int, *, rules: bool, members: int = 1
+    samples: int,
+    batch_size: int,
+    valid: Any,
+    patience: Any,
+    every: int,
+    *,
+    rules: bool,
+    members: int = 1,
+    classes: bool = False,
 ) -> dict[str, Any]:
     """Return the keywords of a network's training.
 
@@ -53,15 +64,20 @@ def network(
         every: epochs between validations; 1 may be changed.
         rules: True if the user gave any.
         members: number of networks, over which the loss is averaged.
+        classes: True if they are trained on classes.
     """
     in_epoch = math.ceil(samples / batch_size)
-    usual = {"weight_l2": L2} if members == 1 else {"weight_l2": L2_EACH / members, "hidden_dropout": DROPOUT}
+    usual, updates, waited = {"weight_l2": L2}, float(UPDATES), float(PATIENCE)
+    if members > 1:
+        updates, waited = max(updates, UPDATES_EACH * samples), max(waited, PATIENCE_EACH * samples)
+        strength = min(L2_EACH, L2_ALL / samples) / members
+        usual = {"weight_l2": strength, "hidden_dropout": DROPOUT_CLASSES if classes else DROPOUT}
     found: dict[str, Any] = {} if rules else usual
     if not valid:
         return {**found, "epochs": math.ceil(FIXED / in_epoch), "patience": None if patience == "auto" else patience}
     every = max(1, round(EVERY / in_epoch)) if every == 1 else every
-    allowed = math.ceil(PATIENCE / (every * in_epoch)) if patience == "auto" else patience
-    return {**found, "epochs": math.ceil(UPDATES / in_epoch), "patience": allowed, "validate_every": every}
+    allowed = math.ceil(waited / (every * in_epoch)) if patience == "auto" else patience
+    return {**found, "epochs": math.ceil(updates / in_epoch), "patience": allowed, "validate_every": every}
 
 
 def linear(samples: int, precision: Any, *, smooth: bool) -> dict[str, Any]:

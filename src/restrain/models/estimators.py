@@ -47,7 +47,8 @@ class Classifier(ClassifierMixin, KeywordModel):  # type: ignore[misc]
             validated on another part of the samples, and joins to one with all their hidden units,
             whose outputs are the means of theirs. None: one network. "auto": 5 for 50 to 10,000
             samples where `layers`, `hidden`, `activation`, `loss`, `epochs`, `checkpoint` and rules
-            are left as they are.
+            are left as they are; in tables of up to 100 columns they read each number through bins
+            of its quantiles, too (see `restrain.models.bins`).
         normalize: standardise the inputs by mean and deviation of the training data.
         how: moment at which penalties on weights act, such as "proximal", unless the dict of a
             keyword has its own.
