@@ -25,7 +25,9 @@ axes (out, in, ...).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from math import prod
 from numbers import Integral
@@ -522,12 +524,31 @@ def group_norms(w: Tensor, groups: Grouping) -> Tensor:
     The gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
     """
     x = groups.view(w)
+    if _ordinary.get() and groups.reduced and groups.lists is None and not x.is_complex():
+        wide: Tensor = torch.linalg.vector_norm(x, dim=groups.reduced, keepdim=True, dtype=torch.float64)
+        return wide.to(x.dtype)
     squares = groups.sum(squared(x))
     if not all_in_range(squares):
         unit = peaks(x, groups)
         scaled = _root(groups.sum(squared(x / unit)))
         return torch.where(scaled == 0, 0.0, unit * scaled)
     return _root(squares)
+
+
+_ordinary: ContextVar[bool] = ContextVar("_ordinary", default=False)
+
+
+@contextmanager
+def ordinary_entries() -> Iterator[None]:
+    """Context in which group norms take one operation, in float64.
+
+    Squares of float64 entries overflow there beyond 1e154, and vanish below 1e-162.
+    """
+    token = _ordinary.set(True)
+    try:
+        yield
+    finally:
+        _ordinary.reset(token)
 
 
 def peaks(x: Tensor, groups: Grouping) -> Tensor:

@@ -281,7 +281,8 @@ def test_torchs_generator_stays_and_the_seed_says_everything(recorded):
 def compiled_equals(given, data=(X, Y), kind=rs.Classifier, rtol=1e-9):
     with warnings.catch_warnings():
         warnings.simplefilter("error", RestrainWarning)
-        one = kind(batch_size=32, epochs=3, random_state=0, compile=True, **given).train(data)
+        settings = {"batch_size": 32, "epochs": 3, "random_state": 0, "compile": True}
+        one = kind(**{**settings, **given}).train(data)
     assert one.compiled_ in ("the whole update", "all but the optimizer's step")
     assert_same(one, fitted(kind, False, data, **{"learning_rate": None, **given}), rtol)
 

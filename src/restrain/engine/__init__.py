@@ -16,6 +16,7 @@ from restrain.engine.attach import (
 from restrain.engine.core import Draws, Hook, restored, structures
 from restrain.engine.forward import Point, forget_compiled_code, paused
 from restrain.engine.ops import OPTIMIZERS, state_names
+from restrain.engine.step import Replayed
 
 __all__ = [
     "OPTIMIZERS",
@@ -28,6 +29,7 @@ __all__ = [
     "Penalised",
     "Point",
     "Repeatable",
+    "Replayed",
     "attach",
     "attached_to",
     "checked_track",

@@ -10,7 +10,9 @@ and never waits for a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import repeat
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from restrain.engine import Attachment
+from restrain.axes import ordinary_entries
+from restrain.engine import Attachment, Replayed
 from restrain.models import drawing
 from restrain.models.data import Samples
-from restrain.models.formulas import formula_of
+from restrain.models.formulas import Formula, formula_of
 from restrain.models.layers import Network
 from restrain.models.monitors import Means, Watch, training_values
 from restrain.models.recording import UnfitError, record
+from restrain.models.replay import hoist, sum_apart
 from restrain.models.running import Plain
 from restrain.models.settings import Settings
 from restrain.models.simplify import simplify
@@ -94,44 +98,90 @@ class Program:
     def __init__(self, training: Training, recorded: str = "", rows: int | None = None) -> None:
         check(training)
         self.recorded = recorded
-        self.training, self.formula = training, formula_of(training.optimizer)
+        self.training, (self.formula, self.rules) = training, _update_of(training)
         self.size = min(training.settings.batch_size, len(training.train)) if rows is None else rows
         self.params = dict(training.network.named_parameters())
         self.buffers = dict(training.network.named_buffers())
         self.state = [] if self.formula is None else self.formula.state()
+        self._held: list[Tensor] = []  # the parameters, as the code takes them
         self.names: list[str] = []
-        self.draws = 0
-        self._sums = torch.zeros(16 + len(training.rules), dtype=torch.float64, device="cpu")
+        self.draws: list[drawing.Draw] = []
+        self._keyed = True  # the code gets keys, not the numbers that are drawn
+        self._sums = torch.zeros(64 + len(training.rules), dtype=torch.float64, device="cpu")
+        self._values: Tensor | None = None  # matrix that makes the monitors' values of the sums
+        self._views: Callable[..., Any] = lambda *fixed: []
         self._rows: Iterator[Any] = iter(())
+        self._steps: Iterator[Any] = iter(())  # of the formula, where rules are at its step
         self._made = self._done = 0
         self._call = self._compiled()
+
+    @property
+    def _fuses(self) -> bool:
+        """True if torch's fused operation is the optimizer's formula."""
+        return bool(self.recorded or self.rules) and self.formula is not None and "fused" not in MISSING
+
+    @property
+    def whole(self) -> bool:
+        """True if the optimizer's step is part of the code."""
+        return self.formula is not None and self.rules is None
 
     # ---------------------------------------------------------------- making it
 
     def _fixed(self) -> list[Tensor]:
         state = [t for kept in self.state for t in kept]
-        held = [p.detach() for p in self.params.values()]
-        return [self._sums, *held, *self.buffers.values(), *state]
+        self._held = [p.detach() for p in self.params.values()]
+        return [self._sums, *self._held, *self.buffers.values(), *state]
 
     def _compiled(self) -> Callable[..., Any]:
-        training = self.training
-        dtype = next(iter(self.params.values())).dtype
-        row = (
-            torch.ones(_WIDTH, dtype=dtype, device="cpu"),
-            torch.zeros(drawing.DRAWS, 2, dtype=torch.int32, device="cpu"),
-        )
-        batch = [t for t in training.train.batch(np.arange(self.size)) if t is not None]
-        given: list[Any] = [*self._fixed(), *row, *batch]
         if not self.recorded:
+            given = [*self._fixed(), *self._changing(), *self._batch(np.arange(self.size))]
             try:
                 graph = self._graph(given)
+                improve(graph)
                 with torch.random.fork_rng(devices=[]):
                     return compile_graph(graph, given, _OPTIONS)
             except UnfitError:
                 raise
             except Exception as error:  # the compiler is missing or fails
                 self.recorded = _said(error)
-        return self._graph(given).forward
+        return self._one_by_one()
+
+    def _one_by_one(self) -> Callable[..., Any]:
+        """Return the update as operations that run one after another."""
+        fixed, batch = self._fixed(), self._batch(np.arange(self.size))
+        with self._recording():  # to know what is drawn
+            self._update(*[t.clone() for t in (*fixed, *self._changing(), *batch)])
+        self._keyed = False
+        graph = self._graph([*fixed, *self._changing(), *batch])
+        simplify(graph)
+        self._values = sum_apart(graph, len(self._sums))
+        improve(graph, by_rows=False)
+        self._views = hoist(graph, len(fixed)).forward
+        return graph.forward
+
+    def _changing(self) -> list[Tensor]:
+        """Return examples of the arguments that differ from update to update, before the batch."""
+        return list(next(self._arguments(1, torch.zeros(1, drawing.DRAWS, 2, dtype=torch.int32, device="cpu"))))
+
+    def _batch(self, rows: Any) -> list[Tensor]:
+        return [t for t in self.training.train.batch(rows) if t is not None]
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Context for runs on copies: no random state changes, and rules forget what they collect.
+
+        Raises:
+            UnfitError: something failed.
+        """
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        except UnfitError:
+            raise
+        except Exception as error:  # whatever the rules and torch raise
+            raise UnfitError(f"recording it failed: {_said(error)}") from error
+        finally:
+            self._forget()
 
     def _graph(self, given: list[Tensor]) -> GraphModule:
         """Record the update until two runs agree: a first forward may do more than later ones.
@@ -139,24 +189,12 @@ class Program:
         Raises:
             UnfitError: the last two of three runs differ, or recording fails.
         """
-        try:
-            with torch.random.fork_rng(devices=[]):
-                graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
-                while str(graphs[-1].graph) != str(graphs[-2].graph):
-                    if len(graphs) == 3:
-                        raise UnfitError("a rule does something else at each call")
-                    graphs.append(record(self._update, [t.clone() for t in given]))
-        except UnfitError:
-            raise
-        except Exception as error:  # whatever the rules and torch raise
-            raise UnfitError(f"recording it failed: {_said(error)}") from error
-        finally:
-            self._forget()
-        if self.recorded:
-            simplify(graphs[-1])
-            improve(graphs[-1], by_rows=False)
-        else:
-            improve(graphs[-1])
+        with self._recording():
+            graphs = [record(self._update, [t.clone() for t in given]) for _ in range(2)]
+            while str(graphs[-1].graph) != str(graphs[-2].graph):
+                if len(graphs) == 3:
+                    raise UnfitError("a rule does something else at each call")
+                graphs.append(record(self._update, [t.clone() for t in given]))
         return graphs[-1]
 
     def _forget(self) -> None:
@@ -170,27 +208,29 @@ class Program:
         params = {f"network.{name}": next(given) for name in self.params}
         buffers = {f"network.{name}": next(given) for name in self.buffers}
         state = [[next(given) for _ in kept] for kept in self.state]
-        row, key = next(given), next(given)
+        scalars = [next(given) for _ in range((1 + self._fuses) * self.whole)]
+        key = next(given) if self._keyed else None
+        supply = [] if self._keyed else [next(given) for draw in self.draws if draw.kind != "none"]
         leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
         x = next(given)
         y = None if self.training.train.y is None else next(given)
-        with drawing.Drawing(key) as drawn:
+        with drawing.Drawing(key, supply) as drawn, ordinary_entries() if self.recorded else nullcontext():
             batch = (x, y, next(given, None))
             loss, values = torch.func.functional_call(_Loss(self.training), {**leaves, **buffers}, batch)
-        self.names, self.draws = list(values), drawn.count
+        self.names, self.draws = list(values), drawn.asked
         sums[: len(values)].add_(torch.stack(list(values.values())))
         gradients = list(torch.autograd.grad(loss, list(leaves.values())))
         limit = self.training.settings.max_gradient_norm
         if limit is not None:
             length = torch.nn.utils.get_total_norm(gradients)
             gradients = [g * torch.clamp(limit / (length + 1e-6), max=1.0) for g in gradients]
-        if self.formula is None:
+        if self.formula is None or self.rules is not None:
             return gradients
-        if self.recorded and "fused" not in MISSING:
-            self.formula.fused(list(params.values()), gradients, state, row)
+        if self._fuses:
+            self.formula.fused(list(params.values()), gradients, state, *scalars)
             return []
         for p, g, kept in zip(params.values(), gradients, state, strict=True):
-            self.formula.apply(p, g, kept, row)
+            self.formula.apply(p, g, kept, scalars[0])
         return []
 
     # ---------------------------------------------------------------- running it
@@ -200,28 +240,60 @@ class Program:
         if self._done == self._made:
             self._begin()
         self._done += 1
-        batch = [t for t in self.training.train.batch(rows) if t is not None]
         with torch.no_grad():
-            gradients = self._call(*self._fixed_now, *next(self._rows), *batch)
+            gradients = self._call(*self._fixed_now, *next(self._rows), *self._batch(rows), *self._views_now)
+            if self.rules is not None:
+                self._step(self.rules, gradients)
         if self.formula is None:
             for p, g in zip(self.params.values(), gradients, strict=True):
                 p.grad = g
             self.training.step()
 
+    def _step(self, rules: Replayed, gradients: list[Tensor]) -> None:
+        """Carry out the optimizer's formula, with the rules at its step."""
+        assert self.formula is not None
+        scalars, count = next(self._steps)
+        if rules.decays:
+            rules.before(count)
+        self.formula.fused(self._held, gradients, self.state, *scalars)
+        rules.after(count)
+
     def _begin(self) -> None:
-        """Prepare scalars and random keys of the next updates."""
+        """Prepare scalars and random numbers of the next updates."""
         self._took()
         whole = len(self.training.train) // self.training.settings.batch_size
         count = min(_AT_ONCE, whole if self.size == self.training.settings.batch_size else 1)
-        table = torch.zeros(count, _WIDTH, dtype=next(iter(self.params.values())).dtype, device="cpu")
-        if self.formula is not None:
-            changing = self.formula.table(count)
-            table[:, : changing.shape[1]] = changing
-        keys = (
-            drawing.keys(count) if self.draws else torch.zeros(count, drawing.DRAWS, 2, dtype=torch.int32, device="cpu")
-        )
-        self._rows = zip(table.unbind(), keys.unbind(), strict=True)
+        keys = drawing.keys(count) if any(draw.kind != "none" for draw in self.draws) else None
+        if self.formula is not None and self.rules is not None:
+            self.rules.begin()
+            first = self.formula.count + 1
+            self._steps = zip(self.formula.scalars(count, self._dtype), range(first, first + count), strict=True)
+        self._rows = self._arguments(count, keys)
         self._made, self._done, self._fixed_now = count, 0, self._fixed()
+        self._views_now = self._views(*self._fixed_now)
+
+    def _arguments(self, count: int, keys: Tensor | None) -> Iterator[Sequence[Tensor]]:
+        """Yield what `_update` takes of each update between the fixed tensors and the batch."""
+        drawn: Any = repeat(()) if keys is None else drawing.supplies(self.draws, keys)
+        if self._keyed:
+            blank = torch.zeros(count, drawing.DRAWS, 2, dtype=torch.int32, device="cpu")
+            drawn = (blank if keys is None else keys)[:, None].unbind()
+        for scalars, more in zip(self._scalars(count), drawn, strict=False):
+            yield [*scalars, *more]
+
+    def _scalars(self, count: int) -> Sequence[Sequence[Tensor]]:
+        """Return what the formula takes of each update within the code."""
+        if self.formula is None or not self.whole:
+            return [()] * count
+        if self._fuses:
+            return self.formula.scalars(count, self._dtype)
+        table, changing = torch.zeros(count, _WIDTH, dtype=self._dtype, device="cpu"), self.formula.table(count)
+        table[:, : changing.shape[1]] = changing
+        return table[:, None].unbind()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(iter(self.params.values())).dtype
 
     def _took(self) -> None:
         if self.formula is not None and self._done:
@@ -235,7 +307,12 @@ class Program:
         """
         self._took()
         if rows:
-            means.take(dict(zip(self.names, (self._sums * self.size).unbind(), strict=False)), rows)
+            found = (
+                self._sums[: len(self.names)]
+                if self._values is None
+                else self._values @ self._sums[: self._values.shape[1]]
+            )
+            means.take(dict(zip(self.names, (found * self.size).unbind(), strict=True)), rows)
         self._sums = torch.zeros_like(self._sums)
 
 
@@ -261,9 +338,16 @@ def check(training: Training) -> None:
             raise UnfitError(f"{rule.label}: noise on weights isn't recorded")
 
 
+def _update_of(training: Training) -> tuple[Formula | None, Replayed | None]:
+    """Return the optimizer's formula and the rules at its step, or None where its own is called."""
+    found = None if training.reg is None or "fused" in MISSING else training.reg.replayed(training.optimizer)
+    formula = formula_of(training.optimizer, hooked=found is not None)
+    return formula, None if formula is None else found
+
+
 def ready(training: Training) -> bool:
     """True if the optimizer has its state, made by its own first step, or has no formula."""
-    formula = formula_of(training.optimizer)
+    formula, _ = _update_of(training)
     return formula is None or all(
         training.optimizer.state[p].get(name) is not None for p in formula.params for name in formula.names
     )

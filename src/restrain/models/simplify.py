@@ -7,7 +7,8 @@ from autograd computes some numbers twice, and multiplies by tensors of ones:
     x to the power 1, permutations that change nothing  x
     tensors of equal entries (gradients of means, ...)  made once, when recording
     y · (tensor of entries c)                           y · c
-    g + c · x                                           one operation
+    g + c · x, also of a small product of matrices g    one operation
+    Σ c x, Σ x², Σ |x| of small tensors                 c Σ x, one operation
 
 Results are equal up to rounding.
 """
@@ -26,11 +27,13 @@ from torch.fx.operator_schemas import get_signature_for_torch_op
 aten = torch.ops.aten
 _Operation = type(aten.mul.Tensor)
 _LARGEST = 2**16  # entries of a constant that is kept
+_LITTLE = 2**13  # entries whose sums in any order differ by rounding alone
+_PRODUCT = 2**18  # multiplications of a product that may take a sum with it
 
 
 def simplify(graph: GraphModule) -> None:
     """Rewrite a recorded graph in place; its nodes still have `meta["val"]`."""
-    for rewrite in (_merge, _shorten, _fold):
+    for rewrite in (_merge, _shorten, _fold, _reduce):
         rewrite(graph, _written(graph))
         graph.graph.eliminate_dead_code()
 
@@ -101,15 +104,25 @@ def _shorten(graph: GraphModule, written: set[Node]) -> None:
     for node in list(graph.graph.nodes):
         same = node.target is aten.permute.default and list(node.args[1]) == list(range(len(node.args[1])))
         power = node.target is aten.pow.Tensor_Scalar and node.args[1] == 1 and _alike(node, node.args[0])
-        if node.target is aten.detach.default or ((same or power) and node not in written):
+        if node.target is aten.t.default and node.args[0].target is aten.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
+            graph.graph.erase_node(node)
+        elif node.target is aten.detach.default or ((same or power) and node not in written):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is aten.view.default and node.args[0].target is aten.sum.dim_IntList:
+            x, dims, *keeps = node.args[0].args
+            kept = [size for dim, size in enumerate(x.meta["val"].shape) if dim not in dims]
+            if keeps == [True] and list(node.args[1]) == kept and not node.args[0].kwargs:
+                _replace(graph, node, aten.sum.dim_IntList, (x, dims), {})
 
 
 def _fold(graph: GraphModule, written: set[Node]) -> None:
     """Replace tensors of equal entries by their number, or by a tensor made once."""
     numbers: dict[Node, float] = {}
     for node in list(graph.graph.nodes):
+        if node.target is aten.add.Tensor:
+            _join(graph, node, written)
         if node in written or not _is_operation(node):
             continue
         number = _number(node, numbers)
@@ -117,8 +130,6 @@ def _fold(graph: GraphModule, written: set[Node]) -> None:
             numbers[node] = number
         elif node.target is aten.mul.Tensor:
             _as_scalar(graph, node, numbers)
-        elif node.target is aten.add.Tensor:
-            _join(graph, node, written)
     for count, node in enumerate(numbers):
         if any(user not in numbers for user in node.users) and node.meta["val"].numel() <= _LARGEST:
             _keep(graph, node, numbers[node], f"constant_{count}")
@@ -177,8 +188,44 @@ def _join(graph: GraphModule, node: Node, written: set[Node]) -> None:
             continue
         x, factor = _multiple(one)
         if x is not one and len(one.users) == 1 and one not in written and _alike(node, x):
-            _replace(graph, node, aten.add.Tensor, (other, x), {"alpha": factor})
+            if other.target is aten.mm.default and len(other.users) == 1 and _multiplications(other) < _PRODUCT:
+                _replace(graph, node, aten.addmm.default, (x, *other.args), {"beta": factor})
+            else:
+                _replace(graph, node, aten.add.Tensor, (other, x), {"alpha": factor})
             return
+
+
+def _multiplications(node: Node) -> int:
+    """Return the number of multiplications of a product of matrices."""
+    a: Any = node.args[0]
+    return int(node.meta["val"].numel() * a.meta["val"].shape[1])
+
+
+def _reduce(graph: GraphModule, written: set[Node]) -> None:
+    """Write sums of multiples, squares and absolute values as one operation."""
+    for node in list(graph.graph.nodes):
+        inner: Any = node.args[0] if node.target is aten.sum.default and not node.kwargs else None
+        if inner is None or len(inner.users) > 1 or inner in written or not _is_little(inner):
+            continue
+        x, factor = _multiple(inner)
+        if x is not inner and _is_little(x):
+            with graph.graph.inserting_before(node):
+                total = graph.graph.call_function(aten.sum.default, (x,))
+            total.meta = dict(node.meta)
+            _replace(graph, node, aten.mul.Scalar, (total, factor), {})
+        elif inner.target is aten.abs.default and _is_little(inner.args[0]):
+            _replace(graph, node, aten.linalg_vector_norm.default, (inner.args[0], 1), {})
+        elif inner.target is aten.pow.Tensor_Scalar and inner.args[1] == 2 and _is_little(inner.args[0]):
+            with graph.graph.inserting_before(node):
+                flat = graph.graph.call_function(aten.view.default, (inner.args[0], [-1]))
+            flat.meta["val"] = inner.args[0].meta["val"].view(-1)
+            _replace(graph, node, aten.dot.default, (flat, flat), {})
+
+
+def _is_little(node: Any) -> bool:
+    value = node.meta.get("val")
+    fits = isinstance(value, torch.Tensor) and value.is_floating_point() and 0 < value.numel() <= _LITTLE
+    return fits and value.is_contiguous()
 
 
 def _alike(node: Node, other: Any) -> bool:

@@ -343,7 +343,7 @@ class Training:
         except UnfitError as reason:
             self._without(f"nothing: {reason}", False)
         else:
-            self.said = "the whole update" if made.formula is not None else "all but the optimizer's step"
+            self.said = "the whole update" if made.whole else "all but the optimizer's step"
             if made.recorded:
                 said = f"nothing: {made.recorded}. The update's operations run one by one"
                 self._without(said, self.compiled if why else "recorded", expected=bool(why))

@@ -36,8 +36,10 @@ from restrain.engine.forward import Forwards, Parts, Point, forget_compiled_code
 from restrain.engine.step import (
     Clock,
     ParameterRules,
+    Replayed,
     Stepper,
     ascend,
+    can_be_replayed,
     check_alone,
     hold_from_now,
     project_from_now,
@@ -64,6 +66,7 @@ class Installed:
     """Rules bound to a model and installed; references the model weakly."""
 
     _tracker: Tracker | None = None
+    _replayed: Replayed | None = None
     _number = -1
 
     def __init__(
@@ -327,6 +330,21 @@ class Installed:
                     what.stepped(None if handle is None else shards.whole(handle.find(root)))
                 self._strengths.stepped(self._clock.steps, self._clock.epochs, root)
 
+    def replayed(self, optimizer: Optimizer) -> Replayed | None:
+        """Return the rules at the steps of an optimizer whose update the caller carries out.
+
+        None if rules do more than decay, prox and projection with fixed strengths, or if others
+        are at the optimizer's hooks: then its own `step` must be called.
+        """
+        changing = self._keeping or self._strengths.bounds or self._rate_hooks or self._tracker is not None
+        listeners = len(self._clock.on_real) - bool(self._loss_rules)  # besides the check of optimizers
+        steppers = self._steppers if len(self._optimizers) == 1 and self._optimizers[0]() is optimizer else []
+        if not steppers or changing or listeners > 1 or not can_be_replayed(steppers[0], optimizer):
+            return None
+        if self._replayed is None:
+            self._replayed = Replayed(steppers[0], optimizer, self.compile, lambda: self._clock.took(optimizer))
+        return self._replayed
+
     def detach(self) -> None:
         """Remove every hook and restore the model. Further calls do nothing."""
         self._hooks.remove()
@@ -340,7 +358,7 @@ class Installed:
         self._clock.remove()
         for module in filter(None, (reference() for reference in self._declaring)):
             claimed.discard(module)
-        self._steppers, self._detached = [], True
+        self._steppers, self._replayed, self._detached = [], None, True
         attached.pop(self._number, None)
         leave(self)
         self._forwards.clear()

@@ -4,7 +4,7 @@ from restrain.engine.backends.backend import Compile, Decider, Parts, Sums
 from restrain.engine.backends.c_compiler import Loop, loop
 from restrain.engine.backends.c_held import Hold, held
 from restrain.engine.backends.c_updates import held_step, update
-from restrain.engine.backends.executor import Executor, sums_of
+from restrain.engine.backends.executor import Executor, Repeated, sums_of
 
 __all__ = [
     "Compile",
@@ -13,6 +13,7 @@ __all__ = [
     "Hold",
     "Loop",
     "Parts",
+    "Repeated",
     "Sums",
     "held",
     "held_step",

@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import functools
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, count
 from string import Template
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn import Parameter
 
 from restrain.engine.backends import c_compiler
 from restrain.engine.backends.backend import Backend, Decider, Parts, Sums
-from restrain.engine.backends.c_compiler import PRELUDE, TYPES, Stages, compiled
+from restrain.engine.backends.c_compiler import PRELUDE, TYPES, Loop, Stages, compiled
 from restrain.engine.core import alike
 from restrain.engine.ops import (
     ENDLESS,
@@ -67,10 +68,14 @@ class Call:
         """Return the number of entries, plus a constant per tensor."""
         return sum(tensors[0].numel() for tensors in self.members) + TENSOR * len(self.members)
 
+    def loop(self) -> Loop | None:
+        """Return the compiled loop; None if it can't be compiled."""
+        make = c_compiler.loop if isinstance(self.text, str) else c_compiler.rows
+        return make(self.kinds, self.text, len(self.numbers) // len(self.members), self.changed)
+
     def run(self) -> bool:
         """Run the loop; return False if it can't be compiled."""
-        make = c_compiler.loop if isinstance(self.text, str) else c_compiler.rows
-        loop = make(self.kinds, self.text, len(self.numbers) // len(self.members), self.changed)
+        loop = self.loop()
         if loop is None:
             return False
         if any(self.turned):
@@ -82,6 +87,68 @@ class Call:
         else:
             loop(self.members, self.numbers, self.lengths)
         return True
+
+
+@dataclass
+class RepeatedCall:
+    """A call of a loop that is repeated with other scalars, for members that keep their memory."""
+
+    call: Call
+    parts: list[int] = field(default_factory=list)  # numbers of the batches
+    counts: list[int] = field(default_factory=list)  # of their members
+
+    @property
+    def cost(self) -> float:
+        """Entries × steps that make up for compiling."""
+        return self.call.cost
+
+    @cached_property
+    def work(self) -> int:
+        """The number of entries, plus a constant per tensor."""
+        return self.call.work()
+
+    def numbers(self, lowered: Sequence[Lowered | None]) -> array[float]:
+        """Return the scalars of all members, for the instructions of each batch."""
+        found = array("d")
+        for part, members in zip(self.parts, self.counts, strict=True):
+            found.extend([number for _, numbers in lowered[part] or () for number in numbers] * members)
+        return found
+
+    def loop(self) -> Callable[[array[float]], object] | None:
+        """Return the loop as a function of these scalars; None if it can't be compiled."""
+        loop = self.call.loop()
+        if loop is None:
+            return None
+        if not any(self.call.turned):
+            return loop.at(self.call.members, self.call.lengths)
+
+        def run(numbers: array[float]) -> None:
+            self.call.numbers[:] = numbers
+            self.call.run()
+
+        return run
+
+
+def repeated(batches: Sequence[Batch]) -> list[RepeatedCall]:
+    """Return the calls for those batches of which C takes all members."""
+    found: dict[Any, RepeatedCall] = {}
+    for number, batch in enumerate(batches):
+        own: dict[Any, Call] = {}
+        if _take(own, batch) is not None or len(own) != 1:
+            continue
+        ((key, call),) = own.items()
+        if key in found:
+            one = found[key].call
+            for mine, its in (
+                (one.members, call.members), (one.numbers, call.numbers),
+                (one.lengths, call.lengths), (one.turned, call.turned),
+            ):  # fmt: skip
+                mine.extend(its)  # type: ignore[arg-type]
+        else:
+            found[key] = RepeatedCall(call)
+        found[key].parts.append(number)
+        found[key].counts.append(len(call.members))
+    return list(found.values())
 
 
 def _turned(tensors: Tensors, dim: int) -> Tensors:

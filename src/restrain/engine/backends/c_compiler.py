@@ -18,7 +18,7 @@ import struct
 import subprocess
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -344,3 +344,28 @@ class Loop:
         where = [one.buffer_info()[0] for one in (at, ends, rows)]
         self._function(*where, count, given.buffer_info()[0], torch.get_num_threads())
         torch.autograd.graph.increment_version([t for role in self._changed for t in roles[role]])
+
+    def at(
+        self, members: Sequence[Sequence[Tensor]], lengths: Sequence[int] = ()
+    ) -> Callable[[array[float]], None] | None:
+        """Return the call on these members as a function of the scalars of all of them.
+
+        It holds while the tensors keep their memory. None if members share memory.
+        """
+        roles, count = list(zip(*members, strict=True)), len(members)
+        addresses = [list(map(Tensor.data_ptr, role)) for role in roles]
+        if any(len(set(addresses[role])) < count for role in self._changed):
+            return None
+        tables = [
+            array("q", [one for role in addresses for one in role]),
+            array("q", accumulate(map(Tensor.numel, roles[0]))),
+            array("q", lengths),
+        ]
+        where = [one.buffer_info()[0] for one in tables]
+        changed = [t for role in self._changed for t in roles[role]]
+
+        def call(numbers: array[float], tables: Any = tables) -> None:  # the tables live as long
+            self._function(*where, count, numbers.buffer_info()[0], torch.get_num_threads())
+            torch.autograd.graph.increment_version(changed)
+
+        return call

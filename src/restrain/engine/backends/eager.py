@@ -90,6 +90,24 @@ class Eager(Backend):
             gathered.empty(members, lowered)
 
 
+def repeated(batch: Batch) -> Callable[[Lowered], None] | None:
+    """Return the changes of a batch as a function of their instructions; None unless by entry."""
+    if not batch.by_entry or batch.lowered is None:
+        return None
+    members, layout = batch.members, _layout(batch.members)
+
+    def run(lowered: Lowered) -> None:
+        for number in layout.alone:
+            for block in in_blocks(members[number]):
+                carry_out(lowered, block)
+        for gathered in layout.gathered:
+            gathered.fill(members)
+            carry_out(lowered, gathered.buffers)
+            gathered.empty(members, lowered)
+
+    return run
+
+
 def _rows(batch: Batch) -> tuple[list[Tensors], dict[int, list[tuple[Tensors, Tensors]]]]:
     """Return the members that aren't rows in memory; the others, by row length, with rows."""
     keep = rows_of(batch.changes, batch.members[0][0])

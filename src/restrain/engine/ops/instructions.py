@@ -48,6 +48,17 @@ class Change:
         return self.what.by_entry  # type: ignore[no-any-return]
 
     @cached_property
+    def terms(self) -> ProxTerms | None:
+        """The terms of a penalty's prox; None if its strengths are tensors, which may change.
+
+        Raises:
+            _UnknownNumberError: the instructions don't know it.
+        """
+        l1, l2, others = self.what.split()
+        strengths = [l1, l2, *[strength for strength, _ in others]]
+        return None if any(isinstance(one, Tensor) for one in strengths) else _terms_of(self.what)
+
+    @cached_property
     def _row_dims(self) -> dict[Any, tuple[int, ...] | None]:
         return {}
 
@@ -241,7 +252,7 @@ def lower(changes: Sequence[Change], scalars: StepScalars, w: Tensor) -> Lowered
     if w.is_complex() or half or not (all(change.by_entry for change in changes) or rows_of(changes, w) is not None):
         return None
     try:
-        return [step for change in changes for step in _LOWER[change.kind](change.what, scalars)]
+        return [step for change in changes for step in _LOWER[change.kind](change, scalars)]
     except _UnknownNumberError:
         return None
 
@@ -296,8 +307,8 @@ def _declared(strength: float, penalty: Penalty) -> list[tuple[float, Any]]:
     ]
 
 
-def _gradient(penalty: Penalty, scalars: StepScalars) -> Lowered:
-    step, numbers = _sum(penalty, 1.0 if scalars.scale is None else _float(scalars.scale))
+def _gradient(change: Change, scalars: StepScalars) -> Lowered:
+    step, numbers = _sum(change.what, 1.0 if scalars.scale is None else _float(scalars.scale))
     return [(step, numbers)] if numbers else []
 
 
@@ -309,8 +320,8 @@ def _sum(penalty: Penalty, factor: float) -> tuple[Gradient, tuple[float, ...]]:
     return step, tuple([factor * strength for strength in strengths])
 
 
-def _decay(penalty: Penalty, scalars: StepScalars) -> Lowered:
-    rate = _float(scalars.rate)
+def _decay(change: Change, scalars: StepScalars) -> Lowered:
+    penalty, rate = change.what, _float(scalars.rate)
     step, numbers = _sum(penalty, rate)
     shrinks = all(leaf.shrinks for _, leaf in penalty.leaves())
     if shrinks and not step.others and rate >= 0:
@@ -326,13 +337,34 @@ def _shrink(scale: float, threshold: float) -> Lowered:
     return [(Shrink(scale != 1, threshold > 0), numbers)] if numbers else []
 
 
-def _prox(penalty: Penalty, scalars: StepScalars) -> Lowered:
-    metric, (l1, l2, others) = scalars.metric, _split(penalty)
-    scale = _float(metric.scale)
-    if scale < 0 or len(others) > 1:
+@dataclass(frozen=True)
+class ProxTerms:
+    """The terms l1 Σ|x| + l2 Σ|x|² + strength · other of a penalty.
+
+    `by_length` is the factor of the row length if `other` is a multiple of Σ‖row‖₂, else 0.
+    """
+
+    l1: float
+    l2: float
+    strength: float
+    other: Penalty | None
+    by_length: float
+
+
+def _terms_of(penalty: Penalty) -> ProxTerms:
+    l1, l2, others = _split(penalty)
+    if len(others) > 1:
         raise _UnknownNumberError
     strength, other = others[0] if others else (0.0, None)
-    by_length = _by_length(other)
+    return ProxTerms(l1, l2, strength, other, _by_length(other))
+
+
+def _prox(change: Change, scalars: StepScalars) -> Lowered:
+    metric, terms = scalars.metric, change.terms or _terms_of(change.what)
+    l1, l2, strength, other, by_length = terms.l1, terms.l2, terms.strength, terms.other, terms.by_length
+    scale = _float(metric.scale)
+    if scale < 0:
+        raise _UnknownNumberError
     if not metric.moments:
         rest = scale / (1 + 2 * l2 * scale)
         last: list[tuple[Instruction, Sequence[float]]] = []
@@ -373,7 +405,8 @@ def _rooted_shrink(l1: float, l2: float, scale: float, root: float, eps: float) 
     return [(RootedShrink(l2 > 0, l1 > 0), tuple(map(_float, numbers)))]
 
 
-def _project(constraint: Constraint, scalars: StepScalars) -> Lowered:
+def _project(change: Change, scalars: StepScalars) -> Lowered:
+    constraint: Constraint = change.what
     if isinstance(constraint.interval, Interval):
         return [(Project(constraint.interval), ())]
     fit = fit_of(constraint)
@@ -382,11 +415,11 @@ def _project(constraint: Constraint, scalars: StepScalars) -> Lowered:
     return [(fit, ())]
 
 
-def _by_formula_alone(constraint: Constraint, scalars: StepScalars) -> Lowered:
+def _by_formula_alone(change: Change, scalars: StepScalars) -> Lowered:
     raise _UnknownNumberError
 
 
-_LOWER: dict[str, Callable[[Any, StepScalars], Lowered]] = {
+_LOWER: dict[str, Callable[[Change, StepScalars], Lowered]] = {
     "gradient": _gradient,
     "tangent": _by_formula_alone,
     "decay": _decay,

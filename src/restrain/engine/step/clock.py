@@ -84,6 +84,12 @@ class Clock:
         if all(one.came or one.rests() for one in self._given) or not any(one.came for one in self._given):
             self.end()
 
+    def took(self, optimizer: Optimizer) -> None:
+        """Count a real step that a caller has carried out itself, without listeners."""
+        known = self._of(optimizer)
+        known.steps += 1
+        self.steps = max(self.steps, self._from + known.steps)
+
     def _of(self, optimizer: Optimizer) -> _Known:
         """Return the record of an optimizer."""
         for known in (*self._given, *self._others):

@@ -62,7 +62,7 @@ from restrain.named_tensors import Handle, is_sharded
 from restrain.torch_private import step_hooks
 
 
-def _without_metric(changes: Sequence[Change]) -> list[Change]:
+def without_metric(changes: Sequence[Change]) -> list[Change]:
     """Return the projections alone, Euclidean, for a step that moved nothing or is unknown."""
     projections = [change for change in changes if change.kind in ("project", "fit")]
     return [replace(change, kind="project") for change in projections]
@@ -190,6 +190,34 @@ class Stepper:
         self._noisy = any(work.noise for work in self.works)
         self._sharp = [work for work in self.works if work.sharp]
         self._has_joints = any(work.joint for work in self.works)
+
+    def members(self, optimizer: Optimizer) -> list[Member]:
+        """Return the optimizer's parameters with rules: the same list while they are the same."""
+        return self._worklist.by(optimizer)
+
+    def due(self, kinds: tuple[str, ...], step: int) -> list[Task]:
+        """Return the changes that are due at a step: the same list for the same rules."""
+        return self._worklist.tasks(kinds, step)
+
+    def changes_gradients(self, work: ParameterRules) -> bool:
+        """Return True if a rule changes the gradient of a parameter."""
+        return bool(work.gradient or work.noise or work.of("tangent", self._by_metric))
+
+    def follows(self, work: ParameterRules) -> bool:
+        """Return True if the rules on a parameter need the optimizer's metric."""
+        return id(work) in self._followed
+
+    def is_alone(self, optimizer: Optimizer) -> bool:
+        """Return True if the optimizer has no other hooks, and its parameters are whole."""
+        hooks, mine = step_hooks(optimizer), {handle.id for handle in self._handles}
+        known = hooks is not None and set(hooks[0]) | set(hooks[1]) <= mine
+        return known and not (self._worklist.sharded or self._masters.watches or self._looks)
+
+    def took(self) -> None:
+        """Count a step that moved something."""
+        self.steps += 1
+        if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
+            self._warn_of_empty()
 
     def _alone(self, optimizer: Optimizer) -> bool:
         """Return True if no foreign hook is between ours and the step, so folding is unseen."""
@@ -380,7 +408,7 @@ class Stepper:
         batches = []
         for task in self._worklist.tasks(("proximal", "project"), self.steps):
             for metric, members in _by_metric(task, metrics, self._done):
-                changes = task.changes if metric is not None else _without_metric(task.changes)
+                changes = task.changes if metric is not None else without_metric(task.changes)
                 batches.append(Batch(changes, StepScalars(metric=metric or Metric(0.0)), members))
         self._act(batches)
         for work, p, _ in [one for one in works if one[0].project]:
@@ -390,9 +418,7 @@ class Stepper:
         for one in joints["project"]:
             project(*one)
         self._masters.changed()
-        self.steps += 1
-        if self.steps % 50 == 0:  # seldom, as counting takes a pass over all weights
-            self._warn_of_empty()
+        self.took()
 
     def _hold(
         self, work: ParameterRules, p: Tensor, timed: Timed, state: Mapping[str, Any], metric: Metric | None
