@@ -524,7 +524,8 @@ def group_norms(w: Tensor, groups: Grouping) -> Tensor:
     The gradient is zero, not NaN, where a norm is zero. NaN entries give NaN.
     """
     x = groups.view(w)
-    if _ordinary.get() and groups.reduced and groups.lists is None and not x.is_complex():
+    plain = groups.reduced and groups.lists is None and not x.is_complex()
+    if plain and not torch.compiler.is_compiling() and _ordinary.get():
         wide: Tensor = torch.linalg.vector_norm(x, dim=groups.reduced, keepdim=True, dtype=torch.float64)
         return wide.to(x.dtype)
     squares = groups.sum(squared(x))

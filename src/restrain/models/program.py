@@ -289,7 +289,7 @@ class Program:
             return self.formula.scalars(count, self._dtype)
         table, changing = torch.zeros(count, _WIDTH, dtype=self._dtype, device="cpu"), self.formula.table(count)
         table[:, : changing.shape[1]] = changing
-        return table[:, None].unbind()
+        return [(row,) for row in table.unbind()]
 
     @property
     def _dtype(self) -> torch.dtype:

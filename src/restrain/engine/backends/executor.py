@@ -107,8 +107,10 @@ class _Repeated:
     """The way of some parts: a loop of C once that pays, before that torch."""
 
     def __init__(self, parts: Sequence[int], batches: Sequence[Batch], call: c.RepeatedCall | None = None) -> None:
-        self.parts, self._call, self._tried, self._loop = parts, call, False, None
-        self._eager = [(number, eager.repeated(batches[number])) for number in parts]
+        self.parts, self._call, self._tried = parts, call, False
+        self._loop: Callable[..., object] | None = None
+        found = [(number, eager.repeated(batches[number])) for number in parts]
+        self._eager = [(number, run) for number, run in found if run is not None]
         self._entries = sum(tensors[0].numel() for number in parts for tensors in batches[number].members)
 
     def ways(self, lowered: Sequence[Lowered | None], decider: Decider) -> list[Callable[[], object]]:
@@ -117,9 +119,9 @@ class _Repeated:
             if not self._tried:
                 self._tried, self._loop = True, self._call.loop()
             return [] if self._loop is None else [partial(self._loop, self._call.numbers(lowered))]
-        if decider.makes(self._entries, inductor.COST) or any(run is None for _, run in self._eager):
+        if decider.makes(self._entries, inductor.COST) or len(self._eager) < len(self.parts):
             return []
-        return [partial(run, lowered[number]) for number, run in self._eager]
+        return [partial(run, own) for number, run in self._eager if (own := lowered[number]) is not None]
 
 
 _dtype = attrgetter("dtype")
