@@ -325,9 +325,9 @@ def test_quantities_are_no_classes(here):
     assert "54 different numbers in 160 rows, too many for classes" in fit(code=1).stderr
     frame(160).assign(y=np.arange(160) // 5).to_csv("data.csv", index=False)
     fit()
-    assert "no rules\n" in run("explain", "run").stdout
+    assert "No rules.\n" in run("explain", "run").stdout
     run("fit", "data.csv", "--target", "y", "--model", "regressor", "--hidden", "4", "--out", "own")
-    assert "no rules, but for fit's own: a small weight_l2" in run("explain", "own").stdout
+    assert "No rules, but for fit's own: a small weight_l2" in run("explain", "own").stdout
 
 
 def test_models_that_are_none(here):

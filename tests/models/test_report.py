@@ -49,7 +49,11 @@ def test_a_report_without_rules(tmp_path):
     model = rs.Regressor(hidden=(3,), epochs=2, progress=False).fit(X, Y)
     text = model.report(tmp_path / "a.html", title="Mine & yours").read_text("utf-8")
     assert "<h1>Mine &amp; yours</h1>" in text
-    assert "No rules" in text
+    assert "No rules: the network was trained without any." in text
+    usual = rs.Regressor(hidden=(3,), progress=False, random_state=0).fit(X, Y)
+    text = usual.report(tmp_path / "b.html").read_text("utf-8")
+    assert "No rules, but for fit&#x27;s own: a small weight_l2" in text
+    assert "trained without any" not in text
     with model.attached() as reg:
         assert reg is None
 

@@ -14,6 +14,7 @@ from restrain.cli import drawing
 from restrain.cli.evaluation import Calibration, Importance, calibration, confusion, importances, residuals, selected
 from restrain.cli.jobs import Run, measure, targets
 from restrain.errors import DataError
+from restrain.models import defaults
 from restrain.report import Part
 from restrain.tables import Feature, Marks, counted
 from restrain.text_table import text_table
@@ -194,8 +195,7 @@ def rules(model: Any) -> str:
     with model.attached() as reg:
         if reg is not None:
             return str(reg.table())
-    own = any("weight_l2" in row for row in model.history_)
-    return "no rules, but for fit's own: a small weight_l2, and dropout of several networks" if own else "no rules"
+    return defaults.rules_of_fit(model.history_) or "No rules."
 
 
 def curves(history: Sequence[Mapping[str, Any]], plain: bool = False, width: int = 48) -> str:

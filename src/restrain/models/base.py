@@ -18,7 +18,7 @@ from torch import Tensor
 from restrain.compaction import Report, compact
 from restrain.engine import Attachment, attach, contents_of
 from restrain.errors import FileError, PlanError, SelectionError
-from restrain.models import files, keywords, reading, settings, shapes, specs
+from restrain.models import defaults, files, keywords, reading, settings, shapes, specs
 from restrain.models.data import Samples, at_once, batches
 from restrain.models.fitting import Fitting
 from restrain.models.layers import Network, outputs_of
@@ -179,6 +179,7 @@ class KeywordModel(Fitting):
         with self.attached() as reg:
             if reg is None:
                 found = contents_of(self.module_, rows=self.history_, **given)
+                found = replace(found, notes=tuple(filter(None, [defaults.rules_of_fit(self.history_)])))
             else:
                 found = reg.contents(history=self.history_, **given)
             return write(replace(found, trained="estimator", code=repr(self), parts=tuple(parts)), file)

@@ -108,6 +108,16 @@ def part(labels: Any, samples: int) -> float | None:
     return VALID if samples - round(VALID * samples) >= classes else None
 
 
+def rules_of_fit(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on the rules by which `fit` trained where the user gave none; "" without.
+
+    Args:
+        history: as of `still_falling`.
+    """
+    own = any("weight_l2" in row for row in history)
+    return "No rules, but for fit's own: a small weight_l2, and dropout of several networks." if own else ""
+
+
 def still_falling(history: Sequence[Mapping[str, Any]]) -> bool:
     """Return True if the validation loss fell by more than `FALL` of its whole fall at the end.
 

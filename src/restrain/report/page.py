@@ -116,7 +116,8 @@ def _path(content: Content) -> str:
 def _rules(content: Content) -> str:
     if content.table:
         return _scrolling(html_table(content.table, _RIGHT)) + _paragraphs(content.notes)
-    return "<p>No rules: the network was trained without any.</p>" if content.tensors else ""
+    without = "<p>No rules: the network was trained without any.</p>" if content.tensors else ""
+    return _paragraphs(content.notes) or without
 
 
 def _training(content: Content) -> str:
