@@ -153,6 +153,7 @@ class Walk:
             found = greatest.by_dual_norm(self.model, self.rules, self.fixed, self.data_loss)
             origin = self.weights()
             self.put(before)
+            self.repeatable = True  # it was compared there
         if found is not None:
             return Greatest(found, "dual norm"), origin
         high = greatest.by_search(self._start(), self.settle, self._keep)
