@@ -420,7 +420,7 @@ def refitted(train, test, mask, seed, quick):
 
 # strengths of L2 and L1 were chosen on the validation digits of splits 10 to 14, which aren't reported
 WAYS = {
-    "restrain, removal, weight decay": {
+    "restrain, removal, decay": {
         **REMOVAL,
         "points": 40,
         "fixed": 1e-2 * rs.L2().on("0.weight", how="gradient"),

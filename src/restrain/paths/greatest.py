@@ -217,8 +217,8 @@ def _frozen(model: nn.Module, tensors: Sequence[Penalised]) -> Iterator[None]:
 def _descend(model: nn.Module, loss: Callable[[], Tensor], tolerance: float) -> None:
     """Take a few steps of L-BFGS on what is trained, in eval(): polishing has less left to do.
 
-    The parameters stay if the data loss doesn't fall. There is no line search, as near the end losses
-    differ by rounding only.
+    The parameters stay if the data loss doesn't fall. There is no line search, as losses differ by
+    rounding only near the end.
     """
     trained, modes = [p for p in model.parameters() if p.requires_grad], [(m, m.training) for m in model.modules()]
     before, gradients = [p.detach().clone() for p in trained], [p.grad for p in trained]

@@ -149,6 +149,28 @@ def test_rows_in_a_metric_solve_their_equation(dtype, spread, threads):
     assert 5 < zeros < sum(count for _, count in LENGTHS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_groups_in_the_middle_are_as_rows(dtype, threads):
+    """The same bits as of copies in which the groups lie as rows, which the formula checks above."""
+    numbers, draws = (3.0, 1e-8, 0.3), torch.Generator().manual_seed(3)
+    sizes = [(7, 37, 1), (1, 5, 40), (4, 19, 6), (300, 130, 1), (1, 1, 3)]
+    given = [[torch.randn(size, generator=draws).to(dtype) for _ in "wo"] for size in sizes]
+    for w, second in given:
+        w.mul_(torch.rand(1, w.shape[1], 1, generator=draws))
+        second.exp_()
+    given[0][0][2, 3] = math.nan
+    rows = [[t.movedim(1, 0).contiguous() for t in tensors] for tensors in given]
+    lengths = [outer * inner for outer, _, inner in sizes]
+    text = stages([(RootedShrinkRows(), numbers)])
+    c_compiler.rows((dtype, dtype), text, 3, (0,))(rows, numbers * len(rows), lengths)
+    before = [w.clone() for w, _ in given]
+    c_compiler.middle((dtype, dtype))(given, numbers * len(given), [n for size in sizes for n in size])
+    for (w, _), (wanted, _), old in zip(given, rows, before, strict=True):
+        assert torch.equal(w.movedim(1, 0).nan_to_num(7.0), wanted.nan_to_num(7.0))
+        assert not torch.equal(w, old)
+    assert any((w == 0).any() for w, _ in given)
+
+
 def test_rows_that_arent_finite_in_a_metric_stay():
     w, second = torch.ones(3, 4), torch.ones(3, 4)
     w[0, 1], w[1, 2] = math.nan, math.inf

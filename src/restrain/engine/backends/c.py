@@ -78,6 +78,8 @@ class Call:
         loop = self.loop()
         if loop is None:
             return False
+        if any(self.turned) and self._run_middle():
+            return True
         if any(self.turned):
             rows = [_turned(tensors, dim) for tensors, dim in zip(self.members, self.turned, strict=True)]
             loop(rows, self.numbers, self.lengths)
@@ -86,6 +88,21 @@ class Call:
                     tensors[0].movedim(dim, 0).copy_(copies[0])
         else:
             loop(self.members, self.numbers, self.lengths)
+        return True
+
+    def _run_middle(self) -> bool:
+        """Shorten groups in Adam's metric where they lie; return False if it can't be done."""
+        in_metric = len(self.text) == 1 and self.text[0][0].startswith("shorten_row(")
+        if not in_metric or not all(t.is_contiguous() for tensors in self.members for t in tensors):
+            return False
+        loop = c_compiler.middle(self.kinds)
+        if loop is None:
+            return False
+        sizes = []
+        for (w, *_), dim, length in zip(self.members, self.turned, self.lengths, strict=True):
+            after = w.shape[dim + 1 :].numel()
+            sizes += [w.shape[:dim].numel(), w.shape[dim], after] if dim else [1, w.numel() // length, length]
+        loop(self.members, self.numbers, sizes)
         return True
 
 

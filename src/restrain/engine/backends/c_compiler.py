@@ -161,12 +161,16 @@ static double root_of(const double *restrict x, const double *restrict t, int64_
   return r;
 }
 
+static inline double step_of(const %(second_type)s *a1, int64_t i, double root, double eps, double cut) {
+  return cut / (eps + root * sqrt((double)(%(second)s)));
+}
+
 static void shorten_row(
     %(type)s *restrict a0, const %(second_type)s *restrict a1, int64_t count, double root, double eps, double cut) {
   double *x = malloc(2 * count * sizeof(double)), *t = x + count;
   for (int64_t i = 0; i < count; i++) {
     x[i] = fabs(entry_of(a0, i));
-    t[i] = cut / (eps + root * sqrt((double)(%(second)s)));
+    t[i] = step_of(a1, i, root, eps, cut);
   }
   const double r = root_of(x, t, count);
   if (r == r) for (int64_t i = 0; i < count; i++) {
@@ -175,6 +179,59 @@ static void shorten_row(
     a0[i] = %(store)s;
   }
   free(x);
+}
+"""
+
+
+# The same of groups that are the indices of an axis in the middle, (outer, groups, inner): those of
+# a tile are neighbours in memory, and gathered together. A tile belongs to one thread.
+_MIDDLE = """
+#include <float.h>
+#define TILE 16
+#define EACH_OF(statements) \\
+  if (inner == 1) for (int64_t j = 0; j < tile; j++) { const int64_t at = j * length + o; statements } \\
+  else for (int64_t c = 0; c < tile; c++) for (int64_t b = 0; b < inner; b++) { \\
+    const int64_t j = c * inner + b, at = c * length + o * inner + b; statements }
+
+static inline double entry_of(const %(type)s *a0, int64_t i) { return (double)(%(entry)s); }
+
+%(more)s
+void loop(void **at, const int64_t *ends, const int64_t *sizes, int64_t count, const double *numbers, int threads) {
+  for (int64_t k = 0; k < count; k++) {
+    const int64_t outer = sizes[3 * k], groups = sizes[3 * k + 1], inner = sizes[3 * k + 2], length = outer * inner;
+    %(numbers)s
+    %(arrays)s
+    #pragma omp parallel for num_threads(length * groups < 32768 ? 1 : threads)
+    for (int64_t first = 0; first < groups; first += TILE) {
+      const int64_t tile = groups - first < TILE ? groups - first : TILE, width = tile * inner;
+      double *restrict x = malloc((2 * tile * length + 3 * width) * sizeof(double)), *restrict t = x + tile * length;
+      double *restrict u = t + tile * length, *restrict v = u + width, *restrict r = v + width;
+      for (int64_t o = 0; o < outer; o++) {
+        const int64_t start = (o * groups + first) * inner;
+        for (int64_t j = 0; j < width; j++) {
+          u[j] = fabs(entry_of(a0, start + j));
+          v[j] = step_of(a1, start + j, n0, n1, n2);
+        }
+        EACH_OF(x[at] = u[j]; t[at] = v[j];)
+      }
+      for (int64_t c = 0; c < tile; c++) {
+        const double root = root_of(x + c * length, t + c * length, length);
+        for (int64_t b = 0; b < inner; b++) r[c * inner + b] = root;
+      }
+      for (int64_t o = 0; o < outer; o++) {
+        const int64_t start = (o * groups + first) * inner;
+        EACH_OF(v[j] = t[at];)
+        for (int64_t j = 0; j < width; j++) {  /* times 1 where the root is NaN */
+          const int64_t i = start + j;
+          const double kept = r[j] > 0 ? r[j] / (r[j] + v[j]) : r[j] == 0 ? 0 : 1;
+          wide w = (wide)(entry_of(a0, i) * kept);
+          w = w == 0 ? 0 : w;
+          a0[i] = %(store)s;
+        }
+      }
+      free(x);
+    }
+  }
 }
 """
 
@@ -272,6 +329,19 @@ def rows(kinds: tuple[torch.dtype, ...], stages: Stages, numbers: int, changed: 
     return _made(_ROWS % {**parts, "body": body, "more": more}, kinds, changed)
 
 
+@functools.cache
+def middle(kinds: tuple[torch.dtype, ...]) -> Loop | None:
+    """Return a compiled loop that shortens groups as `shorten_row` does rows; None without it.
+
+    Args:
+        kinds: dtypes of the weights and of the second moments, contiguous and alike. Where `rows`
+            has the length of a member's rows it takes three numbers: the product of the sizes of
+            the axes before that of the groups, its own size, and the product of those after it.
+    """
+    parts = _parts(kinds, 3)
+    return _made(_MIDDLE % {**parts, "more": _SHORTENED % parts}, kinds, (0,))
+
+
 def _parts(kinds: Sequence[torch.dtype], numbers: int, offset: str = "") -> dict[str, str]:
     """Return the C code for the templates' placeholders: declarations of arrays and scalars."""
     types = [TYPES.get(kind, "") for kind in kinds]
@@ -332,9 +402,9 @@ class Loop:
         roles, count = list(zip(*members, strict=True)), len(members)
         at = array("q", [address for role in roles for address in map(Tensor.data_ptr, role)])
         if any(len(set(at[role * count : (role + 1) * count])) < count for role in self._changed):
-            each = len(numbers) // count  # members that share memory run one after another
+            each, long = len(numbers) // count, len(lengths) // count  # members that share memory run in turn
             for k, member in enumerate(members):
-                self([member], numbers[k * each : (k + 1) * each], lengths[k : k + 1])
+                self([member], numbers[k * each : (k + 1) * each], lengths[k * long : (k + 1) * long])
             return
         ends, given, rows = (
             array("q", accumulate(map(Tensor.numel, roles[0]))),
