@@ -164,6 +164,7 @@ class Stepper:
         self._unfinished = Unfinished()
         self._handles = []
         self._looks = looks_before(optimizer)
+        self._keeps = self._looks or isinstance(optimizer, torch.optim.SGD | torch.optim.ASGD)  # state of the metric
         self.renew()
         self._seed = agreed_seed() if self._noisy else None
         self._masters = Masters(optimizer, any(w.changes_weights for w in works))
@@ -190,6 +191,7 @@ class Stepper:
         self._noisy = any(work.noise for work in self.works)
         self._sharp = [work for work in self.works if work.sharp]
         self._has_joints = any(work.joint for work in self.works)
+        self._idle = not self._keeps and all(work.changes_nothing for work in self.works)
 
     def members(self, optimizer: Optimizer) -> list[Member]:
         """Return the optimizer's parameters with rules: the same list while they are the same."""
@@ -237,6 +239,8 @@ class Stepper:
         if nested(optimizer):
             return None
         refuse_capture("a step of an optimizer with rules")
+        if self._idle:
+            return None
         self._done = ()
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -393,7 +397,7 @@ class Stepper:
             return
         self._unfinished.end()
         if real_step(optimizer):
-            self._after(optimizer)
+            self.took() if self._idle else self._after(optimizer)
 
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:

@@ -61,6 +61,12 @@ class ParameterRules:
         """True if a rule changes the weights, not only the gradient."""
         return any(self.at(kind) for kind in ("decoupled", "proximal", "project", "cautious", "held"))
 
+    @property
+    def changes_nothing(self) -> bool:
+        """True if all rules are decay and prox of strength zero."""
+        others = (self.gradient, self.noise, self.project, self.joint, self.cautious, self.held, self.sharp)
+        return not any(others) and all(_is_nothing(what) for _, what in (*self.decoupled, *self.proximal))
+
     def follows_metric(self, by_metric: bool) -> bool:
         """Return True if the optimizer's metric is needed."""
         return bool(self.at("proximal")) or any(in_metric(rule, what, by_metric) for rule, what in self.project)
@@ -201,7 +207,13 @@ def _changes(work: ParameterRules, kind: str, step: int, by_metric: bool) -> lis
     if kind == "held":
         return [Change("hold", None)]
     name = {"gradient": "gradient", "decoupled": "decay", "cautious": "cautious", "proximal": "prox"}[kind]
-    return [Change(name, total([what for _, what in timed]))]
+    acting = [what for _, what in timed if kind == "gradient" or not _is_nothing(what)]
+    return [Change(name, total(acting))] if acting else []
+
+
+def _is_nothing(penalty: Penalty) -> bool:
+    """Return True if all strengths are the number zero, so that prox and decay change no weight."""
+    return all(isinstance(strength, int | float) and strength == 0 for strength, _ in penalty.leaves())
 
 
 def total(penalties: Sequence[Penalty]) -> Penalty:
