@@ -311,7 +311,7 @@ def keras_peers(section, quick):
         chosen = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
         got = child("rules_keras.py", *(["--quick"] if quick else []), environment=chosen)
         if "missing" in got:
-            rows.append([backend, "", "", f"missing: {got['missing']}", "", ""])
+            rows.append([backend, "", "", f"missing: {got['missing']}", ""])
         for key, (ms, over) in got.get("found", {}).items():
             rows.append([backend, *key.split("|"), ms, over])
     columns = ["backend", "list", "rule", "ms", "torch loop / this"]
