@@ -1,4 +1,4 @@
-"""Rules of strength zero at the optimizer's step: they change nothing, and cost nothing."""
+"""Rules of strength zero at the optimizer's step: they change nothing, and cost nothing after the first step."""
 
 import pytest
 import torch
@@ -39,15 +39,23 @@ def test_beside_another_rule_only_that_acts():
     assert torch.equal(found, trained(plan[1:], torch.optim.Adam)[0])
 
 
-def test_a_prox_that_is_not_called(monkeypatch):
-    class Loud(rs.L1, register=False):
-        def prox(self, w, t):
-            raise AssertionError("called")
-
-    monkeypatch.setattr(rs.NuclearNorm, "prox", Loud.prox)
+def test_a_prox_is_called_at_the_first_step_only(monkeypatch):
+    calls, prox = [], rs.NuclearNorm.prox
+    monkeypatch.setattr(rs.NuclearNorm, "prox", lambda *given: calls.append(1) or prox(*given))
     trained((0.0 * rs.NuclearNorm()).on("weight", how="proximal"), torch.optim.SGD)
-    with pytest.raises(AssertionError, match="called"):
-        trained((0.1 * rs.NuclearNorm()).on("weight", how="proximal"), torch.optim.SGD)
+    assert len(calls) == 1
+    trained((0.1 * rs.NuclearNorm()).on("weight", how="proximal"), torch.optim.SGD)
+    assert len(calls) == 5
+
+
+def test_what_a_step_refuses_it_refuses_at_strength_zero_too():
+    model = nn.Conv2d(2, 4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    reg = rs.attach(model, (0.0 * rs.Decorrelation()).on("weight", how="decoupled"), optimizer)
+    model(torch.randn(1, 2, 5, 5)).sum().backward()
+    with pytest.raises(rs.errors.PenaltyError, match="which axis"):
+        optimizer.step()
+    reg.detach()
 
 
 def test_a_strength_that_moves_from_zero_acts():

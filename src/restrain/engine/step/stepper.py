@@ -239,7 +239,7 @@ class Stepper:
         if nested(optimizer):
             return None
         refuse_capture("a step of an optimizer with rules")
-        if self._idle:
+        if self._idle and self.steps:
             return None
         self._done = ()
         rest = stand_in(optimizer) if folds and self._folding.possible and self._alone(optimizer) else None
@@ -397,7 +397,7 @@ class Stepper:
             return
         self._unfinished.end()
         if real_step(optimizer):
-            self.took() if self._idle else self._after(optimizer)
+            self.took() if self._idle and self.steps else self._after(optimizer)
 
     @uncollected()
     def _after(self, optimizer: Optimizer) -> None:

@@ -128,7 +128,7 @@ class Worklist:
             found = [work.of(kind, self.by_metric) for work, _, _ in self._found for kind in kinds]
             timed = [rule for rules in found for rule, _ in rules]
             self._rules[kinds] = list({id(rule): rule for rule in timed}.values())
-        key = (kinds, folds, *[rule.due(step) for rule in self._rules[kinds]])
+        key = (kinds, folds, step == 0, *[rule.due(step) for rule in self._rules[kinds]])
         if key not in self._tasks:
             members = [member for member in self._found if not (folds and member[0].joint)]
             self._tasks[key] = _tasks(members, kinds, step, self.by_metric)
@@ -207,7 +207,8 @@ def _changes(work: ParameterRules, kind: str, step: int, by_metric: bool) -> lis
     if kind == "held":
         return [Change("hold", None)]
     name = {"gradient": "gradient", "decoupled": "decay", "cautious": "cautious", "proximal": "prox"}[kind]
-    acting = [what for _, what in timed if kind == "gradient" or not _is_nothing(what)]
+    # the first step is carried out whole, as it refuses what can't be
+    acting = [what for _, what in timed if kind == "gradient" or step == 0 or not _is_nothing(what)]
     return [Change(name, total(acting))] if acting else []
 
 
